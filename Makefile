@@ -1,0 +1,45 @@
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test unit lint format types imports up clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make .venv and install everything, pinned by constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"rushes needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[local,dev]"
+	touch $@
+
+demo: setup ## start everything on this machine, render examples/prompts.jsonl, say where the videos are, stop
+	$(BIN)/rushes demo
+
+test: setup lint ## lint, then every test that needs no GPU
+	$(BIN)/python -m pytest
+
+unit: setup ## the quick tests only: no servers, no processes
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup ## format check, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+up: setup ## Redis, S3, database, dispatcher and workers on this machine, until Ctrl-C
+	$(BIN)/rushes up
+
+clean: ## remove the virtual environment and local state (.rushes)
+	rm -rf $(VENV) .rushes

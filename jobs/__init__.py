@@ -1,0 +1,1 @@
+"""What should be rendered, and how far it is. Never loads torch."""

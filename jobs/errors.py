@@ -1,0 +1,61 @@
+"""Errors that a caller can do something about. The message says what was given and what would do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class RushesError(Exception):
+    """Base of everything that the command line reports in one line, without a traceback."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with an input, and where: `line` counts from 1, None is the whole file."""
+
+    line: int | None
+    message: str
+
+    def __str__(self) -> str:
+        return self.message if self.line is None else f"line {self.line}: {self.message}"
+
+
+class InvalidInput(RushesError):
+    """What a person typed or a file they gave cannot be used. Nothing was stored."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, problems: Sequence[Problem]):
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__(
+            f"{source}: " + "; ".join(str(problem) for problem in self.problems[:3])
+            + (f"; and {len(self.problems) - 3} more" if len(self.problems) > 3 else "")
+        )
+
+
+class PresetError(RushesError):
+    """A preset file cannot be used: the message names the file, the key and what would do."""
+
+    exit_code = 2
+
+
+class NotFound(RushesError):
+    """No batch, job or preset of this name."""
+
+    exit_code = 2
+
+
+class IdempotencyConflict(RushesError):
+    """The idempotency key was used before, for other content."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, batch_id: str):
+        self.key = key
+        self.batch_id = batch_id
+        super().__init__(
+            f"idempotency key {key!r} belongs to batch {batch_id}, which has other content: "
+            "submit the same file and options again, or choose another key"
+        )

@@ -1,0 +1,1 @@
+"""One process per device: from a claimed job to a video in the bucket."""
