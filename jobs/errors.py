@@ -30,7 +30,8 @@ class InvalidInput(RushesError):
         self.source = source
         self.problems = tuple(problems)
         super().__init__(
-            f"{source}: " + "; ".join(str(problem) for problem in self.problems[:3])
+            f"{source}: "
+            + "; ".join(str(problem) for problem in self.problems[:3])
             + (f"; and {len(self.problems) - 3} more" if len(self.problems) > 3 else "")
         )
 

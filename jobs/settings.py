@@ -1,0 +1,325 @@
+"""Where things are: database, broker, results, folders. How a video looks is a preset's business.
+
+Source order, first one wins: arguments, environment, `NAME_FILE` (the name of a file that holds the
+value), `.env` in the current folder, what a running `rushes up` wrote to `RUSHES_HOME/up.json`,
+the default.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from jobs import errors
+
+UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
+RESULTS_NAMES = (
+    "RUSHES_RESULTS_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "S3_PUBLIC_ENDPOINT_URL",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+)
+
+
+class Settings(BaseSettings):
+    """One value per fact; the environment names are the ones people know from other tools."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_file=".env", env_ignore_empty=True
+    )
+
+    home: Path = Field(
+        Path(".rushes"),
+        validation_alias=AliasChoices("RUSHES_HOME"),
+        description="Folder for everything that rushes keeps on this machine.",
+    )
+    database_url: SecretStr = Field(
+        SecretStr(""),
+        validation_alias=AliasChoices("DATABASE_URL"),
+        description="SQLAlchemy URL; `postgres://` works too. Default: SQLite in RUSHES_HOME.",
+    )
+    broker_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        validation_alias=AliasChoices("CELERY_BROKER_URL", "REDIS_URL"),
+        description="Redis or Valkey, `redis://` or `rediss://`.",
+    )
+    results_url: str = Field(
+        "",
+        validation_alias=AliasChoices("RUSHES_RESULTS_URL"),
+        description="`s3://bucket/prefix` or `file:///folder`. Default: `results` in RUSHES_HOME.",
+    )
+    s3_endpoint_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        description="Address of an S3-compatible store; unset for AWS itself.",
+    )
+    s3_public_endpoint_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("S3_PUBLIC_ENDPOINT_URL"),
+        description="Address of the same store as readers reach it; presigned links point there.",
+    )
+    aws_access_key_id: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_ACCESS_KEY_ID"),
+        description="Unset: boto3 looks in its own places (profile, instance role).",
+    )
+    aws_secret_access_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_SECRET_ACCESS_KEY"),
+        description="Belongs to AWS_ACCESS_KEY_ID.",
+    )
+    aws_session_token: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_SESSION_TOKEN"),
+        description="For temporary credentials.",
+    )
+    aws_region: str | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"),
+        description="Region of the bucket.",
+    )
+    presets_dir: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_PRESETS_DIR"),
+        description="A folder of your own preset files, searched before the shipped ones.",
+    )
+    models_dir: Path = Field(
+        Path(),
+        validation_alias=AliasChoices("RUSHES_MODELS_DIR"),
+        description="One folder of weights per model. Default: `models` in RUSHES_HOME.",
+    )
+    scratch_dir: Path = Field(
+        Path(),
+        validation_alias=AliasChoices("RUSHES_SCRATCH_DIR"),
+        description="Unfinished and not yet uploaded videos. Default: `scratch` in RUSHES_HOME.",
+    )
+    host_name: str = Field(
+        default_factory=socket.gethostname,
+        validation_alias=AliasChoices("RUSHES_HOST"),
+        description="Name of this machine in worker names; must differ between machines.",
+    )
+    lease_seconds: float = Field(
+        60.0,
+        gt=0,
+        validation_alias=AliasChoices("RUSHES_LEASE_SECONDS"),
+        description="A worker silent for this long has lost its job to the queue.",
+    )
+    publish_lease_seconds: float = Field(
+        600.0,
+        gt=0,
+        validation_alias=AliasChoices("RUSHES_PUBLISH_LEASE_SECONDS"),
+        description="The same for a finished video that waits on its host for upload.",
+    )
+    max_errors: int = Field(
+        3,
+        ge=1,
+        validation_alias=AliasChoices("RUSHES_MAX_ERRORS"),
+        description="A job fails for good after this many attempts that raised.",
+    )
+    max_crashes: int = Field(
+        2,
+        ge=1,
+        validation_alias=AliasChoices("RUSHES_MAX_CRASHES"),
+        description="A job is quarantined after this many attempts whose worker died.",
+    )
+    retry_seconds: float = Field(
+        10.0,
+        ge=0,
+        validation_alias=AliasChoices("RUSHES_RETRY_SECONDS"),
+        description="Longest wait before the first retry; doubles with each one, with jitter.",
+    )
+    window: int = Field(
+        2,
+        ge=1,
+        validation_alias=AliasChoices("RUSHES_WINDOW"),
+        description="Messages kept in Redis per live worker.",
+    )
+    tick_seconds: float = Field(
+        2.0,
+        gt=0,
+        validation_alias=AliasChoices("RUSHES_TICK_SECONDS"),
+        description="The dispatcher looks at least this often.",
+    )
+    grace_seconds: float = Field(
+        300.0,
+        ge=0,
+        validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
+        description="A stopping worker may finish its job for this long, then gives it back.",
+    )
+    log_level: str = Field(
+        "INFO",
+        validation_alias=AliasChoices("LOG_LEVEL"),
+        description="DEBUG, INFO, WARNING or ERROR.",
+    )
+    log_format: str = Field(
+        "auto",
+        pattern="^(auto|json|text)$",
+        validation_alias=AliasChoices("RUSHES_LOG_FORMAT"),
+        description="`json`, `text`, or `auto`: text on a terminal.",
+    )
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+            raise ValueError(f"must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
+        return value.upper()
+
+    def model_post_init(self, _context: object) -> None:
+        """Fill in what depends on `home`; make paths absolute, for children in other folders."""
+        home = self.home.expanduser().absolute()
+        defaults: dict[str, Any] = {
+            "home": home,
+            "models_dir": self._folder("models_dir", home / "models"),
+            "scratch_dir": self._folder("scratch_dir", home / "scratch"),
+            "database_url": SecretStr(
+                sqlalchemy_url(self.database_url.get_secret_value())
+                or f"sqlite:///{home / 'rushes.db'}"
+            ),
+            "results_url": self.results_url or (home / "results").as_uri(),
+        }
+        self.__dict__.update(defaults)
+
+    def _folder(self, name: str, default: Path) -> Path:
+        value: Path = getattr(self, name)
+        return default if value == Path() else value.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # pydantic's signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        files = _FileVariants(settings_cls)
+        written = (init_settings, env_settings, files, dotenv_settings)
+        up = read_up_file(_home(init_settings, dotenv_settings))
+        own_results = any(_gives_results_url(source) for source in written)
+        if own_results:
+            up = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
+            return (*written, _Values(settings_cls, up))
+        # The store of `rushes up` comes with its keys: credentials exported for another
+        # store must not be mixed with its address.
+        store = {name: value for name, value in up.items() if name in RESULTS_NAMES}
+        rest = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
+        return (
+            init_settings,
+            _Values(settings_cls, store),
+            *written[1:],
+            _Values(settings_cls, rest),
+        )
+
+
+def load(**overrides: object) -> Settings:
+    """The settings of this process; a bad value is reported by its environment name."""
+    names = environment_names()
+    given = {names[field][0]: value for field, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+    except ValidationError as error:
+        problems = [
+            errors.Problem(
+                line=None,
+                message=f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
+                + (
+                    f" (given: {str(detail['input'])[:80]!r})"
+                    if isinstance(detail["input"], str | int | float)
+                    and "url" not in str(detail["loc"]).lower()
+                    else ""
+                ),
+            )
+            for detail in error.errors()
+        ]
+        raise errors.InvalidInput("settings", problems) from None
+
+
+def environment_names() -> dict[str, tuple[str, ...]]:
+    """Field name -> its names in the environment, in the order they are looked up."""
+    names: dict[str, tuple[str, ...]] = {}
+    for field, info in Settings.model_fields.items():
+        assert isinstance(info.validation_alias, AliasChoices)
+        names[field] = tuple(str(choice) for choice in info.validation_alias.choices)
+    return names
+
+
+def sqlalchemy_url(url: str) -> str:
+    """`postgres://` and `postgresql://` name the driver we ship; other URLs are left alone."""
+    for scheme in ("postgres://", "postgresql://"):
+        if url.startswith(scheme):
+            return "postgresql+psycopg://" + url.removeprefix(scheme)
+    return url
+
+
+def read_up_file(home: Path) -> dict[str, str]:
+    """Environment of a running `rushes up`; empty when it is not running."""
+    try:
+        state = json.loads((home / UP_FILE).read_text("utf-8"))
+        process = psutil.Process(state["pid"])
+        is_alive = abs(process.create_time() - state["process_started"]) < 1.0
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return {}
+    return dict(state["environment"]) if is_alive else {}
+
+
+def _home(init: PydanticBaseSettingsSource, dotenv: PydanticBaseSettingsSource) -> Path:
+    assert isinstance(dotenv, DotEnvSettingsSource)
+    given = init().get("RUSHES_HOME") or os.environ.get("RUSHES_HOME")
+    return Path(given or dotenv.env_vars.get("rushes_home") or ".rushes").expanduser()
+
+
+def _gives_results_url(source: PydanticBaseSettingsSource) -> bool:
+    given = source()
+    return bool(given.get("RUSHES_RESULTS_URL"))
+
+
+class _Values(PydanticBaseSettingsSource):
+    """Values by environment name."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, str]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(self._values)
+
+
+class _FileVariants(_Values):
+    """`DATABASE_URL_FILE=/run/secrets/db` and the like, for every setting."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        values = {}
+        for names in environment_names().values():
+            for name in names:
+                if path := os.environ.get(f"{name}_FILE"):
+                    values[name] = _read_secret(f"{name}_FILE", Path(path))
+                    break
+        super().__init__(settings_cls, values)
+
+
+def _read_secret(name: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.InvalidInput(
+            "settings",
+            [errors.Problem(line=None, message=f"{name}={path}: cannot be read ({error})")],
+        ) from None
