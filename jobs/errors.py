@@ -1,4 +1,4 @@
-"""Errors that a caller can do something about. The message says what was given and what would do."""
+"""Errors that a caller can act on. The message says what was given and what would do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class RushesError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong with an input, and where: `line` counts from 1, None is the whole file."""
+    """One thing that is wrong with an input; `line` counts from 1, None is the whole file."""
 
     line: int | None
     message: str
@@ -26,7 +26,7 @@ class InvalidInput(RushesError):
 
     exit_code = 2
 
-    def __init__(self, source: str, problems: Sequence[Problem]):
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
         super().__init__(
@@ -53,7 +53,7 @@ class IdempotencyConflict(RushesError):
 
     exit_code = 2
 
-    def __init__(self, key: str, batch_id: str):
+    def __init__(self, key: str, batch_id: str) -> None:
         self.key = key
         self.batch_id = batch_id
         super().__init__(

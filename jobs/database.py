@@ -1,0 +1,172 @@
+"""Engine and transactions; the same calls on SQLite and PostgreSQL."""
+
+import functools
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import structlog
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.orm import Session
+
+from jobs import errors, settings
+
+log = structlog.get_logger()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for half a minute
+WRITE_TRIES = 6
+CONNECT_SECONDS = 5
+
+
+class DatabaseUnavailable(errors.RushesError):
+    """The database does not answer, or was never migrated."""
+
+    def __init__(self, url: URL, reason: str) -> None:
+        self.url = url.render_as_string(hide_password=True)
+        super().__init__(f"database {self.url}: {reason}")
+
+
+class Database:
+    """One engine, made lazily; safe to share between threads, not between processes."""
+
+    def __init__(self, url: str) -> None:
+        self._url_text = url
+
+    @functools.cached_property
+    def url(self) -> URL:
+        try:
+            return make_url(self._url_text)
+        except ArgumentError:
+            raise errors.InvalidInput(
+                "settings",
+                [
+                    errors.Problem(
+                        line=None,
+                        message="DATABASE_URL is not a database URL; "
+                        "give postgresql://user:password@host/name or sqlite:///file.db",
+                    )
+                ],
+            ) from None
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        try:
+            return _make_sqlite(self.url) if self.is_sqlite else _make_server(self.url)
+        except (NoSuchModuleError, ImportError) as error:
+            raise DatabaseUnavailable(
+                self.url, f"no driver for it ({error}); use postgresql:// or sqlite:///"
+            ) from None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """Commits at the end, rolls back on any exception. Takes SQLite's write lock at once."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """One consistent view; on SQLite it neither waits for a writer nor holds one up."""
+        engine = self.engine.execution_options(rushes_begin="BEGIN")
+        with Session(engine, expire_on_commit=False) as session:
+            yield session
+            session.rollback()
+
+    def write(
+        self, change: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Run `change(session, ...)` in a transaction, again after a deadlock or a lost connection.
+
+        `change` must be safe to run twice: a connection may break after the commit took effect.
+        """
+        for wait in _waits(WRITE_TRIES):
+            try:
+                with self.transaction() as session:
+                    return change(session, *args, **kwargs)
+            except DBAPIError as error:
+                if wait is None or not _may_heal(error):
+                    raise
+                log.warning("database.again", change=change.__name__, error=str(error.orig)[:200])
+                time.sleep(wait)
+        raise AssertionError("unreachable: the last wait is None")
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def connect(config: settings.Settings) -> Database:
+    return Database(config.database_url.get_secret_value())
+
+
+def now(session: Session) -> datetime:
+    """The database's clock: the only one that leases and waits are measured with."""
+    if session.get_bind().dialect.name == "sqlite":
+        value = session.scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
+        return datetime.fromisoformat(str(value)).replace(tzinfo=UTC)
+    value = session.scalar(text("SELECT clock_timestamp()"))
+    assert isinstance(value, datetime)
+    return value.astimezone(UTC)
+
+
+def _waits(tries: int) -> Iterator[float | None]:
+    for number in range(tries - 1):
+        yield 0.05 * 2**number * random.uniform(0.5, 1.5)  # noqa: S311  # jitter, not a secret
+    yield None
+
+
+def _may_heal(error: DBAPIError) -> bool:
+    if error.connection_invalidated:
+        return True
+    state = getattr(error.orig, "sqlstate", None) or ""
+    # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
+    return state.startswith(("08", "40", "57P", "53")) or "database is locked" in str(error.orig)
+
+
+def _make_server(url: URL) -> Engine:
+    arguments: dict[str, Any] = {}
+    if url.get_driver_name() == "psycopg":
+        # Keepalive and tcp_user_timeout: a half-open connection is noticed within half a minute.
+        arguments = {
+            "connect_timeout": CONNECT_SECONDS,
+            "application_name": "rushes",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
+        }
+    return create_engine(
+        url, pool_pre_ping=True, pool_size=4, max_overflow=8, connect_args=arguments
+    )
+
+
+def _make_sqlite(url: URL) -> Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # IMMEDIATE: a transaction that reads first and writes later would fail at once
+        # when another writer came between, without waiting for the busy timeout.
+        how = connection.get_execution_options().get("rushes_begin", "BEGIN IMMEDIATE")
+        connection.exec_driver_sql(how)
+
+    return engine

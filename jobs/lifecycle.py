@@ -1,0 +1,480 @@
+"""Every change of a job's state, one function each, as one compare-and-set.
+
+An attempt's id is a fence: a change names the attempt that it believes holds the job, and does
+nothing when another one does. Every function is safe to call twice. Order of row locks: jobs,
+then attempts, then the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from jobs import database, presets, retries, schema, states
+from jobs.schema import Attempt, Batch, Job
+
+MAX_ERROR_CHARS = 2_000
+MAX_DETAIL_CHARS = 20_000
+LOST_AT_ONCE = 500  # leases ended in one transaction
+
+
+class Verdict(StrEnum):
+    """What an attempt hears when it reports."""
+
+    GO_ON = "go_on"
+    CANCELLED = "cancelled"
+    """Stop: somebody asked for it. Then call `cancel_attempt`."""
+    SUPERSEDED = "superseded"
+    """Stop and say nothing more: the job is no longer this attempt's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A job that this worker now holds, and everything needed to render it."""
+
+    attempt_id: int
+    job_id: int
+    batch_id: str
+    custom_id: str | None
+    number: int
+    meta: dict[str, Any] | None
+    spec: presets.RenderSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVideo:
+    """Where the winner lies, as verified after the upload."""
+
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -> Claim | None:
+    """Queued -> running. None: not runnable any more, so a doubled message ends here."""
+    now = database.now(session)
+    job = session.scalar(select(Job).where(Job.id == job_id, *_runnable(now)).with_for_update())
+    if job is None:
+        return None
+    tries = select(func.count()).select_from(Attempt).where(Attempt.job_id == job_id)
+    attempt = Attempt(
+        job_id=job_id,
+        number=(session.scalar(tries) or 0) + 1,
+        state=states.AttemptState.RUNNING,
+        worker=worker,
+        started_at=now,
+        heartbeat_at=now,
+        lease_until=now + timedelta(seconds=lease_seconds),
+    )
+    session.add(attempt)
+    session.flush()
+    moved = _move(
+        session,
+        job_id,
+        states.JobState.QUEUED,
+        states.JobState.RUNNING,
+        attempt_id=attempt.id,
+        started_at=now,
+    )
+    assert moved, "the row is locked"
+    return Claim(
+        attempt_id=attempt.id,
+        job_id=job_id,
+        batch_id=job.batch_id,
+        custom_id=job.custom_id,
+        number=attempt.number,
+        meta=job.meta,
+        spec=_spec(session, job),
+    )
+
+
+def heartbeat(
+    session: Session,
+    attempt_id: int,
+    *,
+    lease_seconds: float,
+    stage: str | None = None,
+    step: int = 0,
+    steps: int = 0,
+    note: str | None = None,
+) -> Verdict:
+    """Renew the lease and leave word of the progress; hear whether to go on."""
+    now = database.now(session)
+    values: dict[str, Any] = {
+        "heartbeat_at": now,
+        "lease_until": now + timedelta(seconds=lease_seconds),
+        "note": note,
+    }
+    if stage is not None:
+        values |= {"stage": stage, "step": step, "steps": steps}
+    changed = session.execute(
+        update(Attempt)
+        .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
+        .values(values)
+    )
+    if not _count(changed):
+        return Verdict.SUPERSEDED
+    # Without a lock: waiting for one here would turn the order of locks around.
+    return _verdict(session, attempt_id, lock=False)
+
+
+def rendered(
+    session: Session,
+    attempt_id: int,
+    *,
+    seconds: dict[str, float],
+    peak_memory_bytes: int | None,
+    lease_seconds: float,
+) -> Verdict:
+    """The mp4 is finished on this host; from here on the publisher renews the lease."""
+    now = database.now(session)
+    verdict = _verdict(session, attempt_id, lock=True)
+    if verdict is Verdict.GO_ON:
+        session.execute(
+            update(Attempt)
+            .where(Attempt.id == attempt_id)
+            .values(
+                state=states.AttemptState.RENDERED,
+                stage="upload",
+                step=0,
+                steps=1,
+                seconds=seconds,
+                peak_memory_bytes=peak_memory_bytes,
+                heartbeat_at=now,
+                lease_until=now + timedelta(seconds=lease_seconds),
+            )
+        )
+    return verdict
+
+
+def succeed(session: Session, attempt_id: int, *, video: StoredVideo) -> bool:
+    """Running -> succeeded, if this attempt holds the job. True also when it already had."""
+    attempt = session.get_one(Attempt, attempt_id)
+    if attempt.state is states.AttemptState.SUCCEEDED:
+        return True
+    moved = _move(
+        session,
+        attempt.job_id,
+        states.JobState.RUNNING,
+        states.JobState.SUCCEEDED,
+        holder=attempt_id,
+        failure_kind=None,
+        error=None,
+        finished_at=database.now(session),
+    )
+    if moved:
+        _end_attempt(
+            session,
+            attempt_id,
+            states.AttemptState.SUCCEEDED,
+            step=1,
+            note=None,
+            video_key=video.key,
+            video_bytes=video.size_bytes,
+            video_sha256=video.sha256,
+        )
+    return moved
+
+
+def fail(
+    session: Session,
+    attempt_id: int,
+    *,
+    kind: states.FailureKind,
+    error: str,
+    budgets: retries.Budgets,
+    detail: str | None = None,
+) -> states.JobState | None:
+    """Close the attempt; requeue its job or fail it. None: the attempt did not hold the job."""
+    job = _held_by(session, attempt_id)
+    if job is None:
+        return None
+    is_crash = kind in retries.CRASHES
+    errors_so_far = job.error_count + (not is_crash)
+    crashes_so_far = job.crash_count + is_crash
+    decision = retries.decide(kind, errors=errors_so_far, crashes=crashes_so_far, budgets=budgets)
+    now = database.now(session)
+    if job.cancel_requested:
+        target = states.JobState.CANCELLED
+    else:
+        target = states.JobState.FAILED if decision is None else states.JobState.QUEUED
+    values: dict[str, Any] = {
+        "error_count": errors_so_far,
+        "crash_count": crashes_so_far,
+        "failure_kind": kind,
+        "error": error[:MAX_ERROR_CHARS],
+    }
+    if target is states.JobState.QUEUED:
+        assert decision is not None
+        values |= _requeued(not_before=now + timedelta(seconds=decision.wait_seconds))
+    else:
+        values |= {"finished_at": now, "quarantined": is_crash and target is states.JobState.FAILED}
+    _move(session, job.id, states.JobState.RUNNING, target, holder=attempt_id, **values)
+    _end_attempt(
+        session,
+        attempt_id,
+        states.AttemptState.LOST if is_crash else states.AttemptState.FAILED,
+        failure_kind=kind,
+        error=error[:MAX_ERROR_CHARS],
+        error_detail=None if detail is None else detail[-MAX_DETAIL_CHARS:],
+    )
+    return target
+
+
+def release(session: Session, attempt_id: int, *, reason: str) -> bool:
+    """Running -> queued at no cost to any budget: the worker stops, the job did nothing wrong."""
+    job = _held_by(session, attempt_id)
+    if job is None:
+        return False
+    if job.cancel_requested:
+        return cancel_attempt(session, attempt_id)
+    _move(
+        session,
+        job.id,
+        states.JobState.RUNNING,
+        states.JobState.QUEUED,
+        holder=attempt_id,
+        **_requeued(not_before=None),
+    )
+    _end_attempt(session, attempt_id, states.AttemptState.RELEASED, note=reason)
+    return True
+
+
+def cancel_attempt(session: Session, attempt_id: int) -> bool:
+    """Running -> cancelled: the attempt has stopped because its job was to be cancelled."""
+    job = _held_by(session, attempt_id)
+    if job is None:
+        return False
+    _move(
+        session,
+        job.id,
+        states.JobState.RUNNING,
+        states.JobState.CANCELLED,
+        holder=attempt_id,
+        finished_at=database.now(session),
+    )
+    _end_attempt(session, attempt_id, states.AttemptState.CANCELLED)
+    return True
+
+
+def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
+    """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to)."""
+    now = database.now(session)
+    asked = session.execute(
+        update(Job)
+        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
+        .where(Job.cancel_requested.is_(False))
+        .values(cancel_requested=True)
+    )
+    waiting = [Job.batch_id == batch_id]
+    cancelled = _cancel_queued(session, batch_id, waiting, now)
+    session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.finished_at.is_(None))
+        .values(cancel_requested_at=func.coalesce(Batch.cancel_requested_at, now))
+    )
+    return cancelled, _count(asked)
+
+
+def cancel_job(session: Session, job_id: int) -> states.JobState:
+    """Cancel now if it waits, at its next step if it runs; the state it is left in."""
+    job = session.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()
+    if job.state is states.JobState.QUEUED:
+        _cancel_queued(session, job.batch_id, [Job.id == job_id], database.now(session))
+        return states.JobState.CANCELLED
+    if job.state is states.JobState.RUNNING:
+        session.execute(update(Job).where(Job.id == job_id).values(cancel_requested=True))
+    return job.state
+
+
+def retry_jobs(
+    session: Session,
+    batch_id: str,
+    *,
+    from_states: Sequence[states.JobState] = (states.JobState.FAILED,),
+    job_ids: Sequence[int] | None = None,
+) -> int:
+    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many."""
+    assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
+    total = 0
+    for state in from_states:
+        statement = update(Job).where(Job.batch_id == batch_id, Job.state == state)
+        if job_ids is not None:
+            statement = statement.where(Job.id.in_(job_ids))
+        reopened = _count(
+            session.execute(
+                statement.values(
+                    state=states.JobState.QUEUED,
+                    error_count=0,
+                    crash_count=0,
+                    quarantined=False,
+                    finished_at=None,
+                    **_requeued(not_before=None),
+                )
+            )
+        )
+        _count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
+        total += reopened
+    if total:
+        session.execute(
+            update(Batch)
+            .where(Batch.id == batch_id)
+            .values(finished_at=None, manifest_at=None, cancel_requested_at=None)
+        )
+    return total
+
+
+def end_lost_attempts(
+    session: Session, *, budgets: retries.Budgets, worker: str | None = None
+) -> list[int]:
+    """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held."""
+    now = database.now(session)
+    lost = Attempt.lease_until < now
+    if worker is not None:
+        # What is rendered lies on the disk of its host, for the publisher to find.
+        lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
+    attempts = session.scalars(
+        select(Attempt)
+        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), lost)
+        .order_by(Attempt.lease_until)
+        .limit(LOST_AT_ONCE)
+    ).all()
+    ended = []
+    for attempt in attempts:
+        silent = (now - attempt.heartbeat_at).total_seconds()
+        where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
+        why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
+        kind = states.FailureKind.WORKER_LOST
+        if fail(session, attempt.id, kind=kind, error=why, budgets=budgets) is not None:
+            ended.append(attempt.id)
+        else:
+            _end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
+    return ended
+
+
+def release_worker(session: Session, worker: str, *, reason: str) -> list[int]:
+    """Give back everything that a stopped worker still held, at no cost to the jobs."""
+    ids = session.scalars(
+        select(Attempt.id).where(
+            Attempt.worker == worker, Attempt.state == states.AttemptState.RUNNING
+        )
+    ).all()
+    return [attempt_id for attempt_id in ids if release(session, attempt_id, reason=reason)]
+
+
+def _runnable(now: datetime) -> list[ColumnElement[bool]]:
+    return [
+        Job.state == states.JobState.QUEUED,
+        or_(Job.not_before.is_(None), Job.not_before <= now),
+    ]
+
+
+def _requeued(*, not_before: datetime | None) -> dict[str, Any]:
+    return {
+        "attempt_id": None,
+        "dispatched_at": None,
+        "started_at": None,
+        "not_before": not_before,
+        "cancel_requested": False,
+    }
+
+
+def _spec(session: Session, job: Job) -> presets.RenderSpec:
+    look = session.get_one(schema.Look, job.look_id)
+    return presets.RenderSpec(
+        look=presets.Look.model_validate(look.body),
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        seed=job.seed,
+    )
+
+
+def _held_by(session: Session, attempt_id: int, *, lock: bool = True) -> Job | None:
+    """The job that this attempt holds; None when it holds none."""
+    of_attempt = select(Attempt.job_id).where(Attempt.id == attempt_id).scalar_subquery()
+    statement = (
+        select(Job)
+        .where(Job.id == of_attempt)
+        .where(Job.attempt_id == attempt_id, Job.state == states.JobState.RUNNING)
+        .execution_options(populate_existing=True)
+    )
+    return session.scalar(statement.with_for_update() if lock else statement)
+
+
+def _verdict(session: Session, attempt_id: int, *, lock: bool) -> Verdict:
+    job = _held_by(session, attempt_id, lock=lock)
+    if job is None:
+        return Verdict.SUPERSEDED
+    return Verdict.CANCELLED if job.cancel_requested else Verdict.GO_ON
+
+
+def _move(
+    session: Session,
+    job_id: int,
+    expected: states.JobState,
+    target: states.JobState,
+    *,
+    holder: int | None = None,
+    **values: Any,
+) -> bool:
+    """The one statement that changes the state of a single job, and its batch's counts."""
+    assert target in states.TRANSITIONS[expected], f"{expected} -> {target}"
+    statement = update(Job).where(Job.id == job_id, Job.state == expected)
+    if holder is not None:
+        statement = statement.where(Job.attempt_id == holder)
+    batch_id = session.scalar(statement.values(state=target, **values).returning(Job.batch_id))
+    if batch_id is None:
+        return False
+    _count_moved(session, batch_id, expected, target, 1)
+    return True
+
+
+def _cancel_queued(
+    session: Session, batch_id: str, which: list[ColumnElement[bool]], now: datetime
+) -> int:
+    cancelled = _count(
+        session.execute(
+            update(Job)
+            .where(Job.state == states.JobState.QUEUED, *which)
+            .values(state=states.JobState.CANCELLED, finished_at=now)
+        )
+    )
+    _count_moved(session, batch_id, states.JobState.QUEUED, states.JobState.CANCELLED, cancelled)
+    return cancelled
+
+
+def _count_moved(
+    session: Session, batch_id: str, source: states.JobState, target: states.JobState, number: int
+) -> None:
+    if not number:
+        return
+    left, entered = getattr(Batch, source.value), getattr(Batch, target.value)
+    open_jobs = session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values({left: left - number, entered: entered + number})
+        .returning(Batch.queued + Batch.running)
+    ).scalar_one()
+    if open_jobs == 0:
+        session.execute(
+            update(Batch).where(Batch.id == batch_id).values(finished_at=database.now(session))
+        )
+
+
+def _end_attempt(
+    session: Session, attempt_id: int, state: states.AttemptState, **values: Any
+) -> None:
+    session.execute(
+        update(Attempt)
+        .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
+        .values(state=state, finished_at=database.now(session), **values)
+    )
+
+
+def _count(result: Any) -> int:
+    assert isinstance(result, CursorResult)
+    return result.rowcount

@@ -1,0 +1,42 @@
+"""Retry or give up, and when. Pure: the worker only names the failure."""
+
+import random
+from dataclasses import dataclass
+
+from jobs import states
+
+LONGEST_WAIT_SECONDS = 600.0
+
+NEVER_RETRIED = frozenset({states.FailureKind.INPUT})
+CRASHES = frozenset({states.FailureKind.WORKER_LOST})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """How often a job may fail. Attempts given back by a stopping worker count in neither."""
+
+    max_errors: int
+    max_crashes: int
+    retry_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryDecision:
+    """Try again, not before `wait_seconds` from now."""
+
+    wait_seconds: float
+
+
+def decide(
+    kind: states.FailureKind, *, errors: int, crashes: int, budgets: Budgets
+) -> RetryDecision | None:
+    """None: give up. `errors` and `crashes` include the failure that is being decided."""
+    if kind in NEVER_RETRIED:
+        return None
+    if kind in CRASHES:
+        # The worker died, the job may be innocent: at once, but not often.
+        return RetryDecision(wait_seconds=0.0) if crashes < budgets.max_crashes else None
+    if errors >= budgets.max_errors:
+        return None
+    longest = min(budgets.retry_seconds * 2 ** (errors - 1), LONGEST_WAIT_SECONDS)
+    return RetryDecision(wait_seconds=random.uniform(longest / 2, longest))  # noqa: S311

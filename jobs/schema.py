@@ -1,0 +1,219 @@
+"""The tables. Rows change through `lifecycle`, `submission`, `dispatch` and nowhere else."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    DateTime,
+    Dialect,
+    Enum,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from jobs import states
+
+BigId = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only INTEGER keys
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC in Python on every database."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        assert value is None or value.tzinfo is not None, "naive datetime"
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _enum(kind: type[StrEnum]) -> Enum:
+    # Text by value, no database enum type: adding a state needs no change of the table.
+    return Enum(
+        kind,
+        values_callable=lambda members: [member.value for member in members],
+        native_enum=False,
+        create_constraint=False,
+        length=20,
+    )
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON, str: Text}  # noqa: RUF012
+
+
+class Look(Base):
+    """A `presets.Look`, stored once however many jobs share it. Never changed."""
+
+    __tablename__ = "looks"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    queue: Mapped[str] = mapped_column(String(200))
+    body: Mapped[dict[str, Any]]
+
+
+class Batch(Base):
+    """What one submit made. Its counts change in the transaction that moves a job."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+    name: Mapped[str | None]
+    preset: Mapped[str]
+    priority: Mapped[int]
+    idempotency_key: Mapped[str | None] = mapped_column(String(200), unique=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    finished_at: Mapped[datetime | None]
+    manifest_at: Mapped[datetime | None]
+    """When its result files were written; None again when it is reopened."""
+    cancel_requested_at: Mapped[datetime | None]
+    total: Mapped[int]
+    queued: Mapped[int]
+    running: Mapped[int] = mapped_column(default=0)
+    succeeded: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    cancelled: Mapped[int] = mapped_column(default=0)
+
+    __table_args__ = (
+        Index(
+            "ix_batches_unwritten",
+            "finished_at",
+            sqlite_where=text("finished_at IS NOT NULL AND manifest_at IS NULL"),
+            postgresql_where=text("finished_at IS NOT NULL AND manifest_at IS NULL"),
+        ),
+    )
+
+
+class Job(Base):
+    """One prompt, one seed, one look: one video."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"))
+    position: Mapped[int]
+    """Place in the batch, from 0."""
+    custom_id: Mapped[str | None] = mapped_column(String(512))
+    look_id: Mapped[str] = mapped_column(ForeignKey("looks.id"))
+    prompt: Mapped[str]
+    negative_prompt: Mapped[str | None]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    meta: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    rank: Mapped[int]
+    """Lower goes first: minus the priority, so that one ascending index holds the order."""
+    state: Mapped[states.JobState] = mapped_column(_enum(states.JobState))
+    queue: Mapped[str] = mapped_column(String(200))
+    """Where its message goes; the same as its look's, so that dispatch reads one table."""
+    not_before: Mapped[datetime | None]
+    dispatched_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    attempt_id: Mapped[int | None] = mapped_column(BigInteger)
+    """The fence: the attempt that holds the job, later the one whose result counts."""
+    error_count: Mapped[int] = mapped_column(default=0)
+    crash_count: Mapped[int] = mapped_column(default=0)
+    quarantined: Mapped[bool] = mapped_column(Boolean, default=False)
+    failure_kind: Mapped[states.FailureKind | None] = mapped_column(_enum(states.FailureKind))
+    error: Mapped[str | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("batch_id", "custom_id"),
+        UniqueConstraint("batch_id", "position"),
+        Index("ix_jobs_batch_id_state", "batch_id", "state"),
+        Index(
+            "ix_jobs_runnable",
+            "queue",
+            "rank",
+            "id",
+            sqlite_where=text("state = 'queued'"),
+            postgresql_where=text("state = 'queued'"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Attempt(Base):
+    """One try at a job. Its id is the fencing token: it only grows and is never used again."""
+
+    __tablename__ = "attempts"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), index=True)
+    number: Mapped[int]
+    state: Mapped[states.AttemptState] = mapped_column(_enum(states.AttemptState))
+    worker: Mapped[str] = mapped_column(String(200))
+    started_at: Mapped[datetime]
+    lease_until: Mapped[datetime]
+    heartbeat_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    stage: Mapped[str | None] = mapped_column(String(20))
+    step: Mapped[int] = mapped_column(default=0)
+    """Finished parts of `stage`, of `steps`."""
+    steps: Mapped[int] = mapped_column(default=0)
+    note: Mapped[str | None]
+    """What it waits for, in words."""
+    failure_kind: Mapped[states.FailureKind | None] = mapped_column(_enum(states.FailureKind))
+    error: Mapped[str | None]
+    error_detail: Mapped[str | None]
+    seconds: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Stage name -> seconds."""
+    peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    video_key: Mapped[str | None]
+    video_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    video_sha256: Mapped[str | None] = mapped_column(String(64))
+
+    __table_args__ = (
+        Index(
+            "ix_attempts_live",
+            "lease_until",
+            sqlite_where=text("state IN ('running', 'rendered')"),
+            postgresql_where=text("state IN ('running', 'rendered')"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+
+class Worker(Base):
+    """A render process as its launcher last saw it; alive while `heartbeat_at` is fresh."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """`gpu0@host`"""
+    host: Mapped[str] = mapped_column(String(200))
+    device: Mapped[str]
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    queues: Mapped[list[str]] = mapped_column(JSON)
+    version: Mapped[str] = mapped_column(String(50))
+    pid: Mapped[int]
+    started_at: Mapped[datetime]
+    heartbeat_at: Mapped[datetime]
+    stopped_at: Mapped[datetime | None]
+    restarts: Mapped[int] = mapped_column(default=0)
