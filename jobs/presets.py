@@ -1,4 +1,4 @@
-"""Presets: what a video looks like, read from LightX2V's config files; nothing here is about machines."""
+"""Presets: what a video looks like, read from LightX2V's config files. Nothing about machines."""
 
 import difflib
 import hashlib
@@ -514,13 +514,17 @@ def read(path: Path) -> Preset:
     fields = _parse(path)
     _refuse_image_to_video(path, fields)
     problems = [*_unknown_keys(fields), *_unsupported(fields), *_contradictions(fields)]
+    try:
+        look = Look.model_validate(_look_values(fields))
+    except ValidationError as error:
+        problems += [f"{_key_of(field, fields)} {text}" for field, text in _messages(error)]
     if problems:
         _refuse(path, problems)
     return Preset(
         name=path.stem,
         path=path,
         description=fields.get("description"),
-        look=_look(path, fields),
+        look=look,
         keys_without_effect=tuple(_without_effect(fields)),
     )
 
@@ -534,8 +538,6 @@ def _parse(path: Path) -> dict[str, Any]:
     text = _text(path)
     try:
         fields = _loads(text)
-    except json.JSONDecodeError:
-        raise AssertionError("json5 reads what json does not") from None
     except RecursionError:
         _refuse(path, ["nested too deeply: a preset is one flat object"])
     except ValueError as error:
@@ -623,7 +625,7 @@ def _refuse_image_to_video(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _unknown_keys(fields: dict[str, Any]) -> Iterator[str]:
-    for key in fields.keys() - KEYS:
+    for key in sorted(fields.keys() - KEYS)[:5]:
         close = difflib.get_close_matches(key[:64], KEYS, n=1)
         guess = f", did you mean {close[0]}?" if close else ": remove it, see docs/presets.md"
         yield f"unknown key {_shown(key)}{guess}"
@@ -663,8 +665,9 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
 
 
-def _look(path: Path, fields: dict[str, Any]) -> Look:
-    height, width = fields.get("size", (480, 832))
+def _look_values(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Look: what the file says over what a LightX2V file leaves to its caller."""
+    height, width = fields["size"] if _is_pair(fields.get("size")) else (480, 832)
     values = {
         "task": "t2v",
         "model_path": DEFAULT_MODEL_PATH,
@@ -677,10 +680,7 @@ def _look(path: Path, fields: dict[str, Any]) -> Look:
         "fps": 16,
     }
     given = {_FIELD_OF_KEY.get(key, key): value for key, value in fields.items()}
-    try:
-        return Look.model_validate(values | {f: given[f] for f in values.keys() & given.keys()})
-    except ValidationError as error:
-        _refuse(path, [f"{_key_of(f, fields)} {text}" for f, text in _messages(error)])
+    return values | {field: given[field] for field in values.keys() & given.keys()}
 
 
 def _key_of(field: str, fields: dict[str, Any]) -> str:
