@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -28,6 +29,8 @@ MAX_SEED = 2**63 - 1  # the widest signed integer of both databases
 MAX_SECONDS = 3_600
 MAX_SIDE_OR_COUNT = 100_000  # keeps numbers sane here; the preset decides what fits
 MAX_PRIORITY = 100
+MAX_COLUMNS = 100  # every key and all metadata are 30
+MAX_SHOWN = 5  # faults told of one row: a line may hold a hundred thousand
 VIDEOS_URL = "/v1/videos"
 
 
@@ -150,7 +153,8 @@ class DuplicateFinder:
     """Remembers on disk which line had which custom_id: a million rows need no memory."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)  # a file that nobody else sees
+        # An empty name is a temporary file. A web server may go on with it in another thread.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(
             # The file is thrown away at close: nothing in it is worth a journal or a sync.
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;"
@@ -215,7 +219,7 @@ def _numbered_lines(stream: BinaryIO) -> _Lines:
         if not line:
             return
         if number == 1:
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(_BOM) or b"\n"
         if len(line) > MAX_LINE_BYTES and len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
             _skip_rest_of_line(stream, line)
             yield number, None
@@ -308,8 +312,8 @@ def _jsonl_row(number: int, line: bytes | None) -> PromptRow:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # add returns None on purpose
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise _Invalid(f"key {_shown(twice)} is given twice: keep one")
     return fields
 
@@ -448,19 +452,21 @@ def _wrong_header(names: list[str]) -> list[str]:
     columns = [name.strip() for name in names]
     if len(columns) == 1 and columns[0] not in _CHECKS and re.search(r"[;\t|]", columns[0]):
         return [f"columns must be separated by commas, got {_shown(columns[0])}"]
+    if len(columns) > MAX_COLUMNS:
+        return [f"has {len(columns)} columns: at most {MAX_COLUMNS} would do"]
     wrong = [
         _unknown(name, "column") if name else "a column has no name"
         for name in columns
         if name == "metadata" or (name not in _CHECKS and not _is_metadata(name))
     ]
-    wrong += [f"column {_shown(name)} is given twice" for name in _repeated(columns) if name]
+    wrong += [
+        f"column {_shown(name)} is given twice"
+        for name, count in Counter(columns).items()
+        if name and count > 1
+    ]
     if "prompt" not in columns:
         wrong.append(f"a column named prompt is missing, got {_shown(', '.join(columns))}")
     return wrong
-
-
-def _repeated(names: list[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else []
 
 
 def _is_metadata(name: str) -> bool:
@@ -508,7 +514,12 @@ def _number(text: str) -> Any:
 
 def _lora_cell(text: str) -> Any:
     """A list as in JSON Lines, or the name of one LoRA."""
-    return _json_value(text) if text.lstrip().startswith("[") else [{"name": text}]
+    if not text.lstrip().startswith("["):
+        return [{"name": text.strip()}]
+    try:
+        return _json_value(text)
+    except _Invalid:
+        return text
 
 
 _CELLS: dict[str, Callable[[str], Any]] = {
@@ -532,6 +543,8 @@ def _row(fields: dict[str, Any], line: int) -> PromptRow:
     wrong: list[str] = []
     for key, value in fields.items():
         check = _CHECKS.get(key)
+        if len(wrong) == MAX_SHOWN:
+            break
         if check is None:
             wrong.append(_unknown(key, "key"))
         elif value is not None:
@@ -548,7 +561,7 @@ def _row(fields: dict[str, Any], line: int) -> PromptRow:
     if "seconds" in values and "num_frames" in values:
         wrong.append("seconds and num_frames are both given: keep one")
     if wrong:
-        raise _Invalid("; ".join(wrong[:5]))
+        raise _Invalid("; ".join(wrong))
     return PromptRow(line=line, **values)
 
 
@@ -586,7 +599,7 @@ def _text_check(max_chars: int) -> Callable[[Any], str]:
         if type(value) is not str:
             raise _Invalid(f"must be a text, got {_shown(value)}")
         if not value or value.isspace():
-            raise _Invalid("is empty: write some text" if max_chars else "is empty")
+            raise _Invalid("is empty: write some text")
         if len(value) > max_chars:
             raise _Invalid(f"has {len(value):,} characters: at most {max_chars:,} would do")
         _refuse_unstorable(value)

@@ -119,7 +119,7 @@ class Job(Base):
     batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"))
     position: Mapped[int]
     """Place in the batch, from 0."""
-    custom_id: Mapped[str | None] = mapped_column(String(512))
+    custom_id: Mapped[str | None] = mapped_column(String(520))
     look_id: Mapped[str] = mapped_column(ForeignKey("looks.id"))
     prompt: Mapped[str]
     negative_prompt: Mapped[str | None]

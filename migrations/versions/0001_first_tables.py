@@ -71,7 +71,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("batch_id", sa.String(length=20), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("custom_id", sa.String(length=512), nullable=True),
+        sa.Column("custom_id", sa.String(length=520), nullable=True),
         sa.Column("look_id", sa.String(length=16), nullable=False),
         sa.Column("prompt", sa.Text(), nullable=False),
         sa.Column("negative_prompt", sa.Text(), nullable=True),

@@ -1,0 +1,125 @@
+"""What Redis is used for: a few messages per worker that say "this job may start", and a kick."""
+
+import json
+import uuid
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+import kombu.exceptions
+import redis
+from celery import Celery
+
+from jobs import celery_app, errors, settings
+
+KICK_KEY = "rushes.kick"
+MOST_READ = 1_000  # messages looked at per queue; dispatch keeps far fewer there
+SEND_SECONDS = 2.0
+
+UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
+
+
+class BrokerUnavailable(errors.RushesError):
+    """Redis does not answer. Nothing is lost: the dispatcher sends again when it does."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        parts = urlsplit(url)
+        self.address = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+        super().__init__(f"broker {self.address}: {reason}")
+
+
+class Broker:
+    """Sends job ids to queues and can tell which ones still lie there."""
+
+    def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
+        self.url = config.broker_url.get_secret_value()
+        if urlsplit(self.url).scheme not in ("redis", "rediss"):
+            raise errors.InvalidInput(
+                "settings",
+                [
+                    errors.Problem(
+                        line=None,
+                        message="CELERY_BROKER_URL must begin with redis:// or rediss://, "
+                        f"got {urlsplit(self.url).scheme!r}",
+                    )
+                ],
+            )
+        self._app = app or celery_app.make(config)
+        self.redis: redis.Redis = redis.Redis.from_url(
+            self.url,
+            socket_connect_timeout=SEND_SECONDS,
+            socket_timeout=SEND_SECONDS,
+            socket_keepalive=True,
+        )
+
+    def send_renders(self, queue: str, job_ids: Iterable[int]) -> int:
+        """One message per job; how many were sent before Redis stopped answering, if it does."""
+        sent = 0
+        try:
+            for job_id in job_ids:
+                self._send(celery_app.RENDER_TASK, job_id, queue)
+                sent += 1
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+        return sent
+
+    def send_publish(self, host: str, attempt_id: int) -> None:
+        try:
+            self._send(celery_app.PUBLISH_TASK, attempt_id, publish_queue(host))
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+
+    def waiting(self, queue: str) -> set[int]:
+        """Ids of the messages that no worker has taken from this queue yet."""
+        try:
+            messages = self.redis.lrange(queue, 0, MOST_READ - 1)
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+        assert isinstance(messages, list)
+        found = (_subject(message) for message in messages)
+        return {subject for subject in found if subject is not None}
+
+    def kick(self) -> bool:
+        """Wake the dispatchers; False when Redis is down, which costs a tick and nothing else."""
+        try:
+            pipeline = self.redis.pipeline()
+            pipeline.lpush(KICK_KEY, "1")
+            pipeline.ltrim(KICK_KEY, 0, 0)
+            pipeline.execute()
+        except UNAVAILABLE:
+            return False
+        return True
+
+    def wait_for_kick(self, seconds: float) -> bool:
+        """True when kicked. Raises BrokerUnavailable at once when Redis is down."""
+        client = redis.Redis.from_url(
+            self.url, socket_connect_timeout=SEND_SECONDS, socket_timeout=seconds + SEND_SECONDS
+        )
+        try:
+            return client.blpop([KICK_KEY], timeout=seconds) is not None
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+        finally:
+            client.close()
+
+    def _send(self, task: str, subject: int, queue: str) -> None:
+        self._app.send_task(
+            task,
+            args=[subject],
+            queue=queue,
+            # The id comes first so that `waiting` can read it back.
+            task_id=f"{subject}:{uuid.uuid4().hex}",
+            retry=False,
+        )
+
+
+def publish_queue(host: str) -> str:
+    """Finished videos lie on one host's disk: only its own publisher takes them up."""
+    return f"rushes.publish.{host}"
+
+
+def _subject(message: object) -> int | None:
+    try:
+        task_id = json.loads(message)["headers"]["id"]  # type: ignore[arg-type]  # bytes or str
+        return int(task_id.partition(":")[0])
+    except (ValueError, KeyError, TypeError):
+        return None

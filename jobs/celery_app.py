@@ -1,0 +1,48 @@
+"""The Celery app: messages carry ids, the database decides. Reasons in docs/decisions.md."""
+
+from typing import Any
+
+from celery import Celery
+
+from jobs import settings
+
+RENDER_TASK = "rushes.render"
+PUBLISH_TASK = "rushes.publish"
+BROKER_CONNECT_SECONDS = 5.0
+BROKER_ANSWER_SECONDS = 30.0  # longer than Redis's own blocking wait of kombu, 1 s
+
+
+def make(config: settings.Settings) -> Celery:
+    """An app on this broker. Makes no connection yet."""
+    app = Celery("rushes", broker=config.broker_url.get_secret_value(), set_as_current=False)
+    app.conf.update(values())
+    return app
+
+
+def values() -> dict[str, Any]:
+    """Celery's settings, the same for those who send and those who work."""
+    return {
+        # The claim in the database is the acknowledgement: a message may be lost or doubled.
+        "task_acks_late": False,
+        "task_ignore_result": True,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_default_queue": "rushes.unused",
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        # A fresh interpreter per child: CUDA does not survive a fork.
+        "worker_pool_start_method": "spawn",
+        "worker_proc_alive_timeout": 120.0,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_hijack_root_logger": False,
+        "worker_send_task_events": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_transport_options": {
+            "socket_connect_timeout": BROKER_CONNECT_SECONDS,
+            "socket_timeout": BROKER_ANSWER_SECONDS,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "retry_on_timeout": True,
+        },
+    }

@@ -1,0 +1,219 @@
+"""Reads for people and programs; nothing here changes a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from jobs import database, errors, states, workers
+from jobs.schema import Attempt, Batch, Job, Look, Worker
+
+RECENT_JOBS = 50  # the rate is taken over this many latest results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A batch at a glance."""
+
+    batch: Batch
+    state: states.BatchState
+    rate_per_minute: float | None
+    """Finished jobs per minute lately; None before the first two."""
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveWorker:
+    """A registered worker, whether it is alive, and what it renders now."""
+
+    worker: Worker
+    is_alive: bool
+    attempt: Attempt | None
+
+
+def batch_state(batch: Batch) -> states.BatchState:
+    """The word for a batch's counts."""
+    if batch.queued + batch.running:
+        if batch.cancel_requested_at is not None:
+            return states.BatchState.CANCELLING
+        started = batch.running or batch.queued < batch.total
+        return states.BatchState.RUNNING if started else states.BatchState.QUEUED
+    if batch.succeeded == batch.total:
+        return states.BatchState.SUCCEEDED
+    if batch.cancelled and not batch.failed:
+        return states.BatchState.CANCELLED
+    return states.BatchState.PARTIALLY_FAILED if batch.succeeded else states.BatchState.FAILED
+
+
+def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
+    """Newest first; `before` is a batch id, for the next page."""
+    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    if before is not None:
+        last = find_batch(session, before)
+        statement = statement.where(
+            (Batch.created_at < last.created_at)
+            | ((Batch.created_at == last.created_at) & (Batch.id < last.id))
+        )
+    return session.scalars(statement).all()
+
+
+def find_batch(session: Session, reference: str) -> Batch:
+    """By id, by the unique beginning of an id, or `latest`. NotFound says what would do."""
+    if reference == "latest":
+        found = session.scalars(select(Batch).order_by(Batch.created_at.desc()).limit(1)).all()
+        if not found:
+            raise errors.NotFound("there is no batch yet: submit one with `rushes submit FILE`")
+        return found[0]
+    exact = session.get(Batch, reference)
+    if exact is not None:
+        return exact
+    pattern = reference.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+    matches = session.scalars(
+        select(Batch).where(Batch.id.like(f"{pattern}%", escape="\\")).order_by(Batch.id).limit(5)
+    ).all()
+    if len(matches) == 1 and len(reference) >= 3:
+        return matches[0]
+    if matches:
+        which = ", ".join(batch.id for batch in matches)
+        raise errors.NotFound(f"batch {reference!r} is not unique: {which}")
+    raise errors.NotFound(f"no batch {reference!r}: `rushes list` shows what there is")
+
+
+def find_job(session: Session, reference: str) -> Job:
+    """By number, or by `BATCH/CUSTOM_ID` or `BATCH/POSITION`."""
+    job: Job | None = None
+    batch_reference, slash, inside = reference.partition("/")
+    if slash:
+        batch = find_batch(session, batch_reference)
+        of_batch = select(Job).where(Job.batch_id == batch.id)
+        job = session.scalar(of_batch.where(Job.custom_id == inside))
+        if job is None and inside.isdecimal() and len(inside) < 10:
+            job = session.scalar(of_batch.where(Job.position == int(inside)))
+    elif reference.isdecimal() and len(reference) < 19:
+        job = session.get(Job, int(reference))
+    if job is None:
+        raise errors.NotFound(
+            f"no job {reference!r}: give its number, BATCH/CUSTOM_ID or BATCH/POSITION"
+        )
+    return job
+
+
+def jobs(
+    session: Session,
+    batch_id: str,
+    *,
+    states_wanted: Sequence[states.JobState] = (),
+    after: int = -1,
+    limit: int = 100,
+) -> Sequence[Job]:
+    """In the order of the file; `after` is the position of the last one seen."""
+    statement = select(Job).where(Job.batch_id == batch_id, Job.position > after)
+    if states_wanted:
+        statement = statement.where(Job.state.in_(states_wanted))
+    return session.scalars(statement.order_by(Job.position).limit(limit)).all()
+
+
+def attempts(session: Session, job_id: int) -> Sequence[Attempt]:
+    statement = select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.id)
+    return session.scalars(statement).all()
+
+
+def running(session: Session, batch_id: str) -> Sequence[tuple[Job, Attempt]]:
+    """The jobs of a batch that a worker holds, with how far they are."""
+    rows = session.execute(
+        select(Job, Attempt)
+        .join(Attempt, Attempt.id == Job.attempt_id)
+        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
+        .order_by(Attempt.id)
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
+def winning_attempt(session: Session, job: Job) -> Attempt | None:
+    """The attempt whose video is the job's result."""
+    if job.state is not states.JobState.SUCCEEDED or job.attempt_id is None:
+        return None
+    return session.get(Attempt, job.attempt_id)
+
+
+def look(session: Session, job: Job) -> dict[str, Any]:
+    return session.get_one(Look, job.look_id).body
+
+
+def progress(session: Session, batch_id: str) -> Progress:
+    """Counts, state, rate and time left."""
+    batch = find_batch(session, batch_id)
+    rate = _rate_per_minute(session, batch)
+    open_jobs = batch.queued + batch.running
+    return Progress(
+        batch=batch,
+        state=batch_state(batch),
+        rate_per_minute=rate,
+        seconds_left=open_jobs / rate * 60 if rate and open_jobs else None,
+    )
+
+
+def live_workers(session: Session) -> list[LiveWorker]:
+    """Every registered worker that has not stopped for good, by name."""
+    alive_since = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS)
+    rows = session.scalars(
+        select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.name)
+    ).all()
+    held = session.scalars(
+        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING)
+    ).all()
+    by_worker = {attempt.worker: attempt for attempt in held}
+    return [
+        LiveWorker(
+            worker=row,
+            is_alive=row.heartbeat_at >= alive_since,
+            attempt=by_worker.get(row.name),
+        )
+        for row in rows
+    ]
+
+
+def live_workers_by_queue(session: Session) -> dict[str, int]:
+    """Queue -> how many live workers take from it."""
+    numbers: dict[str, int] = {}
+    for live in live_workers(session):
+        if live.is_alive:
+            for queue in live.worker.queues:
+                numbers[queue] = numbers.get(queue, 0) + 1
+    return numbers
+
+
+def queues_without_workers(session: Session, batch_id: str) -> list[str]:
+    """Queues that jobs of this batch wait in and that nobody takes from."""
+    waited_for = session.scalars(
+        select(Job.queue)
+        .where(Job.batch_id == batch_id, Job.state == states.JobState.QUEUED)
+        .distinct()
+    ).all()
+    served = live_workers_by_queue(session)
+    return sorted(queue for queue in waited_for if queue not in served)
+
+
+def _rate_per_minute(session: Session, batch: Batch) -> float | None:
+    recent = (
+        select(Job.finished_at)
+        .where(Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED)
+        .order_by(Job.finished_at.desc())
+        .limit(RECENT_JOBS)
+        .subquery()
+    )
+    number, first, last = session.execute(
+        select(func.count(), func.min(recent.c.finished_at), func.max(recent.c.finished_at))
+    ).one()
+    if number < 2:
+        return None
+    until = last if batch.finished_at is not None else max(last, database.now(session))
+    seconds = _seconds(first, until)
+    return None if seconds <= 0 else (number - 1) / seconds * 60
+
+
+def _seconds(first: datetime, last: datetime) -> float:
+    return (last - first).total_seconds()

@@ -1,0 +1,313 @@
+"""Prompts and a preset -> one batch with its jobs. Seeds and looks are fixed here, for ever."""
+
+import hashlib
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from jobs import database, errors, presets, queues, readers, schema, states
+from jobs.schema import Batch, Job
+
+ROWS_PER_INSERT = 2_000
+MAX_PROBLEMS = 1_000  # all are counted, this many are told
+MAX_REPEAT = 10_000
+SEED_BITS = 32  # drawn seeds are as wide as other tools take; given ones may be wider
+REPETITION = re.compile(r"#\d+$")
+BATCH_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # no i l o u: read over the phone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `rushes submit` was asked for beside the prompts."""
+
+    preset: presets.Preset
+    name: str | None = None
+    priority: int = 0
+    """For rows that name none; higher goes first."""
+    repeat: int = 1
+    """Videos per prompt: with seed, seed + 1, ..."""
+    idempotency_key: str | None = None
+    skip_invalid: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A prompt file that was read to its end and found good (or good enough)."""
+
+    prompts: int
+    jobs: int
+    looks: dict[str, int]
+    """Look id -> jobs."""
+    fingerprint: str
+    skipped: tuple[errors.Problem, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """The batch that now holds these prompts; `is_new` is false for a repeated submit."""
+
+    batch_id: str
+    jobs: int
+    is_new: bool
+    plan: Plan
+
+
+@dataclass
+class PromptFile:
+    """A seekable stream of prompts, read twice: to check everything, then to store it."""
+
+    stream: BinaryIO
+    source: str
+    format: readers.Format
+    options: Options
+    _looks: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[tuple[readers.PromptRow, presets.Look] | errors.Problem]:
+        """Each good row with its look, each bad one as a problem, in the order of the file."""
+        self.stream.seek(0)
+        read = readers.read(self.stream, format=self.format)
+        for row in readers.without_duplicates(read):
+            if isinstance(row, errors.Problem):
+                yield row
+                continue
+            look = self._look(row)
+            message = look if isinstance(look, str) else self._unusable(row)
+            if message is not None:
+                yield errors.Problem(line=row.line, message=message)
+            else:
+                assert isinstance(look, presets.Look)
+                yield row, look
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes and of every option that changes what is rendered."""
+        options = self.options
+        digest = hashlib.sha256(
+            json.dumps(
+                {
+                    "format": self.format,
+                    "look": options.preset.look.id,
+                    "priority": options.priority,
+                    "repeat": options.repeat,
+                    "skip_invalid": options.skip_invalid,
+                    "name": options.name,
+                }
+            ).encode()
+        )
+        self.stream.seek(0)
+        while block := self.stream.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+    def _look(self, row: readers.PromptRow) -> presets.Look | str:
+        asked = (row.width, row.height, row.num_frames, row.seconds, row.fps)
+        if asked not in self._looks:
+            self._looks[asked] = self._resolve(row)
+        return self._looks[asked]
+
+    def _resolve(self, row: readers.PromptRow) -> presets.Look | str:
+        preset = self.options.preset
+        num_frames = row.num_frames
+        try:
+            if row.seconds is not None:
+                num_frames = presets.frames_for_seconds(row.seconds, row.fps or preset.look.fps)
+            return preset.look_for(
+                width=row.width, height=row.height, num_frames=num_frames, fps=row.fps
+            )
+        except ValueError as error:
+            return str(error)
+
+    def _unusable(self, row: readers.PromptRow) -> str | None:
+        name = self.options.preset.name
+        if row.image is not None:
+            return f"image: preset {name} makes videos from text alone; leave it out"
+        if row.lora is not None:
+            return "lora: this version renders complete distilled models only; leave it out"
+        if self.options.repeat > 1 and REPETITION.search(row.custom_id or ""):
+            return (
+                f"custom_id {row.custom_id!r}: with --repeat the ends #2, #3, ... are given to "
+                "the repetitions; choose another custom_id"
+            )
+        return None
+
+
+def plan(file: PromptFile) -> Plan:
+    """Read the whole file; InvalidInput lists every bad line unless they are to be skipped."""
+    options = file.options
+    check_options(options)
+    problems: list[errors.Problem] = []
+    looks: Counter[str] = Counter()
+    bad = prompts = negatives = 0
+    for row in file.rows():
+        if isinstance(row, errors.Problem):
+            bad += 1
+            if len(problems) < MAX_PROBLEMS:
+                problems.append(row)
+            continue
+        prompts += 1
+        negatives += row[0].negative_prompt is not None
+        looks[row[1].id] += options.repeat
+    if bad > len(problems):
+        more = f"and {bad - len(problems):,} more bad lines after these"
+        problems.append(errors.Problem(line=None, message=more))
+    if (problems and not options.skip_invalid) or not prompts:
+        raise errors.InvalidInput(file.source, problems)
+    notes = []
+    if negatives:
+        notes.append(
+            f"negative_prompt of {negatives:,} prompts has no effect: "
+            "distilled models render without classifier-free guidance"
+        )
+    return Plan(
+        prompts=prompts,
+        jobs=prompts * options.repeat,
+        looks=dict(looks),
+        fingerprint=file.fingerprint(),
+        skipped=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def submit(db: database.Database, file: PromptFile) -> Submission:
+    """Check the whole file, then store all of it in one transaction, or nothing."""
+    checked = plan(file)
+    try:
+        with db.transaction() as session:
+            earlier = _earlier(session, file.options.idempotency_key, checked)
+            if earlier is not None:
+                return earlier
+            batch_id = _store(session, file, checked)
+    except IntegrityError:
+        # Another submit with the same key was faster.
+        with db.reading() as session:
+            earlier = _earlier(session, file.options.idempotency_key, checked)
+        if earlier is None:
+            raise
+        return earlier
+    return Submission(batch_id=batch_id, jobs=checked.jobs, is_new=True, plan=checked)
+
+
+def check_options(options: Options) -> None:
+    """InvalidInput that names the option."""
+    problems = []
+    most = readers.MAX_PRIORITY
+    if not -most <= options.priority <= most:
+        problems.append(f"--priority must be -{most} to {most}, got {options.priority}")
+    if not 1 <= options.repeat <= MAX_REPEAT:
+        problems.append(f"--repeat must be 1 to {MAX_REPEAT:,}, got {options.repeat}")
+    for option, value, longest in (
+        ("--name", options.name, 200),
+        ("--idempotency-key", options.idempotency_key, 200),
+    ):
+        if value is not None and (not value.isprintable() or not 1 <= len(value) <= longest):
+            problems.append(f"{option} must be 1 to {longest} printable characters")
+    if problems:
+        raise errors.InvalidInput(
+            "options", [errors.Problem(line=None, message=text) for text in problems]
+        )
+
+
+def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | None:
+    if key is None:
+        return None
+    batch = session.scalar(select(Batch).where(Batch.idempotency_key == key))
+    if batch is None:
+        return None
+    if batch.fingerprint != checked.fingerprint:
+        raise errors.IdempotencyConflict(key, batch.id)
+    return Submission(batch_id=batch.id, jobs=batch.total, is_new=False, plan=checked)
+
+
+def _store(session: Session, file: PromptFile, checked: Plan) -> str:
+    options = file.options
+    now = database.now(session)
+    batch_id = f"{now:%y%m%d}-" + "".join(secrets.choice(BATCH_ID_ALPHABET) for _ in range(8))
+    session.add(
+        Batch(
+            id=batch_id,
+            name=options.name,
+            preset=options.preset.name,
+            priority=options.priority,
+            idempotency_key=options.idempotency_key,
+            fingerprint=checked.fingerprint,
+            created_at=now,
+            total=checked.jobs,
+            queued=checked.jobs,
+        )
+    )
+    session.flush()
+    stored = 0
+    known: set[str] = set()
+    chunk: list[dict[str, Any]] = []
+    for row in file.rows():
+        if isinstance(row, errors.Problem):
+            continue
+        if row[1].id not in known:
+            known.add(row[1].id)
+            _store_look(session, row[1])
+        for repetition in range(options.repeat):
+            chunk.append(_job(batch_id, stored, *row, repetition=repetition, options=options))
+            stored += 1
+            if len(chunk) == ROWS_PER_INSERT:
+                session.execute(insert(Job), chunk)
+                chunk.clear()
+    if chunk:
+        session.execute(insert(Job), chunk)
+    if stored != checked.jobs or file.fingerprint() != checked.fingerprint:
+        message = "the file changed while it was read; submit it again"
+        raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
+    return batch_id
+
+
+def _store_look(session: Session, look: presets.Look) -> None:
+    if session.get(schema.Look, look.id) is None:
+        session.add(
+            schema.Look(
+                id=look.id,
+                queue=queues.of_model(look.model_path),
+                body=look.model_dump(mode="json"),
+            )
+        )
+        session.flush()
+
+
+def _job(
+    batch_id: str,
+    position: int,
+    row: readers.PromptRow,
+    look: presets.Look,
+    *,
+    repetition: int,
+    options: Options,
+) -> dict[str, Any]:
+    # A repetition keeps the prompt's seed, counted on: a drawn one is drawn for each anew.
+    seed = secrets.randbits(SEED_BITS) if row.seed is None else row.seed + repetition
+    custom_id = row.custom_id
+    if custom_id is not None and repetition:
+        custom_id = f"{custom_id}#{repetition + 1}"
+    priority = options.priority if row.priority is None else row.priority
+    return {
+        "batch_id": batch_id,
+        "position": position,
+        "custom_id": custom_id,
+        "look_id": look.id,
+        "prompt": row.prompt,
+        "negative_prompt": row.negative_prompt,
+        "seed": seed % (presets.MAX_SEED + 1),
+        "meta": row.metadata,
+        "rank": -priority,
+        "state": states.JobState.QUEUED,
+        "queue": queues.of_model(look.model_path),
+        "cancel_requested": False,
+        "error_count": 0,
+        "crash_count": 0,
+        "quarantined": False,
+    }
