@@ -1,0 +1,238 @@
+"""Model folders into networks: built on `meta`, loaded strictly, nothing guessed.
+
+The networks have no load hooks; other people's names and shapes are dealt with here.
+"""
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+
+from models import (
+    config,
+    config_files,
+    errors,
+    layout,
+    text_encoder,
+    transformer,
+    vae,
+    weight_names,
+)
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TIED_EMBEDDING = "encoder.embed_tokens.weight"  # transformers' second name for shared.weight
+
+
+@dataclass(frozen=True)
+class TextToVideoNetworks:
+    """What renders a prompt, on one device, frozen and in eval mode."""
+
+    text_encoder: text_encoder.TextEncoder
+    transformer: transformer.WanTransformer
+    vae: vae.WanVAE
+    weight_files: tuple[Path, ...]
+    """Every weight file that was read; `layout.weight_hashes` names them by content."""
+
+
+def load_text_to_video(
+    root: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
+    transformer_file: Path | None = None,
+) -> TextToVideoNetworks:
+    """Load a model folder in the native or the diffusers layout (see `layout`).
+
+    Text encoder and transformer compute in `dtype`, the latter with its small parameters in fp32.
+    The autoencoder computes in `vae_dtype`, by default at least fp32 as in official Wan.
+    `transformer_file` is a complete native transformer to use instead of the folder's. Raises
+    CheckpointError for whatever is missing, ambiguous, unreadable or not as the configs say.
+    """
+    files = layout.find(root, transformer_file=transformer_file)
+    sizes = _read_sizes(files)
+    tokenizer = text_encoder.load_tokenizer(files.tokenizer)
+    if len(tokenizer) > sizes.text_encoder.vocab_size:
+        problem = f"has {len(tokenizer)} tokens, the encoder only {sizes.text_encoder.vocab_size}"
+        raise errors.CheckpointError(f"{files.tokenizer}: {problem}")
+    encoder = _load_text_encoder(files, sizes.text_encoder, device, dtype)
+    return TextToVideoNetworks(
+        text_encoder=text_encoder.TextEncoder(
+            encoder, tokenizer, text_len=sizes.transformer.text_len
+        ),
+        transformer=_load_transformer(files, sizes.transformer, device, dtype),
+        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
+        weight_files=files.weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    transformer: config.TransformerConfig
+    vae: config.VAEConfig
+    text_encoder: config.TextEncoderConfig
+
+
+def _read_sizes(files: layout.ModelFiles) -> _Sizes:
+    path = files.transformer_config
+    if files.layout is layout.Layout.NATIVE:
+        sizes = config_files.native_transformer(path)
+    else:
+        sizes = config_files.diffusers_transformer(path)
+    vae_path, text_path = files.vae_config, files.text_encoder_config
+    found = _Sizes(
+        transformer=sizes,
+        vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
+        text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
+    )
+    _check_they_fit(found, path)
+    return found
+
+
+def _check_they_fit(sizes: _Sizes, path: Path) -> None:
+    dit, z_dim, text_dim = sizes.transformer, sizes.vae.z_dim, sizes.text_encoder.dim
+    if dit.image_dim is not None:
+        raise errors.ConfigError(path, "describes an image-to-video model, not text-to-video")
+    if not dit.in_dim == dit.out_dim == z_dim:
+        channels = f"{dit.in_dim} in and {dit.out_dim} out"
+        raise errors.ConfigError(path, f"has {channels}, the autoencoder {z_dim} channels")
+    if dit.text_dim != text_dim:
+        raise errors.ConfigError(
+            path, f"takes text of width {dit.text_dim}, the encoder's: {text_dim}"
+        )
+
+
+def _load_transformer(
+    files: layout.ModelFiles,
+    sizes: config.TransformerConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> transformer.WanTransformer:
+    with torch.device("meta"):
+        network = transformer.WanTransformer(sizes)
+    native = network.state_dict().keys()
+    names = {} if files.transformer_is_native else weight_names.transformer_from_diffusers(native)
+    tensors = read_tensors(files.transformer, names)
+    dtypes = {name: transformer.parameter_dtype(name, dtype) for name in native}
+    load_strictly(network, tensors, path=_named(files.transformer), device=device, dtypes=dtypes)
+    return network
+
+
+def _load_vae(
+    files: layout.ModelFiles,
+    sizes: config.VAEConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> vae.WanVAE:
+    with torch.device("meta"):
+        network = vae.WanVAE(sizes)
+    native, names = network.state_dict().keys(), {}
+    if files.layout is layout.Layout.DIFFUSERS:
+        blocks = sizes.num_res_blocks
+        names = weight_names.vae_from_diffusers(native, num_res_blocks=blocks)
+    tensors = read_tensors(files.vae, names)
+    dtypes = dict.fromkeys(native, dtype)
+    load_strictly(network, tensors, path=_named(files.vae), device=device, dtypes=dtypes)
+    return network
+
+
+def _load_text_encoder(
+    files: layout.ModelFiles,
+    sizes: config.TextEncoderConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> transformers.UMT5EncoderModel:
+    with torch.device("meta"):
+        network = text_encoder.build_network(sizes)
+    is_native = files.layout is layout.Layout.NATIVE
+    names = weight_names.text_encoder_to_transformers(sizes.num_layers) if is_native else {}
+    tensors = read_tensors(files.text_encoder, names)
+    if "shared.weight" in tensors:
+        tensors[TIED_EMBEDDING] = tensors["shared.weight"]
+    dtypes = dict.fromkeys(network.state_dict(), dtype)
+    load_strictly(network, tensors, path=_named(files.text_encoder), device=device, dtypes=dtypes)
+    network.tie_weights()
+    return network
+
+
+def read_tensors(
+    paths: Iterable[Path], names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of files, renamed by `names` where it knows them; data is mapped, not yet read.
+
+    Raises UnreadableWeightsError for a broken file, for anything in it but float tensors, and for
+    a name that two files share.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in _read_file(path).items():
+            native = (names or {}).get(name, name)
+            if native in tensors:
+                raise errors.UnreadableWeightsError(path, f"{name} is also in another shard")
+            if not isinstance(tensor, Tensor):
+                kind = type(tensor).__name__
+                raise errors.UnreadableWeightsError(path, f"{name} is a {kind}, not a tensor")
+            if tensor.dtype not in WEIGHT_DTYPES:
+                reason = f"{name} is {tensor.dtype}; quantised weights are not supported"
+                raise errors.UnreadableWeightsError(path, reason)
+            tensors[native] = tensor
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path, device="cpu")
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        can_map = zipfile.is_zipfile(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+    except UnpicklingError as error:
+        reason = "it holds Python objects, which are never executed"
+        raise errors.UnreadableWeightsError(path, reason) from error
+    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise errors.UnreadableWeightsError(path, str(error).splitlines()[0]) from error
+    if not isinstance(loaded, dict):
+        raise errors.UnreadableWeightsError(path, f"it holds a {type(loaded).__name__}, no names")
+    return loaded
+
+
+def load_strictly(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    path: Path,
+    device: torch.device | str,
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Give a network built on `meta` its weights; freeze it and set it to eval.
+
+    Raises WeightsMismatchError unless names and shapes are exactly the network's.
+    """
+    expected = network.state_dict()
+    wrong_shapes = {
+        name: (tuple(tensors[name].shape), tuple(expected[name].shape))
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    }
+    missing, unused = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected)
+    if missing or unused or wrong_shapes:
+        wrong_shapes = dict(sorted(wrong_shapes.items()))
+        raise errors.WeightsMismatchError(
+            path, missing=missing, unused=unused, wrong_shapes=wrong_shapes
+        )
+    # A copy, also where nothing is converted: the file may be replaced while it is mapped.
+    owned = {name: tensors[name].to(device, dtypes[name], copy=True) for name in expected}
+    network.load_state_dict(owned, assign=True)
+    network.requires_grad_(False).eval()
+
+
+def _named(files: tuple[Path, ...]) -> Path:
+    """What to call the weights in a message: the file, or the folder of its shards."""
+    return files[0] if len(files) == 1 else files[0].parent

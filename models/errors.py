@@ -1,0 +1,84 @@
+"""What can be wrong with a model folder: one class per thing a person would do differently."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SHOWN_NAMES = 4  # enough to recognise the pattern, few enough for one line
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class CheckpointError(ValueError):
+    """A model folder or a file in it cannot be used."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that the folder's layout needs is not there."""
+
+    def __init__(self, root: Path, expected: str, *, hint: str = "") -> None:
+        super().__init__(f"{root}: expected {expected}" + (f"; {hint}" if hint else ""))
+        self.root = root
+        self.expected = expected
+
+
+class AmbiguousFilesError(CheckpointError):
+    """Several files could be meant, and the choice changes the result."""
+
+    def __init__(self, root: Path, what: str, candidates: Sequence[Path]) -> None:
+        listed = ", ".join(str(path.relative_to(root)) for path in candidates)
+        super().__init__(f"{root}: several files could be the {what}: {listed}. Keep one of them.")
+        self.root = root
+        self.candidates = tuple(candidates)
+
+
+class ConfigError(CheckpointError):
+    """A config file is broken, or says something that these networks cannot do."""
+
+    def __init__(self, path: Path, problem: str, *, key: str | None = None) -> None:
+        super().__init__(f"{path}: " + (f"key {key!r} " if key else "") + problem)
+        self.path = path
+        self.key = key
+
+
+class UnreadableWeightsError(CheckpointError):
+    """A weight file is truncated, not of its format, or holds more than float tensors."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: cannot be read as weights: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class WeightsMismatchError(CheckpointError):
+    """The tensors in the files are not exactly those of the network that the config describes."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        missing: Sequence[str] = (),
+        unused: Sequence[str] = (),
+        wrong_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    ) -> None:
+        self.path = path
+        self.missing = tuple(missing)
+        self.unused = tuple(unused)
+        self.wrong_shapes = dict(wrong_shapes or {})
+        super().__init__(f"{path}: " + "; ".join(self._problems()))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.missing:
+            problems.append(f"{len(self.missing)} missing tensors ({_some(self.missing)})")
+        if self.unused:
+            problems.append(f"{len(self.unused)} tensors no network uses ({_some(self.unused)})")
+        if self.wrong_shapes:
+            shapes = [
+                f"{name} is {list(found)}, expected {list(expected)}"
+                for name, (found, expected) in self.wrong_shapes.items()
+            ]
+            problems.append(f"{len(shapes)} tensors of another shape ({_some(shapes)})")
+        return problems

@@ -1,0 +1,1 @@
+"""A model small enough to render on a laptop's CPU in seconds, in the native folder layout."""

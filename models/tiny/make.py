@@ -1,0 +1,197 @@
+"""Write the tiny model: `python -m models.tiny.make FOLDER [--seed 0]`.
+
+Its weights are random, so its pictures are noise that changes with prompt, seed and frame; it shows
+that a whole render works, not what Wan draws. The same seed gives the same bytes.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import tokenizers
+import torch
+from torch import Tensor, nn
+
+from models import (
+    config,
+    errors,
+    layout,
+    text_encoder,
+    transformer,
+    vae,
+    weight_names,
+)
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
+VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the decoder varies most
+PICTURE_SCALE = 3.0  # spreads pixels over [-1, 1] without many of them at the ends
+
+
+def make(folder: Path, *, seed: int = 0) -> Path:
+    """Write a complete tiny model to `folder`, all or nothing, and return it.
+
+    A folder that is complete already is left as it is. Raises FileExistsError for one that holds
+    anything else.
+    """
+    if _is_complete(folder):
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} exists and is not a model folder; remove it or use another"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write(work, torch.Generator().manual_seed(seed))
+        work.chmod(0o755)  # mkdtemp's folder is closed to others
+        work.replace(folder)
+    except OSError:
+        # Another process was quicker: its folder holds the same bytes.
+        if not _is_complete(folder):
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        layout.find(folder)
+    except errors.CheckpointError:
+        return False
+    return True
+
+
+def _write(folder: Path, generator: torch.Generator) -> None:
+    write_tokenizer(folder / layout.TOKENIZER_FOLDER)
+    _write_json(folder / "config.json", _transformer_json(config.TINY))
+    _write_json(folder / "vae_config.json", _vae_json(config.TINY_VAE))
+    _write_json(folder / "t5_config.json", _text_encoder_json(config.TINY_TEXT_ENCODER))
+    dit = random_transformer(config.TINY, generator)
+    target = folder / f"{layout.TRANSFORMER_STEM}.safetensors"
+    safetensors.torch.save_file(_tensors(dit), target)
+    torch.save(_tensors(random_vae(config.TINY_VAE, generator)), folder / layout.VAE_FILE)
+    encoder = random_text_encoder(config.TINY_TEXT_ENCODER, generator)
+    theirs, names = (
+        _tensors(encoder),
+        weight_names.text_encoder_to_transformers(config.TINY_TEXT_ENCODER.num_layers),
+    )
+    native = {name: theirs[name_there] for name, name_there in names.items()}
+    torch.save(native, folder / layout.TEXT_ENCODER_FILE)
+
+
+def random_transformer(
+    sizes: config.TransformerConfig, generator: torch.Generator
+) -> transformer.WanTransformer:
+    """A transformer whose velocity depends on latents, time and text about equally."""
+    network = transformer.WanTransformer(sizes)
+    _randomise(network, generator)
+    with torch.no_grad():
+        network.head.head.weight.mul_(VELOCITY_SCALE)
+    return network
+
+
+def random_vae(sizes: config.VAEConfig, generator: torch.Generator) -> vae.WanVAE:
+    """An autoencoder whose decoded latents fill the range of the pixels."""
+    network = vae.WanVAE(sizes)
+    _randomise(network, generator)
+    with torch.no_grad():
+        network.get_parameter("decoder.head.2.weight").mul_(PICTURE_SCALE)
+    return network
+
+
+def random_text_encoder(sizes: config.TextEncoderConfig, generator: torch.Generator) -> nn.Module:
+    network = text_encoder.build_network(sizes)
+    _randomise(network, generator)
+    return network
+
+
+def _randomise(network: nn.Module, generator: torch.Generator) -> None:
+    """Weights of spread 1 / sqrt(inputs), norms near one, biases small: signals keep their size."""
+    for name, parameter in sorted(network.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_norm = "norm" in name or name.endswith("gamma")
+        if name.endswith(("modulation", "bias")):
+            values = 0.2 * noise
+        elif is_norm or parameter.ndim == 1:
+            values = 1 + 0.1 * noise
+        else:
+            values = noise / math.sqrt(parameter[0].numel())
+        parameter.data = values
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer: one token per byte, `</s>` at the end, any text encodable."""
+    folder.mkdir(parents=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: id_ for id_, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}
+    _write_json(folder / "tokenizer_config.json", {**settings, **special})
+
+
+def _transformer_json(sizes: config.TransformerConfig) -> dict[str, Any]:
+    names = "dim eps ffn_dim freq_dim in_dim num_heads num_layers out_dim text_dim text_len"
+    return {"model_type": "t2v"} | {name: getattr(sizes, name) for name in names.split()}
+
+
+def _vae_json(sizes: config.VAEConfig) -> dict[str, Any]:
+    return {
+        "base_dim": sizes.base_dim,
+        "z_dim": sizes.z_dim,
+        "dim_mult": sizes.dim_mult,
+        "num_res_blocks": sizes.num_res_blocks,
+        "temperal_downsample": sizes.temporal_downsample,
+        "latents_mean": sizes.latent_mean,
+        "latents_std": sizes.latent_std,
+    }
+
+
+def _text_encoder_json(sizes: config.TextEncoderConfig) -> dict[str, Any]:
+    return {
+        "model_type": "umt5",
+        "vocab_size": sizes.vocab_size,
+        "d_model": sizes.dim,
+        "d_kv": sizes.head_dim,
+        "d_ff": sizes.ffn_dim,
+        "num_layers": sizes.num_layers,
+        "num_heads": sizes.num_heads,
+        "relative_attention_num_buckets": sizes.num_buckets,
+        "relative_attention_max_distance": sizes.max_distance,
+        "layer_norm_epsilon": sizes.eps,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    sys.stdout.write(f"{make(options.folder, seed=options.seed)}\n")
+
+
+if __name__ == "__main__":
+    main()

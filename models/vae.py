@@ -1,0 +1,257 @@
+"""The causal video autoencoder of Wan2.1; parameters are named as in the official checkpoint.
+
+It works chunk by chunk: the first frame alone, then as many frames as one latent frame covers.
+"""
+
+# B batch, C channels (RGB or latent), T frames, H W rows columns, F = B * T frames as a batch
+
+import itertools
+from collections.abc import Iterator
+
+import einops
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models import config
+from models.causal_conv import CausalConv3d, Chunked, FrameCache
+
+TINY_SQUARE = 1e-24  # keeps an all-zero vector at zero; far below fp32 rounding of any other
+
+
+class RMSNorm(nn.Module):
+    """x / |x| * sqrt(C) * gamma over the channels, which come first; sums at least in fp32."""
+
+    def __init__(self, dim: int, num_trailing_axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_trailing_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.flatten()
+        normed = functional.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=TINY_SQUARE)
+        return normed.movedim(-1, 1)
+
+
+class ResidualBlock(Chunked):
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMSNorm(in_dim, 3),
+            nn.SiLU(),
+            CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            RMSNorm(out_dim, 3),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in the official network; keeps the numbering of the names
+            CausalConv3d(out_dim, out_dim, (3, 3, 3)),
+        )
+        needs_shortcut = in_dim != out_dim
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if needs_shortcut else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        skipped = x if self.shortcut is None else self.shortcut(x, cache)
+        return run(self.residual, x, cache) + skipped
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention among the pixels of each frame."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        qkv_FCHW = self.to_qkv(self.norm(as_images(x_BCTHW)))
+        q, k, v = einops.rearrange(qkv_FCHW, "f (n c) h w -> n f 1 (h w) c", n=3)
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        images = einops.rearrange(attended, "f 1 (h w) c -> f c h w", h=x_BCTHW.shape[-2])
+        return x_BCTHW + as_video(self.proj(images), batch=x_BCTHW.shape[0])
+
+
+class Downsample(Chunked):
+    """Halves rows and columns, and with `in_time` also the frames after the first."""
+
+    def __init__(self, dim: int, *, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=(2, 2))
+        )
+        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = as_video(self.resample(as_images(x)), batch=x.shape[0])
+        if self.time_conv is None:
+            return x
+        if cache.starts(self):
+            cache.remember(self.time_conv, x, self.time_conv.num_past_frames)
+            return x
+        halved: Tensor = self.time_conv(x, cache)
+        return halved
+
+
+class Upsample(Chunked):
+    """Doubles rows and columns, halves channels; `in_time` doubles the frames after the first."""
+
+    def __init__(self, dim: int, *, in_time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
+            nn.Conv2d(dim, dim // 2, 3, padding=1),
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        if self.time_conv is not None and not cache.starts(self):
+            doubled = self.time_conv(x, cache)
+            x = einops.rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)
+        return as_video(self.resample(as_images(x)), batch=x.shape[0])
+
+
+class Encoder(Chunked):
+    """Frames to mean and log-variance of the latents: [B, 3, T, H, W] -> [B, 2 * z_dim, ...]."""
+
+    def __init__(self, sizes: config.VAEConfig) -> None:
+        super().__init__()
+        dims = [sizes.base_dim * mult for mult in (1, *sizes.dim_mult)]
+        self.conv1 = CausalConv3d(3, dims[0], (3, 3, 3))
+        layers: list[nn.Module] = []
+        for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+            layers += _residual_blocks(in_dim, out_dim, sizes.num_res_blocks)
+            if stage < len(sizes.temporal_downsample):
+                layers.append(Downsample(out_dim, in_time=sizes.temporal_downsample[stage]))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = _middle(dims[-1])
+        self.head = _head(dims[-1], 2 * sizes.z_dim)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = self.conv1(x, cache)
+        x = run(self.downsamples, x, cache)
+        x = run(self.middle, x, cache)
+        return run(self.head, x, cache)
+
+
+class Decoder(Chunked):
+    """Latents to frames: [B, z_dim, T, H, W] -> [B, 3, ...]."""
+
+    def __init__(self, sizes: config.VAEConfig) -> None:
+        super().__init__()
+        mults = (sizes.dim_mult[-1], *reversed(sizes.dim_mult))
+        dims = [sizes.base_dim * mult for mult in mults]
+        in_time = tuple(reversed(sizes.temporal_downsample))
+        self.conv1 = CausalConv3d(sizes.z_dim, dims[0], (3, 3, 3))
+        self.middle = _middle(dims[0])
+        layers: list[nn.Module] = []
+        for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(dims)):
+            upsampled_dim = in_dim // 2 if stage else in_dim
+            layers += _residual_blocks(upsampled_dim, out_dim, sizes.num_res_blocks + 1)
+            if stage < len(in_time):
+                layers.append(Upsample(out_dim, in_time=in_time[stage]))
+        self.upsamples = nn.Sequential(*layers)
+        self.head = _head(dims[-1], 3)
+
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = self.conv1(x, cache)
+        x = run(self.middle, x, cache)
+        x = run(self.upsamples, x, cache)
+        return run(self.head, x, cache)
+
+
+class WanVAE(nn.Module):
+    """Videos to normalised latents and back. Computes in the dtype of its weights."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, sizes: config.VAEConfig) -> None:
+        super().__init__()
+        self.config = sizes
+        self.encoder = Encoder(sizes)
+        self.conv1 = CausalConv3d(2 * sizes.z_dim, 2 * sizes.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(sizes.z_dim, sizes.z_dim, (1, 1, 1))
+        self.decoder = Decoder(sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
+
+    def latent_shape(
+        self, *, num_frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of a video's latents. Raises ValueError for sizes it cannot represent."""
+        per_latent, per_pixel = self.config.temporal_stride, self.config.spatial_stride
+        if num_frames < 1 or (num_frames - 1) % per_latent:
+            raise ValueError(f"num_frames must be {per_latent}n+1 (e.g. 77, 81), got {num_frames}")
+        for name, size in (("height", height), ("width", width)):
+            if size < per_pixel or size % per_pixel:
+                raise ValueError(f"{name} must be a positive multiple of {per_pixel}, got {size}")
+        frames = (num_frames - 1) // per_latent + 1
+        return self.config.z_dim, frames, height // per_pixel, width // per_pixel
+
+    def encode(self, frames_BCTHW: Tensor) -> Tensor:
+        """Normalised means of the latents, [B, z_dim, T', H', W'], at least fp32.
+
+        Takes RGB frames in [-1, 1]. The mean is taken, nothing is sampled: (mu - mean) / std.
+        """
+        _, _, num_frames, height, width = frames_BCTHW.shape
+        self.latent_shape(num_frames=num_frames, height=height, width=width)
+        stride = self.config.temporal_stride
+        chunks = torch.split(
+            frames_BCTHW.to(self.dtype), [1] + [stride] * (num_frames // stride), dim=2
+        )
+        cache = FrameCache()
+        encoded = torch.cat([self.encoder(chunk, cache) for chunk in chunks], dim=2)
+        mean, _log_variance = _at_least_fp32(self.conv1(encoded, cache)).chunk(2, dim=1)
+        offset, scale = self._statistics(mean)
+        return (mean - offset) / scale
+
+    def decode_chunks(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
+        """Yield frames [B, 3, t, H, W] in [-1, 1], t = 1 and then 4, as they are decoded.
+
+        Takes normalised latents. The caller may stop between chunks; the dtype is the weights'.
+        """
+        latents_BCTHW = _at_least_fp32(latents_BCTHW)
+        offset, scale = self._statistics(latents_BCTHW)
+        raw_BCTHW = (latents_BCTHW * scale + offset).to(self.dtype)
+        cache = FrameCache()
+        for latent_frame in torch.split(raw_BCTHW, 1, dim=2):
+            frames = self.decoder(self.conv2(latent_frame, cache), cache)
+            yield frames.clamp(-1.0, 1.0)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            like.new_tensor(values).view(-1, 1, 1, 1)
+            for values in (self.config.latent_mean, self.config.latent_std)
+        )
+        return mean, std
+
+
+def run(layers: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
+    """Apply layers in order, handing the cache to those that see the video in chunks."""
+    for layer in layers:
+        x = layer(x, cache) if isinstance(layer, Chunked) else layer(x)
+    return x
+
+
+def as_images(x_BCTHW: Tensor) -> Tensor:
+    return einops.rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
+
+
+def as_video(x_FCHW: Tensor, *, batch: int) -> Tensor:
+    return einops.rearrange(x_FCHW, "(b t) c h w -> b c t h w", b=batch)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBlock]:
+    return [ResidualBlock(out_dim if block else in_dim, out_dim) for block in range(count)]
+
+
+def _middle(dim: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def _head(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(RMSNorm(in_dim, 3), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)))
