@@ -30,7 +30,9 @@ from models import (
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the decoder varies most
-PICTURE_SCALE = 3.0  # spreads pixels over [-1, 1] without many of them at the ends
+TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a short prompt
+FRAME_SCALE = 0.3  # how much a frame made by upsampling in time differs from its neighbours
+PICTURE_SCALE = 0.8  # spreads pixels over [-1, 1] without many of them at the ends
 
 
 def make(folder: Path, *, seed: int = 0) -> Path:
@@ -94,6 +96,9 @@ def random_transformer(
     _randomise(network, generator)
     with torch.no_grad():
         network.head.head.weight.mul_(VELOCITY_SCALE)
+        for name, parameter in network.named_parameters():
+            if name.endswith("cross_attn.o.weight"):
+                parameter.mul_(TEXT_SCALE)
     return network
 
 
@@ -102,6 +107,9 @@ def random_vae(sizes: config.VAEConfig, generator: torch.Generator) -> vae.WanVA
     network = vae.WanVAE(sizes)
     _randomise(network, generator)
     with torch.no_grad():
+        for name, layer in network.named_modules():
+            if name.endswith("time_conv"):
+                _lean_on_newest_frame(layer.get_parameter("weight"))
         network.get_parameter("decoder.head.2.weight").mul_(PICTURE_SCALE)
     return network
 
@@ -124,6 +132,13 @@ def _randomise(network: nn.Module, generator: torch.Generator) -> None:
         else:
             values = noise / math.sqrt(parameter[0].numel())
         parameter.data = values
+
+
+def _lean_on_newest_frame(weight: Tensor) -> None:
+    """Nearly the identity on the newest frame, so that neighbouring frames look related."""
+    weight.mul_(FRAME_SCALE)
+    for half in weight.split(weight.shape[1]):  # type: ignore[no-untyped-call]  # torch's stub
+        half[:, :, -1, 0, 0].diagonal().add_(1.0)
 
 
 def write_tokenizer(folder: Path) -> None:
