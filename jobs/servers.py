@@ -36,6 +36,7 @@ STOP_SECONDS = 10.0
 PORT_TRIES = 3  # another process may take a free port before the server does
 REGION = "us-east-1"
 DEFAULT_BUCKET = "rushes"
+KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")  # RCLONE_* would change the server
 
 # Runs between fork and exec without preexec_fn, which may deadlock when the parent has threads.
 EXEC_WITH_PARENT = """
@@ -189,9 +190,9 @@ class LocalServer:
             port=self.port,
             secret=self._secret,
             pid=self.pid,
-            pid_started=_started(self.pid) or 0.0,
+            pid_started=psutil.Process(self.pid).create_time(),
             owner_pid=os.getpid(),
-            owner_started=_started(os.getpid()) or 0.0,
+            owner_started=psutil.Process().create_time(),
         )
 
     def _command(self) -> Sequence[str]:
@@ -201,7 +202,10 @@ class LocalServer:
         return {}
 
     def _feed(self) -> None:
-        """Hand over what must not stand in the process list."""
+        """Hand over, on standard input, what must not stand in the process list."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def _answers(self) -> bool:
         raise NotImplementedError
@@ -326,7 +330,7 @@ class S3Server(LocalServer):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1)
         try:
             connection.request("GET", "/")
-            return connection.getresponse().status == 403  # it wants keys
+            return connection.getresponse().status in (400, 401, 403)  # it wants keys
         except (OSError, http.client.HTTPException):
             return False
         finally:
@@ -372,7 +376,7 @@ def _spawn(
     command: Sequence[str], *, log_path: Path, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     """In a session of its own, so that the terminal's Ctrl-C goes to the parent alone."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     with log_path.open("ab") as log:
         return subprocess.Popen(  # noqa: S603  # our own argument list, no shell
             [*_tied_to_parent(), *command],
@@ -409,9 +413,9 @@ def _is_free(port: int) -> bool:
 
 def _end_orphan(server: str, folder: Path, known: ServerState) -> None:
     """Two servers on one folder would spoil its files."""
-    if _started(known.pid) != known.pid_started:
+    if not _is_alive(known.pid, known.pid_started):
         return
-    if known.owner_pid != os.getpid() and _started(known.owner_pid) == known.owner_started:
+    if _is_alive(known.owner_pid, known.owner_started):
         raise ServerRunning(server, folder=folder, owner_pid=known.owner_pid)
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(known.pid)
@@ -423,13 +427,14 @@ def _end_orphan(server: str, folder: Path, known: ServerState) -> None:
             process.wait(STOP_SECONDS)
 
 
-def _started(pid: int) -> float | None:
-    """With the pid, this names a process for good: pids are used again."""
+def _is_alive(pid: int, started: float) -> bool:
+    """Pids are used again; with the start time (known to a fraction of a second) they are names."""
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        is_it = abs(process.create_time() - started) < 1.0
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError):
-        return None
+        return False
 
 
 def _read_state(folder: Path, name: str) -> ServerState | None:

@@ -474,10 +474,9 @@ def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     )
 
     def client(endpoint_url: str | None) -> "S3Client":
-        is_custom = endpoint_url is not None
-        region = session.region_name or ("us-east-1" if is_custom else None)
+        region = session.region_name or ("us-east-1" if endpoint_url else None)
         return session.client(
-            "s3", endpoint_url=endpoint_url, region_name=region, config=_config(is_custom)
+            "s3", endpoint_url=endpoint_url, region_name=region, config=_config(endpoint_url)
         )
 
     own = client(options.endpoint_url)
@@ -485,7 +484,7 @@ def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     return own, client(public) if public and public != options.endpoint_url else own
 
 
-def _config(is_custom: bool) -> "Config":
+def _config(endpoint_url: str | None) -> "Config":
     from botocore.config import Config
 
     common: dict[str, Any] = {
@@ -495,8 +494,10 @@ def _config(is_custom: bool) -> "Config":
         "retries": {"mode": "standard", "total_max_attempts": MAX_TRIES},
         "tcp_keepalive": True,
     }
-    if not is_custom:
+    if endpoint_url is None:
         return Config(**common)
+    if urllib.parse.urlsplit(endpoint_url).hostname in ("127.0.0.1", "localhost", "::1"):
+        common["proxies"] = {}  # HTTP_PROXY is for other machines
     # Many compatible stores refuse boto3's newer checksum headers.
     return Config(
         **common,
