@@ -1,0 +1,138 @@
+"""The reference networks: diffusers and transformers, at sizes a CPU runs in a moment."""
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+
+from models import config, transformer, vae, weight_names
+
+DIT = config.TransformerConfig(
+    dim=96, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=64, text_dim=40, text_len=24
+)
+VAE = config.VAEConfig(base_dim=8, num_res_blocks=1)
+
+
+class Sinusoid64(nn.Module):
+    """diffusers' `timesteps_proj` in fp64, written from the formula: cosines, then sines."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.half = width // 2
+
+    def forward(self, timestep):
+        steps = torch.arange(self.half, dtype=torch.float64)
+        frequencies = torch.exp(-math.log(10000) * steps / self.half)
+        angles = timestep.double()[:, None] * frequencies
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+def randomise(network, seed=0):
+    """No parameter stays at its zero or one: a swapped or forgotten tensor then shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if parameter.ndim == 1 or "norm" in name:
+            values = ("norm" in name and "bias" not in name) + 0.3 * noise
+        elif name.endswith("scale_shift_table"):
+            values = 0.5 * noise
+        else:
+            values = noise / math.sqrt(parameter[0].numel())
+        parameter.data = values.to(parameter)
+    return network.eval().requires_grad_(False)
+
+
+def diffusers_transformer(sizes):
+    return WanTransformer3DModel(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.head_dim,
+        in_channels=sizes.in_dim,
+        out_channels=sizes.out_dim,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        image_dim=sizes.image_dim,
+        added_kv_proj_dim=sizes.dim if sizes.image_dim else None,
+    )
+
+
+def renamed(reference, ours, names):
+    """The reference's tensors under our names, strictly one to one."""
+    theirs = reference.state_dict()
+    assert theirs.keys() == names.keys()
+    ours.load_state_dict({names[name]: tensor.clone() for name, tensor in theirs.items()})
+    return ours.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def in_fp64(monkeypatch):
+    """diffusers calls `.float()` in norms, residuals, upsampling and RoPE; make these exact."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
+def transformer_pair():
+    """(reference, ours) with equal weights: `transformer_pair(torch.float64)`."""
+
+    def build(dtype, *, sizes=DIT, exact_time=True):
+        reference = randomise(diffusers_transformer(sizes)).to(dtype)
+        # `.to` rounded the RoPE tables as well; diffusers keeps them when it loads a checkpoint.
+        reference.rope = type(reference.rope)(sizes.head_dim, sizes.patch_size, 1024)
+        if exact_time:
+            reference.condition_embedder.timesteps_proj = Sinusoid64(sizes.freq_dim)
+        ours = transformer.WanTransformer(sizes).to(dtype)
+        names = weight_names.transformer_from_diffusers(ours.state_dict())
+        return reference, renamed(reference, ours, names)
+
+    return build
+
+
+@pytest.fixture
+def vae_pair():
+    """(reference, ours) with equal weights: `vae_pair(torch.float64)`."""
+
+    def build(dtype, *, sizes=VAE):
+        reference = AutoencoderKLWan(
+            base_dim=sizes.base_dim,
+            z_dim=sizes.z_dim,
+            dim_mult=list(sizes.dim_mult),
+            num_res_blocks=sizes.num_res_blocks,
+            temperal_downsample=list(sizes.temporal_downsample),
+        )
+        reference = randomise(reference).to(dtype)
+        ours = vae.WanVAE(sizes).to(dtype)
+        names = weight_names.vae_from_diffusers(
+            ours.state_dict(), num_res_blocks=sizes.num_res_blocks
+        )
+        return reference, renamed(reference, ours, names)
+
+    return build
+
+
+@pytest.fixture
+def draw():
+    """Random tensors from one seeded generator: `draw(2, 3, dtype=torch.float64)`."""
+    generator = torch.Generator().manual_seed(7)
+
+    def tensor(*shape, dtype=torch.float64):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return tensor
+
+
+@pytest.fixture
+def relative_error(record_property):
+    """|ours - theirs| / |theirs| over all elements; also kept as a property of the test report."""
+
+    def measure(ours, theirs):
+        ours, theirs = ours.to(torch.float64), theirs.to(torch.float64)
+        assert ours.shape == theirs.shape
+        error = ((ours - theirs).norm() / theirs.norm()).item()
+        record_property("relative_error", error)
+        print(f"relative error {error:.2e}")  # noqa: T201  # `pytest -rP` lists the numbers
+        return error
+
+    return measure
