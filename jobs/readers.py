@@ -331,7 +331,8 @@ def _json_value(text: str) -> Any:
     except _Invalid:
         raise
     except json.JSONDecodeError as error:
-        what = f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.pos + 1}"
+        column = min(error.pos, len(text.rstrip())) + 1
+        what = f"{error.msg[:1].lower()}{error.msg[1:]} at column {column}"
         raise _Invalid(
             f'not JSON: {what}; a line must be one object such as {{"prompt": "..."}}'
         ) from None
