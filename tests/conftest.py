@@ -190,9 +190,14 @@ class PostgresServer:
         bare = (newest / "bin" / "postgres", newest / "bin", newest, *newest.parents)
         if self._user is None or all(path.stat().st_mode & 0o005 == 0o005 for path in bare):
             return newest / "bin"
-        copy = self._folder / "program"
+        # The programs look for their libraries in the folder beside the package.
+        packages = self._folder / "packages"
+        copy = packages / newest.parent.name / newest.name
+        libraries = newest.parent.with_name(f"{newest.parent.name}.libs")
         shutil.copytree(newest, copy, symlinks=True)
-        for path in (copy, *copy.rglob("*")):
+        if libraries.exists():
+            shutil.copytree(libraries, packages / libraries.name)
+        for path in (packages, *packages.rglob("*")):
             os.chown(path, self._user.pw_uid, self._user.pw_gid, follow_symlinks=False)
         return copy / "bin"
 
