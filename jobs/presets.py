@@ -36,8 +36,12 @@ MAX_FILE_BYTES = 65_536  # json5 needs seconds for more, and a preset has 30 lin
 
 
 def _shown(value: object) -> str:
-    """The value as a person wrote it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """The value as a person wrote it, shortened, and safe to print."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "a deeply nested value"
+    text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -112,7 +116,7 @@ def _check_shift(value: object) -> float:
 
 def _check_model_path(value: object) -> str:
     """The folder in one spelling, so that "tiny" and "tiny/" are one look."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError(
             f'must name a folder of weights such as "{DEFAULT_MODEL_PATH}", got {_shown(value)}'
         )
@@ -218,7 +222,13 @@ def frames_for_seconds(seconds: float, fps: int) -> int:
     """The 4n+1 frames nearest to this length, the longer at a tie: 5 s at 16 fps are 81 frames."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds must be above 0, got {seconds}: 5 would do")
-    return max(math.floor((seconds * fps - 1) / FRAME_GRID + 0.5), 0) * FRAME_GRID + 1
+    frames = max(math.floor((seconds * fps - 1) / FRAME_GRID + 0.5), 0) * FRAME_GRID + 1
+    if frames > MAX_FRAMES:
+        longest = math.floor(MAX_FRAMES * 10 / fps) / 10
+        raise ValueError(
+            f"seconds must be at most {longest:g} at {fps} fps ({MAX_FRAMES} frames), got {seconds}"
+        )
+    return frames
 
 
 def _messages(error: ValidationError) -> Iterator[tuple[str, str]]:
@@ -470,9 +480,14 @@ def _read_or_broken(path: Path) -> Preset | BrokenPreset:
 
 
 def _files(folder: Path | None) -> list[Path]:
-    """All preset files in the order in which a name is looked up."""
+    """All preset files in the order in which a name is looked up, none of a hidden folder."""
     folders = ([] if folder is None else [folder]) + [SHIPPED_FOLDER]
-    return [path for root in folders for path in sorted(root.rglob("*.json"), key=_shallow_first)]
+    return [
+        path
+        for root in folders
+        for path in sorted(root.rglob("*.json"), key=_shallow_first)
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
 
 
 def _shallow_first(path: Path) -> tuple[int, str]:
@@ -657,8 +672,9 @@ def _contradictions(fields: dict[str, Any]) -> Iterator[str]:
         yield "size is [target_height, target_width]: keep one form"
     if "size" in fields and not _is_pair(fields["size"]):
         yield f"size must be [height, width] such as [480, 832], got {_shown(fields['size'])}"
-    if not isinstance(fields.get("description", ""), str):
-        yield f"description must be a text, got {_shown(fields['description'])}"
+    description = fields.get("description", "")
+    if not isinstance(description, str) or not description.isprintable():
+        yield f"description must be one line of text, got {_shown(description)}"
 
 
 def _is_pair(value: object) -> bool:

@@ -194,7 +194,7 @@ class TestFramesForSeconds:
     def test_the_nearest_length_that_the_vae_can_make(self, seconds, fps, frames):
         assert presets.frames_for_seconds(seconds, fps) == frames
 
-    @given(st.floats(0.001, 1000), st.integers(1, 120))
+    @given(st.floats(0.001, 4), st.integers(1, 120))
     def test_it_is_4n_plus_1_and_at_most_two_frames_off(self, seconds, fps):
         frames = presets.frames_for_seconds(seconds, fps)
         assert frames % 4 == 1
@@ -204,6 +204,10 @@ class TestFramesForSeconds:
     def test_no_time_at_all_is_refused(self, seconds):
         with pytest.raises(ValueError, match="seconds must be above 0"):
             presets.frames_for_seconds(seconds, 16)
+
+    def test_a_length_beyond_all_models_is_told_in_seconds(self):
+        with pytest.raises(ValueError, match=r"at most 30 at 16 fps \(481 frames\), got 3600"):
+            presets.frames_for_seconds(3600, 16)
 
 
 class TestLoad:
@@ -225,6 +229,10 @@ class TestLoad:
         assert presets.load("tiny", folder=tmp_path).look.fps == 5
         assert presets.load("tiny").look.fps == 8
         assert [p.path.parent.name for p in presets.available(tmp_path)] == ["sub", "distill"]
+
+    def test_files_in_hidden_folders_are_no_presets(self, write, tmp_path):
+        write({"fps": 5}, ".checkpoints/tiny.json")
+        assert presets.load("tiny", folder=tmp_path).look.fps == 8
 
     def test_a_folder_that_is_not_there_holds_no_presets(self, tmp_path):
         assert presets.load("tiny", folder=tmp_path / "none").name == "tiny"
@@ -343,7 +351,9 @@ class TestRefusals:
             ({"model_path": "../x"}, "without '..'"),
             ({"model_path": "~/x"}, "without '..' and '~'"),
             ({"model_path": "."}, "model_path must"),
-            ({"description": 5}, "description must be a text"),
+            ({"description": 5}, "description must be one line of text"),
+            ({"description": "a\nb"}, "description must be one line of text"),
+            ({"model_path": "\ud800"}, "model_path must name a folder"),
             ({"denoising_steplist": [1]}, "did you mean denoising_step_list?"),
             ({"zzz": 1}, 'unknown key "zzz": remove it'),
             ({"lora_configs": [{"path": "a", "strength": 1}]}, "LoRA is not supported"),
@@ -403,6 +413,11 @@ class TestRefusals:
         (tmp_path / "x.json").mkdir()
         with pytest.raises(errors.PresetError, match="cannot be read"):
             presets.load("x", folder=tmp_path)
+
+    def test_a_message_can_always_be_printed(self, fault):
+        fault({"task": "\ud800\x1b", "\udfff": "x", "fps": "\n"}).encode()
+        for depth in range(100, 1200, 50):
+            fault('{"fps": ' + "[" * depth + "]" * depth + "}")
 
     @settings(max_examples=150, deadline=None)
     @given(
