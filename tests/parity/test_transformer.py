@@ -43,7 +43,7 @@ def test_bf16_is_as_close_to_fp64_as_the_reference(
 ):
     """Both keep in fp32 what they keep: diffusers its list, we ours; same bf16 weights."""
     exact, ours = transformer_pair(torch.bfloat16)
-    exact.to(torch.float64)
+    torch.nn.Module.to(exact, torch.float64)
     latents, timestep, context = inputs(draw, ours.config, torch.bfloat16)
     truth = exact(latents.double(), timestep, context.double()).sample
     monkeypatch.undo()

@@ -48,6 +48,7 @@ def test_decode_agrees_in_fp64(num_latents, sizes, vae_pair, in_fp64, draw, rela
     frames = decode(ours, latents)
     assert frames.shape == (2, 3, 4 * num_latents - 3, 24, 40)
     assert frames.abs().max() <= 1
+    assert (frames.abs() == 1).double().mean() < 0.5, "too much is clamped to compare"
     expected = reference_decode(reference, latents)
     assert (frames - expected).abs().max() < 1e-10
     assert relative_error(frames, expected) < 1e-10
@@ -66,7 +67,7 @@ def test_bf16_decode_is_as_close_to_fp64_as_the_reference(
 ):
     exact, _ = vae_pair(torch.bfloat16)
     latents = draw(1, 16, 3, 4, 6)
-    truth = reference_decode(exact.to(torch.float64), latents)
+    truth = reference_decode(torch.nn.Module.to(exact, torch.float64), latents)
     monkeypatch.undo()
 
     reference, ours = vae_pair(torch.bfloat16)
@@ -89,7 +90,9 @@ def test_names_and_shapes_at_full_size():
 
 def test_native_names_are_those_of_the_official_checkpoint():
     with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in vae.WanVAE(config.WAN_VAE).state_dict().items()}
+        shapes = {
+            name: tuple(t.shape) for name, t in vae.WanVAE(config.WAN_VAE).state_dict().items()
+        }
     anchors = {
         "encoder.conv1.weight": (96, 3, 3, 3, 3),
         "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1),

@@ -1,0 +1,77 @@
+"""The whole way from noise to frames, against diffusers' networks and arithmetic written here."""
+
+import pytest
+import torch
+
+from models import sampling
+
+# shift * s / (1 + (shift - 1) * s) of s = 1, 3/4, 1/2, 1/4 at shift 5
+SIGMAS = [1.0, 15 / 16, 5 / 6, 5 / 8]
+
+
+def reference_latents(reference, context, noise, step_rule, fresh_noise):
+    """Four steps on diffusers' transformer; euler in its other form, x - (sigma - sigma') v."""
+    x = noise.clone()
+    for step, sigma in enumerate(SIGMAS):
+        timestep = torch.tensor([1000 * sigma], dtype=torch.float64)
+        v = reference(x, timestep, context).sample
+        if step == 3 or step_rule == "euler":
+            following = 0.0 if step == 3 else SIGMAS[step + 1]
+            x = x - (sigma - following) * v
+        else:
+            x0 = x - sigma * v
+            following = SIGMAS[step + 1]
+            x = (1 - following) * x0 + following * fresh_noise[step]
+    return x
+
+
+def reference_frames(reference, latents):
+    mean = torch.tensor(reference.config.latents_mean, dtype=latents.dtype).view(1, 16, 1, 1, 1)
+    inverse_std = 1 / torch.tensor(reference.config.latents_std, dtype=latents.dtype)
+    return reference.decode(latents / inverse_std.view(1, 16, 1, 1, 1) + mean).sample
+
+
+@pytest.mark.parametrize("step_rule", ["euler", "renoise"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
+def test_four_steps_and_decode(
+    dtype, tolerance, step_rule, transformer_pair, vae_pair, draw, relative_error, request
+):
+    if dtype == torch.float64:
+        request.getfixturevalue("in_fp64")
+    their_transformer, our_transformer = transformer_pair(dtype)
+    their_vae, our_vae = vae_pair(dtype)
+    sizes = our_transformer.config
+    context = draw(1, sizes.text_len, sizes.text_dim, dtype=dtype)
+    shape = our_vae.latent_shape(num_frames=9, height=32, width=48)
+    assert shape == (16, 3, 4, 6)
+
+    levels = exact_levels() if dtype == torch.float64 else table_levels()
+    noise, generator = sampling.initial_noise(11, shape, "cpu")
+    latents = sampling.denoise(
+        lambda x, t: our_transformer(x, t, context),
+        noise.to(dtype),
+        levels,
+        step_rule=step_rule,
+        generator=generator,
+    )
+    again = torch.Generator().manual_seed(11)
+    draws = [torch.randn((1, *shape), generator=again).to(dtype) for _ in range(4)]
+    expected = reference_latents(their_transformer, context, draws[0], step_rule, draws[1:])
+    assert latents.dtype == dtype
+    assert relative_error(latents, expected) < tolerance
+
+    frames = torch.cat(list(our_vae.decode_chunks(latents)), dim=2)
+    assert frames.shape == (1, 3, 9, 32, 48)
+    assert relative_error(frames, reference_frames(their_vae, expected)) < tolerance
+
+
+def exact_levels():
+    """The same levels without the fp32 rounding of the table, for comparing beyond fp32."""
+    timesteps = torch.tensor([1000 * sigma for sigma in SIGMAS], dtype=torch.float64)
+    return sampling.NoiseLevels(sigmas=tuple(SIGMAS), timesteps=timesteps)
+
+
+def table_levels():
+    return sampling.noise_levels([1000, 750, 500, 250], 5.0)
