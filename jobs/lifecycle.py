@@ -129,8 +129,9 @@ def rendered(
     seconds: dict[str, float],
     peak_memory_bytes: int | None,
     lease_seconds: float,
+    note: str | None = None,
 ) -> Verdict:
-    """The mp4 is finished on this host; from here on the publisher renews the lease."""
+    """The mp4 is finished on this host; from here on the publisher renews the lease with this."""
     now = database.now(session)
     verdict = _verdict(session, attempt_id, lock=True)
     if verdict is Verdict.GO_ON:
@@ -146,6 +147,7 @@ def rendered(
                 peak_memory_bytes=peak_memory_bytes,
                 heartbeat_at=now,
                 lease_until=now + timedelta(seconds=lease_seconds),
+                note=note,
             )
         )
     return verdict

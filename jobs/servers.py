@@ -379,7 +379,7 @@ def _spawn(
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     with log_path.open("ab") as log:
         return subprocess.Popen(  # noqa: S603  # our own argument list, no shell
-            [*_tied_to_parent(), *command],
+            [*tied_to_parent(), *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -389,7 +389,7 @@ def _spawn(
         )
 
 
-def _tied_to_parent() -> list[str]:
+def tied_to_parent() -> list[str]:
     # The kernel signals at the end of the thread that forked, not of the process.
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return []

@@ -258,6 +258,19 @@ def environment_names() -> dict[str, tuple[str, ...]]:
     return names
 
 
+def given_names() -> set[str]:
+    """Names that the environment, a `NAME_FILE` or `.env` gives a value for."""
+    names = {name for choices in environment_names().values() for name in choices}
+    from_file = {
+        name.upper() for name, value in DotEnvSettingsSource(Settings).env_vars.items() if value
+    }
+    return {
+        name
+        for name in names
+        if os.environ.get(name) or os.environ.get(f"{name}_FILE") or name in from_file
+    }
+
+
 def sqlalchemy_url(url: str) -> str:
     """`postgres://` and `postgresql://` name the driver we ship; other URLs are left alone."""
     for scheme in ("postgres://", "postgresql://"):

@@ -1,0 +1,5 @@
+"""`rushes ...`: each command parses, calls one function and prints."""
+
+from jobs.cli import root
+
+main = root.main

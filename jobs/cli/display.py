@@ -1,0 +1,160 @@
+"""A batch in progress: live on a terminal, else line by line."""
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs import watch
+from jobs.cli import output, shapes
+from jobs.schema import Attempt, Job
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+LINE_SECONDS = 60.0  # a log of a long night shows that the watcher is alive
+COUNTED = ("succeeded", "failed", "cancelled", "running", "queued")
+
+
+def live(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
+    """One picture that changes in place; returns the last snapshot."""
+    from rich.console import Console
+    from rich.live import Live
+
+    ctx = click.get_current_context(silent=True)
+    console = Console(no_color=True if ctx is not None and ctx.color is False else None)
+    snapshot = None
+    with Live(console=console, auto_refresh=False) as screen:
+        for snapshot in snapshots:
+            screen.update(_picture(snapshot, max_rows=max(console.height - 6, 3)), refresh=True)
+    assert snapshot is not None
+    return snapshot
+
+
+def as_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
+    """A line per change, and one a minute without any."""
+    told, told_at, snapshot = "", 0.0, None
+    for snapshot in snapshots:
+        essence = counts(snapshot) + snapshot.progress.state
+        if essence != told or time.monotonic() - told_at > LINE_SECONDS:
+            output.line(f"{output.when(snapshot.now)}  {status_line(snapshot)}")
+            if essence != told and snapshot.idle_queues:
+                output.note(hint_of_idle(snapshot.idle_queues))
+            told, told_at = essence, time.monotonic()
+    assert snapshot is not None
+    return snapshot
+
+
+def as_json_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
+    """A JSON object per change of anything but the clock."""
+    told, snapshot = "", None
+    for snapshot in snapshots:
+        essence = counts(snapshot) + snapshot.progress.state + repr(_steps(snapshot))
+        if essence != told:
+            output.emit_line(shape(snapshot))
+            told = essence
+    assert snapshot is not None
+    return snapshot
+
+
+def shape(snapshot: watch.Snapshot) -> dict[str, object]:
+    return shapes.progress(snapshot.progress) | {
+        "now": snapshot.now,
+        "running": [
+            shapes.running_job(job, attempt, now=snapshot.now) for job, attempt in snapshot.running
+        ],
+        "queues_without_workers": list(snapshot.idle_queues),
+    }
+
+
+def status_line(snapshot: watch.Snapshot) -> str:
+    """`260101-k3v9 running: 3 of 10 succeeded, 2 running, 5 queued; 1.2 per minute, ...`"""
+    progress = snapshot.progress
+    parts = [f"{progress.batch.id} {output.state(progress.state)}: {counts(snapshot)}"]
+    if pace := pace_of(snapshot):
+        parts.append(pace)
+    return "; ".join(parts)
+
+
+def pace_of(snapshot: watch.Snapshot) -> str:
+    """How fast it goes and how long it will take, as far as that is known."""
+    rate, left = snapshot.progress.rate_per_minute, snapshot.progress.seconds_left
+    said = [] if rate is None else [f"{rate:.1f} per minute" if rate < 100 else f"{rate:.0f}/min"]
+    if left is not None:
+        said.append(f"about {output.duration(left)} left")
+    return ", ".join(said)
+
+
+def hint_of_idle(queues: Iterable[str]) -> str:
+    names = ", ".join(queues)
+    return (
+        f"no live worker takes from {names}: start one with `rushes worker` (or `rushes up`); "
+        "`rushes workers` lists them"
+    )
+
+
+def step_of(attempt: Attempt) -> str:
+    """`2/4`: the step it works on, of how many."""
+    return f"{attempt.step}/{attempt.steps}" if attempt.steps else ""
+
+
+def label(job: Job) -> str:
+    """What a person calls the job."""
+    return output.cut(job.custom_id if job.custom_id is not None else job.prompt, 40)
+
+
+def counts(snapshot: watch.Snapshot) -> str:
+    batch = snapshot.progress.batch
+    said = [f"{batch.succeeded:,} of {batch.total:,} succeeded"]
+    for name in COUNTED[1:]:
+        number: int = getattr(batch, name)
+        if number:
+            said.append(f"{number:,} {name}")
+    return ", ".join(said)
+
+
+def _steps(snapshot: watch.Snapshot) -> list[tuple[int, str | None, int]]:
+    return [(attempt.id, attempt.stage, attempt.step) for _, attempt in snapshot.running]
+
+
+def _picture(snapshot: watch.Snapshot, *, max_rows: int) -> "RenderableType":
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    batch = snapshot.progress.batch
+    done = batch.total - batch.queued - batch.running
+    parts: list[RenderableType] = [
+        Text.from_ansi(status_line(snapshot)),
+        ProgressBar(total=max(batch.total, 1), completed=done),
+    ]
+    if snapshot.running:
+        parts.append(_running_table(snapshot, max_rows))
+    if snapshot.idle_queues:
+        parts.append(Text(hint_of_idle(snapshot.idle_queues), style="yellow"))
+    return Group(*parts)
+
+
+def _running_table(snapshot: watch.Snapshot, max_rows: int) -> "RenderableType":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for header in ("job", "", "stage", "step", "time", "worker", ""):
+        table.add_column(header, no_wrap=True)
+    for job, attempt in snapshot.running[:max_rows]:
+        seconds = (snapshot.now - attempt.started_at).total_seconds()
+        cells = (
+            str(job.id),
+            label(job),
+            attempt.stage or "start",
+            step_of(attempt),
+            output.duration(max(seconds, 0)),
+            attempt.worker,
+            output.cut(attempt.note or ""),
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    if len(snapshot.running) > max_rows:
+        table.add_row("", Text(f"and {len(snapshot.running) - max_rows} more"))
+    return table

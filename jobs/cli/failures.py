@@ -1,0 +1,137 @@
+"""Every way in which a command can end badly, as one line and an exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from jobs import errors
+from jobs.cli import exits, output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What is told of an exception."""
+
+    kind: str
+    message: str
+    exit_code: int
+    problems: tuple[errors.Problem, ...] = ()
+    source: str = ""
+
+
+def exit_code_of(run: Callable[[], object], *, as_json: bool) -> int:
+    """Run a command; its exit code. Nothing leaves as a traceback."""
+    _tolerate_narrow_encodings()
+    try:
+        code = run()
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        return exits.ERROR
+    except Exception as error:  # whatever it is, a person reads one line of it
+        if os.environ.get("RUSHES_DEBUG"):
+            traceback.print_exc()
+        failure = _failure(error)
+        _tell(failure, as_json=as_json)
+        return failure.exit_code
+    return code if isinstance(code, int) else exits.OK
+
+
+def _tell(failure: Failure, *, as_json: bool) -> None:
+    if as_json:
+        output.emit({"error": _shape(failure)})
+    for problem in failure.problems:
+        output.note(output.problem_line(failure.source, problem))
+    if not failure.problems or len(failure.problems) > 1:
+        output.note(f"error: {failure.message}")
+
+
+def _shape(failure: Failure) -> dict[str, Any]:
+    shape: dict[str, Any] = {
+        "kind": failure.kind,
+        "message": failure.message,
+        "exit_code": failure.exit_code,
+    }
+    if failure.problems:
+        shape["source"] = failure.source
+        shape["problems"] = [output.problem_shape(problem) for problem in failure.problems]
+    return shape
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, errors.InvalidInput):
+        return _invalid(error)
+    if isinstance(error, errors.RushesError):
+        return _of(error, str(error), error.exit_code)
+    if isinstance(error, click.ClickException):
+        return _of(error, _with_help_hint(error), error.exit_code)
+    if reason := _database_reason(error):
+        return Failure(kind="DatabaseUnavailable", message=reason, exit_code=exits.ERROR)
+    if isinstance(error, OSError):
+        return _of(error, str(error), exits.ERROR)
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+    again = "" if os.environ.get("RUSHES_DEBUG") else "; RUSHES_DEBUG=1 shows where"
+    return _of(error, f"{text} (this is a defect in rushes{again})", exits.ERROR)
+
+
+def _of(error: Exception, message: str, exit_code: int) -> Failure:
+    return Failure(kind=type(error).__name__, message=message, exit_code=exit_code)
+
+
+def _invalid(error: errors.InvalidInput) -> Failure:
+    number = len(error.problems)
+    counted = "1 problem" if number == 1 else f"{number:,} problems"
+    return Failure(
+        kind="InvalidInput",
+        message=f"{counted} in {error.source}: nothing was stored" if number else str(error),
+        exit_code=error.exit_code,
+        problems=error.problems,
+        source=error.source,
+    )
+
+
+def _with_help_hint(error: click.ClickException) -> str:
+    message = error.format_message()
+    ctx = getattr(error, "ctx", None)
+    if ctx is None:
+        return message
+    return f"{message.rstrip('.')}. See `{ctx.command_path} --help`."
+
+
+def _database_reason(error: Exception) -> str | None:
+    """What to do about an error of the database; None when it is not one, or a defect of ours."""
+    if "sqlalchemy" not in sys.modules:
+        return None
+    from sqlalchemy import exc
+
+    if not isinstance(error, exc.DBAPIError):
+        return None
+    said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else str(error.orig)
+    state = getattr(error.orig, "sqlstate", None) or ""
+    if state in ("42P01", "42703") or said.startswith(("no such table", "no such column")):
+        advice = "its tables are missing or older than this version; run `rushes migrate`"
+    elif state.startswith("42501"):
+        advice = "this user has no right to its tables"
+    elif isinstance(error, exc.OperationalError | exc.InterfaceError) or "not a database" in said:
+        advice = "check DATABASE_URL, or start everything on this machine with `rushes up`"
+    else:
+        return None
+    return f"database {_database_url()}: {said}: {advice}"
+
+
+def _database_url() -> str:
+    from jobs import database, settings
+
+    return database.connect(settings.load()).url.render_as_string(hide_password=True)
+
+
+def _tolerate_narrow_encodings() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if callable(reconfigure := getattr(stream, "reconfigure", None)):
+            reconfigure(errors="backslashreplace")

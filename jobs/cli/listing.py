@@ -1,0 +1,258 @@
+"""`rushes list` and `rushes show`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from jobs import database, errors, queries, results, settings, states, storage, watch
+from jobs.cli import connections, display, options, output, references, shapes
+from jobs.schema import Attempt, Batch, Job
+
+
+@click.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--before", metavar="BATCH", help="Older than this one: the next page.")
+@options.output
+def list_batches(limit: int, before: str | None, as_json: bool) -> None:
+    """List the batches, newest first."""
+    db = connections.open_database(settings.load())
+    with db.reading() as session:
+        found = queries.batches(session, limit=limit, before=before)
+    if as_json:
+        output.emit({"batches": [shapes.batch(row) for row in found]})
+    elif found:
+        headers = ("BATCH", "STATE", "JOBS", "DONE", "FAILED", "CREATED", "PRESET", "NAME")
+        output.table(headers, [_list_row(row) for row in found])
+        if len(found) == limit:
+            output.note(f"older ones: rushes list --before {found[-1].id}")
+    else:
+        output.note("no batches" + (" before that one" if before else " yet"))
+
+
+def _list_row(row: Batch) -> tuple[str, ...]:
+    return (
+        row.id,
+        output.state(queries.batch_state(row)),
+        str(row.total),
+        str(row.succeeded),
+        str(row.failed),
+        output.when(row.created_at),
+        output.cut(row.preset, 40),
+        output.cut(row.name or "", 40),
+    )
+
+
+@click.command()
+@click.argument("reference", metavar="BATCH|JOB")
+@click.option(
+    "--limit",
+    type=click.IntRange(0, 10_000),
+    default=20,
+    show_default=True,
+    help="Failed jobs that are named.",
+)
+@options.output
+def show(reference: str, limit: int, as_json: bool) -> None:
+    """Show a batch or a job.
+
+    A batch: counts, pace, what runs, what failed and why. A job: everything, its attempts too.
+    """
+    config = settings.load()
+    db = connections.open_database(config)
+    with db.reading() as session:
+        found = references.find(session, reference)
+    store = _store(config)
+    if isinstance(found, Job):
+        job = _read_job(db, found)
+        (_emit_job if as_json else _print_job)(job, store)
+    else:
+        batch = _read_batch(db, found.id, limit=limit)
+        (_emit_batch if as_json else _print_batch)(batch, store)
+
+
+def _store(config: settings.Settings) -> storage.ObjectStore | None:
+    """None when its settings are wrong: what the database knows is shown all the same."""
+    try:
+        return storage.open_store(config)
+    except errors.RushesError as error:
+        output.note(f"note: {error}")
+        return None
+
+
+# A batch.
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """What `show` tells of a batch."""
+
+    snapshot: watch.Snapshot
+    failed: Sequence[Job]
+
+
+def _read_batch(db: database.Database, batch_id: str, *, limit: int) -> BatchView:
+    snapshot = watch.look(db, batch_id)
+    with db.reading() as session:
+        failed = queries.jobs(
+            session, batch_id, states_wanted=(states.JobState.FAILED,), limit=limit
+        )
+    return BatchView(snapshot=snapshot, failed=failed if limit else ())
+
+
+def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
+    output.emit(
+        display.shape(view.snapshot)
+        | {
+            "failed": [shapes.failed_job(job) for job in view.failed],
+            "manifest": _manifest(view.snapshot.progress.batch, store),
+        }
+    )
+
+
+def _manifest(batch: Batch, store: storage.ObjectStore | None) -> str | None:
+    if batch.manifest_at is None or store is None:
+        return None
+    return store.address(results.batch_key(batch.id, "manifest.json"))
+
+
+def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
+    snapshot = view.snapshot
+    batch = snapshot.progress.batch
+    output.facts(
+        [
+            ("batch", batch.id),
+            ("name", output.plain(batch.name or "")),
+            ("preset", output.plain(batch.preset)),
+            ("priority", str(batch.priority) if batch.priority else ""),
+            ("state", output.state(snapshot.progress.state)),
+            ("jobs", display.counts(snapshot)),
+            ("pace", display.pace_of(snapshot)),
+            ("created", output.when(batch.created_at)),
+            ("finished", output.when(batch.finished_at)),
+            ("results", _manifest(batch, store) or ""),
+        ]
+    )
+    if snapshot.running:
+        output.line("running:")
+        headers = ("JOB", "", "STAGE", "STEP", "TIME", "WORKER", "")
+        output.table(headers, [_running_row(snapshot, *pair) for pair in snapshot.running])
+    if view.failed:
+        output.line("failed:")
+        output.table(("JOB", "", "KIND", "WHY"), [_failed_row(job) for job in view.failed])
+    if batch.failed > len(view.failed):
+        output.line(f"  and {batch.failed - len(view.failed):,} more failed: --limit shows them")
+    if snapshot.idle_queues:
+        output.note(f"note: {display.hint_of_idle(snapshot.idle_queues)}")
+
+
+def _running_row(snapshot: watch.Snapshot, job: Job, attempt: Attempt) -> tuple[str, ...]:
+    seconds = (snapshot.now - attempt.started_at).total_seconds()
+    return (
+        f"  {job.id}",
+        display.label(job),
+        attempt.stage or "start",
+        display.step_of(attempt),
+        output.duration(max(seconds, 0)),
+        output.plain(attempt.worker),
+        output.cut(attempt.note or ""),
+    )
+
+
+def _failed_row(job: Job) -> tuple[str, ...]:
+    kind = (job.failure_kind or "") + (" (quarantined)" if job.quarantined else "")
+    return (f"  {job.id}", display.label(job), kind, output.cut(job.error or "", 100))
+
+
+# A job.
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """What `show` tells of a job."""
+
+    job: Job
+    look: dict[str, Any]
+    attempts: Sequence[Attempt]
+    winner: Attempt | None
+
+
+def _read_job(db: database.Database, job: Job) -> JobView:
+    with db.reading() as session:
+        return JobView(
+            job=job,
+            look=queries.look(session, job),
+            attempts=queries.attempts(session, job.id),
+            winner=queries.winning_attempt(session, job),
+        )
+
+
+def _emit_job(view: JobView, store: storage.ObjectStore | None) -> None:
+    output.emit(
+        shapes.job(
+            view.job,
+            look=view.look,
+            attempts=[shapes.attempt(attempt) for attempt in view.attempts],
+            video=None if store is None else shapes.video(store, view.winner),
+        )
+    )
+
+
+def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
+    job = view.job
+    video = None if store is None else shapes.video(store, view.winner)
+    output.facts(
+        [
+            ("job", str(job.id)),
+            ("batch", f"{job.batch_id}, position {job.position}"),
+            ("custom_id", output.plain(job.custom_id or "")),
+            ("state", _job_state(job)),
+            ("prompt", output.plain(job.prompt)),
+            ("negative", output.plain(job.negative_prompt or "")),
+            ("seed", str(job.seed)),
+            ("priority", str(-job.rank) if job.rank else ""),
+            *((f"  {key}", output.plain(str(value))) for key, value in (job.meta or {}).items()),
+            ("look", _look_words(view.look)),
+            ("queue", job.queue),
+            ("finished", output.when(job.finished_at)),
+            ("error", f"{job.failure_kind}: {output.plain(job.error or '')}" if job.error else ""),
+            ("video", video["url"] if video else ""),
+            ("link", video["link"] or "" if video and video["link"] != video["url"] else ""),
+        ]
+    )
+    if view.attempts:
+        headers = ("ATTEMPT", "STATE", "STAGE", "STEP", "WORKER", "STARTED", "WHY")
+        output.table(headers, [_attempt_row(attempt) for attempt in view.attempts])
+        output.note(f"details: rushes logs {job.id}")
+
+
+def _job_state(job: Job) -> str:
+    said = output.state(job.state)
+    if job.quarantined:
+        said += ", quarantined: its workers died"
+    if job.cancel_requested and job.state is states.JobState.RUNNING:
+        said += ", stops at its next step"
+    if job.not_before is not None and job.state is states.JobState.QUEUED:
+        said += f", not before {output.when(job.not_before)}"
+    return said
+
+
+def _look_words(look: dict[str, Any]) -> str:
+    return (
+        f"{look['width']}x{look['height']}, {look['num_frames']} frames at {look['fps']} fps, "
+        f"steps {'-'.join(map(str, look['denoising_step_list']))} ({look['step_rule']}), "
+        f"shift {look['sample_shift']:g}, {output.plain(look['model_path'])}"
+    )
+
+
+def _attempt_row(attempt: Attempt) -> tuple[str, ...]:
+    return (
+        str(attempt.number),
+        output.state(attempt.state),
+        attempt.stage or "",
+        display.step_of(attempt),
+        output.plain(attempt.worker),
+        output.when(attempt.started_at),
+        output.cut(attempt.error or attempt.note or "", 100),
+    )

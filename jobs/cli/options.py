@@ -1,0 +1,54 @@
+"""Options that many commands share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _without_color(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        ctx.color = False
+
+
+def _is_json(_ctx: click.Context, _parameter: click.Parameter, value: str) -> bool:
+    return value == "json"
+
+
+no_color = click.option(
+    "--no-color",
+    is_flag=True,
+    expose_value=False,
+    callback=_without_color,
+    help="Print without colors, as NO_COLOR=1 does.",
+)
+
+_output = click.option(
+    "-o",
+    "--output",
+    "as_json",
+    type=click.Choice(["human", "json"]),
+    default="human",
+    show_default=True,
+    callback=_is_json,
+    help="Who reads it.",
+)
+
+
+def output(command: Command) -> Command:
+    """`-o/--output` and `--no-color`; the command gets `as_json`."""
+    return _output(no_color(command))
+
+
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """What the command line says before it is parsed: errors in it are told the same way."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "--":
+            return False
+        if argument == "json" and before in ("-o", "--output"):
+            return True
+        if argument in ("--output=json", "-ojson"):
+            return True
+    return False

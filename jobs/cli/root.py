@@ -1,0 +1,140 @@
+"""The command group. A command's module is imported when the command is called, not before."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import click
+
+from jobs.cli import failures, options
+
+
+class Lazy(NamedTuple):
+    """Where a command lives and what `rushes --help` says of it."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
+SECTIONS: dict[str, dict[str, Lazy]] = {
+    "Batches": {
+        "submit": Lazy("submit", "submit", "Store the prompts of a file as a batch."),
+        "list": Lazy("listing", "list_batches", "List the batches, newest first."),
+        "show": Lazy("listing", "show", "Show a batch or a job."),
+        "watch": Lazy("waiting", "watch", "Follow a batch until it is finished."),
+        "wait": Lazy("waiting", "wait", "Wait until a batch is finished."),
+        "cancel": Lazy("changes", "cancel", "Cancel batches or jobs."),
+        "retry": Lazy("changes", "retry", "Queue failed or cancelled jobs again."),
+        "logs": Lazy("story", "logs", "Tell what happened to a batch or a job."),
+        "download": Lazy("fetch", "download_batch", "Fetch the finished videos of a batch."),
+        "presets": Lazy("preset_commands", "presets", "List the presets, or show one."),
+    },
+    "Machines": {
+        "up": Lazy("processes", "up", "Run everything on this machine."),
+        "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
+        "worker": Lazy("processes", "worker", "Render: one process per device."),
+        "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
+        "workers": Lazy("system", "workers", "List the workers and what they render."),
+        "migrate": Lazy("system", "migrate_database", "Bring the database to this version."),
+        "doctor": Lazy("system", "doctor_command", "Check every part and say what to do."),
+    },
+}
+COMMANDS = {name: lazy for section in SECTIONS.values() for name, lazy in section.items()}
+
+OTHER_NAMES = {
+    "status": "show",
+    "get": "show",
+    "ls": "list",
+    "batches": "list",
+    "requeue": "retry",
+    "fetch": "download",
+    "run": "submit",
+    "stop": "cancel",
+    "rm": "cancel",
+    "scheduler": "dispatcher",
+    "init": "migrate",
+    "start": "up",
+}
+"""What the same thing is called in other tools."""
+
+
+class Rushes(click.Group):
+    """Loads commands late and turns every failure into a line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        lazy = COMMANDS.get(cmd_name)
+        if lazy is None:
+            return None
+        command = getattr(importlib.import_module(f"jobs.cli.{lazy.module}"), lazy.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in OTHER_NAMES:
+            hint = f"no such command {name!r}: did you mean {OTHER_NAMES[name]!r}?"
+            raise click.UsageError(hint, ctx)
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand:
+            raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx) from None
+
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002  # click's signature
+        formatter: click.HelpFormatter,
+    ) -> None:
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, lazy.summary) for name, lazy in commands.items()])
+
+    def main(  # type: ignore[override]  # ends the process, as click does by default
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        **extra: Any,
+    ) -> NoReturn:
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+
+        def run() -> object:
+            return super(Rushes, self).main(arguments, prog_name or "rushes", **extra)
+
+        sys.exit(failures.exit_code_of(run, as_json=options.asks_for_json(arguments)))
+
+
+def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from jobs.cli import version  # importlib.metadata takes its time
+
+        click.echo(f"rushes {version.installed()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Rushes,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="BATCH is an id, its unique beginning, or `latest`. JOB is a number or BATCH/CUSTOM_ID.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
+@options.no_color
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Render prompt batches into videos overnight."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False

@@ -1,0 +1,179 @@
+"""What `--output json` prints. docs/cli.md names every key; keys are added, never renamed."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from jobs import queries, storage
+from jobs.schema import Attempt, Batch, Job
+
+LINK_SECONDS = 24 * 3600
+
+
+def batch(row: Batch) -> dict[str, Any]:
+    return {
+        "batch_id": row.id,
+        "name": row.name,
+        "preset": row.preset,
+        "priority": row.priority,
+        "idempotency_key": row.idempotency_key,
+        "state": queries.batch_state(row),
+        "created_at": row.created_at,
+        "finished_at": row.finished_at,
+        "results_written_at": row.manifest_at,
+        "cancel_requested_at": row.cancel_requested_at,
+        "counts": {
+            "total": row.total,
+            "queued": row.queued,
+            "running": row.running,
+            "succeeded": row.succeeded,
+            "failed": row.failed,
+            "cancelled": row.cancelled,
+        },
+    }
+
+
+def progress(found: queries.Progress) -> dict[str, Any]:
+    return batch(found.batch) | {
+        "rate_per_minute": _rounded(found.rate_per_minute),
+        "seconds_left": _rounded(found.seconds_left),
+    }
+
+
+def running_job(job: Job, attempt: Attempt, *, now: datetime) -> dict[str, Any]:
+    return {
+        "job_id": job.id,
+        "position": job.position,
+        "custom_id": job.custom_id,
+        "attempt": attempt.number,
+        "worker": attempt.worker,
+        "stage": attempt.stage,
+        "step": attempt.step,
+        "steps": attempt.steps,
+        "note": attempt.note,
+        "started_at": attempt.started_at,
+        "seconds": _rounded((now - attempt.started_at) / timedelta(seconds=1)),
+    }
+
+
+def failed_job(job: Job) -> dict[str, Any]:
+    return {
+        "job_id": job.id,
+        "position": job.position,
+        "custom_id": job.custom_id,
+        "error": error(job),
+    }
+
+
+def job(
+    row: Job,
+    *,
+    look: dict[str, Any],
+    attempts: list[dict[str, Any]],
+    video: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "job_id": row.id,
+        "batch_id": row.batch_id,
+        "position": row.position,
+        "custom_id": row.custom_id,
+        "state": row.state,
+        "cancel_requested": row.cancel_requested,
+        "prompt": row.prompt,
+        "negative_prompt": row.negative_prompt,
+        "seed": row.seed,
+        "metadata": row.meta,
+        "priority": -row.rank,
+        "queue": row.queue,
+        "look_id": row.look_id,
+        "look": look,
+        "not_before": row.not_before,
+        "dispatched_at": row.dispatched_at,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+        "errors": row.error_count,
+        "crashes": row.crash_count,
+        "error": error(row),
+        "video": video,
+        "attempts": attempts,
+    }
+
+
+def error(row: Job) -> dict[str, Any] | None:
+    """The last thing that went wrong, also while the job waits for its next attempt."""
+    if row.failure_kind is None and row.error is None:
+        return None
+    return {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined}
+
+
+def attempt(row: Attempt) -> dict[str, Any]:
+    return {
+        "attempt_id": row.id,
+        "job_id": row.job_id,
+        "number": row.number,
+        "state": row.state,
+        "worker": row.worker,
+        "started_at": row.started_at,
+        "heartbeat_at": row.heartbeat_at,
+        "lease_until": row.lease_until,
+        "finished_at": row.finished_at,
+        "stage": row.stage,
+        "step": row.step,
+        "steps": row.steps,
+        "note": row.note,
+        "seconds": row.seconds,
+        "peak_memory_bytes": row.peak_memory_bytes,
+        "failure_kind": row.failure_kind,
+        "error": row.error,
+        "error_detail": row.error_detail,
+        "video_key": row.video_key,
+        "video_bytes": row.video_bytes,
+        "video_sha256": row.video_sha256,
+    }
+
+
+def video(store: storage.ObjectStore, winner: Attempt | None) -> dict[str, Any] | None:
+    """Where a finished video lies; `link` can be opened without keys, for a day."""
+    if winner is None or winner.video_key is None:
+        return None
+    try:
+        link = store.presign(winner.video_key, seconds=LINK_SECONDS)
+    except storage.StorageError:
+        link = None
+    return {
+        "key": winner.video_key,
+        "url": store.address(winner.video_key),
+        "link": link,
+        "bytes": winner.video_bytes,
+        "sha256": winner.video_sha256,
+    }
+
+
+def worker(live: queries.LiveWorker) -> dict[str, Any]:
+    row, held = live.worker, live.attempt
+    return {
+        "name": row.name,
+        "host": row.host,
+        "device": row.device,
+        "memory_bytes": row.memory_bytes,
+        "queues": row.queues,
+        "version": row.version,
+        "pid": row.pid,
+        "is_alive": live.is_alive,
+        "started_at": row.started_at,
+        "heartbeat_at": row.heartbeat_at,
+        "restarts": row.restarts,
+        "rendering": None
+        if held is None
+        else {
+            "job_id": held.job_id,
+            "attempt": held.number,
+            "stage": held.stage,
+            "step": held.step,
+            "steps": held.steps,
+            "started_at": held.started_at,
+        },
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)

@@ -1,0 +1,255 @@
+"""`rushes submit`."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, get_args
+
+import click
+
+from jobs import (
+    database,
+    errors,
+    presets,
+    queries,
+    readers,
+    settings,
+    submission,
+    watch as watching,
+)
+from jobs.cli import connections, display, exits, options, output, shapes, waiting
+
+HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
+STDIN = "-"
+
+
+@click.command()
+@click.argument("file", metavar="FILE|-")
+@click.option("--preset", metavar="NAME|FILE", help="The look: `rushes presets` lists them.")
+@click.option("--name", help="A name for people; need not be unique.")
+@click.option(
+    "--priority",
+    type=int,
+    default=0,
+    show_default=True,
+    help="-100 to 100, higher goes first; for rows that have none of their own.",
+)
+@click.option(
+    "--repeat",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Videos per prompt, with seed, seed + 1, ...",
+)
+@click.option(
+    "--idempotency-key",
+    metavar="KEY",
+    help="Submitting again with the same key and content gives the same batch.",
+)
+@click.option("--skip-invalid", is_flag=True, help="Leave bad lines out instead of refusing all.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(get_args(readers.Format)),
+    help="Default: by the file's name, else by how it begins.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, store nothing.")
+@click.option("--wait", "wait_for_it", is_flag=True, help="Follow the batch to its end.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="With --wait: stop waiting after this long, with exit code 124.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the batch id alone.")
+@options.output
+def submit(
+    file: str,
+    preset: str | None,
+    format_name: readers.Format | None,
+    dry_run: bool,
+    wait_for_it: bool,
+    timeout: float | None,
+    quiet: bool,
+    as_json: bool,
+    **wanted: Any,
+) -> int:
+    """Store the prompts of a file as a batch.
+
+    FILE holds JSON Lines, CSV or a prompt per line; - is standard input. All of it is stored, or
+    nothing: every bad line is told with its number.
+    """
+    if timeout is not None and not wait_for_it:
+        raise click.UsageError("--timeout is for --wait", click.get_current_context())
+    config = settings.load()
+    look = _preset(preset, config)
+    with _opened(file) as (stream, source):
+        prompts = submission.PromptFile(
+            stream=stream,
+            source=source,
+            format=format_name or _detected(stream, source),
+            options=submission.Options(preset=look, **wanted),
+        )
+        if dry_run:
+            return _told_plan(prompts, as_json=as_json, quiet=quiet)
+        db = connections.open_database(config)
+        made = submission.submit(db, prompts)
+    notes = [*made.plan.notes, *_after_commit(config, db, made)]
+    _tell_skipped(source, made.plan, notes)
+    if not wait_for_it:
+        _tell(made, look, notes, as_json=as_json, quiet=quiet)
+        return exits.OK
+    return _follow(db, made, look, notes, timeout=timeout, as_json=as_json, quiet=quiet)
+
+
+def _preset(name: str | None, config: settings.Settings) -> presets.Preset:
+    if name is None:
+        names = ", ".join(preset.name for preset in presets.available(config.presets_dir))
+        message = f"--preset is missing: give one of {names}, or the path of a preset file"
+        raise click.UsageError(message, click.get_current_context())
+    return presets.load(name, folder=config.presets_dir)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A seekable stream and what it is called; a pipe is kept in a temporary file."""
+    if file == STDIN:
+        if sys.stdin.isatty():
+            output.note("reading prompts from the terminal, one per line; end with Ctrl-D")
+        with _kept(sys.stdin.buffer) as stream:
+            yield stream, "stdin"
+        return
+    try:
+        opened = Path(file).open("rb")  # noqa: SIM115  # closed by the with below
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from None
+    with opened:
+        if opened.seekable():
+            yield opened, file
+            return
+        with _kept(opened) as stream:
+            yield stream, file
+
+
+@contextmanager
+def _kept(source: BinaryIO) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile(prefix="rushes-") as stream:
+        shutil.copyfileobj(source, stream)
+        stream.seek(0)
+        yield stream
+
+
+def _unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
+    if isinstance(error, IsADirectoryError):
+        reason = "is a folder: give a file"
+    elif isinstance(error, FileNotFoundError):
+        reason = "there is no such file"
+    else:
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+
+
+def _detected(stream: BinaryIO, source: str) -> readers.Format:
+    stream.seek(0)
+    return readers.detect_format(source, stream.read(HEAD_BYTES))
+
+
+def _told_plan(prompts: submission.PromptFile, *, as_json: bool, quiet: bool) -> int:
+    plan = submission.plan(prompts)
+    _tell_skipped(prompts.source, plan, plan.notes)
+    if as_json:
+        shape = {"batch_id": None, "is_new": None, "dry_run": True}
+        output.emit(shape | _plan_shape(plan, prompts.options.preset, plan.notes))
+    elif not quiet:
+        looks = output.count(len(plan.looks), "look")
+        output.line(
+            f"{prompts.source} is good: {output.count(plan.prompts, 'prompt')}, "
+            f"{output.count(plan.jobs, 'job')}, {looks}; nothing was stored"
+        )
+    return exits.OK
+
+
+def _after_commit(
+    config: settings.Settings, db: database.Database, made: submission.Submission
+) -> list[str]:
+    """Start the work; what stands in its way. The batch is stored whatever happens here."""
+    notes = []
+    if made.is_new and (delayed := connections.kick(config)):
+        notes.append(delayed)
+    with db.reading() as session:
+        idle = queries.queues_without_workers(session, made.batch_id)
+    if idle:
+        notes.append(display.hint_of_idle(idle))
+    return notes
+
+
+def _tell_skipped(source: str, plan: submission.Plan, notes: list[str] | tuple[str, ...]) -> None:
+    for problem in plan.skipped:
+        output.note(f"{output.problem_line(source, problem)} (skipped)")
+    for text in notes:
+        output.note(f"note: {text}")
+
+
+def _tell(
+    made: submission.Submission,
+    preset: presets.Preset,
+    notes: list[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    if as_json:
+        output.emit(_shape(made, preset, notes))
+    elif quiet:
+        output.line(made.batch_id)
+    elif made.is_new:
+        output.line(f"batch {made.batch_id}: {output.count(made.jobs, 'job')} queued")
+        output.note(f"follow it with: rushes watch {made.batch_id}")
+    else:
+        output.line(
+            f"batch {made.batch_id}: submitted before with this key, "
+            f"{output.count(made.jobs, 'job')}"
+        )
+
+
+def _follow(
+    db: database.Database,
+    made: submission.Submission,
+    preset: presets.Preset,
+    notes: list[str],
+    *,
+    timeout: float | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    snapshots = watching.until_finished(db, made.batch_id, timeout_seconds=timeout)
+    if not as_json:
+        _tell(made, preset, notes, as_json=False, quiet=quiet)
+        if not quiet:
+            return waiting.follow(snapshots)
+    last = waiting.to_the_end(snapshots)
+    if as_json:
+        output.emit(_shape(made, preset, notes) | {"batch": shapes.progress(last.progress)})
+    return exits.of_batch(last.progress.state)
+
+
+def _shape(made: submission.Submission, preset: presets.Preset, notes: list[str]) -> dict[str, Any]:
+    ids = {"batch_id": made.batch_id, "is_new": made.is_new, "dry_run": False}
+    return ids | _plan_shape(made.plan, preset, notes)
+
+
+def _plan_shape(
+    plan: submission.Plan, preset: presets.Preset, notes: list[str] | tuple[str, ...]
+) -> dict[str, Any]:
+    return {
+        "preset": preset.name,
+        "prompts": plan.prompts,
+        "jobs": plan.jobs,
+        "looks": plan.looks,
+        "fingerprint": plan.fingerprint,
+        "skipped": [output.problem_shape(problem) for problem in plan.skipped],
+        "notes": list(notes),
+    }

@@ -1,0 +1,185 @@
+"""`rushes up`: everything on this machine, without Docker and without root, until Ctrl-C."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import structlog
+
+from jobs import database, errors, migrate, servers, settings, supervisor
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 0.5
+TINY_MODEL = "tiny"
+DISPATCHER_STOP_SECONDS = 10.0
+LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
+READY_SECONDS = 120.0
+
+
+class AlreadyUp(errors.RushesError):
+    """Another `rushes up` runs in this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Farm:
+    """What runs now, and the settings that lead to it."""
+
+    config: settings.Settings
+    children: tuple[supervisor.Child, ...]
+    local_servers: tuple[servers.LocalServer, ...]
+
+
+def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str], None]) -> int:
+    """Run until SIGINT or SIGTERM; the second one ends it without grace."""
+    stop, hurry = threading.Event(), threading.Event()
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    with running(config, devices=devices, hurry=hurry, say=say) as farm:
+        say(f"results   {farm.config.results_url}")
+        say(f"logs      {farm.config.home / 'logs'}")
+        say("ready: in another terminal, `rushes submit examples/prompts.jsonl --preset tiny`")
+        watch(farm, stop)
+        say("stopping: workers may finish their job; Ctrl-C again to stop at once")
+    return 0
+
+
+@contextmanager
+def running(
+    config: settings.Settings,
+    *,
+    devices: str,
+    hurry: threading.Event | None = None,
+    say: Callable[[str], None],
+) -> Iterator[Farm]:
+    """Start servers, tables, dispatcher and workers; stop them again, in the other order."""
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(config.home))
+        environment, local_servers = _start_servers(config, stack, say)
+        _write_up_file(config.home, environment)
+        stack.callback((config.home / settings.UP_FILE).unlink, missing_ok=True)
+        here = settings.load(home=str(config.home))
+        db = database.connect(here)
+        before, after = migrate.upgrade(db)
+        if before != after:
+            say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")
+        make_tiny_model(here, say)
+        children = _children(here, devices, environment)
+        for child in children:
+            child.start()
+            stack.callback(_stop_child, child, here.grace_seconds, hurry or threading.Event())
+        yield Farm(config=here, children=children, local_servers=local_servers)
+
+
+def watch(farm: Farm, stop: threading.Event) -> None:
+    """Start again what ends by itself."""
+    while not stop.wait(LOOK_SECONDS):
+        for child in farm.children:
+            child.revive()
+
+
+def make_tiny_model(config: settings.Settings, say: Callable[[str], None]) -> None:
+    """The demo's model, in a process of its own: this one never loads torch."""
+    folder = config.models_dir / TINY_MODEL
+    if (folder / "config.json").exists():
+        return
+    say(f"model     making the tiny model (random weights) in {folder}")
+    child = supervisor.Child(
+        name="make-tiny-model",
+        command=[sys.executable, "-m", "models.tiny.make", str(folder)],
+        log_path=config.home / "logs" / "make-tiny-model.log",
+    )
+    child.start()
+    if not child.wait(READY_SECONDS) or not (folder / "config.json").exists():
+        child.kill()
+        raise errors.RushesError(f"the tiny model could not be made; see {child.log_path}")
+
+
+def _start_servers(
+    config: settings.Settings, stack: ExitStack, say: Callable[[str], None]
+) -> tuple[dict[str, str], tuple[servers.LocalServer, ...]]:
+    """What the environment does not name already, we start ourselves."""
+    environment: dict[str, str] = {}
+    started: list[servers.LocalServer] = []
+    given = settings.given_names()
+    if given.isdisjoint(("CELERY_BROKER_URL", "REDIS_URL")):
+        redis = stack.enter_context(servers.RedisServer.start(config.home / "redis"))
+        environment |= redis.environment()
+        started.append(redis)
+        say(f"redis     127.0.0.1:{redis.port}")
+    if "RUSHES_RESULTS_URL" not in given:
+        store = stack.enter_context(servers.S3Server.start(config.home / "s3"))
+        environment |= store.environment()
+        started.append(store)
+        say(f"s3        {store.endpoint_url}, files in {store.bucket_folder}")
+    return environment, tuple(started)
+
+
+def _children(
+    config: settings.Settings, devices: str, environment: Mapping[str, str]
+) -> tuple[supervisor.Child, ...]:
+    logs = config.home / "logs"
+    rushes = [sys.executable, "-m", "jobs"]
+    common = {**environment, "RUSHES_HOME": str(config.home)}
+    return (
+        supervisor.Child(
+            name="dispatcher",
+            command=[*rushes, "dispatcher"],
+            environment=common,
+            log_path=logs / "dispatcher.log",
+        ),
+        supervisor.Child(
+            name="worker",
+            command=[*rushes, "worker", "--devices", devices],
+            environment=common,
+            log_path=logs / "worker.log",
+        ),
+    )
+
+
+def _stop_child(child: supervisor.Child, grace_seconds: float, hurry: threading.Event) -> None:
+    child.send(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds + LAUNCHER_SPARE_SECONDS
+    asked_again = False
+    while child.is_alive and time.monotonic() < deadline:
+        if hurry.is_set() and not asked_again:
+            child.send(signal.SIGTERM)
+            asked_again = True
+        child.wait(LOOK_SECONDS)
+    child.kill()
+
+
+@contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    if settings.read_up_file(home):
+        raise AlreadyUp(f"`rushes up` already runs in {home}; stop it first, or set RUSHES_HOME")
+    home.mkdir(parents=True, exist_ok=True)
+    yield
+
+
+def _write_up_file(home: Path, environment: Mapping[str, str]) -> None:
+    """How other commands in this folder find us. Readable by this user only: it holds keys."""
+    state = {
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+        "environment": dict(environment),
+    }
+    part = home / f"{settings.UP_FILE}.part"
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(state, file, indent=2)
+    part.rename(home / settings.UP_FILE)

@@ -1,0 +1,94 @@
+"""The one device that this process sees."""
+
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker import errors
+from worker.settings import WorkerSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What to compute on, and in which precision."""
+
+    torch_device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked: times and cancels are then true."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)
+
+    def reset_peak_memory(self) -> None:
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_memory_bytes(self) -> int | None:
+        """Since the last reset; None where the device does not count."""
+        return torch.cuda.max_memory_allocated(self.torch_device) if self.is_cuda else None
+
+    def description(self) -> dict[str, Any]:
+        """For the sidecar: what exactly rendered this video."""
+        facts: dict[str, Any] = {
+            "device": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+        }
+        if self.is_cuda:
+            facts |= {
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch's own
+                "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            }
+        return facts
+
+    @contextmanager
+    def faults(self) -> Iterator[None]:
+        """Name the failures that are the device's: out of memory, or broken for this process."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise errors.DeviceOutOfMemory(f"{self.name}: {_first_line(error)}") from error
+        except torch.AcceleratorError as error:
+            # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
+            raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
+        except RuntimeError as error:
+            if re.search(r"DefaultCPUAllocator|can't allocate memory", str(error)):
+                raise errors.DeviceOutOfMemory(f"{self.name}: {_first_line(error)}") from error
+            if "CUDA error" in str(error):
+                raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
+            raise
+
+
+def current(worker_settings: WorkerSettings) -> Device:
+    """The launcher has hidden all but one GPU from this process."""
+    wanted = worker_settings.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_device = torch.device(wanted)
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise errors.DeviceFault("no CUDA device is visible; look at nvidia-smi and the driver")
+    is_cuda = torch_device.type == "cuda"
+    dtype = worker_settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if is_cuda else "float32"
+    name = torch.cuda.get_device_name(torch_device) if is_cuda else f"CPU {platform.machine()}"
+    return Device(torch_device=torch_device, dtype=DTYPES[dtype], name=name)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,241 @@
+"""One Celery process per device and one publisher per host: starts, watches and stops them.
+
+Never loads torch: each render process sees its own device only, and only from its start.
+"""
+
+import importlib.metadata
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs import (
+    broker,
+    database,
+    dispatch,
+    lifecycle,
+    presets,
+    queries,
+    queues,
+    settings,
+    supervisor,
+    workers,
+)
+from worker import finished, gpus
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 0.5
+PUBLISHER_GRACE_SECONDS = 20.0  # an upload that takes longer is taken up at the next start
+PUBLISHER_THREADS = 4
+MODEL_MARKERS = ("config.json", "model_index.json")
+
+
+@dataclass
+class RenderProcess:
+    """A device, the process on it, and its name in the database."""
+
+    slot: gpus.Slot
+    name: str
+    child: supervisor.Child
+
+
+@dataclass
+class Launcher:
+    """All processes of one host."""
+
+    config: settings.Settings
+    db: database.Database
+    bell: broker.Broker
+    queues: tuple[str, ...]
+    renderers: list[RenderProcess]
+    publisher: supervisor.Child
+    stop: threading.Event = field(default_factory=threading.Event)
+    hurry: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Until told to stop; then drain."""
+        self.publisher.start()
+        for renderer in self.renderers:
+            renderer.child.start()
+        next_beat = 0.0
+        while not self.stop.wait(LOOK_SECONDS):
+            self.publisher.revive()
+            for renderer in self.renderers:
+                if renderer.child.revive():
+                    self._give_up_what_it_held(renderer)
+            if time.monotonic() >= next_beat:
+                self._beat()
+                next_beat = time.monotonic() + workers.BEAT_SECONDS
+        self._drain()
+
+    def _beat(self) -> None:
+        try:
+            for renderer in self.renderers:
+                if renderer.child.is_alive:
+                    self.db.write(workers.register, self._registration(renderer))
+            finished.find_unfinished(self.db, self.bell, self.config)
+        except (SQLAlchemyError, broker.BrokerUnavailable) as error:
+            log.warning("launcher.beat_missed", error=str(error)[:300])
+
+    def _registration(self, renderer: RenderProcess) -> workers.Registration:
+        return workers.Registration(
+            name=renderer.name,
+            host=self.config.host_name,
+            device=renderer.slot.device,
+            memory_bytes=renderer.slot.memory_bytes,
+            queues=self.queues,
+            version=importlib.metadata.version("rushes"),
+            pid=renderer.child.pid,
+            restarts=renderer.child.restarts,
+        )
+
+    def _give_up_what_it_held(self, renderer: RenderProcess) -> None:
+        try:
+            self.db.write(
+                lifecycle.end_lost_attempts,
+                budgets=dispatch.budgets(self.config),
+                worker=renderer.name,
+            )
+        except SQLAlchemyError as error:
+            # The lease ends by itself, somewhat later.
+            log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+
+    def _drain(self) -> None:
+        """Let each finish its job within the grace time; what it cannot finish goes back free."""
+        log.info("launcher.draining", grace_seconds=self.config.grace_seconds)
+        self._leave_register()
+        for renderer in self.renderers:
+            renderer.child.send(signal.SIGTERM)
+        deadline = time.monotonic() + self.config.grace_seconds
+        while time.monotonic() < deadline and not self.hurry.is_set():
+            if not any(renderer.child.is_alive for renderer in self.renderers):
+                break
+            self.hurry.wait(LOOK_SECONDS)
+        for renderer in self.renderers:
+            renderer.child.kill()
+        self._release()
+        self.publisher.send(signal.SIGTERM)
+        if not self.publisher.wait(PUBLISHER_GRACE_SECONDS if not self.hurry.is_set() else 1.0):
+            self.publisher.kill()
+
+    def _leave_register(self) -> None:
+        """From now on the dispatcher sends nothing more for these workers."""
+        for renderer in self.renderers:
+            try:
+                self.db.write(workers.stopped, renderer.name)
+            except SQLAlchemyError as error:
+                log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+
+    def _release(self) -> None:
+        for renderer in self.renderers:
+            try:
+                released = self.db.write(
+                    lifecycle.release_worker, renderer.name, reason="its worker was stopped"
+                )
+            except SQLAlchemyError as error:
+                log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+            else:
+                log.info("worker.stopped", worker=renderer.name, released=released)
+        self.bell.kick()
+
+
+def run(config: settings.Settings, *, devices: str = "auto") -> int:
+    """`rushes worker`: until SIGTERM or SIGINT; the second one ends it without grace."""
+    launcher = make(config, devices=devices)
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if launcher.stop.is_set():
+            launcher.hurry.set()
+        launcher.stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    log.info(
+        "launcher.started",
+        workers=[renderer.name for renderer in launcher.renderers],
+        queues=launcher.queues,
+    )
+    if not launcher.queues:
+        log.warning("launcher.no_models", models_dir=str(config.models_dir))
+    launcher.run()
+    return 0
+
+
+def check(config: settings.Settings) -> int:
+    """`rushes worker --check`: 0 while a worker of this host is alive."""
+    with database.connect(config).reading() as session:
+        alive = [
+            live.worker.name
+            for live in queries.live_workers(session)
+            if live.is_alive and live.worker.host == config.host_name
+        ]
+    return 0 if alive else 1
+
+
+def make(config: settings.Settings, *, devices: str) -> Launcher:
+    slots = gpus.slots(devices, cores=os.cpu_count() or 1)
+    host = config.host_name
+    names = queues_of_models(config)
+    log_level = f"--loglevel={config.log_level}"
+    renderers = []
+    for slot in slots:
+        name = f"{slot.short_name}@{host}"
+        # A queue that nobody sends to keeps Celery from its default queue.
+        taken = ",".join(names or ("rushes.render.nothing",))
+        command = [*_celery(name, taken), "--pool=prefork", "--concurrency=1", log_level]
+        environment = {**slot.environment, "RUSHES_WORKER_NAME": name}
+        child = supervisor.Child(name=name, command=command, environment=environment)
+        renderers.append(RenderProcess(slot=slot, name=name, child=child))
+    publisher = supervisor.Child(
+        name=f"publish@{host}",
+        command=[
+            *_celery(f"publish@{host}", broker.publish_queue(host)),
+            "--pool=threads",
+            f"--concurrency={PUBLISHER_THREADS}",
+            log_level,
+        ],
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+    )
+    return Launcher(
+        config=config,
+        db=database.connect(config),
+        bell=broker.Broker(config),
+        queues=names,
+        renderers=renderers,
+        publisher=publisher,
+    )
+
+
+def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
+    """One queue per model that lies on this host."""
+    folder = config.models_dir
+    found = {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/{marker}")}
+    found |= {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/*/{marker}")}
+    paths = {
+        path.relative_to(folder).as_posix() for path in found if not _is_part_of_model(path, folder)
+    }
+    for preset in presets.available(config.presets_dir):
+        if isinstance(preset, presets.Preset) and Path(preset.look.model_path).is_dir():
+            paths.add(preset.look.model_path)
+    return tuple(sorted(queues.of_model(path) for path in paths))
+
+
+def _is_part_of_model(path: Path, folder: Path) -> bool:
+    """`model/transformer` has a config of its own, but the model is `model`."""
+    return path.parent != folder and any((path.parent / name).exists() for name in MODEL_MARKERS)
+
+
+def _celery(name: str, taken: str) -> Sequence[str]:
+    return [
+        *(sys.executable, "-m", "celery", "--app", "worker.tasks", "worker"),
+        *("--hostname", name, "--queues", taken),
+        *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+    ]

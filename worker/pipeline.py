@@ -1,0 +1,100 @@
+"""RenderSpec -> frames, in pure order: text, noise, steps, decoding. No database, no broker."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jobs import presets
+from models import checkpoint, sampling
+from worker.device import Device
+
+# B batch (1), C channels, T frames, H height, W width
+
+Reached = Callable[[str, int, int], None]
+"""(stage, step, steps): called between steps; what it raises ends the render."""
+
+
+@dataclass
+class Timings:
+    """Seconds per stage of one job, with the device's work included."""
+
+    device: Device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.device.synchronize()
+            spent = time.perf_counter() - began
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
+
+
+@torch.inference_mode()
+def make_latents(
+    spec: presets.RenderSpec,
+    networks: checkpoint.TextToVideoNetworks,
+    *,
+    device: Device,
+    timings: Timings,
+    reached: Reached,
+) -> Tensor:
+    """Encode the prompt and denoise: clean latents_BCTHW in fp32."""
+    look = spec.look
+    levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
+    reached("text", 0, 1)
+    with timings.stage("text"):
+        context_BSD = networks.text_encoder.encode(spec.prompt)
+    shape = networks.vae.latent_shape(
+        num_frames=look.num_frames, height=look.height, width=look.width
+    )
+    noise_BCTHW, generator = sampling.initial_noise(spec.seed, shape, device.torch_device)
+
+    def on_step(step: int, steps: int) -> None:
+        device.synchronize()  # else the steps would be queued long before they are computed
+        reached("denoise", step, steps)
+
+    with timings.stage("denoise"):
+        return sampling.denoise(
+            lambda x_BCTHW, timestep_B: networks.transformer(x_BCTHW, timestep_B, context_BSD),
+            noise_BCTHW,
+            levels,
+            step_rule=look.step_rule,
+            generator=generator,
+            on_step=on_step,
+        )
+
+
+def decode(
+    latents_BCTHW: Tensor,
+    networks: checkpoint.TextToVideoNetworks,
+    *,
+    timings: Timings,
+    reached: Reached,
+) -> Iterator[Tensor]:
+    """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded."""
+    steps = latents_BCTHW.shape[2]
+    chunks = networks.vae.decode_chunks(latents_BCTHW)
+    for step in range(steps):
+        reached("decode", step, steps)
+        with timings.stage("decode"), torch.inference_mode():
+            frames_THWC = to_uint8(next(chunks))
+        yield frames_THWC
+
+
+def to_uint8(frames_BCTHW: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded to the nearest: frames_THWC on the CPU."""
+    scaled = (frames_BCTHW.float() + 1).mul_(127.5).round_().clamp_(0, 255)
+    return scaled.to(torch.uint8)[0].permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def latents_sha256(latents_BCTHW: Tensor) -> str:
+    """Of the fp32 bytes, C order: equal for a seed on the same kind of machine."""
+    return hashlib.sha256(latents_BCTHW.float().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,225 @@
+"""One attempt, from the claim to a finished mp4 on this host's disk."""
+
+import importlib.metadata
+import os
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from torch import Tensor
+
+from jobs import broker, database, dispatch, lifecycle, settings, states
+from models import checkpoint
+from worker import (
+    components,
+    device,
+    errors,
+    finished,
+    heartbeat,
+    pipeline,
+    scratch,
+    video,
+)
+from worker import settings as worker_settings_module
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """What one render process holds for as long as it lives."""
+
+    config: settings.Settings
+    worker_settings: worker_settings_module.WorkerSettings
+    db: database.Database
+    bell: broker.Broker
+    device: device.Device
+    components: components.Components
+
+    def run_attempt(self, job_id: int) -> None:
+        """Render this job if it may still start. Every way it ends is written to its row."""
+        claim = self.db.write(
+            lifecycle.claim,
+            job_id,
+            worker=self.worker_settings.worker_name,
+            lease_seconds=self.config.lease_seconds,
+        )
+        if claim is None:
+            log.info("claim.refused", job_id=job_id)
+            return
+        log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
+        folder = scratch.AttemptFolder(root=self.config.scratch_dir, attempt_id=claim.attempt_id)
+        try:
+            self._render(claim, folder)
+        except errors.AttemptEnded as ended:
+            folder.remove()
+            self._end(claim, ended)
+        except Exception as error:
+            folder.remove()
+            self._fail(claim, error)
+        else:
+            self._hand_over(claim, folder)
+        finally:
+            self.bell.kick()
+
+    def _render(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
+        with heartbeat.Heartbeat(
+            self.db,
+            claim.attempt_id,
+            lease_seconds=self.config.lease_seconds,
+            worker_settings=self.worker_settings,
+        ) as heart:
+            timings = pipeline.Timings(device=self.device)
+            folder.make()
+            with self.device.faults():
+                self.device.reset_peak_memory()
+                heart.reached("load", 0, 1)
+                with timings.stage("load"):
+                    networks = self.components.networks_for(claim.spec.look)
+                latents_BCTHW = pipeline.make_latents(
+                    claim.spec,
+                    networks,
+                    device=self.device,
+                    timings=timings,
+                    reached=heart.reached,
+                )
+                info = self._make_mp4(claim, folder, latents_BCTHW, networks, timings, heart)
+            latents_sha256 = pipeline.latents_sha256(latents_BCTHW)
+            folder.finish(self._sidecar(claim, folder, timings, info, latents_sha256))
+
+    def _make_mp4(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        latents_BCTHW: Tensor,
+        networks: checkpoint.TextToVideoNetworks,
+        timings: pipeline.Timings,
+        heart: heartbeat.Heartbeat,
+    ) -> video.VideoInfo:
+        """Decoded chunks go straight into ffmpeg: the mp4 is ready when the last one is."""
+        look = claim.spec.look
+        with video.Mp4Writer(
+            folder.video,
+            width=look.width,
+            height=look.height,
+            fps=look.fps,
+            worker_settings=self.worker_settings,
+        ) as writer:
+            for frames_THWC in pipeline.decode(
+                latents_BCTHW, networks, timings=timings, reached=heart.reached
+            ):
+                writer.write(frames_THWC)
+            heart.reached("mux", 0, 1)
+            with timings.stage("mux"):
+                writer.finish()
+                return video.check(
+                    folder.video,
+                    width=look.width,
+                    height=look.height,
+                    num_frames=look.num_frames,
+                    fps=look.fps,
+                )
+
+    def _sidecar(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        timings: pipeline.Timings,
+        info: video.VideoInfo,
+        latents_sha256: str,
+    ) -> dict[str, Any]:
+        """Everything that made this video, so that it can be made again."""
+        return {
+            "batch_id": claim.batch_id,
+            "job_id": claim.job_id,
+            "custom_id": claim.custom_id,
+            "attempt_id": claim.attempt_id,
+            "attempt": claim.number,
+            "metadata": claim.meta,
+            "prompt": claim.spec.prompt,
+            "negative_prompt": claim.spec.negative_prompt,
+            "seed": claim.spec.seed,
+            **claim.spec.look.model_dump(mode="json"),
+            "video": {
+                "width": info.width,
+                "height": info.height,
+                "num_frames": info.num_frames,
+                "fps": info.fps,
+                "codec": info.codec,
+                "pixel_format": info.pixel_format,
+                "bytes": folder.video.stat().st_size,
+                "sha256": scratch.sha256_or_none(folder.video),
+            },
+            "latents_sha256": latents_sha256,
+            "weights_sha256": self.components.weight_hashes(),
+            "rushes": importlib.metadata.version("rushes"),
+            **self.device.description(),
+            "worker": self.worker_settings.worker_name,
+            "seconds": timings.seconds,
+            "peak_memory_bytes": self.device.peak_memory_bytes(),
+        }
+
+    def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
+        """Leave the finished video to this host's publisher; the device is free from here on."""
+        try:
+            verdict = finished.renew(self.db, self.config, folder, note=None)
+            if verdict is lifecycle.Verdict.GO_ON:
+                self.bell.send_publish(self.config.host_name, claim.attempt_id)
+        except (SQLAlchemyError, broker.BrokerUnavailable) as error:
+            # The launcher finds the finished folder and sends again.
+            log.warning("publish.not_sent", attempt_id=claim.attempt_id, error=str(error)[:300])
+        log.info("attempt.rendered", job_id=claim.job_id, attempt_id=claim.attempt_id)
+
+    def _end(self, claim: lifecycle.Claim, ended: errors.AttemptEnded) -> None:
+        event = "attempt.superseded"
+        if isinstance(ended, errors.AttemptCancelled):
+            event = "attempt.cancelled"
+            self.db.write(lifecycle.cancel_attempt, claim.attempt_id)
+        log.info(event, job_id=claim.job_id, attempt_id=claim.attempt_id)
+
+    def _fail(self, claim: lifecycle.Claim, error: Exception) -> None:
+        kind = error.kind if isinstance(error, errors.RenderError) else states.FailureKind.INTERNAL
+        message = str(error) if isinstance(error, errors.RenderError) else _described(error)
+        state = self.db.write(
+            lifecycle.fail,
+            claim.attempt_id,
+            kind=kind,
+            error=message,
+            budgets=dispatch.budgets(self.config),
+            detail="".join(traceback.format_exception(error)),
+        )
+        log.error(
+            "attempt.failed",
+            job_id=claim.job_id,
+            attempt_id=claim.attempt_id,
+            kind=kind,
+            error=message,
+            job_state=state,
+        )
+        if kind is states.FailureKind.DEVICE:
+            # This process can no longer use its device; its parent starts a fresh one.
+            self.bell.kick()
+            os._exit(1)
+
+
+def make() -> Runner:
+    """From the environment of this process. Touches the device for the first time."""
+    config = settings.load()
+    worker_settings = worker_settings_module.load()
+    here = device.current(worker_settings)
+    return Runner(
+        config=config,
+        worker_settings=worker_settings,
+        db=database.connect(config),
+        bell=broker.Broker(config),
+        device=here,
+        components=components.Components(
+            models_dir=config.models_dir, home=config.home, device=here
+        ),
+    )
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

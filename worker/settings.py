@@ -1,0 +1,71 @@
+"""How this worker renders; beside `jobs.settings`, which says where things are."""
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jobs import errors
+
+
+class WorkerSettings(BaseSettings):
+    """From the environment or `.env`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_file=".env", env_ignore_empty=True
+    )
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        validation_alias=AliasChoices("RUSHES_DEVICE"),
+        description="Device of this process: `auto`, `cpu` or `cuda`. The launcher sets it.",
+    )
+    worker_name: str = Field(
+        "worker@localhost",
+        validation_alias=AliasChoices("RUSHES_WORKER_NAME"),
+        description="Name of this process. The launcher sets it.",
+    )
+    dtype: str = Field(
+        "auto",
+        pattern="^(auto|float32|bfloat16|float16)$",
+        validation_alias=AliasChoices("RUSHES_DTYPE"),
+        description="Of the networks; `auto` is bfloat16 on a GPU and float32 on a CPU.",
+    )
+    heartbeat_seconds: float = Field(
+        10.0,
+        gt=0,
+        validation_alias=AliasChoices("RUSHES_HEARTBEAT_SECONDS"),
+        description="A lease is renewed this often; at most a third of RUSHES_LEASE_SECONDS.",
+    )
+    stall_seconds: float = Field(
+        900.0,
+        gt=0,
+        validation_alias=AliasChoices("RUSHES_STALL_SECONDS"),
+        description="Without progress for this long, the lease is no longer renewed.",
+    )
+    x264_preset: str = Field(
+        "medium",
+        pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",
+        validation_alias=AliasChoices("RUSHES_X264_PRESET"),
+        description="Speed of H.264 encoding against file size.",
+    )
+    x264_crf: int = Field(
+        18,
+        ge=0,
+        le=51,
+        validation_alias=AliasChoices("RUSHES_X264_CRF"),
+        description="Quality of H.264: lower is better, 18 is visually lossless.",
+    )
+
+
+def load() -> WorkerSettings:
+    """A bad value is reported by its environment name."""
+    try:
+        return WorkerSettings()
+    except ValidationError as error:
+        raise errors.InvalidInput(
+            "settings",
+            [
+                errors.Problem(line=None, message=f"{detail['loc'][0]}: {detail['msg']}")
+                for detail in error.errors()
+            ],
+        ) from None

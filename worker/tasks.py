@@ -1,0 +1,67 @@
+"""The Celery tasks of a worker, one call each. Loads torch only in a process that renders."""
+
+import functools
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import structlog
+from celery import signals
+
+from jobs import celery_app, database, dispatch, lifecycle, logs, settings
+from worker import settings as worker_settings
+
+if TYPE_CHECKING:
+    from worker.publisher import Publisher
+    from worker.runner import Runner
+
+log = structlog.get_logger()
+
+app = celery_app.make(settings.load())
+
+
+@app.task(name=celery_app.RENDER_TASK)
+def render(job_id: int) -> None:
+    runner().run_attempt(job_id)
+
+
+@app.task(name=celery_app.PUBLISH_TASK)
+def publish(attempt_id: int) -> None:
+    publisher().publish(attempt_id)
+
+
+@functools.cache
+def runner() -> "Runner":
+    from worker import runner as module
+
+    return module.make()
+
+
+@functools.cache
+def publisher() -> "Publisher":
+    from worker import publisher as module
+
+    return module.make()
+
+
+@signals.setup_logging.connect
+def _configure_logs(**_: object) -> None:
+    logs.configure(settings.load())
+
+
+@signals.worker_process_init.connect
+def _begin(**_: object) -> None:
+    """A new child renders in place of one that died: what that one held is lost."""
+    config = settings.load()
+    logs.configure(config)
+    name = worker_settings.load().worker_name
+    try:
+        database.connect(config).write(
+            lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=name
+        )
+        runner()
+    except BaseException as error:
+        # Celery would go on with a child that cannot render; the launcher starts a fresh pair.
+        log.critical("worker.cannot_start", worker=name, error=str(error), exc_info=True)
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(1)

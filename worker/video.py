@@ -1,0 +1,155 @@
+"""Frames -> mp4, as they come; then the file is read back and compared with what was asked for."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import imageio_ffmpeg
+from torch import Tensor, uint8
+
+from worker import errors
+from worker.settings import WorkerSettings
+
+END_SECONDS = 120.0  # for the last frames and the move of the index to the front
+PROBE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video file holds, from decoding all of it."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    codec: str
+    pixel_format: str
+
+
+class Mp4Writer:
+    """ffmpeg, fed chunk by chunk: H.264 yuv420p, BT.709, index at the front."""
+
+    def __init__(
+        self, path: Path, *, width: int, height: int, fps: int, worker_settings: WorkerSettings
+    ) -> None:
+        self._path = path
+        self._shape = (height, width, 3)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the writer
+        self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
+            _encode_command(path, width, height, fps, worker_settings),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):  # it died with frames in the pipe
+                self._process.stdin.close()
+        self._log.close()
+
+    def write(self, frames_THWC: Tensor) -> None:
+        """Append frames: uint8 RGB on the CPU."""
+        assert frames_THWC.dtype == uint8
+        assert tuple(frames_THWC.shape[1:]) == self._shape
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(frames_THWC.contiguous().numpy().data)
+        except BrokenPipeError:
+            self._process.wait()
+            raise self._failure() from None
+
+    def finish(self) -> None:
+        """Wait for the end of the file; EncodingFailed or DiskUnusable with ffmpeg's own words."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the exit status below tells why
+            self._process.stdin.close()
+        try:
+            status = self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise errors.EncodingFailed(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
+        if status != 0:
+            raise self._failure()
+
+    def _failure(self) -> errors.RenderError:
+        self._log.seek(0)
+        words = self._log.read()[-2000:].decode(errors="replace").strip()
+        message = f"ffmpeg ended with {self._process.returncode}: {words or 'no words'}"
+        if "No space left" in words or "Read-only file system" in words:
+            return errors.DiskUnusable(message)
+        return errors.EncodingFailed(message)
+
+
+def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:
+    """Decode the whole file; EncodingFailed unless it is exactly what was asked for."""
+    info = probe(path)
+    asked = VideoInfo(
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=float(fps),
+        codec="h264",
+        pixel_format="yuv420p",
+    )
+    if info != asked:
+        raise errors.EncodingFailed(f"asked for {asked}, the file has {info}")
+    return info
+
+
+def probe(path: Path) -> VideoInfo:
+    """What is in a video file; EncodingFailed when it cannot be decoded to its end."""
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *("-hide_banner", "-nostdin", "-nostats", "-xerror", "-err_detect", "explode"),
+        *("-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "framemd5", "-"),
+    ]
+    done = subprocess.run(  # noqa: S603  # our own argument list, no shell
+        command, capture_output=True, timeout=PROBE_SECONDS, check=False, text=True
+    )
+    stream = re.search(r"Stream #0.*Video: (\w+).*?, (yuv\w+|rgb\w+|gbrp\w*)", done.stderr)
+    fps = re.search(r"([\d.]+) fps", done.stderr)
+    size = re.search(r"#dimensions 0: (\d+)x(\d+)", done.stdout)
+    if done.returncode != 0 or not stream or not fps or not size:
+        raise errors.EncodingFailed(f"{path.name} cannot be decoded: {done.stderr[-1000:].strip()}")
+    frames = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    return VideoInfo(
+        width=int(size[1]),
+        height=int(size[2]),
+        num_frames=len(frames),
+        fps=float(fps[1]),
+        codec=stream[1],
+        pixel_format=stream[2],
+    )
+
+
+def _encode_command(
+    path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings
+) -> list[str]:
+    return [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
+        *("-i", "pipe:0", "-an"),
+        # Players take small videos for BT.601 unless told; convert and say the same.
+        *("-vf", "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"),
+        *("-c:v", "libx264", "-preset", worker_settings.x264_preset),
+        *("-crf", str(worker_settings.x264_crf), "-pix_fmt", "yuv420p"),
+        *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+        *("-color_range", "tv", "-movflags", "+faststart", "-f", "mp4", str(path)),
+    ]
