@@ -417,14 +417,15 @@ def _end_orphan(server: str, folder: Path, known: ServerState) -> None:
         return
     if _is_alive(known.owner_pid, known.owner_started):
         raise ServerRunning(server, folder=folder, owner_pid=known.owner_pid)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(known.pid)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_SECONDS)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(known.pid).send_signal(number)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline:
+            if not _is_alive(known.pid, known.pid_started):
+                return
+            time.sleep(0.02)
+    raise ServerError(server, f"process {known.pid} on {folder} does not end")
 
 
 def _is_alive(pid: int, started: float) -> bool:

@@ -1,0 +1,526 @@
+"""One contract for both stores, then what is special about each. The S3 server is a real one."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from jobs import errors, servers, settings, storage
+
+VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chunk
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path):
+    if request.param == "folder":
+        values = settings.load(results_url=(tmp_path / "re sults").as_uri())
+    else:
+        values = settings.Settings(**request.getfixturevalue("s3"))
+    return storage.open_store(values)
+
+
+@pytest.fixture
+def s3_store(s3):
+    return storage.open_store(settings.Settings(**s3))
+
+
+@pytest.fixture
+def folder_store(tmp_path):
+    return storage.FolderStore(tmp_path / "results")
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(VIDEO)
+    return path
+
+
+def test_a_put_file_can_be_read_back(store, video):
+    stored = store.put_file(video, "batches/1/a b+ü.mp4", content_type="video/mp4")
+    sha256 = hashlib.sha256(VIDEO).hexdigest()
+    assert stored == storage.StoredObject(
+        key="batches/1/a b+ü.mp4", size_bytes=len(VIDEO), sha256=sha256
+    )
+    assert store.read_bytes(stored.key) == VIDEO
+    assert store.head(stored.key) == storage.ObjectHead(
+        key=stored.key, size_bytes=len(VIDEO), sha256=sha256
+    )
+
+
+def test_put_overwrites(store):
+    store.put_bytes(b"first, and longer", "key", content_type="text/plain")
+    store.put_bytes(b"second", "key", content_type="text/plain")
+    assert store.read_bytes("key") == b"second"
+
+
+def test_an_empty_object_is_an_object(store):
+    store.put_bytes(b"", "errors.jsonl", content_type="application/jsonl")
+    assert store.read_bytes("errors.jsonl") == b""
+    assert store.head("errors.jsonl").size_bytes == 0
+
+
+def test_download_writes_the_whole_file(store, tmp_path):
+    store.put_bytes(VIDEO, "video.mp4", content_type="video/mp4")
+    store.download("video.mp4", tmp_path / "got.mp4")
+    assert (tmp_path / "got.mp4").read_bytes() == VIDEO
+
+
+def test_a_failed_download_leaves_the_old_file(store, tmp_path):
+    target = tmp_path / "target" / "got.mp4"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    with pytest.raises(storage.ObjectMissing):
+        store.download("missing", target)
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in target.parent.iterdir()] == ["got.mp4"]
+
+
+def test_a_missing_object_has_no_head_and_cannot_be_read(store):
+    assert store.head("batches/none") is None
+    with pytest.raises(storage.ObjectMissing, match="batches/none: no such object"):
+        store.read_bytes("batches/none")
+
+
+def test_a_folder_is_not_an_object(store):
+    store.put_bytes(b"x", "batches/1/x", content_type="text/plain")
+    assert store.head("batches/1") is None
+    assert store.head("batches/1/x/y") is None
+
+
+def test_list_gives_the_keys_that_start_with_the_prefix_in_order(store):
+    for key in ("b/7/x", "b/77/y", "b/8/z", "a", "b/7/w/v"):
+        store.put_bytes(b"x", key, content_type="text/plain")
+    assert list(store.list()) == ["a", "b/7/w/v", "b/7/x", "b/77/y", "b/8/z"]
+    assert list(store.list("b/7")) == ["b/7/w/v", "b/7/x", "b/77/y"]
+    assert list(store.list("b/7/")) == ["b/7/w/v", "b/7/x"]
+    assert list(store.list("none/")) == []
+
+
+def test_delete_is_safe_to_call_twice(store):
+    store.put_bytes(b"x", "a/b", content_type="text/plain")
+    store.delete("a/b")
+    store.delete("a/b")
+    assert store.head("a/b") is None
+    assert list(store.list()) == []
+
+
+def test_a_fresh_store_checks_out_and_stays_empty(store):
+    store.check()
+    assert list(store.list()) == []
+
+
+def test_addresses_start_with_the_url(store):
+    assert store.address("a/b.mp4") == f"{store.url}/a/b.mp4"
+
+
+def test_a_link_reads_the_object(store):
+    store.put_bytes(VIDEO, "a/b c.mp4", content_type="video/mp4")
+    link = store.presign("a/b c.mp4", seconds=60, file_name=None)
+    with _open(link) as answer:
+        assert answer.read() == VIDEO
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 7 * 24 * 3600 + 1])
+def test_a_link_lives_for_up_to_seven_days(store, seconds):
+    with pytest.raises(errors.InvalidInput, match="7 days"):
+        store.presign("key", seconds=seconds)
+
+
+KEYS_NOT_TO_HOLD = (
+    "",
+    "/etc/passwd",
+    "../up",
+    "a/../../up",
+    "a/./b",
+    "a//b",
+    "a/",
+    "a\\b",
+    "a\nb",
+    "a\0b",
+    "a\ud800",
+    "a/" + "b" * 256,
+    "/".join(["a" * 100] * 10),
+    f"{storage.PART_PREFIX}x",
+    "a/.rclone_temp_x",
+)
+
+
+def test_a_key_that_some_store_cannot_hold_is_refused(store):
+    for key in KEYS_NOT_TO_HOLD:
+        with pytest.raises(errors.InvalidInput, match="object key"):
+            store.put_bytes(b"x", key, content_type="text/plain")
+        with pytest.raises(errors.InvalidInput):
+            store.read_bytes(key)
+
+
+def test_a_missing_local_file_is_not_a_missing_object(store, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        store.put_file(tmp_path / "none.mp4", "key", content_type="video/mp4")
+
+
+def test_threads_share_a_store(store):
+    def round_trip(number):
+        data = os.urandom(2000 + number)
+        store.put_bytes(data, f"many/{number:03}", content_type="video/mp4")
+        return store.read_bytes(f"many/{number:03}") == data
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(round_trip, range(40)))
+    assert len(list(store.list("many/"))) == 40
+
+
+def test_a_reader_never_sees_half_an_object(store):
+    contents = [bytes([letter]) * 300_000 for letter in b"ab"]
+    store.put_bytes(contents[0], "key", content_type="text/plain")
+    is_done = threading.Event()
+
+    def read():
+        while not is_done.is_set():
+            assert store.read_bytes("key") in contents
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for number in range(10):
+            store.put_bytes(contents[number % 2], "key", content_type="text/plain")
+        is_done.set()
+        for reader in readers:
+            reader.result()
+
+
+# S3
+
+
+def test_a_link_with_a_file_name_is_saved_under_it(s3_store):
+    s3_store.put_bytes(VIDEO, "b.mp4", content_type="video/mp4")
+    link = s3_store.presign("b.mp4", seconds=60, file_name='Füchse "1".mp4')
+    with _open(link) as answer:
+        assert answer.headers["Content-Type"] == "video/mp4"
+        assert answer.headers["Content-Disposition"] == (
+            "attachment; filename=\"F_chse _1_.mp4\"; filename*=UTF-8''F%C3%BCchse%20%221%22.mp4"
+        )
+
+
+def test_a_link_opens_one_object_only(s3_store):
+    s3_store.put_bytes(b"1", "one", content_type="text/plain")
+    s3_store.put_bytes(b"2", "two", content_type="text/plain")
+    link = s3_store.presign("one", seconds=60)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        _open(link.replace("/one?", "/two?"))
+    refused.value.close()
+    assert refused.value.code == 403
+
+
+def test_links_point_to_the_public_endpoint_and_everything_else_does_not(s3):
+    values = settings.Settings(**{**s3, "S3_PUBLIC_ENDPOINT_URL": "https://videos.example:8443"})
+    store = storage.open_store(values)
+    store.check()
+    bucket_and_prefix = s3["RUSHES_RESULTS_URL"].removeprefix("s3://")
+    link = store.presign("a.mp4", seconds=60)
+    assert link.startswith(f"https://videos.example:8443/{bucket_and_prefix}/a.mp4?")
+    assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in link
+
+
+def test_a_bucket_without_prefix_is_a_store(s3, s3_server):
+    values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{s3_server.bucket}/"})
+    store = storage.open_store(values)
+    assert store.url == f"s3://{s3_server.bucket}"
+    store.put_bytes(b"x", "top-level", content_type="text/plain")
+    assert "top-level" in list(store.list("top"))
+    store.delete("top-level")
+
+
+def test_more_than_a_page_is_listed(tmp_path):
+    folder = tmp_path / "s3" / "buckets" / "rushes" / "many"
+    folder.mkdir(parents=True)
+    for number in range(1005):
+        (folder / f"{number:04}").touch()
+    with servers.S3Server.start(tmp_path / "s3") as server:
+        store = storage.open_store(settings.Settings(**server.environment()))
+        assert list(store.list("many/")) == [f"many/{number:04}" for number in range(1005)]
+
+
+def test_a_store_that_forgot_its_metadata_still_has_heads(tmp_path):
+    with servers.S3Server.start(tmp_path / "s3") as server:
+        store = storage.open_store(settings.Settings(**server.environment()))
+        store.put_bytes(VIDEO, "v.mp4", content_type="video/mp4")
+    with servers.S3Server.start(tmp_path / "s3"):
+        assert store.head("v.mp4") == storage.ObjectHead(
+            key="v.mp4", size_bytes=len(VIDEO), sha256=None
+        )
+
+
+def test_wrong_keys_are_denied(s3):
+    values = settings.Settings(**{**s3, "AWS_SECRET_ACCESS_KEY": "wrong"})
+    store = storage.open_store(values)
+    for call in (
+        store.check,
+        lambda: list(store.list()),
+        lambda: store.put_bytes(b"x", "k", content_type="text/plain"),
+        lambda: store.read_bytes("k"),
+        lambda: store.head("k"),
+    ):
+        with pytest.raises(storage.StorageDenied, match=r"403.*AWS_SECRET_ACCESS_KEY") as denied:
+            call()
+        assert "wrong" not in str(denied.value)
+
+
+def test_no_keys_at_all_are_denied(monkeypatch):
+    store = storage.open_store(settings.load(results_url="s3://bucket"))
+    with pytest.raises(storage.StorageDenied, match="locate credentials"):
+        store.check()
+
+
+def test_a_missing_bucket_is_denied_and_says_so(s3):
+    store = storage.open_store(settings.Settings(**{**s3, "RUSHES_RESULTS_URL": "s3://not-there"}))
+    with pytest.raises(storage.StorageDenied, match="create the bucket 'not-there'"):
+        store.check()
+    with pytest.raises(storage.StorageDenied):
+        store.put_bytes(b"x", "k", content_type="text/plain")
+
+
+def test_a_store_that_is_down_is_unavailable_and_works_again_later(tmp_path):
+    with servers.S3Server.start(tmp_path / "s3") as server:
+        store = storage.open_store(settings.Settings(**server.environment()))
+        store.put_bytes(b"x", "k", content_type="text/plain")
+        server.kill()
+        for call in (store.check, lambda: store.read_bytes("k"), lambda: store.head("k")):
+            with pytest.raises(storage.StorageUnavailable, match="does not answer"):
+                call()
+    with servers.S3Server.start(tmp_path / "s3"):
+        assert store.read_bytes("k") == b"x"
+
+
+def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
+    monkeypatch.setattr(storage, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(storage, "MAX_TRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
+        with pytest.raises(storage.StorageUnavailable, match="timeout"):
+            storage.open_store(values).check()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("503 SlowDown", storage.StorageUnavailable),
+        ("500 InternalError", storage.StorageUnavailable),
+        ("429 TooManyRequests", storage.StorageUnavailable),
+        ("507 StorageFull", storage.StorageUnavailable),
+        ("403 AccessDenied", storage.StorageDenied),
+        ("403 RequestTimeTooSkewed", storage.StorageDenied),
+        ("400 ExpiredToken", storage.StorageDenied),
+        ("400 BadDigest", storage.UploadMismatch),
+        ("400 EntityTooLarge", storage.StorageError),
+    ],
+)
+def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
+    monkeypatch.setattr(storage, "MAX_TRIES", 1)
+    with _server_that_always_says(answer) as endpoint:
+        values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
+        with pytest.raises(storage.StorageError) as raised:
+            storage.open_store(values).put_bytes(b"x", "k", content_type="text/plain")
+    assert type(raised.value) is kind
+
+
+def test_bytes_that_change_on_their_way_are_refused(s3_store, monkeypatch):
+    monkeypatch.setattr(storage, "_base64_of", lambda _: "AAAAAAAAAAAAAAAAAAAAAA==")
+    with pytest.raises(storage.UploadMismatch) as raised:
+        s3_store.put_bytes(b"sent", "k", content_type="text/plain")
+    assert raised.value.key == "k"
+    assert raised.value.sent_bytes == 4
+    assert raised.value.stored_bytes is None
+    assert s3_store.head("k") is None
+
+
+def test_an_object_of_another_size_is_a_mismatch(s3_store, monkeypatch):
+    head = storage.ObjectHead(key="k", size_bytes=3, sha256=None)
+    monkeypatch.setattr(s3_store, "head", lambda _: head)
+    with pytest.raises(storage.UploadMismatch, match=r"sent 4 bytes.*has 3 bytes") as raised:
+        s3_store.put_bytes(b"sent", "k", content_type="text/plain")
+    assert raised.value.stored_bytes == 3
+
+
+def test_a_proxy_is_not_asked_for_a_store_on_this_machine(s3, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{servers.free_port()}")
+    monkeypatch.delenv("NO_PROXY")
+    storage.open_store(settings.Settings(**s3)).check()
+
+
+def test_settings_beat_keys_in_the_environment(s3, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "of-another-store")
+    storage.open_store(settings.Settings(**s3)).check()
+
+
+# Folder
+
+
+def test_objects_are_plain_files(folder_store, tmp_path):
+    folder_store.put_bytes(b"x", "batches/1/video.mp4", content_type="video/mp4")
+    path = tmp_path / "results" / "batches" / "1" / "video.mp4"
+    assert path.read_bytes() == b"x"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert folder_store.presign("batches/1/video.mp4", seconds=1) == path.as_uri()
+
+
+def test_a_full_disk_is_unavailable_and_leaves_nothing(folder_store, monkeypatch, tmp_path):
+    folder_store.put_bytes(b"old", "k", content_type="text/plain")
+
+    def no_space(_handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", no_space)
+    with pytest.raises(storage.StorageUnavailable, match="No space left"):
+        folder_store.put_bytes(b"new", "k", content_type="text/plain")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["k"]
+    assert folder_store.read_bytes("k") == b"old"
+
+
+def test_unfinished_files_are_not_listed(folder_store, tmp_path):
+    folder_store.put_bytes(b"x", "a/k", content_type="text/plain")
+    (tmp_path / "results" / "a" / f"{storage.PART_PREFIX}1234").touch()
+    assert list(folder_store.list()) == ["a/k"]
+
+
+def test_a_key_below_an_object_is_refused(folder_store):
+    folder_store.put_bytes(b"x", "a/k", content_type="text/plain")
+    for key in ("a/k/below", "a"):
+        with pytest.raises(storage.StorageError, match="a file and a folder"):
+            folder_store.put_bytes(b"x", key, content_type="text/plain")
+    folder_store.delete("a")
+    folder_store.delete("a/k/below")
+    assert list(folder_store.list()) == ["a/k"]
+
+
+def test_a_file_in_place_of_the_folder_is_denied(tmp_path):
+    (tmp_path / "results").touch()
+    with pytest.raises(storage.StorageDenied, match="a folder is needed"):
+        storage.FolderStore(tmp_path / "results").check()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_denied(tmp_path):
+    tmp_path.chmod(0o500)
+    store = storage.FolderStore(tmp_path / "results")
+    with pytest.raises(storage.StorageDenied, match="no right to write"):
+        store.check()
+    with pytest.raises(storage.StorageDenied):
+        store.put_bytes(b"x", "k", content_type="text/plain")
+    tmp_path.chmod(0o700)
+
+
+# URLs and settings
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("results", "got 'results'"),
+        ("http://host/bucket", "got 'http://host/bucket'"),
+        ("s3://", "no bucket name"),
+        ("s3:///prefix", "no bucket name"),
+        ("s3://a", "no bucket name"),
+        ("s3://bucket?x=1", "no `\\?`"),
+        ("file://results", "three slashes"),
+        ("file:results", "three slashes"),
+        ("file:///", "the root of the machine"),
+    ],
+)
+def test_a_bad_url_says_what_would_do(url, problem):
+    with pytest.raises(errors.InvalidInput, match=f"s3://bucket/prefix.*{problem}"):
+        storage.open_store(settings.load(results_url=url))
+
+
+def test_a_password_in_a_url_is_not_shown():
+    with pytest.raises(errors.InvalidInput) as raised:
+        storage.open_store(settings.load(results_url="s3://key:hunter2@bucket/x"))
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("prefix", ["a/../b", "a//b", "a\\b"])
+def test_a_prefix_obeys_the_rules_of_keys(prefix):
+    with pytest.raises(errors.InvalidInput):
+        storage.open_store(settings.load(results_url=f"s3://bucket/{prefix}"))
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("s3_endpoint_url", "AWS_ENDPOINT_URL_S3"),
+        ("s3_public_endpoint_url", "S3_PUBLIC_ENDPOINT_URL"),
+    ],
+)
+def test_an_endpoint_needs_a_scheme(field, name):
+    with pytest.raises(errors.InvalidInput, match=f"{name}: must be http://host:port"):
+        storage.open_store(settings.load(results_url="s3://bucket", **{field: "127.0.0.1:9000"}))
+
+
+def test_half_a_pair_of_keys_is_refused():
+    values = settings.load(results_url="s3://bucket", aws_access_key_id="AKIA123")
+    with pytest.raises(errors.InvalidInput, match="belong together"):
+        storage.open_store(values)
+
+
+def test_the_default_store_is_a_folder_in_home():
+    values = settings.load()
+    assert storage.open_store(values).url == (values.home / "results").as_uri()
+
+
+def test_importing_storage_does_not_import_boto3():
+    code = "import sys, jobs.storage; sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_paths_with_spaces_and_umlauts_are_folders(tmp_path):
+    folder = Path(tmp_path / "Väter & Söhne 100%")
+    store = storage.open_store(settings.load(results_url=folder.as_uri()))
+    store.put_bytes(b"x", "k", content_type="text/plain")
+    assert (folder / "k").read_bytes() == b"x"
+
+
+def _open(link):
+    return urllib.request.urlopen(link)  # noqa: S310  # a link of our own making
+
+
+@contextlib.contextmanager
+def _server_that_always_says(answer):
+    """The address of an S3 server with one opinion."""
+    status, _, code = answer.partition(" ")
+    body = f"<Error><Code>{code}</Code><Message>said so</Message></Error>".encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # knows `Expect: 100-continue`
+
+        def do_PUT(self):
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.do_HEAD()
+            self.wfile.write(body)
+
+        def do_HEAD(self):
+            self.send_response(int(status))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+
+        def log_message(self, *_arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
