@@ -194,10 +194,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         can_map = zipfile.is_zipfile(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except UnpicklingError as error:
-        reason = "it holds Python objects, which are never executed"
+        reason = "it is damaged, or holds Python objects, which are never executed"
         raise errors.UnreadableWeightsError(path, reason) from error
     except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        raise errors.UnreadableWeightsError(path, str(error).splitlines()[0]) from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(loaded, dict):
         raise errors.UnreadableWeightsError(path, f"it holds a {type(loaded).__name__}, no names")
     return loaded

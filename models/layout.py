@@ -144,12 +144,15 @@ def _diffusers(root: Path, transformer_file: Path | None) -> ModelFiles:
     for name, folder in folders.items():
         if not folder.is_dir():
             raise errors.MissingFileError(root, f"the folder {name}/", hint=BOTH_LAYOUTS)
-    found = _one_or_sharded(folders["transformer"], TRANSFORMER_STEM, what="transformer")
+    if transformer_file is None:
+        transformer = _one_or_sharded(folders["transformer"], TRANSFORMER_STEM, what="transformer")
+    else:
+        transformer = (transformer_file,)
     return ModelFiles(
         root=root,
         layout=Layout.DIFFUSERS,
         transformer_config=folders["transformer"] / "config.json",
-        transformer=(transformer_file,) if transformer_file else found,
+        transformer=transformer,
         transformer_is_native=transformer_file is not None,
         vae_config=folders["vae"] / "config.json",
         vae=_one_or_sharded(folders["vae"], TRANSFORMER_STEM, what="autoencoder"),

@@ -48,17 +48,16 @@ def make(folder: Path, *, seed: int = 0) -> Path:
             f"{folder} exists and is not a model folder; remove it or use another"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(work, torch.Generator().manual_seed(seed))
-        work.chmod(0o755)  # mkdtemp's folder is closed to others
-        work.replace(folder)
+        _write(scratch / folder.name, torch.Generator().manual_seed(seed))
+        (scratch / folder.name).replace(folder)
     except OSError:
-        # Another process was quicker: its folder holds the same bytes.
+        # Another process may have been quicker; its model is as good.
         if not _is_complete(folder):
             raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

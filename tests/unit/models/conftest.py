@@ -1,0 +1,79 @@
+"""A tiny model folder in either layout, written once per test."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from models import config
+from models.tiny import make
+
+
+@pytest.fixture
+def native_root(tmp_path):
+    return make.make(tmp_path / "tiny")
+
+
+@pytest.fixture
+def diffusers_root(tmp_path):
+    """Written by diffusers and transformers themselves, `max_shard_size` left to the test."""
+
+    def build(name="diffusers", *, transformer_shards="10GB", text_shards="10GB"):
+        root = tmp_path / name
+        torch.manual_seed(0)
+        WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=32,
+            text_dim=32,
+            ffn_dim=128,
+            num_layers=2,
+        ).save_pretrained(root / "transformer", max_shard_size=transformer_shards)
+        AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(root / "vae")
+        sizes = config.TINY_TEXT_ENCODER
+        UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=sizes.vocab_size,
+                d_model=sizes.dim,
+                d_kv=sizes.head_dim,
+                d_ff=sizes.ffn_dim,
+                num_layers=sizes.num_layers,
+                num_heads=sizes.num_heads,
+            )
+        ).save_pretrained(root / "text_encoder", max_shard_size=text_shards)
+        make.write_tokenizer(root / "tokenizer")
+        (root / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+        return root
+
+    return build
+
+
+@pytest.fixture
+def edit_json():
+    """`edit_json(path, key=value)` sets keys, `edit_json(path, drop="key")` removes one."""
+
+    def edit(path, *, drop=None, **values):
+        content = {**json.loads(path.read_text()), **values}
+        content.pop(drop, None)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+@pytest.fixture
+def edit_tensors():
+    """`edit_tensors(path, change)` rewrites a safetensors or .pth file through `change(dict)`."""
+
+    def edit(path, change):
+        if path.suffix == ".safetensors":
+            tensors = {k: v.clone() for k, v in safetensors.torch.load_file(path).items()}
+            change(tensors)
+            safetensors.torch.save_file(tensors, path)
+        else:
+            tensors = torch.load(path, weights_only=True)
+            change(tensors)
+            torch.save(tensors, path)
+
+    return edit

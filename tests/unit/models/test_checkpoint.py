@@ -1,0 +1,203 @@
+"""Model folders load strictly, and whatever is wrong with one is said with file and names."""
+
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import checkpoint, errors, layout
+
+DIT = "diffusion_pytorch_model.safetensors"
+
+
+def load(root, dtype=torch.float32, **options):
+    return checkpoint.load_text_to_video(root, device="cpu", dtype=dtype, **options)
+
+
+def test_the_tiny_model_loads_with_every_tensor_in_its_place(native_root):
+    networks = load(native_root)
+    stored = safetensors.torch.load_file(native_root / DIT)
+    loaded = networks.transformer.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+    stored = torch.load(native_root / "Wan2.1_VAE.pth", weights_only=True)
+    loaded = networks.vae.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+    assert networks.weight_files == layout.find(native_root).weights
+
+
+def test_networks_come_frozen_in_eval_mode_and_not_on_meta(native_root):
+    networks = load(native_root)
+    for network in (networks.transformer, networks.vae, networks.text_encoder.network):
+        assert not network.training
+        assert all(not p.requires_grad and not p.is_meta for p in network.parameters())
+    embeddings = networks.text_encoder.network
+    assert embeddings.shared.weight is embeddings.encoder.embed_tokens.weight
+
+
+def test_a_diffusers_folder_holds_the_same_networks(diffusers_root):
+    root = diffusers_root()
+    networks = load(root)
+    theirs = safetensors.torch.load_file(root / "transformer" / DIT)
+    ours = networks.transformer.state_dict()
+    block = "blocks.1."
+    assert torch.equal(ours[f"{block}norm3.weight"], theirs[f"{block}norm2.weight"])
+    assert torch.equal(ours["head.modulation"], theirs["scale_shift_table"])
+    assert networks.vae.config.base_dim == 8
+    assert networks.text_encoder.encode("a cat").shape == (1, 512, 32)
+
+
+def test_sharded_files_are_the_single_file(diffusers_root):
+    whole = load(diffusers_root("whole"))
+    pieces_root = diffusers_root("pieces", transformer_shards="200KB", text_shards="40KB")
+    pieces = load(pieces_root)
+    assert len(pieces.weight_files) > 4
+    for part in ("transformer", "vae"):
+        ours, theirs = getattr(whole, part).state_dict(), getattr(pieces, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(whole.text_encoder.encode("a cat"), pieces.text_encoder.encode("a cat"))
+
+
+def test_bf16_keeps_small_parameters_and_the_autoencoder_in_fp32(native_root):
+    networks = load(native_root, torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in networks.transformer.state_dict().items()}
+    assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.self_attn.norm_q.weight"] == torch.bfloat16
+    for name in ("blocks.0.modulation", "time_projection.1.weight", "head.head.weight"):
+        assert dtypes[name] == torch.float32
+    assert networks.text_encoder.encode("x").dtype == torch.bfloat16
+    assert networks.vae.dtype == torch.float32
+    assert load(native_root, torch.bfloat16, vae_dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+def test_a_distilled_pt_is_used_in_place_of_the_base_model(native_root):
+    distilled = native_root / "distill_models" / "distill_model.pt"
+    distilled.parent.mkdir()
+    tensors = safetensors.torch.load_file(native_root / DIT)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, distilled)
+    found = load(native_root).transformer.state_dict()
+    assert torch.equal(found["head.modulation"], tensors["head.modulation"] + 1)
+
+
+def test_loaded_weights_do_not_hang_on_the_file(native_root):
+    """A mapped file that someone rewrites in place would change the weights or end the process."""
+    networks = load(native_root)
+    before = networks.transformer.head.modulation.clone()
+    path = native_root / DIT
+    with path.open("r+b") as stream:
+        stream.write(b"\0" * path.stat().st_size)
+    assert torch.equal(networks.transformer.head.modulation, before)
+
+
+@pytest.mark.parametrize(
+    "name", [DIT, "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"], ids=["dit", "vae", "t5"]
+)
+def test_missing_unused_and_wrongly_shaped_tensors_are_named(native_root, edit_tensors, name):
+    def damage(tensors):
+        names = sorted(tensors)
+        tensors["surplus.weight"] = tensors.pop(names[0])
+        tensors[names[1]] = torch.zeros(3, 7)
+        damaged.extend(names[:2])
+
+    damaged = []
+    edit_tensors(native_root / name, damage)
+    with pytest.raises(errors.WeightsMismatchError) as caught:
+        load(native_root)
+    error = caught.value
+    assert error.path == native_root / name
+    assert len(error.missing) == len(error.wrong_shapes) == 1 or "t5" in name
+    assert error.unused == ("surplus.weight",)
+    assert [found for found, _ in error.wrong_shapes.values()] == [(3, 7)]
+    assert "1 tensors no network uses (surplus.weight)" in str(error)
+    assert "is [3, 7], expected [" in str(error)
+
+
+def test_many_missing_tensors_are_counted_not_all_listed(native_root, edit_tensors):
+    edit_tensors(native_root / DIT, dict.clear)
+    with pytest.raises(errors.WeightsMismatchError, match=r"\d+ missing .* and \d+ more") as caught:
+        load(native_root)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", [DIT, "Wan2.1_VAE.pth"])
+@pytest.mark.parametrize("size", [0, 100, 0.5])
+def test_a_truncated_file_is_named(native_root, name, size):
+    path = native_root / name
+    os.truncate(path, int(size * path.stat().st_size) if size == 0.5 else size)
+    with pytest.raises(errors.UnreadableWeightsError) as caught:
+        load(native_root)
+    assert caught.value.path == path
+
+
+def test_pickled_objects_are_refused_and_not_executed(native_root):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(native_root / "executed"),)
+
+    path = native_root / "Wan2.1_VAE.pth"
+    torch.save({"conv1.weight": Payload()}, path)
+    with pytest.raises(errors.UnreadableWeightsError, match="never executed"):
+        load(native_root)
+    assert not (native_root / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([torch.zeros(1)], "holds a list"),
+        ({"state_dict": {"conv1.weight": torch.zeros(1)}}, "state_dict is a dict, not a tensor"),
+        ({"conv1.weight": torch.zeros(1, dtype=torch.int8)}, "quantised weights"),
+        ({"conv1.weight": torch.zeros(1).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
+    ],
+)
+def test_what_is_no_dict_of_float_tensors_is_refused(native_root, content, says):
+    torch.save(content, native_root / "Wan2.1_VAE.pth")
+    with pytest.raises(errors.UnreadableWeightsError, match=says):
+        load(native_root)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(errors.UnreadableWeightsError, match="x is also in another shard"):
+        checkpoint.read_tensors(paths)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text_dim": 4096}, "takes text of width 4096, the encoder's: 32"),
+        ({"out_dim": 8}, "16 in and 8 out, the autoencoder 16"),
+        ({"model_type": "i2v", "in_dim": 36}, "image-to-video model, not text-to-video"),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(native_root, edit_json, change, says):
+    edit_json(native_root / "config.json", **change)
+    with pytest.raises(errors.ConfigError, match=says):
+        load(native_root)
+
+
+def test_a_config_of_another_size_than_the_weights_is_refused(native_root, edit_json):
+    edit_json(native_root / "config.json", num_layers=3)
+    with pytest.raises(errors.WeightsMismatchError, match=r"missing tensors \(blocks\.2\."):
+        load(native_root)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(native_root, edit_json):
+    edit_json(native_root / "t5_config.json", vocab_size=200)
+    with pytest.raises(errors.CheckpointError, match="tokens, the encoder only 200"):
+        load(native_root)
+
+
+def test_a_broken_tokenizer_is_named(native_root):
+    (native_root / "google" / "umt5-xxl" / "tokenizer.json").write_text("{")
+    with pytest.raises(errors.CheckpointError, match="no usable tokenizer"):
+        load(native_root)
+
+
+def test_every_error_is_a_value_error_a_caller_can_catch_at_once(tmp_path):
+    with pytest.raises(ValueError, match="native layout"):
+        load(tmp_path / "nowhere")

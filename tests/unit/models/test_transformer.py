@@ -1,0 +1,93 @@
+"""The transformer's contract beyond the numbers (those are in tests/parity)."""
+
+import einops
+import pytest
+import torch
+
+from models import config, transformer
+
+SIZES = config.TransformerConfig(
+    dim=24, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8, text_len=6, freq_dim=16
+)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return transformer.WanTransformer(SIZES).requires_grad_(False)
+
+
+def test_unpatchify_undoes_cutting_into_patches_channels_last():
+    video = torch.randn(2, 16, 3, 4, 6)
+    patches = einops.rearrange(
+        video, "b c (f pf) (h ph) (w pw) -> b (f h w) (pf ph pw c)", pf=1, ph=2, pw=2
+    )
+    assert torch.equal(transformer.unpatchify(patches, (3, 2, 3), SIZES), video)
+
+
+def test_velocity_has_the_latents_shape_in_fp32(network):
+    for dtype in (torch.float32, torch.bfloat16):
+        velocity = network.to(dtype)(
+            torch.randn(2, 16, 2, 4, 6), torch.tensor([937.5, 10.0]), torch.randn(2, 6, 8)
+        )
+        assert velocity.shape == (2, 16, 2, 4, 6)
+        assert velocity.dtype == torch.float32
+
+
+def test_a_fractional_timestep_is_not_its_integer(network):
+    latents, context = torch.randn(1, 16, 1, 2, 2), torch.randn(1, 6, 8)
+    half, whole = (network(latents, torch.tensor([t]), context) for t in (937.5, 937.0))
+    assert not torch.allclose(half, whole, atol=1e-6)
+
+
+def test_padding_rows_are_attended_to(network):
+    """No mask in cross-attention: a zero row is a key like any other."""
+    latents, time, context = (
+        torch.randn(1, 16, 1, 2, 2),
+        torch.tensor([500.0]),
+        torch.zeros(1, 6, 8),
+    )
+    context[:, 0] = 1
+    twice = context.clone()
+    twice[:, 1] = 1
+    assert not torch.allclose(network(latents, time, context), network(latents, time, twice))
+
+
+@pytest.mark.parametrize(
+    ("latents", "context", "says"),
+    [
+        ((1, 8, 1, 2, 2), (1, 6, 8), r"latents must be \[B, 16, T, H, W\], got \[1, 8, 1, 2, 2\]"),
+        ((16, 1, 2, 2), (1, 6, 8), "latents must be"),
+        ((1, 16, 1, 3, 2), (1, 6, 8), r"multiples of \(1, 2, 2\)"),
+        ((1, 16, 1, 2, 2), (1, 5, 8), r"context must be \[B, 6, 8\], got \[1, 5, 8\]"),
+    ],
+)
+def test_other_shapes_are_refused(network, latents, context, says):
+    with pytest.raises(ValueError, match=says):
+        network(torch.zeros(latents), torch.tensor([1.0]), torch.zeros(context))
+
+
+def test_image_tokens_need_an_image_to_video_network(network):
+    with pytest.raises(ValueError, match="image-to-video"):
+        network(
+            torch.zeros(1, 16, 1, 2, 2),
+            torch.tensor([1.0]),
+            torch.zeros(1, 6, 8),
+            torch.zeros(1, 3, 8),
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_heads": 5}, "not a multiple of num_heads"),
+        ({"dim": 8, "num_heads": 2}, "at least 6"),
+        ({"dim": 14, "num_heads": 2}, "must be even"),
+        ({"num_layers": 0}, "num_layers must be positive"),
+    ],
+)
+def test_dimensions_that_make_no_network_are_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        config.TransformerConfig(
+            **{"dim": 24, "ffn_dim": 8, "num_heads": 2, "num_layers": 1} | change
+        )
