@@ -81,8 +81,8 @@ class Database:
         """One consistent view; on SQLite it neither waits for a writer nor holds one up."""
         engine = self.engine.execution_options(rushes_begin="BEGIN")
         with Session(engine, expire_on_commit=False) as session:
+            # Closing ends the transaction; a rollback would also expire what was read.
             yield session
-            session.rollback()
 
     def write(
         self, change: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs

@@ -8,7 +8,7 @@ from jobs import database, lifecycle, settings, states
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Batch, Job
 
-RETRYABLE = (states.JobState.FAILED, states.JobState.CANCELLED)
+RETRYABLE: tuple[states.JobState, ...] = (states.JobState.FAILED, states.JobState.CANCELLED)
 
 
 @click.command()
@@ -73,10 +73,9 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     db = connections.open_database(config)
     with db.reading() as session:
         found = references.find(session, reference)
-    if isinstance(found, Job):
-        batch_id, wanted, job_ids = found.batch_id, RETRYABLE, [found.id]
-    else:
-        batch_id, wanted, job_ids = found.id, _wanted(failed_only, cancelled), None
+    batch_id = found.batch_id if isinstance(found, Job) else found.id
+    wanted = RETRYABLE if isinstance(found, Job) else _wanted(failed_only, cancelled)
+    job_ids = [found.id] if isinstance(found, Job) else None
     retried = db.write(lifecycle.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
     if retried and (delayed := connections.kick(config)):
         output.note(f"note: {delayed}")

@@ -101,7 +101,8 @@ def _with_help_hint(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     if ctx is None:
         return message
-    return f"{message.rstrip('.')}. See `{ctx.command_path} --help`."
+    end = "" if message.endswith((".", "?", "!")) else "."
+    return f"{message}{end} See `{ctx.command_path} --help`."
 
 
 def _database_reason(error: Exception) -> str | None:

@@ -18,7 +18,7 @@ from jobs import (
     readers,
     settings,
     submission,
-    watch as watching,
+    watch,
 )
 from jobs.cli import connections, display, exits, options, output, shapes, waiting
 
@@ -225,7 +225,7 @@ def _follow(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    snapshots = watching.until_finished(db, made.batch_id, timeout_seconds=timeout)
+    snapshots = watch.until_finished(db, made.batch_id, timeout_seconds=timeout)
     if not as_json:
         _tell(made, preset, notes, as_json=False, quiet=quiet)
         if not quiet:

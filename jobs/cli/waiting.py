@@ -1,11 +1,12 @@
 """`rushes watch` and `rushes wait`."""
 
+import collections
 import sys
 from collections.abc import Iterable
 
 import click
 
-from jobs import database, queries, settings, watch as watching
+from jobs import database, queries, settings, watch
 from jobs.cli import connections, display, exits, options, output, shapes
 
 _timeout = click.option(
@@ -17,19 +18,19 @@ _timeout = click.option(
 _interval = click.option(
     "--interval",
     type=click.FloatRange(min=0.05),
-    default=watching.INTERVAL_SECONDS,
+    default=watch.INTERVAL_SECONDS,
     show_default=True,
     metavar="SECONDS",
     help="Time between two looks.",
 )
 
 
-@click.command()
+@click.command("wait")
 @click.argument("batch")
 @_timeout
 @_interval
 @options.output
-def wait(batch: str, timeout: float | None, interval: float, as_json: bool) -> int:
+def wait_for_batch(batch: str, timeout: float | None, interval: float, as_json: bool) -> int:
     """Wait until a batch is finished.
 
     The exit code tells how: 0 all succeeded, 3 some failed, 4 cancelled, 124 timeout.
@@ -37,7 +38,7 @@ def wait(batch: str, timeout: float | None, interval: float, as_json: bool) -> i
     db = connections.open_database(settings.load())
     batch_id = _batch_id(db, batch)
     last = to_the_end(
-        watching.until_finished(db, batch_id, timeout_seconds=timeout, interval_seconds=interval)
+        watch.until_finished(db, batch_id, timeout_seconds=timeout, interval_seconds=interval)
     )
     if as_json:
         output.emit(shapes.progress(last.progress))
@@ -46,25 +47,25 @@ def wait(batch: str, timeout: float | None, interval: float, as_json: bool) -> i
     return exits.of_batch(last.progress.state)
 
 
-@click.command()
+@click.command("watch")
 @click.argument("batch")
 @_timeout
 @_interval
 @options.output
-def watch(batch: str, timeout: float | None, interval: float, as_json: bool) -> int:
+def watch_batch(batch: str, timeout: float | None, interval: float, as_json: bool) -> int:
     """Follow a batch until it is finished.
 
     Live on a terminal, lines elsewhere, JSON Lines with -o json. Exit codes as of `rushes wait`.
     """
     db = connections.open_database(settings.load())
     batch_id = _batch_id(db, batch)
-    snapshots = watching.until_finished(
+    snapshots = watch.until_finished(
         db, batch_id, timeout_seconds=timeout, interval_seconds=interval
     )
     return follow(snapshots, as_json=as_json)
 
 
-def follow(snapshots: Iterable[watching.Snapshot], *, as_json: bool = False) -> int:
+def follow(snapshots: Iterable[watch.Snapshot], *, as_json: bool = False) -> int:
     """Show each snapshot as the place allows; the exit code of the finished batch."""
     if as_json:
         last = display.as_json_lines(snapshots)
@@ -75,13 +76,9 @@ def follow(snapshots: Iterable[watching.Snapshot], *, as_json: bool = False) -> 
     return exits.of_batch(last.progress.state)
 
 
-def to_the_end(snapshots: Iterable[watching.Snapshot]) -> watching.Snapshot:
+def to_the_end(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
     """The last one."""
-    last = None
-    for last in snapshots:
-        pass
-    assert last is not None
-    return last
+    return collections.deque(snapshots, maxlen=1)[0]
 
 
 def _batch_id(db: database.Database, reference: str) -> str:

@@ -1,0 +1,112 @@
+"""The commands that keep running: dispatcher, worker, up, demo."""
+
+import importlib
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import click
+
+from jobs import beat, dispatch, logs, settings
+from jobs.cli import connections, exits, output
+
+_devices = click.option(
+    "--devices",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cpu:N|0,1,...",
+    help="auto: every GPU, else one process on the CPU; cpu:N: N of those; or GPU numbers.",
+)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Exit 0 if the dispatcher here is alive, else 1.")
+def dispatcher(check: bool) -> int:
+    """Hand queued jobs to the workers.
+
+    Also ends the attempts of lost workers and writes the result files of finished batches. Any
+    number of dispatchers may run. Stops on SIGTERM and SIGINT.
+    """
+    config = settings.load()
+    if check:
+        return _told_beat(beat.of_dispatcher(config))
+    db = connections.open_database(config)
+    logs.configure(config)
+    stop = _stop_on_signals()
+    with db.reading() as session:
+        session.connection()  # a wrong DATABASE_URL is told now; later outages are waited out
+    _Beating(config, db=db).run(stop)
+    return exits.OK
+
+
+class _Beating(dispatch.Dispatcher):
+    """Leaves a sign of life on this machine after each tick."""
+
+    def tick(self) -> dispatch.Tick:
+        done = super().tick()
+        beat.of_dispatcher(self._config).touch()
+        return done
+
+
+def _told_beat(found: beat.Beat) -> int:
+    age = found.age_seconds()
+    if age is None:
+        output.note(f"no dispatcher has run here: {found.path} is missing")
+        return exits.ERROR
+    output.line(f"last seen {output.duration(age)} ago")
+    return exits.OK if found.is_alive() else exits.ERROR
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return stop
+
+
+@click.command()
+@_devices
+@click.option("--check", is_flag=True, help="Exit 0 if the workers here are alive, else 1.")
+def worker(devices: str, check: bool) -> int:
+    """Render: one process per device.
+
+    Stops on SIGTERM and SIGINT: finishes its job within RUSHES_GRACE_SECONDS or gives it back.
+    """
+    config = settings.load()
+    launch = _module("worker.launch")
+    if check:
+        return int(launch.check(config))
+    logs.configure(config)
+    return int(launch.run(config, devices=devices))
+
+
+@click.command()
+@_devices
+def up(devices: str) -> int:
+    """Run everything on this machine.
+
+    Database, Redis, results store, dispatcher and workers; no Docker, no root. Other `rushes`
+    commands find it through RUSHES_HOME. Ctrl-C stops it, and nothing is lost.
+    """
+    config = settings.load()
+    logs.configure(config)
+    return int(_module("jobs.standalone").up(config, devices=devices))
+
+
+@click.command()
+@_devices
+def demo(devices: str) -> int:
+    """Render a few tiny videos, to see that all works."""
+    config = settings.load()
+    logs.configure(config, level="WARNING")
+    return int(_module("jobs.standalone").demo(config, devices=devices))
+
+
+def _module(name: str) -> Any:
+    # By name: `jobs` must not know `worker`, which stands above it.
+    return importlib.import_module(name)
