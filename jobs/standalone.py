@@ -74,6 +74,7 @@ def running(
         stack.callback((config.home / settings.UP_FILE).unlink, missing_ok=True)
         here = settings.load(home=str(config.home))
         db = database.connect(here)
+        stack.callback(db.close)
         before, after = migrate.upgrade(db)
         if before != after:
             say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")

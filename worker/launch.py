@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from jobs import (
     broker,
@@ -82,7 +82,7 @@ class Launcher:
                 if renderer.child.is_alive:
                     self.db.write(workers.register, self._registration(renderer))
             finished.find_unfinished(self.db, self.bell, self.config)
-        except (SQLAlchemyError, broker.BrokerUnavailable) as error:
+        except (DBAPIError, broker.BrokerUnavailable) as error:
             log.warning("launcher.beat_missed", error=str(error)[:300])
 
     def _registration(self, renderer: RenderProcess) -> workers.Registration:
@@ -104,7 +104,7 @@ class Launcher:
                 budgets=dispatch.budgets(self.config),
                 worker=renderer.name,
             )
-        except SQLAlchemyError as error:
+        except DBAPIError as error:
             # The lease ends by itself, somewhat later.
             log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
 
@@ -131,7 +131,7 @@ class Launcher:
         for renderer in self.renderers:
             try:
                 self.db.write(workers.stopped, renderer.name)
-            except SQLAlchemyError as error:
+            except DBAPIError as error:
                 log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
 
     def _release(self) -> None:
@@ -140,7 +140,7 @@ class Launcher:
                 released = self.db.write(
                     lifecycle.release_worker, renderer.name, reason="its worker was stopped"
                 )
-            except SQLAlchemyError as error:
+            except DBAPIError as error:
                 log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
             else:
                 log.info("worker.stopped", worker=renderer.name, released=released)
@@ -184,13 +184,12 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     slots = gpus.slots(devices, cores=os.cpu_count() or 1)
     host = config.host_name
     names = queues_of_models(config)
-    log_level = f"--loglevel={config.log_level}"
     renderers = []
     for slot in slots:
         name = f"{slot.short_name}@{host}"
         # A queue that nobody sends to keeps Celery from its default queue.
         taken = ",".join(names or ("rushes.render.nothing",))
-        command = [*_celery(name, taken), "--pool=prefork", "--concurrency=1", log_level]
+        command = [*_celery(name, taken), "--pool=prefork", "--concurrency=1"]
         environment = {**slot.environment, "RUSHES_WORKER_NAME": name}
         child = supervisor.Child(name=name, command=command, environment=environment)
         renderers.append(RenderProcess(slot=slot, name=name, child=child))
@@ -200,7 +199,6 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
             *_celery(f"publish@{host}", broker.publish_queue(host)),
             "--pool=threads",
             f"--concurrency={PUBLISHER_THREADS}",
-            log_level,
         ],
         environment={"CUDA_VISIBLE_DEVICES": ""},
     )
@@ -235,7 +233,9 @@ def _is_part_of_model(path: Path, folder: Path) -> bool:
 
 def _celery(name: str, taken: str) -> Sequence[str]:
     return [
-        *(sys.executable, "-m", "celery", "--app", "worker.tasks", "worker"),
+        # Celery's own lines are many and say little; ours have an event name each.
+        *(sys.executable, "-m", "celery", "--quiet", "--app", "worker.tasks", "worker"),
+        "--loglevel=WARNING",
         *("--hostname", name, "--queues", taken),
         *("--without-gossip", "--without-mingle", "--without-heartbeat"),
     ]

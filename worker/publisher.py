@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
 from jobs import broker, database, dispatch, lifecycle, results, settings, states, storage
 from worker import finished, scratch
@@ -54,7 +54,7 @@ class Publisher:
             log.warning("publish.delayed", attempt_id=attempt_id, tries=tries, error=str(error))
             self._note(folder, f"the store does not take the video: {error}")
             return False
-        except SQLAlchemyError as error:
+        except DBAPIError as error:
             log.warning("publish.delayed", attempt_id=folder.attempt_id, error=str(error)[:300])
             return False
         folder.remove()
@@ -95,7 +95,7 @@ class Publisher:
     def _note(self, folder: scratch.AttemptFolder, note: str) -> None:
         try:
             finished.renew(self.db, self.config, folder, note=note)
-        except SQLAlchemyError as error:
+        except DBAPIError as error:
             log.warning("publish.note_missed", error=str(error)[:200])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from torch import Tensor
 
 from jobs import broker, database, dispatch, lifecycle, settings, states
@@ -167,7 +167,7 @@ class Runner:
             verdict = finished.renew(self.db, self.config, folder, note=None)
             if verdict is lifecycle.Verdict.GO_ON:
                 self.bell.send_publish(self.config.host_name, claim.attempt_id)
-        except (SQLAlchemyError, broker.BrokerUnavailable) as error:
+        except (DBAPIError, broker.BrokerUnavailable) as error:
             # The launcher finds the finished folder and sends again.
             log.warning("publish.not_sent", attempt_id=claim.attempt_id, error=str(error)[:300])
         log.info("attempt.rendered", job_id=claim.job_id, attempt_id=claim.attempt_id)

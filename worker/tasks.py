@@ -3,10 +3,12 @@
 import functools
 import os
 import signal
+import warnings
 from typing import TYPE_CHECKING
 
 import structlog
 from celery import signals
+from celery.exceptions import SecurityWarning
 
 from jobs import celery_app, database, dispatch, lifecycle, logs, settings
 from worker import settings as worker_settings
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from worker.runner import Runner
 
 log = structlog.get_logger()
+
+# It warns of pickled messages from strangers; we accept JSON alone.
+warnings.filterwarnings("ignore", category=SecurityWarning)
 
 app = celery_app.make(settings.load())
 

@@ -95,7 +95,9 @@ def up(devices: str) -> int:
     """
     config = settings.load()
     logs.configure(config)
-    return int(_module("jobs.standalone").up(config, devices=devices))
+    from jobs import standalone
+
+    return standalone.up(config, devices=devices, say=output.line)
 
 
 @click.command()
@@ -104,7 +106,9 @@ def demo(devices: str) -> int:
     """Render a few tiny videos, to see that all works."""
     config = settings.load()
     logs.configure(config, level="WARNING")
-    return int(_module("jobs.standalone").demo(config, devices=devices))
+    from jobs.cli import demo as demonstration
+
+    return demonstration.run(config, devices=devices)
 
 
 def _module(name: str) -> Any:

@@ -1,0 +1,106 @@
+"""`rushes demo`: everything on this machine, a few videos, and where they are."""
+
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jobs import (
+    broker,
+    database,
+    presets,
+    queries,
+    servers,
+    settings,
+    standalone,
+    states,
+    storage,
+    submission,
+    watch,
+)
+from jobs.cli import display, exits, output
+
+PROMPTS = Path(__file__).resolve().parents[2] / "examples" / "prompts.jsonl"
+PRESET = "tiny"
+LINK_SECONDS = 24 * 3600
+WAIT_SECONDS = 600.0
+LINK_TRY_SECONDS = 10.0
+
+
+def run(config: settings.Settings, *, devices: str) -> int:
+    """Start what is not running yet, render, tell, and stop what was started."""
+    began = time.monotonic()
+    with _farm(config, devices) as farm:
+        db = database.connect(farm.config)
+        batch_id = _submit(farm.config, db)
+        snapshots = watch.until_finished(
+            db, batch_id, timeout_seconds=WAIT_SECONDS, interval_seconds=0.25
+        )
+        last = (display.live if sys.stdout.isatty() else display.as_lines)(snapshots)
+        _tell_where(farm, db, batch_id)
+        output.line(f"\ndone in {time.monotonic() - began:.0f} s; stopping what was started")
+        return exits.of_batch(last.progress.state)
+
+
+@contextmanager
+def _farm(config: settings.Settings, devices: str) -> Iterator[standalone.Farm]:
+    if settings.read_up_file(config.home):
+        output.line("using the `rushes up` that runs in this folder")
+        yield standalone.Farm(config=config, children=(), local_servers=())
+        return
+    output.line("starting Redis, S3, database, dispatcher and worker on this machine")
+    with standalone.running(config, devices=devices, say=output.line) as farm:
+        yield farm
+
+
+def _submit(config: settings.Settings, db: database.Database) -> str:
+    with PROMPTS.open("rb") as stream:
+        prompts = submission.PromptFile(
+            stream=stream,
+            source=str(PROMPTS),
+            format="jsonl",
+            options=submission.Options(preset=presets.load(PRESET), name="demo"),
+        )
+        made = submission.submit(db, prompts)
+    broker.Broker(config).kick()
+    output.line(f"batch     {made.batch_id}: {made.jobs} prompts of {PROMPTS.name}")
+    return made.batch_id
+
+
+def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> None:
+    store = storage.open_store(farm.config)
+    with db.reading() as session:
+        done = queries.jobs(session, batch_id, states_wanted=[states.JobState.SUCCEEDED])
+        videos = [(job, queries.winning_attempt(session, job)) for job in done]
+    keys = [(job, attempt.video_key) for job, attempt in videos if attempt and attempt.video_key]
+    if not keys:
+        return
+    output.line(f"\n{len(keys)} videos in {store.address(f'batches/{batch_id}')}:")
+    folder = _local_folder(farm)
+    for job, key in keys:
+        place = folder / key if folder else store.address(key)
+        output.line(f"  {display.label(job):24} {place}")
+    job, key = keys[0]
+    link = store.presign(key, seconds=LINK_SECONDS)
+    output.line(f"\na link to the first, for a day, while `rushes up` runs here:\n  {link}")
+    if link.startswith("http") and not _opens(link):
+        output.note("note: the link does not open from here; look at S3_PUBLIC_ENDPOINT_URL")
+    output.line("\nThe tiny model has random weights: its videos are coloured noise, on purpose.")
+
+
+def _local_folder(farm: standalone.Farm) -> Path | None:
+    for server in farm.local_servers:
+        if isinstance(server, servers.S3Server):
+            return server.bucket_folder
+    return None
+
+
+def _opens(link: str) -> bool:
+    try:
+        with urllib.request.urlopen(link, timeout=LINK_TRY_SECONDS) as answer:  # noqa: S310  # http
+            return bool(answer.read(4096))
+    except (urllib.error.URLError, OSError):
+        return False
