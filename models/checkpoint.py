@@ -140,6 +140,7 @@ def _load_vae(
     tensors = read_tensors(files.vae, names)
     dtypes = dict.fromkeys(native, dtype)
     load_strictly(network, tensors, path=_named(files.vae), device=device, dtypes=dtypes)
+    vae.to_channels_last(network)
     return network
 
 

@@ -54,6 +54,14 @@ def test_decode_agrees_in_fp64(num_latents, sizes, vae_pair, in_fp64, draw, rela
     assert relative_error(frames, expected) < 1e-10
 
 
+def test_channels_last_weights_change_nothing_but_rounding(vae_pair, in_fp64, draw, relative_error):
+    reference, ours = vae_pair(torch.float64)
+    vae.to_channels_last(ours)
+    frames, latents = draw(1, 3, 9, 24, 40).tanh(), draw(1, 16, 3, 3, 5)
+    assert relative_error(ours.encode(frames), reference_encode(reference, frames)) < 1e-10
+    assert relative_error(decode(ours, latents), reference_decode(reference, latents)) < 1e-10
+
+
 def test_both_ways_agree_in_fp32(vae_pair, draw, relative_error):
     reference, ours = vae_pair(torch.float32)
     frames = draw(1, 3, 9, 24, 40, dtype=torch.float32).tanh()
