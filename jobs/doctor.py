@@ -1,15 +1,430 @@
-"""Placeholder."""
-from collections.abc import Iterator
+"""Checks each real part of an installation: what was seen, and what to do about it."""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import secrets
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import redis
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs import beat, broker, database, errors, migrate, presets, queries, settings, storage
+
+MAX_CLOCK_SKEW_SECONDS = 5.0  # log lines and rows are compared by people
+SLOW_BROKER_SECONDS = 0.1
+MIN_SCRATCH_BYTES = 2_000_000_000  # a few hundred videos that wait for upload
+OBJECT_BYTES = 100_000
+LINK_SECONDS = 60
+PROGRAM_SECONDS = 20.0
+KICK_SAMPLES = 10  # a dispatcher listens between its ticks, so one look may miss it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
+    """One part, how it was found, and what to do (empty: nothing)."""
+
     name: str
-    status: str
+    status: Literal["ok", "warn", "fail"]
     seen: str
     advice: str = ""
 
 
 def examine() -> Iterator[Check]:
-    yield from ()
+    """Every check, as soon as it is done. One that fails stops no other."""
+    try:
+        config = settings.load()
+    except errors.RushesError as error:
+        yield _fail("settings", str(error), "correct these values; docs/configuration.md")
+        return
+    parts: tuple[Callable[[settings.Settings], Iterator[Check]], ...] = (
+        _settings,
+        _database,
+        _broker,
+        _results,
+        _ffmpeg,
+        _scratch,
+        _devices,
+        _presets,
+        _weights,
+        _processes,
+    )
+    for part in parts:
+        yield from part(config)
+
+
+def _ok(name: str, seen: str) -> Check:
+    return Check(name=name, status="ok", seen=seen)
+
+
+def _warn(name: str, seen: str, advice: str) -> Check:
+    return Check(name=name, status="warn", seen=seen, advice=advice)
+
+
+def _fail(name: str, seen: str, advice: str) -> Check:
+    return Check(name=name, status="fail", seen=seen, advice=advice)
+
+
+# Settings.
+
+
+def _settings(config: settings.Settings) -> Iterator[Check]:
+    for field, names in settings.environment_names().items():
+        source = source_of(config, names)
+        if source != "default" or field in ("home", "database_url", "broker_url", "results_url"):
+            yield _ok(f"setting {names[0]}", f"{_shown(config, field)} ({source})")
+
+
+def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
+    """Which of the places that `jobs.settings` reads gives this value."""
+    up = settings.read_up_file(config.home)
+    from_up = next((name for name in names if name in up), None)
+    own_store = "RUSHES_RESULTS_URL" in settings.given_names()
+    if from_up in settings.RESULTS_NAMES and not own_store:
+        return f"running `rushes up`, {from_up}"
+    for name in names:
+        if os.environ.get(name):
+            return f"environment {name}"
+    for name in names:
+        if os.environ.get(f"{name}_FILE"):
+            return f"file named by {name}_FILE"
+    if not settings.given_names().isdisjoint(names):
+        return ".env"
+    if from_up is not None and from_up not in settings.RESULTS_NAMES:
+        return f"running `rushes up`, {from_up}"
+    return "default"
+
+
+def _shown(config: settings.Settings, field: str) -> str:
+    if field == "database_url":
+        with contextlib.suppress(errors.RushesError):
+            return database.connect(config).url.render_as_string(hide_password=True)
+    if field == "broker_url":
+        return _without_password(config.broker_url.get_secret_value())
+    if field in ("aws_secret_access_key", "aws_session_token"):
+        return "(secret)"
+    return str(getattr(config, field))
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    with contextlib.suppress(ValueError):
+        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+    return f"{parts.scheme}://..."
+
+
+# Database.
+
+
+def _database(config: settings.Settings) -> Iterator[Check]:
+    db = database.connect(config)
+    try:
+        file = db.url.database
+        if db.is_sqlite and file and not Path(file).exists():
+            advice = "`rushes up` or `rushes migrate` makes it"
+            yield _fail("database", f"{file} does not exist", advice)
+            return
+        began = time.monotonic()
+        with db.reading() as session:
+            skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
+        milliseconds = (time.monotonic() - began) * 1000
+        revision, head = migrate.current(db), migrate.head()
+    except (SQLAlchemyError, errors.RushesError) as error:
+        advice = "start the server or correct DATABASE_URL"
+        yield _fail("database", _first_line(error), advice)
+        return
+    yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
+    if revision == head:
+        yield _ok("database tables", f"revision {revision}")
+    else:
+        seen = f"at revision {revision or 'none'}, this version needs {head}"
+        yield _fail("database tables", seen, "run `rushes migrate`")
+    if skew > MAX_CLOCK_SKEW_SECONDS:
+        seen = f"this machine and the database differ by {skew:.0f} s"
+        yield _warn("clock", seen, "run NTP on both; leases use the database's clock only")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(getattr(error, "orig", None) or error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+# Redis.
+
+
+def _broker(config: settings.Settings) -> Iterator[Check]:
+    try:
+        client = broker.Broker(config).redis
+        client.ping()
+        began = time.monotonic()
+        client.ping()
+        seconds = time.monotonic() - began
+        info = _answer(client.info())
+    except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
+        advice = "start Redis or correct CELERY_BROKER_URL; submitted jobs are safe meanwhile"
+        yield _fail("redis", _first_line(error), advice)
+        return
+    version = info.get("valkey_version") or info.get("redis_version", "?")
+    seen = f"version {version} answers in {seconds * 1000:.1f} ms"
+    if seconds > SLOW_BROKER_SECONDS:
+        yield _warn("redis", seen, "it is slow or far away; put it near the dispatcher")
+    else:
+        yield _ok("redis", seen)
+    yield _eviction(client, info)
+    yield _persistence(client, info)
+
+
+def _answer(value: Any) -> dict[str, Any]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _eviction(client: redis.Redis, info: dict[str, Any]) -> Check:
+    policy = info.get("maxmemory_policy") or _configured(client, "maxmemory-policy")
+    if policy == "noeviction":
+        return _ok("redis eviction", "maxmemory-policy noeviction")
+    seen = f"maxmemory-policy is {policy or 'unknown'}: messages may vanish when memory is full"
+    return _warn("redis eviction", seen, "set maxmemory-policy noeviction")
+
+
+def _configured(client: redis.Redis, name: str) -> str | None:
+    """None where a managed Redis does not tell its configuration."""
+    try:
+        return str(_answer(client.config_get(name)).get(name, ""))
+    except redis.RedisError:
+        return None
+
+
+def _persistence(client: redis.Redis, info: dict[str, Any]) -> Check:
+    if info.get("aof_enabled"):
+        return _ok("redis persistence", "append-only file")
+    if _configured(client, "save"):
+        return _ok("redis persistence", "snapshots")
+    seen = "neither append-only file nor snapshots: a restart empties the queues"
+    advice = "appendonly yes; without it nothing is lost, the dispatcher sends the messages again"
+    return _warn("redis persistence", seen, advice)
+
+
+# Results.
+
+
+def _results(config: settings.Settings) -> Iterator[Check]:
+    try:
+        store = storage.open_store(config)
+        yield from _round_trip(store)
+    except storage.StorageDenied as error:
+        yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
+    except errors.RushesError as error:
+        yield _fail("results store", str(error), "start the store or correct RUSHES_RESULTS_URL")
+
+
+def _round_trip(store: storage.ObjectStore) -> Iterator[Check]:
+    key = f"doctor/{secrets.token_hex(8)}.bin"
+    content = secrets.token_bytes(OBJECT_BYTES)
+    sha256 = hashlib.sha256(content).hexdigest()
+    began = time.monotonic()
+    try:
+        store.put_bytes(content, key, content_type="application/octet-stream")
+        head = store.head(key)
+        fetched = store.read_bytes(key)
+        seconds = time.monotonic() - began
+        if head is None or head.size_bytes != OBJECT_BYTES or fetched != content:
+            seen = f"{store.url}: what was put is not what is there"
+            yield _fail("results store", seen, "do not use this store: it changes objects")
+        else:
+            seen = f"{store.url}: put, head and get of 100 kB in {seconds:.2f} s, sha256 right"
+            yield _ok("results store", seen)
+        if head is not None and head.sha256 is None:
+            advice = (
+                "none needed: sizes are compared, and videos carry their sha256 in the database"
+            )
+            yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
+        yield _listing(store, key)
+        yield _link(store, key, sha256)
+    finally:
+        with contextlib.suppress(errors.RushesError):
+            store.delete(key)
+    if store.head(key) is not None:
+        yield _warn("results delete", f"{key} is still there", "allow s3:DeleteObject")
+
+
+def _listing(store: storage.ObjectStore, key: str) -> Check:
+    if key in store.list("doctor/"):
+        return _ok("results listing", "a new object shows up")
+    return _warn("results listing", "a new object does not show up", "allow s3:ListBucket")
+
+
+def _link(store: storage.ObjectStore, key: str, sha256: str) -> Check:
+    link = store.presign(key, seconds=LINK_SECONDS)
+    parts = urlsplit(link)
+    where = f"{parts.scheme}://{parts.netloc}"
+    if parts.scheme not in ("http", "https"):
+        return _ok("results links", "files of this machine: no links needed")
+    advice = "S3_PUBLIC_ENDPOINT_URL must be the store's address as readers reach it"
+    try:
+        with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310  # scheme checked above
+            content = answer.read(OBJECT_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        return _fail("results links", f"{where} answers {error.code}", advice)
+    except OSError as error:
+        return _fail("results links", f"{where}: {error}", advice)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        return _fail("results links", f"{where} gives other bytes", advice)
+    return _ok("results links", f"a presigned link works: {where}")
+
+
+# This machine.
+
+
+def _ffmpeg(_config: settings.Settings) -> Iterator[Check]:
+    advice = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
+    try:
+        program = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+        version = _said([program, "-version"]).splitlines()[0]
+        encoders = _said([program, "-hide_banner", "-encoders"])
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, IndexError) as error:
+        yield _fail("ffmpeg", _first_line(error), advice)
+        return
+    short = " ".join(version.split()[:3])
+    if "libx264" not in encoders:
+        yield _fail("ffmpeg", f"{program} has no libx264", advice)
+    else:
+        yield _ok("ffmpeg", f"{short} with libx264: {program}")
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run(  # noqa: S603  # our own argument list, no shell
+        command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=True
+    )
+    return done.stdout
+
+
+def _scratch(config: settings.Settings) -> Iterator[Check]:
+    folder = config.scratch_dir
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    advice = "set RUSHES_SCRATCH_DIR to a folder on a disk with room"
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        yield _fail("scratch", f"{nearest} cannot be written", advice)
+        return
+    free = shutil.disk_usage(nearest).free
+    seen = f"{folder}: {free / 1e9:.1f} GB free"
+    if free < MIN_SCRATCH_BYTES:
+        yield _warn("scratch", seen, advice)
+    else:
+        yield _ok("scratch", seen)
+
+
+def _devices(_config: settings.Settings) -> Iterator[Check]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield _warn("devices", "no NVIDIA driver here: workers would render on the CPU", NO_GPU)
+        return
+    query = ["--query-gpu=index,name,memory.total,memory.free", "--format=csv,noheader"]
+    try:
+        rows = [row for row in _said([program, *query]).splitlines() if row.strip()]
+    except (OSError, subprocess.SubprocessError) as error:
+        yield _fail("devices", f"nvidia-smi: {_first_line(error)}", "repair the NVIDIA driver")
+        return
+    for row in rows:
+        index, name, total, free = (cell.strip() for cell in row.split(","))
+        yield _ok(f"device {index}", f"{name}, {total}, {free} free")
+    if not rows:
+        yield _warn("devices", "the NVIDIA driver lists no GPU", NO_GPU)
+
+
+NO_GPU = "fine for the tiny model and for submitting; a 14B model needs a GPU"
+
+
+# Presets and weights.
+
+
+def _presets(config: settings.Settings) -> Iterator[Check]:
+    found = presets.available(config.presets_dir)
+    broken = [entry for entry in found if isinstance(entry, presets.BrokenPreset)]
+    for entry in broken:
+        yield _warn(f"preset {entry.name}", entry.reason, "correct or remove the file")
+    if not broken:
+        yield _ok("presets", ", ".join(preset.name for preset in found))
+
+
+def _weights(config: settings.Settings) -> Iterator[Check]:
+    users: dict[str, list[str]] = {}
+    for preset in presets.available(config.presets_dir):
+        if isinstance(preset, presets.Preset):
+            users.setdefault(preset.look.model_path, []).append(preset.name)
+    for model_path, names in users.items():
+        yield _weights_of(config.models_dir / model_path, f"weights {', '.join(names)}")
+
+
+def _weights_of(folder: Path, name: str) -> Check:
+    """A warning, not a failure: the weights may be on other machines."""
+    if not folder.is_dir():
+        advice = "put the model there if this machine is to render it; RUSHES_MODELS_DIR says where"
+        return _warn(name, f"{folder} is not here", advice)
+    try:
+        # By name: `jobs` must not know `models`. This part of it loads no torch.
+        files = importlib.import_module("models.layout").find(folder)
+    except ValueError as error:
+        return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
+    total = sum(files.sizes_bytes.values())
+    return _ok(name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes")
+
+
+# Processes.
+
+
+def _processes(config: settings.Settings) -> Iterator[Check]:
+    db = database.connect(config)
+    file = db.url.database
+    if not db.is_sqlite or (file and Path(file).exists()):
+        try:
+            with db.reading() as session:
+                yield _workers(queries.live_workers(session))
+        except SQLAlchemyError:
+            yield _warn("workers", "unknown: the database did not answer", "see above")
+    yield _dispatcher(config)
+
+
+def _workers(found: list[queries.LiveWorker]) -> Check:
+    alive = [live.worker.name for live in found if live.is_alive]
+    silent = [live.worker.name for live in found if not live.is_alive]
+    advice = "start one with `rushes worker`, or everything with `rushes up`"
+    if not alive:
+        return _warn("workers", "none is alive", advice)
+    if silent:
+        seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
+        return _warn("workers", seen, "look at the logs of the silent ones")
+    return _ok("workers", f"alive: {', '.join(alive)}")
+
+
+def _dispatcher(config: settings.Settings) -> Check:
+    if beat.of_dispatcher(config).is_alive():
+        return _ok("dispatcher", "alive on this machine")
+    if _someone_listens(config):
+        return _ok("dispatcher", "one listens on Redis")
+    advice = "start one with `rushes dispatcher`, or everything with `rushes up`"
+    return _warn("dispatcher", "none was seen, here or on Redis", advice)
+
+
+def _someone_listens(config: settings.Settings) -> bool:
+    """A dispatcher on any machine waits for kicks: the only one of us that uses BLPOP."""
+    try:
+        client = broker.Broker(config).redis
+        for _ in range(KICK_SAMPLES):
+            if any(entry.get("cmd") == "blpop" for entry in client.client_list()):
+                return True
+            time.sleep(0.1)
+    except (*broker.UNAVAILABLE, errors.RushesError, ValueError):
+        pass
+    return False

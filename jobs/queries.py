@@ -121,6 +121,36 @@ def attempts(session: Session, job_id: int) -> Sequence[Attempt]:
     return session.scalars(statement).all()
 
 
+def attempts_of_batch(
+    session: Session, batch_id: str, *, after: int = 0, limit: int = 1_000
+) -> Sequence[tuple[Job, Attempt]]:
+    """In the order in which they began; `after` is the id of the last attempt seen."""
+    rows = session.execute(
+        select(Job, Attempt)
+        .join(Attempt, Attempt.job_id == Job.id)
+        .where(Job.batch_id == batch_id, Attempt.id > after)
+        .order_by(Attempt.id)
+        .limit(limit)
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
+def jobs_with_results(
+    session: Session, batch_id: str, *, after: int = -1, limit: int = 1_000
+) -> Sequence[tuple[Job, Attempt | None]]:
+    """Every job in the order of the file, each finished one with the attempt of its video."""
+    rows = session.execute(
+        select(Job, Attempt)
+        .outerjoin(
+            Attempt, (Attempt.id == Job.attempt_id) & (Job.state == states.JobState.SUCCEEDED)
+        )
+        .where(Job.batch_id == batch_id, Job.position > after)
+        .order_by(Job.position)
+        .limit(limit)
+    ).all()
+    return [(row[0], row[1]) for row in rows]
+
+
 def running(session: Session, batch_id: str) -> Sequence[tuple[Job, Attempt]]:
     """The jobs of a batch that a worker holds, with how far they are."""
     rows = session.execute(

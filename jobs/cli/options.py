@@ -13,8 +13,9 @@ def _without_color(ctx: click.Context, _parameter: click.Parameter, wanted: bool
         ctx.color = False
 
 
-def _is_json(_ctx: click.Context, _parameter: click.Parameter, value: str) -> bool:
-    return value == "json"
+def _is_json(ctx: click.Context, _parameter: click.Parameter, value: str) -> bool:
+    of_group = ctx.parent is not None and ctx.parent.params.get("as_json", False)
+    return value == "json" or bool(of_group)
 
 
 no_color = click.option(

@@ -1,0 +1,99 @@
+"""`rushes download`."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs import download, queries, settings, storage
+from jobs.cli import connections, exits, options, output
+from jobs.schema import Batch
+
+
+@click.command("download")
+@click.argument("batch")
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--include",
+    multiple=True,
+    type=click.Choice(["sidecar"]),
+    help="sidecar: beside each video, a JSON file that says how it was made.",
+)
+@options.output
+def download_batch(batch: str, folder: Path | None, include: tuple[str, ...], as_json: bool) -> int:
+    """Fetch the finished videos of a batch.
+
+    Into DIR, by default a new folder named like the batch. A file is named by its custom_id, or by
+    its place in the batch. What is there already and whole is not fetched again.
+    """
+    config = settings.load()
+    db = connections.open_database(config)
+    with db.reading() as session:
+        row = queries.find_batch(session, batch)
+    target = folder or Path(row.id)
+    store = storage.open_store(config)
+    fetched = chain(
+        download.fetch(store, download.items(db, row.id), target, sidecars="sidecar" in include),
+        download.fetch_result_files(store, row, target),
+    )
+    outcomes = _with_progress(fetched, length=row.succeeded)
+    if as_json:
+        output.emit(_shape(row, target, outcomes))
+    else:
+        _tell(row, target, outcomes)
+    return exits.ERROR if _count(outcomes, download.Status.FAILED) else exits.OK
+
+
+def _with_progress(
+    fetched: Iterator[download.Outcome], *, length: int
+) -> Sequence[download.Outcome]:
+    outcomes = []
+    with click.progressbar(
+        length=length, label="downloading", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        for outcome in fetched:
+            outcomes.append(outcome)
+            if outcome.job_id is not None:
+                bar.update(1)
+    return outcomes
+
+
+def _tell(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.status is download.Status.FAILED:
+            output.note(f"{outcome.file}: {outcome.error}")
+    videos = [outcome for outcome in outcomes if outcome.job_id is not None]
+    there = _count(videos, download.Status.THERE)
+    new = [outcome for outcome in videos if outcome.status is download.Status.DOWNLOADED]
+    size = output.size(sum(outcome.size_bytes for outcome in new))
+    said = [f"{output.count(len(new), 'video')} ({size}) downloaded"]
+    if there:
+        said.append(f"{there:,} already there")
+    if failed := _count(outcomes, download.Status.FAILED):
+        said.append(f"{failed:,} failed")
+    output.line(f"{output.plain(str(target))}: {', '.join(said)}")
+    if left := row.queued + row.running:
+        output.note(f"{output.count(left, 'job')} not finished yet: run this again later")
+    elif row.manifest_at is None:
+        output.note("the result files are not written yet: run this again in a moment")
+
+
+def _shape(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> dict[str, Any]:
+    videos = [outcome for outcome in outcomes if outcome.job_id is not None]
+    return {
+        "batch_id": row.id,
+        "folder": str(target.absolute()),
+        "downloaded": _count(videos, download.Status.DOWNLOADED),
+        "already_there": _count(videos, download.Status.THERE),
+        "failed": _count(outcomes, download.Status.FAILED),
+        "not_finished": row.queued + row.running,
+        "files": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def _count(outcomes: Sequence[download.Outcome], status: download.Status) -> int:
+    return sum(outcome.status is status for outcome in outcomes)

@@ -1,0 +1,201 @@
+"""Videos of a batch into a folder: verified, never outside of it, resumed where it stopped."""
+
+import hashlib
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from jobs import database, errors, queries, results, storage
+from jobs.schema import Attempt, Batch, Job
+
+THREADS = 4
+MAX_NAME_BYTES = 150  # file systems end at 255; ours adds an end and a prefix while it writes
+POSITION_DIGITS = 5
+RESULT_FILES = ("output.jsonl", "errors.jsonl", "manifest.json")
+RESERVED_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows
+KEPT_CHARS = frozenset(" ._-#+=@,()")
+
+
+class Status(StrEnum):
+    """What became of one file."""
+
+    DOWNLOADED = "downloaded"
+    THERE = "there"
+    """Already there with the right size and checksum."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A finished video and the name it gets."""
+
+    job_id: int
+    custom_id: str | None
+    name: str
+    """Without its end."""
+    key: str
+    sidecar_key: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One video, or a result file (then without job)."""
+
+    file: str
+    status: Status
+    size_bytes: int
+    job_id: int | None = None
+    custom_id: str | None = None
+    error: str | None = None
+
+
+class Names:
+    """File names of a batch: the same at every call, because every job is asked in order."""
+
+    def __init__(self) -> None:
+        # A sidecar must not take the name of a result file.
+        self._taken = {Path(name).stem for name in RESULT_FILES}
+
+    def of(self, position: int, custom_id: str | None) -> str:
+        """The custom_id, as far as it can be a file name everywhere; else the position."""
+        number = f"{position:0{POSITION_DIGITS}}"
+        name = safe_name(custom_id or "") or number
+        while _folded(name) in self._taken:
+            name = f"{name}-{number}"
+        self._taken.add(_folded(name))
+        return name
+
+
+def safe_name(text: str) -> str:
+    """One path component, harmless on every system and in a shell; may be empty."""
+    normal = unicodedata.normalize("NFC", text)
+    kept = "".join(char if char.isalnum() or char in KEPT_CHARS else "_" for char in normal)
+    name = kept.lstrip(" .-").encode()[:MAX_NAME_BYTES].decode(errors="ignore").rstrip(" .")
+    if not name.strip("_"):
+        return ""
+    return f"_{name}" if RESERVED_NAMES.fullmatch(name) else name
+
+
+def items(db: database.Database, batch_id: str) -> Iterator[Item]:
+    """Every finished video of the batch, in the order of the file."""
+    names = Names()
+    after = -1
+    while True:
+        with db.reading() as session:
+            page = queries.jobs_with_results(session, batch_id, after=after)
+        for job, attempt in page:
+            name = names.of(job.position, job.custom_id)
+            if attempt is not None:
+                yield _item(job, attempt, name)
+        if not page:
+            return
+        after = page[-1][0].position
+
+
+def fetch(
+    store: storage.ObjectStore, wanted: Iterator[Item], folder: Path, *, sidecars: bool
+) -> Iterator[Outcome]:
+    """Fetch what is not there yet, a few at once; outcomes in order.
+
+    A single bad object is an outcome. A store that is out of reach ends it: StorageError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(THREADS)
+    under_way: deque[Future[Outcome]] = deque()
+    try:
+        for item in wanted:
+            under_way.append(pool.submit(_fetch, store, item, folder, sidecars=sidecars))
+            if len(under_way) > 2 * THREADS:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def fetch_result_files(store: storage.ObjectStore, batch: Batch, folder: Path) -> Iterator[Outcome]:
+    """output.jsonl, errors.jsonl and manifest.json, once they are written."""
+    if batch.manifest_at is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RESULT_FILES:
+        target = folder / name
+        try:
+            store.download(results.batch_key(batch.id, name), target)
+        except storage.ObjectMissing as error:
+            yield Outcome(file=name, status=Status.FAILED, size_bytes=0, error=str(error))
+        else:
+            size = target.stat().st_size
+            yield Outcome(file=name, status=Status.DOWNLOADED, size_bytes=size)
+
+
+def _item(job: Job, attempt: Attempt, name: str) -> Item:
+    assert attempt.video_key is not None
+    assert attempt.video_bytes is not None
+    assert attempt.video_sha256 is not None
+    return Item(
+        job_id=job.id,
+        custom_id=job.custom_id,
+        name=name,
+        key=attempt.video_key,
+        sidecar_key=results.sidecar_key(job.batch_id, job.id, attempt.id),
+        size_bytes=attempt.video_bytes,
+        sha256=attempt.video_sha256,
+    )
+
+
+def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bool) -> Outcome:
+    target = folder / f"{item.name}.mp4"
+    status, error = Status.THERE, None
+    try:
+        if not _is_there(target, item):
+            _fetch_video(store, item, target)
+            status = Status.DOWNLOADED
+        sidecar = folder / f"{item.name}.json"
+        if sidecars and (status is Status.DOWNLOADED or not sidecar.is_file()):
+            store.download(item.sidecar_key, sidecar)
+    except (storage.StorageUnavailable, storage.StorageDenied):
+        raise
+    except (errors.RushesError, IsADirectoryError) as problem:
+        status, error = Status.FAILED, str(problem)
+    return Outcome(
+        job_id=item.job_id,
+        custom_id=item.custom_id,
+        file=target.name,
+        status=status,
+        size_bytes=item.size_bytes,
+        error=error,
+    )
+
+
+def _fetch_video(store: storage.ObjectStore, item: Item, target: Path) -> None:
+    part = target.with_name(f".{target.name}.part")
+    try:
+        store.download(item.key, part)
+        if not _is_there(part, item):
+            address = store.address(item.key)
+            raise storage.StorageError(
+                address, f"its content is not what was uploaded (sha256 {item.sha256})"
+            )
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_there(path: Path, item: Item) -> bool:
+    if not path.is_file() or path.stat().st_size != item.size_bytes:
+        return False
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == item.sha256
+
+
+def _folded(name: str) -> str:
+    """Names that some file system takes for the same."""
+    return unicodedata.normalize("NFKC", name).casefold()
