@@ -47,7 +47,7 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the processes that tests start
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)  # for child processes
     working_folder = tmp_path / "cwd"
     working_folder.mkdir()
     monkeypatch.chdir(working_folder)
