@@ -33,7 +33,7 @@ from worker import finished, gpus
 log = structlog.get_logger()
 
 LOOK_SECONDS = 0.5
-PUBLISHER_GRACE_SECONDS = 20.0  # an upload that takes longer is taken up at the next start
+PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
 MODEL_MARKERS = ("config.json", "model_index.json")
 

@@ -1,0 +1,247 @@
+"""Real processes from the prompt file to the bucket, and what happens when some of them die."""
+
+import json
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import lifecycle, results, states
+from worker import video
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_twelve_jobs_on_two_workers_all_lie_in_the_bucket(farm, until, tmp_path):
+    """Every video decodes with the size, frame count and rate that its row asked for."""
+    asked = [
+        {"prompt": f"clip {i}", "seed": i, "size": size, "num_frames": frames, "fps": fps}
+        for i, (size, frames, fps) in enumerate(
+            [("64x64", 17, 8), ("96x64", 9, 12), ("64x80", 5, 24), ("80x48", 1, 16)] * 3
+        )
+    ]
+    batch_id = farm.submit(asked)
+    progress = farm.wait_finished(batch_id)
+    assert (progress.state, progress.batch.succeeded) == (states.BatchState.SUCCEEDED, 12)
+    workers = set()
+    for job, row in zip(farm.jobs(batch_id), asked, strict=True):
+        attempt = farm.winner(job)
+        workers.add(attempt.worker)
+        path = tmp_path / f"{job.id}.mp4"
+        farm.store.download(attempt.video_key, path)
+        width, height = map(int, row["size"].split("x"))
+        assert video.probe(path) == video.VideoInfo(
+            width=width,
+            height=height,
+            num_frames=row["num_frames"],
+            fps=float(row["fps"]),
+            codec="h264",
+            pixel_format="yuv420p",
+        )
+        assert _index_is_at_the_front(path)
+    assert {name.split("@")[0] for name in workers} == {"cpu0", "cpu1"}
+
+
+def test_a_seed_decides_the_latents_and_the_sidecar_tells_everything(farm):
+    """Same seed, same bytes of latents, whichever worker rendered; another seed, other bytes."""
+    prompt = "a red circle moves right"
+    rows = [{"prompt": prompt, "seed": seed} for seed in (7, 7, 8, 7)]
+    batch_id = farm.submit(rows)
+    farm.wait_finished(batch_id)
+    jobs = farm.jobs(batch_id)
+    sidecars = [farm.sidecar(job) for job in jobs]
+    first, same, other, again = (sidecar["latents_sha256"] for sidecar in sidecars)
+    assert first == same == again
+    assert first != other
+    told = sidecars[0]
+    assert told["prompt"] == prompt
+    assert told["seed"] == 7
+    assert (told["step_rule"], told["denoising_step_list"]) == ("euler", [1000, 750, 500, 250])
+    assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
+    assert all(len(digest) == 64 for digest in told["weights_sha256"].values())
+    assert len(told["weights_sha256"]) == 3
+    assert told["video"]["sha256"] == farm.winner(jobs[0]).video_sha256
+    assert {"rushes", "torch", "device", "dtype", "worker"} <= set(told)
+
+
+def test_result_files_list_every_job_and_links_open_without_keys(farm):
+    rows = [{"custom_id": f"clip/{i}", "prompt": f"clip {i}"} for i in range(3)]
+    batch_id = farm.submit(rows)
+    farm.wait_finished(batch_id)
+    lines = farm.store.read_bytes(results.batch_key(batch_id, "output.jsonl")).splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [entry["custom_id"] for entry in entries] == ["clip/0", "clip/1", "clip/2"]
+    manifest = json.loads(farm.store.read_bytes(results.batch_key(batch_id, "manifest.json")))
+    assert manifest["state"] == "succeeded"
+    assert manifest["counts"] == {"total": 3, "succeeded": 3, "failed": 0, "cancelled": 0}
+    link = farm.store.presign(entries[0]["video"]["key"], seconds=60)
+    with urllib.request.urlopen(link) as answer:  # noqa: S310  # our own store
+        assert len(answer.read()) == entries[0]["video"]["bytes"]
+
+
+def test_a_doubled_message_renders_once(farm):
+    batch_id = farm.submit([{"prompt": "once"}], preset=farm.long_preset)
+    job = farm.jobs(batch_id)[0]
+    farm.send_render(job.id, times=10)
+    farm.wait_stage(job.id, "denoise", "decode")
+    farm.send_render(job.id, times=10)
+    farm.wait_finished(batch_id)
+    farm.send_render(job.id, times=10)
+    _queue_is_empty(farm, job.id)
+    assert len(farm.attempts(job.id)) == 1
+
+
+def test_a_message_for_a_cancelled_job_renders_nothing(farm):
+    batch_id = farm.submit([{"prompt": "never"}])
+    job = farm.jobs(batch_id)[0]
+    state = farm.db.write(lifecycle.cancel_job, job.id)
+    if state is states.JobState.RUNNING:
+        pytest.skip("a worker was faster than the cancel")
+    farm.send_render(job.id, times=3)
+    _queue_is_empty(farm, job.id)
+    assert farm.attempts(job.id) == []
+    assert farm.wait_finished(batch_id).state is states.BatchState.CANCELLED
+
+
+def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, until):
+    batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(2)], preset=farm.long_preset)
+    for job in farm.jobs(batch_id):
+        farm.wait_stage(job.id, "denoise", "decode")
+    asked = time.monotonic()
+    farm.db.write(lifecycle.cancel_batch, batch_id)
+    until(
+        lambda: farm.progress(batch_id).state,
+        lambda state: state is states.BatchState.CANCELLED,
+        seconds=5.0,
+    )
+    assert time.monotonic() - asked < 5.0
+    following = farm.submit([{"prompt": "next"}])
+    assert farm.wait_finished(following).state is states.BatchState.SUCCEEDED
+    assert not list((farm.home / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_a_worker_killed_in_mid_render_gives_its_job_back(farm, victim):
+    """SIGKILL to the rendering process, or to the process above it: the batch completes."""
+    batch_id = farm.submit([{"prompt": f"killed {i}"} for i in range(3)], preset=farm.long_preset)
+    job = farm.jobs(batch_id)[0]
+    attempt = farm.wait_stage(job.id, "denoise", "decode")
+    parent = farm.worker_process(attempt.worker)
+    process = _rendering_child(parent) if victim == "child" else parent
+    process.kill()
+    progress = farm.wait_finished(batch_id)
+    assert progress.state is states.BatchState.SUCCEEDED
+    first, *others = farm.attempts(job.id)
+    assert first.id == attempt.id
+    assert first.state is states.AttemptState.LOST
+    assert [other.state for other in others] == [states.AttemptState.SUCCEEDED]
+    lost_seconds = (first.finished_at - first.heartbeat_at).total_seconds()
+    assert lost_seconds < farm.config.lease_seconds + 15
+
+
+def test_an_emptied_redis_loses_nothing(farm, until):
+    batch_id = farm.submit([{"prompt": f"clip {i}", "seed": i} for i in range(16)])
+    for _ in range(4):
+        done = farm.progress(batch_id).batch.succeeded
+        farm.redis.flushall()
+        until(
+            lambda: farm.progress(batch_id).batch.succeeded,
+            lambda succeeded, done=done: succeeded > done or succeeded == 16,
+            seconds=60,
+        )
+    progress = farm.wait_finished(batch_id)
+    assert progress.batch.succeeded == 16
+    assert all(len(farm.attempts(job.id)) == 1 for job in farm.jobs(batch_id))
+
+
+def test_a_bad_checkpoint_fails_its_jobs_with_the_reason(farm, tmp_path):
+    """The model vanishes while its jobs wait: a clear failure, and the worker goes on."""
+    preset = json.loads(farm.long_preset.read_text()) | {"model_path": "tiny/gone"}
+    path = tmp_path / "gone.json"
+    path.write_text(json.dumps(preset))
+    batch_id = farm.submit([{"prompt": "no weights"}], preset=path)
+    job = farm.jobs(batch_id)[0]
+    from jobs import broker
+
+    bell = broker.Broker(farm.config)
+    deadline = time.monotonic() + 60
+    while farm.progress(batch_id).batch.failed == 0:
+        assert time.monotonic() < deadline
+        bell.send_renders("rushes.render.tiny", [job.id])
+        time.sleep(0.5)
+    failed = farm.jobs(batch_id)[0]
+    assert failed.failure_kind is states.FailureKind.WEIGHTS
+    assert "tiny/gone" in failed.error
+    assert farm.wait_finished(batch_id).state is states.BatchState.FAILED
+    following = farm.submit([{"prompt": "still alive"}])
+    assert farm.wait_finished(following).state is states.BatchState.SUCCEEDED
+
+
+def _rendering_child(parent: psutil.Process) -> psutil.Process:
+    """Of Celery's children, the one that has torch loaded: by far the largest."""
+    return max(parent.children(), key=lambda process: process.memory_info().rss)
+
+
+def _queue_is_empty(farm, job_id: int) -> None:
+    deadline = time.monotonic() + 30
+    while farm.redis.llen(farm.look(job_id)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1.0)  # the last message may be between Redis and the claim
+
+
+def _index_is_at_the_front(path: Path) -> bool:
+    head = path.read_bytes()
+    return head.index(b"moov") < head.index(b"mdat")
+
+
+def test_stopping_mid_render_gives_the_job_back_at_no_cost(start, until):
+    """SIGTERM without any grace: the attempt is released, and the next start renders it."""
+    farm = start(devices="cpu", RUSHES_GRACE_SECONDS="0")
+    batch_id = farm.submit([{"prompt": "interrupted"}], preset=farm.long_preset)
+    job = farm.jobs(batch_id)[0]
+    farm.wait_stage(job.id, "denoise", "decode")
+    farm.process.send_signal(signal.SIGTERM)
+    assert farm.process.wait(60) == 0
+    first = farm.attempts(job.id)[0]
+    assert first.state is states.AttemptState.RELEASED
+    waiting = farm.jobs(batch_id)[0]
+    assert (waiting.state, waiting.error_count, waiting.crash_count) == ("queued", 0, 0)
+    again = start(devices="cpu")
+    assert again.wait_finished(batch_id).state is states.BatchState.SUCCEEDED
+    assert [a.state.value for a in again.attempts(job.id)] == ["released", "succeeded"]
+
+
+def test_a_store_outage_delays_and_renders_nothing_again(start, until):
+    """The store dies while a video is rendered, and the farm with it: the next start uploads."""
+    farm = start(devices="cpu")
+    batch_id = farm.submit([{"prompt": "patient"}], preset=farm.long_preset)
+    job = farm.jobs(batch_id)[0]
+    farm.wait_stage(job.id, "denoise", "decode")
+    _s3_process(farm).kill()
+    attempt = until(
+        lambda: farm.attempts(job.id)[0],
+        lambda attempt: (
+            attempt.state is states.AttemptState.RENDERED
+            and "does not take" in (attempt.note or "")
+        ),
+        seconds=60,
+    )
+    farm.process.send_signal(signal.SIGTERM)
+    farm.process.wait(90)
+    again = start(devices="cpu")
+    assert again.wait_finished(batch_id).state is states.BatchState.SUCCEEDED
+    assert [a.id for a in again.attempts(job.id)] == [attempt.id]
+
+
+def _s3_process(farm) -> psutil.Process:
+    found = [
+        process
+        for process in psutil.Process(farm.process.pid).children(recursive=True)
+        if "serve" in process.cmdline() and "s3" in process.cmdline()
+    ]
+    assert len(found) == 1
+    return found[0]
