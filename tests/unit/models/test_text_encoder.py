@@ -11,7 +11,8 @@ from models import checkpoint, text_encoder
     [
         ("  a \t cat\n\non   a mat ", "a cat on a mat"),
         ("salt &amp; pepper", "salt & pepper"),
-        ("salt &amp;amp; pepper", "salt & pepper"),
+        ("salt &amp;amp;amp; pepper", "salt & pepper"),  # ftfy undoes the third
+        ("a < b &amp;amp; c", "a < b & c"),  # ftfy leaves text with a bracket alone
         ("schÃ¶n", "schön"),
         ("“quoted”", '"quoted"'),
         ("一只猫", "一只猫"),
