@@ -8,7 +8,17 @@ from structlog.typing import Processor
 
 from jobs import settings
 
-NOISY = ("amqp", "billiard", "boto3", "botocore", "celery", "kombu", "s3transfer", "urllib3")
+NOISY = (
+    "alembic",
+    "amqp",
+    "billiard",
+    "boto3",
+    "botocore",
+    "celery",
+    "kombu",
+    "s3transfer",
+    "urllib3",
+)
 
 
 def configure(config: settings.Settings, *, level: str | None = None) -> None:
@@ -26,7 +36,7 @@ def configure(config: settings.Settings, *, level: str | None = None) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -37,10 +47,21 @@ def configure(config: settings.Settings, *, level: str | None = None) -> None:
         )
     )
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [h for h in root.handlers if not isinstance(h, StderrHandler)] + [handler]
     root.setLevel(wanted)
     for name in NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+class StderrHandler(logging.Handler):
+    """Writes to what stderr is at that moment, and is found again by the next `configure`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # as every handler of `logging`: a log line never stops the work
+            self.handleError(record)
 
 
 def _renderers(config: settings.Settings) -> list[Processor]:

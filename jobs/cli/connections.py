@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import click
+
 from jobs import broker, database, errors, logs, settings
 
 
 def open_database(config: settings.Settings) -> database.Database:
-    """DatabaseUnavailable instead of an empty SQLite file that nobody asked for."""
+    """For one command. DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
     logs.configure(config, level="WARNING")
     db = database.connect(config)
     file = db.url.database
@@ -16,6 +18,7 @@ def open_database(config: settings.Settings) -> database.Database:
             "there is no such file: start everything on this machine with `rushes up`, or create "
             "it with `rushes migrate`",
         )
+    click.get_current_context().call_on_close(db.close)
     return db
 
 

@@ -120,6 +120,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
 
 
 @click.group(
+    "rushes",
     cls=Rushes,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="BATCH is an id, its unique beginning, or `latest`. JOB is a number or BATCH/CUSTOM_ID.",

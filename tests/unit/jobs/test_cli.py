@@ -1,0 +1,803 @@
+"""The command line, as a person at a terminal and as a script meet it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+import structlog
+from click.testing import CliRunner, Result
+
+from jobs import (
+    cli,
+    database,
+    lifecycle,
+    logs,
+    migrate,
+    queries,
+    retries,
+    settings,
+    states,
+    workers,
+)
+from jobs.cli import exits, root
+
+GOOD = (
+    '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
+)
+BAD = '{"prompt": "a cat"}\n{"promt": "x"}\n\n[1]\n'
+NOWHERE = "redis://127.0.0.1:1/0"
+Rushes = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", NOWHERE)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    import logging
+
+    top = logging.getLogger()
+    level = top.level
+    yield
+    structlog.reset_defaults()
+    top.setLevel(level)
+    top.handlers[:] = [h for h in top.handlers if not isinstance(h, logs.StderrHandler)]
+
+
+@pytest.fixture
+def rushes() -> Rushes:
+    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+        result = CliRunner().invoke(cli.main, [*arguments], input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
+def db() -> Iterator[database.Database]:
+    opened = database.connect(settings.load())
+    migrate.upgrade(opened)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def prompts() -> str:
+    Path("prompts.jsonl").write_text(GOOD)
+    return "prompts.jsonl"
+
+
+@dataclass
+class Farm:
+    """A batch of two jobs, and the moves that workers would make."""
+
+    db: database.Database
+    batch_id: str
+
+    def claim(self, position: int) -> int:
+        with self.db.reading() as session:
+            job = queries.find_job(session, f"{self.batch_id}/{position}")
+        claim = self.db.write(lifecycle.claim, job.id, worker="gpu0@host", lease_seconds=60)
+        assert claim is not None
+        return claim.attempt_id
+
+    def succeed(self, position: int) -> None:
+        video = lifecycle.StoredVideo(key="batches/x/video.mp4", size_bytes=5, sha256="0" * 64)
+        self.db.write(lifecycle.succeed, self.claim(position), video=video)
+
+    def fail(self, position: int, error: str = "the prompt is unusable") -> None:
+        budgets = retries.Budgets(max_errors=3, max_crashes=2, retry_seconds=0)
+        kind = states.FailureKind.INPUT
+        self.db.write(
+            lifecycle.fail,
+            self.claim(position),
+            kind=kind,
+            error=error,
+            detail="line one of it\n  more",
+            budgets=budgets,
+        )
+
+    def live_worker(self) -> None:
+        row = workers.Registration(
+            name="gpu0@host",
+            host="host",
+            device="NVIDIA H200",
+            memory_bytes=150_000_000_000,
+            queues=("rushes.render.tiny",),
+            version="1",
+            pid=1,
+            restarts=0,
+        )
+        self.db.write(workers.register, row)
+
+
+@pytest.fixture
+def farm(db: database.Database, rushes: Rushes, prompts: str) -> Farm:
+    result = rushes("submit", prompts, "--preset", "tiny", "-q")
+    assert result.exit_code == 0, result.output
+    return Farm(db, result.stdout.strip())
+
+
+def parsed(result: Result) -> dict:
+    return json.loads(result.stdout)
+
+
+# The group.
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    heavy = "torch sqlalchemy celery boto3 rich pydantic alembic structlog redis"
+    code = (
+        "import sys; import jobs.cli; from click.testing import CliRunner; "
+        "assert CliRunner().invoke(jobs.cli.main, ['--help']).exit_code == 0; "
+        f"print([name for name in {heavy.split()} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_command_loads_torch() -> None:
+    code = (
+        "import sys; from jobs.cli import root; "
+        "[root.main.get_command(None, name) for name in root.COMMANDS]; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", root.COMMANDS)
+def test_each_command_has_help_that_begins_like_its_summary(rushes: Rushes, name: str) -> None:
+    result = rushes(name, "--help")
+    assert result.exit_code == 0
+    assert root.COMMANDS[name].summary.rstrip(".") in " ".join(result.stdout.split())
+
+
+def test_help_lists_every_command(rushes: Rushes) -> None:
+    listed = rushes("--help").stdout
+    assert all(f"  {name} " in listed for name in root.COMMANDS)
+
+
+def test_version_is_printed(rushes: Rushes) -> None:
+    assert rushes("--version").stdout.startswith("rushes ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lst", "list"), ("sumbit", "submit"), ("status", "show"), ("ls", "list")]
+)
+def test_a_mistyped_command_is_answered_with_the_right_one(
+    rushes: Rushes, typed: str, meant: str
+) -> None:
+    result = rushes(typed)
+    assert result.exit_code == exits.USAGE
+    assert f"id you mean '{meant}'?" in result.stderr
+
+
+def test_a_usage_error_is_json_where_json_is_asked_for(rushes: Rushes) -> None:
+    result = rushes("list", "-o", "json", "--nonsense")
+    assert result.exit_code == exits.USAGE
+    assert parsed(result)["error"]["exit_code"] == exits.USAGE
+
+
+def test_without_a_database_the_first_step_is_named(rushes: Rushes) -> None:
+    result = rushes("list")
+    assert result.exit_code == exits.ERROR
+    assert "rushes up" in result.stderr
+    assert "rushes migrate" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not settings.load().home.exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["list", "show latest", "wait latest", "cancel latest", "workers", "logs 1"]
+)
+def test_an_empty_database_is_one_line(rushes: Rushes, command: str) -> None:
+    home = settings.load().home
+    home.mkdir(parents=True)
+    (home / "rushes.db").touch()
+    result = rushes(*command.split())
+    assert result.exit_code == exits.ERROR
+    assert "run `rushes migrate`" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_file_that_is_no_database_is_one_line(rushes: Rushes) -> None:
+    home = settings.load().home
+    home.mkdir(parents=True)
+    (home / "rushes.db").write_text("no database, only prose\n" * 100)
+    result = rushes("list", "-o", "json")
+    assert result.exit_code == exits.ERROR
+    assert parsed(result)["error"]["kind"] == "DatabaseUnavailable"
+
+
+def test_a_server_that_is_down_is_one_line_without_password(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:secret@127.0.0.1:1/rushes")
+    result = rushes("list")
+    assert result.exit_code == exits.ERROR
+    assert "DATABASE_URL" in result.stderr
+    assert "secret" not in result.output
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_setting_is_told_by_its_name(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUSHES_WINDOW", "none")
+    result = rushes("list")
+    assert result.exit_code == exits.USAGE
+    assert "RUSHES_WINDOW" in result.stderr
+
+
+def test_a_defect_is_one_line_that_says_so(
+    db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(queries, "batches", broken)
+    result = rushes("list")
+    assert result.exit_code == exits.ERROR
+    assert "KeyError: 'lost' (this is a defect in rushes; RUSHES_DEBUG=1" in result.stderr
+
+
+def test_a_closed_pipe_is_quiet(farm: Farm) -> None:
+    command = f"{sys.executable} -m jobs show latest -o json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+# submit
+
+
+def test_submit_stores_a_batch_while_redis_is_down(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    result = rushes("submit", prompts, "--preset", "tiny", "--name", "night")
+    assert result.exit_code == 0
+    assert ": 2 jobs queued" in result.stdout
+    assert "does not answer" in result.stderr
+    assert "no live worker takes from rushes.render.tiny" in result.stderr
+    with db.reading() as session:
+        assert queries.find_batch(session, "latest").name == "night"
+
+
+def test_submit_prints_the_id_alone_when_quiet(farm: Farm) -> None:
+    with farm.db.reading() as session:
+        assert queries.find_batch(session, "latest").id == farm.batch_id
+
+
+def test_submit_as_json(db: database.Database, rushes: Rushes, prompts: str) -> None:
+    told = parsed(rushes("submit", prompts, "--preset", "tiny", "--repeat", "3", "-o", "json"))
+    assert (told["prompts"], told["jobs"], told["is_new"]) == (2, 6, True)
+    assert list(told["looks"].values()) == [6]
+    assert any("no live worker" in note for note in told["notes"])
+
+
+def test_submit_reads_stdin(db: database.Database, rushes: Rushes) -> None:
+    result = rushes("submit", "-", "--preset", "tiny", stdin=GOOD)
+    assert ": 2 jobs queued" in result.stdout
+
+
+def test_submit_reads_a_pipe_that_cannot_be_read_twice(db: database.Database) -> None:
+    command = f"{sys.executable} -m jobs submit <(printf 'a cat\\na dog\\n') --preset tiny -q"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    with db.reading() as session:
+        assert queries.find_batch(session, done.stdout.strip()).total == 2
+
+
+def test_submit_tells_every_bad_line_and_stores_nothing(
+    db: database.Database, rushes: Rushes
+) -> None:
+    Path("bad.jsonl").write_text(BAD)
+    result = rushes("submit", "bad.jsonl", "--preset", "tiny")
+    assert result.exit_code == exits.USAGE
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["bad.jsonl:2", "bad.jsonl:4", "error"]
+    assert "nothing was stored" in lines[-1]
+    assert parsed(rushes("list", "-o", "json")) == {"batches": []}
+
+
+def test_bad_lines_as_json(db: database.Database, rushes: Rushes) -> None:
+    Path("bad.jsonl").write_text(BAD)
+    result = rushes("submit", "bad.jsonl", "--preset", "tiny", "--output", "json")
+    assert result.exit_code == exits.USAGE
+    problems = parsed(result)["error"]["problems"]
+    assert [problem["line"] for problem in problems] == [2, 4]
+
+
+def test_submit_leaves_bad_lines_out_when_asked_to(db: database.Database, rushes: Rushes) -> None:
+    Path("bad.jsonl").write_text(BAD)
+    result = rushes("submit", "bad.jsonl", "--preset", "tiny", "--skip-invalid")
+    assert result.exit_code == 0
+    assert ": 1 job queued" in result.stdout
+    assert "bad.jsonl:4: must be an object" in result.stderr
+
+
+def test_a_missing_preset_lists_what_there_is(rushes: Rushes, prompts: str) -> None:
+    result = rushes("submit", prompts)
+    assert result.exit_code == exits.USAGE
+    assert "tiny" in result.stderr
+    assert "wan_t2v_distill_4step_cfg" in result.stderr
+
+
+def test_a_mistyped_preset_is_answered_with_the_right_one(rushes: Rushes, prompts: str) -> None:
+    result = rushes("submit", prompts, "--preset", "tinny")
+    assert result.exit_code == exits.USAGE
+    assert "did you mean 'tiny'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (".", "is a folder"),
+        ("none.jsonl", "there is no such file"),
+        ("a\0b", "cannot be read"),
+        ("prompts.jsonl/x", "cannot be read"),
+        ("x" * 5000, "cannot be read"),
+    ],
+)
+def test_a_bad_path_is_one_line(rushes: Rushes, prompts: str, file: str, said: str) -> None:
+    result = rushes("submit", file, "--preset", "tiny")
+    assert result.exit_code == exits.USAGE
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_one_line(rushes: Rushes, prompts: str) -> None:
+    Path(prompts).chmod(0)
+    result = rushes("submit", prompts, "--preset", "tiny")
+    assert result.exit_code == exits.USAGE
+    assert "Permission denied" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "empty.txt"])
+def test_an_empty_file_is_refused(db: database.Database, rushes: Rushes, name: str) -> None:
+    Path(name).touch()
+    result = rushes("submit", name, "--preset", "tiny")
+    assert result.exit_code == exits.USAGE
+    assert "no prompts" in result.stderr
+
+
+def test_a_dry_run_stores_nothing_and_needs_no_database(rushes: Rushes, prompts: str) -> None:
+    result = rushes("submit", prompts, "--preset", "tiny", "--dry-run")
+    assert result.exit_code == 0
+    assert "2 prompts, 2 jobs" in result.stdout
+    told = parsed(rushes("submit", prompts, "--preset", "tiny", "--dry-run", "-o", "json"))
+    assert told["dry_run"] is True
+    assert told["batch_id"] is None
+    assert not settings.load().home.exists()
+
+
+def test_submitting_again_with_the_same_key_gives_the_same_batch(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    arguments = ("submit", prompts, "--preset", "tiny", "--idempotency-key", "k", "-o", "json")
+    first, second = parsed(rushes(*arguments)), parsed(rushes(*arguments))
+    assert first["batch_id"] == second["batch_id"]
+    assert (first["is_new"], second["is_new"]) == (True, False)
+    Path(prompts).write_text(GOOD + '{"prompt": "a cow"}\n')
+    conflict = rushes(*arguments)
+    assert conflict.exit_code == exits.USAGE
+    assert parsed(conflict)["error"]["kind"] == "IdempotencyConflict"
+
+
+def test_submit_says_that_a_negative_prompt_has_no_effect(
+    db: database.Database, rushes: Rushes
+) -> None:
+    Path("p.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "blur"}\n')
+    result = rushes("submit", "p.jsonl", "--preset", "tiny", "-q")
+    assert "has no effect" in result.stderr
+    assert len(result.stdout.split()) == 1
+
+
+def test_submit_and_wait_ends_with_124_in_time(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    result = rushes("submit", prompts, "--preset", "tiny", "--wait", "--timeout", "0.1")
+    assert result.exit_code == exits.TIMEOUT
+    assert "it goes on" in result.stderr
+
+
+def test_a_timeout_without_wait_is_refused(rushes: Rushes, prompts: str) -> None:
+    assert rushes("submit", prompts, "--preset", "tiny", "--timeout", "1").exit_code == exits.USAGE
+
+
+# list, show, logs
+
+
+def test_list_is_newest_first_and_pages(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    ids = [rushes("submit", prompts, "--preset", "tiny", "-q").stdout.strip() for _ in range(3)]
+    told = parsed(rushes("list", "--limit", "2", "-o", "json"))["batches"]
+    assert [batch["batch_id"] for batch in told] == ids[:0:-1]
+    older = parsed(rushes("list", "--before", ids[1], "-o", "json"))["batches"]
+    assert [batch["batch_id"] for batch in older] == [ids[0]]
+    assert ids[2] in rushes("list").stdout
+
+
+def test_list_without_batches_says_so_beside_the_output(
+    db: database.Database, rushes: Rushes
+) -> None:
+    result = rushes("list")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no batches yet" in result.stderr
+
+
+def test_show_tells_a_batch_and_what_failed(farm: Farm, rushes: Rushes) -> None:
+    farm.claim(0)
+    farm.fail(1)
+    result = rushes("show", farm.batch_id)
+    assert result.exit_code == 0
+    assert "gpu0@host" in result.stdout
+    assert "the prompt is unusable" in result.stdout
+    told = parsed(rushes("show", "latest", "-o", "json"))
+    assert told["counts"]["failed"] == 1
+    assert told["running"][0]["custom_id"] == "cat"
+    assert told["failed"][0]["error"]["kind"] == "input"
+
+
+def test_show_hints_at_a_queue_without_worker(farm: Farm, rushes: Rushes) -> None:
+    assert "no live worker" in rushes("show", "latest").stderr
+    farm.live_worker()
+    assert rushes("show", "latest").stderr == ""
+
+
+def test_show_tells_a_job(farm: Farm, rushes: Rushes) -> None:
+    farm.succeed(1)
+    told = parsed(rushes("show", f"{farm.batch_id}/dog", "-o", "json"))
+    assert (told["seed"], told["state"]) == (7, "succeeded")
+    assert told["video"]["url"].endswith("batches/x/video.mp4")
+    assert told["attempts"][0]["worker"] == "gpu0@host"
+    assert rushes("show", str(told["job_id"])).stdout.count("a dog") == 1
+
+
+@pytest.mark.parametrize("command", ["show", "logs", "cancel", "retry"])
+@pytest.mark.parametrize("reference", ["nothing", "99", "latest/nothing", "", "26", "%"])
+def test_an_unknown_reference_is_a_line_and_code_2(
+    farm: Farm, rushes: Rushes, command: str, reference: str
+) -> None:
+    result = rushes(command, reference)
+    assert result.exit_code == exits.USAGE
+    assert len(result.stderr.splitlines()) == 1
+    as_json = rushes(command, reference, "-o", "json")
+    assert parsed(as_json)["error"]["kind"] == "NotFound"
+
+
+@pytest.mark.parametrize("command", ["watch", "wait", "download"])
+def test_an_unknown_batch_is_a_line_and_code_2(farm: Farm, rushes: Rushes, command: str) -> None:
+    result = rushes(command, "nothing")
+    assert result.exit_code == exits.USAGE
+    assert "rushes list" in result.stderr
+
+
+def test_what_a_submitter_wrote_cannot_command_the_terminal(
+    db: database.Database, rushes: Rushes
+) -> None:
+    Path("p.jsonl").write_text(json.dumps({"prompt": "red \x1b[31m\ntwo ‮"}) + "\n")
+    rushes("submit", "p.jsonl", "--preset", "tiny")
+    for command in ("show latest/0", "show latest", "logs latest/0"):
+        shown = rushes(*command.split()).stdout
+        assert "\x1b" not in shown
+        assert "‮" not in shown
+
+
+def test_logs_tell_the_story_of_a_job(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    told = rushes("logs", f"{farm.batch_id}/cat").stdout
+    assert "attempt 1 on gpu0@host: failed" in told
+    assert "input: the prompt is unusable" in told
+    assert "| line one of it" in told
+
+
+def test_logs_of_a_batch_are_in_order_and_can_be_filtered(farm: Farm, rushes: Rushes) -> None:
+    farm.succeed(0)
+    farm.fail(1)
+    told = parsed(rushes("logs", "latest", "-o", "json"))["attempts"]
+    assert [attempt["custom_id"] for attempt in told] == ["cat", "dog"]
+    wrong = parsed(rushes("logs", "latest", "--failed-only", "-o", "json"))["attempts"]
+    assert [attempt["custom_id"] for attempt in wrong] == ["dog"]
+    assert "| line one" not in rushes("logs", "latest").stdout
+    assert "| line one" in rushes("logs", "latest", "--detail").stdout
+
+
+# wait, watch
+
+
+def test_wait_tells_success_by_its_exit_code(farm: Farm, rushes: Rushes) -> None:
+    farm.succeed(0)
+    farm.succeed(1)
+    result = rushes("wait", "latest")
+    assert result.exit_code == exits.OK
+    assert "2 of 2 succeeded" in result.stdout
+    assert parsed(rushes("wait", "latest", "-o", "json"))["state"] == "succeeded"
+
+
+def test_wait_tells_failures_by_its_exit_code(farm: Farm, rushes: Rushes) -> None:
+    farm.succeed(0)
+    farm.fail(1)
+    assert rushes("wait", "latest").exit_code == exits.FINISHED_WITH_FAILURES
+
+
+def test_wait_tells_cancellation_by_its_exit_code(farm: Farm, rushes: Rushes) -> None:
+    rushes("cancel", "latest")
+    assert rushes("wait", "latest").exit_code == exits.CANCELLED
+
+
+def test_wait_ends_with_124_in_time(farm: Farm, rushes: Rushes) -> None:
+    began = time.monotonic()
+    result = rushes("wait", "latest", "--timeout", "0.3")
+    assert result.exit_code == exits.TIMEOUT
+    assert time.monotonic() - began < 3
+    as_json = rushes("wait", "latest", "--timeout", "0", "-o", "json")
+    assert parsed(as_json)["error"]["kind"] == "WaitTimeout"
+
+
+def test_watch_writes_plain_lines_where_there_is_no_terminal(farm: Farm, rushes: Rushes) -> None:
+    farm.succeed(0)
+    farm.fail(1)
+    result = rushes("watch", "latest")
+    assert result.exit_code == exits.FINISHED_WITH_FAILURES
+    assert len(result.stdout.splitlines()) == 1
+    assert "1 of 2 succeeded, 1 failed" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_watch_as_json_is_a_line_per_change(farm: Farm) -> None:
+    command = [sys.executable, "-m", "jobs", "watch", "latest", "-o", "json", "--interval", "0.05"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        farm.succeed(0)
+        farm.succeed(1)
+        last = [json.loads(line) for line in process.stdout][-1]
+    assert (first["state"], last["state"]) == ("queued", "succeeded")
+    assert process.returncode == exits.OK
+
+
+def test_ctrl_c_ends_a_wait_with_130_and_a_word(farm: Farm) -> None:
+    command = [sys.executable, "-m", "jobs", "watch", "latest"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == exits.INTERRUPTED
+    assert said.strip().endswith("interrupted")
+    assert "Traceback" not in said
+
+
+# cancel, retry
+
+
+def test_cancel_tells_what_it_did(farm: Farm, rushes: Rushes) -> None:
+    farm.claim(0)
+    result = rushes("cancel", "latest")
+    assert result.exit_code == 0
+    assert "1 job cancelled, 1 running: asked to stop" in result.stdout
+    assert "nothing to cancel" in rushes("cancel", "latest/1").stdout
+
+
+def test_cancel_touches_nothing_when_one_reference_is_wrong(farm: Farm, rushes: Rushes) -> None:
+    assert rushes("cancel", "latest", "nothing").exit_code == exits.USAGE
+    assert parsed(rushes("show", "latest", "-o", "json"))["counts"]["queued"] == 2
+
+
+def test_cancel_of_jobs_as_json(farm: Farm, rushes: Rushes) -> None:
+    told = parsed(rushes("cancel", "latest/cat", "latest/dog", "-o", "json"))["cancelled"]
+    assert [outcome["cancelled"] for outcome in told] == [1, 1]
+    assert parsed(rushes("show", "latest", "-o", "json"))["state"] == "cancelled"
+
+
+def test_retry_takes_the_failed_jobs_alone(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    rushes("cancel", "latest/dog")
+    assert parsed(rushes("retry", "latest", "-o", "json"))["retried"] == 1
+    assert parsed(rushes("retry", "latest", "-o", "json"))["retried"] == 0
+    assert parsed(rushes("retry", "latest", "--cancelled", "-o", "json"))["retried"] == 1
+    assert parsed(rushes("show", "latest", "-o", "json"))["counts"]["queued"] == 2
+
+
+def test_retry_of_a_job(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    assert "queued again" in rushes("retry", "latest/cat").stdout
+    result = rushes("retry", "latest/cat")
+    assert result.exit_code == 0
+    assert "is queued: nothing to retry" in result.stdout
+
+
+# presets, workers, migrate, processes
+
+
+def test_presets_are_listed_and_shown(rushes: Rushes) -> None:
+    assert "832x480" in rushes("presets").stdout
+    names = [preset["name"] for preset in parsed(rushes("presets", "-o", "json"))["presets"]]
+    assert names == ["tiny", "wan_t2v_distill_4step_cfg"]
+    assert parsed(rushes("presets", "-o", "json", "list")) == parsed(
+        rushes("presets", "list", "-o", "json")
+    )
+    shown = rushes("presets", "show", "wan_t2v_distill_4step_cfg").stdout
+    assert "sample_guide_scale  distilled models render without CFG" in shown
+    told = parsed(rushes("presets", "show", "tiny", "-o", "json"))
+    assert told["look"]["width"] == 64
+
+
+def test_a_broken_preset_is_told_and_fails_the_list(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/wrong.json").write_text('{"stps": 4}')
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", "mine")
+    result = rushes("presets", "-o", "json")
+    assert result.exit_code == exits.ERROR
+    assert parsed(result)["broken"][0]["name"] == "wrong"
+    assert rushes("presets", "show", "wrong").exit_code == exits.USAGE
+
+
+def test_workers_are_listed_with_what_they_render(farm: Farm, rushes: Rushes) -> None:
+    assert "no workers" in rushes("workers").stderr
+    farm.live_worker()
+    attempt_id = farm.claim(0)
+    farm.db.write(
+        lifecycle.heartbeat, attempt_id, lease_seconds=60, stage="denoise", step=2, steps=4
+    )
+    assert "denoise 2/4" in rushes("workers").stdout
+    told = parsed(rushes("workers", "-o", "json"))["workers"][0]
+    assert told["is_alive"] is True
+    assert told["rendering"]["step"] == 2
+
+
+def test_migrate_makes_the_tables_once(rushes: Rushes) -> None:
+    told = parsed(rushes("migrate", "-o", "json"))
+    assert told == {"before": None, "after": migrate.head()}
+    assert "already" in rushes("migrate").stdout
+    assert rushes("list").exit_code == 0
+    assert rushes("migrate", "--revision", "none").exit_code == exits.USAGE
+
+
+def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
+    db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rushes("dispatcher", "--check").exit_code == exits.ERROR
+    monkeypatch.setenv("RUSHES_TICK_SECONDS", "0.1")
+    with subprocess.Popen([sys.executable, "-m", "jobs", "dispatcher"]) as process:
+        deadline = time.monotonic() + 20
+        while not (settings.load().home / "dispatcher.beat").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert rushes("dispatcher", "--check").exit_code == exits.OK
+    old = time.time() - 3600
+    os.utime(settings.load().home / "dispatcher.beat", (old, old))
+    assert rushes("dispatcher", "--check").exit_code == exits.ERROR
+
+
+def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes: Rushes) -> None:
+    result = rushes("worker", "--devices", "gpu")
+    assert result.exit_code == exits.USAGE
+    assert "--devices" in result.stderr
+
+
+def test_no_worker_here_is_code_1(db: database.Database, rushes: Rushes) -> None:
+    assert rushes("worker", "--check").exit_code == exits.ERROR
+
+
+# Color.
+
+
+@pytest.mark.parametrize("how", ["variable", "option", "option of the group"])
+def test_color_can_be_turned_off(farm: Farm, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    colored = CliRunner().invoke(cli.main, ["list"], color=True)
+    assert "\x1b[" in colored.stdout or "queued" in colored.stdout
+    CliRunner().invoke(cli.main, ["cancel", "latest"])
+    assert "\x1b[" in CliRunner().invoke(cli.main, ["list"], color=True).stdout
+    arguments = ["list"]
+    if how == "variable":
+        monkeypatch.setenv("NO_COLOR", "1")
+    else:
+        arguments = ["list", "--no-color"] if how == "option" else ["--no-color", "list"]
+    plain = CliRunner().invoke(cli.main, arguments, color=True)
+    assert "\x1b[" not in plain.stdout
+
+
+def test_a_narrow_terminal_encoding_is_no_error(farm: Farm) -> None:
+    Path("p.jsonl").write_text(json.dumps({"prompt": "日本語 🐕"}, ensure_ascii=False))
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "jobs", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    run("submit", "p.jsonl", "--preset", "tiny")
+    assert "\\u65e5" in run("show", "latest/0")
+    assert json.loads(run("show", "latest/0", "-o", "json"))["prompt"] == "日本語 🐕"
+
+
+# Documentation.
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
+
+
+def _commands() -> Iterator[tuple[str, click.Command]]:
+    for name in root.COMMANDS:
+        command = root.main.get_command(click.Context(root.main), name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {sub}", inner) for sub, inner in command.commands.items())
+
+
+def test_the_documentation_names_every_command_and_option() -> None:
+    text = DOCS.read_text()
+    for name, command in _commands():
+        heading = f"\n### `rushes {name}"
+        assert heading in text, name
+        section = text.split(heading, 1)[1].split("\n### ", 1)[0]
+        for parameter in command.params:
+            if not isinstance(parameter, click.Option) or parameter.name == "help":
+                continue
+            for option in parameter.opts:
+                shared = option in ("-o", "--output", "--no-color")
+                assert f"`{option}" in (text if shared else section), f"{name} {option}"
+
+
+def test_the_documentation_names_every_exit_code() -> None:
+    text = DOCS.read_text()
+    codes = [value for name, value in vars(exits).items() if name.isupper()]
+    assert all(f"| {code} |" in text for code in codes)
+
+
+def test_the_documentation_names_every_json_key(farm: Farm, rushes: Rushes) -> None:
+    farm.live_worker()
+    farm.claim(0)
+    farm.fail(1)
+    text = DOCS.read_text()
+    commands = (
+        "list",
+        "show latest",
+        "show latest/dog",
+        "logs latest",
+        "workers",
+        "presets",
+        "retry latest",
+        "cancel latest",
+        "migrate",
+        "download latest",
+    )
+    for command in commands:
+        told = parsed(rushes(*command.split(), "-o", "json"))
+        for key in _keys(told):
+            assert f"`{key}`" in text, f"{command}: {key}"
+
+
+def _keys(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in ("look", "metadata", "keys_without_effect", "looks"):
+                yield from _keys(inner)
+            yield key
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)

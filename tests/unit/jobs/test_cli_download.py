@@ -1,0 +1,187 @@
+"""Downloads: harmless names, verified content, resumed where they stopped."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import cli, database, download, lifecycle, migrate, queries, results, settings, storage
+from jobs.cli import exits
+
+CONTENT = b"not really a video"
+
+
+def rushes(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, [*arguments])
+
+
+@pytest.fixture(autouse=True)
+def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+
+
+@pytest.fixture
+def db() -> Iterator[database.Database]:
+    opened = database.connect(settings.load())
+    migrate.upgrade(opened)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store() -> storage.ObjectStore:
+    return storage.open_store(settings.load())
+
+
+def finished_batch(
+    db: database.Database, store: storage.ObjectStore, *custom_ids: str | None
+) -> str:
+    lines = [
+        json.dumps({"prompt": "x"} | ({} if name is None else {"custom_id": name}))
+        for name in custom_ids
+    ]
+    Path("p.jsonl").write_text("\n".join(lines))
+    batch_id = rushes("submit", "p.jsonl", "--preset", "tiny", "-q").stdout.strip()
+    for position in range(len(custom_ids)):
+        finish(db, store, batch_id, position)
+    results.write(db, store, batch_id)
+    return batch_id
+
+
+def finish(db: database.Database, store: storage.ObjectStore, batch_id: str, position: int) -> None:
+    with db.reading() as session:
+        job = queries.find_job(session, f"{batch_id}/{position}")
+        job = queries.jobs(session, batch_id, after=position - 1, limit=1)[0]
+    claim = db.write(lifecycle.claim, job.id, worker="w", lease_seconds=60)
+    assert claim is not None
+    key = results.video_key(batch_id, job.id, claim.attempt_id)
+    sidecar = results.sidecar_key(batch_id, job.id, claim.attempt_id)
+    stored = store.put_bytes(CONTENT, key, content_type="video/mp4")
+    store.put_bytes(b"{}", sidecar, content_type="application/json")
+    video = lifecycle.StoredVideo(
+        key=stored.key, size_bytes=stored.size_bytes, sha256=stored.sha256
+    )
+    db.write(lifecycle.succeed, claim.attempt_id, video=video)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_videos_and_result_files_arrive(
+    db: database.Database, store: storage.ObjectStore, tmp_path: Path
+) -> None:
+    finished_batch(db, store, "cat", None)
+    result = rushes("download", "latest", str(tmp_path / "out"), "--include", "sidecar")
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "out") == {
+        *("cat.mp4", "cat.json", "00001.mp4", "00001.json"),
+        *download.RESULT_FILES,
+    }
+    assert (tmp_path / "out" / "cat.mp4").read_bytes() == CONTENT
+
+
+def test_the_folder_is_named_like_the_batch_by_default(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "cat")
+    assert rushes("download", "latest").exit_code == 0
+    assert Path(batch_id, "cat.mp4").exists()
+
+
+def test_names_from_outside_stay_inside(
+    db: database.Database, store: storage.ObjectStore, tmp_path: Path
+) -> None:
+    names = ["../../x", "a/b", "CON", "/etc/passwd", "..", "manifest", "A", "a", "a_b", "-rf", " "]
+    names[-1] = "x" * 500
+    finished_batch(db, store, *names)
+    home = tmp_path / "deep" / "er"
+    result = rushes("download", "latest", str(home), "--include", "sidecar", "-o", "json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["downloaded"] == len(names)
+    videos = [entry["file"] for entry in told["files"] if entry["job_id"]]
+    assert len({name.casefold() for name in videos}) == len(names)
+    assert files(tmp_path / "deep") == {f"er/{name}" for name in files(home)}
+    assert all("/" not in name and not name.startswith((".", "-")) for name in files(home))
+    assert "con.mp4" not in {name.casefold() for name in videos}
+    assert json.loads((home / "manifest.json").read_text())["batch_id"]
+
+
+def test_a_second_download_fetches_only_what_is_missing_or_damaged(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    finished_batch(db, store, "whole", "gone", "short", "damaged")
+    rushes("download", "latest", "out")
+    Path("out/gone.mp4").unlink()
+    Path("out/short.mp4").write_bytes(CONTENT[:5])
+    Path("out/damaged.mp4").write_bytes(b"N" + CONTENT[1:])
+    told = json.loads(rushes("download", "latest", "out", "-o", "json").stdout)
+    assert (told["downloaded"], told["already_there"]) == (3, 1)
+    assert {path.read_bytes() for path in Path("out").glob("*.mp4")} == {CONTENT}
+
+
+def test_names_do_not_change_when_more_jobs_finish(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    Path("p.jsonl").write_text(
+        '{"prompt": "x", "custom_id": "a/b"}\n{"prompt": "x", "custom_id": "a_b"}'
+    )
+    batch_id = rushes("submit", "p.jsonl", "--preset", "tiny", "-q").stdout.strip()
+    finish(db, store, batch_id, 1)
+    result = rushes("download", "latest", "out")
+    assert "1 job not finished yet" in result.stderr
+    assert files(Path("out")) == {"a_b-00001.mp4"}
+    finish(db, store, batch_id, 0)
+    rushes("download", "latest", "out")
+    assert files(Path("out")) == {"a_b-00001.mp4", "a_b.mp4"}
+
+
+def test_a_damaged_object_is_refused_and_the_others_arrive(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "good", "bad", "lost")
+    key = [key for key in store.list(f"batches/{batch_id}/jobs/") if key.endswith("video.mp4")]
+    store.put_bytes(CONTENT[::-1], sorted(key)[1], content_type="video/mp4")
+    store.delete(sorted(key)[2])
+    result = rushes("download", "latest", "out")
+    assert result.exit_code == exits.ERROR
+    assert "bad.mp4: " in result.stderr
+    assert "lost.mp4: " in result.stderr
+    assert {name for name in files(Path("out")) if "mp4" in name} == {"good.mp4"}
+
+
+def test_a_store_that_is_away_ends_it_in_one_line(
+    db: database.Database, store: storage.ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_batch(db, store, "a", "b", "c")
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "s3://bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    result = rushes("download", "latest", "out")
+    assert result.exit_code == exits.ERROR
+    assert len(result.stderr.splitlines()) == 1
+    assert "does not answer" in result.stderr
+
+
+@given(st.text(max_size=600))
+def test_a_safe_name_is_one_harmless_component(text: str) -> None:
+    name = download.safe_name(text)
+    assert len(name.encode()) <= download.MAX_NAME_BYTES + 1
+    assert not set(name) & set('/\\:*?"<>|\0\n')
+    assert not name.startswith((".", "-"))
+    assert name == name.rstrip(" .")
+    assert name.split(".")[0].upper() not in {"CON", "NUL", "COM1", "LPT9"}
+
+
+@given(st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=30))
+def test_names_differ_on_every_file_system(custom_ids: list[str | None]) -> None:
+    names = download.Names()
+    made = [names.of(position, custom_id) for position, custom_id in enumerate(custom_ids)]
+    assert len({name.casefold() for name in made}) == len(custom_ids)
+    assert all(made)

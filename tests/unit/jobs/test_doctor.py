@@ -1,0 +1,115 @@
+"""`rushes doctor` looks at real parts and says what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs import cli, database, doctor, migrate, settings
+
+
+@pytest.fixture(autouse=True)
+def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://:secret@127.0.0.1:1/0")
+
+
+def checks() -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.examine()}
+
+
+def migrated() -> None:
+    migrate.upgrade(database.connect(settings.load()))
+
+
+def test_every_check_that_is_not_ok_says_what_to_do() -> None:
+    found = checks()
+    assert {check.status for check in found.values()} == {"ok", "warn", "fail"}
+    for check in found.values():
+        assert bool(check.advice) == (check.status != "ok"), check
+
+
+def test_a_missing_database_fails_and_is_not_made() -> None:
+    found = checks()
+    assert found["database"].status == "fail"
+    assert "rushes migrate" in found["database"].advice
+    assert not (settings.load().home / "rushes.db").exists()
+
+
+def test_old_tables_fail() -> None:
+    database.connect(settings.load()).engine.connect().close()
+    assert checks()["database tables"].status == "fail"
+    migrated()
+    assert checks()["database tables"].status == "ok"
+
+
+def test_a_redis_that_is_down_fails() -> None:
+    assert checks()["redis"].status == "fail"
+
+
+def test_a_results_folder_takes_objects_and_is_left_clean() -> None:
+    assert checks()["results store"].status == "ok"
+    left = [path for path in (settings.load().home / "results").rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_a_results_url_that_is_none_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "ftp://x")
+    assert checks()["results store"].status == "fail"
+
+
+def test_ffmpeg_is_there() -> None:
+    assert checks()["ffmpeg"].status == "ok"
+
+
+def test_missing_and_incomplete_weights_are_told() -> None:
+    folder = settings.load().models_dir / "tiny"
+    assert "is not here" in checks()["weights tiny"].seen
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert checks()["weights tiny"].status == "warn"
+    assert "complete the folder" in checks()["weights tiny"].advice
+
+
+def test_settings_are_shown_with_their_source_and_without_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("secret").write_text("postgres://me:hidden@127.0.0.1:1/db")
+    monkeypatch.setenv("DATABASE_URL_FILE", "secret")
+    Path(".env").write_text("RUSHES_WINDOW=5\n")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    found = checks()
+    assert found["setting DATABASE_URL"].seen.endswith("(file named by DATABASE_URL_FILE)")
+    assert found["setting RUSHES_WINDOW"].seen == "5 (.env)"
+    assert found["setting CELERY_BROKER_URL"].seen.startswith("redis://127.0.0.1:1/0 (environment")
+    everything = " ".join(check.seen for check in found.values())
+    assert "hidden" not in everything
+    assert "secret@" not in everything
+
+
+def test_a_wrong_setting_is_the_only_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_WINDOW", "0")
+    found = checks()
+    assert [check.status for check in found.values()] == ["fail"]
+
+
+def test_the_command_fails_when_a_check_does() -> None:
+    result = CliRunner().invoke(cli.main, ["doctor"])
+    assert result.exit_code == 1
+    assert "failures" in result.stdout
+    told = json.loads(CliRunner().invoke(cli.main, ["doctor", "-o", "json"]).stdout)
+    assert {"name", "status", "seen", "advice"} == set(told["checks"][0])
+
+
+@pytest.mark.timeout(120)
+def test_real_servers_pass(
+    clean_redis_url: str, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", clean_redis_url)
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    migrated()
+    found = checks()
+    for name in ("redis", "redis eviction", "redis persistence", "results store", "results links"):
+        assert found[name].status == "ok", found[name]
