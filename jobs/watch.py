@@ -14,6 +14,7 @@ from jobs.schema import Attempt, Job
 log = structlog.get_logger()
 
 INTERVAL_SECONDS = 1.0
+IDLE_PER_LOOK = 9.0  # a tenth of the time, at most, is spent looking
 LONGEST_PAUSE_SECONDS = 10.0  # between looks while the database is away
 
 
@@ -67,19 +68,26 @@ def until_finished(
     Only the first look needs the database to be there: a night's wait outlasts its restarts.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    began = time.monotonic()
     snapshot = look(db, batch_id)
+    pause = _pause(interval_seconds, began)
     yield snapshot
-    pause = interval_seconds
     while not snapshot.is_finished:
         _sleep(pause, deadline, batch_id, timeout_seconds)
+        began = time.monotonic()
         try:
             snapshot = look(db, batch_id)
         except (OperationalError, InterfaceError) as error:
             pause = min(pause * 2, max(LONGEST_PAUSE_SECONDS, interval_seconds))
             log.warning("watch.database_unavailable", error=str(error.orig)[:200])
             continue
-        pause = interval_seconds
+        pause = _pause(interval_seconds, began)
         yield snapshot
+
+
+def _pause(interval_seconds: float, began: float) -> float:
+    """Longer for a huge batch: looking must not become work for the database."""
+    return max(interval_seconds, IDLE_PER_LOOK * (time.monotonic() - began))
 
 
 def _sleep(

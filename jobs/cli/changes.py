@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs import database, lifecycle, settings, states
-from jobs.cli import connections, display, options, output, references
+from jobs.cli import bell, connections, display, options, output, references
 from jobs.schema import Batch, Job
 
 RETRYABLE: tuple[states.JobState, ...] = (states.JobState.FAILED, states.JobState.CANCELLED)
@@ -77,7 +77,7 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     wanted = RETRYABLE if isinstance(found, Job) else _wanted(failed_only, cancelled)
     job_ids = [found.id] if isinstance(found, Job) else None
     retried = db.write(lifecycle.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
-    if retried and (delayed := connections.kick(config)):
+    if retried and (delayed := bell.kick(config)):
         output.note(f"note: {delayed}")
     if as_json:
         output.emit({"batch_id": batch_id, "retried": retried})

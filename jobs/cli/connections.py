@@ -1,10 +1,10 @@
-"""The database and the broker, as commands reach them."""
+"""The database, as commands reach it."""
 
 from pathlib import Path
 
 import click
 
-from jobs import broker, database, errors, logs, settings
+from jobs import database, logs, settings
 
 
 def open_database(config: settings.Settings) -> database.Database:
@@ -20,15 +20,3 @@ def open_database(config: settings.Settings) -> database.Database:
         )
     click.get_current_context().call_on_close(db.close)
     return db
-
-
-def kick(config: settings.Settings) -> str | None:
-    """Wake the dispatchers; None, or why they wake by themselves a little later."""
-    try:
-        connection = broker.Broker(config)
-        if connection.kick():
-            return None
-        reason = str(broker.BrokerUnavailable(connection.url, "does not answer"))
-    except (errors.RushesError, ValueError) as error:
-        reason = str(error)
-    return f"{reason}; the jobs are stored and start when it is back"

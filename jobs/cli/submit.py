@@ -20,7 +20,7 @@ from jobs import (
     submission,
     watch,
 )
-from jobs.cli import connections, display, exits, options, output, shapes, waiting
+from jobs.cli import bell, connections, display, exits, options, output, shapes, waiting
 
 HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
 STDIN = "-"
@@ -177,7 +177,7 @@ def _after_commit(
 ) -> list[str]:
     """Start the work; what stands in its way. The batch is stored whatever happens here."""
     notes = []
-    if made.is_new and (delayed := connections.kick(config)):
+    if made.is_new and (delayed := bell.kick(config)):
         notes.append(delayed)
     with db.reading() as session:
         idle = queries.queues_without_workers(session, made.batch_id)

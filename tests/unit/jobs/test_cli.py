@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import click
 import pytest
 import structlog
 from click.testing import CliRunner, Result
+from sqlalchemy.exc import OperationalError
 
 from jobs import (
     cli,
@@ -25,6 +27,7 @@ from jobs import (
     retries,
     settings,
     states,
+    watch,
     workers,
 )
 from jobs.cli import exits, root
@@ -569,6 +572,63 @@ def test_watch_as_json_is_a_line_per_change(farm: Farm) -> None:
     assert process.returncode == exits.OK
 
 
+def test_watch_is_drawn_in_place_on_a_terminal(farm: Farm) -> None:
+    farm.succeed(0)
+    attempt_id = farm.claim(1)
+    farm.db.write(
+        lifecycle.heartbeat, attempt_id, lease_seconds=60, stage="denoise", step=3, steps=4
+    )
+    reader, terminal = os.openpty()
+    command = [sys.executable, "-m", "jobs", "watch", "latest", "--timeout", "0.5"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run(
+        command, stdout=terminal, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(terminal)
+    drawn = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert done.returncode == exits.TIMEOUT
+    assert "1 of 2 succeeded, 1 running" in drawn
+    assert "3/4" in drawn
+    assert "gpu0@host" in drawn
+
+
+def test_submit_and_wait_tells_the_end(db: database.Database, prompts: str) -> None:
+    arguments = ["submit", prompts, "--preset", "tiny", "--wait", "-o", "json"]
+    with subprocess.Popen([sys.executable, "-m", "jobs", *arguments], stdout=-1) as process:
+        deadline = time.monotonic() + 20
+        batch_id = None
+        while batch_id is None:
+            assert time.monotonic() < deadline
+            with db.reading() as session:
+                batch_id = next((row.id for row in queries.batches(session, limit=1)), None)
+        farm = Farm(db, batch_id)
+        farm.succeed(0)
+        farm.fail(1)
+        told = json.loads(process.communicate(timeout=20)[0])
+    assert process.returncode == exits.FINISHED_WITH_FAILURES
+    assert told["batch"]["state"] == "partially_failed"
+
+
+def test_a_wait_outlasts_a_restart_of_the_database(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = watch.look, []
+
+    def look(db: database.Database, batch_id: str) -> watch.Snapshot:
+        looks.append(batch_id)
+        if len(looks) == 2:
+            farm.succeed(0)
+            farm.succeed(1)
+            raise OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+        return real(db, batch_id)
+
+    monkeypatch.setattr(watch, "look", look)
+    seen = list(watch.until_finished(farm.db, farm.batch_id, interval_seconds=0.01))
+    assert [snapshot.is_finished for snapshot in seen] == [False, True]
+    assert len(looks) == 3
+
+
 def test_ctrl_c_ends_a_wait_with_130_and_a_word(farm: Farm) -> None:
     command = [sys.executable, "-m", "jobs", "watch", "latest"]
     with subprocess.Popen(
@@ -761,6 +821,13 @@ def test_the_documentation_names_every_command_and_option() -> None:
             for option in parameter.opts:
                 shared = option in ("-o", "--output", "--no-color")
                 assert f"`{option}" in (text if shared else section), f"{name} {option}"
+
+
+def test_the_documentation_names_no_option_that_is_gone() -> None:
+    there = {option for _, command in _commands() for p in command.params for option in p.opts}
+    there |= {"--version", "--help", "-h"}
+    named = set(re.findall(r"`(--?[a-z][a-z-]*)", DOCS.read_text()))
+    assert named <= there
 
 
 def test_the_documentation_names_every_exit_code() -> None:

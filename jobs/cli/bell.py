@@ -1,0 +1,15 @@
+"""Tells the dispatchers that there is work. Apart, because Celery takes long to import."""
+
+from jobs import broker, errors, settings
+
+
+def kick(config: settings.Settings) -> str | None:
+    """Wake the dispatchers; None, or why they wake by themselves a little later."""
+    try:
+        connection = broker.Broker(config)
+        if connection.kick():
+            return None
+        reason = str(broker.BrokerUnavailable(connection.url, "does not answer"))
+    except (errors.RushesError, ValueError) as error:
+        reason = str(error)
+    return f"{reason}; the jobs are stored and start when it is back"
