@@ -12,7 +12,7 @@ from celery import Celery
 from jobs import celery_app, errors, settings
 
 KICK_KEY = "rushes.kick"
-MOST_READ = 1_000  # messages looked at per queue; dispatch keeps far fewer there
+MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)

@@ -154,7 +154,12 @@ def _make_server(url: URL) -> Engine:
 def _make_sqlite(url: URL) -> Engine:
     if url.database and url.database != ":memory:":
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS})
+    engine = create_engine(
+        url,
+        connect_args={"timeout": SQLITE_BUSY_SECONDS},
+        # Those who wait for a connection wait for the same write lock.
+        pool_timeout=2 * SQLITE_BUSY_SECONDS,
+    )
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:

@@ -1,22 +1,34 @@
 """Which queued jobs are sent now, and to which queue. Any number of dispatchers may run."""
 
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
 from sqlalchemy import or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from jobs import broker, database, lifecycle, queries, results, retries, settings, states, storage
+from jobs import (
+    broker,
+    database,
+    errors,
+    lifecycle,
+    queries,
+    results,
+    retries,
+    settings,
+    states,
+    storage,
+)
 from jobs.schema import Batch, Job
 
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
-AGAIN_SECONDS = 30.0  # after the database failed
+AGAIN_SECONDS = 30.0  # after the database or the object store failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,7 @@ class Dispatcher:
         self._db = db
         self._broker = broker.Broker(config)
         self._store: storage.ObjectStore | None = None
+        self._store_again_at = 0.0
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
@@ -62,7 +75,7 @@ class Dispatcher:
         while not stop.is_set():
             try:
                 tick = self.tick()
-            except (SQLAlchemyError, database.DatabaseUnavailable) as error:
+            except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("dispatch.database_unavailable", error=str(error)[:300])
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
@@ -91,7 +104,7 @@ class Dispatcher:
         sent = 0
         for queue, number in workers.items():
             waiting = self._broker.waiting(queue)
-            room = number * self._config.window - len(waiting)
+            room = min(number * self._config.window, broker.MOST_READ) - len(waiting)
             if room > 0:
                 chosen = self._db.write(choose, queue=queue, room=room, waiting=waiting)
                 # Committed before sending: a worker may take the message up at once.
@@ -99,6 +112,8 @@ class Dispatcher:
         return sent
 
     def _finish_batches(self) -> int:
+        if time.monotonic() < self._store_again_at:
+            return 0
         with self._db.reading() as session:
             finished = session.scalars(
                 select(Batch.id)
@@ -109,11 +124,14 @@ class Dispatcher:
         for batch_id in finished:
             try:
                 self._store = self._store or storage.open_store(self._config)
-                results.write(self._db, self._store, batch_id)
-                written += 1
-            except storage.StorageError as error:
-                # The next tick tries again; the videos themselves are there already.
+                written += results.write(self._db, self._store, batch_id)
+            except (errors.RushesError, OSError) as error:
+                # The videos themselves are there already.
                 log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
+                self._store_again_at = time.monotonic() + AGAIN_SECONDS
+                if isinstance(error, storage.StorageUnavailable):
+                    # Waiting for an answer once is enough: other batches want their jobs sent.
+                    break
         return written
 
 

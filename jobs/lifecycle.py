@@ -1,8 +1,8 @@
 """Every change of a job's state, one function each, as one compare-and-set.
 
 An attempt's id is a fence: a change names the attempt that it believes holds the job, and does
-nothing when another one does. Every function is safe to call twice. Order of row locks: jobs,
-then attempts, then the batch.
+nothing when another one does. Every function is safe to call twice. Order of row locks: all the
+jobs by batch and id, then their batches, then attempts.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def heartbeat(
     values: dict[str, Any] = {
         "heartbeat_at": now,
         "lease_until": now + timedelta(seconds=lease_seconds),
-        "note": note,
+        "note": None if note is None else _storable(note),
     }
     if stage is not None:
         values |= {"stage": stage, "step": step, "steps": steps}
@@ -147,7 +147,7 @@ def rendered(
                 peak_memory_bytes=peak_memory_bytes,
                 heartbeat_at=now,
                 lease_until=now + timedelta(seconds=lease_seconds),
-                note=note,
+                note=None if note is None else _storable(note),
             )
         )
     return verdict
@@ -155,12 +155,13 @@ def rendered(
 
 def succeed(session: Session, attempt_id: int, *, video: StoredVideo) -> bool:
     """Running -> succeeded, if this attempt holds the job. True also when it already had."""
-    attempt = session.get_one(Attempt, attempt_id)
-    if attempt.state is states.AttemptState.SUCCEEDED:
+    how = select(Attempt.job_id, Attempt.state).where(Attempt.id == attempt_id)
+    job_id, state = session.execute(how).one()
+    if state is states.AttemptState.SUCCEEDED:
         return True
     moved = _move(
         session,
-        attempt.job_id,
+        job_id,
         states.JobState.RUNNING,
         states.JobState.SUCCEEDED,
         holder=attempt_id,
@@ -168,18 +169,21 @@ def succeed(session: Session, attempt_id: int, *, video: StoredVideo) -> bool:
         error=None,
         finished_at=database.now(session),
     )
-    if moved:
-        _end_attempt(
-            session,
-            attempt_id,
-            states.AttemptState.SUCCEEDED,
-            step=1,
-            note=None,
-            video_key=video.key,
-            video_bytes=video.size_bytes,
-            video_sha256=video.sha256,
-        )
-    return moved
+    if not moved:
+        # Perhaps by the same call, a moment ago in another thread.
+        _, state = session.execute(how).one()
+        return bool(state is states.AttemptState.SUCCEEDED)
+    _end_attempt(
+        session,
+        attempt_id,
+        states.AttemptState.SUCCEEDED,
+        step=1,
+        note=None,
+        video_key=video.key,
+        video_bytes=video.size_bytes,
+        video_sha256=video.sha256,
+    )
+    return True
 
 
 def fail(
@@ -208,7 +212,7 @@ def fail(
         "error_count": errors_so_far,
         "crash_count": crashes_so_far,
         "failure_kind": kind,
-        "error": error[:MAX_ERROR_CHARS],
+        "error": _storable(error)[:MAX_ERROR_CHARS],
     }
     if target is states.JobState.QUEUED:
         assert decision is not None
@@ -221,8 +225,8 @@ def fail(
         attempt_id,
         states.AttemptState.LOST if is_crash else states.AttemptState.FAILED,
         failure_kind=kind,
-        error=error[:MAX_ERROR_CHARS],
-        error_detail=None if detail is None else detail[-MAX_DETAIL_CHARS:],
+        error=_storable(error)[:MAX_ERROR_CHARS],
+        error_detail=None if detail is None else _storable(detail)[-MAX_DETAIL_CHARS:],
     )
     return target
 
@@ -242,7 +246,7 @@ def release(session: Session, attempt_id: int, *, reason: str) -> bool:
         holder=attempt_id,
         **_requeued(not_before=None),
     )
-    _end_attempt(session, attempt_id, states.AttemptState.RELEASED, note=reason)
+    _end_attempt(session, attempt_id, states.AttemptState.RELEASED, note=_storable(reason))
     return True
 
 
@@ -266,6 +270,13 @@ def cancel_attempt(session: Session, attempt_id: int) -> bool:
 def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
     """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to)."""
     now = database.now(session)
+    # Locked before the first is changed: a job that is claimed or requeued between the two
+    # statements below would be missed by both.
+    _lock_jobs(
+        session,
+        Job.batch_id == batch_id,
+        Job.state.in_([states.JobState.QUEUED, states.JobState.RUNNING]),
+    )
     asked = session.execute(
         update(Job)
         .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
@@ -334,20 +345,13 @@ def end_lost_attempts(
     session: Session, *, budgets: retries.Budgets, worker: str | None = None
 ) -> list[int]:
     """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held."""
-    now = database.now(session)
-    lost = Attempt.lease_until < now
+    is_lost = Attempt.lease_until < database.now(session)
     if worker is not None:
         # What is rendered lies on the disk of its host, for the publisher to find.
-        lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
-    attempts = session.scalars(
-        select(Attempt)
-        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), lost)
-        .order_by(Attempt.lease_until)
-        .limit(LOST_AT_ONCE)
-    ).all()
+        is_lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
     ended = []
-    for attempt in attempts:
-        silent = (now - attempt.heartbeat_at).total_seconds()
+    for attempt in _locked_attempts(session, is_lost):
+        silent = (database.now(session) - attempt.heartbeat_at).total_seconds()
         where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
         why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
         kind = states.FailureKind.WORKER_LOST
@@ -360,12 +364,37 @@ def end_lost_attempts(
 
 def release_worker(session: Session, worker: str, *, reason: str) -> list[int]:
     """Give back everything that a stopped worker still held, at no cost to the jobs."""
-    ids = session.scalars(
-        select(Attempt.id).where(
-            Attempt.worker == worker, Attempt.state == states.AttemptState.RUNNING
-        )
+    is_held = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
+    held = _locked_attempts(session, is_held)
+    return [attempt.id for attempt in held if release(session, attempt.id, reason=reason)]
+
+
+def _locked_attempts(session: Session, which: ColumnElement[bool]) -> Sequence[Attempt]:
+    """Live attempts, the longest silent ones, with their jobs locked in the order for all."""
+    found = (
+        select(Attempt.id, Attempt.job_id)
+        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), which)
+        .order_by(Attempt.lease_until)
+        .limit(LOST_AT_ONCE)
+    )
+    ids = session.execute(found).all()
+    if not ids:
+        return []
+    _lock_jobs(session, Job.id.in_([job_id for _, job_id in ids]))
+    # Looked at again under the lock: meanwhile a worker may have reported after all.
+    return session.scalars(
+        select(Attempt)
+        .join(Job, Job.id == Attempt.job_id)
+        .where(Attempt.id.in_([attempt_id for attempt_id, _ in ids]))
+        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), which)
+        .order_by(Job.batch_id, Job.id, Attempt.id)
     ).all()
-    return [attempt_id for attempt_id in ids if release(session, attempt_id, reason=reason)]
+
+
+def _lock_jobs(session: Session, *which: ColumnElement[bool]) -> None:
+    """Always in the same order: two that lock many jobs wait for each other, not in a circle."""
+    locked = select(Job.id).where(*which).order_by(Job.batch_id, Job.id).with_for_update()
+    session.execute(select(func.count()).select_from(locked.subquery()))
 
 
 def _runnable(now: datetime) -> list[ColumnElement[bool]]:
@@ -475,6 +504,11 @@ def _end_attempt(
         .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
         .values(state=state, finished_at=database.now(session), **values)
     )
+
+
+def _storable(text: str) -> str:
+    """Messages of other programs may hold what no database takes: NUL, halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _count(result: Any) -> int:

@@ -1,5 +1,6 @@
 """Reads for people and programs; nothing here changes a row."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,6 +13,8 @@ from jobs import database, errors, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
+BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
+SHORTEST_PART = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +66,22 @@ def batches(session: Session, *, limit: int, before: str | None = None) -> Seque
 def find_batch(session: Session, reference: str) -> Batch:
     """By id, by the unique beginning of an id, or `latest`. NotFound says what would do."""
     if reference == "latest":
-        found = session.scalars(select(Batch).order_by(Batch.created_at.desc()).limit(1)).all()
-        if not found:
+        newest = batches(session, limit=1)
+        if not newest:
             raise errors.NotFound("there is no batch yet: submit one with `rushes submit FILE`")
-        return found[0]
-    exact = session.get(Batch, reference)
-    if exact is not None:
-        return exact
-    pattern = reference.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-    matches = session.scalars(
-        select(Batch).where(Batch.id.like(f"{pattern}%", escape="\\")).order_by(Batch.id).limit(5)
-    ).all()
-    if len(matches) == 1 and len(reference) >= 3:
+        return newest[0]
+    matches: Sequence[Batch] = []
+    if BATCH_ID_PART.fullmatch(reference):
+        exact = session.get(Batch, reference)
+        if exact is not None:
+            return exact
+        begins = Batch.id.like(f"{reference}%")
+        matches = session.scalars(select(Batch).where(begins).order_by(Batch.id).limit(5)).all()
+    if len(matches) == 1 and len(reference) >= SHORTEST_PART:
         return matches[0]
     if matches:
         which = ", ".join(batch.id for batch in matches)
-        raise errors.NotFound(f"batch {reference!r} is not unique: {which}")
+        raise errors.NotFound(f"batch {reference!r} is too short to tell which: {which}")
     raise errors.NotFound(f"no batch {reference!r}: `rushes list` shows what there is")
 
 
@@ -89,7 +92,8 @@ def find_job(session: Session, reference: str) -> Job:
     if slash:
         batch = find_batch(session, batch_reference)
         of_batch = select(Job).where(Job.batch_id == batch.id)
-        job = session.scalar(of_batch.where(Job.custom_id == inside))
+        if "\0" not in inside and inside.isprintable():
+            job = session.scalar(of_batch.where(Job.custom_id == inside))
         if job is None and inside.isdecimal() and len(inside) < 10:
             job = session.scalar(of_batch.where(Job.position == int(inside)))
     elif reference.isdecimal() and len(reference) < 19:

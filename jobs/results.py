@@ -9,6 +9,7 @@ batches/<batch>/manifest.json                     written last: the batch is com
 import json
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,19 @@ def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> b
     return db.write(_mark_written, batch_id, finished_at)
 
 
-def _mark_written(session: Session, batch_id: str, finished_at: Any) -> bool:
+def _mark_written(session: Session, batch_id: str, finished_at: datetime) -> bool:
     """Only for the end that was written: a reopened batch ends again later."""
+    of_batch = update(Batch).where(Batch.id == batch_id)
     changed = session.execute(
-        update(Batch)
-        .where(Batch.id == batch_id, Batch.finished_at == finished_at)
+        of_batch.where(Batch.finished_at == finished_at)
         .values(manifest_at=database.now(session))
         .returning(Batch.id)
     )
-    return changed.first() is not None
+    if changed.first() is not None:
+        return True
+    # It ended again while we wrote: our files may have replaced newer ones of another dispatcher.
+    session.execute(of_batch.values(manifest_at=None))
+    return False
 
 
 def _attempt_folder(batch_id: str, job_id: int, attempt_id: int) -> str:

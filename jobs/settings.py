@@ -8,6 +8,7 @@ the default.
 import json
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+from sqlalchemy.engine import URL
 
 from jobs import errors
 
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
+LONGEST_SECONDS = 7 * 24 * 3600
 RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -115,48 +118,56 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         60.0,
         gt=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_LEASE_SECONDS"),
         description="A worker silent for this long has lost its job to the queue.",
     )
     publish_lease_seconds: float = Field(
         600.0,
         gt=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_PUBLISH_LEASE_SECONDS"),
         description="The same for a finished video that waits on its host for upload.",
     )
     max_errors: int = Field(
         3,
         ge=1,
+        le=100,
         validation_alias=AliasChoices("RUSHES_MAX_ERRORS"),
         description="A job fails for good after this many attempts that raised.",
     )
     max_crashes: int = Field(
         2,
         ge=1,
+        le=100,
         validation_alias=AliasChoices("RUSHES_MAX_CRASHES"),
         description="A job is quarantined after this many attempts whose worker died.",
     )
     retry_seconds: float = Field(
         10.0,
         ge=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_RETRY_SECONDS"),
         description="Longest wait before the first retry; doubles with each one, with jitter.",
     )
     window: int = Field(
         2,
         ge=1,
+        le=1_000,
         validation_alias=AliasChoices("RUSHES_WINDOW"),
         description="Messages kept in Redis per live worker.",
     )
     tick_seconds: float = Field(
         2.0,
         gt=0,
+        le=3_600,
         validation_alias=AliasChoices("RUSHES_TICK_SECONDS"),
         description="The dispatcher looks at least this often.",
     )
     grace_seconds: float = Field(
         300.0,
         ge=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
         description="A stopping worker may finish its job for this long, then gives it back.",
     )
@@ -188,7 +199,7 @@ class Settings(BaseSettings):
             "scratch_dir": self._folder("scratch_dir", home / "scratch"),
             "database_url": SecretStr(
                 sqlalchemy_url(self.database_url.get_secret_value())
-                or f"sqlite:///{home / 'rushes.db'}"
+                or _sqlite_url(home / "rushes.db")
             ),
             "results_url": self.results_url or (home / "results").as_uri(),
         }
@@ -209,21 +220,16 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         files = _FileVariants(settings_cls)
         written = (init_settings, env_settings, files, dotenv_settings)
-        up = read_up_file(_home(init_settings, dotenv_settings))
-        own_results = any(_gives_results_url(source) for source in written)
-        if own_results:
-            up = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
-            return (*written, _Values(settings_cls, up))
+        up = _by_first_name(read_up_file(_home(written)))
+        rest = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
+        by_up = (*written, _Values(settings_cls, rest))
+        its_results = up.get("RUSHES_RESULTS_URL")
+        if its_results is None or _given(written, "RUSHES_RESULTS_URL") not in (None, its_results):
+            return by_up
         # The store of `rushes up` comes with its keys: credentials exported for another
         # store must not be mixed with its address.
-        store = {name: value for name, value in up.items() if name in RESULTS_NAMES}
-        rest = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
-        return (
-            init_settings,
-            _Values(settings_cls, store),
-            *written[1:],
-            _Values(settings_cls, rest),
-        )
+        store = {name: up.get(name) for name in RESULTS_NAMES}
+        return (init_settings, _Values(settings_cls, store), *by_up[1:])
 
 
 def load(**overrides: object) -> Settings:
@@ -232,6 +238,9 @@ def load(**overrides: object) -> Settings:
     given = {names[field][0]: value for field, value in overrides.items() if value is not None}
     try:
         return Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+    except UnicodeDecodeError as error:
+        problem = errors.Problem(line=None, message=f".env: not UTF-8 text ({error.reason})")
+        raise errors.InvalidInput("settings", [problem]) from None
     except ValidationError as error:
         problems = [
             errors.Problem(
@@ -285,26 +294,39 @@ def read_up_file(home: Path) -> dict[str, str]:
         state = json.loads((home / UP_FILE).read_text("utf-8"))
         process = psutil.Process(state["pid"])
         is_alive = abs(process.create_time() - state["process_started"]) < 1.0
+        return dict(state["environment"]) if is_alive else {}
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return {}
-    return dict(state["environment"]) if is_alive else {}
 
 
-def _home(init: PydanticBaseSettingsSource, dotenv: PydanticBaseSettingsSource) -> Path:
-    assert isinstance(dotenv, DotEnvSettingsSource)
-    given = init().get("RUSHES_HOME") or os.environ.get("RUSHES_HOME")
-    return Path(given or dotenv.env_vars.get("rushes_home") or ".rushes").expanduser()
+def _sqlite_url(path: Path) -> str:
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def _gives_results_url(source: PydanticBaseSettingsSource) -> bool:
-    given = source()
-    return bool(given.get("RUSHES_RESULTS_URL"))
+def _home(sources: Iterable[PydanticBaseSettingsSource]) -> Path:
+    return Path(_given(sources, "RUSHES_HOME") or ".rushes").expanduser()
+
+
+def _given(sources: Iterable[PydanticBaseSettingsSource], name: str) -> str | None:
+    """The first value in source order, before any default."""
+    values = (source().get(name) for source in sources)
+    return next((str(value) for value in values if value), None)
+
+
+def _by_first_name(values: Mapping[str, str]) -> dict[str, str]:
+    """Where a setting has several names: under the one that the other sources use too."""
+    return {
+        names[0]: values[name]
+        for names in environment_names().values()
+        for name in reversed(names)
+        if name in values
+    }
 
 
 class _Values(PydanticBaseSettingsSource):
     """Values by environment name."""
 
-    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, str]) -> None:
+    def __init__(self, settings_cls: type[BaseSettings], values: Mapping[str, str | None]) -> None:
         super().__init__(settings_cls)
         self._values = values
 
@@ -325,7 +347,7 @@ class _FileVariants(_Values):
                 if path := os.environ.get(f"{name}_FILE"):
                     values[name] = _read_secret(f"{name}_FILE", Path(path))
                     break
-        super().__init__(settings_cls, values)
+        super().__init__(settings_cls, _by_first_name(values))
 
 
 def _read_secret(name: str, path: Path) -> str:

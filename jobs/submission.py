@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from sqlalchemy import insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -19,6 +20,8 @@ from jobs.schema import Batch, Job
 ROWS_PER_INSERT = 2_000
 MAX_PROBLEMS = 1_000  # all are counted, this many are told
 MAX_REPEAT = 10_000
+MAX_LOOKS = 1_000  # in one file; each is a row that its jobs share
+MAX_REMEMBERED = 10_000  # spellings of looks, good and bad
 SEED_BITS = 32  # drawn seeds are as wide as other tools take; given ones may be wider
 REPETITION = re.compile(r"#\d+$")
 BATCH_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # no i l o u: read over the phone
@@ -69,7 +72,9 @@ class PromptFile:
     source: str
     format: readers.Format
     options: Options
-    _looks: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
+    looks: dict[str, presets.Look] = field(default_factory=dict)
+    """Those of the rows that were good, by id."""
+    _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[readers.PromptRow, presets.Look] | errors.Problem]:
         """Each good row with its look, each bad one as a problem, in the order of the file."""
@@ -80,11 +85,12 @@ class PromptFile:
                 yield row
                 continue
             look = self._look(row)
-            message = look if isinstance(look, str) else self._unusable(row)
+            message = look if isinstance(look, str) else self._unusable(row, look)
             if message is not None:
                 yield errors.Problem(line=row.line, message=message)
             else:
                 assert isinstance(look, presets.Look)
+                self.looks[look.id] = look
                 yield row, look
 
     def fingerprint(self) -> str:
@@ -109,9 +115,11 @@ class PromptFile:
 
     def _look(self, row: readers.PromptRow) -> presets.Look | str:
         asked = (row.width, row.height, row.num_frames, row.seconds, row.fps)
-        if asked not in self._looks:
-            self._looks[asked] = self._resolve(row)
-        return self._looks[asked]
+        if asked not in self._remembered:
+            if len(self._remembered) >= MAX_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[asked] = self._resolve(row)
+        return self._remembered[asked]
 
     def _resolve(self, row: readers.PromptRow) -> presets.Look | str:
         preset = self.options.preset
@@ -125,7 +133,7 @@ class PromptFile:
         except ValueError as error:
             return str(error)
 
-    def _unusable(self, row: readers.PromptRow) -> str | None:
+    def _unusable(self, row: readers.PromptRow, look: presets.Look) -> str | None:
         name = self.options.preset.name
         if row.image is not None:
             return f"image: preset {name} makes videos from text alone; leave it out"
@@ -135,6 +143,11 @@ class PromptFile:
             return (
                 f"custom_id {row.custom_id!r}: with --repeat the ends #2, #3, ... are given to "
                 "the repetitions; choose another custom_id"
+            )
+        if look.id not in self.looks and len(self.looks) >= MAX_LOOKS:
+            return (
+                f"a file may ask for {MAX_LOOKS:,} different sizes, lengths and frame rates: "
+                "use one of those above, or another file"
             )
         return None
 
@@ -179,6 +192,8 @@ def plan(file: PromptFile) -> Plan:
 def submit(db: database.Database, file: PromptFile) -> Submission:
     """Check the whole file, then store all of it in one transaction, or nothing."""
     checked = plan(file)
+    # By itself: in the long transaction, another submit of the same look would wait for its end.
+    db.write(_store_looks, file.looks)
     try:
         with db.transaction() as session:
             earlier = _earlier(session, file.options.idempotency_key, checked)
@@ -245,14 +260,10 @@ def _store(session: Session, file: PromptFile, checked: Plan) -> str:
     )
     session.flush()
     stored = 0
-    known: set[str] = set()
     chunk: list[dict[str, Any]] = []
     for row in file.rows():
         if isinstance(row, errors.Problem):
             continue
-        if row[1].id not in known:
-            known.add(row[1].id)
-            _store_look(session, row[1])
         for repetition in range(options.repeat):
             chunk.append(_job(batch_id, stored, *row, repetition=repetition, options=options))
             stored += 1
@@ -267,16 +278,19 @@ def _store(session: Session, file: PromptFile, checked: Plan) -> str:
     return batch_id
 
 
-def _store_look(session: Session, look: presets.Look) -> None:
-    if session.get(schema.Look, look.id) is None:
-        session.add(
-            schema.Look(
-                id=look.id,
-                queue=queues.of_model(look.model_path),
-                body=look.model_dump(mode="json"),
-            )
-        )
-        session.flush()
+def _store_looks(session: Session, looks: dict[str, presets.Look]) -> None:
+    """Those that are not there yet, in one order for all who do the same at once."""
+    rows = [
+        {
+            "id": look_id,
+            "queue": queues.of_model(look.model_path),
+            "body": look.model_dump(mode="json"),
+        }
+        for look_id, look in sorted(looks.items())
+    ]
+    is_sqlite = session.get_bind().dialect.name == "sqlite"
+    new = sqlite.insert(schema.Look) if is_sqlite else postgresql.insert(schema.Look)
+    session.execute(new.on_conflict_do_nothing(), rows)
 
 
 def _job(
