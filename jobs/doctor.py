@@ -130,16 +130,16 @@ def _without_password(url: str) -> str:
 def _database(config: settings.Settings) -> Iterator[Check]:
     db = database.connect(config)
     try:
-        file = db.url.database
-        if db.is_sqlite and file and not Path(file).exists():
+        if missing := _missing_file(db):
             advice = "`rushes up` or `rushes migrate` makes it"
-            yield _fail("database", f"{file} does not exist", advice)
+            yield _fail("database", f"{missing} does not exist", advice)
             return
-        began = time.monotonic()
-        with db.reading() as session:
-            skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
-        milliseconds = (time.monotonic() - began) * 1000
-        revision, head = migrate.current(db), migrate.head()
+        with contextlib.closing(db):
+            began = time.monotonic()
+            with db.reading() as session:
+                skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
+            milliseconds = (time.monotonic() - began) * 1000
+            revision, head = migrate.current(db), migrate.head()
     except (SQLAlchemyError, errors.RushesError) as error:
         advice = "start the server or correct DATABASE_URL"
         yield _fail("database", _first_line(error), advice)
@@ -153,6 +153,12 @@ def _database(config: settings.Settings) -> Iterator[Check]:
     if skew > MAX_CLOCK_SKEW_SECONDS:
         seen = f"this machine and the database differ by {skew:.0f} s"
         yield _warn("clock", seen, "run NTP on both; leases use the database's clock only")
+
+
+def _missing_file(db: database.Database) -> Path | None:
+    """Connecting would make it."""
+    file = db.url.database if db.is_sqlite else None
+    return Path(file) if file and not Path(file).exists() else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -385,14 +391,14 @@ def _weights_of(folder: Path, name: str) -> Check:
 
 
 def _processes(config: settings.Settings) -> Iterator[Check]:
-    db = database.connect(config)
-    file = db.url.database
-    if not db.is_sqlite or (file and Path(file).exists()):
-        try:
-            with db.reading() as session:
-                yield _workers(queries.live_workers(session))
-        except SQLAlchemyError:
-            yield _warn("workers", "unknown: the database did not answer", "see above")
+    try:
+        db = database.connect(config)
+        if _missing_file(db) is None:
+            with contextlib.closing(db), db.reading() as session:
+                found = queries.live_workers(session)
+            yield _workers(found)
+    except (SQLAlchemyError, errors.RushesError):
+        yield _warn("workers", "unknown: the database did not answer", "see above")
     yield _dispatcher(config)
 
 

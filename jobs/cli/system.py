@@ -61,8 +61,10 @@ def migrate_database(revision: str, as_json: bool) -> None:
     """
     config = settings.load()
     logs.configure(config, level="WARNING")
+    db = database.connect(config)
+    click.get_current_context().call_on_close(db.close)
     try:
-        before, after = migrate.upgrade(database.connect(config), revision=revision)
+        before, after = migrate.upgrade(db, revision=revision)
     except CommandError as error:
         raise errors.NotFound(f"--revision {revision}: {error}") from None
     if as_json:
@@ -95,6 +97,7 @@ def doctor_command(as_json: bool) -> int:
 
 
 def _print_check(check: doctor.Check) -> None:
-    output.line(f"{output.state(check.status):<4}  {check.name}: {output.plain(check.seen)}")
+    mark = output.state(check.status) + " " * (4 - len(check.status))
+    output.line(f"{mark}  {check.name}: {output.plain(check.seen)}")
     if check.advice:
         output.line(f"      -> {output.plain(check.advice)}")

@@ -43,6 +43,16 @@ def test_old_tables_fail() -> None:
     assert checks()["database tables"].status == "ok"
 
 
+@pytest.mark.parametrize("url", ["nonsense", "postgres://127.0.0.1:1/db", "mysql://x/y"])
+def test_a_wrong_database_fails_and_the_other_checks_go_on(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    found = checks()
+    assert found["database"].status == "fail"
+    assert "dispatcher" in found
+
+
 def test_a_redis_that_is_down_fails() -> None:
     assert checks()["redis"].status == "fail"
 
