@@ -25,6 +25,7 @@ from sqlalchemy.engine import URL
 
 from jobs import errors
 
+LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, seen as a folder
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_SECONDS = 7 * 24 * 3600
 RESULTS_NAMES = (
@@ -63,7 +64,8 @@ class Settings(BaseSettings):
     results_url: str = Field(
         "",
         validation_alias=AliasChoices("RUSHES_RESULTS_URL"),
-        description="`s3://bucket/prefix` or `file:///folder`. Default: `results` in RUSHES_HOME.",
+        description="`s3://bucket/prefix` or `file:///folder`. Default: `s3/buckets/rushes` in "
+        "RUSHES_HOME, the folder that the S3 server of `rushes up` serves.",
     )
     s3_endpoint_url: str | None = Field(
         None,
@@ -201,7 +203,7 @@ class Settings(BaseSettings):
                 sqlalchemy_url(self.database_url.get_secret_value())
                 or _sqlite_url(home / "rushes.db")
             ),
-            "results_url": self.results_url or (home / "results").as_uri(),
+            "results_url": self.results_url or (home / LOCAL_RESULTS).as_uri(),
         }
         self.__dict__.update(defaults)
 

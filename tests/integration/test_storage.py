@@ -477,7 +477,7 @@ def test_half_a_pair_of_keys_is_refused():
 
 def test_the_default_store_is_a_folder_in_home():
     values = settings.load()
-    assert storage.open_store(values).url == (values.home / "results").as_uri()
+    assert storage.open_store(values).url == (values.home / settings.LOCAL_RESULTS).as_uri()
 
 
 def test_importing_storage_does_not_import_boto3():
