@@ -1,0 +1,302 @@
+"""Any order of calls, against a model of a few lines: what the rows say is what the model says."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import delete, select
+
+from jobs import lifecycle
+from jobs.lifecycle import Verdict
+from jobs.schema import Attempt, Batch, Job
+from jobs.states import FailureKind, JobState
+from tests.integration.jobs.conftest import BUDGETS, World
+
+MOST_JOBS = 3  # few, so that the calls meet on the same ones
+HEALING = [FailureKind.INTERNAL, FailureKind.STORAGE, FailureKind.DEVICE]
+
+
+@dataclass
+class ModelJob:
+    """What a job must be, by the words of the design alone."""
+
+    batch_id: str
+    state: JobState = JobState.QUEUED
+    holder: int | None = None
+    cancel_requested: bool = False
+    errors: int = 0
+    crashes: int = 0
+
+    def requeue(self) -> None:
+        self.state, self.holder, self.cancel_requested = JobState.QUEUED, None, False
+
+
+@dataclass
+class ModelAttempt:
+    job: int
+    rendered: bool = False
+    succeeded: bool = False
+
+
+@dataclass
+class Model:
+    jobs: dict[int, ModelJob] = field(default_factory=dict)
+    attempts: dict[int, ModelAttempt] = field(default_factory=dict)
+
+    def held_by(self, attempt_id: int) -> ModelJob | None:
+        job = self.jobs[self.attempts[attempt_id].job]
+        return job if job.holder == attempt_id and job.state is JobState.RUNNING else None
+
+    def verdict(self, attempt_id: int) -> Verdict:
+        job = self.held_by(attempt_id)
+        if job is None:
+            return Verdict.SUPERSEDED
+        return Verdict.CANCELLED if job.cancel_requested else Verdict.GO_ON
+
+    def fail(self, attempt_id: int, *, kind: FailureKind) -> JobState | None:
+        job = self.held_by(attempt_id)
+        if job is None:
+            return None
+        is_crash = kind is FailureKind.WORKER_LOST
+        job.crashes += is_crash
+        job.errors += not is_crash
+        spent = job.crashes >= BUDGETS.max_crashes if is_crash else job.errors >= BUDGETS.max_errors
+        if job.cancel_requested:
+            job.state = JobState.CANCELLED
+        elif spent or kind is FailureKind.INPUT:
+            job.state = JobState.FAILED
+        else:
+            job.requeue()
+        return job.state
+
+
+class Machine(RuleBasedStateMachine):
+    """Attempts are never forgotten: most calls come from ones that lost their job long ago."""
+
+    world: World
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+        with self.world.db.transaction() as session:
+            for table in (Attempt, Job, Batch):
+                session.execute(delete(table))
+
+    @precondition(lambda self: len(self.model.jobs) < MOST_JOBS)
+    @rule(number=st.integers(1, 2))
+    def submit(self, number: int) -> None:
+        batch_id = self.world.submit(number)
+        for job_id in self.world.job_ids(batch_id):
+            self.model.jobs[job_id] = ModelJob(batch_id)
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(data=st.data(), worker=st.sampled_from(["gpu0@a", "gpu1@b"]))
+    def claim(self, data: st.DataObject, worker: str) -> None:
+        job_id = self._job(data)
+        job = self.model.jobs[job_id]
+        claim = self.world.claim(job_id, worker=worker)
+        assert (claim is not None) == (job.state is JobState.QUEUED)
+        if claim is not None:
+            assert all(claim.attempt_id > earlier for earlier in self.model.attempts)
+            job.state, job.holder = JobState.RUNNING, claim.attempt_id
+            self.model.attempts[claim.attempt_id] = ModelAttempt(job_id)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data())
+    def heartbeat(self, data: st.DataObject) -> None:
+        attempt_id = self._attempt(data)
+        assert self.world.heartbeat(attempt_id) is self.model.verdict(attempt_id)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data())
+    def rendered(self, data: st.DataObject) -> None:
+        attempt_id = self._attempt(data)
+        assert self.world.rendered(attempt_id) is self.model.verdict(attempt_id)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        attempt_id = self._attempt(data)
+        attempt, job = self.model.attempts[attempt_id], self.model.held_by(attempt_id)
+        if job is not None:
+            job.state, attempt.succeeded = JobState.SUCCEEDED, True
+        assert self.world.succeed(attempt_id) is attempt.succeeded
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data(), kind=st.sampled_from([*HEALING, FailureKind.INPUT]))
+    def fail(self, data: st.DataObject, kind: FailureKind) -> None:
+        attempt_id = self._attempt(data)
+        expected = self.model.fail(attempt_id, kind=kind)
+        assert self.world.fail(attempt_id, kind) is expected
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        attempt_id = self._attempt(data)
+        job = self.model.held_by(attempt_id)
+        if job is not None and job.cancel_requested:
+            job.state = JobState.CANCELLED
+        elif job is not None:
+            job.requeue()
+        assert self.world.release(attempt_id) is (job is not None)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data())
+    def cancel_attempt(self, data: st.DataObject) -> None:
+        attempt_id = self._attempt(data)
+        job = self.model.held_by(attempt_id)
+        if job is not None:
+            job.state = JobState.CANCELLED
+        assert self.world.cancel_attempt(attempt_id) is (job is not None)
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(data=st.data())
+    def cancel_job(self, data: st.DataObject) -> None:
+        job_id = self._job(data)
+        self._cancel(self.model.jobs[job_id])
+        assert self.world.cancel_job(job_id) is self.model.jobs[job_id].state
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(data=st.data())
+    def cancel_batch(self, data: st.DataObject) -> None:
+        batch_id = self.model.jobs[self._job(data)].batch_id
+        jobs = [job for job in self.model.jobs.values() if job.batch_id == batch_id]
+        waiting = sum(job.state is JobState.QUEUED for job in jobs)
+        asked = sum(job.state is JobState.RUNNING and not job.cancel_requested for job in jobs)
+        for job in jobs:
+            self._cancel(job)
+        assert self.world.cancel_batch(batch_id) == (waiting, asked)
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(
+        data=st.data(),
+        which=st.sets(st.sampled_from([JobState.FAILED, JobState.CANCELLED]), min_size=1),
+    )
+    def retry(self, data: st.DataObject, which: set[JobState]) -> None:
+        batch_id = self.model.jobs[self._job(data)].batch_id
+        again = [
+            job
+            for job in self.model.jobs.values()
+            if job.batch_id == batch_id and job.state in which
+        ]
+        for job in again:
+            job.requeue()
+            job.errors = job.crashes = 0
+        assert self.world.retry(batch_id, *which) == len(again)
+
+    @precondition(lambda self: self.model.attempts)
+    @rule(data=st.data(), together=st.integers(1, 3))
+    def leases_end(self, data: st.DataObject, together: int) -> None:
+        silent = {self._attempt(data) for _ in range(together)}
+        held = {attempt_id for attempt_id in silent if self.model.held_by(attempt_id)}
+        for attempt_id in silent:
+            self.world.expire(attempt_id)
+            self.model.fail(attempt_id, kind=FailureKind.WORKER_LOST)
+        assert set(self.world.end_lost()) == held
+
+    @rule()
+    def nothing_is_lost_before_its_lease_ends(self) -> None:
+        assert self.world.end_lost() == []
+
+    @invariant()
+    def rows_are_as_the_model_says(self) -> None:
+        with self.world.db.reading() as session:
+            rows = session.execute(
+                select(
+                    Job.id,
+                    Job.state,
+                    Job.attempt_id,
+                    Job.cancel_requested,
+                    Job.error_count,
+                    Job.crash_count,
+                )
+            ).all()
+        assert {row[0]: tuple(row[1:]) for row in rows} == {
+            job_id: (job.state, job.holder, job.cancel_requested, job.errors, job.crashes)
+            for job_id, job in self.model.jobs.items()
+        }
+
+    @invariant()
+    def counts_and_holders_are_in_order(self) -> None:
+        self.world.check()
+
+    def _cancel(self, job: ModelJob) -> None:
+        if job.state is JobState.QUEUED:
+            job.state = JobState.CANCELLED
+        elif job.state is JobState.RUNNING:
+            job.cancel_requested = True
+
+    def _job(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.model.jobs)))
+
+    def _attempt(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.model.attempts)))
+
+
+def _run(world: World, *, examples: int, steps: int, **values: Any) -> None:
+    class OnWorld(Machine):
+        pass
+
+    OnWorld.world = world
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis leaves it untyped
+        OnWorld,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            **values,
+        ),
+    )
+
+
+def test_no_order_of_calls_leads_astray_on_sqlite(sqlite_world: World) -> None:
+    _run(sqlite_world, examples=30, steps=40)
+
+
+def test_no_order_of_calls_leads_astray_on_postgresql(postgres_world: World) -> None:
+    _run(postgres_world, examples=8, steps=30)
+
+
+def _held_without_fence(session: Any, attempt_id: int, *, lock: bool = True) -> Job | None:
+    job_id = session.get_one(Attempt, attempt_id).job_id
+    found: Job | None = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING)
+        .execution_options(populate_existing=True)
+    )
+    return found
+
+
+@pytest.mark.parametrize("hole", ["held by", "move"])
+def test_the_machine_finds_a_missing_fence(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, hole: str
+) -> None:
+    """Else its silence above would mean nothing."""
+    if hole == "held by":
+        monkeypatch.setattr(lifecycle, "_held_by", _held_without_fence)
+    else:
+        move = lifecycle._move
+        monkeypatch.setattr(
+            lifecycle, "_move", lambda *args, holder=None, **values: move(*args, **values)
+        )
+    with pytest.raises(AssertionError):
+        _run(
+            sqlite_world,
+            examples=300,
+            steps=40,
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
+            derandomize=True,
+            print_blob=False,
+        )
