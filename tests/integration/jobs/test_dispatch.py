@@ -1,0 +1,493 @@
+"""Which jobs are sent when, with a real Redis, on both databases."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy import text, update
+from structlog.testing import capture_logs
+
+from jobs import (
+    broker,
+    celery_app,
+    database,
+    dispatch,
+    presets,
+    queues,
+    retries,
+    servers,
+    settings,
+    states,
+)
+from jobs.schema import Batch, Job
+from tests.integration.jobs.conftest import PRESET, QUEUE, World
+
+GONE = "redis://127.0.0.1:1/0"  # nothing listens there
+
+
+def config_of(world: World, broker_url: str, **values: Any) -> settings.Settings:
+    url = world.db.url.render_as_string(hide_password=False)
+    return settings.load(database_url=url, broker_url=broker_url, **values)
+
+
+def dispatcher_of(world: World, broker_url: str, **values: Any) -> dispatch.Dispatcher:
+    return dispatch.Dispatcher(config_of(world, broker_url, **values), db=world.db)
+
+
+@pytest.fixture
+def client(clean_redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(clean_redis_url) as client:
+        yield client
+
+
+def sent(client: redis.Redis, queue: str = QUEUE) -> list[int]:
+    """The jobs whose messages wait, in the order in which a worker takes them."""
+    messages = client.lrange(queue, 0, -1)
+    assert isinstance(messages, list)
+    return [int(json.loads(m)["headers"]["id"].partition(":")[0]) for m in reversed(messages)]
+
+
+def age_dispatch(world: World, seconds: float = dispatch.IN_FLIGHT_SECONDS + 1) -> None:
+    """As if the messages had been sent a while ago."""
+    with world.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=seconds)
+        session.execute(
+            update(Job).where(Job.dispatched_at.is_not(None)).values(dispatched_at=past)
+        )
+
+
+def other_model() -> presets.Preset:
+    look = PRESET.look.model_copy(update={"model_path": "other"})
+    return presets.Preset(
+        name="other", path=PRESET.path, description=None, look=look, keys_without_effect=()
+    )
+
+
+def test_a_window_per_live_worker_is_kept_in_redis(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    ids = world.job_ids(world.submit(10))
+    dispatcher = dispatcher_of(world, clean_redis_url, window=2)
+    world.register("gpu0@here")
+    assert dispatcher.tick().sent == 2
+    assert sent(client) == ids[:2]
+    world.register("gpu1@here")
+    assert dispatcher.tick().sent == 2
+    assert sent(client) == ids[:4]
+    assert dispatcher.tick().sent == 0
+
+
+def test_nothing_is_sent_where_no_live_worker_takes_it(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    world.submit(3)
+    world.submit(3, preset=other_model())
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    assert dispatcher.tick().sent == 0
+    world.register("gpu0@here", queue=queues.of_model("other"))
+    assert dispatcher.tick().sent == 2
+    assert (len(sent(client)), len(sent(client, queues.of_model("other")))) == (0, 2)
+    world.silence("gpu0@here")
+    client.flushall()
+    age_dispatch(world)
+    assert dispatcher.tick().sent == 0
+
+
+def test_higher_priority_goes_first_then_the_older_job(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b", "priority": 5}, {"prompt": "c"}]
+    slow = world.job_ids(world.submit(rows))
+    urgent = world.job_ids(world.submit(1, priority=9))
+    background = world.job_ids(world.submit(1, priority=-1))
+    world.register()
+    assert dispatcher_of(world, clean_redis_url, window=10).tick().sent == 5
+    assert sent(client) == [*urgent, slow[1], slow[0], slow[2], *background]
+
+
+def test_a_job_is_sent_when_its_wait_is_over(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    job_id = world.only_job(world.submit()).id
+    later = retries.Budgets(max_errors=3, max_crashes=2, retry_seconds=600.0)
+    world.fail(world.claimed(job_id), budgets=later)
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    assert dispatcher.tick().sent == 0
+    world.make_runnable()
+    assert dispatcher.tick().sent == 1
+
+
+def test_messages_that_redis_lost_are_sent_again_and_waiting_ones_are_not_doubled(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    ids = world.job_ids(world.submit(2))
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    assert dispatcher.tick().sent == 2
+    age_dispatch(world)
+    assert dispatcher.tick().sent == 0
+    client.flushall()
+    assert dispatcher.tick().sent == 2
+    assert sent(client) == ids
+    client.flushall()
+    # Just sent: perhaps a worker has taken them and is about to claim.
+    assert dispatcher.tick().sent == 0
+
+
+def test_a_job_that_came_back_is_sent_at_once(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    job_id = world.only_job(world.submit()).id
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    dispatcher.tick()
+    client.flushall()
+    world.release(world.claimed(job_id))
+    assert dispatcher.tick().sent == 1
+
+
+def test_two_dispatchers_at_once_send_each_job_once(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    ids = world.job_ids(world.submit(100))
+    for number in range(10):
+        world.register(f"gpu{number}@here")
+    dispatchers = [dispatcher_of(world, clean_redis_url, window=5) for _ in range(4)]
+    start = threading.Barrier(4)
+
+    def tick(dispatcher: dispatch.Dispatcher) -> None:
+        start.wait()
+        for _ in range(3):
+            dispatcher.tick()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(tick, dispatchers))
+    messages = sent(client)
+    assert len(messages) == len(set(messages))
+    assert set(messages[:50]) <= set(ids)
+    assert len(messages) >= 50
+
+
+def test_without_redis_lost_attempts_are_ended_and_result_files_written(world: World) -> None:
+    batch_id = world.submit(2)
+    first, second = world.job_ids(batch_id)
+    world.cancel_job(second)
+    attempt_id = world.claimed(first)
+    world.expire(attempt_id)
+    world.register()
+    done = dispatcher_of(world, GONE, max_crashes=1).tick()
+    assert (done.sent, done.ended_attempts, done.finished_batches) == (0, 1, 1)
+    assert done.broker_error is not None
+    assert "127.0.0.1:1" in done.broker_error
+    world.check()
+
+
+def test_a_password_of_redis_is_not_told(world: World) -> None:
+    world.submit()
+    world.register()
+    done = dispatcher_of(world, "redis://:hunter2@127.0.0.1:1/0").tick()
+    assert done.broker_error is not None
+    assert "hunter2" not in done.broker_error
+
+
+def test_sending_goes_on_when_redis_is_back(world: World, tmp_path: Path) -> None:
+    """The pooled connections to the old server are no obstacle."""
+    ids = world.job_ids(world.submit(4))
+    world.register()
+    with servers.RedisServer.start(tmp_path / "redis") as server:
+        dispatcher = dispatcher_of(world, server.url)
+        assert dispatcher.tick().sent == 2
+    assert dispatcher.tick().broker_error is not None
+    shutil.rmtree(tmp_path / "redis" / "appendonlydir")
+    age_dispatch(world)
+    with servers.RedisServer.start(tmp_path / "redis", port=server.port) as again:
+        assert again.url == server.url
+        assert dispatcher.tick().sent == 2
+        with redis.Redis.from_url(again.url) as client:
+            assert sent(client) == ids[:2]
+
+
+def test_redis_stays_small_whatever_waits_in_the_database(
+    sqlite_world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    world = sqlite_world
+    batch_id = world.submit(1)
+    columns = ", ".join(c.name for c in Job.__table__.columns if c.name not in ("id", "position"))
+    with world.db.transaction() as session:
+        session.execute(
+            text(
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 99999) "  # noqa: S608
+                f"INSERT INTO jobs (position, {columns}) SELECT i, {columns} FROM jobs, n"
+            )
+        )
+        session.execute(update(Batch).values(total=100_000, queued=100_000))
+    world.check()
+    empty = client.info("memory")["used_memory"]
+    for number in range(8):
+        world.register(f"gpu{number}@here")
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    started = time.monotonic()
+    for _ in range(3):
+        dispatcher.tick()
+    assert time.monotonic() - started < 5
+    assert len(sent(client)) == 16
+    assert client.info("memory")["used_memory"] - empty < 1_000_000
+    assert world.batch(batch_id).queued == 100_000
+
+
+def test_a_window_never_outgrows_what_is_read_back(
+    world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, client: redis.Redis
+) -> None:
+    """Messages beyond that would look lost and be sent again and again."""
+    monkeypatch.setattr(broker, "MOST_READ", 3)
+    world.submit(10)
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url, window=8)
+    for _ in range(3):
+        dispatcher.tick()
+        age_dispatch(world)
+    assert len(sent(client)) == 3
+
+
+# What Redis holds.
+
+
+def test_waiting_reads_what_celery_wrote(world: World, clean_redis_url: str) -> None:
+    config = config_of(world, clean_redis_url)
+    bell = broker.Broker(config)
+    assert bell.waiting(QUEUE) == set()
+    assert bell.send_renders(QUEUE, [4711, 2**62]) == 2
+    app = celery_app.make(config)
+    app.send_task(celery_app.RENDER_TASK, args=[5], queue=QUEUE, task_id="5:abc", priority=0)
+    assert bell.waiting(QUEUE) == {4711, 2**62, 5}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"17",
+        b'{"headers": null}',
+        b'{"headers": {"id": 7}}',
+        b'{"headers": {"id": "a-random-uuid"}}',
+        b"[" * 100_000,
+        b'{"headers": {"id": "' + b"9" * 5_000 + b'"}}',
+    ],
+)
+def test_broken_messages_are_passed_over(
+    sqlite_world: World, clean_redis_url: str, client: redis.Redis, message: bytes
+) -> None:
+    world = sqlite_world
+    job_id = world.only_job(world.submit()).id
+    client.rpush(QUEUE, message)
+    bell = broker.Broker(config_of(world, clean_redis_url))
+    bell.send_renders(QUEUE, [job_id])
+    client.rpush(QUEUE, message)
+    assert bell.waiting(QUEUE) == {job_id}
+
+
+def test_a_key_of_another_kind_is_an_outage_and_no_crash(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    client.set(QUEUE, "not a list")
+    world.submit()
+    world.register()
+    assert dispatcher_of(world, clean_redis_url).tick().broker_error is not None
+
+
+# The loop.
+
+
+@pytest.fixture
+def running(
+    world: World, tmp_path: Path
+) -> Iterator[Callable[[dispatch.Dispatcher], threading.Event]]:
+    stops: list[tuple[threading.Event, threading.Thread]] = []
+
+    def start(dispatcher: dispatch.Dispatcher) -> threading.Event:
+        stop = threading.Event()
+        thread = threading.Thread(target=dispatcher.run, args=(stop,))
+        thread.start()
+        stops.append((stop, thread))
+        return stop
+
+    yield start
+    for stop, thread in stops:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_kick_wakes_the_dispatcher(
+    world: World,
+    clean_redis_url: str,
+    client: redis.Redis,
+    running: Callable[[dispatch.Dispatcher], threading.Event],
+) -> None:
+    ticked = threading.Event()
+
+    class Counting(dispatch.Dispatcher):
+        def tick(self) -> dispatch.Tick:
+            done = super().tick()
+            ticked.set()
+            return done
+
+    world.register()
+    config = config_of(world, clean_redis_url, tick_seconds=3600)
+    stop = running(Counting(config, db=world.db))
+    assert ticked.wait(20)
+    world.submit()
+    bell = broker.Broker(config)
+    assert bell.kick()
+    _within(5, lambda: len(sent(client)) == 1)
+    stop.set()
+    bell.kick()
+
+
+def test_many_kicks_are_one(world: World, clean_redis_url: str, client: redis.Redis) -> None:
+    bell = broker.Broker(config_of(world, clean_redis_url))
+    for _ in range(50):
+        bell.kick()
+    assert client.llen(broker.KICK_KEY) == 1
+    assert bell.wait_for_kick(0.1) is True
+    assert bell.wait_for_kick(0.1) is False
+
+
+def test_a_kick_without_redis_is_no_error(world: World) -> None:
+    assert broker.Broker(config_of(world, GONE)).kick() is False
+
+
+def test_the_loop_outlives_the_database_and_redis(
+    world: World,
+    clean_redis_url: str,
+    client: redis.Redis,
+    running: Callable[[dispatch.Dispatcher], threading.Event],
+) -> None:
+    class Faulty(dispatch.Dispatcher):
+        def __init__(self, config: settings.Settings, *, db: database.Database) -> None:
+            super().__init__(config, db=db)
+            self.ticks = 0
+
+        def tick(self) -> dispatch.Tick:
+            self.ticks += 1
+            return super().tick()
+
+    world.register()
+    dispatcher = Faulty(config_of(world, clean_redis_url, tick_seconds=0.05), db=world.db)
+    with capture_logs() as logs:
+        running(dispatcher)
+        _within(5, lambda: dispatcher.ticks > 0)
+        with world.db.transaction() as session:
+            session.execute(text("ALTER TABLE attempts RENAME TO hidden"))
+        _within(20, lambda: any(x["event"] == "dispatch.database_unavailable" for x in logs))
+        with world.db.transaction() as session:
+            session.execute(text("ALTER TABLE hidden RENAME TO attempts"))
+        client.set(QUEUE, "in the way")
+        _within(5, lambda: any(x["event"] == "broker.lost" for x in logs))
+        client.delete(QUEUE)
+        _within(5, lambda: any(x["event"] == "broker.back" for x in logs))
+        world.submit()
+        _within(5, lambda: len(sent(client)) == 1)
+
+
+# Result files.
+
+
+def test_result_files_are_written_once_for_a_finished_batch(world: World) -> None:
+    batch_id = world.submit(1)
+    dispatcher = dispatcher_of(world, GONE)
+    assert dispatcher.tick().finished_batches == 0
+    world.succeed(world.claimed(world.only_job(batch_id).id))
+    assert dispatcher.tick().finished_batches == 1
+    assert world.batch(batch_id).manifest_at is not None
+    assert dispatcher.tick().finished_batches == 0
+
+
+def test_result_files_are_written_again_after_a_retry(world: World, tmp_path: Path) -> None:
+    batch_id = world.submit(1)
+    job_id = world.only_job(batch_id).id
+    folder = tmp_path / "results"
+    dispatcher = dispatcher_of(world, GONE, results_url=folder.as_uri())
+    world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    dispatcher.tick()
+    manifest = folder / "batches" / batch_id / "manifest.json"
+    assert json.loads(manifest.read_text())["counts"]["failed"] == 1
+    world.retry(batch_id)
+    assert dispatcher.tick().finished_batches == 0
+    world.succeed(world.claimed(job_id))
+    assert dispatcher.tick().finished_batches == 1
+    assert json.loads(manifest.read_text())["counts"]["succeeded"] == 1
+    assert (manifest.parent / "errors.jsonl").read_text() == ""
+
+
+def test_a_store_that_is_down_delays_the_files_and_nothing_else(
+    world: World,
+    clean_redis_url: str,
+    client: redis.Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finished = [world.submit(1) for _ in range(3)]
+    for batch_id in finished:
+        world.cancel_batch(batch_id)
+    world.submit(2)
+    world.register()
+    in_the_way = tmp_path / "store"
+    in_the_way.write_text("a file where a folder should be")
+    url = (in_the_way / "results").as_uri()
+    dispatcher = dispatcher_of(world, clean_redis_url, results_url=url)
+    with capture_logs() as logs:
+        done = dispatcher.tick()
+        assert (done.sent, done.finished_batches) == (2, 0)
+        # Not asked again at once: a store that hangs would hold up every tick.
+        told = [entry for entry in logs if entry["event"] == "batch.manifest_delayed"]
+        assert told
+        dispatcher.tick()
+        assert [e for e in logs if e["event"] == "batch.manifest_delayed"] == told
+    in_the_way.unlink()
+    monkeypatch.setattr(dispatcher, "_store_again_at", 0.0)
+    assert dispatcher.tick().finished_batches == 3
+
+
+def test_a_store_that_is_set_wrongly_does_not_stop_the_dispatcher(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    world.cancel_batch(world.submit(1))
+    world.submit(1)
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url, results_url="ftp://nobody/here")
+    assert dispatcher.tick().sent == 1
+    assert len(sent(client)) == 1
+
+
+def test_the_budgets_are_those_of_the_settings(world: World) -> None:
+    config = config_of(world, GONE, max_errors=7, max_crashes=5, retry_seconds=3)
+    assert dispatch.budgets(config) == retries.Budgets(
+        max_errors=7, max_crashes=5, retry_seconds=3.0
+    )
+
+
+def test_a_broker_of_another_kind_is_refused(world: World) -> None:
+    from jobs import errors
+
+    with pytest.raises(errors.InvalidInput, match="CELERY_BROKER_URL must begin with redis://"):
+        broker.Broker(config_of(world, "amqp://guest@127.0.0.1//"))
