@@ -3,6 +3,7 @@
 The networks have no load hooks; other people's names and shapes are dealt with here.
 """
 
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from models import (
     config,
     config_files,
     errors,
+    image_encoder,
     layout,
     text_encoder,
     transformer,
@@ -27,18 +29,31 @@ from models import (
 )
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAST_FRAME_TENSOR = "img_emb.emb_pos"  # only models between two frames have it
 TIED_EMBEDDING = "encoder.embed_tokens.weight"  # transformers' second name for shared.weight
 
 
 @dataclass(frozen=True)
-class TextToVideoNetworks:
-    """What renders a prompt, on one device, frozen and in eval mode."""
+class Networks:
+    """What every model has, on one device, frozen and in eval mode."""
 
     text_encoder: text_encoder.TextEncoder
     transformer: transformer.WanTransformer
     vae: vae.WanVAE
     weight_files: tuple[Path, ...]
     """Every weight file that was read; `layout.weight_hashes` names them by content."""
+
+
+@dataclass(frozen=True)
+class TextToVideoNetworks(Networks):
+    """What renders a prompt."""
+
+
+@dataclass(frozen=True)
+class ImageToVideoNetworks(Networks):
+    """What renders a prompt and a first frame."""
+
+    image_encoder: image_encoder.ImageEncoder
 
 
 def load_text_to_video(
@@ -56,21 +71,32 @@ def load_text_to_video(
     `transformer_file` is a complete native transformer to use instead of the folder's. Raises
     CheckpointError for whatever is missing, ambiguous, unreadable or not as the configs say.
     """
-    files = layout.find(root, transformer_file=transformer_file)
+    task = layout.Task.TEXT_TO_VIDEO
+    files = layout.find(root, transformer_file=transformer_file, task=task)
+    common = _load_common(files, _read_sizes(files), device, dtype, vae_dtype)
+    return TextToVideoNetworks(**vars(common))
+
+
+def load_image_to_video(
+    root: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
+    transformer_file: Path | None = None,
+) -> ImageToVideoNetworks:
+    """Load a model folder that also has an image encoder; otherwise as `load_text_to_video`.
+
+    The image encoder computes in `dtype`, but in fp16 where that is bf16, as in official Wan.
+    """
+    task = layout.Task.IMAGE_TO_VIDEO
+    files = layout.find(root, transformer_file=transformer_file, task=task)
     sizes = _read_sizes(files)
-    tokenizer = text_encoder.load_tokenizer(files.tokenizer)
-    if len(tokenizer) > sizes.text_encoder.vocab_size:
-        problem = f"has {len(tokenizer)} tokens, the encoder only {sizes.text_encoder.vocab_size}"
-        raise errors.CheckpointError(f"{files.tokenizer}: {problem}")
-    encoder = _load_text_encoder(files, sizes.text_encoder, device, dtype)
-    return TextToVideoNetworks(
-        text_encoder=text_encoder.TextEncoder(
-            encoder, tokenizer, text_len=sizes.transformer.text_len
-        ),
-        transformer=_load_transformer(files, sizes.transformer, device, dtype),
-        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
-        weight_files=files.weights,
-    )
+    assert sizes.image_encoder is not None
+    common = _load_common(files, sizes, device, dtype, vae_dtype)
+    clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+    clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
+    return ImageToVideoNetworks(**vars(common), image_encoder=clip)
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,29 @@ class _Sizes:
     transformer: config.TransformerConfig
     vae: config.VAEConfig
     text_encoder: config.TextEncoderConfig
+    image_encoder: config.ImageEncoderConfig | None
+
+
+def _load_common(
+    files: layout.ModelFiles,
+    sizes: _Sizes,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None,
+) -> Networks:
+    tokenizer = text_encoder.load_tokenizer(files.tokenizer)
+    if len(tokenizer) > sizes.text_encoder.vocab_size:
+        problem = f"has {len(tokenizer)} tokens, the encoder only {sizes.text_encoder.vocab_size}"
+        raise errors.CheckpointError(f"{files.tokenizer}: {problem}")
+    encoder = _load_text_encoder(files, sizes.text_encoder, device, dtype)
+    return Networks(
+        text_encoder=text_encoder.TextEncoder(
+            encoder, tokenizer, text_len=sizes.transformer.text_len
+        ),
+        transformer=_load_transformer(files, sizes.transformer, device, dtype),
+        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
+        weight_files=files.weights,
+    )
 
 
 def _read_sizes(files: layout.ModelFiles) -> _Sizes:
@@ -91,22 +140,44 @@ def _read_sizes(files: layout.ModelFiles) -> _Sizes:
         transformer=sizes,
         vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
         text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
+        image_encoder=_read_image_encoder_sizes(files),
     )
     _check_they_fit(found, path)
     return found
 
 
+def _read_image_encoder_sizes(files: layout.ModelFiles) -> config.ImageEncoderConfig | None:
+    if files.task is not layout.Task.IMAGE_TO_VIDEO:
+        return None
+    path = files.image_encoder_config
+    return config_files.image_encoder(path) if path else config.CLIP_VIT_H_14
+
+
 def _check_they_fit(sizes: _Sizes, path: Path) -> None:
-    dit, z_dim, text_dim = sizes.transformer, sizes.vae.z_dim, sizes.text_encoder.dim
-    if dit.image_dim is not None:
-        raise errors.ConfigError(path, "describes an image-to-video model, not text-to-video")
-    if not dit.in_dim == dit.out_dim == z_dim:
-        channels = f"{dit.in_dim} in and {dit.out_dim} out"
-        raise errors.ConfigError(path, f"has {channels}, the autoencoder {z_dim} channels")
+    dit, text_dim, clip = sizes.transformer, sizes.text_encoder.dim, sizes.image_encoder
+    _check_channels(dit, sizes.vae, path)
+    if clip is not None and dit.image_dim != clip.dim:
+        raise errors.ConfigError(
+            path, f"takes an image of width {dit.image_dim}, the encoder's: {clip.dim}"
+        )
     if dit.text_dim != text_dim:
         raise errors.ConfigError(
             path, f"takes text of width {dit.text_dim}, the encoder's: {text_dim}"
         )
+
+
+def _check_channels(
+    dit: config.TransformerConfig, autoencoder: config.VAEConfig, path: Path
+) -> None:
+    """Latents go in and come out; for image-to-video a mask and a condition go in with them."""
+    z_dim = autoencoder.z_dim
+    expected_in = z_dim if dit.image_dim is None else 2 * z_dim + autoencoder.temporal_stride
+    if (dit.in_dim, dit.out_dim) != (expected_in, z_dim):
+        problem = (
+            f"has {dit.in_dim} in and {dit.out_dim} out, the autoencoder {z_dim} channels; "
+            f"expected {expected_in} in and {z_dim} out"
+        )
+        raise errors.ConfigError(path, problem)
 
 
 def _load_transformer(
@@ -120,6 +191,9 @@ def _load_transformer(
     native = network.state_dict().keys()
     names = {} if files.transformer_is_native else weight_names.transformer_from_diffusers(native)
     tensors = read_tensors(files.transformer, names)
+    if LAST_FRAME_TENSOR in tensors:
+        problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
+        raise errors.CheckpointError(f"{_named(files.transformer)}: {problem}")
     dtypes = {name: transformer.parameter_dtype(name, dtype) for name in native}
     load_strictly(network, tensors, path=_named(files.transformer), device=device, dtypes=dtypes)
     return network
@@ -163,17 +237,57 @@ def _load_text_encoder(
     return network
 
 
+def _load_image_encoder(
+    files: layout.ModelFiles,
+    sizes: config.ImageEncoderConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> image_encoder.ImageEncoder:
+    with torch.device("meta"):
+        network = image_encoder.ImageEncoder(sizes)
+    expected, names = network.state_dict(), {}
+    if files.layout is layout.Layout.DIFFUSERS:
+        names = weight_names.image_encoder_from_transformers(expected)
+    tensors = read_tensors(files.image_encoder, names, unused=weight_names.UNUSED_OF_CLIP)
+    load_strictly(
+        network,
+        joined_qkv(tensors, expected) if names else tensors,
+        path=_named(files.image_encoder),
+        device=device,
+        dtypes=dict.fromkeys(expected, dtype),
+    )
+    return network
+
+
+def joined_qkv(tensors: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """transformers' q, k and v as one tensor; its embeddings with the native axes of length 1."""
+    native = dict(tensors)
+    for name in expected:
+        parts = weight_names.split_qkv(name)
+        if len(parts) > 1 and native.keys() >= set(parts):
+            native[name] = torch.cat([native.pop(part) for part in parts])
+        elif name.endswith(("cls_embedding", "pos_embedding")) and name in native:
+            native[name] = native[name].reshape(1, -1, native[name].shape[-1])
+    return native
+
+
 def read_tensors(
-    paths: Iterable[Path], names: Mapping[str, str] | None = None
+    paths: Iterable[Path],
+    names: Mapping[str, str] | None = None,
+    *,
+    unused: re.Pattern[str] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of files, renamed by `names` where it knows them; data is mapped, not yet read.
 
+    Names that `unused` matches are passed over.
     Raises UnreadableWeightsError for a broken file, for anything in it but float tensors, and for
     a name that two files share.
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in _read_file(path).items():
+            if unused is not None and unused.match(name):
+                continue
             native = (names or {}).get(name, name)
             if native in tensors:
                 raise errors.UnreadableWeightsError(path, f"{name} is also in another shard")

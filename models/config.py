@@ -1,5 +1,6 @@
 """Dimensions of the networks, and their named sizes."""
 
+import dataclasses
 from dataclasses import dataclass
 
 WAN_TEXT_DIM = 4096  # width of UMT5-XXL; the native config.json leaves it out
@@ -103,6 +104,31 @@ class TextEncoderConfig:
         _require_positive(self, "vocab_size dim head_dim num_heads ffn_dim num_layers num_buckets")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Dimensions of CLIP's visual tower, its last block included."""
+
+    image_size: int
+    patch_size: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "image_size patch_size dim ffn_dim num_heads num_layers")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} do not fill {self.image_size} pixels")
+
+    @property
+    def num_tokens(self) -> int:
+        """One for the whole image, one per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
 WAN_T2V_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 WAN_T2V_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 WAN_I2V_14B = TransformerConfig(
@@ -112,9 +138,16 @@ WAN_VAE = VAEConfig()
 UMT5_XXL = TextEncoderConfig(
     vocab_size=256384, dim=4096, head_dim=64, num_heads=64, ffn_dim=10240, num_layers=24
 )
+CLIP_VIT_H_14 = ImageEncoderConfig(
+    image_size=224, patch_size=14, dim=WAN_IMAGE_DIM, ffn_dim=5120, num_heads=16, num_layers=32
+)
 
 TINY = TransformerConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, text_len=512)
 TINY_VAE = VAEConfig(base_dim=8, num_res_blocks=1)
 TINY_TEXT_ENCODER = TextEncoderConfig(
     vocab_size=264, dim=32, head_dim=16, num_heads=2, ffn_dim=64, num_layers=2
+)
+TINY_I2V = dataclasses.replace(TINY, in_dim=36, image_dim=48)
+TINY_IMAGE_ENCODER = ImageEncoderConfig(
+    image_size=56, patch_size=14, dim=48, ffn_dim=96, num_heads=2, num_layers=3
 )

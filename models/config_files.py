@@ -13,6 +13,8 @@ from models import config, errors
 
 Config = TypeVar("Config")
 
+FIRST_AND_LAST_FRAME = "models between a first and a last frame are not supported"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError when it is not there, broken, or no object."""
@@ -106,14 +108,16 @@ def native_transformer(path: Path) -> config.TransformerConfig:
     keys.only("window_size", [-1, -1])
     keys.only("patch_size", [1, 2, 2])
     model_type = keys.string("model_type")
+    if model_type == "flf2v":
+        raise keys.error("model_type", f"is 'flf2v': {FIRST_AND_LAST_FRAME}")
     if model_type not in ("t2v", "i2v"):
         raise keys.error("model_type", f"is {model_type!r}; supported: 't2v', 'i2v'")
     fields = {name: keys.integer(name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
     fields |= {name: keys.integer(name) for name in ("in_dim", "out_dim", "freq_dim", "text_len")}
     fields["text_dim"] = keys.integer("text_dim", config.WAN_TEXT_DIM)
+    image_dim = keys.integer("image_dim", config.WAN_IMAGE_DIM) if model_type == "i2v" else None
     eps = keys.number("eps")
     keys.finish()
-    image_dim = config.WAN_IMAGE_DIM if model_type == "i2v" else None
     return _checked(path, config.TransformerConfig, **fields, eps=eps, image_dim=image_dim)
 
 
@@ -123,7 +127,8 @@ def diffusers_transformer(path: Path) -> config.TransformerConfig:
     keys.only("qk_norm", "rms_norm_across_heads")
     keys.only("cross_attn_norm", True)
     keys.only("patch_size", [1, 2, 2])
-    keys.only("pos_embed_seq_len", None)
+    if keys.optional_integer("pos_embed_seq_len") is not None:
+        raise keys.error("pos_embed_seq_len", f"is set: {FIRST_AND_LAST_FRAME}")
     keys.drop("rope_max_seq_len", "add_img_emb", "window_size")
     num_heads, head_dim = keys.integer("num_attention_heads"), keys.integer("attention_head_dim")
     dim, image_dim = num_heads * head_dim, keys.optional_integer("image_dim")
@@ -187,6 +192,27 @@ def text_encoder(path: Path) -> config.TextEncoderConfig:
         num_buckets=keys.integer("relative_attention_num_buckets"),
         max_distance=keys.integer("relative_attention_max_distance"),
         eps=keys.number("layer_norm_epsilon"),
+    )
+
+
+def image_encoder(path: Path) -> config.ImageEncoderConfig:
+    """Read the keys of transformers' CLIPVisionConfig: `image_encoder/config.json`, or natively
+    `clip_config.json`. Its many other keys do not concern the tower and are passed over.
+    """
+    keys = Keys.read(path)
+    keys.only("model_type", "clip_vision_model")
+    keys.only("hidden_act", "gelu")
+    keys.only("num_channels", 3)
+    return _checked(
+        path,
+        config.ImageEncoderConfig,
+        image_size=keys.integer("image_size"),
+        patch_size=keys.integer("patch_size"),
+        dim=keys.integer("hidden_size"),
+        ffn_dim=keys.integer("intermediate_size"),
+        num_heads=keys.integer("num_attention_heads"),
+        num_layers=keys.integer("num_hidden_layers"),
+        eps=keys.number("layer_norm_eps"),
     )
 
 

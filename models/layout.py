@@ -12,6 +12,11 @@ Two layouts are known. Native (Wan2.1 as released, LightX2V):
     t5_config.json, vae_config.json                    only where these differ from Wan2.1
 
 Diffusers: `model_index.json` and the folders transformer, vae, text_encoder, tokenizer.
+
+An image-to-video model has one network more, in the root or in image_encoder/:
+
+    models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth
+    clip_config.json                                   only where it differs from Wan2.1
 """
 
 import enum
@@ -21,11 +26,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import errors
+from models import config_files, errors
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
+IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
 DISTILLED_FILES = (
     Path("distill_models") / "distill_model.safetensors",
@@ -49,12 +55,20 @@ class Layout(enum.Enum):
     """Folders and tensor names of a diffusers pipeline."""
 
 
+class Task(enum.Enum):
+    TEXT_TO_VIDEO = "text-to-video"
+    """Takes a prompt."""
+    IMAGE_TO_VIDEO = "image-to-video"
+    """Takes a prompt and the picture that the video starts with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The files that make one text-to-video model."""
+    """The files that make one model."""
 
     root: Path
     layout: Layout
+    task: Task
     transformer_config: Path
     transformer: tuple[Path, ...]
     """One file, or the shards of one index."""
@@ -67,21 +81,28 @@ class ModelFiles:
     text_encoder: tuple[Path, ...]
     tokenizer: Path
     """A folder."""
+    image_encoder_config: Path | None = None
+    """None: CLIP ViT-H/14, or no image encoder."""
+    image_encoder: tuple[Path, ...] = ()
+    """Empty for text-to-video."""
 
     @property
     def weights(self) -> tuple[Path, ...]:
-        return self.transformer + self.vae + self.text_encoder
+        return self.transformer + self.vae + self.text_encoder + self.image_encoder
 
     @property
     def sizes_bytes(self) -> Mapping[Path, int]:
         return {path: path.stat().st_size for path in self.weights}
 
 
-def find(root: Path, *, transformer_file: Path | None = None) -> ModelFiles:
+def find(
+    root: Path, *, transformer_file: Path | None = None, task: Task | None = None
+) -> ModelFiles:
     """Say which files of a folder would be used; `transformer_file` replaces the transformer.
 
     Raises CheckpointError: MissingFileError where one is not there, AmbiguousFilesError where
-    several would do. No weight file is opened.
+    several would do, ConfigError where the model is for another task than `task`. No weight file
+    is opened.
     """
     if not root.is_dir():
         raise errors.MissingFileError(root, BOTH_LAYOUTS, hint="there is no such folder")
@@ -93,7 +114,7 @@ def find(root: Path, *, transformer_file: Path | None = None) -> ModelFiles:
     is_diffusers = markers[0].name == "model_index.json"
     if transformer_file is not None and not transformer_file.is_file():
         raise errors.MissingFileError(root, f"the transformer at {transformer_file}")
-    return (_diffusers if is_diffusers else _native)(root, transformer_file)
+    return (_diffusers if is_diffusers else _native)(root, transformer_file, task)
 
 
 def weight_hashes(files: ModelFiles) -> dict[str, str]:
@@ -106,13 +127,16 @@ def weight_hashes(files: ModelFiles) -> dict[str, str]:
     return hashes
 
 
-def _native(root: Path, transformer_file: Path | None) -> ModelFiles:
+def _native(root: Path, transformer_file: Path | None, wanted: Task | None) -> ModelFiles:
+    task = _task(root / "config.json", wanted)
+    has_image = task is Task.IMAGE_TO_VIDEO
     tokenizer = root / TOKENIZER_FOLDER
     if not tokenizer.is_dir():
         raise errors.MissingFileError(root, f"the tokenizer folder {TOKENIZER_FOLDER}/")
     return ModelFiles(
         root=root,
         layout=Layout.NATIVE,
+        task=task,
         transformer_config=root / "config.json",
         transformer=(transformer_file,) if transformer_file else _native_transformer(root),
         transformer_is_native=True,
@@ -121,6 +145,8 @@ def _native(root: Path, transformer_file: Path | None) -> ModelFiles:
         text_encoder_config=_if_there(root / "t5_config.json"),
         text_encoder=(_beside(root, TEXT_ENCODER_FILE),),
         tokenizer=tokenizer,
+        image_encoder_config=_if_there(root / "clip_config.json") if has_image else None,
+        image_encoder=(_beside(root, IMAGE_ENCODER_FILE),) if has_image else (),
     )
 
 
@@ -139,11 +165,11 @@ def _beside(root: Path, name: str) -> Path:
     raise errors.MissingFileError(root, name)
 
 
-def _diffusers(root: Path, transformer_file: Path | None) -> ModelFiles:
-    folders = {name: root / name for name in ("transformer", "vae", "text_encoder", "tokenizer")}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise errors.MissingFileError(root, f"the folder {name}/", hint=BOTH_LAYOUTS)
+def _diffusers(root: Path, transformer_file: Path | None, wanted: Task | None) -> ModelFiles:
+    names = ("transformer", "vae", "text_encoder", "tokenizer")
+    folders = {name: _folder(root, name) for name in names}
+    task = _task(folders["transformer"] / "config.json", wanted)
+    clip = _folder(root, "image_encoder") if task is Task.IMAGE_TO_VIDEO else None
     if transformer_file is None:
         transformer = _one_or_sharded(folders["transformer"], TRANSFORMER_STEM, what="transformer")
     else:
@@ -151,6 +177,7 @@ def _diffusers(root: Path, transformer_file: Path | None) -> ModelFiles:
     return ModelFiles(
         root=root,
         layout=Layout.DIFFUSERS,
+        task=task,
         transformer_config=folders["transformer"] / "config.json",
         transformer=transformer,
         transformer_is_native=transformer_file is not None,
@@ -159,7 +186,27 @@ def _diffusers(root: Path, transformer_file: Path | None) -> ModelFiles:
         text_encoder_config=folders["text_encoder"] / "config.json",
         text_encoder=_one_or_sharded(folders["text_encoder"], "model", what="text encoder"),
         tokenizer=folders["tokenizer"],
+        image_encoder_config=clip / "config.json" if clip else None,
+        image_encoder=_one_or_sharded(clip, "model", what="image encoder") if clip else (),
     )
+
+
+def _folder(root: Path, name: str) -> Path:
+    if not (root / name).is_dir():
+        raise errors.MissingFileError(root, f"the folder {name}/", hint=BOTH_LAYOUTS)
+    return root / name
+
+
+def _task(transformer_config: Path, wanted: Task | None) -> Task:
+    """What the transformer takes; whether its config makes sense is seen when it is read."""
+    values = config_files.read_json(transformer_config)
+    is_native_image = values.get("model_type") in ("i2v", "flf2v")
+    takes_image = is_native_image or values.get("image_dim") is not None
+    task = Task.IMAGE_TO_VIDEO if takes_image else Task.TEXT_TO_VIDEO
+    if wanted is not None and wanted is not task:
+        problem = f"does not fit the task: {task.value} model, not {wanted.value}"
+        raise errors.ConfigError(transformer_config, problem)
+    return task
 
 
 def _one_or_sharded(folder: Path, stem: str, *, what: str) -> tuple[Path, ...]:

@@ -77,6 +77,27 @@ TEXT_ENCODER_LAYER = (
 )
 
 
+IMAGE_ENCODER: Rules = (
+    (r"^visual\.cls_embedding$", "embeddings.class_embedding"),
+    (r"^visual\.patch_embedding\.", "embeddings.patch_embedding."),
+    (r"^visual\.pos_embedding$", "embeddings.position_embedding.weight"),
+    (r"^visual\.pre_norm\.", "pre_layrnorm."),
+    (r"^visual\.transformer\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.to_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.2\.", ".mlp.fc2."),
+)
+"""Of CLIP's visual tower, native to transformers, where q, k and v are apart."""
+
+UNUSED_OF_CLIP = re.compile(
+    r"(textual\.|log_scale$|visual\.post_norm\.|visual\.head$"  # native
+    r"|(vision_model\.)?(post_layernorm\.|embeddings\.position_ids$)|visual_projection\.)"
+)
+"""The text tower, and what follows the last block: in the files, not in our network."""
+
+
 def rename(name: str, rules: Rules) -> str:
     """Apply every rule in order."""
     for pattern, replacement in rules:
@@ -101,6 +122,24 @@ def text_encoder_to_transformers(num_layers: int) -> dict[str, str]:
     layers = [f"blocks.{i}.{name}" for i in range(num_layers) for name in TEXT_ENCODER_LAYER]
     natives = ["token_embedding.weight", *layers, "norm.weight"]
     return {native: rename(native, TEXT_ENCODER) for native in natives}
+
+
+def image_encoder_from_transformers(native_names: Iterable[str]) -> dict[str, str]:
+    """transformers' name of each tensor of the visual tower -> its native name.
+
+    A native `to_qkv` is there as `to_q`, `to_k` and `to_v`. CLIPVisionModelWithProjection and
+    transformers before 5 put `vision_model.` in front of every name; both spellings are here.
+    """
+    split = [part for native in native_names for part in split_qkv(native)]
+    bare = _inverse({native: rename(native, IMAGE_ENCODER) for native in split})
+    return bare | {f"vision_model.{foreign}": native for foreign, native in bare.items()}
+
+
+def split_qkv(native: str) -> list[str]:
+    """The names of the parts that a native tensor has in transformers, in their order."""
+    if ".to_qkv." not in native:
+        return [native]
+    return [native.replace(".to_qkv.", f".to_{part}.") for part in "qkv"]
 
 
 def _grouped_upsamples(native: str, num_res_blocks: int) -> str:
