@@ -207,11 +207,6 @@ def prompt_file(
 
 
 @pytest.fixture
-def make_prompt_file() -> Callable[..., submission.PromptFile]:
-    return prompt_file
-
-
-@pytest.fixture
 def make_world() -> Iterator[Callable[[str], World]]:
     opened: list[database.Database] = []
 

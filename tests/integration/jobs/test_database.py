@@ -1,0 +1,124 @@
+"""Transactions and the clock, on both databases."""
+
+import itertools
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
+
+from jobs import database, errors, settings
+from jobs.schema import Batch, Job
+from tests.integration.jobs.conftest import World
+
+
+def test_the_clock_is_the_databases_and_goes_on(world: World) -> None:
+    with world.db.reading() as session:
+        first, second = database.now(session), database.now(session)
+    assert first.tzinfo is UTC
+    assert first <= second
+    assert abs(first - datetime.now(UTC)) < timedelta(seconds=30)
+
+
+def test_a_moment_comes_back_as_it_was_stored(world: World) -> None:
+    world.submit()
+    berlin_summer = datetime.fromisoformat("2026-07-01T12:00:00.123+02:00")
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(finished_at=berlin_summer))
+        stored = session.scalar(select(Batch.finished_at))
+        assert session.scalar(select(Batch.id).where(Batch.finished_at == berlin_summer))
+    assert stored == berlin_summer
+    assert stored.tzinfo is UTC
+
+
+def test_a_moment_without_a_zone_is_refused(world: World) -> None:
+    with (
+        world.db.transaction() as session,
+        pytest.raises((AssertionError, StatementError), match="naive"),
+    ):
+        session.execute(update(Batch).values(finished_at=datetime(2026, 7, 1)))
+
+
+def test_an_exception_rolls_back(world: World) -> None:
+    batch_id = world.submit()
+
+    def change_and_stop() -> None:
+        with world.db.transaction() as session:
+            session.execute(update(Batch).values(name="half"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        change_and_stop()
+    assert world.batch(batch_id).name is None
+
+
+def test_what_was_read_outlives_its_session(world: World) -> None:
+    job = world.only_job(world.submit())
+    assert job.prompt == "prompt 0"
+
+
+def test_a_defect_of_ours_is_not_tried_again(world: World) -> None:
+    runs = itertools.count()
+
+    def broken(session: database.Session) -> None:
+        next(runs)
+        session.execute(text("SELECT nothing FROM nowhere"))
+
+    with pytest.raises((OperationalError, ProgrammingError)):
+        world.db.write(broken)
+    assert next(runs) == 1
+
+
+def test_a_job_cannot_belong_to_no_batch(world: World) -> None:
+    world.submit()
+    with pytest.raises(IntegrityError), world.db.transaction() as session:
+        session.execute(update(Job).values(batch_id="none"))
+
+
+def test_writers_of_sqlite_wait_for_each_other(sqlite_world: World) -> None:
+    """Reading first and writing later in one transaction never fails for a writer in between."""
+    start = threading.Barrier(4)
+    sqlite_world.submit()
+
+    def count_up() -> None:
+        start.wait()
+        for _ in range(25):
+            with sqlite_world.db.transaction() as session:
+                value = session.scalar(select(Batch.priority)) or 0
+                session.execute(update(Batch).values(priority=value + 1))
+
+    threads = [threading.Thread(target=count_up) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with sqlite_world.db.reading() as session:
+        assert session.scalar(select(Batch.priority)) == 100
+
+
+def test_sqlite_keeps_what_it_committed_through_a_power_cut(sqlite_world: World) -> None:
+    with sqlite_world.db.transaction() as session:
+        assert session.scalar(text("PRAGMA journal_mode")) == "wal"
+        assert session.scalar(text("PRAGMA synchronous")) == 2
+
+
+def test_a_home_with_odd_characters_holds_its_own_database(tmp_path: object) -> None:
+    home = settings.Path(str(tmp_path)) / "a?b%20c#d é"
+    db = database.connect(settings.load(home=str(home)))
+    with db.reading() as session:
+        database.now(session)
+    db.close()
+    assert (home / "rushes.db").exists()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "postgresql//x", "://"])
+def test_an_address_that_is_none_is_told_by_its_setting(url: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="DATABASE_URL is not a database URL"):
+        _ = database.Database(url).url
+
+
+def test_a_database_without_a_driver_is_told(tmp_path: object) -> None:
+    with pytest.raises(database.DatabaseUnavailable, match=r"no driver.*postgresql://") as caught:
+        _ = database.Database("mysql+nothing://u:hunter2@h/db").engine
+    assert "hunter2" not in str(caught.value)

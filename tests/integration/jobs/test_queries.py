@@ -1,0 +1,258 @@
+"""What people and programs are told, on both databases."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text, update
+
+from jobs import database, errors, queries, states, workers
+from jobs.schema import Batch, Job
+from jobs.states import BatchState
+from tests.integration.jobs.conftest import PRESET, QUEUE, World
+
+
+def named(world: World, batch_id: str) -> str:
+    """A batch under an id of our choice."""
+    old = world.submit()
+    with world.db.transaction() as session:
+        if world.db.is_sqlite:
+            session.execute(text("PRAGMA defer_foreign_keys=ON"))
+        batch = session.get_one(Batch, old)
+        values = {c.name: getattr(batch, c.name) for c in Batch.__table__.columns}
+        session.add(Batch(**{**values, "id": batch_id}))
+        session.flush()
+        session.execute(update(Job).where(Job.batch_id == old).values(batch_id=batch_id))
+        session.delete(batch)
+    return batch_id
+
+
+def found(world: World, reference: str) -> str:
+    with world.db.reading() as session:
+        return queries.find_batch(session, reference).id
+
+
+def test_a_batch_is_found_by_its_id_or_a_beginning_that_is_its_own(world: World) -> None:
+    one, other = named(world, "261123-abcdefgh"), named(world, "261123-abxyzabc")
+    assert found(world, one) == one
+    assert found(world, "261123-abc") == one
+    assert found(world, "261123-abx") == other
+    assert found(world, "261123-abcdefgh") == one
+
+
+def test_a_beginning_of_several_batches_lists_them(world: World) -> None:
+    one, other = named(world, "261123-abcdefgh"), named(world, "261123-abxyzabc")
+    with pytest.raises(errors.NotFound, match=f"too short to tell which: {one}, {other}"):
+        found(world, "261123-ab")
+    with pytest.raises(errors.NotFound, match="too short"):
+        found(world, "2")
+
+
+def test_an_id_that_begins_another_means_itself(world: World) -> None:
+    one = named(world, "261123-abc")
+    named(world, "261123-abcdefgh")
+    assert found(world, "261123-abc") == one
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", "%", "_", "261123_abcdefgh", "261123%", "\\", "'", "nul\0", "half \udcff", "é", "x" * 99],
+)
+def test_nothing_else_is_taken_for_a_batch(world: World, reference: str) -> None:
+    """Wildcards of LIKE and what no database stores included."""
+    named(world, "261123-abcdefgh")
+    with pytest.raises(errors.NotFound, match="no batch"):
+        found(world, reference)
+
+
+def test_latest_is_the_newest_batch(world: World) -> None:
+    with pytest.raises(errors.NotFound, match="there is no batch yet"):
+        found(world, "latest")
+    world.submit()
+    newest = world.submit()
+    with world.db.transaction() as session:
+        session.execute(
+            update(Batch)
+            .where(Batch.id != newest)
+            .values(created_at=database.now(session) - timedelta(hours=1))
+        )
+    assert found(world, "latest") == newest
+
+
+def test_batches_come_newest_first_in_pages_without_gaps(world: World) -> None:
+    """Also when several were stored in the same millisecond."""
+    ids = {world.submit() for _ in range(7)}
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(created_at=database.now(session)))
+    seen: list[str] = []
+    while True:
+        with world.db.reading() as session:
+            page = queries.batches(session, limit=3, before=seen[-1] if seen else None)
+        if not page:
+            break
+        seen += [batch.id for batch in page]
+    assert len(seen) == 7
+    assert set(seen) == ids
+
+
+def test_a_job_is_found_by_number_custom_id_or_position(world: World) -> None:
+    rows = [{"prompt": "a", "custom_id": "scene/1"}, {"prompt": "b"}, {"prompt": "c"}]
+    batch_id = world.submit([*rows, {"prompt": "d", "custom_id": "2"}])
+    first, second, third, fourth = world.jobs(batch_id)
+
+    def job(reference: str) -> int:
+        with world.db.reading() as session:
+            return queries.find_job(session, reference).id
+
+    assert job(str(first.id)) == first.id
+    assert job(f"{batch_id}/scene/1") == first.id
+    assert job("latest/1") == second.id
+    assert job(f"{batch_id[:10]}/0") == first.id
+    # A custom_id that is a number wins over the position of the same number.
+    assert job(f"{batch_id}/2") == fourth.id
+    assert third.position == 2
+    for nothing in ("x", "", "0", "9" * 30, f"{batch_id}/", f"{batch_id}/9", "latest/nul\0"):
+        with pytest.raises(errors.NotFound):
+            job(nothing)
+    for nothing in (f"{batch_id}/half \udcff", f"{batch_id}/" + "1" * 40, "nowhere/1"):
+        with pytest.raises(errors.NotFound):
+            job(nothing)
+
+
+def _batch(**values: Any) -> Batch:
+    counts = dict.fromkeys(("queued", "running", "succeeded", "failed", "cancelled"), 0) | values
+    asked = counts.pop("asked", None)
+    return Batch(**counts, total=sum(counts.values()), cancel_requested_at=asked)
+
+
+@pytest.mark.parametrize(
+    ("counts", "state"),
+    [
+        ({"queued": 2}, BatchState.QUEUED),
+        ({"queued": 1, "running": 1}, BatchState.RUNNING),
+        ({"queued": 1, "succeeded": 1}, BatchState.RUNNING),
+        ({"queued": 1, "failed": 1}, BatchState.RUNNING),
+        ({"running": 1, "asked": 1}, BatchState.CANCELLING),
+        ({"succeeded": 2}, BatchState.SUCCEEDED),
+        ({"succeeded": 1, "failed": 1}, BatchState.PARTIALLY_FAILED),
+        ({"succeeded": 1, "failed": 1, "cancelled": 1}, BatchState.PARTIALLY_FAILED),
+        ({"succeeded": 1, "cancelled": 1}, BatchState.CANCELLED),
+        ({"cancelled": 2}, BatchState.CANCELLED),
+        ({"failed": 2}, BatchState.FAILED),
+        ({"failed": 1, "cancelled": 1}, BatchState.FAILED),
+        ({"succeeded": 2, "asked": 1}, BatchState.SUCCEEDED),
+    ],
+)
+def test_the_counts_of_a_batch_have_one_word(counts: dict[str, int], state: BatchState) -> None:
+    assert queries.batch_state(_batch(**counts)) is state
+
+
+def _finish(world: World, batch_id: str, seconds_ago: list[float]) -> None:
+    for job_id, ago in zip(world.job_ids(batch_id), seconds_ago, strict=False):
+        world.succeed(world.claimed(job_id))
+        with world.db.transaction() as session:
+            moment = database.now(session) - timedelta(seconds=ago)
+            session.execute(update(Job).where(Job.id == job_id).values(finished_at=moment))
+
+
+def test_rate_and_time_left_follow_the_latest_results(world: World) -> None:
+    batch_id = world.submit(8)
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).rate_per_minute is None
+    _finish(world, batch_id, [60, 40, 20, 0])
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(3.0, rel=0.1)
+    assert progress.seconds_left == pytest.approx(80.0, rel=0.1)
+    assert progress.state is BatchState.RUNNING
+
+
+def test_a_batch_that_stands_still_slows_down(world: World) -> None:
+    batch_id = world.submit(4)
+    _finish(world, batch_id, [660, 600])
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(1 / 11, rel=0.1)
+
+
+def test_a_finished_batch_has_a_rate_and_nothing_left(world: World) -> None:
+    batch_id = world.submit(2)
+    _finish(world, batch_id, [120, 90])
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(2.0, rel=0.1)
+    assert progress.seconds_left is None
+
+
+def test_results_at_one_moment_make_no_rate(world: World) -> None:
+    batch_id = world.submit(2)
+    _finish(world, batch_id, [0, 0])
+    with world.db.transaction() as session:
+        session.execute(update(Job).values(finished_at=database.now(session)))
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).rate_per_minute is None
+
+
+def test_a_worker_lives_while_its_launcher_reports(world: World) -> None:
+    for name in ("gpu0@a", "gpu1@a", "gpu0@b"):
+        world.register(name)
+    world.silence("gpu1@a")
+    world.db.write(workers.stopped, "gpu0@b")
+    attempt_id = world.claimed(world.only_job(world.submit()).id, worker="gpu0@a")
+    with world.db.reading() as session:
+        live = queries.live_workers(session)
+        by_queue = queries.live_workers_by_queue(session)
+    assert [(one.worker.name, one.is_alive) for one in live] == [
+        ("gpu0@a", True),
+        ("gpu1@a", False),
+    ]
+    assert live[0].attempt is not None
+    assert live[0].attempt.id == attempt_id
+    assert by_queue == {QUEUE: 1}
+
+
+def test_a_worker_that_comes_back_keeps_its_row(world: World) -> None:
+    world.register("gpu0@a")
+    with world.db.reading() as session:
+        first = queries.live_workers(session)[0].worker.started_at
+    world.register("gpu0@a")
+    with world.db.reading() as session:
+        assert queries.live_workers(session)[0].worker.started_at == first
+    world.db.write(workers.stopped, "gpu0@a")
+    with world.db.reading() as session:
+        assert queries.live_workers(session) == []
+    world.register("gpu0@a")
+    with world.db.reading() as session:
+        (back,) = queries.live_workers(session)
+    assert back.worker.started_at >= first
+    assert back.worker.stopped_at is None
+
+
+def test_queues_that_nobody_takes_from_are_told(world: World) -> None:
+    batch_id = world.submit()
+    with world.db.reading() as session:
+        assert queries.queues_without_workers(session, batch_id) == [QUEUE]
+    world.register()
+    with world.db.reading() as session:
+        assert queries.queues_without_workers(session, batch_id) == []
+
+
+def test_jobs_and_attempts_are_listed_in_their_order(world: World) -> None:
+    batch_id = world.submit(5)
+    ids = world.job_ids(batch_id)
+    world.release(world.claimed(ids[2]))
+    last = world.claimed(ids[2])
+    with world.db.reading() as session:
+        page = queries.jobs(session, batch_id, after=1, limit=2)
+        assert [job.position for job in page] == [2, 3]
+        running = queries.jobs(session, batch_id, states_wanted=[states.JobState.RUNNING])
+        assert [job.id for job in running] == [ids[2]]
+        assert [a.number for a in queries.attempts(session, ids[2])] == [1, 2]
+        assert [(j.id, a.id) for j, a in queries.running(session, batch_id)] == [(ids[2], last)]
+        assert queries.winning_attempt(session, running[0]) is None
+        assert queries.look(session, running[0])["fps"] == PRESET.look.fps
+    world.succeed(last)
+    with world.db.reading() as session:
+        winner = queries.winning_attempt(session, world.job(ids[2]))
+    assert winner is not None
+    assert winner.id == last

@@ -1,0 +1,372 @@
+"""Prompts become jobs whole or not at all, on both databases."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import event, func, select
+
+from jobs import errors, presets, queues, schema, submission
+from jobs.schema import Batch, Job
+from tests.integration.jobs.conftest import PRESET, World, prompt_file
+
+
+def rows_of(world: World) -> int:
+    with world.db.reading() as session:
+        return sum(
+            session.scalar(select(func.count()).select_from(table)) or 0 for table in (Batch, Job)
+        )
+
+
+def test_each_job_is_stored_as_its_line_says(world: World) -> None:
+    rows = [
+        {"prompt": "a kite", "custom_id": "k", "seed": 2**63 - 1, "metadata": {"shot": "1"}},
+        {"prompt": "día 日 🎬", "priority": 7, "width": 32, "height": 48},
+    ]
+    batch_id = world.submit(rows, name="rushes of the day", priority=-3)
+    batch = world.batch(batch_id)
+    assert (batch.name, batch.preset, batch.total, batch.queued) == (
+        "rushes of the day",
+        "tiny",
+        2,
+        2,
+    )
+    first, second = world.jobs(batch_id)
+    assert (first.position, first.custom_id, first.seed) == (0, "k", 2**63 - 1)
+    assert (first.meta, first.rank) == ({"shot": "1"}, 3)
+    assert (second.prompt, second.rank, second.custom_id) == ("día 日 🎬", -7, None)
+    assert first.queue == queues.of_model("tiny")
+    with world.db.reading() as session:
+        look = session.get_one(schema.Look, second.look_id)
+    assert (look.body["width"], look.body["height"]) == (32, 48)
+    assert presets.Look.model_validate(look.body).id == look.id
+    world.check()
+
+
+BAD = b"""{"prompt": "good"}
+{"prompt": "bad", "width": 33}
+not json
+{"prompt": "good too", "custom_id": "a"}
+{"prompt": "again", "custom_id": "a"}
+{"prompt": "nul \\u0000"}
+{"prompt": "half \\ud800"}
+{"prompt": "image", "image": "https://example.org/a.png"}
+{"prompt": "meta", "metadata": {"k": "\\u0000"}}
+"""
+
+
+def test_one_bad_line_stores_nothing_and_every_bad_line_is_told(world: World) -> None:
+    with pytest.raises(errors.InvalidInput) as caught:
+        submission.submit(world.db, prompt_file(BAD))
+    assert [problem.line for problem in caught.value.problems] == [2, 3, 5, 6, 7, 8, 9]
+    assert rows_of(world) == 0
+
+
+def test_bad_lines_can_be_left_out(world: World) -> None:
+    done = submission.submit(world.db, prompt_file(BAD, skip_invalid=True))
+    assert [job.prompt for job in world.jobs(done.batch_id)] == ["good", "good too"]
+    assert [problem.line for problem in done.plan.skipped] == [2, 3, 5, 6, 7, 8, 9]
+    world.check()
+
+
+def test_a_doubled_custom_id_names_both_lines(world: World) -> None:
+    with pytest.raises(errors.InvalidInput, match=r'line 5: custom_id "a" is already on line 4'):
+        submission.submit(world.db, prompt_file(BAD.replace(b"width", b"priority")))
+
+
+def test_a_file_without_prompts_is_refused_even_when_bad_lines_are_left_out(world: World) -> None:
+    for data in (b"", b"\n\n", b"not json\n"):
+        with pytest.raises(errors.InvalidInput) as caught:
+            submission.submit(world.db, prompt_file(data, skip_invalid=True))
+        assert caught.value.problems, data
+    assert rows_of(world) == 0
+
+
+def test_more_bad_lines_than_are_told_are_counted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "MAX_PROBLEMS", 2)
+    with pytest.raises(errors.InvalidInput) as caught:
+        submission.plan(prompt_file(BAD))
+    assert len(caught.value.problems) == 3
+    assert "5 more bad lines" in caught.value.problems[-1].message
+
+
+# Seeds and repetitions.
+
+
+def test_a_repeated_prompt_counts_its_seed_on(world: World) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a", "custom_id": "x", "seed": 7}, {"prompt": "b"}]
+    jobs = world.jobs(world.submit(rows, repeat=3))
+    assert [job.custom_id for job in jobs] == ["x", "x#2", "x#3", None, None, None]
+    assert [job.seed for job in jobs[:3]] == [7, 8, 9]
+    assert len({job.seed for job in jobs[3:]}) == 3
+    world.check()
+
+
+def test_a_seed_counted_past_the_widest_begins_at_0(world: World) -> None:
+    jobs = world.jobs(world.submit([{"prompt": "a", "seed": 2**63 - 1}], repeat=2))
+    assert [job.seed for job in jobs] == [2**63 - 1, 0]
+
+
+def test_a_custom_id_that_looks_like_a_repetition_is_refused_with_repeat(world: World) -> None:
+    rows = [{"prompt": "a", "custom_id": "x#2"}]
+    assert world.submit(rows)
+    with pytest.raises(errors.InvalidInput, match="--repeat"):
+        world.submit(rows, repeat=2)
+
+
+def test_a_drawn_seed_stays_with_its_job(world: World) -> None:
+    job = world.only_job(world.submit())
+    claims = []
+    for _ in range(2):
+        claim = world.claim(job.id)
+        assert claim is not None
+        claims.append(claim.spec)
+        world.release(claim.attempt_id)
+    assert claims[0] == claims[1]
+    assert 0 <= claims[0].seed < 2**32
+    others = {other.seed for other in world.jobs(world.submit(50))}
+    assert len(others) > 45
+
+
+# Idempotency.
+
+
+def test_the_same_key_and_content_is_the_same_batch(world: World) -> None:
+    first = submission.submit(world.db, prompt_file([{"prompt": "a"}], idempotency_key="k"))
+    second = submission.submit(world.db, prompt_file([{"prompt": "a"}], idempotency_key="k"))
+    assert (first.is_new, second.is_new) == (True, False)
+    assert (second.batch_id, second.jobs) == (first.batch_id, 1)
+    assert rows_of(world) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"prompt": "b"}], {}),
+        ([{"prompt": "a"}], {"priority": 1}),
+        ([{"prompt": "a"}], {"repeat": 2}),
+        ([{"prompt": "a"}], {"name": "other"}),
+        (
+            [{"prompt": "a"}],
+            {"preset": replace(PRESET, look=PRESET.look.model_copy(update={"fps": 9}))},
+        ),
+    ],
+)
+def test_the_same_key_and_other_content_is_refused(
+    world: World, rows: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    first = world.submit([{"prompt": "a"}], idempotency_key="k")
+    with pytest.raises(errors.IdempotencyConflict, match=first):
+        world.submit(rows, idempotency_key="k", **options)
+    assert rows_of(world) == 2
+
+
+def test_without_a_key_the_same_file_is_another_batch(world: World) -> None:
+    assert world.submit([{"prompt": "a"}]) != world.submit([{"prompt": "a"}])
+
+
+# All or nothing.
+
+
+class Changing(io.BytesIO):
+    """A file that somebody saves again while it is read for the second time."""
+
+    def __init__(self, first: bytes, then: bytes) -> None:
+        super().__init__(first)
+        self._then = then
+        self.reads_from_start = 0
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self.reads_from_start += offset == 0 and whence == 0
+        if self.reads_from_start == 3:  # rows, fingerprint, then the rows to be stored
+            super().seek(0)
+            self.truncate()
+            self.write(self._then)
+        return super().seek(offset, whence)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [b'{"prompt": "c"}\n', b'{"prompt": "a"}\n{"prompt": "b"}\n', b"not json\n", b""],
+    ids=["same length", "longer", "broken", "empty"],
+)
+def test_a_file_that_changes_between_its_two_readings_is_refused(world: World, then: bytes) -> None:
+    file = prompt_file([])
+    file.stream = Changing(b'{"prompt": "a"}\n', then)
+    with pytest.raises(errors.InvalidInput, match="changed while it was read"):
+        submission.submit(world.db, file)
+    assert rows_of(world) == 0
+
+
+def test_a_crash_in_the_middle_leaves_nothing(world: World) -> None:
+    rows = [{"prompt": f"prompt {number}"} for number in range(3 * submission.ROWS_PER_INSERT)]
+    inserts = 0
+
+    def crash_later(*args: Any) -> None:
+        nonlocal inserts
+        inserts += "INSERT INTO jobs" in args[2]
+        if inserts == 3:
+            raise MemoryError
+
+    event.listen(world.db.engine, "before_cursor_execute", crash_later)
+    with pytest.raises(MemoryError):
+        world.submit(rows)
+    event.remove(world.db.engine, "before_cursor_execute", crash_later)
+    assert inserts >= 3
+    assert rows_of(world) == 0
+    assert world.submit(rows[:1])
+
+
+def test_a_killed_submit_leaves_nothing(world: World, database_url: str) -> None:
+    script = """
+import io, os, sys
+from jobs import database, presets, submission
+class Deadly(io.BytesIO):
+    starts = 0
+    def seek(self, offset, whence=0):
+        Deadly.starts += offset == 0
+        return super().seek(offset, whence)
+    def readline(self, *args):
+        if Deadly.starts == 3 and self.tell() > 150_000:
+            os._exit(9)
+        return super().readline(*args)
+data = b"".join(b'{"prompt": "prompt %d"}\\n' % n for n in range(10_000))
+options = submission.Options(preset=presets.load(sys.argv[2]))
+file = submission.PromptFile(Deadly(data), "x", "jsonl", options)
+submission.submit(database.Database(sys.argv[1]), file)
+"""
+    done = subprocess.run([sys.executable, "-c", script, database_url, str(PRESET.path)])
+    assert done.returncode == 9
+    assert rows_of(world) == 0
+    assert world.submit(2)
+
+
+# Looks.
+
+
+def test_a_look_that_is_there_already_is_shared(world: World) -> None:
+    first = world.only_job(world.submit())
+    second = world.only_job(world.submit())
+    assert first.look_id == second.look_id
+    with world.db.reading() as session:
+        assert session.scalar(select(func.count()).select_from(schema.Look)) == 1
+
+
+def test_the_looks_of_a_file_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "MAX_LOOKS", 3)
+    rows = [{"prompt": "a", "width": 16 * number} for number in (1, 2, 3, 2, 4, 1, 5)]
+    with pytest.raises(errors.InvalidInput) as caught:
+        world.submit(rows)
+    assert [problem.line for problem in caught.value.problems] == [5, 7]
+    batch_id = world.submit(rows, skip_invalid=True)
+    assert len(world.jobs(batch_id)) == 5
+    world.check()
+
+
+def test_spellings_of_looks_are_not_remembered_without_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submission, "MAX_REMEMBERED", 10)
+    rows = [{"prompt": "a", "seconds": 1 + number / 10_000} for number in range(200)]
+    file = prompt_file(rows)
+    plan = submission.plan(file)
+    assert plan.jobs == 200
+    assert len(plan.looks) == 1
+    assert len(file._remembered) <= 10
+
+
+def test_editing_a_preset_changes_no_queued_job(world: World) -> None:
+    job = world.only_job(world.submit())
+    edited = replace(PRESET, look=PRESET.look.model_copy(update={"sample_shift": 3.0}))
+    world.submit(preset=edited)
+    claim = world.claim(job.id)
+    assert claim is not None
+    assert claim.spec.look == PRESET.look
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": 101}, "--priority must be -100 to 100, got 101"),
+        ({"priority": -101}, "--priority"),
+        ({"repeat": 0}, "--repeat must be 1 to 10,000, got 0"),
+        ({"repeat": 10_001}, "--repeat"),
+        ({"name": ""}, "--name must be 1 to 200 printable characters"),
+        ({"name": "x" * 201}, "--name"),
+        ({"name": "two\nlines"}, "--name"),
+        ({"name": "nul\0"}, "--name"),
+        ({"name": "half \udcff"}, "--name"),
+        ({"idempotency_key": "x" * 201}, "--idempotency-key"),
+        ({"idempotency_key": "\0"}, "--idempotency-key"),
+    ],
+)
+def test_an_option_out_of_bounds_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.InvalidInput, match=message):
+        submission.plan(prompt_file([{"prompt": "a"}], **options))
+
+
+def test_the_longest_options_fit_the_tables(world: World) -> None:
+    batch_id = world.submit(
+        [{"prompt": "p" * 10_000, "custom_id": "ü" * 512, "seed": 1}],
+        name="ñ" * 200,
+        idempotency_key="日" * 200,
+        repeat=2,
+        priority=100,
+    )
+    assert [len(job.custom_id or "") for job in world.jobs(batch_id)] == [512, 514]
+
+
+def test_a_negative_prompt_is_kept_and_its_lack_of_effect_told(world: World) -> None:
+    rows = [{"prompt": "a", "negative_prompt": "blurry"}]
+    done = submission.submit(world.db, prompt_file(rows))
+    assert world.only_job(done.batch_id).negative_prompt == "blurry"
+    assert "1 prompts" in done.plan.notes[0]
+
+
+def test_batch_ids_begin_with_the_databases_day(world: World) -> None:
+    batch = world.batch(world.submit())
+    assert batch.id.startswith(f"{batch.created_at:%y%m%d}-")
+    assert len(batch.id) == 15
+
+
+MEMORY = """
+import io, json, resource, sys
+from jobs import database, presets, submission
+def submit(rows):
+    data = io.BytesIO()
+    for n in range(rows):
+        line = json.dumps({"prompt": f"prompt {n} " * 8, "custom_id": f"c{n}"})
+        data.write(line.encode() + b"\\n")
+    options = submission.Options(preset=presets.load(sys.argv[2]))
+    file = submission.PromptFile(data, "x", "jsonl", options)
+    submission.submit(database.Database(sys.argv[1]), file)
+    return data.tell()
+submit(5_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+file_bytes = submit(50_000)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([(after - before) * 1024, file_bytes]))
+"""
+
+
+def test_a_long_file_needs_no_memory_beyond_its_own_bytes(world: World, database_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, database_url, str(PRESET.path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    grown, file_bytes = json.loads(done.stdout)
+    # The test holds the file in memory; SQLite's page caches are 16 MB at most.
+    assert grown - file_bytes < 24_000_000
+    with world.db.reading() as session:
+        assert session.scalar(select(func.count()).select_from(Job)) == 55_000
