@@ -82,3 +82,55 @@ class WeightsMismatchError(CheckpointError):
             ]
             problems.append(f"{len(shapes)} tensors of another shape ({_some(shapes)})")
         return problems
+
+
+class LoraMismatchError(CheckpointError):
+    """A LoRA file does not fit the network, or is not understood to its last key."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        matched: int,
+        unused: Sequence[str] = (),
+        incomplete: Sequence[str] = (),
+        not_finite: Sequence[str] = (),
+        wrong_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+        hint: str = "",
+    ) -> None:
+        self.path = path
+        self.matched = matched
+        self.unused = tuple(unused)
+        self.incomplete = tuple(incomplete)
+        self.not_finite = tuple(not_finite)
+        self.wrong_shapes = dict(wrong_shapes or {})
+        problems = "; ".join(self._problems())
+        super().__init__(f"{path}: {problems}" + (f". {hint}" if hint else ""))
+
+    def _problems(self) -> list[str]:
+        problems = [f"{self.matched} keys match the network"]
+        if self.unused:
+            problems.append(f"{len(self.unused)} keys do not ({_some(self.unused)})")
+        if self.incomplete:
+            found = _some(self.incomplete)
+            problems.append(f"{len(self.incomplete)} layers lack one half of their pair ({found})")
+        if self.not_finite:
+            found = _some(self.not_finite)
+            problems.append(f"{len(self.not_finite)} tensors hold NaN or infinity ({found})")
+        if self.wrong_shapes:
+            shapes = [
+                f"{name} changes {list(found)}, the network has {list(expected)}"
+                for name, (found, expected) in self.wrong_shapes.items()
+            ]
+            problems.append(f"{len(shapes)} of another shape ({_some(shapes)})")
+        return problems
+
+
+class QuantizedWeightsError(CheckpointError):
+    """Quantized tensors and their scales do not make weights that are known here."""
+
+    def __init__(self, path: Path, problem: str, *, names: Sequence[str] = ()) -> None:
+        listed = f" ({_some(names)})" if names else ""
+        super().__init__(f"{path}: {problem}{listed}")
+        self.path = path
+        self.names = tuple(names)

@@ -1,0 +1,233 @@
+"""LoRA files: read to the last key, and made from two networks.
+
+A file changes a parameter by a pair of factors (up @ down), by a whole difference, or by both; see
+`lora_keys` for the spellings. LightX2V's distillation LoRAs hold differences of norms, biases and
+modulation beside their pairs, and are only right with all of them.
+"""
+
+# R rank, I in features, O out features
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models import errors, lora_keys, safetensors_files
+from models.lora_keys import Role
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_PAIR = 1_000_000  # elements; LightX2V stores smaller differences whole
+UNCHANGED = 1e-8  # largest difference of a tensor that is left out of an extracted LoRA
+FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A difference of low rank: scale * up @ down."""
+
+    down: Tensor
+    """[R, I]"""
+    up: Tensor
+    """[O, R]"""
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What one file changes, by native parameter."""
+
+    path: Path
+    pairs: Mapping[str, Pair]
+    deltas: Mapping[str, tuple[Tensor, ...]]
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(self.pairs) | frozenset(self.deltas)
+
+    def delta(self, name: str, like: Tensor) -> Tensor:
+        """The whole difference of a parameter at strength 1, in `like`'s shape, dtype, device."""
+        total = torch.zeros_like(like)
+        if name in self.pairs:
+            pair = self.pairs[name]
+            down, up = (half.to(like).flatten(1) for half in (pair.down, pair.up))
+            total += (up @ down).mul_(pair.scale).view_as(like)
+        for delta in self.deltas.get(name, ()):
+            total += delta.to(like)
+        return total
+
+
+def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+    """Read a file for a network with these native parameters, to its last key.
+
+    An alpha of 0 counts as none, as in kohya's trainer and in LightX2V: the scale is then 1. Raises
+    UnreadableWeightsError, and LoraMismatchError for a key that is not understood, a shape that
+    does not fit, half a pair, or a number that is none.
+    """
+    tensors = _tensors(path)
+    names = lora_keys.Names(shapes)
+    found = {key: names.find(key) for key in tensors}
+    matched = {key: where for key, where in found.items() if where is not None}
+    _check_keys(path, tensors, matched)
+    parts: dict[str, dict[Role, list[Tensor]]] = {}
+    for key, (name, role) in matched.items():
+        parts.setdefault(name, {}).setdefault(role, []).append(tensors[key])
+    _check_parts(path, parts, len(matched))
+    scale_for = _scale_rule(path)
+    lora = Lora(
+        path=path,
+        pairs={name: _pair(part, scale_for) for name, part in parts.items() if Role.UP in part},
+        deltas={
+            name: tuple(part[Role.DELTA]) for name, part in parts.items() if Role.DELTA in part
+        },
+    )
+    _check_shapes(lora, shapes, len(matched))
+    return lora
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        raise errors.UnreadableWeightsError(path, "LoRA files are read as .safetensors only")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path, device="cpu")
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise errors.UnreadableWeightsError(path, reason) from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and not key.endswith(".alpha"):
+            raise errors.UnreadableWeightsError(path, f"{key} is {tensor.dtype}")
+    return tensors
+
+
+def _check_keys(
+    path: Path, tensors: Mapping[str, Tensor], matched: Mapping[str, tuple[str, Role]]
+) -> None:
+    unused = sorted(tensors.keys() - matched.keys())
+    if unused or not matched:
+        hint = ""
+        if unused and all(any(part in key for part in FOR_IMAGES) for key in unused):
+            hint = "It was made for image-to-video, the network is for text-to-video"
+        raise errors.LoraMismatchError(path, matched=len(matched), unused=unused, hint=hint)
+    not_finite = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+    if not_finite:
+        raise errors.LoraMismatchError(path, matched=len(matched), not_finite=not_finite)
+
+
+def _check_parts(
+    path: Path, parts: Mapping[str, Mapping[Role, list[Tensor]]], matched: int
+) -> None:
+    """Both halves, each of them once; an alpha only where there is a pair."""
+    incomplete, twice = [], []
+    for name, part in parts.items():
+        counts = {role: len(part.get(role, [])) for role in (Role.DOWN, Role.UP, Role.ALPHA)}
+        if max(counts.values()) > 1:
+            twice.append(name)
+        elif counts[Role.DOWN] != counts[Role.UP] or counts[Role.ALPHA] > counts[Role.UP]:
+            incomplete.append(name)
+    if twice:
+        raise errors.LoraMismatchError(
+            path, matched=matched, unused=twice, hint="These layers are there in two spellings"
+        )
+    if incomplete:
+        raise errors.LoraMismatchError(path, matched=matched, incomplete=incomplete)
+
+
+def _pair(part: Mapping[Role, list[Tensor]], scale_for: Callable[[int], float]) -> Pair:
+    (down,), (up,) = part[Role.DOWN], part[Role.UP]
+    rank = down.shape[0] if down.ndim else 0
+    alpha = float(part[Role.ALPHA][0]) if Role.ALPHA in part else 0.0
+    return Pair(down, up, alpha / rank if alpha and rank else scale_for(rank))
+
+
+def _scale_rule(path: Path) -> Callable[[int], float]:
+    """Rank -> scale of pairs without an alpha: 1, or what PEFT's settings beside them say."""
+    settings = _peft_settings(path)
+    alpha = settings.get("lora_alpha")
+    if not alpha:
+        return lambda _rank: 1.0
+    if settings.get("alpha_pattern"):
+        problem = "gives single layers an alpha of their own (alpha_pattern), which is not read"
+        raise errors.UnreadableWeightsError(path, problem)
+    root = bool(settings.get("use_rslora"))
+    return lambda rank: float(alpha) / (math.sqrt(rank) if root else rank)  # type: ignore[arg-type]
+
+
+def _peft_settings(path: Path) -> dict[str, object]:
+    """From the header, where diffusers writes them, or from the file beside, where PEFT does."""
+    metadata = safetensors_files.read_metadata(path)
+    beside = path.with_name(PEFT_CONFIG)
+    try:
+        if DIFFUSERS_METADATA in metadata:
+            flat = json.loads(metadata[DIFFUSERS_METADATA])
+            return {key.removeprefix("transformer."): value for key, value in flat.items()}
+        if path.name == "adapter_model.safetensors" and beside.is_file():
+            return dict(json.loads(beside.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise errors.UnreadableWeightsError(path, f"its PEFT settings: {error}") from error
+    return {}
+
+
+def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, ...]], matched: int) -> None:
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for name in sorted(lora.parameters):
+        expected = tuple(shapes[name])
+        changed = [tuple(delta.shape) for delta in lora.deltas.get(name, ())]
+        if name in lora.pairs:
+            changed.append(_shape_of_pair(lora.pairs[name], expected))
+        for shape in changed:
+            if shape != expected:
+                wrong[name] = shape, expected
+    if wrong:
+        raise errors.LoraMismatchError(lora.path, matched=matched, wrong_shapes=wrong)
+
+
+def _shape_of_pair(pair: Pair, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """Of up @ down; a convolution's `down` has its window, its `up` a window of one."""
+    down, up = tuple(pair.down.shape), tuple(pair.up.shape)
+    one_by_one = (1,) * (len(expected) - 2)
+    fits = len(expected) >= 2 and len(down) == len(up) == len(expected) and up[2:] == one_by_one
+    if fits and up[1] == down[0]:
+        return (up[0], *down[1:])
+    return (*up, *down)  # ranks or axes that do not fit: shown as they are
+
+
+def extract(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    rank: int,
+    *,
+    smallest_pair: int = SMALLEST_PAIR,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor]:
+    """The difference of two networks as LightX2V's extractor writes it, under native names.
+
+    Matrices of at least `smallest_pair` elements become a pair of this rank, by a singular value
+    decomposition in fp32 split evenly over both halves; all else is kept whole.
+    """
+    assert base.keys() == tuned.keys()
+    found: dict[str, Tensor] = {}
+    for name, weight in base.items():
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        delta = tuned[name].to(wide) - weight.to(wide)
+        if delta.abs().max() <= UNCHANGED:
+            continue
+        module, _, leaf = f"diffusion_model.{name}".rpartition(".")
+        if delta.ndim == 2 and delta.numel() >= smallest_pair:
+            down, up = _factors(delta, rank)
+            found |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+        else:
+            found[module + {"weight": ".diff", "bias": ".diff_b"}.get(leaf, ".diff_m")] = delta
+    return {key: tensor.to(dtype).contiguous() for key, tensor in found.items()}
+
+
+def _factors(delta_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(delta_OI, full_matrices=False)
+    roots = values[:rank].sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots

@@ -1,0 +1,290 @@
+"""Quantized transformers: 8-bit weights with scales, as LightX2V and ComfyUI publish them.
+
+    LightX2V    {name}.weight  float8_e4m3fn or int8, [out, in]
+                {name}.weight_scale  fp32 [out, 1]: the row's largest value / 448 or / 127
+    ComfyUI     {name}.weight  float8_e4m3fn; {name}.scale_weight  one number for the tensor;
+                an empty marker `scaled_fp8` somewhere in the file
+
+Which of them a file is follows from its tensors. Both become a `QuantizedLinear`.
+"""
+
+# B batch, L tokens, I in features, O out features, R rank of a LoRA
+
+import enum
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models import errors, transformer
+
+CHANNEL_SCALE = ".weight_scale"
+TENSOR_SCALE = ".scale_weight"
+MARKER = "scaled_fp8"
+QUANTIZED_PARTS = ("self_attn", "cross_attn", "ffn")
+FP8_MATMUL_CAPABILITY = (8, 9)  # Ada and Hopper are the first with fp8 tensor cores
+FP8_MATMUL_MULTIPLE = 16  # of both features, which torch's kernel asks for
+
+
+class Scheme(enum.Enum):
+    FP8 = "fp8"
+    """float8_e4m3fn; the activations may be quantized too, token by token."""
+    INT8 = "int8"
+    """Symmetric integers; only the stored weights are small, they are computed with in bf16."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {Scheme.FP8: torch.float8_e4m3fn, Scheme.INT8: torch.int8}[self]
+
+    @property
+    def largest(self) -> float:
+        return {Scheme.FP8: 448.0, Scheme.INT8: 127.0}[self]
+
+
+CODE_DTYPES = tuple(scheme.dtype for scheme in Scheme)
+
+
+class Matmul(enum.Enum):
+    """How a quantized layer computed its last product."""
+
+    FP8 = "fp8"
+    """In fp8 with one scale per token and per output channel."""
+    DEQUANTIZED = "dequantized"
+    """In the input's dtype, the weight made whole for the moment."""
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear with 8-bit weights. A LoRA runs beside them: y += (x down^T) up^T + x dense^T."""
+
+    weight_scale: Tensor
+    lora_down: Tensor | None
+    lora_up: Tensor | None
+    lora_dense: Tensor | None
+
+    def __init__(self, like: nn.Linear, scheme: Scheme, scale_shape: tuple[int, ...]) -> None:
+        """An empty layer on `meta` in place of `like`."""
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.scheme = scheme
+        self.is_wide = isinstance(like, transformer.WideLinear)
+        self.may_use_fp8_matmul = True
+        self.last_matmul: Matmul | None = None
+        codes = torch.empty_like(like.weight, dtype=scheme.dtype, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = like.bias
+        self.register_buffer("weight_scale", torch.empty(scale_shape, device="meta"))
+        for name in ("lora_down", "lora_up", "lora_dense"):
+            self.register_buffer(name, None, persistent=False)
+
+    def forward(self, x_BLI: Tensor) -> Tensor:
+        if self.is_wide:
+            x_BLI = transformer.widen(x_BLI)
+        if self._computes_in_fp8(x_BLI):
+            self.last_matmul = Matmul.FP8
+            y_BLO = fp8_linear(x_BLI, self.weight, self.weight_scale)
+        else:
+            self.last_matmul = Matmul.DEQUANTIZED
+            weight_OI = dequantize(self.weight, self.weight_scale, x_BLI.dtype)
+            y_BLO = functional.linear(x_BLI, weight_OI)
+        if self.bias is not None:
+            y_BLO = y_BLO + self.bias.to(y_BLO.dtype)
+        return y_BLO + self._lora(x_BLI) if self.has_lora else y_BLO
+
+    @property
+    def has_lora(self) -> bool:
+        return self.lora_down is not None or self.lora_dense is not None
+
+    def _lora(self, x_BLI: Tensor) -> Tensor:
+        total = x_BLI.new_zeros(())
+        if self.lora_down is not None and self.lora_up is not None:
+            x_BLR = functional.linear(x_BLI, self.lora_down.to(x_BLI.dtype))
+            total = total + functional.linear(x_BLR, self.lora_up.to(x_BLI.dtype))
+        if self.lora_dense is not None:
+            total = total + functional.linear(x_BLI, self.lora_dense.to(x_BLI.dtype))
+        return total
+
+    def _computes_in_fp8(self, x: Tensor) -> bool:
+        features = (self.in_features, self.out_features)
+        return (
+            self.may_use_fp8_matmul
+            and self.scheme is Scheme.FP8
+            and x.dtype == torch.bfloat16
+            and not any(count % FP8_MATMUL_MULTIPLE for count in features)
+            and has_fp8_matmul(x.device)
+        )
+
+
+@functools.cache
+def has_fp8_matmul(device: torch.device) -> bool:
+    """Whether the device multiplies fp8 matrices; elsewhere weights are dequantized first."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= FP8_MATMUL_CAPABILITY
+
+
+def fp8_linear(x_BLI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
+    """x W^T in fp8, in bf16: the input is quantized with one scale per token on the way."""
+    x_MI = x_BLI.flatten(0, -2)
+    scale_M1 = _scales(x_MI, Scheme.FP8)
+    row_wise = functional.ScalingType.RowWise
+    y_MO: Tensor = functional.scaled_mm(
+        encode(x_MI, scale_M1, Scheme.FP8),
+        codes_OI.t(),
+        scale_M1,
+        row_wise,
+        scale_O1.expand(codes_OI.shape[0], 1).t().contiguous(),
+        row_wise,
+        output_dtype=torch.bfloat16,
+    )
+    return y_MO.view(*x_BLI.shape[:-1], -1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale, rounded once to `dtype`."""
+    wide = transformer.widened(dtype)
+    return (codes.to(wide) * scale.to(wide)).to(dtype)
+
+
+def quantize(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] and scales [out, 1] in fp32: each row's largest value takes the last code."""
+    scale_O1 = _scales(weight_OI, scheme)
+    return encode(weight_OI, scale_O1, scheme), scale_O1
+
+
+def encode(values: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    scaled = values.float() / scale
+    if scheme is Scheme.INT8:
+        scaled = scaled.round()
+    return scaled.clamp(-scheme.largest, scheme.largest).to(scheme.dtype)
+
+
+def _scales(rows: Tensor, scheme: Scheme) -> Tensor:
+    largest = rows.abs().amax(dim=-1, keepdim=True).float()
+    # A row of zeros has codes of zero under any scale.
+    return torch.where(largest > 0, largest / scheme.largest, 1.0)
+
+
+def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """The matrices of a block: only 2-D weights of its attentions and its feed-forward net."""
+    parts = name.split(".")
+    return (
+        len(shape) == 2 and len(parts) > 3 and parts[2] in QUANTIZED_PARTS and parts[-1] == "weight"
+    )
+
+
+def quantized_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
+    return {
+        name: layer for name, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
+    }
+
+
+def last_matmuls(network: nn.Module) -> Counter[Matmul | None]:
+    """How many quantized layers computed how: shows whether fp8 kernels really ran."""
+    return Counter(layer.last_matmul for layer in quantized_layers(network).values())
+
+
+def allow_fp8_matmul(network: nn.Module, allowed: bool) -> None:
+    """Without it weights are dequantized also where fp8 is fast: slower, activations unrounded."""
+    for layer in quantized_layers(network).values():
+        layer.may_use_fp8_matmul = allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a file's quantized tensors are."""
+
+    scheme: Scheme
+    scale_ending: str
+    weights: tuple[str, ...]
+
+
+def prepare(
+    network: nn.Module, tensors: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+    """Make a network on `meta` fit a file's quantized tensors; return these and their dtypes.
+
+    A file without any is handed back as it is. Both forms of scale come back as `weight_scale`.
+    Raises QuantizedWeightsError for mixed schemes and for codes without scales.
+    """
+    found = _inspect(tensors, path)
+    if found is None:
+        return dict(tensors), {}
+    loaded = {name: tensor for name, tensor in tensors.items() if name != MARKER}
+    dtypes: dict[str, torch.dtype] = {}
+    for weight in found.weights:
+        module = weight.removesuffix(".weight")
+        scale = _as_2d(loaded.pop(module + found.scale_ending))
+        loaded[module + CHANNEL_SCALE] = scale
+        dtypes |= {weight: found.scheme.dtype, module + CHANNEL_SCALE: torch.float32}
+        _check_scale(scale, rows=loaded[weight].shape[0], name=weight, path=path)
+        _replace(network, module, found.scheme, tuple(scale.shape), path)
+    return loaded, dtypes
+
+
+def _inspect(tensors: Mapping[str, Tensor], path: Path) -> _Found | None:
+    coded = {
+        name: tensor.dtype
+        for name, tensor in tensors.items()
+        if tensor.dtype in CODE_DTYPES and name != MARKER
+    }
+    endings = {ending: _modules(tensors, ending) for ending in (CHANNEL_SCALE, TENSOR_SCALE)}
+    scaled = {ending: modules for ending, modules in endings.items() if modules}
+    if not coded and not scaled:
+        return None
+    if len(set(coded.values())) > 1 or len(scaled) > 1:
+        kinds = sorted({str(dtype) for dtype in coded.values()} | set(scaled))
+        problem = f"mixes quantization schemes: {', '.join(kinds)}"
+        raise errors.QuantizedWeightsError(path, problem, names=_one_each(coded))
+    modules = next(iter(scaled.values()), frozenset())
+    bare = sorted(name for name in coded if name.removesuffix(".weight") not in modules)
+    if bare:
+        problem = "holds 8-bit tensors without their scales; weights that were only cast to 8 bits"
+        raise errors.QuantizedWeightsError(path, f"{problem} are not supported", names=bare)
+    stray = sorted(module for module in modules if f"{module}.weight" not in coded)
+    if stray:
+        raise errors.QuantizedWeightsError(path, "holds scales without 8-bit weights", names=stray)
+    scheme = next(scheme for scheme in Scheme if scheme.dtype in coded.values())
+    return _Found(scheme=scheme, scale_ending=next(iter(scaled)), weights=tuple(sorted(coded)))
+
+
+def _modules(names: Iterable[str], ending: str) -> frozenset[str]:
+    return frozenset(name.removesuffix(ending) for name in names if name.endswith(ending))
+
+
+def _one_each(coded: Mapping[str, torch.dtype]) -> list[str]:
+    return sorted({dtype: name for name, dtype in coded.items()}.values())
+
+
+def _as_2d(scale: Tensor) -> Tensor:
+    """ComfyUI's one number, or LightX2V's column, as rows by one."""
+    return scale.reshape(1, 1) if scale.numel() == 1 else scale
+
+
+def _check_scale(scale: Tensor, *, rows: int, name: str, path: Path) -> None:
+    if tuple(scale.shape) not in {(rows, 1), (1, 1)}:
+        shape = list(scale.shape)
+        problem = f"has scales of shape {shape}, expected [{rows}, 1] or a single one"
+        raise errors.QuantizedWeightsError(path, problem, names=[name])
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        problem = "has scales that are not positive numbers"
+        raise errors.QuantizedWeightsError(path, problem, names=[name])
+
+
+def _replace(
+    network: nn.Module, name: str, scheme: Scheme, scale_shape: tuple[int, ...], path: Path
+) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    try:
+        parent = network.get_submodule(parent_name)
+        layer = getattr(parent, leaf)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, nn.Linear):
+        problem = "quantizes what is no linear layer of this network"
+        raise errors.QuantizedWeightsError(path, problem, names=[name])
+    setattr(parent, leaf, QuantizedLinear(layer, scheme, scale_shape))
