@@ -1,0 +1,60 @@
+"""Retry or give up, and when."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import retries, settings, states
+from jobs.states import FailureKind
+
+BUDGETS = retries.Budgets(max_errors=3, max_crashes=2, retry_seconds=10.0)
+ERRORS = [kind for kind in FailureKind if kind not in (FailureKind.INPUT, FailureKind.WORKER_LOST)]
+
+
+def decide(kind: FailureKind, *, errors: int = 0, crashes: int = 0) -> retries.RetryDecision | None:
+    return retries.decide(kind, errors=errors, crashes=crashes, budgets=BUDGETS)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_is_retried_until_the_budget_is_spent(kind: FailureKind) -> None:
+    assert [decide(kind, errors=number) is None for number in (1, 2, 3, 4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_bad_input_is_never_retried() -> None:
+    assert decide(FailureKind.INPUT, errors=1) is None
+
+
+def test_a_crash_is_retried_at_once_but_once() -> None:
+    assert decide(FailureKind.WORKER_LOST, crashes=1) == retries.RetryDecision(wait_seconds=0.0)
+    assert decide(FailureKind.WORKER_LOST, crashes=2) is None
+
+
+def test_crashes_and_errors_have_budgets_of_their_own() -> None:
+    assert decide(FailureKind.WORKER_LOST, errors=99, crashes=1) is not None
+    assert decide(FailureKind.INTERNAL, errors=1, crashes=99) is not None
+
+
+@given(errors=st.integers(1, 99), retry_seconds=st.floats(0, settings.LONGEST_SECONDS))
+def test_waits_double_within_bounds_whatever_the_settings(
+    errors: int, retry_seconds: float
+) -> None:
+    budgets = retries.Budgets(max_errors=100, max_crashes=1, retry_seconds=retry_seconds)
+    decision = retries.decide(FailureKind.ENCODING, errors=errors, crashes=0, budgets=budgets)
+    assert decision is not None
+    longest = min(retry_seconds * 2.0 ** (errors - 1), retries.LONGEST_WAIT_SECONDS)
+    assert longest / 2 <= decision.wait_seconds <= longest
+
+
+def test_jobs_that_failed_together_do_not_come_back_together() -> None:
+    waits = {decide(FailureKind.STORAGE, errors=1) for _ in range(20)}
+    assert len(waits) > 10
+
+
+def test_every_kind_of_failure_is_decided() -> None:
+    for kind in states.FailureKind:
+        assert decide(kind, errors=100, crashes=100) is None
