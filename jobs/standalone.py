@@ -1,5 +1,6 @@
 """`rushes up`: everything on this machine, without Docker and without root, until Ctrl-C."""
 
+import functools
 import json
 import os
 import signal
@@ -8,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import structlog
@@ -23,10 +25,40 @@ TINY_MODEL = "tiny"
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
 READY_SECONDS = 120.0
+LOCK = "up.lock"  # in RUSHES_HOME; held while `rushes up` runs
+
+S = TypeVar("S", bound=servers.LocalServer)
 
 
-class AlreadyUp(errors.RushesError):
-    """Another `rushes up` runs in this folder."""
+@dataclass
+class KeptServer:
+    """A server of ours that is started again, on its port, when it ends by itself."""
+
+    server: servers.LocalServer
+    start: Callable[..., servers.LocalServer]
+    _pauses: supervisor.Pauses = field(default_factory=supervisor.Pauses)
+
+    def revive(self) -> None:
+        """Call this often."""
+        if self.server.is_alive():
+            return
+        name = self.server.name
+        if not self._pauses.is_pausing:
+            log.error("server.ended", name=name, again_in_seconds=self._pauses.ended())
+        elif self._pauses.is_over:
+            self._pauses.started()
+            try:
+                self.server = self.start(port=self.server.port)
+            except (servers.ServerError, OSError) as error:
+                seconds = self._pauses.ended()
+                log.error(
+                    "server.not_started", name=name, error=str(error), again_in_seconds=seconds
+                )
+            else:
+                log.warning("server.restarted", name=name, port=self.server.port)
+
+    def stop(self) -> None:
+        self.server.stop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +68,8 @@ class Farm:
     config: settings.Settings
     children: tuple[supervisor.Child, ...]
     local_servers: tuple[servers.LocalServer, ...]
+    """As they were started first; a restart changes neither their ports nor their folders."""
+    kept_servers: tuple[KeptServer, ...] = ()
 
 
 def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str], None]) -> int:
@@ -68,8 +102,9 @@ def running(
 ) -> Iterator[Farm]:
     """Start servers, tables, dispatcher and workers; stop them again, in the other order."""
     with ExitStack() as stack:
-        stack.enter_context(_only_one(config.home))
-        environment, local_servers = _start_servers(config, stack, say)
+        refusal = f"`rushes up` already runs in {config.home}; stop it first, or set RUSHES_HOME"
+        stack.enter_context(supervisor.only_one(config.home / LOCK, refusal))
+        environment, kept_servers = _start_servers(config, stack, say)
         _write_up_file(config.home, environment)
         stack.callback((config.home / settings.UP_FILE).unlink, missing_ok=True)
         here = settings.load(home=str(config.home))
@@ -83,12 +118,19 @@ def running(
         for child in children:
             child.start()
             stack.callback(_stop_child, child, here.grace_seconds, hurry or threading.Event())
-        yield Farm(config=here, children=children, local_servers=local_servers)
+        yield Farm(
+            config=here,
+            children=children,
+            local_servers=tuple(kept.server for kept in kept_servers),
+            kept_servers=kept_servers,
+        )
 
 
 def watch(farm: Farm, stop: threading.Event) -> None:
     """Start again what ends by itself."""
     while not stop.wait(LOOK_SECONDS):
+        for kept in farm.kept_servers:
+            kept.revive()
         for child in farm.children:
             child.revive()
 
@@ -112,22 +154,27 @@ def make_tiny_model(config: settings.Settings, say: Callable[[str], None]) -> No
 
 def _start_servers(
     config: settings.Settings, stack: ExitStack, say: Callable[[str], None]
-) -> tuple[dict[str, str], tuple[servers.LocalServer, ...]]:
+) -> tuple[dict[str, str], tuple[KeptServer, ...]]:
     """What the environment does not name already, we start ourselves."""
     environment: dict[str, str] = {}
-    started: list[servers.LocalServer] = []
+    kept: list[KeptServer] = []
+
+    def keep(start: Callable[..., S]) -> S:
+        server = start()
+        kept.append(KeptServer(server, start))
+        stack.callback(kept[-1].stop)
+        return server
+
     given = settings.given_names()
     if given.isdisjoint(("CELERY_BROKER_URL", "REDIS_URL")):
-        redis = stack.enter_context(servers.RedisServer.start(config.home / "redis"))
+        redis = keep(functools.partial(servers.RedisServer.start, config.home / "redis"))
         environment |= redis.environment()
-        started.append(redis)
         say(f"redis     127.0.0.1:{redis.port}")
     if "RUSHES_RESULTS_URL" not in given:
-        store = stack.enter_context(servers.S3Server.start(config.home / "s3"))
+        store = keep(functools.partial(servers.S3Server.start, config.home / "s3"))
         environment |= store.environment()
-        started.append(store)
         say(f"s3        {store.endpoint_url}, files in {store.bucket_folder}")
-    return environment, tuple(started)
+    return environment, tuple(kept)
 
 
 def _children(
@@ -162,14 +209,6 @@ def _stop_child(child: supervisor.Child, grace_seconds: float, hurry: threading.
             asked_again = True
         child.wait(LOOK_SECONDS)
     child.kill()
-
-
-@contextmanager
-def _only_one(home: Path) -> Iterator[None]:
-    if settings.read_up_file(home):
-        raise AlreadyUp(f"`rushes up` already runs in {home}; stop it first, or set RUSHES_HOME")
-    home.mkdir(parents=True, exist_ok=True)
-    yield
 
 
 def _write_up_file(home: Path, environment: Mapping[str, str]) -> None:

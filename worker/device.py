@@ -14,6 +14,10 @@ from worker.settings import WorkerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What torch and the libraries below it say in errors that have no class of their own.
+OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|_STATUS_ALLOC_FAILED")
+DEVICE_FAULT = re.compile(r"CUDA error|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -66,10 +70,10 @@ class Device:
         except torch.AcceleratorError as error:
             # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
             raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
-        except RuntimeError as error:
-            if re.search(r"DefaultCPUAllocator|can't allocate memory", str(error)):
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
                 raise errors.DeviceOutOfMemory(f"{self.name}: {_first_line(error)}") from error
-            if "CUDA error" in str(error):
+            if DEVICE_FAULT.search(str(error)):
                 raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
             raise
 

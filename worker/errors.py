@@ -9,6 +9,16 @@ class RenderError(errors.RushesError):
     kind = states.FailureKind.INTERNAL
 
 
+class SpecUnusable(RenderError):
+    """The networks cannot render what the job asks for: not here and not anywhere."""
+
+    kind = states.FailureKind.INPUT
+
+
+class NotFinite(RenderError):
+    """The networks computed NaN or infinity: the video would be black."""
+
+
 class WeightsUnusable(RenderError):
     """Missing, broken or of another model."""
 

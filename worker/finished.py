@@ -1,9 +1,12 @@
-"""Finished videos on this host's disk that wait for their upload."""
+"""What attempts have left on this host's disk: videos that wait for their upload, and garbage."""
 
 import structlog
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from jobs import broker, database, lifecycle, settings
-from worker import scratch
+from jobs import broker, database, dispatch, lifecycle, settings, states
+from jobs.schema import Attempt, Job
+from worker import errors, scratch
 
 log = structlog.get_logger()
 
@@ -16,12 +19,16 @@ def renew(
     note: str | None,
 ) -> lifecycle.Verdict:
     """Keep the lease of a finished video; clean up after one that nobody waits for any more."""
-    sidecar = folder.sidecar()
+    try:
+        facts = folder.facts()
+    except errors.DiskUnusable as error:
+        give_up(db, config, folder, error=str(error))
+        return lifecycle.Verdict.SUPERSEDED
     verdict = db.write(
         lifecycle.rendered,
         folder.attempt_id,
-        seconds=sidecar["seconds"],
-        peak_memory_bytes=sidecar["peak_memory_bytes"],
+        seconds=facts.seconds,
+        peak_memory_bytes=facts.peak_memory_bytes,
         lease_seconds=config.publish_lease_seconds,
         note=note,
     )
@@ -33,20 +40,67 @@ def renew(
     return verdict
 
 
+def give_up(
+    db: database.Database,
+    config: settings.Settings,
+    folder: scratch.AttemptFolder,
+    *,
+    error: str,
+) -> None:
+    """The disk has lost a finished video: its job is rendered again."""
+    db.write(
+        lifecycle.fail,
+        folder.attempt_id,
+        kind=states.FailureKind.DISK,
+        error=error,
+        budgets=dispatch.budgets(config),
+    )
+    folder.remove()
+    log.error("publish.damaged", attempt_id=folder.attempt_id, error=error)
+
+
 def find_unfinished(
     db: database.Database, bell: broker.Broker, config: settings.Settings
 ) -> list[int]:
-    """Send again for every finished video on this disk that no publisher works on.
+    """Send again for every finished video that no publisher works on, and remove garbage.
 
     After a restart of the host's processes, or when Redis lost the message.
     """
-    found = []
-    for folder in scratch.folders(config.scratch_dir):
-        with folder.locked() as is_free:
-            if not is_free:
-                continue
-            if renew(db, config, folder, note="waits for its upload") is lifecycle.Verdict.GO_ON:
-                found.append(folder.attempt_id)
-    for attempt_id in found:
-        bell.send_publish(config.host_name, attempt_id)
+    found = [
+        folder.attempt_id
+        for folder in scratch.folders(config.scratch_dir)
+        if _waits_for_upload(db, config, folder)
+    ]
+    if found:
+        # During an outage of the store the same ids are found again and again.
+        on_the_way = bell.waiting(broker.publish_queue(config.host_name))
+        for attempt_id in found:
+            if attempt_id not in on_the_way:
+                bell.send_publish(config.host_name, attempt_id)
     return found
+
+
+def state_of(session: Session, folder: scratch.AttemptFolder) -> states.AttemptState | None:
+    """None: not an attempt of this database, so its folder is another farm's."""
+    return session.scalar(
+        select(Attempt.state)
+        .join(Job, Job.id == Attempt.job_id)
+        .where(Attempt.id == folder.attempt_id, Job.batch_id == folder.batch_id)
+    )
+
+
+def _waits_for_upload(
+    db: database.Database, config: settings.Settings, folder: scratch.AttemptFolder
+) -> bool:
+    with db.reading() as session:
+        state = state_of(session, folder)
+    if state is None:
+        return False
+    if not folder.is_finished:
+        if state not in states.LIVE_ATTEMPT_STATES:
+            folder.remove()
+            log.info("scratch.removed", attempt_id=folder.attempt_id, because=state)
+        return False
+    with folder.locked() as is_free:
+        note = "waits for its upload"
+        return is_free and renew(db, config, folder, note=note) is lifecycle.Verdict.GO_ON

@@ -1,11 +1,18 @@
 """The GPUs of this machine, found without loading CUDA."""
 
 import csv
+import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from jobs import errors
+
+log = structlog.get_logger()
 
 ASK_SECONDS = 20.0
 MAX_CPU_WORKERS = 256
@@ -16,7 +23,7 @@ class Slot:
     """One worker process is to run here."""
 
     short_name: str
-    """`gpu0`, `cpu1`"""
+    """`gpu0`, `gpu0.1` (the second MIG slice of the first GPU), `cpu1`"""
     device: str
     """For people: `NVIDIA H200`, `CPU`."""
     memory_bytes: int | None
@@ -26,60 +33,119 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A line of nvidia-smi."""
+    """A GPU, or a MIG slice of one, as nvidia-smi tells it."""
 
-    index: int
+    number: str
+    """`0`, or `0.1` for a slice"""
     uuid: str
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
+    """None where it is shared with the CPU or cut into slices."""
 
 
 def find() -> list[Gpu]:
-    """Empty without an NVIDIA driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = ["--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(  # noqa: S603  # a program found on PATH, fixed arguments
-            [program, *query], capture_output=True, timeout=ASK_SECONDS, check=True, text=True
-        )
-    except (subprocess.SubprocessError, OSError):
-        return []
-    rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
-    return [
-        Gpu(index=int(row[0]), uuid=row[1], name=row[2], memory_bytes=int(row[3]) << 20)
-        for row in rows
-        if len(row) == 4 and row[0].isdecimal() and row[3].isdecimal()
-    ]
+    """The GPUs that we may use; empty without an NVIDIA driver."""
+    return _left_to_us(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def slots(devices: str, *, cores: int) -> list[Slot]:
     """`auto`, `cpu`, `cpu:N`, or GPU numbers such as `0,1`; InvalidInput says what there is."""
     if devices == "auto":
-        found = find()
-        return [_gpu_slot(gpu) for gpu in found] or _cpu_slots(1, cores)
+        return [_gpu_slot(gpu) for gpu in find()] or _cpu_slots(1, cores)
     kind, _, number = devices.partition(":")
     if kind == "cpu":
         if number and not (number.isdecimal() and 1 <= int(number) <= MAX_CPU_WORKERS):
             raise _invalid(f"cpu:N needs 1 to {MAX_CPU_WORKERS} workers, got {devices!r}")
         return _cpu_slots(int(number or 1), cores)
     parts = [part.strip() for part in devices.split(",")]
-    if not all(part.isdecimal() for part in parts):
+    if not all(re.fullmatch(r"[0-9]+(\.[0-9]+)?", part) for part in parts):
         raise _invalid(f"give auto, cpu, cpu:N or GPU numbers such as 0,1; got {devices!r}")
     if len(set(parts)) != len(parts):
         raise _invalid(f"a GPU is named twice in {devices!r}")
-    by_index = {gpu.index: gpu for gpu in find()}
-    missing = [part for part in parts if int(part) not in by_index]
+    by_number = {gpu.number: gpu for gpu in find()}
+    missing = [part for part in parts if part not in by_number]
     if missing:
-        there = ", ".join(map(str, sorted(by_index))) or "none (is nvidia-smi on PATH?)"
-        raise _invalid(f"no GPU {', '.join(missing)}; there are: {there}")
-    return [_gpu_slot(by_index[int(part)]) for part in parts]
+        there = ", ".join(by_number) or "none (is nvidia-smi on PATH?)"
+        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+        because = "" if limit is None else f"; CUDA_VISIBLE_DEVICES is {limit!r}"
+        raise _invalid(f"no GPU {', '.join(missing)}; there are: {there}{because}")
+    return [_gpu_slot(by_number[part]) for part in parts]
+
+
+def _all_gpus() -> list[Gpu]:
+    found: list[Gpu] = []
+    query = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+    for row in csv.reader(_ask(*query), skipinitialspace=True):
+        cells = [cell.strip() for cell in row]
+        if len(cells) != 4 or not cells[0].isdecimal() or not cells[1].startswith("GPU-"):
+            continue
+        memory_bytes = int(cells[3]) << 20 if cells[3].isdecimal() else None
+        found.append(Gpu(number=cells[0], uuid=cells[1], name=cells[2], memory_bytes=memory_bytes))
+    slices = _mig_slices() if found else {}
+    return [part for gpu in found for part in slices.get(gpu.number) or [gpu]]
+
+
+def _mig_slices() -> dict[str, list[Gpu]]:
+    """GPU number -> its MIG slices: CUDA would show only the first slice of such a GPU."""
+    slices: dict[str, list[Gpu]] = {}
+    number, name = "", ""
+    for line in _ask("-L"):
+        if gpu := re.match(r"GPU (\d+): (.*) \(UUID", line):
+            number, name = gpu[1], gpu[2]
+        elif part := re.match(r"\s+MIG (\S+)\s.*\(UUID: (MIG-[^)]+)\)", line):
+            of_gpu = slices.setdefault(number, [])
+            of_gpu.append(
+                Gpu(
+                    number=f"{number}.{len(of_gpu)}",
+                    uuid=part[2],
+                    name=f"{name} MIG {part[1]}",
+                    memory_bytes=None,
+                )
+            )
+    return slices
+
+
+def _ask(*question: str) -> Sequence[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        done = subprocess.run(  # noqa: S603  # a program found on PATH, fixed arguments
+            [program, *question],
+            capture_output=True,
+            timeout=ASK_SECONDS,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        words = getattr(error, "output", "") or ""
+        log.warning("gpus.unreadable", error=str(error), said=words.strip()[:300])
+        return []
+    return done.stdout.splitlines()
+
+
+def _left_to_us(gpus: list[Gpu], limit: str | None) -> list[Gpu]:
+    """What a scheduler or a container's CUDA_VISIBLE_DEVICES leaves of them, as CUDA reads it."""
+    return gpus if limit is None else list(_named(gpus, limit))
+
+
+def _named(gpus: list[Gpu], limit: str) -> Iterator[Gpu]:
+    # Numbers count GPUs in the order of nvidia-smi, and whole ones: CUDA gives the first slice.
+    by_number = {gpu.number.removesuffix(".0"): gpu for gpu in gpus}
+    for name in (part.strip() for part in limit.split(",")):
+        named = [
+            gpu for gpu in gpus if name.startswith(("GPU-", "MIG-")) and gpu.uuid.startswith(name)
+        ]
+        gpu = named[0] if len(named) == 1 else by_number.get(name)
+        if gpu is None:
+            return  # CUDA, too, takes nothing after the first name that it does not know
+        yield gpu
 
 
 def _gpu_slot(gpu: Gpu) -> Slot:
     return Slot(
-        short_name=f"gpu{gpu.index}",
+        short_name=f"gpu{gpu.number}",
         device=gpu.name,
         memory_bytes=gpu.memory_bytes,
         environment={

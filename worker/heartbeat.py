@@ -1,7 +1,10 @@
 """Keeps an attempt's lease alive while it makes progress, and hears when to stop."""
 
+import faulthandler
+import os
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -15,12 +18,20 @@ from worker.settings import WorkerSettings
 log = structlog.get_logger()
 
 REPORT_SECONDS = 0.5  # between two reports of progress; decode chunks can come much faster
+STALLED = 70  # exit status, for the logs
+
+
+def _end_process() -> None:
+    """A device that hangs would hold this process for ever; its parent starts a fresh one."""
+    faulthandler.dump_traceback()
+    os._exit(STALLED)
 
 
 class Heartbeat:
-    """Reports from the render loop and, when that is busy for long, from a thread of its own.
+    """Reports from a thread of its own: a device never waits for the database.
 
-    The thread renews the lease only while the loop goes on: a device that hangs loses its job.
+    The thread renews the lease only while the render loop goes on: a device that hangs loses its
+    job, and its process ends.
     """
 
     def __init__(
@@ -30,18 +41,20 @@ class Heartbeat:
         *,
         lease_seconds: float,
         worker_settings: WorkerSettings,
+        on_stall: Callable[[], None] = _end_process,
     ) -> None:
         self._db = db
         self._attempt_id = attempt_id
         self._lease_seconds = lease_seconds
         self._interval = min(worker_settings.heartbeat_seconds, lease_seconds / 3)
         self._stall_seconds = worker_settings.stall_seconds
+        self._on_stall = on_stall
         self._place: tuple[str, int, int] = ("load", 0, 0)
         self._moved_at = time.monotonic()
-        self._reported_at = 0.0
         self._verdict = lifecycle.Verdict.GO_ON
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="heartbeat", daemon=True)
+        self._news = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -54,31 +67,37 @@ class Heartbeat:
         traceback: TracebackType | None,
     ) -> None:
         self._stop.set()
+        self._news.set()
         self._thread.join()
 
     def reached(self, stage: str, step: int, steps: int) -> None:
-        """The render loop is here. Raises AttemptCancelled or AttemptSuperseded when it is over."""
-        is_new_stage = stage != self._place[0]
+        """The render loop is here. Raises AttemptCancelled or AttemptSuperseded when it is over.
+
+        What is raised is what the last report heard: at most one step or one interval old.
+        """
         self._place = (stage, step, steps)
         self._moved_at = time.monotonic()
-        if is_new_stage or self._moved_at - self._reported_at >= REPORT_SECONDS:
-            self._report()
+        self._news.set()
         if self._verdict is lifecycle.Verdict.CANCELLED:
             raise errors.AttemptCancelled
         if self._verdict is lifecycle.Verdict.SUPERSEDED:
             raise errors.AttemptSuperseded
 
-    def _renew(self) -> None:
-        while not self._stop.wait(self._interval):
+    def _run(self) -> None:
+        while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
+            self._news.wait(self._interval)
+            self._news.clear()
+            if self._stop.is_set():
+                return
             idle = time.monotonic() - self._moved_at
             if idle > self._stall_seconds:
                 log.error("attempt.stalled", attempt_id=self._attempt_id, seconds=round(idle))
+                self._on_stall()
                 return
             self._report()
 
     def _report(self) -> None:
         stage, step, steps = self._place
-        self._reported_at = time.monotonic()
         try:
             self._verdict = self._db.write(
                 lifecycle.heartbeat,

@@ -9,9 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import structlog
 from sqlalchemy.exc import DBAPIError
@@ -25,6 +27,7 @@ from jobs import (
     queries,
     queues,
     settings,
+    storage,
     supervisor,
     workers,
 )
@@ -62,9 +65,15 @@ class Launcher:
 
     def run(self) -> None:
         """Until told to stop; then drain."""
-        self.publisher.start()
-        for renderer in self.renderers:
-            renderer.child.start()
+        try:
+            self.publisher.start()
+            for renderer in self.renderers:
+                renderer.child.start()
+            self._watch()
+        finally:
+            self._drain()
+
+    def _watch(self) -> None:
         next_beat = 0.0
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
@@ -74,7 +83,6 @@ class Launcher:
             if time.monotonic() >= next_beat:
                 self._beat()
                 next_beat = time.monotonic() + workers.BEAT_SECONDS
-        self._drain()
 
     def _beat(self) -> None:
         try:
@@ -158,15 +166,31 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    log.info(
-        "launcher.started",
-        workers=[renderer.name for renderer in launcher.renderers],
-        queues=launcher.queues,
-    )
-    if not launcher.queues:
-        log.warning("launcher.no_models", models_dir=str(config.models_dir))
-    launcher.run()
+    with _each_only_once(launcher):
+        names = [renderer.name for renderer in launcher.renderers]
+        log.info("launcher.started", workers=names, queues=launcher.queues)
+        if not launcher.queues:
+            log.warning(
+                "launcher.no_models",
+                models_dir=str(config.models_dir),
+                do="put a model folder there, or set RUSHES_MODELS_DIR; then start this again",
+            )
+        launcher.run()
     return 0
+
+
+@contextmanager
+def _each_only_once(launcher: Launcher) -> Iterator[None]:
+    """Two processes of one name would take each other for dead and end each other's attempts."""
+    with ExitStack() as stack:
+        for renderer in launcher.renderers:
+            path = launcher.config.home / "locks" / quote(renderer.name, safe="@")
+            refusal = (
+                f"{renderer.name} already runs on this machine: stop that `rushes worker` or "
+                "`rushes up` first, or give other --devices"
+            )
+            stack.enter_context(supervisor.only_one(path, refusal))
+        yield
 
 
 def check(config: settings.Settings) -> int:
@@ -181,7 +205,8 @@ def check(config: settings.Settings) -> int:
 
 
 def make(config: settings.Settings, *, devices: str) -> Launcher:
-    slots = gpus.slots(devices, cores=os.cpu_count() or 1)
+    storage.open_store(config)  # a bad URL is told now, and not after the first render
+    slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
     names = queues_of_models(config)
     renderers = []
@@ -213,7 +238,7 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
 
 
 def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
-    """One queue per model that lies on this host."""
+    """One queue per model that lies on this host now; one that comes later needs a restart."""
     folder = config.models_dir
     found = {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/{marker}")}
     found |= {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/*/{marker}")}
@@ -221,7 +246,7 @@ def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
         path.relative_to(folder).as_posix() for path in found if not _is_part_of_model(path, folder)
     }
     for preset in presets.available(config.presets_dir):
-        if isinstance(preset, presets.Preset) and Path(preset.look.model_path).is_dir():
+        if isinstance(preset, presets.Preset) and (folder / preset.look.model_path).is_dir():
             paths.add(preset.look.model_path)
     return tuple(sorted(queues.of_model(path) for path in paths))
 
@@ -229,6 +254,13 @@ def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
 def _is_part_of_model(path: Path, folder: Path) -> bool:
     """`model/transformer` has a config of its own, but the model is `model`."""
     return path.parent != folder and any((path.parent / name).exists() for name in MODEL_MARKERS)
+
+
+def _cores() -> int:
+    """Those that this process may use: a container or taskset may leave it fewer than there are."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _celery(name: str, taken: str) -> Sequence[str]:

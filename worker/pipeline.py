@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jobs import presets
 from models import checkpoint, sampling
+from worker import errors
 from worker.device import Device
 
 # B batch (1), C channels, T frames, H height, W width
@@ -48,13 +49,16 @@ def make_latents(
 ) -> Tensor:
     """Encode the prompt and denoise: clean latents_BCTHW in fp32."""
     look = spec.look
-    levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
+    try:
+        levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
+        shape = networks.vae.latent_shape(
+            num_frames=look.num_frames, height=look.height, width=look.width
+        )
+    except ValueError as error:
+        raise errors.SpecUnusable(str(error)) from error
     reached("text", 0, 1)
     with timings.stage("text"):
         context_BSD = networks.text_encoder.encode(spec.prompt)
-    shape = networks.vae.latent_shape(
-        num_frames=look.num_frames, height=look.height, width=look.width
-    )
     noise_BCTHW, generator = sampling.initial_noise(spec.seed, shape, device.torch_device)
 
     def on_step(step: int, steps: int) -> None:
@@ -62,7 +66,7 @@ def make_latents(
         reached("denoise", step, steps)
 
     with timings.stage("denoise"):
-        return sampling.denoise(
+        latents_BCTHW = sampling.denoise(
             lambda x_BCTHW, timestep_B: networks.transformer(x_BCTHW, timestep_B, context_BSD),
             noise_BCTHW,
             levels,
@@ -70,6 +74,9 @@ def make_latents(
             generator=generator,
             on_step=on_step,
         )
+    if not latents_BCTHW.isfinite().all():
+        raise errors.NotFinite(f"NaN or infinity in the latents, with weights in {device.dtype}")
+    return latents_BCTHW
 
 
 def decode(

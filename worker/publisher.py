@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, database, dispatch, lifecycle, results, settings, states, storage
-from worker import finished, scratch
+from jobs import broker, database, lifecycle, results, settings, storage
+from worker import errors, finished, scratch
 
 log = structlog.get_logger()
 
@@ -23,32 +23,34 @@ class Publisher:
     config: settings.Settings
     db: database.Database
     bell: broker.Broker
+    store: storage.ObjectStore
 
     def publish(self, attempt_id: int) -> None:
         """Upload until the store has it or the job is somebody else's. Safe to call twice."""
-        folder = scratch.AttemptFolder(root=self.config.scratch_dir, attempt_id=attempt_id)
-        with folder.locked() as is_ours:
-            if not is_ours:
-                return
-            tries = 0
-            while not self._try(folder, tries):
-                longest = min(FIRST_WAIT_SECONDS * 2**tries, LONGEST_WAIT_SECONDS)
-                time.sleep(random.uniform(longest / 2, longest))  # noqa: S311
-                tries += 1
+        for folder in scratch.folders(self.config.scratch_dir):
+            if folder.attempt_id == attempt_id:
+                with folder.locked() as is_ours:
+                    if is_ours:
+                        self._until_done(folder)
+
+    def _until_done(self, folder: scratch.AttemptFolder) -> None:
+        tries = 0
+        while not self._try(folder, tries):
+            longest = min(FIRST_WAIT_SECONDS * 2**tries, LONGEST_WAIT_SECONDS)
+            time.sleep(random.uniform(longest / 2, longest))  # noqa: S311
+            tries += 1
 
     def _try(self, folder: scratch.AttemptFolder, tries: int) -> bool:
         """True when nothing is left to do."""
         try:
-            if (
-                finished.renew(self.db, self.config, folder, note=None)
-                is not lifecycle.Verdict.GO_ON
-            ):
+            if not self._is_wanted(folder):
                 return True
             stored = self._upload(folder)
-            if stored is None:
-                self._give_up(folder)
-                return True
             won = self.db.write(lifecycle.succeed, folder.attempt_id, video=stored)
+        except errors.DiskUnusable as error:
+            finished.give_up(self.db, self.config, folder, error=str(error))
+            self.bell.kick()
+            return True
         except storage.StorageError as error:
             attempt_id = folder.attempt_id
             log.warning("publish.delayed", attempt_id=attempt_id, tries=tries, error=str(error))
@@ -63,34 +65,29 @@ class Publisher:
         log.info(event, attempt_id=folder.attempt_id, key=stored.key)
         return True
 
-    def _upload(self, folder: scratch.AttemptFolder) -> lifecycle.StoredVideo | None:
-        """None: the file on this disk is no longer the one that was rendered."""
-        sidecar = folder.sidecar()
-        if scratch.sha256_or_none(folder.video) != sidecar["video"]["sha256"]:
-            return None
-        store = storage.open_store(self.config)
-        ids = (sidecar["batch_id"], sidecar["job_id"], folder.attempt_id)
-        stored = store.put_file(folder.video, results.video_key(*ids), content_type="video/mp4")
-        store.put_file(
-            folder.path / scratch.SIDECAR,
-            results.sidecar_key(*ids),
-            content_type="application/json",
-        )
+    def _is_wanted(self, folder: scratch.AttemptFolder) -> bool:
+        with self.db.reading() as session:
+            if finished.state_of(session, folder) is None:
+                return False
+        verdict = finished.renew(self.db, self.config, folder, note=None)
+        return verdict is lifecycle.Verdict.GO_ON
+
+    def _upload(self, folder: scratch.AttemptFolder) -> lifecycle.StoredVideo:
+        """DiskUnusable when the file on this disk is no longer the one that was rendered."""
+        facts = folder.facts()
+        ids = (facts.batch_id, facts.job_id, folder.attempt_id)
+        if scratch.sha256(folder.video) != facts.video.sha256:
+            raise errors.DiskUnusable(f"{folder.video} changed before its upload")
+        with scratch.disk_errors():  # only our side: the store's troubles are StorageErrors
+            stored = self.store.put_file(
+                folder.video, results.video_key(*ids), content_type="video/mp4"
+            )
+            self.store.put_file(
+                folder.sidecar, results.sidecar_key(*ids), content_type="application/json"
+            )
         return lifecycle.StoredVideo(
             key=stored.key, size_bytes=stored.size_bytes, sha256=stored.sha256
         )
-
-    def _give_up(self, folder: scratch.AttemptFolder) -> None:
-        error = f"{folder.video} changed or vanished before its upload: check the disk"
-        self.db.write(
-            lifecycle.fail,
-            folder.attempt_id,
-            kind=states.FailureKind.DISK,
-            error=error,
-            budgets=dispatch.budgets(self.config),
-        )
-        folder.remove()
-        log.error("publish.damaged", attempt_id=folder.attempt_id, error=error)
 
     def _note(self, folder: scratch.AttemptFolder, note: str) -> None:
         try:
@@ -100,6 +97,11 @@ class Publisher:
 
 
 def make() -> Publisher:
-    """From the environment of this process."""
+    """From the environment of this process. Connects to nothing yet."""
     config = settings.load()
-    return Publisher(config=config, db=database.connect(config), bell=broker.Broker(config))
+    return Publisher(
+        config=config,
+        db=database.connect(config),
+        bell=broker.Broker(config),
+        store=storage.open_store(config),
+    )

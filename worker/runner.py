@@ -26,6 +26,8 @@ from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
+DEVICE_LOST = 71  # exit status, for the logs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
@@ -50,7 +52,9 @@ class Runner:
             log.info("claim.refused", job_id=job_id)
             return
         log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
-        folder = scratch.AttemptFolder(root=self.config.scratch_dir, attempt_id=claim.attempt_id)
+        folder = scratch.AttemptFolder(
+            root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
+        )
         try:
             self._render(claim, folder)
         except errors.AttemptEnded as ended:
@@ -65,28 +69,25 @@ class Runner:
             self.bell.kick()
 
     def _render(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
-        with heartbeat.Heartbeat(
+        heart = heartbeat.Heartbeat(
             self.db,
             claim.attempt_id,
             lease_seconds=self.config.lease_seconds,
             worker_settings=self.worker_settings,
-        ) as heart:
-            timings = pipeline.Timings(device=self.device)
+        )
+        timings = pipeline.Timings(device=self.device)
+        with heart, self.device.faults():
             folder.make()
-            with self.device.faults():
-                self.device.reset_peak_memory()
-                heart.reached("load", 0, 1)
-                with timings.stage("load"):
-                    networks = self.components.networks_for(claim.spec.look)
-                latents_BCTHW = pipeline.make_latents(
-                    claim.spec,
-                    networks,
-                    device=self.device,
-                    timings=timings,
-                    reached=heart.reached,
-                )
-                info = self._make_mp4(claim, folder, latents_BCTHW, networks, timings, heart)
+            self.device.reset_peak_memory()
+            heart.reached("load", 0, 1)
+            with timings.stage("load"):
+                networks = self.components.networks_for(claim.spec.look)
+            latents_BCTHW = pipeline.make_latents(
+                claim.spec, networks, device=self.device, timings=timings, reached=heart.reached
+            )
+            info = self._make_mp4(claim, folder, latents_BCTHW, networks, timings, heart)
             latents_sha256 = pipeline.latents_sha256(latents_BCTHW)
+            heart.reached("hash", 0, 1)  # of the weights: may take minutes the first time
             folder.finish(self._sidecar(claim, folder, timings, info, latents_sha256))
 
     def _make_mp4(
@@ -150,7 +151,7 @@ class Runner:
                 "codec": info.codec,
                 "pixel_format": info.pixel_format,
                 "bytes": folder.video.stat().st_size,
-                "sha256": scratch.sha256_or_none(folder.video),
+                "sha256": scratch.sha256(folder.video),
             },
             "latents_sha256": latents_sha256,
             "weights_sha256": self.components.weight_hashes(),
@@ -176,32 +177,35 @@ class Runner:
         event = "attempt.superseded"
         if isinstance(ended, errors.AttemptCancelled):
             event = "attempt.cancelled"
-            self.db.write(lifecycle.cancel_attempt, claim.attempt_id)
+            try:
+                self.db.write(lifecycle.cancel_attempt, claim.attempt_id)
+            except DBAPIError as unreachable:
+                # The lease ends by itself, and the job is cancelled then.
+                log.warning("attempt.not_told", error=str(unreachable)[:300])
         log.info(event, job_id=claim.job_id, attempt_id=claim.attempt_id)
 
     def _fail(self, claim: lifecycle.Claim, error: Exception) -> None:
         kind = error.kind if isinstance(error, errors.RenderError) else states.FailureKind.INTERNAL
         message = str(error) if isinstance(error, errors.RenderError) else _described(error)
-        state = self.db.write(
-            lifecycle.fail,
-            claim.attempt_id,
-            kind=kind,
-            error=message,
-            budgets=dispatch.budgets(self.config),
-            detail="".join(traceback.format_exception(error)),
-        )
-        log.error(
-            "attempt.failed",
-            job_id=claim.job_id,
-            attempt_id=claim.attempt_id,
-            kind=kind,
-            error=message,
-            job_state=state,
-        )
+        detail = "".join(traceback.format_exception(error))
+        facts = {"job_id": claim.job_id, "attempt_id": claim.attempt_id, "kind": kind}
+        log.error("attempt.failed", **facts, error=message, detail=detail)
+        try:
+            self.db.write(
+                lifecycle.fail,
+                claim.attempt_id,
+                kind=kind,
+                error=message,
+                budgets=dispatch.budgets(self.config),
+                detail=detail,
+            )
+        except DBAPIError as unreachable:
+            # The lease ends by itself.
+            log.warning("attempt.not_told", **facts, error=str(unreachable)[:300])
         if kind is states.FailureKind.DEVICE:
             # This process can no longer use its device; its parent starts a fresh one.
             self.bell.kick()
-            os._exit(1)
+            os._exit(DEVICE_LOST)
 
 
 def make() -> Runner:

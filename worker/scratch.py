@@ -1,10 +1,13 @@
 """One folder per attempt on this host's disk: the video until it is uploaded, and its facts.
 
-A folder with `sidecar.json` holds a finished video: the file is written last, by rename.
+    scratch/<batch>.<attempt>/video.mp4
+    scratch/<batch>.<attempt>/sidecar.json      written last, by rename: the video is finished
+
+The batch is in the name because attempts are numbered anew in each database, and several farms,
+or a farm and the one before it, may use the same disk.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -16,96 +19,116 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from worker import errors
 
 VIDEO = "video.mp4"
 SIDECAR = "sidecar.json"
-LOCK = "lock"
 
-DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})
+
+class VideoFacts(BaseModel, frozen=True):
+    """What is checked before an upload."""
+
+    sha256: str
+
+
+class Facts(BaseModel, frozen=True):
+    """What a publisher needs of a sidecar; the rest is for the people who find it."""
+
+    batch_id: str
+    job_id: int
+    video: VideoFacts
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFolder:
-    """Where the files of one attempt are; the id is the folder's name."""
+    """Where the files of one attempt are."""
 
     root: Path
+    batch_id: str
     attempt_id: int
 
     @property
     def path(self) -> Path:
-        return self.root / str(self.attempt_id)
+        return self.root / f"{self.batch_id}.{self.attempt_id}"
 
     @property
     def video(self) -> Path:
         return self.path / VIDEO
 
     @property
+    def sidecar(self) -> Path:
+        return self.path / SIDECAR
+
+    @property
     def is_finished(self) -> bool:
-        return (self.path / SIDECAR).is_file()
+        return self.sidecar.is_file()
 
     def make(self) -> None:
         with disk_errors():
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def finish(self, sidecar: dict[str, Any]) -> None:
+    def finish(self, facts: dict[str, Any]) -> None:
         """Mark the video as complete: from here on a publisher may take it up."""
         with disk_errors():
             part = self.path / f"{SIDECAR}.part"
             with part.open("w", encoding="utf-8") as file:
-                json.dump(sidecar, file, indent=2, ensure_ascii=False)
+                json.dump(facts, file, indent=2, ensure_ascii=False)
                 file.flush()
                 os.fsync(file.fileno())
-            part.rename(self.path / SIDECAR)
+            part.rename(self.sidecar)
 
-    def sidecar(self) -> dict[str, Any]:
-        text = (self.path / SIDECAR).read_text("utf-8")
-        found: dict[str, Any] = json.loads(text)
-        return found
+    def facts(self) -> Facts:
+        """DiskUnusable when the sidecar cannot be read or is not what `finish` wrote."""
+        with disk_errors():
+            data = self.sidecar.read_bytes()
+        try:
+            return Facts.model_validate_json(data)
+        except ValidationError as error:
+            what = error.errors()[0]
+            raise errors.DiskUnusable(f"{self.sidecar}: {what['loc']}: {what['msg']}") from None
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """True for one publisher at a time, false for the others and when the folder is gone."""
-        try:
-            file = (self.path / LOCK).open("a")
-        except FileNotFoundError:
-            yield False
-            return
-        with file:
+        """True for one publisher at a time; false for the others and for an unfinished folder."""
+        with contextlib.ExitStack() as stack:
             try:
+                # Its own file is the lock: on a full disk no other could be made.
+                file = stack.enter_context(self.sidecar.open("rb+"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 yield False
-                return
-            yield self.is_finished
+            else:
+                # Perhaps removed by the one who held it before.
+                yield self.is_finished
 
 
 def folders(root: Path) -> list[AttemptFolder]:
-    """Every attempt that has left something on this disk, oldest first."""
-    with contextlib.suppress(FileNotFoundError):
-        ids = sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal())
-        return [AttemptFolder(root=root, attempt_id=attempt_id) for attempt_id in ids]
-    return []
+    """Every attempt that has left something on this disk, oldest first; no other files."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in root.iterdir():
+            batch_id, _, number = entry.name.rpartition(".")
+            if batch_id and number.isascii() and number.isdecimal():
+                found.append(AttemptFolder(root=root, batch_id=batch_id, attempt_id=int(number)))
+    return sorted(found, key=lambda folder: folder.attempt_id)
 
 
-def sha256_or_none(path: Path) -> str | None:
-    """None when the file cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+def sha256(path: Path) -> str:
+    with disk_errors(), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Failures that are the disk's and not the job's are named so."""
+    """Around file operations on the scratch disk: a failure is the disk's, not the job's."""
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_ERRNOS:
-            raise errors.DiskUnusable(f"scratch folder: {error}") from error
-        raise
+        raise errors.DiskUnusable(f"scratch folder: {error}") from error

@@ -68,5 +68,4 @@ def _begin(**_: object) -> None:
     except BaseException as error:
         # Celery would go on with a child that cannot render; the launcher starts a fresh pair.
         log.critical("worker.cannot_start", worker=name, error=str(error), exc_info=True)
-        os.kill(os.getppid(), signal.SIGKILL)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from worker.settings import WorkerSettings
 
 END_SECONDS = 120.0  # for the last frames and the move of the index to the front
 PROBE_SECONDS = 120.0
+DISK_COMPLAINTS = (  # as the C library words them, and ffmpeg repeats
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Input/output error",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +46,15 @@ class Mp4Writer:
     ) -> None:
         self._path = path
         self._shape = (height, width, 3)
+        command = _encode_command(path, width, height, fps, worker_settings)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the writer
-        self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
-            _encode_command(path, width, height, fps, worker_settings),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log
+            )
+        except OSError as error:
+            self._log.close()
+            raise errors.EncodingFailed(f"ffmpeg does not start: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +81,7 @@ class Mp4Writer:
         try:
             self._process.stdin.write(frames_THWC.contiguous().numpy().data)
         except BrokenPipeError:
-            self._process.wait()
+            self._wait()
             raise self._failure() from None
 
     def finish(self) -> None:
@@ -80,18 +89,21 @@ class Mp4Writer:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the exit status below tells why
             self._process.stdin.close()
+        if self._wait() != 0:
+            raise self._failure()
+
+    def _wait(self) -> int:
         try:
-            status = self._process.wait(END_SECONDS)
+            return self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             raise errors.EncodingFailed(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
-        if status != 0:
-            raise self._failure()
 
     def _failure(self) -> errors.RenderError:
         self._log.seek(0)
         words = self._log.read()[-2000:].decode(errors="replace").strip()
         message = f"ffmpeg ended with {self._process.returncode}: {words or 'no words'}"
-        if "No space left" in words or "Read-only file system" in words:
+        is_too_large = self._process.returncode == -signal.SIGXFSZ  # for `ulimit -f`
+        if is_too_large or any(complaint in words for complaint in DISK_COMPLAINTS):
             return errors.DiskUnusable(message)
         return errors.EncodingFailed(message)
 
@@ -115,13 +127,21 @@ def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> 
 def probe(path: Path) -> VideoInfo:
     """What is in a video file; EncodingFailed when it cannot be decoded to its end."""
     command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
+        _ffmpeg(),
         *("-hide_banner", "-nostdin", "-nostats", "-xerror", "-err_detect", "explode"),
         *("-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "framemd5", "-"),
     ]
-    done = subprocess.run(  # noqa: S603  # our own argument list, no shell
-        command, capture_output=True, timeout=PROBE_SECONDS, check=False, text=True
-    )
+    try:
+        done = subprocess.run(  # noqa: S603  # our own argument list, no shell
+            command,
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise errors.EncodingFailed(f"{path.name} cannot be checked: {error}") from error
     stream = re.search(r"Stream #0.*Video: (\w+).*?, (yuv\w+|rgb\w+|gbrp\w*)", done.stderr)
     fps = re.search(r"([\d.]+) fps", done.stderr)
     size = re.search(r"#dimensions 0: (\d+)x(\d+)", done.stdout)
@@ -138,11 +158,18 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
+def _ffmpeg() -> str:
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError as error:
+        raise errors.EncodingFailed(f"no ffmpeg on this machine: {error}") from error
+
+
 def _encode_command(
     path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings
 ) -> list[str]:
     return [
-        imageio_ffmpeg.get_ffmpeg_exe(),
+        _ffmpeg(),
         *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
         *("-i", "pipe:0", "-an"),

@@ -1,0 +1,69 @@
+"""Which failures are the device's, and what a process is told about its device."""
+
+import pytest
+import torch
+
+from worker import device, errors
+from worker.settings import WorkerSettings
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_named_so(cpu, raised):
+    with pytest.raises(errors.DeviceOutOfMemory, match="CPU test: ") as caught, cpu.faults():
+        raise raised
+    assert caught.value.__cause__ is raised
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_broken_device_is_named_so(cpu, raised):
+    with pytest.raises(errors.DeviceFault, match="CPU test: "), cpu.faults():
+        raise raised
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("shape mismatch"), ValueError("no"), errors.AttemptCancelled()]
+)
+def test_other_exceptions_pass_unchanged(cpu, raised):
+    with pytest.raises(type(raised)) as caught, cpu.faults():
+        raise raised
+    assert caught.value is raised
+
+
+def test_memory_that_no_machine_has_is_too_little_memory(cpu):
+    """What torch really raises, so that a new wording is noticed."""
+    with pytest.raises(errors.DeviceOutOfMemory), cpu.faults():
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_a_cpu_computes_in_full_precision_unless_told(monkeypatch):
+    monkeypatch.setenv("RUSHES_DEVICE", "cpu")
+    assert device.current(WorkerSettings()).dtype is torch.float32
+    monkeypatch.setenv("RUSHES_DTYPE", "bfloat16")
+    assert device.current(WorkerSettings()).dtype is torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_a_fault_with_advice(monkeypatch):
+    monkeypatch.setenv("RUSHES_DEVICE", "cuda")
+    with pytest.raises(errors.DeviceFault, match="nvidia-smi"):
+        device.current(WorkerSettings())
+
+
+def test_the_description_names_device_precision_and_torch(cpu):
+    told = cpu.description()
+    assert told == {"device": "CPU test", "dtype": "float32", "torch": torch.__version__}

@@ -1,0 +1,180 @@
+"""Which processes a machine gets, told by an nvidia-smi of our own on PATH."""
+
+import shlex
+
+import pytest
+
+from jobs import errors
+from worker import gpus
+
+H200 = "0, GPU-aaaa1111, NVIDIA H200, 143771\n1, GPU-bbbb2222, NVIDIA H200, 143771\n"
+NAMES = "GPU 0: NVIDIA H200 (UUID: GPU-aaaa1111)\nGPU 1: NVIDIA H200 (UUID: GPU-bbbb2222)\n"
+WITH_SLICES = """\
+GPU 0: NVIDIA H200 (UUID: GPU-aaaa1111)
+  MIG 3g.71gb     Device  0: (UUID: MIG-cccc3333)
+  MIG 1g.18gb     Device  1: (UUID: MIG-dddd4444)
+GPU 1: NVIDIA H200 (UUID: GPU-bbbb2222)
+"""
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """`machine(csv)`: an nvidia-smi that answers so. Without a call there is none."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def make(table, *, names="", status=0):
+        program = folder / "nvidia-smi"
+        program.write_text(
+            "#!/bin/sh\n"
+            f'if [ "$1" = -L ]; then printf %s {shlex.quote(names)}; '
+            f"else printf %s {shlex.quote(table)}; fi\n"
+            f"exit {status}\n"
+        )
+        program.chmod(0o755)
+
+    return make
+
+
+def names(slots):
+    return [slot.short_name for slot in slots]
+
+
+def test_auto_takes_every_gpu(machine):
+    machine(H200)
+    first, second = gpus.slots("auto", cores=4)
+    assert (first.short_name, first.device) == ("gpu0", "NVIDIA H200")
+    assert first.memory_bytes == 143771 << 20
+    assert second.short_name == "gpu1"
+
+
+def test_a_process_is_pinned_by_uuid_in_bus_order(machine):
+    machine(H200)
+    assert gpus.slots("1", cores=4)[0].environment == {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "GPU-bbbb2222",
+        "RUSHES_DEVICE": "cuda",
+    }
+
+
+def test_without_a_driver_auto_is_one_worker_on_all_cores():
+    (slot,) = gpus.slots("auto", cores=6)
+    assert slot.short_name == "cpu0"
+    assert slot.environment == {
+        "CUDA_VISIBLE_DEVICES": "",
+        "RUSHES_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "6",
+        "MKL_NUM_THREADS": "6",
+    }
+
+
+@pytest.mark.parametrize("said", ["No devices were found\n", "", "Failed to initialize NVML\n"])
+def test_a_driver_that_finds_nothing_is_as_none(machine, said):
+    machine(said)
+    assert names(gpus.slots("auto", cores=1)) == ["cpu0"]
+
+
+def test_a_driver_that_fails_is_told_in_the_log(machine, capsys):
+    machine("Driver/library version mismatch", status=18)
+    assert names(gpus.slots("auto", cores=1)) == ["cpu0"]
+    told = capsys.readouterr().out
+    assert "gpus.unreadable" in told
+    assert "version mismatch" in told
+
+
+def test_a_gpu_without_memory_of_its_own_is_a_gpu(machine):
+    machine("0, GPU-aaaa1111, NVIDIA GB10, [N/A]\n")
+    (slot,) = gpus.slots("auto", cores=1)
+    assert (slot.device, slot.memory_bytes) == ("NVIDIA GB10", None)
+
+
+def test_odd_lines_are_passed_over(machine):
+    machine("warning: infoROM is corrupted\n\n" + H200 + "2, [Unknown Error], , \n")
+    assert names(gpus.slots("auto", cores=1)) == ["gpu0", "gpu1"]
+
+
+def test_each_slice_of_a_gpu_is_a_device(machine):
+    machine(H200, names=WITH_SLICES)
+    slots = gpus.slots("auto", cores=1)
+    assert names(slots) == ["gpu0.0", "gpu0.1", "gpu1"]
+    assert slots[1].device == "NVIDIA H200 MIG 1g.18gb"
+    assert slots[1].environment["CUDA_VISIBLE_DEVICES"] == "MIG-dddd4444"
+    assert names(gpus.slots("0.1", cores=1)) == ["gpu0.1"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("0,1", ["gpu0", "gpu1"]),
+        ("1", ["gpu1"]),
+        ("1,0", ["gpu1", "gpu0"]),
+        ("GPU-bbbb2222", ["gpu1"]),
+        ("GPU-bb", ["gpu1"]),
+        ("GPU-", ["cpu0"]),
+        ("0,7,1", ["gpu0"]),
+        ("", ["cpu0"]),
+        ("-1", ["cpu0"]),
+        ("NoDevFiles", ["cpu0"]),
+    ],
+)
+def test_auto_keeps_to_the_gpus_that_a_scheduler_has_left_us(machine, monkeypatch, limit, left):
+    machine(H200, names=NAMES)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", limit)
+    assert names(gpus.slots("auto", cores=1)) == left
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [("MIG-dddd4444", ["gpu0.1"]), ("0", ["gpu0.0"]), ("1", ["gpu1"])]
+)
+def test_a_scheduler_may_leave_us_a_slice(machine, monkeypatch, limit, left):
+    machine(H200, names=WITH_SLICES)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", limit)
+    assert names(gpus.slots("auto", cores=1)) == left
+
+
+def test_a_gpu_that_belongs_to_others_is_refused(machine, monkeypatch):
+    machine(H200)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(errors.InvalidInput, match="no GPU 0; there are: 1; CUDA_VISIBLE_DEVICES"):
+        gpus.slots("0", cores=1)
+
+
+@pytest.mark.parametrize(("devices", "number"), [("cpu", 1), ("cpu:1", 1), ("cpu:3", 3)])
+def test_cpu_workers_share_the_cores(devices, number):
+    slots = gpus.slots(devices, cores=8)
+    assert names(slots) == [f"cpu{index}" for index in range(number)]
+    assert {slot.environment["OMP_NUM_THREADS"] for slot in slots} == {str(8 // number)}
+
+
+def test_every_worker_has_a_core_however_many_there_are():
+    assert gpus.slots("cpu:16", cores=2)[0].environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ("", "give auto, cpu, cpu:N or GPU numbers"),
+        ("gpu", "give auto"),
+        ("0;1", "give auto"),
+        ("0,", "give auto"),
+        ("-1", "give auto"),
+        ("²", "give auto"),
+        ("cpu:0", "cpu:N needs 1 to 256 workers, got 'cpu:0'"),
+        ("cpu:many", "cpu:N needs"),
+        ("cpu:257", "cpu:N needs"),
+        ("cpu:-2", "cpu:N needs"),
+        ("0,0", "named twice"),
+        ("0,1,5,6", "no GPU 5, 6; there are: 0, 1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_would_do(machine, devices, message):
+    machine(H200)
+    with pytest.raises(errors.InvalidInput, match=message):
+        gpus.slots(devices, cores=1)
+
+
+def test_gpus_are_refused_where_none_is():
+    with pytest.raises(errors.InvalidInput, match="is nvidia-smi on PATH"):
+        gpus.slots("0", cores=1)

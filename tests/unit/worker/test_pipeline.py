@@ -1,0 +1,199 @@
+"""From a spec to frames: in order, interruptible, and the same for a seed whatever came before."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+
+from worker import errors, pipeline
+
+
+@pytest.fixture(scope="module")
+def render(networks, cpu):
+    """Latents and chunks of frames of a spec; `reached` hears of the progress."""
+
+    def run(spec, *, reached=lambda *_: None):
+        timings = pipeline.Timings(device=cpu)
+        latents = pipeline.make_latents(
+            spec, networks, device=cpu, timings=timings, reached=reached
+        )
+        return latents, list(pipeline.decode(latents, networks, timings=timings, reached=reached))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def latents_hash(networks, cpu):
+    def run(spec):
+        latents = pipeline.make_latents(
+            spec,
+            networks,
+            device=cpu,
+            timings=pipeline.Timings(device=cpu),
+            reached=lambda *_: None,
+        )
+        return pipeline.latents_sha256(latents)
+
+    return run
+
+
+def test_stages_follow_in_order_and_tell_how_far_they_are(render, spec):
+    places = []
+    render(spec(num_frames=9), reached=lambda *place: places.append(place))
+    assert places == [
+        ("text", 0, 1),
+        *(("denoise", step, 4) for step in range(4)),
+        *(("decode", step, 3) for step in range(3)),
+    ]
+
+
+@pytest.mark.parametrize("last", [("text", 0, 1), ("denoise", 2, 4), ("decode", 1, 2)])
+def test_what_is_raised_while_reporting_ends_the_render_there(render, spec, last):
+    places = []
+
+    def reached(*place):
+        places.append(place)
+        if place == last:
+            raise errors.AttemptCancelled
+
+    with pytest.raises(errors.AttemptCancelled):
+        render(spec(), reached=reached)
+    assert places[-1] == last
+
+
+@pytest.mark.parametrize(("num_frames", "height", "width"), [(1, 16, 16), (5, 16, 32), (9, 48, 16)])
+def test_frames_have_the_count_size_and_type_that_the_encoder_takes(
+    render, spec, num_frames, height, width
+):
+    _, chunks = render(spec(num_frames=num_frames, height=height, width=width))
+    frames = torch.cat(chunks)
+    assert frames.shape == (num_frames, height, width, 3)
+    assert frames.dtype == torch.uint8
+    assert all(chunk.is_contiguous() for chunk in chunks)
+
+
+def test_every_stage_has_its_seconds(networks, cpu, spec):
+    timings = pipeline.Timings(device=cpu)
+    job = spec()
+    latents = pipeline.make_latents(
+        job, networks, device=cpu, timings=timings, reached=lambda *_: None
+    )
+    list(pipeline.decode(latents, networks, timings=timings, reached=lambda *_: None))
+    assert set(timings.seconds) == {"text", "denoise", "decode"}
+    assert all(seconds > 0 for seconds in timings.seconds.values())
+
+
+def test_a_stage_that_raises_has_its_seconds_too(cpu):
+    timings = pipeline.Timings(device=cpu)
+    with pytest.raises(errors.AttemptCancelled), timings.stage("denoise"):
+        raise errors.AttemptCancelled
+    assert "denoise" in timings.seconds
+
+
+@pytest.mark.parametrize("step_rule", ["euler", "renoise"])
+def test_a_seed_decides_the_latents(latents_hash, spec, step_rule):
+    first = latents_hash(spec(seed=1, step_rule=step_rule))
+    assert latents_hash(spec(seed=1, step_rule=step_rule)) == first
+    assert latents_hash(spec(seed=2, step_rule=step_rule)) != first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a blue square"},
+        {"step_rule": "renoise"},
+        {"sample_shift": 3.0},
+        {"denoising_step_list": [1000, 500]},
+    ],
+)
+def test_what_the_job_asks_for_changes_the_latents(latents_hash, spec, change):
+    assert latents_hash(spec(**change)) != latents_hash(spec())
+
+
+def test_the_rate_of_frames_changes_no_latents(latents_hash, spec):
+    assert latents_hash(spec(fps=8)) == latents_hash(spec(fps=24))
+
+
+jobs = strategies.fixed_dictionaries(
+    {
+        "prompt": strategies.sampled_from(["a", "two words", "ein längerer Satz"]),
+        "seed": strategies.integers(0, 3),
+        "width": strategies.sampled_from([16, 32]),
+        "num_frames": strategies.sampled_from([1, 5]),
+        "step_rule": strategies.sampled_from(["euler", "renoise"]),
+        "denoising_step_list": strategies.just([1000, 500]),
+    }
+)
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(before=strategies.lists(jobs, min_size=1, max_size=2), job=jobs)
+def test_a_render_is_independent_of_what_was_rendered_before(render, spec, before, job):
+    alone, alone_frames = render(spec(**job))
+    for other in before:
+        render(spec(**other))
+    again, again_frames = render(spec(**job))
+    assert torch.equal(alone, again)
+    assert torch.equal(torch.cat(alone_frames), torch.cat(again_frames))
+
+
+def test_a_cancelled_render_leaves_nothing_to_the_next(render, spec):
+    alone, frames = render(spec())
+
+    def stop_in_decode(stage, step, _steps):
+        if (stage, step) == ("decode", 1):
+            raise errors.AttemptCancelled
+
+    with pytest.raises(errors.AttemptCancelled):
+        render(spec(seed=99), reached=stop_in_decode)
+    again, again_frames = render(spec())
+    assert torch.equal(alone, again)
+    assert torch.equal(torch.cat(frames), torch.cat(again_frames))
+
+
+def test_pixels_are_rounded_to_the_nearest_and_kept_in_range():
+    values = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.5, 0.999, 1.0, 1.5])
+    frames = pipeline.to_uint8(values.view(1, 1, 1, 1, -1).expand(1, 3, 1, 1, -1))
+    # 127.5 goes to the even neighbour, as IEEE rounding does.
+    assert frames[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
+
+
+def test_every_level_survives_the_way_to_pixels():
+    levels = torch.arange(256)
+    scaled = (levels / 127.5 - 1).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
+    assert pipeline.to_uint8(scaled)[0, :, :, 2].flatten().equal(levels.to(torch.uint8))
+
+
+def test_frames_are_rows_of_rgb_pixels():
+    planes = torch.stack([torch.full((1, 2, 4), value) for value in (1.0, 0.0, -1.0)])
+    frames = pipeline.to_uint8(planes.unsqueeze(0))
+    assert frames.shape == (1, 2, 4, 3)
+    assert frames[0, 1, 2].tolist() == [255, 128, 0]
+
+
+def test_latents_that_are_not_finite_are_refused(networks, cpu, spec, monkeypatch):
+    broken = networks.transformer.head.head.bias.clone()
+    broken[0] = float("nan")
+    monkeypatch.setattr(networks.transformer.head.head.bias, "data", broken)
+    with pytest.raises(errors.NotFinite, match=r"torch\.float32"):
+        pipeline.make_latents(
+            spec(),
+            networks,
+            device=cpu,
+            timings=pipeline.Timings(device=cpu),
+            reached=lambda *_: None,
+        )
+
+
+def test_a_spec_that_the_networks_cannot_render_is_the_jobs_own_fault(networks, cpu, spec):
+    """Never let in by presets, but a model may have other strides."""
+    job = spec()
+    odd = job.look.model_copy(update={"num_frames": 6})
+    with pytest.raises(errors.SpecUnusable, match="num_frames"):
+        pipeline.make_latents(
+            job.model_copy(update={"look": odd}),
+            networks,
+            device=cpu,
+            timings=pipeline.Timings(device=cpu),
+            reached=lambda *_: None,
+        )

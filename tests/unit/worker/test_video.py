@@ -1,0 +1,230 @@
+"""Frames become exactly the mp4 that was asked for, or an error that names the reason."""
+
+import contextlib
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import imageio_ffmpeg
+import psutil
+import pytest
+import torch
+
+from worker import errors, video
+
+
+@pytest.fixture
+def encode(tmp_path, worker_settings):
+    def run(frames_THWC, *, fps=16, path=None, chunk=4):
+        path = path or tmp_path / "video.mp4"
+        height, width = frames_THWC.shape[1:3]
+        with video.Mp4Writer(
+            path, width=width, height=height, fps=fps, worker_settings=worker_settings
+        ) as writer:
+            for frames in frames_THWC.split(chunk):
+                writer.write(frames)
+            writer.finish()
+        return path
+
+    return run
+
+
+@pytest.fixture
+def no_leaks():
+    """No process and no file handle is left of what the test started."""
+    process = psutil.Process()
+    before = (process.children(), process.num_fds())
+    yield
+    assert (process.children(), process.num_fds()) == before
+
+
+def noise(num_frames, height, width):
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_frames, height, width, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "height", "width", "fps"),
+    [(1, 16, 16, 16), (5, 16, 16, 1), (17, 48, 80, 24), (9, 80, 48, 60), (81, 64, 64, 16)],
+)
+def test_the_file_has_the_size_count_and_rate_of_its_frames(encode, num_frames, height, width, fps):
+    path = encode(noise(num_frames, height, width), fps=fps)
+    assert video.probe(path) == video.VideoInfo(
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=float(fps),
+        codec="h264",
+        pixel_format="yuv420p",
+    )
+
+
+def test_a_player_can_start_before_the_end_has_arrived(encode):
+    data = encode(noise(9, 32, 32)).read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize(
+    "rgb", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128), (0, 0, 0), (255, 255, 255)]
+)
+@pytest.mark.parametrize("size", [(64, 64), (720, 1280)], ids=["small", "hd"])
+def test_a_colour_survives_by_the_tags_of_the_file(encode, rgb, size):
+    """Decoded as the file says it should be; BT.601 for BT.709 would shift green by some 30."""
+    frames = torch.tensor(rgb, dtype=torch.uint8).expand(1, *size, 3).contiguous()
+    path = encode(frames)
+    decoded = subprocess.run(
+        [
+            *(imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", path),
+            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
+        ],
+        capture_output=True,
+        check=True,
+    ).stdout
+    pixel = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).view(-1, 3)[0]
+    assert (pixel.int() - torch.tensor(rgb)).abs().max() <= 3
+
+
+def test_the_file_is_tagged_as_bt709_of_limited_range(encode):
+    path = encode(noise(1, 64, 64))
+    told = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", path],
+        capture_output=True,
+        check=False,
+        text=True,
+    ).stderr
+    assert "yuv420p(tv, bt709" in told
+
+
+def truncated(data):
+    return data[: -len(data) // 4]
+
+
+def zeroed_in_the_middle(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes(200) + data[middle + 200 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, zeroed_in_the_middle, lambda _: b"", lambda _: b"no video " * 999]
+)
+def test_a_damaged_file_is_refused(encode, damage):
+    path = encode(noise(33, 64, 96))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(errors.EncodingFailed, match=r"video\.mp4 cannot be decoded"):
+        video.probe(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(errors.EncodingFailed, match="No such file"):
+        video.probe(tmp_path / "video.mp4")
+
+
+def test_a_sound_without_pictures_is_refused(tmp_path):
+    path = tmp_path / "sound.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi"]
+    subprocess.run([*command, "-i", "sine=d=0.2", path], check=True)
+    with pytest.raises(errors.EncodingFailed, match="cannot be decoded"):
+        video.probe(path)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"num_frames": 8}, {"num_frames": 10}, {"fps": 24}, {"width": 64}, {"height": 16}]
+)
+def test_another_video_than_asked_for_is_refused(encode, asked):
+    path = encode(noise(9, 32, 32), fps=16)
+    right = {"num_frames": 9, "fps": 16, "width": 32, "height": 32}
+    assert video.check(path, **right).num_frames == 9
+    with pytest.raises(errors.EncodingFailed, match="num_frames=9"):
+        video.check(path, **right | asked)
+
+
+@pytest.fixture
+def writer(tmp_path, worker_settings):
+    with video.Mp4Writer(
+        tmp_path / "video.mp4", width=512, height=512, fps=8, worker_settings=worker_settings
+    ) as opened:
+        yield opened
+
+
+def kill_ffmpeg():
+    (ffmpeg,) = psutil.Process().children()
+    ffmpeg.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_an_ffmpeg_that_dies_among_the_frames_is_an_encoding_failure(writer):
+    writer.write(noise(2, 512, 512))
+    kill_ffmpeg()
+    many = noise(100, 512, 512)
+    with pytest.raises(errors.EncodingFailed, match="ffmpeg ended with -9"):
+        writer.write(many)
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_an_ffmpeg_that_dies_after_the_last_frame_is_an_encoding_failure(writer):
+    writer.write(noise(2, 512, 512))
+    kill_ffmpeg()
+    with pytest.raises(errors.EncodingFailed, match="ffmpeg ended with -9"):
+        writer.finish()
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_the_words_of_ffmpeg_are_in_the_error(encode, tmp_path):
+    with pytest.raises(errors.EncodingFailed, match="No such file or directory"):
+        encode(noise(40, 512, 512), path=tmp_path / "no folder" / "video.mp4")
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_full_disk_is_the_disks_failure(encode, tmp_path):
+    path = tmp_path / "video.mp4"
+    path.symlink_to("/dev/full")
+    with pytest.raises(errors.DiskUnusable, match="No space left on device"):
+        encode(noise(5, 64, 64), path=path)
+
+
+def test_a_file_that_may_not_grow_further_is_the_disks_failure(tmp_path):
+    """In a process of its own, for the limit holds for the whole process."""
+    script = textwrap.dedent("""
+        import resource, sys, torch
+        from pathlib import Path
+        from worker import errors, video
+        from worker.settings import WorkerSettings
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        with video.Mp4Writer(
+            Path(sys.argv[1]), width=256, height=256, fps=8, worker_settings=WorkerSettings()
+        ) as writer:
+            try:
+                for _ in range(20):
+                    writer.write(torch.randint(0, 256, (4, 256, 256, 3), dtype=torch.uint8))
+                writer.finish()
+            except errors.DiskUnusable:
+                sys.exit(42)
+    """)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "video.mp4"], check=False)
+    assert done.returncode == 42
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_missing_ffmpeg_is_an_encoding_failure(encode, monkeypatch, tmp_path):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(errors.EncodingFailed, match="ffmpeg does not start"):
+        encode(noise(1, 16, 16))
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_whoever_leaves_in_mid_stream_leaves_no_ffmpeg_behind(tmp_path, worker_settings):
+    writer = video.Mp4Writer(
+        tmp_path / "video.mp4", width=512, height=512, fps=8, worker_settings=worker_settings
+    )
+    with contextlib.suppress(errors.AttemptCancelled), writer:
+        writer.write(noise(4, 512, 512))
+        raise errors.AttemptCancelled
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_finished_writer_leaves_nothing_behind(encode):
+    assert encode(noise(5, 16, 16)).exists()
