@@ -22,6 +22,7 @@ from models import (
     errors,
     image_encoder,
     layout,
+    quantization,
     text_encoder,
     transformer,
     vae,
@@ -56,6 +57,13 @@ class ImageToVideoNetworks(Networks):
     image_encoder: image_encoder.ImageEncoder
 
 
+@dataclass(frozen=True)
+class TwoExpertNetworks(Networks):
+    """Wan2.2's: `transformer` takes the first steps, from noise, the other one the last."""
+
+    low_noise_transformer: transformer.WanTransformer
+
+
 def load_text_to_video(
     root: Path,
     *,
@@ -63,16 +71,19 @@ def load_text_to_video(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
     transformer_file: Path | None = None,
+    base: bool = False,
 ) -> TextToVideoNetworks:
     """Load a model folder in the native or the diffusers layout (see `layout`).
 
     Text encoder and transformer compute in `dtype`, the latter with its small parameters in fp32.
     The autoencoder computes in `vae_dtype`, by default at least fp32 as in official Wan.
-    `transformer_file` is a complete native transformer to use instead of the folder's. Raises
-    CheckpointError for whatever is missing, ambiguous, unreadable or not as the configs say.
+    `transformer_file` is a complete native transformer to use instead of the folder's (a file, an
+    index or a folder), `base` passes over a distilled one. Raises CheckpointError for whatever is
+    missing, ambiguous, unreadable or not as the configs say.
     """
     task = layout.Task.TEXT_TO_VIDEO
-    files = layout.find(root, transformer_file=transformer_file, task=task)
+    files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
+    _check_number_of_transformers(files, 1)
     common = _load_common(files, _read_sizes(files), device, dtype, vae_dtype)
     return TextToVideoNetworks(**vars(common))
 
@@ -84,19 +95,56 @@ def load_image_to_video(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
     transformer_file: Path | None = None,
+    base: bool = False,
 ) -> ImageToVideoNetworks:
     """Load a model folder that also has an image encoder; otherwise as `load_text_to_video`.
 
     The image encoder computes in `dtype`, but in fp16 where that is bf16, as in official Wan.
     """
     task = layout.Task.IMAGE_TO_VIDEO
-    files = layout.find(root, transformer_file=transformer_file, task=task)
+    files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
+    _check_number_of_transformers(files, 1)
     sizes = _read_sizes(files)
     assert sizes.image_encoder is not None
     common = _load_common(files, sizes, device, dtype, vae_dtype)
     clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
     return ImageToVideoNetworks(**vars(common), image_encoder=clip)
+
+
+def load_two_experts(
+    root: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
+    high_noise_file: Path | None = None,
+    low_noise_file: Path | None = None,
+) -> TwoExpertNetworks:
+    """Load a Wan2.2 text-to-video folder; otherwise as `load_text_to_video`."""
+    files = layout.find(
+        root,
+        transformer_file=high_noise_file,
+        low_noise_file=low_noise_file,
+        task=layout.Task.TEXT_TO_VIDEO,
+    )
+    _check_number_of_transformers(files, 2)
+    sizes = _read_sizes(files)
+    assert files.low_noise_config is not None
+    if _read_transformer_sizes(files, files.low_noise_config) != sizes.transformer:
+        problem = f"describes other dimensions than {files.transformer_config}"
+        raise errors.ConfigError(files.low_noise_config, problem)
+    common = _load_common(files, sizes, device, dtype, vae_dtype)
+    low_noise = _load_transformer(files, sizes.transformer, device, dtype, low_noise=True)
+    return TwoExpertNetworks(**vars(common), low_noise_transformer=low_noise)
+
+
+def _check_number_of_transformers(files: layout.ModelFiles, expected: int) -> None:
+    found = 2 if files.low_noise_transformer else 1
+    if found != expected:
+        words = {1: "one transformer, as Wan2.1 has", 2: "two transformers, as Wan2.2 has"}
+        problem = f"holds a model of {words[found]}, not of {words[expected]}"
+        raise errors.CheckpointError(f"{files.root}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -131,19 +179,21 @@ def _load_common(
 
 def _read_sizes(files: layout.ModelFiles) -> _Sizes:
     path = files.transformer_config
-    if files.layout is layout.Layout.NATIVE:
-        sizes = config_files.native_transformer(path)
-    else:
-        sizes = config_files.diffusers_transformer(path)
     vae_path, text_path = files.vae_config, files.text_encoder_config
     found = _Sizes(
-        transformer=sizes,
+        transformer=_read_transformer_sizes(files, path),
         vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
         text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
         image_encoder=_read_image_encoder_sizes(files),
     )
     _check_they_fit(found, path)
     return found
+
+
+def _read_transformer_sizes(files: layout.ModelFiles, path: Path) -> config.TransformerConfig:
+    if files.layout is layout.Layout.NATIVE:
+        return config_files.native_transformer(path, more=files.quantized_config)
+    return config_files.diffusers_transformer(path)
 
 
 def _read_image_encoder_sizes(files: layout.ModelFiles) -> config.ImageEncoderConfig | None:
@@ -185,18 +235,39 @@ def _load_transformer(
     sizes: config.TransformerConfig,
     device: torch.device | str,
     dtype: torch.dtype,
+    *,
+    low_noise: bool = False,
 ) -> transformer.WanTransformer:
+    paths = files.low_noise_transformer if low_noise else files.transformer
     with torch.device("meta"):
         network = transformer.WanTransformer(sizes)
+    tensors = _read_transformer(files, paths, network)
+    tensors, quantized = quantization.prepare(network, tensors, _named(paths))
+    native = network.state_dict().keys()
+    dtypes = {name: transformer.parameter_dtype(name, dtype) for name in native} | quantized
+    load_strictly(network, tensors, path=_named(paths), device=device, dtypes=dtypes)
+    return network
+
+
+def read_transformer(files: layout.ModelFiles) -> dict[str, Tensor]:
+    """The transformer's tensors under native names as they are stored, mapped, not yet read."""
+    _check_number_of_transformers(files, 1)
+    with torch.device("meta"):
+        network = transformer.WanTransformer(_read_sizes(files).transformer)
+    return _read_transformer(files, files.transformer, network)
+
+
+def _read_transformer(
+    files: layout.ModelFiles, paths: tuple[Path, ...], network: transformer.WanTransformer
+) -> dict[str, Tensor]:
     native = network.state_dict().keys()
     names = {} if files.transformer_is_native else weight_names.transformer_from_diffusers(native)
-    tensors = read_tensors(files.transformer, names)
+    dtypes = WEIGHT_DTYPES + quantization.CODE_DTYPES
+    tensors = read_tensors(paths, names, dtypes=dtypes)
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
-        raise errors.CheckpointError(f"{_named(files.transformer)}: {problem}")
-    dtypes = {name: transformer.parameter_dtype(name, dtype) for name in native}
-    load_strictly(network, tensors, path=_named(files.transformer), device=device, dtypes=dtypes)
-    return network
+        raise errors.CheckpointError(f"{_named(paths)}: {problem}")
+    return tensors
 
 
 def _load_vae(
@@ -276,6 +347,7 @@ def read_tensors(
     names: Mapping[str, str] | None = None,
     *,
     unused: re.Pattern[str] | None = None,
+    dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES,
 ) -> dict[str, Tensor]:
     """The tensors of files, renamed by `names` where it knows them; data is mapped, not yet read.
 
@@ -294,8 +366,8 @@ def read_tensors(
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
                 raise errors.UnreadableWeightsError(path, f"{name} is a {kind}, not a tensor")
-            if tensor.dtype not in WEIGHT_DTYPES:
-                reason = f"{name} is {tensor.dtype}; quantised weights are not supported"
+            if tensor.dtype not in dtypes:
+                reason = f"{name} is {tensor.dtype}; quantised weights are not supported here"
                 raise errors.UnreadableWeightsError(path, reason)
             tensors[native] = tensor
     return tensors

@@ -37,8 +37,17 @@ class Keys:
         self._left = {key: value for key, value in values.items() if not key.startswith("_")}
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        return cls(path, read_json(path))
+    def read(cls, path: Path, *, more: Path | None = None) -> Self:
+        """The keys of a file; those that only `more` has are taken from there.
+
+        Raises ConfigError where the two contradict each other.
+        """
+        values = read_json(path)
+        for key, value in (read_json(more) if more else {}).items():
+            if values.setdefault(key, value) != value and not key.startswith("_"):
+                problem = f"is {values[key]!r}, but {value!r} in {more}"
+                raise errors.ConfigError(path, problem, key=key)
+        return cls(path, values)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._take(key, default)
@@ -100,9 +109,14 @@ class Keys:
         return self._left.pop(key, default)
 
 
-def native_transformer(path: Path) -> config.TransformerConfig:
-    """Read `config.json` of the official layout (text-to-video and image-to-video)."""
-    keys = Keys.read(path)
+def native_transformer(path: Path, *, more: Path | None = None) -> config.TransformerConfig:
+    """Read `config.json` of the official layout (text-to-video and image-to-video).
+
+    `more` is the config.json of a quantized copy, which may add keys.
+    """
+    keys = Keys.read(path, more=more)
+    if more:
+        keys.drop("quantization_config")  # the tensors themselves say how they are quantized
     keys.only("qk_norm", True)
     keys.only("cross_attn_norm", True)
     keys.only("window_size", [-1, -1])

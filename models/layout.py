@@ -3,7 +3,8 @@
 Two layouts are known. Native (Wan2.1 as released, LightX2V):
 
     config.json
-    distill_models/distill_model.safetensors | .pt     the distilled transformer, used if there
+    distill_models/distill_model.safetensors | .pt     the distilled transformer, used if there;
+    distill_fp8/ or distill_int8/                      else its only 8-bit copy
     diffusion_pytorch_model.safetensors                else one file,
     diffusion_pytorch_model.safetensors.index.json     or shards listed by this index
     models_t5_umt5-xxl-enc-bf16.pth
@@ -17,34 +18,29 @@ An image-to-video model has one network more, in the root or in image_encoder/:
 
     models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth
     clip_config.json                                   only where it differs from Wan2.1
+
+Wan2.2's models have two transformers: high_noise_model/ and low_noise_model/ with a config.json and
+weights each, or transformer/ and transformer_2/.
 """
 
 import enum
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import config_files, errors
+from models import config_files, errors, transformer_files
 
-TRANSFORMER_STEM = "diffusion_pytorch_model"
+TRANSFORMER_STEM = transformer_files.STEM
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
-DISTILLED_FILES = (
-    Path("distill_models") / "distill_model.safetensors",
-    Path("distill_models") / "distill_model.pt",
-    Path("distill_model.safetensors"),
-    Path("distill_model.pt"),
-)
-"""A complete distilled transformer, first match wins; LightX2V has put it in both places."""
-
 BOTH_LAYOUTS = (
     "a model folder in the native layout (config.json, diffusion_pytorch_model*.safetensors or "
-    f"{DISTILLED_FILES[0]}, {TEXT_ENCODER_FILE}, {VAE_FILE}, {TOKENIZER_FOLDER}/) or in the "
-    "diffusers layout (model_index.json, transformer/, vae/, text_encoder/, tokenizer/)"
+    f"{transformer_files.DISTILLED_FILES[0]}, {TEXT_ENCODER_FILE}, {VAE_FILE}, "
+    f"{TOKENIZER_FOLDER}/) or in the diffusers layout (model_index.json, transformer/, vae/, "
+    "text_encoder/, tokenizer/)"
 )
 
 
@@ -71,7 +67,7 @@ class ModelFiles:
     task: Task
     transformer_config: Path
     transformer: tuple[Path, ...]
-    """One file, or the shards of one index."""
+    """One file, the shards of one index, or the files of a split by block."""
     transformer_is_native: bool
     vae_config: Path | None
     """None: Wan2.1's own dimensions."""
@@ -85,10 +81,16 @@ class ModelFiles:
     """None: CLIP ViT-H/14, or no image encoder."""
     image_encoder: tuple[Path, ...] = ()
     """Empty for text-to-video."""
+    quantized_config: Path | None = None
+    """A config.json beside weights that lie apart from the root: it may add keys to the root's."""
+    low_noise_transformer: tuple[Path, ...] = ()
+    """The second transformer of Wan2.2; `transformer` is then the one for high noise."""
+    low_noise_config: Path | None = None
 
     @property
     def weights(self) -> tuple[Path, ...]:
-        return self.transformer + self.vae + self.text_encoder + self.image_encoder
+        transformers = self.transformer + self.low_noise_transformer
+        return transformers + self.vae + self.text_encoder + self.image_encoder
 
     @property
     def sizes_bytes(self) -> Mapping[Path, int]:
@@ -96,10 +98,17 @@ class ModelFiles:
 
 
 def find(
-    root: Path, *, transformer_file: Path | None = None, task: Task | None = None
+    root: Path,
+    *,
+    transformer_file: Path | None = None,
+    low_noise_file: Path | None = None,
+    base: bool = False,
+    task: Task | None = None,
 ) -> ModelFiles:
-    """Say which files of a folder would be used; `transformer_file` replaces the transformer.
+    """Say which files of a folder would be used.
 
+    `transformer_file` (file, index or folder) replaces the transformer, `low_noise_file` the second
+    of a model that has two; `base` passes over distilled ones, for a LoRA that distils by itself.
     Raises CheckpointError: MissingFileError where one is not there, AmbiguousFilesError where
     several would do, ConfigError where the model is for another task than `task`. No weight file
     is opened.
@@ -107,14 +116,27 @@ def find(
     if not root.is_dir():
         raise errors.MissingFileError(root, BOTH_LAYOUTS, hint="there is no such folder")
     markers = [path for path in (root / "model_index.json", root / "config.json") if path.is_file()]
-    if not markers:
+    has_experts = transformer_files.expert_folders(root) is not None
+    if not markers and not has_experts:
         raise errors.MissingFileError(root, BOTH_LAYOUTS)
     if len(markers) > 1:
         raise errors.AmbiguousFilesError(root, "start of its layout", markers)
-    is_diffusers = markers[0].name == "model_index.json"
-    if transformer_file is not None and not transformer_file.is_file():
-        raise errors.MissingFileError(root, f"the transformer at {transformer_file}")
-    return (_diffusers if is_diffusers else _native)(root, transformer_file, task)
+    is_diffusers = bool(markers) and markers[0].name == "model_index.json"
+    asked = _Asked(transformer_file, low_noise_file, base=base, task=task)
+    found = (_diffusers if is_diffusers else _native)(root, asked)
+    if low_noise_file and not found.low_noise_transformer:
+        raise errors.CheckpointError(f"{root}: this model has one transformer, not two")
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a caller wants otherwise than the folder says."""
+
+    transformer: Path | None
+    low_noise: Path | None
+    base: bool
+    task: Task | None
 
 
 def weight_hashes(files: ModelFiles) -> dict[str, str]:
@@ -127,18 +149,21 @@ def weight_hashes(files: ModelFiles) -> dict[str, str]:
     return hashes
 
 
-def _native(root: Path, transformer_file: Path | None, wanted: Task | None) -> ModelFiles:
-    task = _task(root / "config.json", wanted)
+def _native(root: Path, asked: _Asked) -> ModelFiles:
+    experts = transformer_files.expert_folders(root)
+    transformer_config = (experts[0] if experts else root) / "config.json"
+    task = _task(transformer_config, asked.task)
     has_image = task is Task.IMAGE_TO_VIDEO
     tokenizer = root / TOKENIZER_FOLDER
     if not tokenizer.is_dir():
         raise errors.MissingFileError(root, f"the tokenizer folder {TOKENIZER_FOLDER}/")
+    transformer = _native_transformer(root, experts, asked)
     return ModelFiles(
         root=root,
         layout=Layout.NATIVE,
         task=task,
-        transformer_config=root / "config.json",
-        transformer=(transformer_file,) if transformer_file else _native_transformer(root),
+        transformer_config=transformer_config,
+        transformer=transformer,
         transformer_is_native=True,
         vae_config=_if_there(root / "vae_config.json"),
         vae=(_beside(root, VAE_FILE),),
@@ -147,14 +172,32 @@ def _native(root: Path, transformer_file: Path | None, wanted: Task | None) -> M
         tokenizer=tokenizer,
         image_encoder_config=_if_there(root / "clip_config.json") if has_image else None,
         image_encoder=(_beside(root, IMAGE_ENCODER_FILE),) if has_image else (),
+        quantized_config=_config_of_quantized(transformer[0].parent, root),
+        low_noise_transformer=_expert(experts[1], asked.low_noise) if experts else (),
+        low_noise_config=experts[1] / "config.json" if experts else None,
     )
 
 
-def _native_transformer(root: Path) -> tuple[Path, ...]:
-    for relative in DISTILLED_FILES:
-        if (root / relative).is_file():
-            return (root / relative,)
-    return _one_or_sharded(root, TRANSFORMER_STEM, what="transformer")
+def _native_transformer(
+    root: Path, experts: tuple[Path, Path] | None, asked: _Asked
+) -> tuple[Path, ...]:
+    if experts:
+        return _expert(experts[0], asked.transformer)
+    if asked.transformer:
+        return transformer_files.named(asked.transformer)
+    distilled = None if asked.base else transformer_files.distilled(root)
+    return distilled or transformer_files.base(root)
+
+
+def _expert(folder: Path, asked: Path | None) -> tuple[Path, ...]:
+    return transformer_files.named(asked) if asked else transformer_files.in_folder(folder)
+
+
+def _config_of_quantized(folder: Path, root: Path) -> Path | None:
+    """LightX2V's 8-bit folders bring a config.json of their own."""
+    if folder.name not in {path.name for path in transformer_files.QUANTIZED_FOLDERS}:
+        return None
+    return _if_there(folder / "config.json") if folder != root else None
 
 
 def _beside(root: Path, name: str) -> Path:
@@ -165,30 +208,43 @@ def _beside(root: Path, name: str) -> Path:
     raise errors.MissingFileError(root, name)
 
 
-def _diffusers(root: Path, transformer_file: Path | None, wanted: Task | None) -> ModelFiles:
+def _diffusers(root: Path, asked: _Asked) -> ModelFiles:
     names = ("transformer", "vae", "text_encoder", "tokenizer")
     folders = {name: _folder(root, name) for name in names}
-    task = _task(folders["transformer"] / "config.json", wanted)
+    task = _task(folders["transformer"] / "config.json", asked.task)
     clip = _folder(root, "image_encoder") if task is Task.IMAGE_TO_VIDEO else None
-    if transformer_file is None:
-        transformer = _one_or_sharded(folders["transformer"], TRANSFORMER_STEM, what="transformer")
-    else:
-        transformer = (transformer_file,)
+    low_noise = root / "transformer_2" if (root / "transformer_2").is_dir() else None
+    if low_noise and (asked.transformer is None) != (asked.low_noise is None):
+        problem = "of two transformers in diffusers' names either both are replaced or none"
+        raise errors.CheckpointError(f"{root}: {problem}")
     return ModelFiles(
         root=root,
         layout=Layout.DIFFUSERS,
         task=task,
         transformer_config=folders["transformer"] / "config.json",
-        transformer=transformer,
-        transformer_is_native=transformer_file is not None,
+        transformer=_diffusers_transformer(folders["transformer"], asked.transformer),
+        transformer_is_native=asked.transformer is not None,
         vae_config=folders["vae"] / "config.json",
-        vae=_one_or_sharded(folders["vae"], TRANSFORMER_STEM, what="autoencoder"),
+        vae=transformer_files.base(folders["vae"], what="autoencoder"),
         text_encoder_config=folders["text_encoder"] / "config.json",
-        text_encoder=_one_or_sharded(folders["text_encoder"], "model", what="text encoder"),
+        text_encoder=_shipped(folders["text_encoder"], "text encoder"),
         tokenizer=folders["tokenizer"],
         image_encoder_config=clip / "config.json" if clip else None,
-        image_encoder=_one_or_sharded(clip, "model", what="image encoder") if clip else (),
+        image_encoder=_shipped(clip, "image encoder") if clip else (),
+        low_noise_transformer=(
+            _diffusers_transformer(low_noise, asked.low_noise) if low_noise else ()
+        ),
+        low_noise_config=low_noise / "config.json" if low_noise else None,
     )
+
+
+def _diffusers_transformer(folder: Path, asked: Path | None) -> tuple[Path, ...]:
+    return transformer_files.named(asked) if asked else transformer_files.base(folder)
+
+
+def _shipped(folder: Path, what: str) -> tuple[Path, ...]:
+    """Networks of transformers, which names their files otherwise than diffusers."""
+    return transformer_files.base(folder, what=what, stem="model")
 
 
 def _folder(root: Path, name: str) -> Path:
@@ -207,34 +263,6 @@ def _task(transformer_config: Path, wanted: Task | None) -> Task:
         problem = f"does not fit the task: {task.value} model, not {wanted.value}"
         raise errors.ConfigError(transformer_config, problem)
     return task
-
-
-def _one_or_sharded(folder: Path, stem: str, *, what: str) -> tuple[Path, ...]:
-    """`stem.safetensors`, or the shards that `stem.safetensors.index.json` lists. Never a guess."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file() and index.is_file():
-        raise errors.AmbiguousFilesError(folder, what, [single, index])
-    if single.is_file():
-        return (single,)
-    if index.is_file():
-        return _shards(index)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f"other files there are not merged by guess: {', '.join(others)}" if others else ""
-    expected = f"the {what} as {single.name}, or as shards with {index.name}"
-    raise errors.MissingFileError(folder, expected, hint=hint)
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.ConfigError(index, f"is no index of shards: {error!r}") from error
-    shards = tuple(index.parent / name for name in names)
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing or not shards:
-        raise errors.MissingFileError(index.parent, f"the shards {missing} that {index.name} lists")
-    return shards
 
 
 def _if_there(path: Path) -> Path | None:
