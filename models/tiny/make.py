@@ -1,4 +1,4 @@
-"""Write the tiny model: `python -m models.tiny.make FOLDER [--seed 0]`.
+"""Write the tiny model: `python -m models.tiny.make FOLDER [--task t2v|i2v] [--seed 0]`.
 
 Its weights are random, so its pictures are noise that changes with prompt, seed and frame; it shows
 that a whole render works, not what Wan draws. The same seed gives the same bytes.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models import (
     config,
     errors,
+    image_encoder,
     layout,
     text_encoder,
     transformer,
@@ -28,53 +29,57 @@ from models import (
     weight_names,
 )
 
+TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the decoder varies most
 TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a short prompt
+IMAGE_SCALE = 5.0  # latents of a still picture and of zeros are small beside noise
 FRAME_SCALE = 0.3  # how much a frame made by upsampling in time differs from its neighbours
 PICTURE_SCALE = 0.8  # spreads pixels over [-1, 1] without many of them at the ends
 
 
-def make(folder: Path, *, seed: int = 0) -> Path:
+def make(folder: Path, *, seed: int = 0, task: layout.Task = layout.Task.TEXT_TO_VIDEO) -> Path:
     """Write a complete tiny model to `folder`, all or nothing, and return it.
 
     A folder that is complete already is left as it is. Raises FileExistsError for one that holds
-    anything else.
+    anything else, a model for another task included.
     """
-    if _is_complete(folder):
+    if _is_complete(folder, task):
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
-            f"{folder} exists and is not a model folder; remove it or use another"
+            f"{folder} exists and is not a model folder for {task.value}; remove it or use another"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(scratch / folder.name, torch.Generator().manual_seed(seed))
+        _write(scratch / folder.name, torch.Generator().manual_seed(seed), task)
         (scratch / folder.name).replace(folder)
     except OSError:
         # Another process may have been quicker; its model is as good.
-        if not _is_complete(folder):
+        if not _is_complete(folder, task):
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, task: layout.Task) -> bool:
     try:
-        layout.find(folder)
+        layout.find(folder, task=task)
     except errors.CheckpointError:
         return False
     return True
 
 
-def _write(folder: Path, generator: torch.Generator) -> None:
+def _write(folder: Path, generator: torch.Generator, task: layout.Task) -> None:
+    has_image = task is layout.Task.IMAGE_TO_VIDEO
+    sizes = config.TINY_I2V if has_image else config.TINY
     write_tokenizer(folder / layout.TOKENIZER_FOLDER)
-    _write_json(folder / "config.json", _transformer_json(config.TINY))
+    _write_json(folder / "config.json", _transformer_json(sizes))
     _write_json(folder / "vae_config.json", _vae_json(config.TINY_VAE))
     _write_json(folder / "t5_config.json", _text_encoder_json(config.TINY_TEXT_ENCODER))
-    dit = random_transformer(config.TINY, generator)
+    dit = random_transformer(sizes, generator)
     target = folder / f"{layout.TRANSFORMER_STEM}.safetensors"
     safetensors.torch.save_file(_tensors(dit), target)
     torch.save(_tensors(random_vae(config.TINY_VAE, generator)), folder / layout.VAE_FILE)
@@ -85,16 +90,22 @@ def _write(folder: Path, generator: torch.Generator) -> None:
     )
     native = {name: theirs[name_there] for name, name_there in names.items()}
     torch.save(native, folder / layout.TEXT_ENCODER_FILE)
+    if has_image:
+        _write_json(folder / "clip_config.json", _image_encoder_json(config.TINY_IMAGE_ENCODER))
+        clip = random_image_encoder(config.TINY_IMAGE_ENCODER, generator)
+        torch.save(_tensors(clip), folder / layout.IMAGE_ENCODER_FILE)
 
 
 def random_transformer(
     sizes: config.TransformerConfig, generator: torch.Generator
 ) -> transformer.WanTransformer:
-    """A transformer whose velocity depends on latents, time and text about equally."""
+    """A transformer whose velocity depends on latents, time, text and image about equally."""
     network = transformer.WanTransformer(sizes)
     _randomise(network, generator)
     with torch.no_grad():
         network.head.head.weight.mul_(VELOCITY_SCALE)
+        if sizes.image_dim is not None:
+            network.patch_embedding.weight[:, -sizes.out_dim :].mul_(IMAGE_SCALE)
         for name, parameter in network.named_parameters():
             if name.endswith("cross_attn.o.weight"):
                 parameter.mul_(TEXT_SCALE)
@@ -115,6 +126,14 @@ def random_vae(sizes: config.VAEConfig, generator: torch.Generator) -> vae.WanVA
 
 def random_text_encoder(sizes: config.TextEncoderConfig, generator: torch.Generator) -> nn.Module:
     network = text_encoder.build_network(sizes)
+    _randomise(network, generator)
+    return network
+
+
+def random_image_encoder(
+    sizes: config.ImageEncoderConfig, generator: torch.Generator
+) -> image_encoder.ImageEncoder:
+    network = image_encoder.ImageEncoder(sizes)
     _randomise(network, generator)
     return network
 
@@ -160,7 +179,10 @@ def write_tokenizer(folder: Path) -> None:
 
 def _transformer_json(sizes: config.TransformerConfig) -> dict[str, Any]:
     names = "dim eps ffn_dim freq_dim in_dim num_heads num_layers out_dim text_dim text_len"
-    return {"model_type": "t2v"} | {name: getattr(sizes, name) for name in names.split()}
+    task: dict[str, Any] = {"model_type": "t2v"}
+    if sizes.image_dim is not None:
+        task = {"model_type": "i2v", "image_dim": sizes.image_dim}
+    return task | {name: getattr(sizes, name) for name in names.split()}
 
 
 def _vae_json(sizes: config.VAEConfig) -> dict[str, Any]:
@@ -191,6 +213,20 @@ def _text_encoder_json(sizes: config.TextEncoderConfig) -> dict[str, Any]:
     }
 
 
+def _image_encoder_json(sizes: config.ImageEncoderConfig) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "hidden_size": sizes.dim,
+        "intermediate_size": sizes.ffn_dim,
+        "num_attention_heads": sizes.num_heads,
+        "num_hidden_layers": sizes.num_layers,
+        "layer_norm_eps": sizes.eps,
+        "hidden_act": "gelu",
+    }
+
+
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
 
@@ -203,8 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--task", choices=TASKS, default="t2v")
     options = parser.parse_args(arguments)
-    sys.stdout.write(f"{make(options.folder, seed=options.seed)}\n")
+    made = make(options.folder, seed=options.seed, task=TASKS[options.task])
+    sys.stdout.write(f"{made}\n")
 
 
 if __name__ == "__main__":
