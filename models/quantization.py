@@ -86,13 +86,12 @@ class QuantizedLinear(nn.Module):
             x_BLI = transformer.widen(x_BLI)
         if self._computes_in_fp8(x_BLI):
             self.last_matmul = Matmul.FP8
-            y_BLO = fp8_linear(x_BLI, self.weight, self.weight_scale)
+            y_BLO = fp8_linear(x_BLI, self.weight, self.weight_scale, self.bias)
         else:
             self.last_matmul = Matmul.DEQUANTIZED
             weight_OI = dequantize(self.weight, self.weight_scale, x_BLI.dtype)
-            y_BLO = functional.linear(x_BLI, weight_OI)
-        if self.bias is not None:
-            y_BLO = y_BLO + self.bias.to(y_BLO.dtype)
+            bias_O = None if self.bias is None else self.bias.to(x_BLI.dtype)
+            y_BLO = functional.linear(x_BLI, weight_OI, bias_O)
         return y_BLO + self._lora(x_BLI) if self.has_lora else y_BLO
 
     @property
@@ -127,8 +126,8 @@ def has_fp8_matmul(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FP8_MATMUL_CAPABILITY
 
 
-def fp8_linear(x_BLI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """x W^T in fp8, in bf16: the input is quantized with one scale per token on the way."""
+def fp8_linear(x_BLI: Tensor, codes_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b in bf16, by an fp8 product: the input gets one scale per token on the way."""
     x_MI = x_BLI.flatten(0, -2)
     scale_M1 = _scales(x_MI, Scheme.FP8)
     row_wise = functional.ScalingType.RowWise
@@ -139,6 +138,7 @@ def fp8_linear(x_BLI: Tensor, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
         row_wise,
         scale_O1.expand(codes_OI.shape[0], 1).t().contiguous(),
         row_wise,
+        bias=None if bias_O is None else bias_O.to(torch.bfloat16),
         output_dtype=torch.bfloat16,
     )
     return y_MO.view(*x_BLI.shape[:-1], -1)

@@ -41,6 +41,8 @@ def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -
     there, and CheckpointError for a source that cannot be read or is quantized already.
     """
     tensors = checkpoint.read_transformer(files)
+    if any(tensor.dtype in quantization.CODE_DTYPES for tensor in tensors.values()):
+        raise errors.QuantizedWeightsError(files.transformer[0], "is quantized already")
     entries = dict(_entries(tensors, scheme))
     squared, relative_errors = {}, {}
     with safetensors_files.create(target, entries, {"format": "pt"}) as writer:
@@ -48,9 +50,9 @@ def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -
             if not quantization.is_block_matrix(name, tuple(tensor.shape)):
                 writer.write(name, _bytes(tensor.to(_kept_dtype(name, tensor))))
                 continue
-            codes, scale = quantization.quantize(tensor, scheme)
-            if not bool(torch.isfinite(scale).all()):
+            if not bool(torch.isfinite(tensor).all()):
                 raise errors.UnreadableWeightsError(files.transformer[0], f"{name} is not finite")
+            codes, scale = quantization.quantize(tensor, scheme)
             writer.write(name, _bytes(codes))
             writer.write(_scale_name(name), _bytes(scale))
             squared[name] = _squared(tensor, codes, scale)
