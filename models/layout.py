@@ -40,7 +40,7 @@ BOTH_LAYOUTS = (
     "a model folder in the native layout (config.json, diffusion_pytorch_model*.safetensors or "
     f"{transformer_files.DISTILLED_FILES[0]}, {TEXT_ENCODER_FILE}, {VAE_FILE}, "
     f"{TOKENIZER_FOLDER}/) or in the diffusers layout (model_index.json, transformer/, vae/, "
-    "text_encoder/, tokenizer/)"
+    f"text_encoder/, tokenizer/); image-to-video needs {IMAGE_ENCODER_FILE} or image_encoder/ too"
 )
 
 
