@@ -1,16 +1,18 @@
 """Presets: LightX2V's files load as they are, and nothing that decides the picture is ignored."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import json5
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs import errors, presets
+from jobs import errors, looks, preset_keys, presets
 
 ROOT = Path(__file__).resolve().parents[3]
 LIGHTX2V = {
@@ -28,6 +30,9 @@ LIGHTX2V = {
     "cpu_offload": False,
     "denoising_step_list": [1000, 750, 500, 250],
 }
+HIGH = "high_noise_model"
+MM_FP8 = "W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Vllm"
+MM_INT8 = "W-int8-channel-sym-A-int8-channel-sym-dynamic-Vllm"
 OFF = {
     "lora_configs": None, "lora_path": [], "dit_quantized": False, "use_tae": False,
     "feature_caching": "NoCaching", "mm_config": {"mm_type": "Default"},
@@ -76,35 +81,150 @@ def is_preset_or_told(path: Path) -> bool:
         return str(error).startswith(f"{path}: ")
 
 
-class TestShippedPresets:
-    def test_every_shipped_preset_loads(self):
-        found = presets.available()
-        assert {preset.name for preset in found} == {"tiny", "wan_t2v_distill_4step_cfg"}
-        assert [p for p in found if isinstance(p, presets.BrokenPreset)] == []
+SHIPPED = {
+    "tiny",
+    "tiny_i2v",
+    "tiny_i2v_lora",
+    "tiny_lora",
+    "wan21/wan_i2v_distill_lora_4step_cfg",
+    "wan21/wan_t2v_distill_lora_4step_cfg",
+    "wan_i2v_distill_4step_cfg",
+    "wan_i2v_distill_4step_cfg_4090",
+    "wan_i2v_distill_4step_cfg_720p",
+    "wan_i2v_distill_4step_cfg_lora",
+    "wan_i2v_distill_4step_cfg_lora_720p",
+    "wan_i2v_distill_fp8_4step_cfg",
+    "wan_i2v_distill_int8_4step_cfg",
+    "wan_i2v_distill_lora_4step_cfg",
+    "wan_i2v_distill_lora_4step_cfg_4090",
+    "wan_i2v_distill_model_4step_cfg",
+    "wan_moe_i2v_distill_4090",
+    "wan_moe_i2v_distill_model",
+    "wan_moe_i2v_distill_quant",
+    "wan_moe_i2v_distill_with_lora",
+    "wan_moe_t2v_distill_lora",
+    "wan_t2v_1_3b_distill_4step_cfg",
+    "wan_t2v_distill_4step_cfg",
+    "wan_t2v_distill_4step_cfg_4090",
+    "wan_t2v_distill_4step_cfg_720p",
+    "wan_t2v_distill_4step_cfg_lora",
+    "wan_t2v_distill_fp8_4step_cfg",
+    "wan_t2v_distill_int8_4step_cfg",
+    "wan_t2v_distill_lora_4step_cfg",
+    "wan_t2v_distill_lora_4step_cfg_4090",
+    "wan_t2v_distill_model_4step_cfg",
+}
+WAN = {
+    "task": "t2v",
+    "model_path": "Wan2.1-T2V-14B",
+    "denoising_step_list": (1000, 750, 500, 250),
+    "step_rule": "euler",
+    "sample_shift": 5.0,
+    "width": 832,
+    "height": 480,
+    "num_frames": 81,
+    "fps": 16,
+}
+"""What LightX2V's plain preset says; everything else has its default."""
+WAN_I2V = WAN | {"task": "i2v", "model_path": "Wan2.1-I2V-14B-480P", "size_rule": "area"}
+DISTILL_LORA = "loras/Wan21_{}_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors"
 
-    def test_the_distilled_wan_preset_is_lightx2vs(self):
-        look = presets.load("wan_t2v_distill_4step_cfg").look
-        assert look.model_dump() == {
-            "task": "t2v",
-            "model_path": "Wan2.1-T2V-14B",
-            "denoising_step_list": (1000, 750, 500, 250),
-            "step_rule": "euler",
-            "sample_shift": 5.0,
-            "width": 832,
-            "height": 480,
-            "num_frames": 81,
-            "fps": 16,
+
+def said(preset: presets.Preset) -> dict[str, Any]:
+    """The fields of its look that are not at their defaults."""
+    return preset.look.model_dump(exclude_defaults=True)
+
+
+class TestShippedPresets:
+    def test_these_are_shipped(self):
+        assert {preset.name for preset in presets.available()} == SHIPPED
+
+    @pytest.mark.parametrize("name", sorted(SHIPPED))
+    def test_each_loads_by_its_name(self, name):
+        preset = presets.load(name)
+        assert preset.name == name
+        assert preset.description
+        assert preset.look.num_steps == 4
+        assert ("i2v" in name) == preset.look.needs_image
+        assert ("lora" in name) == bool(preset.look.loras)
+
+    @pytest.mark.parametrize("name", sorted(SHIPPED))
+    def test_each_is_documented_with_what_it_needs(self, name):
+        preset = presets.load(name)
+        table = (ROOT / "docs" / "presets.md").read_text()
+        line = next(line for line in table.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"`{preset.look.model_path}`" in line
+
+    @pytest.mark.parametrize(
+        ("name", "fields"),
+        [
+            ("wan_t2v_distill_4step_cfg", WAN),
+            ("wan_i2v_distill_4step_cfg", WAN_I2V),
+            (
+                "wan_t2v_distill_4step_cfg_lora",
+                WAN | {"base": "original", "loras": ({"path": DISTILL_LORA.format("T2V")},)},
+            ),
+            (
+                "wan_i2v_distill_4step_cfg_lora",
+                WAN_I2V | {"base": "original", "loras": ({"path": DISTILL_LORA.format("I2V")},)},
+            ),
+        ],
+    )
+    def test_lightx2vs_four_say_this(self, name, fields):
+        assert said(presets.load(f"distill/{name}")) == fields
+
+    @pytest.mark.parametrize(
+        ("name", "guidance", "text_len"),
+        [
+            ("wan_t2v_distill_4step_cfg", 6, True),
+            ("wan_i2v_distill_4step_cfg", 5, False),
+            ("wan_t2v_distill_4step_cfg_lora", 6, True),
+            ("wan_i2v_distill_4step_cfg_lora", 5, False),
+        ],
+    )
+    def test_lightx2vs_four_have_its_keys_and_values(self, name, guidance, text_len):
+        text = (ROOT / "configs" / "distill" / f"{name}.json").read_text()
+        fields = json5.loads(text)
+        del fields["description"]
+        fields.pop("lora_path", None)
+        wanted = LIGHTX2V | {"sample_guide_scale": guidance}
+        if not text_len:
+            del wanted["text_len"]
+        assert fields == wanted
+
+    def test_the_smallest_gpu_gets_fp8_block_by_block(self):
+        assert said(presets.load("wan_i2v_distill_4step_cfg_4090")) == WAN_I2V | {
+            "transformer": "Wan2.1-I2V-14B-480P/distill_fp8",
+            "quantization": "fp8",
+            "offload": "block",
         }
-        assert look.num_steps == 4
+
+    def test_two_networks_have_their_own_checkpoints_and_loras(self):
+        complete = presets.load("wan22/wan_moe_i2v_distill_model").look
+        assert complete.boundary_step_index == 2
+        assert "high_noise" in (complete.high_noise_transformer or "")
+        assert "low_noise" in (complete.low_noise_transformer or "")
+        with_loras = presets.load("wan_moe_t2v_distill_lora").look
+        assert [lora.name for lora in with_loras.loras] == list(looks.EXPERTS)
+        assert with_loras.base == "original"
 
     def test_the_tiny_preset_is_small(self):
         look = presets.load("tiny.json").look
         assert (look.width, look.height, look.num_frames, look.fps) == (64, 64, 17, 8)
         assert look.model_path == "tiny"
 
-    def test_an_id_never_changes(self):
+    @pytest.mark.parametrize(
+        ("name", "look_id"),
+        [("tiny", "32c19b5938250002"), ("wan_t2v_distill_4step_cfg", "54cfac8bcc761bda")],
+    )
+    def test_an_id_never_changes(self, name, look_id):
         """Queued jobs and result folders carry these ids."""
-        assert presets.load("tiny").look.id == "32c19b5938250002"
+        assert presets.load(name).look.id == look_id
+
+    def test_a_look_that_was_stored_before_later_fields_has_its_old_id(self):
+        assert (
+            presets.Look.model_validate(WAN).id == presets.load("wan_t2v_distill_4step_cfg").look.id
+        )
 
 
 class TestLook:
@@ -120,6 +240,19 @@ class TestLook:
             {"denoising_step_list": [999, 750, 500, 250]},
             {"sample_shift": 5.000001},
             {"model_path": "Tiny"},
+            {"task": "i2v"},
+            {"task": "i2v", "size_rule": "area"},
+            {"transformer": "a"},
+            {"base": "original"},
+            {"quantization": "fp8"},
+            {"loras": [{"path": "a"}]},
+            {"boundary_step_index": 1},
+            {"offload": "model"},
+            {"vae_tiling": True},
+            {"text_encoder_on_cpu": True},
+            {"image_encoder_on_cpu": True},
+            {"vae_on_cpu": True},
+            {"unload_encoders": True},
         ],
     )
     def test_each_field_is_part_of_the_id(self, changes):
@@ -137,6 +270,49 @@ class TestLook:
     def test_a_look_cannot_be_changed(self):
         with pytest.raises(ValidationError):
             tiny().width = 80  # type: ignore[misc]  # that it is frozen is the point
+
+    def test_loras_count_with_strength_network_and_order(self):
+        a, b = {"path": "a"}, {"path": "b"}
+        ids = [
+            tiny(loras=loras, boundary_step_index=2).id
+            for loras in ([a, b], [b, a], [a | {"strength": 0.5}, b], [a | {"name": HIGH}, b])
+        ]
+        assert len(set(ids)) == 4
+
+    @pytest.mark.parametrize(
+        ("changes", "part"),
+        [
+            ({"size_rule": "area"}, 'size_rule "area" is for images'),
+            ({"high_noise_transformer": "a"}, "the low-noise checkpoint is missing"),
+            ({"low_noise_transformer": "a"}, "the high-noise checkpoint is missing"),
+            (
+                {"high_noise_transformer": "a", "low_noise_transformer": "b"},
+                "two checkpoints need boundary_step_index",
+            ),
+            ({"boundary_step_index": 0}, "from 1 to 3, got 0: 2 would do"),
+            ({"boundary_step_index": 4}, "from 1 to 3, got 4: 2 would do"),
+            ({"boundary_step_index": True}, "boundary_step_index must be a whole number"),
+            ({"boundary_step_index": 2, "transformer": "a"}, "instead of one checkpoint"),
+            ({"loras": [{"path": "a", "name": HIGH}]}, "Wan2.1 has one, leave it"),
+            (
+                {"loras": [{"path": "a", "name": "both"}]},
+                'entry 1: name must be "high_noise_model"',
+            ),
+            ({"loras": [{"path": "a"}, {"path": "a", "strength": 2}]}, 'LoRA "a" is there twice'),
+            ({"loras": [{"path": str(n)} for n in range(9)]}, "there may be 8 LoRAs, got 9"),
+            ({"loras": [{"path": "a"}, {"path": "../b"}]}, "loras entry 2: path must be below"),
+            ({"loras": [{"path": "a", "strength": 11}]}, "strength must be from -10 to 10, got 11"),
+            ({"loras": [{"path": "a", "strength": float("nan")}]}, "strength must be from -10"),
+            ({"transformer": "a.GGUF"}, "names a GGUF file, which is not supported"),
+            ({"transformer": "~/a"}, "without '..' and '~'"),
+            ({"offload": "phase"}, 'offload must be "none" or "model" or "block"'),
+            ({"quantization": "nvfp4"}, 'quantization must be "fp8" or "int8"'),
+        ],
+    )
+    def test_what_does_not_fit_together_is_told(self, changes, part):
+        with pytest.raises(ValueError, match=r".") as caught:
+            presets.load("tiny").look.with_changes(changes)
+        assert part in str(caught.value)
 
     @pytest.mark.parametrize("seed", [-1, 2**63])
     def test_a_seed_fits_both_databases(self, seed):
@@ -185,6 +361,104 @@ class TestLookFor:
                 for hint in good:
                     preset.look_for(**{field: int(hint)})
 
+    def test_the_rows_loras_come_after_the_presets(self):
+        style = presets.LoraUse(path="loras/film.safetensors", strength=0.8)
+        look = presets.load("tiny_lora").look_for(loras=[style])
+        assert [lora.path for lora in look.loras] == [
+            "tiny_base/loras/distill_lora.safetensors",
+            "loras/film.safetensors",
+        ]
+        assert look.base == "original"
+        assert presets.load("tiny").look_for(loras=[style]).base == "distilled"
+
+    @pytest.mark.parametrize(
+        ("path", "part"),
+        [
+            ("/etc/secret.safetensors", 'loras must lie below the models folder, got "/etc/'),
+            ("tiny_base/loras/distill_lora.safetensors", "is there twice"),
+        ],
+    )
+    def test_a_row_cannot_name_every_file(self, path, part):
+        with pytest.raises(ValueError, match=r".") as caught:
+            presets.load("tiny_lora").look_for(loras=[presets.LoraUse(path=path)])
+        assert part in str(caught.value)
+
+
+class TestSizeOfAnImage:
+    """`area` and `bucket` as LightX2V's command line and server have them."""
+
+    @pytest.mark.parametrize(
+        ("image", "size"),
+        [
+            ((832, 480), (832, 480)),
+            ((480, 832), (480, 832)),
+            ((1280, 720), (832, 464)),
+            ((4000, 3000), (720, 544)),
+            ((1024, 1024), (624, 624)),
+            ((1, 1), (624, 624)),
+        ],
+    )
+    def test_area_keeps_the_aspect(self, image, size):
+        look = presets.load("wan_i2v_distill_4step_cfg").look.sized(*image)
+        assert (look.width, look.height) == size
+        assert not look.crops_image
+
+    @given(st.integers(16, 9000), st.integers(16, 9000))
+    def test_area_is_lightx2vs_formula_in_whole_numbers(self, width, height):
+        look = presets.load("wan_i2v_distill_4step_cfg").look
+        aspect = height / width
+        sides = math.sqrt(480 * 832 / aspect), math.sqrt(480 * 832 * aspect)
+        near = [min(side % 16, 16 - side % 16) < 1e-6 for side in sides]
+        wanted = [round(side // 8 // 2 * 2) * 8 for side in sides]
+        try:
+            sized = look.sized(width, height)
+        except ValueError:
+            assert max(wanted) > 2048 or min(wanted) < 16
+            return
+        for side, lightx2v, is_near in zip((sized.width, sized.height), wanted, near, strict=True):
+            assert side == lightx2v or (is_near and side == lightx2v + 16)
+
+    @pytest.mark.parametrize(
+        ("resolution", "sizes"),
+        [
+            ("480p", [(832, 480), (480, 480), (480, 832)]),
+            ("540p", [(960, 544), (576, 576), (544, 960)]),
+            ("720p", [(1280, 720), (960, 960), (720, 1280)]),
+        ],
+    )
+    def test_bucket_is_the_nearest_of_three_shapes(self, write, resolution, sizes):
+        fields = LIGHTX2V | {"resize_mode": "adaptive", "resolution": resolution}
+        preset = presets.load(write(fields, "wan_i2v_.json"))
+        found = [preset.look.sized(*image) for image in ((1600, 900), (1000, 1010), (900, 1600))]
+        assert [(look.width, look.height) for look in found] == sizes
+        assert found[0].crops_image
+        assert "resolution decides" in dict(preset.keys_without_effect)["target_width"]
+
+    def test_bucket_without_a_resolution_takes_the_nearest_to_the_target(self, write):
+        fields = {"task": "i2v", "resize_mode": "adaptive", "size": [720, 1280]}
+        look = presets.load(write(fields)).look.sized(100, 100)
+        assert (look.width, look.height) == (960, 960)
+
+    def test_fixed_is_fixed(self, write):
+        fields = {"task": "i2v", "resize_mode": "fixed_shape", "size": [480, 640]}
+        look = presets.load(write(fields)).look
+        assert look.sized(10, 1000) is look
+        assert look.crops_image
+
+    def test_text_to_video_has_its_size_already(self):
+        look = presets.load("tiny").look
+        assert look.sized(10, 1000) is look
+
+    @pytest.mark.parametrize("image", [(10_000, 10), (1, 2000)])
+    def test_a_ribbon_makes_no_video(self, image):
+        with pytest.raises(ValueError, match=r"pixels is too narrow .*: crop it"):
+            presets.load("wan_i2v_distill_4step_cfg").look.sized(*image)
+
+    def test_a_row_may_ask_for_another_area(self):
+        preset = presets.load("wan_i2v_distill_4step_cfg")
+        look = preset.look_for(width=1280, height=720).sized(1920, 1080)
+        assert (look.width, look.height) == (1280, 720)
+
 
 class TestFramesForSeconds:
     @pytest.mark.parametrize(
@@ -228,7 +502,46 @@ class TestLoad:
         write({"fps": 5}, "sub/tiny.json")
         assert presets.load("tiny", folder=tmp_path).look.fps == 5
         assert presets.load("tiny").look.fps == 8
-        assert [p.path.parent.name for p in presets.available(tmp_path)] == ["sub", "distill"]
+        (mine,) = [p for p in presets.available(tmp_path) if p.name == "tiny"]
+        assert mine.path.parent.name == "sub"
+
+    def test_one_name_in_two_folders_reaches_both(self):
+        outer = presets.load("wan_t2v_distill_lora_4step_cfg")
+        inner = presets.load("wan21/wan_t2v_distill_lora_4step_cfg")
+        assert (outer.path.parent.name, inner.path.parent.name) == ("distill", "wan21")
+        assert inner.name == "wan21/wan_t2v_distill_lora_4step_cfg"
+        assert presets.load("distill/wan21/wan_t2v_distill_lora_4step_cfg.json").name == inner.name
+
+    def test_a_name_that_two_files_have_is_asked_about(self, write, tmp_path):
+        write({"fps": 5}, "a/x.json")
+        write({"fps": 6}, "b/x.json")
+        with pytest.raises(errors.NotFound, match=r"^preset 'x' may be 'a/x' or 'b/x': say which$"):
+            presets.load("x", folder=tmp_path)
+        assert presets.load("b/x", folder=tmp_path).look.fps == 6
+        names = [p.name for p in presets.available(tmp_path)]
+        assert names.count("x") == 0
+        assert {"a/x", "b/x"} <= set(names)
+
+    def test_the_outer_of_two_files_has_the_short_name(self, write, tmp_path):
+        write({"fps": 5}, "x.json")
+        write({"fps": 6}, "b/x.json")
+        assert presets.load("x", folder=tmp_path).look.fps == 5
+        assert presets.load("b/x", folder=tmp_path).name == "b/x"
+
+    def test_ones_own_file_hides_only_its_own_name(self, write, tmp_path):
+        write({"fps": 5}, "wan_t2v_distill_lora_4step_cfg.json")
+        names = [p.name for p in presets.available(tmp_path)]
+        assert "wan21/wan_t2v_distill_lora_4step_cfg" in names
+        assert presets.load("wan_t2v_distill_lora_4step_cfg", folder=tmp_path).look.fps == 5
+        assert (
+            presets.load("distill/wan_t2v_distill_lora_4step_cfg", folder=tmp_path).look.fps == 16
+        )
+
+    def test_the_current_folder_may_be_ones_own(self, write, tmp_path, monkeypatch):
+        write({"fps": 5}, "mine.json")
+        monkeypatch.chdir(tmp_path)
+        for folder in (Path(), tmp_path.relative_to(tmp_path.parent).parent):
+            assert presets.load("mine", folder=folder).look.fps == 5
 
     def test_files_in_hidden_folders_are_no_presets(self, write, tmp_path):
         write({"fps": 5}, ".checkpoints/tiny.json")
@@ -241,8 +554,8 @@ class TestLoad:
         with pytest.raises(errors.NotFound) as caught:
             presets.load("tinny")
         assert str(caught.value) == (
-            "no preset 'tinny': did you mean 'tiny'? Presets: tiny, wan_t2v_distill_4step_cfg. "
-            "A path to a preset file would do too."
+            "no preset 'tinny': did you mean 'tiny'? "
+            f"`rushes presets` lists all {len(SHIPPED)}. A path to a preset file would do too."
         )
 
     @pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b", "x" * 5000, "../configs", "~"])
@@ -263,7 +576,7 @@ class TestLoad:
         assert isinstance(broken, presets.BrokenPreset)
         assert broken.name == "broken"
         assert "line 1" in broken.reason
-        assert len(others) == 2
+        assert len(others) == len(SHIPPED)
 
     def test_presets_ship_beside_the_package(self):
         assert presets.SHIPPED_FOLDER == ROOT / "configs"
@@ -301,20 +614,192 @@ class TestLightX2VFiles:
 
     def test_keys_without_effect_are_listed_with_their_reason(self, write):
         listed = dict(presets.load(write(LIGHTX2V | OFF)).keys_without_effect)
-        assert listed["cpu_offload"] == "what stays in GPU memory is the worker's choice"
-        assert listed["lora_configs"] == "off"
-        assert listed.keys() == (LIGHTX2V | OFF).keys() - presets.LOOK_KEYS.keys() - {
-            "infer_steps",
-            "enable_cfg",
-        }
+        assert listed["sample_guide_scale"] == "distilled models render without CFG"
+        assert listed["cross_attn_2_type"] == "text to video reads no image"
+        assert listed["use_tae"] == "off"
+        table = preset_keys.LOOK_KEYS | preset_keys.CHECKED_KEYS
+        assert listed.keys() == (LIGHTX2V | OFF).keys() - table.keys()
+
+    def test_what_is_off_changes_nothing(self, write):
+        assert presets.load(write(LIGHTX2V | OFF)).look == presets.load(write(LIGHTX2V)).look
 
     @pytest.mark.parametrize("name", ["wan_i2v_distill_4step_cfg.json", "i2v.json", "x-i2v.json"])
-    def test_an_image_to_video_file_is_refused_by_its_name(self, fault, name):
-        assert "text-to-video presets (t2v) are what this version renders" in fault(LIGHTX2V, name)
+    def test_an_image_to_video_file_is_known_by_its_name(self, write, name):
+        look = presets.load(write(LIGHTX2V, name)).look
+        assert look == presets.load("wan_i2v_distill_4step_cfg").look
 
-    def test_the_task_in_the_file_goes_before_its_name(self, write, fault):
+    def test_the_task_in_the_file_goes_before_its_name(self, write):
         assert presets.load(write({"task": "t2v"}, "wan_i2v_.json")).look.task == "t2v"
-        assert "image-to-video" in fault({"task": "i2v"}, "wan_t2v.json")
+        assert presets.load(write({"task": "i2v"}, "wan_t2v.json")).look.task == "i2v"
+
+    @pytest.mark.parametrize("name", ["wan_t2v_.json", "wan_i2v_.json"])
+    def test_the_older_list_with_a_lora_loads(self, write, name):
+        """The example of LightX2V's page on step distillation."""
+        content = """{
+          "infer_steps": 4,                              // Inference steps
+          "denoising_step_list": [999, 750, 500, 250],   // Denoising timestep list
+          "enable_cfg": false,                           // Disable CFG for speed improvement
+          "lora_path": [                                 // LoRA weights path (optional)
+            "path/to/distill_lora.safetensors"
+          ]
+        }"""
+        look = presets.load(write(content, name)).look
+        assert look.denoising_step_list == (999, 750, 500, 250)
+        assert look.loras == (presets.LoraUse(path="path/to/distill_lora.safetensors"),)
+
+
+class TestWeights:
+    """Which files a preset asks for."""
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"lora_path": "a"},
+            {"lora_path": ["a"]},
+            {"lora_path": ["a"], "strength_model": 1},
+            {"lora_configs": [{"path": "a"}]},
+            {"lora_configs": [{"path": "a", "strength": 1, "name": None}]},
+        ],
+    )
+    def test_a_lora_has_five_spellings(self, write, fields):
+        look = presets.load(write(fields)).look
+        assert look.loras == (presets.LoraUse(path="a"),)
+        assert look.base == "original"
+
+    def test_strength_model_is_for_all_of_lora_path(self, write):
+        look = presets.load(write({"lora_path": ["a", "b"], "strength_model": 0.5})).look
+        assert [lora.strength for lora in look.loras] == [0.5, 0.5]
+
+    def test_what_a_lora_says_without_effect_is_listed(self, write):
+        fields = {
+            "lora_configs": [{"path": "a", "alpha": 8}],
+            "lora_dynamic_apply": True,
+            "strength_model": 2,
+        }
+        listed = dict(presets.load(write(fields)).keys_without_effect)
+        assert listed.keys() == {"lora_configs.alpha", "lora_dynamic_apply", "strength_model"}
+        assert listed["lora_configs.alpha"] == "alpha is read from the LoRA file"
+
+    def test_a_lora_on_a_named_checkpoint_changes_that_one(self, write):
+        """A style in the preset of a distilled model."""
+        look = presets.load(write({"dit_original_ckpt": "a.safetensors", "lora_path": "b"})).look
+        assert (look.transformer, look.base) == ("a.safetensors", "distilled")
+
+    @pytest.mark.parametrize("key", ["dit_original_ckpt", "dit_distill_ckpt"])
+    def test_a_checkpoint_is_named(self, write, key):
+        assert presets.load(write({key: "a/b.pt"})).look.transformer == "a/b.pt"
+
+    @pytest.mark.parametrize(
+        ("fields", "transformer", "quantization"),
+        [
+            ({"dit_quantized": True, "dit_quant_scheme": "fp8-sgl"}, "{}/distill_fp8", "fp8"),
+            ({"dit_quantized": True, "dit_quant_scheme": "int8-vllm"}, "{}/distill_int8", "int8"),
+            ({"mm_config": {"mm_type": MM_FP8}}, "{}/distill_fp8", "fp8"),
+            ({"mm_config": {"mm_type": MM_INT8}, "dit_quantized": True}, "{}/distill_int8", "int8"),
+            (
+                {"dit_quantized": True, "dit_quant_scheme": "fp8-q8f", "dit_quantized_ckpt": "/x"},
+                "/x",
+                "fp8",
+            ),
+            ({"dit_quantized": True, "dit_quantized_ckpt": "x"}, "x", None),
+            (
+                {"dit_quantized": True, "dit_quant_scheme": "fp8-q8f", "lora_path": "a"},
+                "{}/fp8",
+                "fp8",
+            ),
+        ],
+    )
+    def test_quantized_weights_lie_where_lightx2v_has_them(
+        self, write, fields, transformer, quantization
+    ):
+        look = presets.load(write(fields)).look
+        assert look.transformer == transformer.format("Wan2.1-T2V-14B")
+        assert look.quantization == quantization
+
+    def test_quantized_weights_lie_in_ones_own_folder(self, write):
+        fields = {"dit_quantized": True, "dit_quant_scheme": "fp8-sgl", "model_path": "/m/"}
+        assert presets.load(write(fields)).look.transformer == "/m/distill_fp8"
+
+    def test_a_scheme_alone_quantizes_nothing(self, write):
+        preset = presets.load(write({"dit_quantized": False, "dit_quant_scheme": "nvfp4"}))
+        assert preset.look == presets.load(write({})).look
+        assert dict(preset.keys_without_effect) == {"dit_quant_scheme": "dit_quantized is not true"}
+
+    @pytest.mark.parametrize("task", ["t2v", "i2v"])
+    def test_two_networks_are_another_model(self, write, task):
+        fields = {"task": task, "boundary_step_index": 2, "model_cls": "wan2.2_moe_distill"}
+        look = presets.load(write(fields)).look
+        assert look.model_path == f"Wan2.2-{task.upper()}-A14B"
+        assert look.boundary_step_index == 2
+
+    def test_quantized_networks_lie_side_by_side(self, write):
+        fields = {"dit_quantized": True, "dit_quant_scheme": "int8-q8f", "boundary_step_index": 2}
+        look = presets.load(write(fields)).look
+        assert look.high_noise_transformer == "Wan2.2-T2V-A14B/distill_int8/high_noise_model"
+        assert look.low_noise_transformer == "Wan2.2-T2V-A14B/distill_int8/low_noise_model"
+
+
+class TestMemory:
+    """What a preset asks of the machine."""
+
+    @pytest.mark.parametrize(
+        ("fields", "offload"),
+        [
+            ({}, "none"),
+            ({"cpu_offload": False, "offload_granularity": "block"}, "none"),
+            ({"cpu_offload": True}, "block"),
+            ({"cpu_offload": True, "offload_granularity": "block"}, "block"),
+            ({"cpu_offload": True, "offload_granularity": "phase"}, "block"),
+            ({"cpu_offload": True, "offload_granularity": "model"}, "model"),
+        ],
+    )
+    def test_offload(self, write, fields, offload):
+        assert presets.load(write(fields)).look.offload == offload
+
+    @pytest.mark.parametrize(
+        ("granularity", "cpu_offload", "reason"),
+        [
+            ("block", False, "cpu_offload is not true"),
+            ("phase", True, "parts of a block are not moved alone: as block"),
+        ],
+    )
+    def test_a_granularity_that_is_not_followed_is_told(
+        self, write, granularity, cpu_offload, reason
+    ):
+        fields = {"cpu_offload": cpu_offload, "offload_granularity": granularity}
+        listed = presets.load(write(fields)).keys_without_effect
+        assert listed == (("offload_granularity", reason),)
+
+    def test_with_offload_the_encoders_wait_too_unless_they_are_told_not_to(self, write):
+        look = presets.load(write({"cpu_offload": True, "task": "i2v"})).look
+        assert (look.text_encoder_on_cpu, look.image_encoder_on_cpu, look.vae_on_cpu) == (True,) * 3
+        fields = {"cpu_offload": True, "task": "i2v", "t5_cpu_offload": False}
+        look = presets.load(write(fields | {"clip_cpu_offload": False})).look
+        assert (look.text_encoder_on_cpu, look.image_encoder_on_cpu) == (False, False)
+        assert look.vae_on_cpu
+
+    @pytest.mark.parametrize(
+        ("key", "field"),
+        [
+            ("t5_cpu_offload", "text_encoder_on_cpu"),
+            ("clip_cpu_offload", "image_encoder_on_cpu"),
+            ("vae_cpu_offload", "vae_on_cpu"),
+            ("use_tiling_vae", "vae_tiling"),
+            ("unload_modules", "unload_encoders"),
+            ("lazy_load", "unload_encoders"),
+            ("t5_lazy_load", "unload_encoders"),
+        ],
+    )
+    def test_each_switch(self, write, key, field):
+        assert getattr(presets.load(write({key: True, "task": "i2v"})).look, field) is True
+        assert getattr(presets.load(write({key: False, "task": "i2v"})).look, field) is False
+
+    def test_an_image_encoder_that_is_not_there_waits_nowhere(self, write):
+        fields = {"clip_cpu_offload": True}
+        for more in ({}, {"task": "i2v", "boundary_step_index": 2}):
+            preset = presets.load(write(fields | more))
+            assert not preset.look.image_encoder_on_cpu
+            assert "clip_cpu_offload" in dict(preset.keys_without_effect)
 
 
 class TestRefusals:
@@ -346,7 +831,7 @@ class TestRefusals:
             ({"denoising_step_list": [250, 500, 500]}, "[500, 250] would do"),
             ({"denoising_step_list": list(range(51, 0, -1))}, "must have 1 to 50 entries, got 51"),
             ({"step_rule": "lcm"}, 'step_rule must be "euler" or "renoise", got "lcm"'),
-            ({"task": "s2v"}, 'task must be "t2v", got "s2v"'),
+            ({"task": "s2v"}, 'task must be "t2v" or "i2v", got "s2v"'),
             ({"model_path": ""}, "model_path must name a folder"),
             ({"model_path": "../x"}, "without '..'"),
             ({"model_path": "~/x"}, "without '..' and '~'"),
@@ -356,24 +841,102 @@ class TestRefusals:
             ({"model_path": "\ud800"}, "model_path must name a folder"),
             ({"denoising_steplist": [1]}, "did you mean denoising_step_list?"),
             ({"zzz": 1}, 'unknown key "zzz": remove it'),
-            ({"lora_configs": [{"path": "a", "strength": 1}]}, "LoRA is not supported"),
-            ({"lora_path": ["a.safetensors"]}, "LoRA is not supported"),
-            ({"dit_quantized": True}, "quantized weights are not supported in this version"),
-            ({"dit_quantized_ckpt": "/x"}, "quantized weights are not supported"),
-            ({"mm_config": {"mm_type": "W-fp8"}}, "quantized weights"),
-            ({"dit_original_ckpt": "/x.safetensors"}, "put the file into that folder"),
-            ({"dit_distill_ckpt": "/x"}, "other weights"),
+            ({"lora_path": ["a"], "lora_configs": [{"path": "a"}]}, "the same thing: keep one"),
+            ({"lora_path": [5]}, "lora_path entry 1: path must name a LoRA file"),
+            ({"lora_path": ["a", "a"]}, "is there twice"),
+            ({"lora_path": ["a"], "strength_model": "1"}, "entry 1: strength must be a number"),
+            ({"lora_configs": "a"}, "lora_configs must be a list such as"),
+            ({"lora_configs": ["a"]}, "lora_configs: entry 1 must have path, strength and name"),
+            ({"lora_configs": [{"path": "a", "scale": 1}]}, "must have path, strength and name"),
+            ({"lora_configs": [{"strength": 1}]}, "lora_configs entry 1: path"),
+            ({"lora_configs": [{"path": "a"}, {"path": ""}]}, "entry 2: path must name a LoRA"),
+            ({"lora_configs": [{"path": "a", "name": HIGH}]}, "Wan2.1 has one, leave it"),
+            ({"lora_path": "a", "boundary_step_index": 2}, "use lora_configs"),
+            ({"lora_configs": [{"path": "a"}], "boundary_step_index": 2}, "entry 1 name must be"),
+            ({"dit_quantized": True}, "dit_quantized needs dit_quant_scheme, such as fp8-sgl"),
+            ({"dit_quantized": "yes"}, 'dit_quantized must be true or false, got "yes"'),
+            ({"dit_quantized": 1}, "dit_quantized must be true or false, got 1"),
+            ({"dit_quantized": True, "dit_quant_scheme": "nvfp4"}, "NVFP4, MXFP and GGUF are not"),
+            ({"dit_quantized": True, "dit_quant_scheme": "gguf-Q4_K_S"}, "use the fp8 checkpoint"),
+            ({"dit_quantized": True, "dit_quant_scheme": 8}, "fp8 and int8 weights are supported"),
+            ({"dit_quantized_ckpt": "/x"}, "dit_quantized_ckpt is given but dit_quantized is not"),
+            (
+                {"dit_quantized": True, "dit_original_ckpt": "a"},
+                "dit_original_ckpt names unquantized weights: name them as dit_quantized_ckpt",
+            ),
+            (
+                {"dit_original_ckpt": "a", "dit_distill_ckpt": "b"},
+                "dit_original_ckpt and dit_distill_ckpt both name the transformer: keep one",
+            ),
+            ({"dit_original_ckpt": "a.gguf"}, "dit_original_ckpt names a GGUF file"),
+            ({"dit_distill_ckpt": "../a"}, "dit_distill_ckpt must be below the models folder"),
+            ({"mm_config": {"mm_type": "W-nvfp4"}}, 'mm_config is "W-nvfp4": fp8 and int8'),
+            ({"mm_config": {"mm_type": MM_FP8}, "dit_quantized": False}, "dit_quantized is false"),
+            ({"mm_config": "fp8"}, 'mm_config must be {"mm_type": "..."}'),
+            (
+                {"mm_config": {"mm_type": MM_FP8, "weight_auto_quant": True}},
+                "weights are not quantized while they are loaded",
+            ),
+            (
+                {
+                    "mm_config": {"mm_type": MM_FP8},
+                    "dit_quantized": True,
+                    "dit_quant_scheme": "int8-x",
+                },
+                "say different things",
+            ),
+            ({"t5_original_ckpt": "/x"}, "other encoders than those in model_path"),
+            ({"vae_path": "/x"}, "other encoders"),
+            ({"task": "i2v", "clip_original_ckpt": "/x"}, "other encoders"),
+            ({"task": "i2v", "cross_attn_2_type": "svg_attn"}, "full attention"),
+            ({"task": "i2v", "max_area": 5}, "target_width times target_height is the area"),
+            ({"task": "i2v", "resize_mode": "fixed_min_area"}, '"adaptive" and "fixed_shape" are'),
+            ({"task": "i2v", "resize_mode": ["adaptive"]}, "resize_mode is"),
+            (
+                {"task": "i2v", "resize_mode": "adaptive", "resolution": "1080p"},
+                'resolution must be "480p" or "540p" or "720p", got "1080p"',
+            ),
+            ({"task": "i2v", "use_image_encoder": False}, "needs the image encoder"),
+            (
+                {"task": "i2v", "use_image_encoder": True, "boundary_step_index": 2},
+                "Wan2.2 has no image encoder",
+            ),
+            ({"cpu_offload": "model"}, "cpu_offload must be true or false"),
+            ({"use_tiling_vae": 1}, "use_tiling_vae must be true or false, got 1"),
+            ({"offload_granularity": "layer"}, 'offload_granularity must be "model" or "block"'),
             ({"use_tae": True}, "small VAEs are not supported"),
             ({"use_lightvae": True}, "small VAEs are not supported"),
             ({"enable_dynamic_cfg": True}, "needs special weights"),
             ({"feature_caching": "Tea"}, 'feature_caching is "Tea"'),
             ({"self_attn_1_type": "radial_attn"}, "sparse or unknown kinds are not supported"),
             ({"cross_attn_1_type": "svg_attn"}, "full attention"),
-            ({"boundary_step_index": 2}, "two-expert models are not supported"),
+            ({"boundary_step_index": 4}, "from 1 to 3, got 4: 2 would do"),
+            ({"boundary_step_index": 1, "denoising_step_list": [1000]}, "use two steps"),
+            ({"boundary": 0.9}, "use boundary_step_index, 2 for 4 steps"),
+            ({"high_noise_original_ckpt": "a", "low_noise_original_ckpt": "b"}, "need boundary_st"),
+            (
+                {"boundary_step_index": 2, "low_noise_original_ckpt": "b"},
+                "the high-noise checkpoint is missing",
+            ),
+            (
+                {
+                    "boundary_step_index": 2,
+                    "low_noise_original_ckpt": "b",
+                    "low_noise_quantized_ckpt": "c",
+                },
+                "name the same network: keep one",
+            ),
+            (
+                {"boundary_step_index": 2, "high_noise_quantized_ckpt": "b"},
+                "high_noise_quantized_ckpt is given but dit_quantized is not true",
+            ),
+            ({"boundary_step_index": 2, "dit_original_ckpt": "a"}, "instead of one checkpoint"),
+            ({"model_cls": "wan2.2_moe_distill"}, "needs boundary_step_index: 2 would do"),
+            ({"model_cls": "wan2.1_distill", "boundary_step_index": 2}, "has one network"),
+            ({"model_cls": "wan2.1"}, 'use "wan2.1_distill" or "wan2.2_moe_distill"'),
             ({"video_frame_interpolation": {"algo": "rife"}}, "not supported in this version"),
             ({"video_super_resolution": {"ratio": 2}}, "not supported in this version"),
             ({"text_len": 77}, "only 512"),
-            ({"model_cls": "wan2.2_moe_distill"}, "step-distilled Wan2.1 only"),
             ({"negative_prompt": "blur"}, "it belongs in the prompt file"),
         ],
     )
@@ -381,8 +944,8 @@ class TestRefusals:
         assert part in fault(fields)
 
     def test_everything_wrong_is_told_at_once(self, fault):
-        message = fault({"fpss": 1, "lora_path": ["a"], "infer_steps": 3, "target_width": 1})
-        for part in ("fpss", "lora_path", "infer_steps", "target_width"):
+        message = fault({"fpss": 1, "use_tae": True, "infer_steps": 3, "target_width": 1})
+        for part in ("fpss", "use_tae", "infer_steps", "target_width"):
             assert part in message
 
     @pytest.mark.parametrize(
@@ -422,7 +985,7 @@ class TestRefusals:
     @settings(max_examples=150, deadline=None)
     @given(
         st.dictionaries(
-            st.sampled_from(sorted(presets.KEYS)),
+            st.sampled_from(sorted(preset_keys.KEYS)),
             st.recursive(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                 lambda inner: (
@@ -448,17 +1011,18 @@ class TestRefusals:
 
 def test_each_key_has_one_meaning():
     tables = (
-        presets.LOOK_KEYS,
-        presets.CHECKED_KEYS,
-        presets.KEYS_WITHOUT_EFFECT,
-        presets.LIMITED_KEYS,
+        preset_keys.LOOK_KEYS,
+        preset_keys.CHECKED_KEYS,
+        preset_keys.KEYS_WITHOUT_EFFECT,
+        preset_keys.LIMITED_KEYS,
     )
-    assert sum(map(len, tables)) == len(presets.KEYS)
+    assert sum(map(len, tables)) == len(preset_keys.KEYS)
+    assert preset_keys.IMAGE_KEYS < preset_keys.KEYS
 
 
 def test_the_documentation_names_every_key():
     text = (ROOT / "docs" / "presets.md").read_text()
-    assert sorted(key for key in presets.KEYS if f"`{key}`" not in text) == []
+    assert sorted(key for key in preset_keys.KEYS if f"`{key}`" not in text) == []
 
 
 def test_presets_are_found_from_any_folder(tmp_path, monkeypatch):
