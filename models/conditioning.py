@@ -94,17 +94,30 @@ def from_pil(image: "Image.Image") -> Tensor:
     """RGB levels [H, W, 3] as uint8, turned upright as EXIF says.
 
     Any mode of 8 or 16 bits will do. Transparency is dropped and colour profiles are not applied,
-    as in official Wan. Raises ValueError for floating-point images.
+    as in official Wan. Raises ValueError for a damaged file and for floating-point levels.
     """
-    from PIL import Image, ImageOps  # only here: who has tensors needs no Pillow
+    from PIL import Image  # only here: who has tensors needs no Pillow
 
-    upright = ImageOps.exif_transpose(image)
+    try:
+        image.load()
+    except OSError as error:
+        raise ValueError(f"the image is damaged: {error}") from error
+    upright = _upright(image)
     if upright.mode == "F":
         raise ValueError("an image of floating-point levels has no known range; use 8 or 16 bits")
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         levels = np.asarray(upright).astype(np.float64).clip(0, 65535) / 257
         upright = Image.fromarray(levels.round().astype(np.uint8))
     return torch.from_numpy(np.array(upright.convert("RGB")))
+
+
+def _upright(image: "Image.Image") -> "Image.Image":
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # Pillow's word for an EXIF block that is none; viewers show these as is
+        return image
 
 
 def image_sha256(image_HWC: Tensor) -> str:

@@ -242,3 +242,15 @@ def test_an_image_is_turned_as_its_exif_says():
 def test_floating_point_images_have_no_range():
     with pytest.raises(ValueError, match="8 or 16 bits"):
         conditioning.from_pil(Image.new("F", (2, 2), 0.5))
+
+
+def test_an_exif_block_that_is_none_turns_nothing():
+    image = saved(Image.new("RGB", (3, 2), (10, 20, 30)), format="PNG", exif=b"Exif\0\0garbage")
+    assert conditioning.from_pil(image).shape == (2, 3, 3)
+
+
+def test_a_file_that_ends_early_is_damaged():
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(stream, format="JPEG")
+    with pytest.raises(ValueError, match="the image is damaged: .*truncated"):
+        conditioning.from_pil(Image.open(io.BytesIO(stream.getvalue()[:1000])))
