@@ -8,6 +8,7 @@ batches/<batch>/manifest.json                     written last: the batch is com
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session
 from jobs import database, queries, states, storage
 from jobs.schema import Attempt, Batch, Job
 
+OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
 JSONL = "application/x-ndjson"
 ROWS_AT_ONCE = 1_000
 
@@ -43,16 +45,15 @@ def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> b
         finished_at = batch.finished_at
         if finished_at is None:
             return False
-        summary = _manifest(batch)
+        summary, total = _manifest(batch), batch.total
     with tempfile.TemporaryDirectory(prefix="rushes-results-") as folder:
-        for name, is_output in (("output.jsonl", True), ("errors.jsonl", False)):
-            path = Path(folder) / name
-            lines = _write_lines(db, store, batch_id, path, is_output=is_output)
+        lines = _write_lines(db, store, batch_id, total, Path(folder))
+        for name in (OUTPUT, ERRORS):
             key = batch_key(batch_id, name)
-            stored = store.put_file(path, key, content_type=JSONL)
+            stored = store.put_file(Path(folder) / name, key, content_type=JSONL)
             summary["files"][name] = {
                 "key": key,
-                "lines": lines,
+                "lines": lines[name],
                 "bytes": stored.size_bytes,
                 "sha256": stored.sha256,
             }
@@ -100,20 +101,27 @@ def _manifest(batch: Batch) -> dict[str, Any]:
 
 
 def _write_lines(
-    db: database.Database,
-    store: storage.ObjectStore,
-    batch_id: str,
-    path: Path,
-    *,
-    is_output: bool,
-) -> int:
-    lines = 0
-    with path.open("w", encoding="utf-8") as file:
-        for job, attempt in _finished_jobs(db, batch_id, succeeded=is_output):
-            entry = output_line(store, job, attempt) if attempt else error_line(job)
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            lines += 1
+    db: database.Database, store: storage.ObjectStore, batch_id: str, total: int, folder: Path
+) -> Counter[str]:
+    """Each finished job into one of the two files; lines per file."""
+    lines = Counter[str]()
+    with (
+        (folder / OUTPUT).open("w", encoding="utf-8") as output,
+        (folder / ERRORS).open("w", encoding="utf-8") as errors,
+    ):
+        for job, attempt in _jobs(db, batch_id, total):
+            if job.state is states.JobState.SUCCEEDED:
+                assert attempt is not None
+                output.write(_json_line(output_line(store, job, attempt)))
+                lines[OUTPUT] += 1
+            elif job.state in states.FINAL_JOB_STATES:
+                errors.write(_json_line(error_line(job)))
+                lines[ERRORS] += 1
     return lines
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def output_line(store: storage.ObjectStore, job: Job, attempt: Attempt) -> dict[str, Any]:
@@ -152,27 +160,16 @@ def _job_line(job: Job) -> dict[str, Any]:
     }
 
 
-def _finished_jobs(
-    db: database.Database, batch_id: str, *, succeeded: bool
-) -> Iterator[tuple[Job, Attempt | None]]:
-    wanted = (
-        (states.JobState.SUCCEEDED,)
-        if succeeded
-        else (states.JobState.FAILED, states.JobState.CANCELLED)
-    )
-    after = -1
-    while True:
-        # A short transaction per page: a million rows must not keep one open for minutes.
+def _jobs(db: database.Database, batch_id: str, total: int) -> Iterator[tuple[Job, Attempt | None]]:
+    for first in range(0, total, ROWS_AT_ONCE):
+        # A short transaction per page: a million rows must not keep one open for minutes. With
+        # both ends given, no plan of the database can read more than the page.
         with db.reading() as session:
             page = session.execute(
                 select(Job, Attempt)
                 .outerjoin(Attempt, Attempt.id == Job.attempt_id)
-                .where(Job.batch_id == batch_id, Job.position > after, Job.state.in_(wanted))
+                .where(Job.batch_id == batch_id)
+                .where(Job.position >= first, Job.position < first + ROWS_AT_ONCE)
                 .order_by(Job.position)
-                .limit(ROWS_AT_ONCE)
             ).all()
-        for job, attempt in page:
-            yield job, attempt if succeeded else None
-        if len(page) < ROWS_AT_ONCE:
-            return
-        after = page[-1][0].position
+        yield from ((job, attempt) for job, attempt in page)
