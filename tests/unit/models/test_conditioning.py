@@ -252,5 +252,5 @@ def test_an_exif_block_that_is_none_turns_nothing():
 def test_a_file_that_ends_early_is_damaged():
     stream = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(stream, format="JPEG")
-    with pytest.raises(ValueError, match="the image is damaged: .*truncated"):
+    with pytest.raises(ValueError, match=r"the image is damaged: .*truncated"):
         conditioning.from_pil(Image.open(io.BytesIO(stream.getvalue()[:1000])))
