@@ -1,0 +1,291 @@
+"""How much memory a render needs, estimated before any weight is read. No torch.
+
+Weights are counted from the headers of the files, tensor by tensor, in the dtype they are loaded
+in. Activations are the tensors that are alive together at the worst moment, counted on full-size
+networks; the workspace of a kernel and the allocator's gaps come on top and are not known here.
+"""
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import config, config_files, layout, safetensors_files, torch_files, weight_names
+from models.safetensors_files import Entry
+
+# L tokens of the video, D width, F width of the feed-forward net, S text tokens
+
+DEVICE_CONTEXT_BYTES = 700 * 2**20  # CUDA's own, cuBLAS and cuDNN with their kernels loaded
+COMPUTE_BYTES = 2  # bf16
+WIDE_BYTES = 4  # fp32
+QUANTIZED = ("F8_E4M3", "I8")
+WIDE_IN_TRANSFORMER = re.compile(
+    r"time_embedding\.|time_projection\.|modulation|norm3\.|head\."
+    r"|time_embedder\.|time_proj\.|scale_shift_table|blocks\.\d+\.norm2\.|proj_out\."
+)
+"""Stored in fp32, by native and by diffusers' names; see `transformer.FP32_PARAMETERS`."""
+
+# Bytes per token and width amid a block in bf16, counted: around self-attention, with the rotation
+# of k in fp32; around the feed-forward net, without its two tensors of width F.
+ATTENTION_BYTES_PER_WIDTH = 18
+FEED_FORWARD_BYTES_PER_WIDTH = 10
+# Elements per pixel and base width (96) amid the decoder's and the encoder's stage of full size,
+# with the frames that all convolutions remember; counted.
+DECODE_ELEMENTS_PER_PIXEL = 43
+ENCODE_ELEMENTS_PER_PIXEL = 37
+TILE_PIXELS = 256
+
+
+class Offload(enum.Enum):
+    """Where weights are while they are not used."""
+
+    NONE = "none"
+    """On the device. The fastest, if everything fits."""
+    MODEL = "model"
+    """On the host; each network comes for its part of a render and leaves whole."""
+    BLOCK = "block"
+    """As MODEL, but of the transformer only two blocks are on the device at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How a worker trades time for memory."""
+
+    offload: Offload = Offload.NONE
+    text_encoder_on_cpu: bool = False
+    """Prompts are encoded on the processor; nothing of the encoder is ever on the device."""
+    vae_tiles: bool = False
+    """Decode in overlapping tiles of 256 pixels: less memory, almost the same picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes by stage of a render and by what takes them."""
+
+    stages: Mapping[str, Mapping[str, int]]
+    """On the device; of the stages only one runs at a time."""
+    host: Mapping[str, int]
+    """In the memory of the host, for as long as the model is loaded."""
+
+    @property
+    def worst_stage(self) -> str:
+        return max(self.stages, key=lambda stage: sum(self.stages[stage].values()))
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.stages[self.worst_stage].values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    """Bytes of the networks as they are loaded."""
+
+    text_encoder: int
+    image_encoder: int
+    vae: int
+    transformers: int
+    largest_block: int
+    blocks: tuple[int, ...]
+    """Of all transformers."""
+    num_transformers: int
+
+    @property
+    def outside_blocks(self) -> int:
+        return self.transformers - sum(self.blocks)
+
+
+def needed(
+    files: layout.ModelFiles,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    mode: Mode = Mode(),
+    vae_bytes: int = WIDE_BYTES,
+    switches_loras: bool = False,
+) -> Need:
+    """Estimate what rendering one video needs.
+
+    `vae_bytes` is 4 for the autoencoder in fp32 and 2 in bf16. `switches_loras` adds the untouched
+    weights that a `LoraSwitcher` keeps, at most the whole transformer. Reads headers and configs
+    only; raises CheckpointError for broken ones.
+    """
+    sizes = _transformer_sizes(files)
+    vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+    weights = _weights(files, vae_bytes)
+    resident, on_visit = _resident(weights, mode), _visiting(weights, mode)
+    activations = {
+        "text": 0 if mode.text_encoder_on_cpu else _text_activations(files),
+        "denoise": _denoise_activations(sizes, vae_sizes, num_frames, height, width),
+        "decode": _vae_activations(
+            DECODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, mode, vae_bytes
+        ),
+    }
+    if files.image_encoder:
+        video = 3 * num_frames * height * width * vae_bytes
+        activations["image"] = video + _vae_activations(
+            ENCODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, Mode(), vae_bytes
+        )
+    stages = {
+        stage: {
+            "device context": DEVICE_CONTEXT_BYTES,
+            **resident,
+            **on_visit.get(stage, {}),
+            "activations": activations[stage],
+        }
+        for stage in activations
+    }
+    return Need(stages=stages, host=_host(weights, mode, switches_loras=switches_loras))
+
+
+def _resident(weights: _Weights, mode: Mode) -> dict[str, int]:
+    """What is on the device through all stages."""
+    if mode.offload is Offload.BLOCK:
+        blocks = 2 * weights.largest_block * weights.num_transformers
+        return {"transformer outside its blocks": weights.outside_blocks, "two blocks": blocks}
+    if mode.offload is Offload.MODEL:
+        return {}
+    found = {
+        "image encoder": weights.image_encoder,
+        "transformer": weights.transformers,
+        "autoencoder": weights.vae,
+    }
+    if not mode.text_encoder_on_cpu:
+        found["text encoder"] = weights.text_encoder
+    return {name: count for name, count in found.items() if count}
+
+
+def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
+    """What comes to the device for one stage."""
+    if mode.offload is Offload.NONE:
+        return {}
+    found = {
+        "decode": {"autoencoder": weights.vae},
+        "image": {"image encoder": weights.image_encoder, "autoencoder": weights.vae},
+    }
+    if not mode.text_encoder_on_cpu:
+        found["text"] = {"text encoder": weights.text_encoder}
+    if mode.offload is Offload.MODEL:
+        found["denoise"] = {"transformer": weights.transformers}
+    return found
+
+
+def _host(weights: _Weights, mode: Mode, *, switches_loras: bool) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if mode.offload is not Offload.NONE or mode.text_encoder_on_cpu:
+        found["text encoder"] = weights.text_encoder
+    if mode.offload is not Offload.NONE:
+        found |= {"autoencoder": weights.vae, "image encoder": weights.image_encoder}
+    if mode.offload is Offload.MODEL:
+        found["transformer"] = weights.transformers
+    if mode.offload is Offload.BLOCK:
+        # torch rounds each pinned allocation up to a power of two.
+        found["transformer blocks"] = sum(_power_of_two(count) for count in weights.blocks)
+    if switches_loras:
+        found["weights without LoRA"] = weights.transformers
+    return {name: count for name, count in found.items() if count}
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
+    blocks: list[int] = []
+    transformers = 0
+    for paths in (files.transformer, files.low_noise_transformer):
+        by_block: dict[str, int] = {}
+        for name, entry in headers(paths).items():
+            match = re.match(r"blocks\.(\d+)\.", name)
+            count = _transformer_bytes(name, entry)
+            transformers += count
+            if match:
+                by_block[match[1]] = by_block.get(match[1], 0) + count
+        blocks += by_block.values()
+    return _Weights(
+        text_encoder=_elements(headers(files.text_encoder)) * COMPUTE_BYTES,
+        image_encoder=_elements(_used_of_clip(files.image_encoder)) * COMPUTE_BYTES,
+        vae=_elements(headers(files.vae)) * vae_bytes,
+        transformers=transformers,
+        largest_block=max(blocks, default=0),
+        blocks=tuple(blocks),
+        num_transformers=2 if files.low_noise_transformer else 1,
+    )
+
+
+def headers(paths: Iterable[Path]) -> dict[str, Entry]:
+    """Names, types and shapes of the tensors in files of either format, without their data."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        read = safetensors_files if path.suffix == ".safetensors" else torch_files
+        entries |= read.read_header(path)
+    return entries
+
+
+def _used_of_clip(paths: Iterable[Path]) -> dict[str, Entry]:
+    unused = weight_names.UNUSED_OF_CLIP
+    return {name: entry for name, entry in headers(paths).items() if not unused.match(name)}
+
+
+def _elements(entries: Mapping[str, Entry]) -> int:
+    return sum(entry.num_elements for entry in entries.values())
+
+
+def _transformer_bytes(name: str, entry: Entry) -> int:
+    if entry.dtype in QUANTIZED:
+        return entry.num_elements
+    is_wide = WIDE_IN_TRANSFORMER.search(name) or name.endswith("scale")
+    return entry.num_elements * (WIDE_BYTES if is_wide else COMPUTE_BYTES)
+
+
+def _transformer_sizes(files: layout.ModelFiles) -> config.TransformerConfig:
+    if files.layout is layout.Layout.NATIVE:
+        return config_files.native_transformer(
+            files.transformer_config, more=files.quantized_config
+        )
+    return config_files.diffusers_transformer(files.transformer_config)
+
+
+def _text_activations(files: layout.ModelFiles) -> int:
+    """Attention scores of one layer in fp32, and its gated feed-forward net."""
+    path = files.text_encoder_config
+    sizes = config_files.text_encoder(path) if path else config.UMT5_XXL
+    scores = 3 * sizes.num_heads * config.WAN_TEXT_LEN**2 * WIDE_BYTES
+    return scores + config.WAN_TEXT_LEN * COMPUTE_BYTES * (8 * sizes.dim + 4 * sizes.ffn_dim)
+
+
+def _denoise_activations(
+    sizes: config.TransformerConfig,
+    vae_sizes: config.VAEConfig,
+    num_frames: int,
+    height: int,
+    width: int,
+) -> int:
+    """The larger of self-attention and feed-forward net; one block's are gone before the next."""
+    latent_frames = (num_frames - 1) // vae_sizes.temporal_stride + 1
+    pixels_per_token = vae_sizes.spatial_stride * sizes.patch_size[1]
+    tokens = latent_frames * (height // pixels_per_token) * (width // pixels_per_token)
+    attention = ATTENTION_BYTES_PER_WIDTH * sizes.dim
+    feed_forward = FEED_FORWARD_BYTES_PER_WIDTH * sizes.dim + 2 * COMPUTE_BYTES * sizes.ffn_dim
+    rotation = sizes.head_dim * WIDE_BYTES
+    text = config.WAN_TEXT_LEN * sizes.dim * COMPUTE_BYTES * 6
+    return tokens * (max(attention, feed_forward) + rotation) + text
+
+
+def _vae_activations(
+    elements_per_pixel: int,
+    sizes: config.VAEConfig,
+    height: int,
+    width: int,
+    mode: Mode,
+    vae_bytes: int,
+) -> int:
+    """A chunk of frames at full size; tiles make the picture small."""
+    if mode.vae_tiles:
+        height, width = min(height, TILE_PIXELS), min(width, TILE_PIXELS)
+    return elements_per_pixel * sizes.base_dim * height * width * vae_bytes

@@ -1,0 +1,73 @@
+"""What is in a file of torch.save, without torch and without reading the tensors.
+
+The file is a zip archive whose `data.pkl` describes the tensors. It is unpickled with nothing but
+stand-ins for the few names that state dicts are made of; any other name is refused.
+"""
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from models import errors
+from models.safetensors_files import Entry
+
+STORAGE_DTYPES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "Float8_e4m3fnStorage": "F8_E4M3",
+    "Float8_e5m2Storage": "F8_E5M2",
+}
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a file by name. Raises UnreadableWeightsError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as stream:
+                content = _Unpickler(stream).load()
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise errors.UnreadableWeightsError(path, f"no file of torch.save: {error}") from error
+    except (pickle.UnpicklingError, AttributeError, IndexError, KeyError) as error:
+        raise errors.UnreadableWeightsError(path, f"not only tensors: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(e, Entry) for e in content.values()):
+        raise errors.UnreadableWeightsError(path, "it holds more than named tensors")
+    return {str(key): entry for key, entry in content.items()}
+
+
+def _rebuild_tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_rest: object) -> Entry:
+    return Entry(dtype, tuple(map(int, shape)))
+
+
+def _rebuild_parameter(entry: Entry, *_rest: object) -> Entry:
+    return entry
+
+
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+} | {("torch", storage): dtype for storage, dtype in STORAGE_DTYPES.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return STAND_INS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> str:
+        """A storage, named by its type."""
+        _kind, dtype, *_rest = pid
+        return str(dtype)

@@ -1,0 +1,277 @@
+"""What a render needs is said before weights are read: sums that add up, near what is counted."""
+
+import dataclasses
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import (
+    attention,
+    checkpoint,
+    config,
+    errors,
+    layout,
+    memory,
+    quantized_files,
+    safetensors_files,
+    torch_files,
+    transformer,
+    vae,
+)
+from models.memory import Mode, Offload
+from models.quantization import Scheme
+
+VIDEO = {"num_frames": 17, "height": 64, "width": 96}
+
+
+@pytest.fixture
+def files(native_root):
+    return layout.find(native_root)
+
+
+def tensors_bytes(network):
+    return sum({id(t): t.nbytes for t in network.state_dict(keep_vars=True).values()}.values())
+
+
+# Headers
+
+
+def test_a_torch_file_is_described_without_being_read(native_root):
+    path = native_root / "Wan2.1_VAE.pth"
+    stored = torch.load(path, weights_only=True)
+    header = torch_files.read_header(path)
+    assert {name: entry.shape for name, entry in header.items()} == {
+        name: tuple(tensor.shape) for name, tensor in stored.items()
+    }
+    assert all(entry.dtype == "F32" for entry in header.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_types_of_a_torch_file(tmp_path, dtype):
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype), requires_grad=False)}, path)
+    assert torch_files.read_header(path)["x"].num_bytes == 15 * dtype.itemsize
+
+
+def test_a_torch_file_with_anything_else_is_refused_and_not_executed(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    path = tmp_path / "x.pth"
+    for content in ({"x": Payload()}, {"x": 3}, [torch.zeros(1)]):
+        torch.save(content, path)
+        with pytest.raises(errors.UnreadableWeightsError) as caught:
+            torch_files.read_header(path)
+        assert caught.value.path == path
+    assert not (tmp_path / "executed").exists()
+
+
+def test_broken_files_are_named(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"PK")
+    with pytest.raises(errors.UnreadableWeightsError):
+        torch_files.read_header(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other", "")
+    with pytest.raises(errors.UnreadableWeightsError):
+        torch_files.read_header(path)
+    for content in (b"", b"\0" * 8, b"\5" + b"\0" * 7 + b"hello", b"\2" + b"\0" * 7 + b"[]"):
+        path.write_bytes(content)
+        with pytest.raises(errors.UnreadableWeightsError):
+            safetensors_files.read_header(path)
+
+
+def test_a_safetensors_header_names_types_and_shapes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4).to(torch.float8_e4m3fn)}
+    safetensors.torch.save_file(tensors, path, metadata={"who": "me"})
+    header = safetensors_files.read_header(path)
+    assert header["a"] == safetensors_files.Entry("F32", (2, 3))
+    assert header["b"].num_bytes == 4
+    assert safetensors_files.read_metadata(path) == {"who": "me"}
+
+
+# Weights
+
+
+def load(root, **options):
+    return checkpoint.load_text_to_video(root, device="cpu", dtype=torch.bfloat16, **options)
+
+
+def resident(files, **options):
+    stage = memory.needed(files, **VIDEO, **options).stages["denoise"]
+    return {name: stage[name] for name in ("transformer", "autoencoder", "text encoder")}
+
+
+def test_weights_are_counted_as_they_are_loaded(native_root, diffusers_root):
+    for root in (native_root, diffusers_root()):
+        networks = load(root)
+        assert resident(layout.find(root)) == {
+            "transformer": tensors_bytes(networks.transformer),
+            "autoencoder": tensors_bytes(networks.vae),
+            "text encoder": tensors_bytes(networks.text_encoder.network),
+        }
+
+
+def test_quantized_weights_are_counted_as_such(files, native_root, tmp_path):
+    target = tmp_path / "small.safetensors"
+    quantized_files.write(files, target, Scheme.FP8)
+    small = layout.find(native_root, transformer_file=target)
+    loaded = load(native_root, transformer_file=target)
+    assert resident(small)["transformer"] == tensors_bytes(loaded.transformer)
+
+
+def test_an_autoencoder_in_bf16_takes_half(files):
+    assert 2 * resident(files, vae_bytes=2)["autoencoder"] == resident(files)["autoencoder"]
+
+
+def test_what_is_wide_is_what_the_network_keeps_wide():
+    with torch.device("meta"):
+        names = transformer.WanTransformer(config.TINY).state_dict()
+    for name in names:
+        is_wide = transformer.parameter_dtype(name, torch.bfloat16) == torch.float32
+        assert bool(memory.WIDE_IN_TRANSFORMER.search(name)) == is_wide, name
+
+
+# Structure
+
+
+ALL_MODES = [
+    Mode(offload=offload, text_encoder_on_cpu=on_cpu, vae_tiles=tiles)
+    for offload in Offload
+    for on_cpu in (False, True)
+    for tiles in (False, True)
+]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES, ids=str)
+def test_parts_sum_up_and_the_worst_stage_decides(files, mode):
+    need = memory.needed(files, **VIDEO, mode=mode)
+    assert need.stages.keys() == {"text", "denoise", "decode"}
+    assert need.device_bytes == max(sum(parts.values()) for parts in need.stages.values())
+    assert sum(need.stages[need.worst_stage].values()) == need.device_bytes
+    assert need.host_bytes == sum(need.host.values())
+    assert all(count >= 0 for parts in need.stages.values() for count in parts.values())
+
+
+@pytest.mark.parametrize("mode", ALL_MODES, ids=str)
+@pytest.mark.parametrize(
+    "more", [{"num_frames": 81}, {"height": 480}, {"width": 832}], ids=lambda more: next(iter(more))
+)
+def test_more_video_never_needs_less(files, mode, more):
+    small = memory.needed(files, **VIDEO, mode=mode)
+    large = memory.needed(files, **{**VIDEO, **more}, mode=mode)
+    assert large.device_bytes >= small.device_bytes
+    assert large.stages["denoise"]["activations"] > small.stages["denoise"]["activations"]
+
+
+def test_each_mode_needs_less_of_the_device_than_the_one_before(files):
+    needs = [memory.needed(files, **VIDEO, mode=Mode(offload=offload)) for offload in Offload]
+    for stage in ("text", "denoise", "decode"):
+        sums = [sum(need.stages[stage].values()) for need in needs]
+        assert sums[1] < sums[0]
+    denoise = [sum(need.stages["denoise"].values()) for need in needs]
+    assert denoise == sorted(denoise, reverse=True)
+    assert needs[0].host_bytes == 0 < needs[1].host_bytes
+
+
+def test_options_take_from_the_device_what_they_say(files):
+    plain = memory.needed(files, **VIDEO)
+    on_cpu = memory.needed(files, **VIDEO, mode=Mode(text_encoder_on_cpu=True))
+    assert "text encoder" not in on_cpu.stages["text"]
+    assert on_cpu.host["text encoder"] == plain.stages["text"]["text encoder"]
+    big = {**VIDEO, "height": 480, "width": 832}
+    tiles = memory.needed(files, **big, mode=Mode(vae_tiles=True)).stages["decode"]
+    whole = memory.needed(files, **big).stages["decode"]
+    ratio = whole["activations"] / tiles["activations"]
+    assert ratio == pytest.approx(480 * 832 / 256**2)
+    switching = memory.needed(files, **VIDEO, switches_loras=True)
+    assert switching.host["weights without LoRA"] == plain.stages["text"]["transformer"]
+
+
+def test_no_torch_is_loaded_to_say_it(native_root):
+    code = (
+        "import sys, pathlib; from models import layout, memory;"
+        f"files = layout.find(pathlib.Path({str(native_root)!r}));"
+        "assert memory.needed(files, num_frames=5, height=32, width=32).device_bytes;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Activations, counted on `meta`
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held together; `given` ones do not count."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.peak = 0
+        self._live = {t.untyped_storage()._cdata: (StorageWeakRef(t.untyped_storage()), 0)
+                      for t in given}  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(count for _, count in self._live.values()))
+        return out
+
+
+def peak(network, run, *inputs):
+    with torch.inference_mode(), LiveBytes(*network.parameters(), *inputs) as live:
+        run(*inputs)
+    return live.peak
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """On `meta` scores would be made whole, which no kernel on a GPU does."""
+    like_q = lambda q, k, v: torch.empty_like(q)  # noqa: E731
+    monkeypatch.setattr(attention, "attend", like_q)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", like_q)
+
+
+@pytest.mark.parametrize("sizes", [config.WAN_T2V_1_3B, config.WAN_T2V_14B], ids=["1.3B", "14B"])
+def test_denoising_holds_what_is_estimated(flash_attention, sizes):
+    with torch.device("meta"):
+        network = transformer.WanTransformer(dataclasses.replace(sizes, num_layers=2))
+        for name, parameter in network.named_parameters():
+            parameter.data = parameter.data.to(transformer.parameter_dtype(name, torch.bfloat16))
+        inputs = torch.randn(1, 16, 21, 60, 104), torch.ones(1), torch.randn(1, 512, 4096)
+        counted = peak(network, network, *inputs)
+    estimated = memory._denoise_activations(sizes, config.WAN_VAE, 81, 480, 832)
+    print(f"counted {counted / 2**30:.2f} GiB, estimated {estimated / 2**30:.2f}")  # noqa: T201
+    assert counted <= estimated < 1.05 * counted
+
+
+@pytest.mark.parametrize("part", ["decode", "encode"])
+def test_the_autoencoder_holds_what_is_estimated(flash_attention, part):
+    with torch.device("meta"):
+        network = vae.WanVAE(config.WAN_VAE)
+        vae.to_channels_last(network)
+        if part == "decode":
+            run, x = (
+                lambda z: [None for _ in network.decode_chunks(z)],
+                torch.randn(1, 16, 3, 60, 104),
+            )
+        else:
+            run, x = network.encode, torch.randn(1, 3, 9, 480, 832)
+        counted = peak(network, run, x)
+    per_pixel = getattr(memory, f"{part.upper()}_ELEMENTS_PER_PIXEL")
+    estimated = memory._vae_activations(per_pixel, config.WAN_VAE, 480, 832, Mode(), 4)
+    print(f"counted {counted / 2**30:.2f} GiB, estimated {estimated / 2**30:.2f}")  # noqa: T201
+    assert counted <= estimated < 1.05 * counted
