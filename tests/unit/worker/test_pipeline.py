@@ -126,7 +126,7 @@ jobs = strategies.fixed_dictionaries(
 )
 
 
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=5, deadline=None)
 @hypothesis.given(before=strategies.lists(jobs, min_size=1, max_size=2), job=jobs)
 def test_a_render_is_independent_of_what_was_rendered_before(render, spec, before, job):
     alone, alone_frames = render(spec(**job))

@@ -150,7 +150,7 @@ def writer(tmp_path, worker_settings):
 
 
 def kill_ffmpeg():
-    (ffmpeg,) = psutil.Process().children()
+    (ffmpeg,) = [one for one in psutil.Process().children() if "ffmpeg" in one.name()]
     ffmpeg.send_signal(signal.SIGKILL)
 
 

@@ -1,0 +1,245 @@
+"""One host of a farm inside the test: a real database, Redis and model, but no Celery."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import (
+    broker,
+    database,
+    lifecycle,
+    migrate,
+    presets,
+    queries,
+    settings,
+    storage,
+    submission,
+)
+from jobs.schema import Attempt, Job
+from models import checkpoint
+from models.tiny import make
+from worker import components, device, publisher, runner, scratch
+from worker.settings import WorkerSettings
+
+WORKER = "cpu0@here"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Stands in for `components.Components`: hands out networks that a test has prepared."""
+
+    networks: checkpoint.TextToVideoNetworks
+    hashes: Callable[[], dict[str, str]] = dict
+
+    def networks_for(self, _look: presets.Look) -> checkpoint.TextToVideoNetworks:
+        return self.networks
+
+    def weight_hashes(self) -> dict[str, str]:
+        return self.hashes()
+
+
+@dataclass
+class Host:
+    """What the processes of a host share, and what a test asks of them."""
+
+    config: settings.Settings
+    worker_settings: WorkerSettings
+    db: database.Database
+    bell: broker.Broker
+    warm: components.Components
+    preset: Path
+
+    def submit(self, number: int = 1, **changes: Any) -> list[Job]:
+        preset = self.preset
+        if changes:
+            preset = preset.with_name("changed.json")
+            preset.write_text(json.dumps(json.loads(self.preset.read_text()) | changes))
+        rows = "".join(json.dumps({"prompt": f"clip {i}", "seed": i}) + "\n" for i in range(number))
+        prompts = submission.PromptFile(
+            stream=io.BytesIO(rows.encode()),
+            source="test",
+            format="jsonl",
+            options=submission.Options(preset=presets.load(str(preset))),
+        )
+        batch_id = submission.submit(self.db, prompts).batch_id
+        with self.db.reading() as session:
+            return list(queries.jobs(session, batch_id, limit=1_000))
+
+    def job(self, job_id: int) -> Job:
+        with self.db.reading() as session:
+            return session.get_one(Job, job_id)
+
+    def attempts(self, job_id: int) -> list[Attempt]:
+        with self.db.reading() as session:
+            return list(queries.attempts(session, job_id))
+
+    def claim(self, job: Job, *, lease_seconds: float = 60.0) -> lifecycle.Claim:
+        claim = self.db.write(lifecycle.claim, job.id, worker=WORKER, lease_seconds=lease_seconds)
+        assert claim is not None
+        return claim
+
+    def folder(self, claim: lifecycle.Claim) -> scratch.AttemptFolder:
+        return scratch.AttemptFolder(
+            root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
+        )
+
+    def runner(self, networks: Any = None, **changes: Any) -> runner.Runner:
+        """With the warm networks, or with a stand-in for them."""
+        made = runner.Runner(
+            config=self.config,
+            worker_settings=self.worker_settings,
+            db=self.db,
+            bell=self.bell,
+            device=self.warm.device,
+            components=networks or self.warm,
+        )
+        return dataclasses.replace(made, **changes)
+
+    def networks_with(self, **parts: Any) -> Networks:
+        """The warm networks, some of them replaced."""
+        look = presets.load(str(self.preset)).look
+        return Networks(dataclasses.replace(self.warm.networks_for(look), **parts))
+
+    def publisher(self, store: storage.ObjectStore | None = None) -> publisher.Publisher:
+        return publisher.Publisher(
+            config=self.config,
+            db=self.db,
+            bell=self.bell,
+            store=store or storage.open_store(self.config),
+        )
+
+    def finished(self, job: Job | None = None) -> scratch.AttemptFolder:
+        """A claimed job's folder with a finished video in it, as the runner leaves it."""
+        claim = self.claim(job or self.submit()[0])
+        folder = self.folder(claim)
+        folder.make()
+        folder.video.write_bytes(b"video" * 1_000)
+        folder.finish(
+            {
+                "batch_id": claim.batch_id,
+                "job_id": claim.job_id,
+                "video": {"sha256": hashlib.sha256(folder.video.read_bytes()).hexdigest()},
+                "seconds": {"denoise": 1.0},
+                "peak_memory_bytes": None,
+            }
+        )
+        return folder
+
+    def attempt(self, folder: scratch.AttemptFolder) -> Attempt:
+        with self.db.reading() as session:
+            return session.get_one(Attempt, folder.attempt_id)
+
+    def job_of(self, folder: scratch.AttemptFolder) -> Job:
+        return self.job(self.attempt(folder).job_id)
+
+    def waiting_publishes(self) -> list[int]:
+        """With repetitions."""
+        queue = broker.publish_queue(self.config.host_name)
+        found = self.bell.redis.lrange(queue, 0, -1)
+        return [int(json.loads(message)["headers"]["id"].partition(":")[0]) for message in found]
+
+    @contextlib.contextmanager
+    def database_outage(self) -> Iterator[None]:
+        """Every new connection is refused."""
+        self.break_database()
+        try:
+            yield
+        finally:
+            self.mend_database()
+
+    def break_database(self) -> None:
+        path = self.config.home / "rushes.db"
+        self.db.close()
+        path.rename(path.with_suffix(".away"))
+        path.mkdir()
+
+    def mend_database(self) -> None:
+        path = self.config.home / "rushes.db"
+        path.rmdir()
+        path.with_suffix(".away").rename(path)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., Any]:
+    def wait(look: Callable[[], Any], *, seconds: float = 30.0) -> Any:
+        """What `look` finds, as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := look()):
+            assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+            time.sleep(0.02)
+        return found
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make.make(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> components.Components:
+    cpu = device.Device(torch_device=torch.device("cpu"), dtype=torch.float32, name="CPU test")
+    return components.Components(
+        models_dir=models_dir, home=tmp_path_factory.mktemp("warm"), device=cpu
+    )
+
+
+@pytest.fixture
+def host(
+    tmp_path: Path,
+    models_dir: Path,
+    warm: components.Components,
+    clean_redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Host]:
+    for name, value in {
+        "RUSHES_X264_PRESET": "ultrafast",
+        "RUSHES_WORKER_NAME": WORKER,
+        "RUSHES_HEARTBEAT_SECONDS": "0.05",
+        "RUSHES_HOST": "here",
+        "RUSHES_MODELS_DIR": str(models_dir),
+        "CELERY_BROKER_URL": clean_redis_url,
+        "RUSHES_RETRY_SECONDS": "0",
+        "RUSHES_RESULTS_URL": (tmp_path / "home" / "results").as_uri(),
+    }.items():
+        monkeypatch.setenv(name, value)
+    config = settings.load()
+    preset = tmp_path / "small.json"
+    preset.write_text(
+        json.dumps(
+            {
+                "model_path": "tiny",
+                "denoising_step_list": [1000, 500],
+                "step_rule": "euler",
+                "sample_shift": 5,
+                "target_width": 16,
+                "target_height": 16,
+                "target_video_length": 9,
+                "fps": 8,
+            }
+        )
+    )
+    db = database.connect(config)
+    migrate.upgrade(db)
+    yield Host(
+        config=config,
+        worker_settings=WorkerSettings(),
+        db=db,
+        bell=broker.Broker(config),
+        warm=warm,
+        preset=preset,
+    )
+    db.close()

@@ -1,0 +1,126 @@
+"""What lies on a host's disk is published, waited for or removed; nothing stops the look."""
+
+import shutil
+
+import pytest
+
+from jobs import broker, dispatch, lifecycle, settings, states
+from worker import finished
+
+
+@pytest.fixture
+def look(host):
+    def run():
+        return finished.find_unfinished(host.db, host.bell, host.config)
+
+    return run
+
+
+def lose_all(host):
+    host.db.write(
+        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+    )
+
+
+def test_a_finished_video_is_announced_again(host, look):
+    folder = host.finished()
+    assert look() == [folder.attempt_id]
+    assert host.waiting_publishes() == [folder.attempt_id]
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
+def test_it_is_announced_once_while_its_message_waits(host, look):
+    """An outage of hours must not fill Redis."""
+    folder = host.finished()
+    for _ in range(5):
+        assert look() == [folder.attempt_id]
+    assert host.waiting_publishes() == [folder.attempt_id]
+
+
+def test_its_lease_is_renewed_by_every_look(host, look):
+    folder = host.finished()
+    look()
+    first = host.attempt(folder).lease_until
+    look()
+    assert host.attempt(folder).lease_until > first
+
+
+def test_one_that_is_being_published_is_left_to_its_publisher(host, look):
+    folder = host.finished()
+    with folder.locked() as is_ours:
+        assert is_ours
+        assert look() == []
+    assert look() == [folder.attempt_id]
+
+
+def test_one_that_nobody_waits_for_is_removed(host, look):
+    lost, cancelled = host.finished(), host.finished()
+    host.db.write(lifecycle.cancel_job, host.job_of(cancelled).id)
+    lost_job = host.job_of(lost)
+    host.db.write(
+        lifecycle.fail,
+        lost.attempt_id,
+        kind=states.FailureKind.WORKER_LOST,
+        error="silent",
+        budgets=dispatch.budgets(host.config),
+    )
+    assert look() == []
+    assert not lost.path.exists()
+    assert not cancelled.path.exists()
+    assert host.job(lost_job.id).state is states.JobState.QUEUED
+    assert host.job_of(cancelled).state is states.JobState.CANCELLED
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"{}"])
+def test_a_damaged_sidecar_stops_nobody_else(host, look, content):
+    damaged, good = host.finished(), host.finished()
+    damaged.sidecar.write_bytes(content)
+    assert look() == [good.attempt_id]
+    assert host.attempt(damaged).failure_kind is states.FailureKind.DISK
+    assert host.job_of(damaged).state is states.JobState.QUEUED
+    assert not damaged.path.exists()
+
+
+def test_an_unfinished_folder_of_a_live_attempt_is_left_alone(host, look):
+    folder = host.folder(host.claim(host.submit()[0]))
+    folder.make()
+    folder.video.write_bytes(b"half")
+    assert look() == []
+    assert folder.video.exists()
+
+
+def test_an_unfinished_folder_of_an_attempt_that_is_over_is_garbage(host, look):
+    folder = host.folder(host.claim(host.submit()[0]))
+    folder.make()
+    folder.video.write_bytes(b"half")
+    (folder.path / "sidecar.json.part").write_bytes(b"{")
+    lose_all(host)
+    assert look() == []
+    assert not folder.path.exists()
+
+
+def test_a_folder_of_another_farm_is_left_alone(host, look):
+    folder = host.finished()
+    lose_all(host)
+    unfinished = folder.path.with_name(f"250101-zzzzzzzz.{folder.attempt_id}")
+    with_sidecar = folder.path.with_name(f"250101-zzzzzzzz.{folder.attempt_id + 1}")
+    for foreign in (unfinished, with_sidecar):
+        shutil.copytree(folder.path, foreign)
+    (unfinished / "sidecar.json").unlink()
+    assert look() == []
+    assert unfinished.exists()
+    assert with_sidecar.exists()
+    assert not folder.path.exists()
+
+
+def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeypatch):
+    folder = host.finished()
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+    with pytest.raises(broker.BrokerUnavailable):
+        finished.find_unfinished(host.db, broker.Broker(settings.load()), host.config)
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
+def test_an_empty_disk_asks_nobody(host, monkeypatch):
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+    assert finished.find_unfinished(host.db, broker.Broker(settings.load()), host.config) == []

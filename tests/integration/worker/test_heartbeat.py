@@ -1,0 +1,196 @@
+"""A lease lives as long as its render goes on, and the render hears when it is over."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+from datetime import timedelta
+
+import pytest
+import sqlalchemy
+
+from jobs import database, dispatch, lifecycle, migrate
+from jobs.schema import Attempt
+from worker import errors, heartbeat
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture
+def claim(host):
+    return host.claim(host.submit()[0])
+
+
+@pytest.fixture
+def attempt(host, claim):
+    """Reads the attempt's row."""
+
+    def read():
+        with host.db.reading() as session:
+            return session.get_one(Attempt, claim.attempt_id)
+
+    return read
+
+
+@pytest.fixture
+def heart(host, claim):
+    """`heart(lease_seconds=...)`: not started yet."""
+
+    def make(*, lease_seconds=60.0, on_stall=None, worker_settings=host.worker_settings):
+        return heartbeat.Heartbeat(
+            host.db,
+            claim.attempt_id,
+            lease_seconds=lease_seconds,
+            worker_settings=worker_settings,
+            on_stall=on_stall or (lambda: pytest.fail("stalled")),
+        )
+
+    return make
+
+
+def settings_of(**values):
+    return WorkerSettings(**{f"RUSHES_{name.upper()}": value for name, value in values.items()})
+
+
+def keeps_reporting(beating, until):
+    """Renders on until what it is told to raise is raised."""
+    until(lambda: beating.reached("denoise", 1, 4))
+
+
+def test_a_cancelled_job_stops_its_attempt(host, claim, heart, until):
+    with heart() as beating:
+        beating.reached("denoise", 0, 4)
+        host.db.write(lifecycle.cancel_job, claim.job_id)
+        with pytest.raises(errors.AttemptCancelled):
+            keeps_reporting(beating, until)
+
+
+def test_an_attempt_that_lost_its_job_stops(host, heart, until):
+    with heart() as beating:
+        beating.reached("denoise", 0, 4)
+        host.db.write(
+            lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        )
+        with pytest.raises(errors.AttemptSuperseded):
+            keeps_reporting(beating, until)
+
+
+def test_a_busy_loop_needs_not_report_for_its_lease_to_be_renewed(heart, attempt, until):
+    with heart() as beating:
+        beating.reached("denoise", 1, 4)
+        first = attempt().lease_until
+        until(lambda: attempt().lease_until > first)
+
+
+def test_the_place_is_written_down(heart, attempt, until):
+    with heart() as beating:
+        beating.reached("denoise", 3, 4)
+        until(lambda: (attempt().stage, attempt().step, attempt().steps) == ("denoise", 3, 4))
+
+
+def test_an_interval_longer_than_the_lease_cannot_lose_it(host, heart, attempt, until):
+    own = settings_of(heartbeat_seconds=3600)
+    with heart(lease_seconds=2.0, worker_settings=own) as beating:
+        beating.reached("denoise", 1, 4)
+        first = attempt().heartbeat_at
+
+        def outlived_its_first_lease():
+            budgets = dispatch.budgets(host.config)
+            assert host.db.write(lifecycle.end_lost_attempts, budgets=budgets) == []
+            return attempt().heartbeat_at > first + timedelta(seconds=2.0)
+
+        until(outlived_its_first_lease)
+
+
+def test_a_stalled_loop_is_given_up_and_its_lease_runs_out(heart, attempt):
+    stalled = threading.Event()
+    own = settings_of(stall_seconds=0.2, heartbeat_seconds=0.05)
+    with heart(on_stall=stalled.set, worker_settings=own) as beating:
+        beating.reached("denoise", 1, 4)
+        assert stalled.wait(30)
+        last = attempt().lease_until
+        beating.reached("denoise", 2, 4)  # too late
+    assert attempt().lease_until == last
+
+
+def test_a_stalled_process_ends(host, claim):
+    """Else it would hold the device for ever, and Celery would think that it works."""
+    script = textwrap.dedent(f"""
+        import time
+        from jobs import database, settings
+        from worker import heartbeat
+        from worker.settings import WorkerSettings
+        db = database.connect(settings.load())
+        own = WorkerSettings(RUSHES_STALL_SECONDS=0.1, RUSHES_HEARTBEAT_SECONDS=0.05)
+        with heartbeat.Heartbeat(
+            db, {claim.attempt_id}, lease_seconds=60, worker_settings=own
+        ) as heart:
+            heart.reached("denoise", 1, 4)
+            time.sleep(600)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == heartbeat.STALLED
+    assert "time.sleep(600)" in done.stderr or "most recent call first" in done.stderr
+
+
+def test_nobody_renews_the_lease_of_another(host, claim, heart, until):
+    host.db.write(
+        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+    )
+    holder = host.claim(host.job(claim.job_id))
+    (_, before) = host.attempts(claim.job_id)
+    with heart() as beating, pytest.raises(errors.AttemptSuperseded):
+        keeps_reporting(beating, until)
+    (_, after) = host.attempts(claim.job_id)
+    assert holder.attempt_id == after.id
+    assert after.lease_until == before.lease_until
+
+
+def test_a_render_does_not_wait_for_a_locked_database(host, heart, attempt, until):
+    """The lock is held by this very thread: to wait for it would be to wait for ever."""
+    with heart() as beating:
+        with host.db.transaction():  # a submit of a million rows
+            for step in range(50):
+                beating.reached("decode", step, 50)
+        until(lambda: attempt().step == 49)
+
+
+def test_an_outage_of_the_database_is_outlived(host, heart, attempt, until):
+    with heart() as beating:
+        beating.reached("denoise", 0, 4)
+        until(lambda: attempt().stage == "denoise")
+        with host.database_outage():
+            for step in range(4):
+                beating.reached("decode", step, 4)
+                beating._report()  # misses for certain
+        beating.reached("mux", 0, 1)
+        until(lambda: attempt().stage == "mux")
+
+
+def test_connections_that_the_server_ends_are_outlived(
+    postgres_database_url, host, monkeypatch, until
+):
+    db = database.Database(postgres_database_url)
+    migrate.upgrade(db)
+    monkeypatch.setattr(host, "db", db)
+    job = host.submit()[0]
+    claim = host.claim(job)
+    admin = sqlalchemy.create_engine(postgres_database_url, isolation_level="AUTOCOMMIT")
+    with heartbeat.Heartbeat(
+        db, claim.attempt_id, lease_seconds=60.0, worker_settings=host.worker_settings
+    ) as beating:
+        for step in range(3):
+            beating.reached("denoise", step, 4)
+            until(lambda step=step: host.attempts(job.id)[0].step == step)
+            with admin.connect() as connection:
+                connection.execute(
+                    sqlalchemy.text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                        " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+                    )
+                )
+        beating.reached("mux", 0, 1)
+        until(lambda: host.attempts(job.id)[0].stage == "mux")
+    admin.dispose()
+    db.close()

@@ -1,0 +1,307 @@
+"""The launcher's processes: how they are started, kept, drained and never doubled."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+from jobs import broker, errors, queries, queues, settings, states, supervisor
+from worker import gpus, launch
+
+SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+DEAF = [
+    *(sys.executable, "-S", "-c"),
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True)"
+    "; time.sleep(600)",
+]
+
+
+def is_gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def launcher(host, tmp_path):
+    """`launcher(command)`: a host whose one renderer and publisher are trivial processes."""
+
+    def make(command=SLEEP, **config):
+        slot = gpus.Slot(short_name="cpu0", device="CPU", memory_bytes=None, environment={})
+        child = supervisor.Child(name="cpu0@here", command=command, log_path=tmp_path / "child.log")
+        return launch.Launcher(
+            config=host.config.model_copy(update=config),
+            db=host.db,
+            bell=host.bell,
+            queues=("rushes.render.tiny",),
+            renderers=[launch.RenderProcess(slot=slot, name="cpu0@here", child=child)],
+            publisher=supervisor.Child(name="publish@here", command=SLEEP),
+        )
+
+    return make
+
+
+@pytest.fixture
+def running(monkeypatch, until):
+    """Runs a launcher in a thread; it has drained when the test ends."""
+    monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
+    started = []
+
+    def start(made):
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        started.append((made, thread))
+        until(lambda: made.renderers[0].child.is_alive)
+        return thread
+
+    yield start
+    for made, thread in started:
+        made.stop.set()
+        made.hurry.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert not made.renderers[0].child.is_alive
+        assert not made.publisher.is_alive
+
+
+def registered(host):
+    with host.db.reading() as session:
+        return {live.worker.name: live.worker for live in queries.live_workers(session)}
+
+
+def test_a_running_worker_is_in_the_register(host, launcher, running, until):
+    made = launcher()
+    running(made)
+    row = until(lambda: registered(host).get("cpu0@here"))
+    assert (row.host, row.device, row.queues) == ("here", "CPU", ["rushes.render.tiny"])
+    assert row.pid == made.renderers[0].child.pid
+
+
+def test_a_dead_worker_comes_back_and_its_job_goes_back_at_once(host, launcher, running, until):
+    job = host.submit()[0]
+    made = launcher()
+    running(made)
+    host.claim(job)
+    made.renderers[0].child.send(signal.SIGKILL)
+    until(lambda: host.job(job.id).state is states.JobState.QUEUED)
+    assert host.attempts(job.id)[0].state is states.AttemptState.LOST
+    until(lambda: made.renderers[0].child.restarts == 1 and made.renderers[0].child.is_alive)
+
+
+def test_a_dead_publisher_comes_back(launcher, running, until):
+    made = launcher()
+    running(made)
+    until(lambda: made.publisher.is_alive)
+    made.publisher.send(signal.SIGKILL)
+    until(lambda: made.publisher.restarts == 1 and made.publisher.is_alive)
+
+
+def test_a_stop_gives_back_what_is_held_at_no_cost(host, launcher, running):
+    job = host.submit()[0]
+    made = launcher()
+    thread = running(made)
+    host.claim(job)
+    made.stop.set()
+    thread.join(60)
+    released = host.job(job.id)
+    assert (released.state, released.error_count, released.crash_count) == ("queued", 0, 0)
+    assert host.attempts(job.id)[0].state is states.AttemptState.RELEASED
+    assert registered(host) == {}
+
+
+def test_a_worker_that_does_not_end_in_its_grace_is_killed(
+    host, launcher, running, until, tmp_path
+):
+    job = host.submit()[0]
+    made = launcher(DEAF, grace_seconds=0.0)
+    thread = running(made)
+    until(lambda: "deaf" in (tmp_path / "child.log").read_text())
+    host.claim(job)
+    made.stop.set()
+    thread.join(60)
+    assert host.attempts(job.id)[0].state is states.AttemptState.RELEASED
+
+
+def test_a_second_signal_ends_the_grace(host, launcher, running, until, tmp_path):
+    made = launcher(DEAF, grace_seconds=3_600.0)
+    thread = running(made)
+    until(lambda: "deaf" in (tmp_path / "child.log").read_text())
+    made.stop.set()
+    until(lambda: registered(host) == {})
+    made.hurry.set()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_an_outage_of_the_database_ends_no_process(host, launcher, running, until, capsys):
+    made = launcher()
+    with host.database_outage():
+        running(made)
+        until(lambda: "launcher.beat_missed" in capsys.readouterr().out)
+        pid = made.renderers[0].child.pid
+    made._beat()
+    assert registered(host)["cpu0@here"].pid == pid
+
+
+def test_what_lies_on_the_disk_at_the_start_is_announced(host, launcher, running, until):
+    folder = host.finished()
+    running(launcher())
+    until(lambda: host.waiting_publishes() == [folder.attempt_id])
+
+
+def test_a_damaged_folder_does_not_end_the_launcher(host, launcher, running, until):
+    folder = host.finished()
+    folder.sidecar.write_text("{")
+    made = launcher()
+    running(made)
+    until(lambda: not folder.path.exists())
+    until(lambda: "cpu0@here" in registered(host))
+
+
+def test_each_device_has_its_command_and_environment(host):
+    made = launch.make(host.config, devices="cpu:2")
+    first, second = made.renderers
+    assert [one.name for one in made.renderers] == ["cpu0@here", "cpu1@here"]
+    command = list(first.child.command)
+    assert command[:3] == [sys.executable, "-m", "celery"]
+    assert command[command.index("--hostname") + 1] == "cpu0@here"
+    assert command[command.index("--queues") + 1] == queues.of_model("tiny")
+    assert {"--pool=prefork", "--concurrency=1"} <= set(command)
+    environment = second.child.environment
+    assert environment["RUSHES_WORKER_NAME"] == "cpu1@here"
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_the_publisher_takes_this_hosts_queue_and_sees_no_gpu(host):
+    publisher = launch.make(host.config, devices="cpu").publisher
+    command = list(publisher.command)
+    assert command[command.index("--hostname") + 1] == "publish@here"
+    assert command[command.index("--queues") + 1] == broker.publish_queue("here")
+    assert "--pool=threads" in command
+    assert publisher.environment == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_worker_without_models_takes_no_queue_of_a_model(host, monkeypatch, tmp_path):
+    monkeypatch.setenv("RUSHES_MODELS_DIR", str(tmp_path / "none"))
+    made = launch.make(settings.load(), devices="cpu")
+    assert made.queues == ()
+    command = list(made.renderers[0].child.command)
+    assert command[command.index("--queues") + 1] == "rushes.render.nothing"
+
+
+def test_a_bad_results_url_is_told_before_anything_starts(host, monkeypatch):
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "ftp://example/videos")
+    with pytest.raises(errors.InvalidInput, match="RUSHES_RESULTS_URL"):
+        launch.make(settings.load(), devices="cpu")
+
+
+@pytest.fixture
+def queues_with(host, monkeypatch, tmp_path):
+    """`queues_with(*paths)`: of a models folder that holds these files."""
+
+    def look(*paths, **environment):
+        for path in paths:
+            (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "own" / path).write_text("{}")
+        monkeypatch.setenv("RUSHES_MODELS_DIR", str(tmp_path / "own"))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        return launch.queues_of_models(settings.load())
+
+    return look
+
+
+def test_native_diffusers_and_nested_models_have_a_queue_each(queues_with):
+    found = queues_with(
+        "native/config.json",
+        "diffusers/model_index.json",
+        "diffusers/transformer/config.json",
+        "diffusers/vae/config.json",
+        "lightx2v/nested/config.json",
+        "notes/readme.txt",
+    )
+    assert set(found) == {
+        queues.of_model(name) for name in ("native", "diffusers", "lightx2v/nested")
+    }
+
+
+def preset_of(folder, name, model_path):
+    folder.mkdir(exist_ok=True)
+    preset = {"model_path": str(model_path), "denoising_step_list": [1000, 750, 500, 250]}
+    sizes = {"target_video_length": 5, "target_width": 16, "target_height": 16}
+    (folder / name).write_text(json.dumps(preset | sizes))
+
+
+def test_a_preset_may_name_a_model_anywhere(queues_with, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    preset_of(tmp_path / "presets", "mine.json", elsewhere)
+    preset_of(tmp_path / "presets", "deep.json", "a/b/c")
+    preset_of(tmp_path / "presets", "gone.json", tmp_path / "gone")
+    found = queues_with("a/b/c/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
+    assert set(found) == {queues.of_model(str(elsewhere)), queues.of_model("a/b/c")}
+
+
+def test_a_folder_of_that_name_where_we_stand_is_no_model(queues_with, tmp_path):
+    preset_of(tmp_path / "presets", "mine.json", "tiny-but-not-there")
+    (tmp_path / "cwd" / "tiny-but-not-there").mkdir()
+    assert queues_with(RUSHES_PRESETS_DIR=tmp_path / "presets") == ()
+
+
+def test_a_broken_preset_hides_no_model(queues_with, tmp_path):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "broken.json").write_text("{")
+    found = queues_with("native/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
+    assert found == (queues.of_model("native"),)
+
+
+def test_a_second_worker_of_the_same_name_is_refused(host):
+    made = launch.make(host.config, devices="cpu:2")
+    other = launch.make(host.config, devices="cpu")
+    with (
+        launch._each_only_once(made),
+        pytest.raises(supervisor.AlreadyRunning, match="cpu0@here already runs on this machine"),
+        launch._each_only_once(other),
+    ):
+        pass
+    with launch._each_only_once(other):
+        pass
+
+
+def test_check_tells_whether_a_worker_of_this_host_lives(host, launcher):
+    assert launch.check(host.config) == 1
+    made = launcher()
+    made.renderers[0].child.start()
+    made._beat()
+    assert launch.check(host.config) == 0
+    made._drain()
+    assert launch.check(host.config) == 1
+
+
+@pytest.fixture
+def real_launcher(host, until):
+    """`rushes worker` itself, with Celery."""
+    command = [sys.executable, "-m", "jobs", "worker", "--devices", "cpu"]
+    with (host.config.home / "worker.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    family = []
+    try:
+        until(lambda: registered(host), seconds=60)
+        # Two Celery parents, and below one of them the process that renders.
+        until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 3, seconds=60)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield process, family
+    finally:
+        for one in (process, *family):
+            if one.pid and psutil.pid_exists(one.pid):
+                one.kill()
+        process.wait()
+
+
+def test_the_children_of_a_killed_launcher_end(real_launcher, until):
+    process, family = real_launcher
+    process.kill()
+    process.wait()
+    until(lambda: all(is_gone(one) for one in family), seconds=60)

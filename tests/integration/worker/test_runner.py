@@ -1,0 +1,321 @@
+"""One attempt: how each way it may end is written down, and what it leaves on the disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from jobs import broker, dispatch, lifecycle, settings, states
+from worker import errors, finished, runner, scratch, video
+
+
+class Raising(torch.nn.Module):
+    """A network that fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def encode(self, _prompt):
+        raise self.error
+
+
+class Doing(torch.nn.Module):
+    """A text encoder that does something first."""
+
+    def __init__(self, encoder, action):
+        super().__init__()
+        self.encoder, self.action = encoder, action
+
+    def encode(self, prompt):
+        self.action()
+        return self.encoder.encode(prompt)
+
+
+@pytest.fixture
+def first_doing(host):
+    """`first_doing(action)`: networks that do it before they encode."""
+
+    def make(action):
+        real = host.networks_with().networks.text_encoder
+        return host.networks_with(text_encoder=Doing(real, action))
+
+    return make
+
+
+@pytest.fixture
+def failure_of(host):
+    """Renders one job and returns it with its only attempt, which failed."""
+
+    def run(networks=None, *, job=None, **changes):
+        job = job or host.submit()[0]
+        host.runner(networks, **changes).run_attempt(job.id)
+        (attempt,) = host.attempts(job.id)
+        return host.job(job.id), attempt
+
+    return run
+
+
+def leftovers(host):
+    return scratch.folders(host.config.scratch_dir)
+
+
+def test_a_rendered_job_is_a_finished_folder_and_a_message_to_the_publisher(host):
+    job = host.submit()[0]
+    host.runner().run_attempt(job.id)
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state is states.AttemptState.RENDERED
+    (folder,) = leftovers(host)
+    assert (folder.attempt_id, folder.is_finished) == (attempt.id, True)
+    assert host.waiting_publishes() == [attempt.id]
+    info = video.probe(folder.video)
+    assert (info.width, info.height, info.num_frames, info.fps) == (16, 16, 9, 8.0)
+
+
+def test_the_sidecar_tells_everything_that_made_the_video(host):
+    job = host.submit()[0]
+    host.runner().run_attempt(job.id)
+    (folder,) = leftovers(host)
+    told = json.loads(folder.sidecar.read_text())
+    assert told["prompt"] == job.prompt
+    assert told["seed"] == job.seed
+    assert told["video"]["sha256"] == scratch.sha256(folder.video)
+    assert told["video"]["bytes"] == folder.video.stat().st_size
+    assert told["weights_sha256"] == host.warm.weight_hashes()
+    assert len(told["latents_sha256"]) == 64
+    assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
+    look = {"model_path", "width", "height", "num_frames", "fps", "step_rule", "sample_shift"}
+    ours = {"batch_id", "job_id", "attempt_id", "attempt", "custom_id", "metadata"}
+    machine = {"rushes", "torch", "device", "dtype", "worker", "peak_memory_bytes"}
+    assert look | ours | machine | {"denoising_step_list", "negative_prompt"} <= set(told)
+
+
+def test_a_doubled_message_renders_nothing(host):
+    job = host.submit()[0]
+    for _ in range(3):
+        host.runner().run_attempt(job.id)
+    assert len(host.attempts(job.id)) == 1
+    assert len(host.waiting_publishes()) == 1
+
+
+def test_a_message_for_a_job_that_is_gone_renders_nothing(host):
+    host.runner().run_attempt(4711)
+    assert leftovers(host) == []
+
+
+def test_missing_weights_are_named(host, failure_of):
+    job, attempt = failure_of(job=host.submit(model_path="gone")[0])
+    assert attempt.failure_kind is states.FailureKind.WEIGHTS
+    assert "gone: expected a model folder" in attempt.error
+    assert job.state is states.JobState.QUEUED
+
+
+def test_too_little_memory_is_named(host, failure_of):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
+    _, attempt = failure_of(host.networks_with(text_encoder=Raising(error)))
+    assert attempt.failure_kind is states.FailureKind.OUT_OF_MEMORY
+    assert attempt.error == "CPU test: CUDA out of memory. Tried to allocate 20.00 GiB"
+
+
+def test_a_broken_encoder_is_named(failure_of, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    _, attempt = failure_of()
+    assert attempt.failure_kind is states.FailureKind.ENCODING
+    assert "ffmpeg ended with 1" in attempt.error
+
+
+def test_a_full_disk_is_named(host, failure_of):
+    job = host.submit()[0]
+    full = host.config.scratch_dir / f"{job.batch_id}.1"
+    full.mkdir(parents=True)
+    (full / "video.mp4").symlink_to("/dev/full")
+    _, attempt = failure_of(job=job)
+    assert attempt.id == 1
+    assert attempt.failure_kind is states.FailureKind.DISK
+    assert "No space left on device" in attempt.error
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_named(host, failure_of, monkeypatch):
+    monkeypatch.setenv("RUSHES_SCRATCH_DIR", "/proc/rushes")
+    _, attempt = failure_of(config=settings.load())
+    assert attempt.failure_kind is states.FailureKind.DISK
+    assert "/proc/rushes" in attempt.error
+
+
+def test_a_spec_that_no_worker_can_render_is_not_tried_again(host, failure_of):
+    class OtherStrides(torch.nn.Module):
+        def latent_shape(self, **_):
+            raise ValueError("num_frames must be 8n+1")
+
+    job, attempt = failure_of(host.networks_with(vae=OtherStrides()))
+    assert attempt.failure_kind is states.FailureKind.INPUT
+    assert (job.state, job.error) == (states.JobState.FAILED, "num_frames must be 8n+1")
+
+
+def test_a_defect_of_ours_is_told_with_its_traceback(host, failure_of):
+    job, attempt = failure_of(host.networks_with(text_encoder=Raising(ZeroDivisionError("oh"))))
+    assert attempt.failure_kind is states.FailureKind.INTERNAL
+    assert attempt.error == "ZeroDivisionError: oh"
+    assert "in encode" in attempt.error_detail
+    assert "Traceback (most recent call last)" in attempt.error_detail
+    assert (job.state, job.error_count) == (states.JobState.QUEUED, 1)
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError(), torch.OutOfMemoryError("CUDA oom")])
+def test_a_failure_leaves_no_files_and_a_worker_that_works(host, fault):
+    first, second = host.submit(2)
+    host.runner(host.networks_with(text_encoder=Raising(fault))).run_attempt(first.id)
+    assert leftovers(host) == []
+    host.runner().run_attempt(second.id)
+    assert host.attempts(second.id)[0].state is states.AttemptState.RENDERED
+
+
+DEVICE_FAULT = """
+import dataclasses, torch
+from worker import runner
+class Broken(torch.nn.Module):
+    def encode(self, prompt):
+        {before}
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+made = runner.make()
+networks = made.components.networks_for
+broken = lambda look: dataclasses.replace(networks(look), text_encoder=Broken())
+made.components.networks_for = broken
+made.run_attempt({job_id})
+print("still here")
+"""
+
+
+def run_device_fault(job, before="pass"):
+    script = DEVICE_FAULT.format(job_id=job.id, before=before)
+    return subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+
+
+def test_a_broken_device_is_told_and_ends_its_process(host):
+    job = host.submit()[0]
+    done = run_device_fault(job)
+    assert done.returncode == runner.DEVICE_LOST
+    assert "still here" not in done.stdout
+    (attempt,) = host.attempts(job.id)
+    assert attempt.failure_kind is states.FailureKind.DEVICE
+    assert "illegal memory access" in attempt.error
+
+
+def test_a_broken_device_ends_its_process_though_nobody_can_be_told(host):
+    """Else the next job, and the next, would fail on it too."""
+    job = host.submit()[0]
+    path = host.config.home / "rushes.db"
+    away = f"made.db.close(); import os; os.rename({str(path)!r}, 'away'); os.mkdir({str(path)!r})"
+    host.db.close()
+    assert run_device_fault(job, before=away).returncode == runner.DEVICE_LOST
+
+
+def test_a_job_cancelled_in_mid_render_ends_so_and_leaves_no_files(host, first_doing):
+    job = host.submit(target_video_length=33)[0]
+    host.runner(first_doing(lambda: host.db.write(lifecycle.cancel_job, job.id))).run_attempt(
+        job.id
+    )
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state is states.AttemptState.CANCELLED
+    assert host.job(job.id).state is states.JobState.CANCELLED
+    assert leftovers(host) == []
+    assert host.waiting_publishes() == []
+
+
+def test_a_cancel_among_the_frames_leaves_no_half_video(host, until):
+    """The verdict comes while ffmpeg already writes."""
+    job = host.submit(target_video_length=33, target_width=64, target_height=64)[0]
+    real = host.networks_with().networks.vae
+    seen = []
+
+    def cancel_and_be_heard():
+        (folder,) = leftovers(host)
+        seen.append(until(folder.video.exists))
+        host.db.write(lifecycle.cancel_job, job.id)
+        told = host.attempts(job.id)[0].heartbeat_at
+        until(lambda: host.attempts(job.id)[0].heartbeat_at > told)
+
+    class Slow(torch.nn.Module):
+        def latent_shape(self, **sizes):
+            return real.latent_shape(**sizes)
+
+        def decode_chunks(self, latents):
+            for number, chunk in enumerate(real.decode_chunks(latents)):
+                yield chunk
+                if number == 1:
+                    cancel_and_be_heard()
+
+    host.runner(host.networks_with(vae=Slow())).run_attempt(job.id)
+    assert seen == [True]
+    assert host.attempts(job.id)[0].state is states.AttemptState.CANCELLED
+    assert leftovers(host) == []
+
+
+def test_an_attempt_that_lost_its_job_says_nothing_more(host, first_doing):
+    job = host.submit(target_video_length=33)[0]
+
+    def lose():
+        host.db.write(
+            lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        )
+
+    host.runner(first_doing(lose)).run_attempt(job.id)
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state is states.AttemptState.LOST
+    assert host.job(job.id).state is states.JobState.QUEUED
+    assert leftovers(host) == []
+    assert host.waiting_publishes() == []
+
+
+def test_a_database_that_is_down_at_the_end_costs_no_video(host):
+    """The folder stays, and the launcher finds it."""
+    job = host.submit()[0]
+    networks = host.networks_with()
+
+    def hashes():
+        host.break_database()
+        return {}
+
+    host.runner(type(networks)(networks.networks, hashes)).run_attempt(job.id)
+    (folder,) = leftovers(host)
+    assert folder.is_finished
+    assert host.waiting_publishes() == []
+    host.mend_database()
+    assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
+    assert host.waiting_publishes() == [folder.attempt_id]
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
+def test_a_redis_that_is_down_costs_no_video(host, monkeypatch):
+    job = host.submit()[0]
+    with monkeypatch.context() as elsewhere:  # Celery itself looks into the environment
+        elsewhere.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+        host.runner(bell=broker.Broker(settings.load())).run_attempt(job.id)
+    (folder,) = leftovers(host)
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+    assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
+
+
+def test_unknown_hashes_of_weights_cost_no_video(host):
+    job = host.submit()[0]
+    networks = host.networks_with()
+    host.runner(type(networks)(networks.networks, lambda: None)).run_attempt(job.id)
+    (folder,) = leftovers(host)
+    assert json.loads(folder.sidecar.read_text())["weights_sha256"] is None
+
+
+def test_every_error_class_has_its_own_kind_or_is_a_defect():
+    kinds = {cls.__name__: cls.kind for cls in errors.RenderError.__subclasses__()}
+    assert kinds == {
+        "SpecUnusable": states.FailureKind.INPUT,
+        "NotFinite": states.FailureKind.INTERNAL,
+        "WeightsUnusable": states.FailureKind.WEIGHTS,
+        "DeviceOutOfMemory": states.FailureKind.OUT_OF_MEMORY,
+        "DeviceFault": states.FailureKind.DEVICE,
+        "EncodingFailed": states.FailureKind.ENCODING,
+        "DiskUnusable": states.FailureKind.DISK,
+    }
