@@ -420,6 +420,7 @@ def _spec(session: Session, job: Job) -> presets.RenderSpec:
         look=presets.Look.model_validate(look.body),
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,
+        image_key=job.image_key,
         seed=job.seed,
     )
 

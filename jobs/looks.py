@@ -369,6 +369,8 @@ class RenderSpec(BaseModel, frozen=True, extra="forbid"):
     prompt: str = Field(min_length=1)
     negative_prompt: str | None
     """Kept for models that use it: distilled models render without it."""
+    image_key: str | None = None
+    """The first frame, in the results store."""
     seed: int = Field(ge=0, le=MAX_SEED)
 
 

@@ -123,6 +123,8 @@ class Job(Base):
     look_id: Mapped[str] = mapped_column(ForeignKey("looks.id"))
     prompt: Mapped[str]
     negative_prompt: Mapped[str | None]
+    image_key: Mapped[str | None]
+    """The first frame, in the results store."""
     seed: Mapped[int] = mapped_column(BigInteger)
     meta: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     rank: Mapped[int]

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from pydantic import ValidationError
 from sqlalchemy import insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, presets, queues, readers, schema, states
+from jobs import database, errors, inputs, looks, presets, queues, readers, schema, states
 from jobs.schema import Batch, Job
 
+LORA_FOLDER = "loras"
 ROWS_PER_INSERT = 2_000
 MAX_PROBLEMS = 1_000  # all are counted, this many are told
 MAX_REPEAT = 10_000
@@ -50,6 +52,8 @@ class Plan:
     looks: dict[str, int]
     """Look id -> jobs."""
     fingerprint: str
+    """Of the file, its images and the options."""
+    file_fingerprint: str
     skipped: tuple[errors.Problem, ...]
     notes: tuple[str, ...]
 
@@ -74,9 +78,11 @@ class PromptFile:
     options: Options
     looks: dict[str, presets.Look] = field(default_factory=dict)
     """Those of the rows that were good, by id."""
+    images: inputs.InputImages | None = None
+    """Where rows' images come from; None: from nowhere."""
     _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
 
-    def rows(self) -> Iterator[tuple[readers.PromptRow, presets.Look] | errors.Problem]:
+    def rows(self) -> Iterator["Order | errors.Problem"]:
         """Each good row with its look, each bad one as a problem, in the order of the file."""
         self.stream.seek(0)
         read = readers.read(self.stream, format=self.format)
@@ -84,14 +90,23 @@ class PromptFile:
             if isinstance(row, errors.Problem):
                 yield row
                 continue
-            look = self._look(row)
-            message = look if isinstance(look, str) else self._unusable(row, look)
-            if message is not None:
-                yield errors.Problem(line=row.line, message=message)
-            else:
-                assert isinstance(look, presets.Look)
-                self.looks[look.id] = look
-                yield row, look
+            try:
+                yield self._order(row)
+            except ValueError as error:
+                yield errors.Problem(line=row.line, message=str(error))
+
+    def _order(self, row: readers.PromptRow) -> "Order":
+        """ValueError says why the row cannot be rendered, and what would do."""
+        image = self._image(row)
+        look = self._look(row, image)
+        self._check_custom_id(row)
+        if look.id not in self.looks and len(self.looks) >= MAX_LOOKS:
+            raise ValueError(
+                f"a file may ask for {MAX_LOOKS:,} different sizes, lengths and frame rates: "
+                "use one of those above, or another file"
+            )
+        self.looks[look.id] = look
+        return Order(row=row, look=look, image_key=None if image is None else image.key)
 
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes and of every option that changes what is rendered."""
@@ -113,43 +128,71 @@ class PromptFile:
             digest.update(block)
         return digest.hexdigest()
 
-    def _look(self, row: readers.PromptRow) -> presets.Look | str:
-        asked = (row.width, row.height, row.num_frames, row.seconds, row.fps)
+    def _look(self, row: readers.PromptRow, image: inputs.InputImage | None) -> presets.Look:
+        pixels = None if image is None else (image.width, image.height)
+        asked = (row.width, row.height, row.num_frames, row.seconds, row.fps, row.lora, pixels)
         if asked not in self._remembered:
             if len(self._remembered) >= MAX_REMEMBERED:
                 self._remembered.clear()
-            self._remembered[asked] = self._resolve(row)
-        return self._remembered[asked]
+            try:
+                self._remembered[asked] = self._resolve(row, image)
+            except ValueError as error:
+                self._remembered[asked] = str(error)
+        found = self._remembered[asked]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
 
-    def _resolve(self, row: readers.PromptRow) -> presets.Look | str:
+    def _resolve(self, row: readers.PromptRow, image: inputs.InputImage | None) -> presets.Look:
         preset = self.options.preset
         num_frames = row.num_frames
-        try:
-            if row.seconds is not None:
-                num_frames = presets.frames_for_seconds(row.seconds, row.fps or preset.look.fps)
-            return preset.look_for(
-                width=row.width, height=row.height, num_frames=num_frames, fps=row.fps
-            )
-        except ValueError as error:
-            return str(error)
+        if row.seconds is not None:
+            num_frames = presets.frames_for_seconds(row.seconds, row.fps or preset.look.fps)
+        look = preset.look_for(
+            width=row.width,
+            height=row.height,
+            num_frames=num_frames,
+            fps=row.fps,
+            loras=tuple(_lora_use(lora) for lora in row.lora or ()),
+        )
+        return look if image is None else look.sized(image.width, image.height)
 
-    def _unusable(self, row: readers.PromptRow, look: presets.Look) -> str | None:
-        name = self.options.preset.name
-        if row.image is not None:
-            return f"image: preset {name} makes videos from text alone; leave it out"
-        if row.lora is not None:
-            return "lora: this version renders complete distilled models only; leave it out"
+    def _image(self, row: readers.PromptRow) -> inputs.InputImage | None:
+        preset = self.options.preset
+        if not preset.look.needs_image:
+            if row.image is not None:
+                raise ValueError(
+                    f"image: preset {preset.name} makes videos from text alone: leave it out, "
+                    "or take an image-to-video preset"
+                )
+            return None
+        if row.image is None:
+            raise ValueError(
+                f"image is missing: preset {preset.name} starts from one; give a path, an "
+                "https:// or s3:// address, or a data URL"
+            )
+        if self.images is None:
+            raise ValueError("image: images cannot be fetched here")
+        found = self.images.resolve(row.image)
+        if isinstance(found, str):
+            raise ValueError(f"image: {found}")
+        return found
+
+    def _check_custom_id(self, row: readers.PromptRow) -> None:
         if self.options.repeat > 1 and REPETITION.search(row.custom_id or ""):
-            return (
+            raise ValueError(
                 f"custom_id {row.custom_id!r}: with --repeat the ends #2, #3, ... are given to "
                 "the repetitions; choose another custom_id"
             )
-        if look.id not in self.looks and len(self.looks) >= MAX_LOOKS:
-            return (
-                f"a file may ask for {MAX_LOOKS:,} different sizes, lengths and frame rates: "
-                "use one of those above, or another file"
-            )
-        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A row that can be rendered."""
+
+    row: readers.PromptRow
+    look: presets.Look
+    image_key: str | None
 
 
 def plan(file: PromptFile) -> Plan:
@@ -157,8 +200,9 @@ def plan(file: PromptFile) -> Plan:
     options = file.options
     check_options(options)
     problems: list[errors.Problem] = []
-    looks: Counter[str] = Counter()
+    jobs_of_looks: Counter[str] = Counter()
     bad = prompts = negatives = 0
+    fingerprint = hashlib.sha256()
     for row in file.rows():
         if isinstance(row, errors.Problem):
             bad += 1
@@ -166,8 +210,10 @@ def plan(file: PromptFile) -> Plan:
                 problems.append(row)
             continue
         prompts += 1
-        negatives += row[0].negative_prompt is not None
-        looks[row[1].id] += options.repeat
+        negatives += row.row.negative_prompt is not None
+        jobs_of_looks[row.look.id] += options.repeat
+        # The file names its images; what they show is part of the content as well.
+        fingerprint.update((row.image_key or "").encode())
     if bad > len(problems):
         more = f"and {bad - len(problems):,} more bad lines after these"
         problems.append(errors.Problem(line=None, message=more))
@@ -179,11 +225,14 @@ def plan(file: PromptFile) -> Plan:
             f"negative_prompt of {negatives:,} prompts has no effect: "
             "distilled models render without classifier-free guidance"
         )
+    file_fingerprint = file.fingerprint()
+    fingerprint.update(file_fingerprint.encode())
     return Plan(
         prompts=prompts,
         jobs=prompts * options.repeat,
-        looks=dict(looks),
-        fingerprint=file.fingerprint(),
+        looks=dict(jobs_of_looks),
+        fingerprint=fingerprint.hexdigest(),
+        file_fingerprint=file_fingerprint,
         skipped=tuple(problems),
         notes=tuple(notes),
     )
@@ -265,20 +314,20 @@ def _store(session: Session, file: PromptFile, checked: Plan) -> str:
         if isinstance(row, errors.Problem):
             continue
         for repetition in range(options.repeat):
-            chunk.append(_job(batch_id, stored, *row, repetition=repetition, options=options))
+            chunk.append(_job(batch_id, stored, row, repetition=repetition, options=options))
             stored += 1
             if len(chunk) == ROWS_PER_INSERT:
                 session.execute(insert(Job), chunk)
                 chunk.clear()
     if chunk:
         session.execute(insert(Job), chunk)
-    if stored != checked.jobs or file.fingerprint() != checked.fingerprint:
+    if stored != checked.jobs or file.fingerprint() != checked.file_fingerprint:
         message = "the file changed while it was read; submit it again"
         raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
     return batch_id
 
 
-def _store_looks(session: Session, looks: dict[str, presets.Look]) -> None:
+def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
     """Those that are not there yet, in one order for all who do the same at once."""
     rows = [
         {
@@ -286,7 +335,7 @@ def _store_looks(session: Session, looks: dict[str, presets.Look]) -> None:
             "queue": queues.of_model(look.model_path),
             "body": look.model_dump(mode="json"),
         }
-        for look_id, look in sorted(looks.items())
+        for look_id, look in sorted(known.items())
     ]
     is_sqlite = session.get_bind().dialect.name == "sqlite"
     new = sqlite.insert(schema.Look) if is_sqlite else postgresql.insert(schema.Look)
@@ -296,12 +345,12 @@ def _store_looks(session: Session, looks: dict[str, presets.Look]) -> None:
 def _job(
     batch_id: str,
     position: int,
-    row: readers.PromptRow,
-    look: presets.Look,
+    order: Order,
     *,
     repetition: int,
     options: Options,
 ) -> dict[str, Any]:
+    row, look = order.row, order.look
     # A repetition keeps the prompt's seed, counted on: a drawn one is drawn for each anew.
     seed = secrets.randbits(SEED_BITS) if row.seed is None else row.seed + repetition
     custom_id = row.custom_id
@@ -315,6 +364,7 @@ def _job(
         "look_id": look.id,
         "prompt": row.prompt,
         "negative_prompt": row.negative_prompt,
+        "image_key": order.image_key,
         "seed": seed % (presets.MAX_SEED + 1),
         "meta": row.metadata,
         "rank": -priority,
@@ -325,3 +375,13 @@ def _job(
         "crash_count": 0,
         "quarantined": False,
     }
+
+
+def _lora_use(lora: readers.Lora) -> presets.LoraUse:
+    """A name is a file in the folder `loras` of the models folder."""
+    path = lora.path if lora.path is not None else f"{LORA_FOLDER}/{lora.name}.safetensors"
+    try:
+        return presets.LoraUse(path=path, strength=lora.strength)
+    except ValidationError as error:
+        told = "; ".join(text for _, text in looks.messages(error))
+        raise ValueError(f"lora {path!r}: {told}") from None

@@ -13,10 +13,12 @@ import click
 from jobs import (
     database,
     errors,
+    inputs,
     presets,
     queries,
     readers,
     settings,
+    storage,
     submission,
     watch,
 )
@@ -92,6 +94,7 @@ def submit(
             source=source,
             format=format_name or _detected(stream, source),
             options=submission.Options(preset=look, **wanted),
+            images=_images(config, file, check_only=dry_run) if look.look.needs_image else None,
         )
         if dry_run:
             return _told_plan(prompts, as_json=as_json, quiet=quiet)
@@ -111,6 +114,15 @@ def _preset(name: str | None, config: settings.Settings) -> presets.Preset:
         message = f"--preset is missing: give one of {names}, or the path of a preset file"
         raise click.UsageError(message, click.get_current_context())
     return presets.load(name, folder=config.presets_dir)
+
+
+def _images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.InputImages:
+    """Paths in the file start at its folder."""
+    return inputs.InputImages(
+        config=config,
+        base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),
+        store=None if check_only else storage.open_store(config),
+    )
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""The images of a prompt file, each fetched once, checked, and laid into the results store."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs import images, settings, storage
+
+LONG_SOURCE_CHARS = 200  # data URLs are remembered by their hash
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputImage:
+    """An image that a job will start from. Its key is made of its content."""
+
+    key: str
+    width: int
+    height: int
+
+
+@dataclass
+class InputImages:
+    """Resolves what rows call their image. A batch renders what lay there when it was submitted."""
+
+    config: settings.Settings
+    base: Path | None
+    """Folder that relative paths start from; None: no files of this machine."""
+    store: storage.ObjectStore | None
+    """None: check only, as for a dry run."""
+    _known: dict[str, InputImage | str] = field(default_factory=dict)
+
+    def resolve(self, source: str) -> InputImage | str:
+        """The stored image, or why it cannot be used. Raises StorageError when the store is out."""
+        name = source
+        if len(source) > LONG_SOURCE_CHARS:
+            name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        if name not in self._known:
+            self._known[name] = self._fetch(source)
+        return self._known[name]
+
+    def _fetch(self, source: str) -> InputImage | str:
+        try:
+            found = images.fetch(source, base=self.base, config=self.config)
+        except images.ImageError as error:
+            return str(error)
+        if self.store is not None:
+            images.store_once(self.store, found)
+        return InputImage(key=found.key, width=found.width, height=found.height)
