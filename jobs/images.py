@@ -1,0 +1,712 @@
+"""Input images of image-to-video jobs: fetched once at submit, checked, kept as they came.
+
+The original bytes are stored under their own hash: the image encoder and the resizing must both
+start from the original. `decode_rgb` is how submit and worker see them.
+
+Every source may have been written by a stranger: an address must not lead into our own network,
+and a file must not be larger, in bytes or pixels, than an image is.
+"""
+
+import base64
+import binascii
+import contextlib
+import functools
+import hashlib
+import http.client
+import io
+import ipaddress
+import os
+import socket
+import ssl
+import stat
+import struct
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs import errors, settings, storage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_SHOWN_CHARS = 100
+CHUNK_BYTES = 1 << 16
+MAX_ADDRESSES = 4  # of one host, tried one after another
+REDIRECTS = {301, 302, 303, 307, 308}
+BUSY = {408, 425, 429, 500, 502, 503, 504}
+
+CONTENT_TYPES = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+    "GIF": "image/gif",
+}
+"""The formats that are read, by Pillow's names; of several frames or pages the first."""
+FORMATS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
+
+ORIENTATION_TAG = 0x0112
+ON_ITS_SIDE = {5, 6, 7, 8}  # values of the tag that exchange width and height
+
+SIGNS_OF_OTHERS = (
+    (b"<!doctype html", "is a web page: use the address of the image itself"),
+    (b"<html", "is a web page: use the address of the image itself"),
+    (b"<svg", "is SVG: export it as PNG"),
+    (b"<?xml", "is XML or SVG: export it as PNG"),
+    (b"%pdf", "is a PDF: export the page as PNG"),
+)
+HEIF_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif", b"avis")
+
+# What Pillow's decoders raise for damaged files; there is no common class.
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+)
+
+
+class ImageError(ValueError):
+    """The image cannot be had; the message names it without passwords, and says what would do."""
+
+    def __init__(self, source: str, problem: str) -> None:
+        self.source = source
+        self.problem = problem
+        super().__init__(f"{source}: {problem}")
+
+
+class ImageUnusable(ImageError):
+    """Asking again will not help."""
+
+
+class ImageUnreachable(ImageError):
+    """Its server or store does not answer now; later it may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    max_bytes: int = 32 << 20
+    max_pixels: int = 64_000_000
+    max_redirects: int = 3
+    connect_seconds: float = 5.0
+    read_seconds: float = 10.0
+    """Of silence."""
+    total_seconds: float = 60.0
+    """For the whole image, redirects included."""
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedImage:
+    """The bytes as they came, and what they were found to be."""
+
+    source: str
+    """As it may be shown: short, and without passwords."""
+    data: bytes
+    sha256: str
+    format: str
+    """One of CONTENT_TYPES, by the content. A JPEG of several pictures (MPO) is one."""
+    width: int
+    """As a viewer shows it: after the EXIF orientation."""
+    height: int
+
+    @property
+    def key(self) -> str:
+        """Where it lies in the store."""
+        return f"inputs/{self.sha256[:2]}/{self.sha256}"
+
+    @property
+    def content_type(self) -> str:
+        return CONTENT_TYPES[self.format]
+
+
+# Addresses of other machines.
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet: not ours, and not a way back to ours."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in _NAT64:  # how networks without IPv4 reach the IPv4 internet
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if any(ip in network for network in _IPV6_SPECIAL):
+            return False
+    elif any(ip in network for network in _IPV4_SPECIAL):
+        return False
+    return ip.is_global and not (
+        ip.is_private
+        or ip.is_loopback
+        or ip.is_link_local
+        or ip.is_multicast
+        or ip.is_reserved
+        or ip.is_unspecified
+    )
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_IPV6_SPECIAL = tuple(
+    # Named here because Python's own lists have grown from version to version.
+    ipaddress.IPv6Network(network)
+    for network in (
+        "::/96",  # IPv4-compatible
+        "::ffff:0:0/96",  # IPv4-mapped
+        "64:ff9b:1::/48",  # NAT64 of a local network
+        "2001::/23",  # Teredo, and protocols of their own
+        "2002::/16",  # 6to4
+        "3fff::/20",  # documentation
+        "5f00::/16",  # segment routing
+        "fec0::/10",  # site-local
+    )
+)
+_IPV4_SPECIAL = tuple(
+    ipaddress.IPv4Network(network)
+    for network in ("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15")
+)
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """How hosts are found and trusted. Other values than these are for tests."""
+
+    resolve: Callable[[str, int], list[str]] = _resolve
+    is_allowed: Callable[[str], bool] = is_public
+    tls: Callable[[], ssl.SSLContext] = ssl.create_default_context
+
+
+INTERNET = Network()
+
+
+# Fetching.
+
+
+def fetch(
+    source: str,
+    *,
+    base: Path | None,
+    config: settings.Settings,
+    limits: Limits = LIMITS,
+    network: Network = INTERNET,
+) -> FetchedImage:
+    """Get an image from a path, `file://`, `s3://`, `https://` or `data:` and check it.
+
+    Paths start at `base`, the folder of the prompt file. None: prompts that came over the network,
+    which must not read files of this machine.
+    """
+    shown = _shown(source)
+    data = _read(source, shown, base=base, config=config, limits=limits, network=network)
+    with _decoded(data, shown, limits) as image:
+        width, height = image.size
+        if _orientation(image) in ON_ITS_SIDE:
+            width, height = height, width
+        return FetchedImage(
+            source=shown,
+            data=data,
+            sha256=hashlib.sha256(data).hexdigest(),
+            format="JPEG" if image.format == "MPO" else str(image.format),
+            width=width,
+            height=height,
+        )
+
+
+def store_once(store: storage.ObjectStore, image: FetchedImage) -> str:
+    """The key of the image in the store; uploaded only if it is not there yet."""
+    head = store.head(image.key)
+    if head is None or head.size_bytes != len(image.data):
+        store.put_bytes(image.data, image.key, content_type=image.content_type)
+    return image.key
+
+
+def _read(
+    source: str,
+    shown: str,
+    *,
+    base: Path | None,
+    config: settings.Settings,
+    limits: Limits,
+    network: Network,
+) -> bytes:
+    if not source.strip() or not source.isprintable():
+        raise ImageUnusable(shown, "an image is named by one line of printable text")
+    scheme = source.partition(":")[0].lower()
+    if scheme == "data":
+        return _from_data_url(source, shown, limits)
+    if scheme == "https":
+        return _from_https(source, shown, limits, network)
+    if scheme == "s3":
+        return _from_s3(source, shown, limits, config)
+    if scheme == "file":
+        return _from_file(_path_of_url(source, shown), shown, base, limits)
+    if scheme == "http":
+        raise ImageUnusable(
+            shown,
+            "http is not encrypted: anyone on the way could exchange the image; use https, or "
+            "download it and give its path",
+        )
+    if "://" in source:
+        raise ImageUnusable(shown, "use a path, or an address with https://, s3:// or file://")
+    return _from_file(Path(source), shown, base, limits)
+
+
+def _shown(source: str) -> str:
+    """Which image is meant, short and safe to print: no user, password, query or fragment."""
+    scheme, _, rest = source.partition(":")
+    if scheme.lower() == "data":
+        text = f"{source[:30].partition(',')[0]},... ({len(source)} characters)"
+    elif rest.startswith("//"):
+        authority, slash, path = rest[2:].partition("/")
+        authority = authority.partition("?")[0].partition("#")[0].rpartition("@")[2]
+        path = path.partition("?")[0].partition("#")[0]
+        text = f"{scheme}://{authority}{slash}{path}"
+    else:
+        text = source
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+
+
+def _too_large(shown: str, limits: Limits) -> ImageUnusable:
+    return ImageUnusable(
+        shown, f"is larger than {limits.max_bytes >> 20} MB: save it smaller, as JPEG for example"
+    )
+
+
+def _from_data_url(source: str, shown: str, limits: Limits) -> bytes:
+    head, comma, body = source[5:].partition(",")
+    kind, *parameters = head.lower().split(";")
+    if not comma or not kind.startswith("image/") or "base64" not in parameters:
+        raise ImageUnusable(shown, "must begin with data:image/png;base64, or the like")
+    if len(body) // 4 * 3 > limits.max_bytes + 2:
+        raise _too_large(shown, limits)
+    try:
+        data = base64.b64decode(urllib.parse.unquote(body), validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageUnusable(shown, "is not base64 behind the comma") from None
+    return _within(data, shown, limits)
+
+
+def _within(data: bytes, shown: str, limits: Limits) -> bytes:
+    if len(data) > limits.max_bytes:
+        raise _too_large(shown, limits)
+    return data
+
+
+def _path_of_url(source: str, shown: str) -> Path:
+    parts = _split(source, shown)
+    path = urllib.parse.unquote(parts.path)
+    if parts.netloc.lower() not in ("", "localhost") or not path.startswith("/"):
+        raise ImageUnusable(shown, "must be file:///absolute/path, with three slashes")
+    if parts.query or parts.fragment:
+        raise ImageUnusable(shown, "write ? and # in a file's address as %3F and %23")
+    return Path(path)
+
+
+def _from_file(path: Path, shown: str, base: Path | None, limits: Limits) -> bytes:
+    if base is None:
+        raise ImageUnusable(
+            shown,
+            "files of this machine are not read for prompts that come over the network: "
+            "use https://, s3:// or data:",
+        )
+    try:
+        data = _bytes_of_file(base / path, limits.max_bytes + 1)
+    except FileNotFoundError:
+        where = "" if path.is_absolute() else f" in {_shown(str(base.absolute()))}"
+        raise ImageUnusable(shown, f"there is no such file{where}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not the name of a file"
+        raise ImageUnusable(shown, f"cannot be read: {reason}") from None
+    if data is None:
+        raise ImageUnusable(shown, "is a folder or device, not a file")
+    return _within(data, shown, limits)
+
+
+def _bytes_of_file(path: Path, count: int) -> bytes | None:
+    """None if it is no plain file."""
+    # Not blocking: a pipe would wait for its writer.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return None
+    with os.fdopen(handle, "rb") as file:
+        return file.read(count)
+
+
+def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings) -> bytes:
+    bucket, _, key = source[5:].partition("/")
+    if not source[2:].startswith("://") or not bucket or not key:
+        raise ImageUnusable(shown, "must be s3://bucket/key")
+    try:
+        store = _store_of_bucket(config, bucket)
+        head = store.head(key)
+        if head is None:
+            raise ImageUnusable(shown, "there is no such object")
+        if head.size_bytes > limits.max_bytes:
+            raise _too_large(shown, limits)
+        return _within(store.read_bytes(key), shown, limits)
+    except storage.StorageUnavailable as error:
+        raise ImageUnreachable(shown, str(error)) from error
+    except storage.StorageError as error:
+        raise ImageUnusable(shown, str(error)) from error
+    except errors.InvalidInput as error:
+        problem = "; ".join(problem.message for problem in error.problems)
+        raise ImageUnusable(shown, f"must be s3://bucket/key: {problem}") from None
+
+
+@functools.lru_cache(maxsize=8)  # a client takes a tenth of a second to make
+def _store_of_bucket(config: settings.Settings, bucket: str) -> storage.ObjectStore:
+    """Any bucket, with the keys and at the endpoint of the results."""
+    return storage.open_store(config.model_copy(update={"results_url": f"s3://{bucket}"}))
+
+
+# https
+
+
+def _split(source: str, shown: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(source)
+    except ValueError:
+        raise ImageUnusable(shown, "is not a valid address") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where one https address leads."""
+
+    host: str
+    port: int
+    target: str
+    """Path and query, as they are sent."""
+
+    @classmethod
+    def of(cls, source: str, shown: str) -> "_Place":
+        parts = _split(source, shown)
+        try:
+            port = parts.port or 443
+            host = (parts.hostname or "").removesuffix(".")
+            if host and ":" not in host:
+                host = host.encode("idna").decode("ascii")
+        except (ValueError, UnicodeError):
+            raise ImageUnusable(shown, "is not a valid address") from None
+        if not host or "%" in host:
+            raise ImageUnusable(shown, "is not a valid address")
+        if "@" in parts.netloc:
+            raise ImageUnusable(
+                shown, "user and password in an address are not sent: use a presigned address"
+            )
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+        query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
+        return cls(host=host, port=port, target=f"{path}?{query}" if query else path)
+
+
+def _from_https(source: str, shown: str, limits: Limits, network: Network) -> bytes:
+    deadline = time.monotonic() + limits.total_seconds
+    tls = network.tls()
+    for _ in range(limits.max_redirects + 1):
+        place = _Place.of(source, shown)
+        found = _get(place, shown, deadline, limits, network, tls)
+        if isinstance(found, bytes):
+            return found
+        source = _redirected(source, found, shown)
+    raise ImageUnusable(shown, f"redirects more than {limits.max_redirects} times")
+
+
+def _redirected(source: str, location: str, shown: str) -> str:
+    try:
+        target = urllib.parse.urljoin(source, location)
+        is_https = urllib.parse.urlsplit(target).scheme == "https"
+    except ValueError:
+        is_https = False
+    if not is_https or not location.isprintable():
+        raise ImageUnusable(shown, "redirects to an address that is not https")
+    return target
+
+
+def _get(
+    place: _Place,
+    shown: str,
+    deadline: float,
+    limits: Limits,
+    network: Network,
+    tls: ssl.SSLContext,
+) -> bytes | str:
+    """The body, or where a redirect leads."""
+    addresses = _addresses(place, shown, deadline, network)
+    connection = _Connection(place, addresses, limits=limits, tls=tls)
+    # A server that sends a byte now and then keeps every timeout of a socket from running out.
+    watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
+    watch.daemon = True
+    watch.start()
+    try:
+        connection.request(
+            "GET",
+            place.target,
+            headers={"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"},
+        )
+        return _answer(connection.getresponse(), shown, limits)
+    except ssl.SSLCertVerificationError as error:
+        raise ImageUnusable(
+            shown, f"its certificate is not trusted: {error.verify_message}"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        if connection.is_cut or time.monotonic() >= deadline:
+            raise _too_slow(shown, limits) from None
+        reason = "it answers too slowly" if isinstance(error, TimeoutError) else _reason(error)
+        raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
+    finally:
+        watch.cancel()
+        connection.close()
+
+
+def _too_slow(shown: str, limits: Limits) -> ImageUnreachable:
+    return ImageUnreachable(
+        shown, f"takes longer than {limits.total_seconds:g} seconds: try again, or give a file"
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or type(error).__name__
+    return str(text) if str(text).isprintable() else ascii(text)
+
+
+def _addresses(place: _Place, shown: str, deadline: float, network: Network) -> list[str]:
+    """The host's addresses, all of them public; looked up once, then connected to as they are."""
+    found: list[str] = []
+    problem: list[BaseException] = []
+
+    def look_up() -> None:
+        try:
+            found.extend(network.resolve(place.host, place.port))
+        except (OSError, UnicodeError) as error:
+            problem.append(error)
+
+    # A lookup has no timeout of its own.
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(max(deadline - time.monotonic(), 0))
+    if thread.is_alive():
+        raise ImageUnreachable(shown, f"the name {place.host} is not found in time")
+    if problem or not found:
+        raise ImageUnreachable(shown, f"the name {place.host} is not known")
+    if not all(network.is_allowed(address) for address in found):
+        raise ImageUnusable(
+            shown,
+            f"{place.host} is not a public address: images are not fetched from this machine or "
+            "its network; give a path, or put the image into the results bucket",
+        )
+    return found[:MAX_ADDRESSES]
+
+
+class _Connection(http.client.HTTPSConnection):
+    """To addresses that were checked before, under the name of their host."""
+
+    def __init__(
+        self, place: _Place, addresses: list[str], *, limits: Limits, tls: ssl.SSLContext
+    ) -> None:
+        super().__init__(place.host, place.port, timeout=limits.read_seconds, context=tls)
+        self._addresses = addresses
+        self._limits = limits
+        self._tls = tls
+        self.is_cut = False
+
+    def connect(self) -> None:
+        plain = self._plain()
+        plain.settimeout(self._limits.read_seconds)
+        # The handshake comes second: `cut` must know the socket while it lasts.
+        self.sock = self._tls.wrap_socket(
+            plain, server_hostname=self.host, do_handshake_on_connect=False
+        )
+        if self.is_cut:
+            raise TimeoutError
+        self.sock.do_handshake()
+
+    def cut(self) -> None:
+        """End it from another thread, wherever it waits."""
+        self.is_cut = True
+        with contextlib.suppress(OSError):
+            if self.sock is not None:
+                # Below TLS, whose own shutdown would change the socket under its reader.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def _plain(self) -> socket.socket:
+        for address in self._addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return self._to(address)
+        return self._to(self._addresses[-1])
+
+    def _to(self, address: str) -> socket.socket:
+        if self.is_cut:
+            raise TimeoutError
+        return socket.create_connection((address, self.port), self._limits.connect_seconds)
+
+
+def _answer(response: http.client.HTTPResponse, shown: str, limits: Limits) -> bytes | str:
+    if response.status in REDIRECTS and (location := response.headers.get("Location")):
+        return str(location)
+    if response.status in BUSY:
+        raise ImageUnreachable(shown, f"its server answers {response.status}; try again later")
+    if response.status != 200:
+        hint = "is the link still valid?" if response.status in (401, 403, 404, 410) else "not 200"
+        raise ImageUnusable(shown, f"its server answers {response.status}: {hint}")
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ImageUnusable(shown, "its server sends it compressed, which was not asked for")
+    if response.length is not None and response.length > limits.max_bytes:
+        raise _too_large(shown, limits)
+    return _body(response, shown, limits)
+
+
+def _body(response: http.client.HTTPResponse, shown: str, limits: Limits) -> bytes:
+    pieces, size = [], 0
+    while piece := response.read(CHUNK_BYTES):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limits.max_bytes:
+            raise _too_large(shown, limits)
+    if response.length:
+        raise ImageUnreachable(
+            shown, f"ends {response.length:,} bytes early: its server broke off; try again later"
+        )
+    return b"".join(pieces)
+
+
+# Decoding.
+
+
+def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
+    """The image as a viewer shows it, 8-bit sRGB: upright by EXIF, transparent parts white."""
+    from PIL import ImageOps
+
+    with _decoded(data, "image", limits) as image:
+        fmt = image.format
+        with contextlib.suppress(*DECODER_ERRORS):  # broken EXIF turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        try:
+            return _rgb(image)
+        except ImageError:
+            raise
+        except DECODER_ERRORS as error:
+            raise ImageUnusable("image", f"this {fmt} cannot be converted: {error}") from None
+
+
+@contextlib.contextmanager
+def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]":
+    """The first frame, decoded to its end; told apart by content, whatever it is called."""
+    from PIL import Image, UnidentifiedImageError  # not at the top: most commands need no images
+
+    if not data:
+        raise ImageUnusable(shown, "is empty")
+    # Small faults of a file, which a viewer would not mention. Not around the call only: filters
+    # that come and go are mixed up between threads.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    try:
+        image = Image.open(io.BytesIO(data), formats=list(CONTENT_TYPES))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels(shown, limits) from None
+    except UnidentifiedImageError:
+        raise ImageUnusable(shown, _what_else(data)) from None
+    except DECODER_ERRORS:
+        raise ImageUnusable(shown, "is damaged: open it in a viewer and save it again") from None
+    with image:
+        if image.width * image.height > limits.max_pixels:
+            raise _too_many_pixels(shown, limits, image.size)
+        try:
+            image.load()
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise _too_many_pixels(shown, limits) from None
+        except DECODER_ERRORS:
+            raise ImageUnusable(
+                shown, f"is a damaged or incomplete {image.format}: send the whole file"
+            ) from None
+        yield image
+
+
+def _too_many_pixels(
+    shown: str, limits: Limits, size: tuple[int, int] | None = None
+) -> ImageUnusable:
+    of = "" if size is None else f" ({size[0]}x{size[1]})"
+    return ImageUnusable(
+        shown, f"has more than {limits.max_pixels // 1_000_000} megapixels{of}: save it smaller"
+    )
+
+
+def _what_else(data: bytes) -> str:
+    start = data[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for sign, meaning in SIGNS_OF_OTHERS:
+        if start.startswith(sign):
+            return meaning
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        return "is HEIC or AVIF: convert it to JPEG or PNG"
+    return f"is no image that can be read: use {FORMATS}"
+
+
+def _orientation(image: "Image.Image") -> object:
+    try:
+        return image.getexif().get(ORIENTATION_TAG)
+    except DECODER_ERRORS:
+        return None
+
+
+def _rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.mode == "F":
+        raise ImageUnusable("image", "has floating-point pixels: save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return _srgb(image)
+    with_alpha = image.convert("RGBA")
+    colours = _srgb(with_alpha.convert("RGB"), image.info.get("icc_profile"))
+    white = Image.new("RGB", image.size, "white")
+    return Image.composite(colours, white, with_alpha.getchannel("A"))
+
+
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """Grey of 16 bits, which Pillow would clip at 255."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ImageUnusable("image", "has 32-bit pixels: save it with 8 or 16 bits")
+    return Image.fromarray(((values * 0xFF + 0x7FFF) // 0xFFFF).astype(np.uint8))
+
+
+def _srgb(image: "Image.Image", profile: bytes | None = None) -> "Image.Image":
+    """By its colour profile, where it has one that can be read: phones photograph in wider ones."""
+    from PIL import ImageCms
+
+    profile = profile or image.info.get("icc_profile")
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(own).lower():
+                converted = ImageCms.profileToProfile(
+                    image, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+                if converted is not None:
+                    return converted
+    return image.convert("RGB")
