@@ -1,0 +1,76 @@
+"""Untouched weights come back from their files exactly as they were loaded."""
+
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import checkpoint, errors, layout, lora_switcher, pristine
+
+DIT = "diffusion_pytorch_model.safetensors"
+
+
+def load(root):
+    return checkpoint.load_text_to_video(root, device="cpu", dtype=torch.bfloat16).transformer
+
+
+@pytest.fixture
+def lora_path(tmp_path):
+    prefix = "diffusion_model.blocks.1.ffn.0"
+    tensors = {
+        f"{prefix}.lora_down.weight": torch.randn(4, 64),
+        f"{prefix}.lora_up.weight": torch.randn(128, 4),
+        "diffusion_model.head.diff_m": torch.randn(1, 2, 64),
+    }
+    path = tmp_path / "style.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(params=["native", "diffusers", "shards"])
+def root(request, native_root, diffusers_root):
+    if request.param == "native":
+        return native_root
+    return diffusers_root(transformer_shards="200KB" if request.param == "shards" else "10GB")
+
+
+def test_every_parameter_is_read_as_it_was_loaded(root):
+    read = pristine.PristineFiles(layout.find(root), dtype=torch.bfloat16)
+    for name, parameter in load(root).named_parameters():
+        again = read(name)
+        assert again.dtype == parameter.dtype
+        assert torch.equal(again, parameter), name
+
+
+def test_a_switcher_restores_from_the_files(root, lora_path):
+    network, kept = load(root), load(root)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    source = pristine.PristineFiles(layout.find(root), dtype=torch.bfloat16)
+    switcher = lora_switcher.LoraSwitcher(network, pristine=source)
+    choices = [lora_switcher.Choice(path=lora_path)]
+    switcher.apply(choices)
+    lora_switcher.LoraSwitcher(kept).apply(choices)
+    assert all(torch.equal(network.state_dict()[name], kept.state_dict()[name]) for name in before)
+    switcher.apply([])
+    assert all(torch.equal(network.state_dict()[name], before[name]) for name in before)
+    assert switcher.kept_bytes == 0
+
+
+def test_a_file_that_changed_or_went_is_refused(native_root, lora_path):
+    source = pristine.PristineFiles(layout.find(native_root), dtype=torch.bfloat16)
+    switcher = lora_switcher.LoraSwitcher(load(native_root), pristine=source)
+    path = native_root / DIT
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(errors.UnreadableWeightsError, match="has changed"):
+        switcher.apply([lora_switcher.Choice(path=lora_path)])
+    path.unlink()
+    with pytest.raises(errors.UnreadableWeightsError, match=DIT):
+        source("head.modulation")
+
+
+def test_a_pickle_is_not_read_piecewise(native_root):
+    chosen = native_root / "distill_model.pt"
+    chosen.touch()
+    with pytest.raises(errors.UnreadableWeightsError, match="safetensors only"):
+        pristine.PristineFiles(layout.find(native_root), dtype=torch.bfloat16)
