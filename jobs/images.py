@@ -464,7 +464,9 @@ def _get(
             place.target,
             headers={"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"},
         )
-        return _answer(connection.getresponse(), shown, limits)
+        answer = _answer(connection.getresponse(), shown, limits)
+        if connection.is_cut:  # which reads like an end
+            raise TimeoutError
     except ssl.SSLCertVerificationError as error:
         raise ImageUnusable(
             shown, f"its certificate is not trusted: {error.verify_message}"
@@ -472,11 +474,12 @@ def _get(
     except (OSError, http.client.HTTPException) as error:
         if connection.is_cut or time.monotonic() >= deadline:
             raise _too_slow(shown, limits) from None
-        reason = "it answers too slowly" if isinstance(error, TimeoutError) else _reason(error)
+        reason = _reason(error)
         raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
     finally:
         watch.cancel()
         connection.close()
+    return answer
 
 
 def _too_slow(shown: str, limits: Limits) -> ImageUnreachable:
@@ -486,6 +489,10 @@ def _too_slow(shown: str, limits: Limits) -> ImageUnreachable:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it answers too slowly"
+    if isinstance(error, http.client.IncompleteRead) and error.expected:
+        return f"it ends {error.expected:,} bytes early"
     text = getattr(error, "strerror", None) or type(error).__name__
     return str(text) if str(text).isprintable() else ascii(text)
 
@@ -584,9 +591,7 @@ def _body(response: http.client.HTTPResponse, shown: str, limits: Limits) -> byt
         if size > limits.max_bytes:
             raise _too_large(shown, limits)
     if response.length:
-        raise ImageUnreachable(
-            shown, f"ends {response.length:,} bytes early: its server broke off; try again later"
-        )
+        raise http.client.IncompleteRead(b"", response.length)
     return b"".join(pieces)
 
 
