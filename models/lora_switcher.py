@@ -1,7 +1,7 @@
 """Gives a network the LoRAs of the job at hand, and takes them out again bit for bit."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from models import errors, lora
 from models.quantization import QuantizedLinear
+
+ALIGNMENT = 256  # bytes
+STRETCH_BYTES = 2**29  # of one pinned allocation
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -92,10 +95,8 @@ class LoraSwitcher:
     def _keep(self, names: Iterable[str]) -> None:
         if self._pristine is not None:
             return
-        for name in set(names) - self._kept.keys() - self._quantized.keys():
-            parameter = self._parameters[name]
-            copy = parameter.detach().to("cpu", copy=True)
-            self._kept[name] = copy.pin_memory() if parameter.is_cuda else copy
+        new = sorted(set(names) - self._kept.keys() - self._quantized.keys())
+        self._kept |= _host_copies({name: self._parameters[name] for name in new})
 
     def _set(self, name: str, loras: Iterable[tuple[lora.Lora, float]]) -> None:
         touching = [(each, strength) for each, strength in loras if name in each.parameters]
@@ -113,6 +114,27 @@ class LoraSwitcher:
                 total += each.delta(name, untouched) * strength
             untouched = untouched + total
         parameter.data.copy_(untouched)
+
+
+def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the host; those of tensors on CUDA in few large pinned allocations.
+
+    torch rounds a pinned allocation up to a power of two: one per tensor would waste a third.
+    """
+    copies: dict[str, Tensor] = {}
+    stretch, used = torch.empty(0, dtype=torch.uint8), 0
+    for name, parameter in parameters.items():
+        if not parameter.is_cuda:
+            copies[name] = parameter.detach().clone()
+            continue
+        if used + parameter.nbytes > stretch.numel():
+            size = max(STRETCH_BYTES, parameter.nbytes)
+            stretch, used = torch.empty(size, dtype=torch.uint8, pin_memory=True), 0
+        place = stretch[used : used + parameter.nbytes].view(parameter.dtype)
+        copies[name] = place.view(parameter.shape)
+        copies[name].copy_(parameter)
+        used += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    return copies
 
 
 def _run_beside(
