@@ -150,7 +150,8 @@ def test_nobody_renews_the_lease_of_another(host, claim, heart, until):
 def test_a_render_does_not_wait_for_a_locked_database(host, heart, attempt, until):
     """The lock is held by this very thread: to wait for it would be to wait for ever."""
     with heart() as beating:
-        with host.db.transaction():  # a submit of a million rows
+        with host.db.transaction() as session:  # a submit of a million rows
+            database.now(session)  # takes the lock
             for step in range(50):
                 beating.reached("decode", step, 50)
         until(lambda: attempt().step == 49)

@@ -123,6 +123,13 @@ def test_a_folder_that_is_gone_or_unfinished_is_nobodys(folder):
         assert not is_ours
 
 
+def test_a_folder_that_its_holder_has_removed_meanwhile_is_nobodys(folder, monkeypatch):
+    folder.finish(FACTS)
+    monkeypatch.setattr("fcntl.flock", lambda *_: folder.remove())
+    with folder.locked() as is_ours:
+        assert not is_ours
+
+
 def test_a_lock_writes_nothing_to_the_disk(folder):
     """A full disk must not keep a finished video from its upload."""
     folder.finish(FACTS)
