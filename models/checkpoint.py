@@ -105,7 +105,9 @@ def load_image_to_video(
     files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
     _check_number_of_transformers(files, 1)
     sizes = _read_sizes(files)
-    assert sizes.image_encoder is not None
+    if sizes.image_encoder is None:
+        problem = "takes no image tokens, as Wan2.1's image-to-video does"
+        raise errors.ConfigError(files.transformer_config, problem)
     common = _load_common(files, sizes, device, dtype, vae_dtype)
     clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
@@ -120,13 +122,15 @@ def load_two_experts(
     vae_dtype: torch.dtype | None = None,
     high_noise_file: Path | None = None,
     low_noise_file: Path | None = None,
+    base: bool = False,
+    task: layout.Task = layout.Task.TEXT_TO_VIDEO,
 ) -> TwoExpertNetworks:
-    """Load a Wan2.2 text-to-video folder; otherwise as `load_text_to_video`."""
+    """Load a Wan2.2 folder; otherwise as `load_text_to_video`.
+
+    For image-to-video there is no image encoder: the first frame is in the latents only.
+    """
     files = layout.find(
-        root,
-        transformer_file=high_noise_file,
-        low_noise_file=low_noise_file,
-        task=layout.Task.TEXT_TO_VIDEO,
+        root, transformer_file=high_noise_file, low_noise_file=low_noise_file, base=base, task=task
     )
     _check_number_of_transformers(files, 2)
     sizes = _read_sizes(files)
@@ -186,18 +190,21 @@ def _read_sizes(files: layout.ModelFiles) -> _Sizes:
         text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
         image_encoder=_read_image_encoder_sizes(files),
     )
+    _check_channels(found.transformer, found.vae, files)
     _check_they_fit(found, path)
     return found
 
 
 def _read_transformer_sizes(files: layout.ModelFiles, path: Path) -> config.TransformerConfig:
     if files.layout is layout.Layout.NATIVE:
-        return config_files.native_transformer(path, more=files.quantized_config)
+        has_clip = bool(files.image_encoder)
+        more = files.quantized_config
+        return config_files.native_transformer(path, more=more, has_image_encoder=has_clip)
     return config_files.diffusers_transformer(path)
 
 
 def _read_image_encoder_sizes(files: layout.ModelFiles) -> config.ImageEncoderConfig | None:
-    if files.task is not layout.Task.IMAGE_TO_VIDEO:
+    if not files.image_encoder:
         return None
     path = files.image_encoder_config
     return config_files.image_encoder(path) if path else config.CLIP_VIT_H_14
@@ -205,7 +212,6 @@ def _read_image_encoder_sizes(files: layout.ModelFiles) -> config.ImageEncoderCo
 
 def _check_they_fit(sizes: _Sizes, path: Path) -> None:
     dit, text_dim, clip = sizes.transformer, sizes.text_encoder.dim, sizes.image_encoder
-    _check_channels(dit, sizes.vae, path)
     if clip is not None and dit.image_dim != clip.dim:
         raise errors.ConfigError(
             path, f"takes an image of width {dit.image_dim}, the encoder's: {clip.dim}"
@@ -217,17 +223,18 @@ def _check_they_fit(sizes: _Sizes, path: Path) -> None:
 
 
 def _check_channels(
-    dit: config.TransformerConfig, autoencoder: config.VAEConfig, path: Path
+    dit: config.TransformerConfig, autoencoder: config.VAEConfig, files: layout.ModelFiles
 ) -> None:
     """Latents go in and come out; for image-to-video a mask and a condition go in with them."""
     z_dim = autoencoder.z_dim
-    expected_in = z_dim if dit.image_dim is None else 2 * z_dim + autoencoder.temporal_stride
+    takes_image = files.task is layout.Task.IMAGE_TO_VIDEO
+    expected_in = 2 * z_dim + autoencoder.temporal_stride if takes_image else z_dim
     if (dit.in_dim, dit.out_dim) != (expected_in, z_dim):
         problem = (
             f"has {dit.in_dim} in and {dit.out_dim} out, the autoencoder {z_dim} channels; "
             f"expected {expected_in} in and {z_dim} out"
         )
-        raise errors.ConfigError(path, problem)
+        raise errors.ConfigError(files.transformer_config, problem)
 
 
 def _load_transformer(

@@ -109,10 +109,13 @@ class Keys:
         return self._left.pop(key, default)
 
 
-def native_transformer(path: Path, *, more: Path | None = None) -> config.TransformerConfig:
+def native_transformer(
+    path: Path, *, more: Path | None = None, has_image_encoder: bool = True
+) -> config.TransformerConfig:
     """Read `config.json` of the official layout (text-to-video and image-to-video).
 
-    `more` is the config.json of a quantized copy, which may add keys.
+    `more` is the config.json of a quantized copy, which may add keys. Wan2.2's image-to-video says
+    what Wan2.1's says, but has no image encoder.
     """
     keys = Keys.read(path, more=more)
     if more:
@@ -126,13 +129,17 @@ def native_transformer(path: Path, *, more: Path | None = None) -> config.Transf
         raise keys.error("model_type", f"is 'flf2v': {FIRST_AND_LAST_FRAME}")
     if model_type not in ("t2v", "i2v"):
         raise keys.error("model_type", f"is {model_type!r}; supported: 't2v', 'i2v'")
-    fields = {name: keys.integer(name) for name in ("dim", "ffn_dim", "num_heads", "num_layers")}
+    names = ("dim", "ffn_dim", "num_heads", "num_layers")
+    fields: dict[str, int | None] = {name: keys.integer(name) for name in names}
     fields |= {name: keys.integer(name) for name in ("in_dim", "out_dim", "freq_dim", "text_len")}
     fields["text_dim"] = keys.integer("text_dim", config.WAN_TEXT_DIM)
-    image_dim = keys.integer("image_dim", config.WAN_IMAGE_DIM) if model_type == "i2v" else None
+    image_dim = None
+    if model_type == "i2v":
+        image_dim = keys.integer("image_dim", config.WAN_IMAGE_DIM)
     eps = keys.number("eps")
     keys.finish()
-    return _checked(path, config.TransformerConfig, **fields, eps=eps, image_dim=image_dim)
+    fields["image_dim"] = image_dim if has_image_encoder else None
+    return _checked(path, config.TransformerConfig, **fields, eps=eps)
 
 
 def diffusers_transformer(path: Path) -> config.TransformerConfig:

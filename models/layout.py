@@ -36,6 +36,7 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
+QUANTIZED_FOLDER_NAMES = ("distill_fp8", "distill_int8", "fp8", "int8")
 BOTH_LAYOUTS = (
     "a model folder in the native layout (config.json, diffusion_pytorch_model*.safetensors or "
     f"{transformer_files.DISTILLED_FILES[0]}, {TEXT_ENCODER_FILE}, {VAE_FILE}, "
@@ -116,8 +117,7 @@ def find(
     if not root.is_dir():
         raise errors.MissingFileError(root, BOTH_LAYOUTS, hint="there is no such folder")
     markers = [path for path in (root / "model_index.json", root / "config.json") if path.is_file()]
-    has_experts = transformer_files.expert_folders(root) is not None
-    if not markers and not has_experts:
+    if not markers and transformer_files.expert_folders(root, base=base) is None:
         raise errors.MissingFileError(root, BOTH_LAYOUTS)
     if len(markers) > 1:
         raise errors.AmbiguousFilesError(root, "start of its layout", markers)
@@ -150,14 +150,20 @@ def weight_hashes(files: ModelFiles) -> dict[str, str]:
 
 
 def _native(root: Path, asked: _Asked) -> ModelFiles:
-    experts = transformer_files.expert_folders(root)
-    transformer_config = (experts[0] if experts else root) / "config.json"
+    folders = transformer_files.expert_folders(root, base=asked.base)
+    has_two = folders is not None or asked.low_noise is not None
+    configs = [_expert_config(root, number, folders) for number in range(2)] if has_two else []
+    transformer_config = configs[0] if has_two else root / "config.json"
     task = _task(transformer_config, asked.task)
-    has_image = task is Task.IMAGE_TO_VIDEO
+    # Wan2.2 sees its first frame in the latents only.
+    has_image = task is Task.IMAGE_TO_VIDEO and not has_two
     tokenizer = root / TOKENIZER_FOLDER
     if not tokenizer.is_dir():
         raise errors.MissingFileError(root, f"the tokenizer folder {TOKENIZER_FOLDER}/")
-    transformer = _native_transformer(root, experts, asked)
+    if has_two:
+        transformer = _expert(root, 0, folders, asked.transformer)
+    else:
+        transformer = _native_transformer(root, asked)
     return ModelFiles(
         root=root,
         layout=Layout.NATIVE,
@@ -173,29 +179,40 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
         image_encoder_config=_if_there(root / "clip_config.json") if has_image else None,
         image_encoder=(_beside(root, IMAGE_ENCODER_FILE),) if has_image else (),
         quantized_config=_config_of_quantized(transformer[0].parent, root),
-        low_noise_transformer=_expert(experts[1], asked.low_noise) if experts else (),
-        low_noise_config=experts[1] / "config.json" if experts else None,
+        low_noise_transformer=_expert(root, 1, folders, asked.low_noise) if has_two else (),
+        low_noise_config=configs[1] if has_two else None,
     )
 
 
-def _native_transformer(
-    root: Path, experts: tuple[Path, Path] | None, asked: _Asked
-) -> tuple[Path, ...]:
-    if experts:
-        return _expert(experts[0], asked.transformer)
+def _native_transformer(root: Path, asked: _Asked) -> tuple[Path, ...]:
     if asked.transformer:
         return transformer_files.named(asked.transformer)
     distilled = None if asked.base else transformer_files.distilled(root)
     return distilled or transformer_files.base(root)
 
 
-def _expert(folder: Path, asked: Path | None) -> tuple[Path, ...]:
-    return transformer_files.named(asked) if asked else transformer_files.in_folder(folder)
+def _expert(
+    root: Path, number: int, folders: tuple[Path, Path] | None, asked: Path | None
+) -> tuple[Path, ...]:
+    if asked:
+        return transformer_files.named(asked)
+    if folders is None:
+        name = transformer_files.EXPERTS[number]
+        raise errors.MissingFileError(root, f"the folder {name}/, or a file in its place")
+    return transformer_files.in_folder(folders[number])
+
+
+def _expert_config(root: Path, number: int, folders: tuple[Path, Path] | None) -> Path:
+    """Beside the expert's weights; else the root's, or that of the expert as released."""
+    places = [*([folders[number]] if folders else []), root]
+    places.append(root / transformer_files.EXPERTS[number])
+    there = [folder / "config.json" for folder in places if (folder / "config.json").is_file()]
+    return there[0] if there else places[0] / "config.json"
 
 
 def _config_of_quantized(folder: Path, root: Path) -> Path | None:
     """LightX2V's 8-bit folders bring a config.json of their own."""
-    if folder.name not in {path.name for path in transformer_files.QUANTIZED_FOLDERS}:
+    if folder.name not in QUANTIZED_FOLDER_NAMES:
         return None
     return _if_there(folder / "config.json") if folder != root else None
 
@@ -212,7 +229,8 @@ def _diffusers(root: Path, asked: _Asked) -> ModelFiles:
     names = ("transformer", "vae", "text_encoder", "tokenizer")
     folders = {name: _folder(root, name) for name in names}
     task = _task(folders["transformer"] / "config.json", asked.task)
-    clip = _folder(root, "image_encoder") if task is Task.IMAGE_TO_VIDEO else None
+    takes_tokens = config_files.read_json(folders["transformer"] / "config.json").get("image_dim")
+    clip = _folder(root, "image_encoder") if takes_tokens is not None else None
     low_noise = root / "transformer_2" if (root / "transformer_2").is_dir() else None
     if low_noise and (asked.transformer is None) != (asked.low_noise is None):
         problem = "of two transformers in diffusers' names either both are replaced or none"
@@ -257,12 +275,19 @@ def _task(transformer_config: Path, wanted: Task | None) -> Task:
     """What the transformer takes; whether its config makes sense is seen when it is read."""
     values = config_files.read_json(transformer_config)
     is_native_image = values.get("model_type") in ("i2v", "flf2v")
-    takes_image = is_native_image or values.get("image_dim") is not None
+    # Wan2.2 in diffusers' words: no image tokens, but a condition beside the noise.
+    has_condition = _more(values.get("in_channels"), values.get("out_channels"))
+    takes_image = is_native_image or values.get("image_dim") is not None or has_condition
     task = Task.IMAGE_TO_VIDEO if takes_image else Task.TEXT_TO_VIDEO
     if wanted is not None and wanted is not task:
         problem = f"does not fit the task: {task.value} model, not {wanted.value}"
         raise errors.ConfigError(transformer_config, problem)
     return task
+
+
+def _more(channels_in: object, channels_out: object) -> bool:
+    both_given = isinstance(channels_in, int) and isinstance(channels_out, int)
+    return both_given and channels_in > channels_out  # type: ignore[operator]  # checked above
 
 
 def _if_there(path: Path) -> Path | None:

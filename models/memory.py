@@ -55,6 +55,8 @@ class Mode:
     offload: Offload = Offload.NONE
     text_encoder_on_cpu: bool = False
     """Prompts are encoded on the processor; nothing of the encoder is ever on the device."""
+    park_encoders: bool = False
+    """Text and image encoder and autoencoder are on the host until their part of a render."""
     vae_tiles: bool = False
     """Decode in overlapping tiles of 256 pixels: less memory, almost the same picture."""
 
@@ -150,19 +152,17 @@ def _resident(weights: _Weights, mode: Mode) -> dict[str, int]:
         return {"transformer outside its blocks": weights.outside_blocks, "two blocks": blocks}
     if mode.offload is Offload.MODEL:
         return {}
-    found = {
-        "image encoder": weights.image_encoder,
-        "transformer": weights.transformers,
-        "autoencoder": weights.vae,
-    }
-    if not mode.text_encoder_on_cpu:
-        found["text encoder"] = weights.text_encoder
+    found = {"transformer": weights.transformers}
+    if not mode.park_encoders:
+        found |= {"image encoder": weights.image_encoder, "autoencoder": weights.vae}
+        if not mode.text_encoder_on_cpu:
+            found["text encoder"] = weights.text_encoder
     return {name: count for name, count in found.items() if count}
 
 
 def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
     """What comes to the device for one stage."""
-    if mode.offload is Offload.NONE:
+    if mode.offload is Offload.NONE and not mode.park_encoders:
         return {}
     found = {
         "decode": {"autoencoder": weights.vae},
@@ -177,9 +177,10 @@ def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
 
 def _host(weights: _Weights, mode: Mode, *, switches_loras: bool) -> dict[str, int]:
     found: dict[str, int] = {}
-    if mode.offload is not Offload.NONE or mode.text_encoder_on_cpu:
+    parks = mode.offload is not Offload.NONE or mode.park_encoders
+    if parks or mode.text_encoder_on_cpu:
         found["text encoder"] = weights.text_encoder
-    if mode.offload is not Offload.NONE:
+    if parks:
         found |= {"autoencoder": weights.vae, "image encoder": weights.image_encoder}
     if mode.offload is Offload.MODEL:
         found["transformer"] = weights.transformers
@@ -246,7 +247,9 @@ def _transformer_bytes(name: str, entry: Entry) -> int:
 def _transformer_sizes(files: layout.ModelFiles) -> config.TransformerConfig:
     if files.layout is layout.Layout.NATIVE:
         return config_files.native_transformer(
-            files.transformer_config, more=files.quantized_config
+            files.transformer_config,
+            more=files.quantized_config,
+            has_image_encoder=bool(files.image_encoder),
         )
     return config_files.diffusers_transformer(files.transformer_config)
 

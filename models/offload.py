@@ -232,15 +232,18 @@ class Placement:
         self._parked: dict[nn.Module, list[Parked]] = {}
         self._devices: dict[nn.Module, torch.device] = {}
         self._streamers: list[BlockStreamer] = []
+        for_encoders = mode.offload
+        if mode.park_encoders and for_encoders is memory.Offload.NONE:
+            for_encoders = memory.Offload.MODEL
         if mode.text_encoder_on_cpu:
             self._devices[networks.text_encoder.cpu()] = torch.device("cpu")
         else:
-            self._put(networks.text_encoder, mode.offload)
+            self._put(networks.text_encoder, for_encoders)
         for network in vars(networks).values():
             if isinstance(network, transformer.WanTransformer):
                 self._put_transformer(network, mode.offload)
             elif isinstance(network, nn.Module) and network is not networks.text_encoder:
-                self._put(network, mode.offload)
+                self._put(network, for_encoders)
 
     def _put(self, network: nn.Module, offload: memory.Offload) -> None:
         self._devices[network] = self.device

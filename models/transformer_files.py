@@ -27,11 +27,8 @@ QUANTIZED_FOLDERS = (Path("distill_fp8"), Path("distill_int8"))
 """LightX2V's 8-bit copies of it."""
 PUBLISHED_NAME = re.compile(r"wan2\.[12]_(?!.*lora).*lightx2v_4step.*")
 """The single files and `_split` folders of its Distill-Models; the LoRAs are named alike."""
-EXPERT_FOLDERS = (
-    (Path("high_noise_model"), Path("low_noise_model")),
-    (Path("distill_models") / "high_noise_model", Path("distill_models") / "low_noise_model"),
-)
-"""Of Wan2.2: one transformer for the first steps, one for the last."""
+EXPERTS = ("high_noise_model", "low_noise_model")
+"""Of Wan2.2: the folder of the transformer for the first steps, and of that for the last."""
 
 INDEX_ENDING = ".safetensors.index.json"
 REST_OF_SPLIT = "non_block.safetensors"
@@ -98,16 +95,26 @@ def base(root: Path, *, what: str = "transformer", stem: str = STEM) -> Files:
     raise errors.MissingFileError(root, expected, hint=hint)
 
 
-def expert_folders(root: Path) -> tuple[Path, Path] | None:
-    """The folders of Wan2.2's transformers for high and for low noise; None: not such a model."""
-    for high, low in EXPERT_FOLDERS:
-        there = [(root / folder).is_dir() for folder in (high, low)]
-        if all(there):
-            return root / high, root / low
-        if any(there):
-            missing = low if there[0] else high
-            raise errors.MissingFileError(root, f"the folder {missing}/ beside its counterpart")
-    return None
+def expert_folders(root: Path, *, base: bool = False) -> tuple[Path, Path] | None:
+    """The folders of Wan2.2's transformers for high and for low noise; None: not such a model.
+
+    Distilled ones come first, in distill_models or as its only 8-bit copy, unless `base`.
+    """
+    distilled = (root / "distill_models", *(root / folder for folder in QUANTIZED_FOLDERS))
+    pairs = {parent: _experts_in(parent) for parent in (*(() if base else distilled), root)}
+    found = {parent: pair for parent, pair in pairs.items() if pair is not None}
+    copies = [root / folder for folder in QUANTIZED_FOLDERS if root / folder in found]
+    if len(copies) > 1 and root / "distill_models" not in found:
+        raise errors.AmbiguousFilesError(root, "distilled transformers", copies)
+    return next(iter(found.values()), None)
+
+
+def _experts_in(parent: Path) -> tuple[Path, Path] | None:
+    high, low = (parent / name for name in EXPERTS)
+    if high.is_dir() != low.is_dir():
+        missing = low if high.is_dir() else high
+        raise errors.MissingFileError(parent, f"the folder {missing.name}/ beside its counterpart")
+    return (high, low) if high.is_dir() else None
 
 
 def shards(index: Path) -> Files:

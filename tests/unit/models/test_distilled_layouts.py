@@ -1,5 +1,6 @@
 """Where a distilled transformer may lie: each shape of folder is found, each doubt is an error."""
 
+import dataclasses
 import json
 
 import pytest
@@ -256,8 +257,53 @@ def test_one_transformer_and_two_are_not_taken_for_each_other(experts_root, tmp_
     single = make.make(tmp_path / "single")
     with pytest.raises(errors.CheckpointError, match="one transformer, as"):
         load_experts(single)
-    with pytest.raises(errors.CheckpointError, match="one transformer, not two"):
+    with pytest.raises(errors.MissingFileError, match="high_noise_model"):
         layout.find(single, low_noise_file=single / DIT)
+
+
+def test_two_files_beside_a_root_with_one_config(experts_root, tmp_path):
+    """As LightX2V's Wan2.2-Distill-Models are used: files anywhere, the rest from the root."""
+    names = {}
+    for noise in ("high_noise", "low_noise"):
+        folder = experts_root / f"{noise}_model"
+        (folder / "config.json").rename(experts_root / "config.json")
+        path = tmp_path / f"wan2.2_t2v_A14b_{noise}_lightx2v_4step.safetensors"
+        names[f"{noise}_file"] = (folder / DIT).rename(path)
+        folder.rmdir()
+    networks = load_experts(experts_root, **names)
+    assert networks.weight_files[:2] == tuple(names.values())
+    assert not torch.equal(
+        networks.transformer.head.modulation, networks.low_noise_transformer.head.modulation
+    )
+
+
+def test_distilled_experts_come_before_plain_ones_unless_base(experts_root):
+    for copy in ("distill_fp8", "distill_int8"):
+        for name in ("high_noise_model", "low_noise_model"):
+            touch(experts_root / copy / name, "non_block.safetensors", "block_0.safetensors")
+    with pytest.raises(errors.AmbiguousFilesError, match="distill_fp8, distill_int8"):
+        layout.find(experts_root)
+    for path in sorted((experts_root / "distill_int8").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (experts_root / "distill_int8").rmdir()
+    files = layout.find(experts_root)
+    assert {path.parent.parent.name for path in files.low_noise_transformer} == {"distill_fp8"}
+    assert files.transformer_config == experts_root / "high_noise_model" / "config.json"
+    plain = layout.find(experts_root, base=True)
+    assert plain.low_noise_transformer == (experts_root / "low_noise_model" / DIT,)
+
+
+def test_image_to_video_experts_have_no_image_encoder(experts_root, edit_json):
+    sizes = dataclasses.replace(config.TINY, in_dim=36)
+    for name in ("high_noise_model", "low_noise_model"):
+        folder = experts_root / name
+        edit_json(folder / "config.json", model_type="i2v", in_dim=36)
+        dit = make.random_transformer(sizes, torch.Generator().manual_seed(1))
+        safetensors.torch.save_file(dit.state_dict(), folder / DIT)
+    networks = load_experts(experts_root, task=layout.Task.IMAGE_TO_VIDEO)
+    assert networks.transformer.config == sizes
+    with pytest.raises(errors.ConfigError, match="not text-to-video"):
+        load_experts(experts_root)
 
 
 def test_an_expert_without_the_other_is_refused(experts_root):
