@@ -129,6 +129,7 @@ def rendered(
     seconds: dict[str, float],
     peak_memory_bytes: int | None,
     lease_seconds: float,
+    memory: str | None = None,
     note: str | None = None,
 ) -> Verdict:
     """The mp4 is finished on this host; from here on the publisher renews the lease with this."""
@@ -145,6 +146,7 @@ def rendered(
                 steps=1,
                 seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes,
+                memory=None if memory is None else _storable(memory),
                 heartbeat_at=now,
                 lease_until=now + timedelta(seconds=lease_seconds),
                 note=None if note is None else _storable(note),

@@ -187,6 +187,8 @@ class Attempt(Base):
     seconds: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """Stage name -> seconds."""
     peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    memory: Mapped[str | None]
+    """How the weights were placed, and why not as asked for."""
     video_key: Mapped[str | None]
     video_bytes: Mapped[int | None] = mapped_column(BigInteger)
     video_sha256: Mapped[str | None] = mapped_column(String(64))

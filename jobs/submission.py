@@ -333,7 +333,9 @@ def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
         {
             "id": look_id,
             "queue": queues.of_model(look.model_path),
-            "body": look.model_dump(mode="json"),
+            # As short as it can be: what an older worker does not know, and nobody asked for,
+            # must not keep it from rendering.
+            "body": look.model_dump(mode="json", exclude_defaults=True),
         }
         for look_id, look in sorted(known.items())
     ]

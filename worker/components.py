@@ -1,127 +1,221 @@
-"""Which networks are resident on the device."""
+"""Which networks are resident on the device: loads, keeps warm, evicts."""
 
 import gc
-import json
-import os
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from jobs import presets
-from models import checkpoint, layout
+from models import checkpoint, layout, memory
 from models import errors as model_errors
-from worker import errors
+from worker import errors, hashes
 from worker.device import Device
+from worker.resident import ResidentModel, WeightsKey
 
 log = structlog.get_logger()
 
-HASHES_FILE = "weight-hashes.json"
-HASHES = TypeAdapter(dict[str, dict[str, str]])  # stamp of the files -> their hashes
+SPARE_SHARE = 0.05  # of the device's memory: gaps of the allocator, workspace of kernels
 
 
 @dataclass
 class Components:
-    """Keeps the networks of the last model warm: most jobs need the same as the one before."""
+    """As many models as fit stay warm; the least recently used one goes first."""
 
     models_dir: Path
     home: Path
     device: Device
+    total_bytes: int | None = None
+    """Memory for models; None: what the device has."""
     loads: int = 0
-    _root: Path | None = None
-    _networks: checkpoint.TextToVideoNetworks | None = None
-    _files: layout.ModelFiles | None = None
-    _hashes: Future[dict[str, str]] | None = None
+    lora_switches: int = 0
+    _resident: "OrderedDict[WeightsKey, ResidentModel]" = field(default_factory=OrderedDict)
+    _bytes: dict[WeightsKey, int] = field(default_factory=dict)
+    _lower_modes: dict[str, memory.Mode] = field(default_factory=dict)
+    _loras: dict[WeightsKey, tuple[presets.LoraUse, ...]] = field(default_factory=dict)
     _hasher: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
 
-    def networks_for(self, look: presets.Look) -> checkpoint.TextToVideoNetworks:
-        """Networks of this look's model; loads them, and lets the others go, if need be."""
-        root = self.models_dir / look.model_path
-        if self._networks is None or root != self._root:
-            try:
-                files = layout.find(root)  # before the warm ones go
-                self._evict()
-                self._networks = self._load(files)
-            except (model_errors.CheckpointError, OSError) as error:
-                raise errors.WeightsUnusable(str(error)) from error
-            self._root = root
-        return self._networks
-
-    def weight_hashes(self) -> dict[str, str] | None:
-        """SHA-256 per weight file of the resident model; waits until they are known.
-
-        None: the files could not be read once more. The video is none the worse for it.
-        """
-        assert self._files is not None
-        assert self._hashes is not None
+    def model_for(self, look: presets.Look) -> ResidentModel:
+        """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
+        key = self._key(look)
         try:
-            return self._hashes.result()
+            if key not in self._resident:
+                files = self._find(look, key)  # before a warm one goes
+                self._make_room(key, files, look)
+                self._resident[key] = self._load(key, files)
+            self._resident.move_to_end(key)
+            model = self._resident[key]
+            if self._loras.get(key, ()) != look.loras:
+                # Forgotten first: after a failure it is unknown what is merged.
+                self._loras.pop(key, None)
+                model.apply_loras(look, self.models_dir)
+                self._loras[key] = look.loras
+                self.lora_switches += 1
+        except (model_errors.CheckpointError, OSError) as error:
+            raise errors.WeightsUnusable(str(error)) from error
+        return model
+
+    def mode_of(self, look: presets.Look) -> memory.Mode:
+        """What the preset asks for, or what was found to fit after it did not."""
+        return self._lower_modes.get(look.id) or memory.Mode(
+            offload=memory.Offload(look.offload),
+            park_encoders=look.text_encoder_on_cpu
+            or look.image_encoder_on_cpu
+            or look.vae_on_cpu
+            or look.unload_encoders,
+            vae_tiles=look.vae_tiling,
+        )
+
+    def step_down(self, look: presets.Look) -> memory.Mode | None:
+        """After the device ran out of memory: the next mode for this look. None: there is none."""
+        lower = _below(self.mode_of(look))
+        self._evict(self._key(look))
+        if lower is not None:
+            self._lower_modes[look.id] = lower
+        return lower
+
+    def weight_hashes(self, model: ResidentModel) -> dict[str, str] | None:
+        """SHA-256 per weight file; waits until they are known. None: they could not be read."""
+        try:
+            return model.hashes.result()
         except OSError as error:
             log.warning("weight_hashes.unknown", error=str(error))
-            self._begin_to_hash(self._files)  # for the next video
+            model.hashes = self._hasher.submit(self._hash, model.files)  # for the next video
             return None
 
-    def _evict(self) -> None:
-        self._networks = None
+    def lora_hashes(self, look: presets.Look) -> dict[str, str] | None:
+        """SHA-256 per LoRA file of this look."""
+        try:
+            return {
+                use.path: hashes.of_file(
+                    self.models_dir / use.path, cache=self.home / hashes.HASHES_FILE
+                )
+                for use in look.loras
+            }
+        except OSError as error:
+            log.warning("weight_hashes.unknown", error=str(error))
+            return None
+
+    def _key(self, look: presets.Look) -> WeightsKey:
+        has_two = look.high_noise_transformer is not None
+        transformer = look.high_noise_transformer if has_two else look.transformer
+        return WeightsKey(
+            root=self.models_dir / look.model_path,
+            task=look.task,
+            transformer=self._path(transformer or self._quantized_folder(look)),
+            low_noise_transformer=self._path(look.low_noise_transformer),
+            base=look.base == "original",
+            mode=self.mode_of(look),
+        )
+
+    def _path(self, path: str | None) -> Path | None:
+        return None if path is None else self.models_dir / path
+
+    def _quantized_folder(self, look: presets.Look) -> str | None:
+        """LightX2V's place for 8-bit weights of a model, when a preset names none."""
+        if look.quantization is None or look.transformer is not None:
+            return None
+        return f"{look.model_path}/distill_{look.quantization}"
+
+    def _find(self, look: presets.Look, key: WeightsKey) -> layout.ModelFiles:
+        task = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}[look.task]
+        return layout.find(
+            key.root,
+            transformer_file=key.transformer,
+            low_noise_file=key.low_noise_transformer,
+            base=key.base,
+            task=task,
+        )
+
+    def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> None:
+        need = memory.needed(
+            files,
+            num_frames=look.num_frames,
+            height=look.height,
+            width=look.width,
+            mode=key.mode,
+        )
+        # The estimate is in bf16; a worker on a CPU computes in fp32.
+        scale = self.device.dtype.itemsize / memory.COMPUTE_BYTES
+        wanted = int(need.device_bytes * scale)
+        total = self.total_bytes or self.device.total_bytes()
+        while self._resident and sum(self._bytes.values()) + wanted > total * (1 - SPARE_SHARE):
+            self._evict(next(iter(self._resident)))
+        stage = need.stages["denoise"]
+        self._bytes[key] = int((sum(stage.values()) - stage["activations"]) * scale)
+
+    def _evict(self, key: WeightsKey) -> None:
+        self._bytes.pop(key, None)
+        self._loras.pop(key, None)
+        if self._resident.pop(key, None) is not None:
+            log.info("model.evicted", root=str(key.root))
         gc.collect()
         if self.device.is_cuda:
             torch.cuda.empty_cache()
 
-    def _load(self, files: layout.ModelFiles) -> checkpoint.TextToVideoNetworks:
+    def _load(self, key: WeightsKey, files: layout.ModelFiles) -> ResidentModel:
         began = time.monotonic()
-        # Read beside the loading: hashing tens of gigabytes takes a minute, the first time.
-        self._begin_to_hash(files)
-        networks = checkpoint.load_text_to_video(
-            files.root, device=self.device.torch_device, dtype=self.device.dtype
+        hashed = self._hasher.submit(self._hash, files)  # beside the loading
+        try:
+            networks = self._networks(key, files)
+        except BaseException:
+            self._bytes.pop(key, None)
+            raise
+        model = ResidentModel(
+            key,
+            files=files,
+            networks=networks,
+            device=self.device.torch_device,
+            hashes=hashed,
         )
         self.loads += 1
         seconds = round(time.monotonic() - began, 2)
-        log.info("model.loaded", root=str(files.root), seconds=seconds)
-        return networks
+        log.info("model.loaded", root=str(key.root), seconds=seconds, mode=told(key.mode))
+        return model
 
-    def _begin_to_hash(self, files: layout.ModelFiles) -> None:
-        self._files = files
-        cache = self.home / HASHES_FILE
-        self._hashes = self._hasher.submit(cached_weight_hashes, files, cache=cache)
+    def _networks(self, key: WeightsKey, files: layout.ModelFiles) -> checkpoint.Networks:
+        plain = key.mode.offload is memory.Offload.NONE and not key.mode.park_encoders
+        device = self.device.torch_device if plain else torch.device("cpu")
+        common = {"device": device, "dtype": self.device.dtype}
+        if files.low_noise_transformer:
+            return checkpoint.load_two_experts(
+                key.root,
+                high_noise_file=key.transformer,
+                low_noise_file=key.low_noise_transformer,
+                **common,  # type: ignore[arg-type]  # two keywords of two types
+            )
+        load = (
+            checkpoint.load_image_to_video if key.task == "i2v" else checkpoint.load_text_to_video
+        )
+        return load(key.root, transformer_file=key.transformer, base=key.base, **common)  # type: ignore[arg-type]
 
-
-_cache_lock = threading.Lock()
-
-
-def cached_weight_hashes(files: layout.ModelFiles, *, cache: Path) -> dict[str, str]:
-    """By path, size and time of change, so that each file is read once per machine."""
-    stamp = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files.weights}
-    key = json.dumps(stamp, sort_keys=True)
-    with _cache_lock:
-        known = _read_cache(cache)
-    if key not in known:
-        known = {key: layout.weight_hashes(files)}
-        with _cache_lock:
-            _write_cache(cache, _read_cache(cache) | known)
-    return known[key]
+    def _hash(self, files: layout.ModelFiles) -> dict[str, str]:
+        return hashes.of(files, cache=self.home / hashes.HASHES_FILE)
 
 
-def _read_cache(cache: Path) -> dict[str, dict[str, str]]:
-    """Empty when it is missing or damaged: then it is made anew."""
-    try:
-        return HASHES.validate_json(cache.read_bytes())
-    except (OSError, ValidationError):
-        return {}
+def told(mode: memory.Mode) -> str:
+    """For logs and records: `block offload, VAE in tiles`."""
+    parts = []
+    if mode.offload is not memory.Offload.NONE:
+        parts.append(f"{mode.offload.value} offload")
+    if mode.park_encoders:
+        parts.append("encoders parked")
+    if mode.text_encoder_on_cpu:
+        parts.append("text encoder on the CPU")
+    if mode.vae_tiles:
+        parts.append("VAE in tiles")
+    return ", ".join(parts) or "resident"
 
 
-def _write_cache(cache: Path, known: dict[str, dict[str, str]]) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        # The processes of other devices write to the same folder.
-        part = cache.with_name(f"{cache.name}.{os.getpid()}.{threading.get_ident()}.part")
-        part.write_text(json.dumps(known, indent=1), "utf-8")
-        part.rename(cache)
-    except OSError as error:
-        log.warning("weight_hashes.not_cached", error=str(error))
+def _below(mode: memory.Mode) -> memory.Mode | None:
+    if mode.offload is memory.Offload.NONE:
+        return replace(mode, offload=memory.Offload.MODEL)
+    if mode.offload is memory.Offload.MODEL:
+        return replace(mode, offload=memory.Offload.BLOCK)
+    return None if mode.vae_tiles else replace(mode, vae_tiles=True)

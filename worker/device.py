@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from worker import errors
@@ -43,6 +44,13 @@ class Device:
     def peak_memory_bytes(self) -> int | None:
         """Since the last reset; None where the device does not count."""
         return torch.cuda.max_memory_allocated(self.torch_device) if self.is_cuda else None
+
+    def total_bytes(self) -> int:
+        """Memory that models may take: of the device, or what is free on this machine."""
+        if self.is_cuda:
+            total: int = torch.cuda.get_device_properties(self.torch_device).total_memory
+            return total
+        return psutil.virtual_memory().available
 
     def description(self) -> dict[str, Any]:
         """For the sidecar: what exactly rendered this video."""

@@ -25,6 +25,12 @@ class WeightsUnusable(RenderError):
     kind = states.FailureKind.WEIGHTS
 
 
+class ImageUnavailable(RenderError):
+    """The store does not give the job's first frame."""
+
+    kind = states.FailureKind.STORAGE
+
+
 class DeviceOutOfMemory(RenderError):
     """The device has too little memory for this job."""
 

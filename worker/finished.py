@@ -29,6 +29,7 @@ def renew(
         folder.attempt_id,
         seconds=facts.seconds,
         peak_memory_bytes=facts.peak_memory_bytes,
+        memory=_memory(facts),
         lease_seconds=config.publish_lease_seconds,
         note=note,
     )
@@ -38,6 +39,12 @@ def renew(
         folder.remove()
         log.info("publish.dropped", attempt_id=folder.attempt_id, because=verdict)
     return verdict
+
+
+def _memory(facts: scratch.Facts) -> str | None:
+    if facts.ran_out_of_memory is None:
+        return facts.memory
+    return f"{facts.memory}; before: {facts.ran_out_of_memory}"
 
 
 def give_up(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jobs import presets
-from models import checkpoint, sampling
-from worker import errors
+from models import sampling
+from worker import errors, resident
 from worker.device import Device
 
 # B batch (1), C channels, T frames, H height, W width
@@ -41,33 +41,40 @@ class Timings:
 @torch.inference_mode()
 def make_latents(
     spec: presets.RenderSpec,
-    networks: checkpoint.TextToVideoNetworks,
+    model: resident.ResidentModel,
     *,
     device: Device,
     timings: Timings,
     reached: Reached,
+    image_HWC: Tensor | None = None,
 ) -> Tensor:
-    """Encode the prompt and denoise: clean latents_BCTHW in fp32."""
+    """Encode prompt and image and denoise: clean latents_BCTHW in fp32."""
     look = spec.look
     try:
         levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
-        shape = networks.vae.latent_shape(
+        shape = model.networks.vae.latent_shape(
             num_frames=look.num_frames, height=look.height, width=look.width
         )
     except ValueError as error:
         raise errors.SpecUnusable(str(error)) from error
     reached("text", 0, 1)
     with timings.stage("text"):
-        context_BSD = networks.text_encoder.encode(spec.prompt)
+        context_1SD = model.encode_text(spec.prompt)
+    condition = None
+    if spec.image_key is not None:
+        reached("image", 0, 1)
+        with timings.stage("image"):
+            condition = model.condition(spec.image_key, image_HWC, look)
     noise_BCTHW, generator = sampling.initial_noise(spec.seed, shape, device.torch_device)
 
     def on_step(step: int, steps: int) -> None:
         device.synchronize()  # else the steps would be queued long before they are computed
         reached("denoise", step, steps)
+        denoiser.select(step)
 
-    with timings.stage("denoise"):
+    with timings.stage("denoise"), model.denoiser(context_1SD, condition, look) as denoiser:
         latents_BCTHW = sampling.denoise(
-            lambda x_BCTHW, timestep_B: networks.transformer(x_BCTHW, timestep_B, context_BSD),
+            denoiser,
             noise_BCTHW,
             levels,
             step_rule=look.step_rule,
@@ -81,14 +88,14 @@ def make_latents(
 
 def decode(
     latents_BCTHW: Tensor,
-    networks: checkpoint.TextToVideoNetworks,
+    model: resident.ResidentModel,
     *,
     timings: Timings,
     reached: Reached,
 ) -> Iterator[Tensor]:
     """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded."""
     steps = latents_BCTHW.shape[2]
-    chunks = networks.vae.decode_chunks(latents_BCTHW)
+    chunks = model.decode_chunks(latents_BCTHW)
     for step in range(steps):
         reached("decode", step, steps)
         with timings.stage("decode"), torch.inference_mode():

@@ -10,8 +10,18 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 from torch import Tensor
 
-from jobs import broker, database, dispatch, lifecycle, settings, states
-from models import checkpoint
+from jobs import (
+    broker,
+    database,
+    dispatch,
+    images,
+    lifecycle,
+    presets,
+    settings,
+    states,
+    storage,
+)
+from models import conditioning
 from worker import (
     components,
     device,
@@ -19,6 +29,7 @@ from worker import (
     finished,
     heartbeat,
     pipeline,
+    resident,
     scratch,
     video,
 )
@@ -27,6 +38,19 @@ from worker import settings as worker_settings_module
 log = structlog.get_logger()
 
 DEVICE_LOST = 71  # exit status, for the logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """What a finished render leaves to tell."""
+
+    latents_sha256: str
+    video: video.VideoInfo
+    seconds: dict[str, float]
+    memory: str
+    """How the weights were placed."""
+    ran_out: str | None
+    """Why it was placed so, when a first try had too little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +99,71 @@ class Runner:
             lease_seconds=self.config.lease_seconds,
             worker_settings=self.worker_settings,
         )
+        with heart:
+            try:
+                self._render_once(claim, folder, heart)
+                return
+            except errors.DeviceOutOfMemory as error:
+                ran_out = str(error)
+            # Outside of the handler: the exception holds on to every tensor of the failed try.
+            lower = self.components.step_down(claim.spec.look)
+            if lower is None:
+                raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
+            mode = components.told(lower)
+            log.warning("memory.stepped_down", job_id=claim.job_id, mode=mode, error=ran_out)
+            self._render_once(claim, folder, heart, ran_out=ran_out)
+
+    def _render_once(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        heart: heartbeat.Heartbeat,
+        *,
+        ran_out: str | None = None,
+    ) -> None:
         timings = pipeline.Timings(device=self.device)
-        with heart, self.device.faults():
+        with self.device.faults():
             folder.make()
             self.device.reset_peak_memory()
             heart.reached("load", 0, 1)
             with timings.stage("load"):
-                networks = self.components.networks_for(claim.spec.look)
+                model = self.components.model_for(claim.spec.look)
+                image_HWC = self._image(claim.spec, model)
             latents_BCTHW = pipeline.make_latents(
-                claim.spec, networks, device=self.device, timings=timings, reached=heart.reached
+                claim.spec,
+                model,
+                device=self.device,
+                timings=timings,
+                reached=heart.reached,
+                image_HWC=image_HWC,
             )
-            info = self._make_mp4(claim, folder, latents_BCTHW, networks, timings, heart)
-            latents_sha256 = pipeline.latents_sha256(latents_BCTHW)
+            info = self._make_mp4(claim, folder, latents_BCTHW, model, timings, heart)
+            rendering = Rendering(
+                latents_sha256=pipeline.latents_sha256(latents_BCTHW),
+                video=info,
+                seconds=timings.seconds,
+                memory=components.told(model.key.mode),
+                ran_out=ran_out,
+            )
             heart.reached("hash", 0, 1)  # of the weights: may take minutes the first time
-            folder.finish(self._sidecar(claim, folder, timings, info, latents_sha256))
+            folder.finish(self._sidecar(claim, folder, model, rendering))
+
+    def _image(self, spec: presets.RenderSpec, model: resident.ResidentModel) -> Tensor | None:
+        """The first frame as it was submitted, unless its condition is at hand."""
+        if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
+            return None
+        try:
+            data = storage.open_store(self.config).read_bytes(spec.image_key)
+        except storage.StorageError as error:
+            raise errors.ImageUnavailable(str(error)) from error
+        return conditioning.from_pil(images.decode_rgb(data))
 
     def _make_mp4(
         self,
         claim: lifecycle.Claim,
         folder: scratch.AttemptFolder,
         latents_BCTHW: Tensor,
-        networks: checkpoint.TextToVideoNetworks,
+        model: resident.ResidentModel,
         timings: pipeline.Timings,
         heart: heartbeat.Heartbeat,
     ) -> video.VideoInfo:
@@ -109,7 +177,7 @@ class Runner:
             worker_settings=self.worker_settings,
         ) as writer:
             for frames_THWC in pipeline.decode(
-                latents_BCTHW, networks, timings=timings, reached=heart.reached
+                latents_BCTHW, model, timings=timings, reached=heart.reached
             ):
                 writer.write(frames_THWC)
             heart.reached("mux", 0, 1)
@@ -127,11 +195,11 @@ class Runner:
         self,
         claim: lifecycle.Claim,
         folder: scratch.AttemptFolder,
-        timings: pipeline.Timings,
-        info: video.VideoInfo,
-        latents_sha256: str,
+        model: resident.ResidentModel,
+        rendering: "Rendering",
     ) -> dict[str, Any]:
         """Everything that made this video, so that it can be made again."""
+        info = rendering.video
         return {
             "batch_id": claim.batch_id,
             "job_id": claim.job_id,
@@ -141,6 +209,7 @@ class Runner:
             "metadata": claim.meta,
             "prompt": claim.spec.prompt,
             "negative_prompt": claim.spec.negative_prompt,
+            "image_key": claim.spec.image_key,
             "seed": claim.spec.seed,
             **claim.spec.look.model_dump(mode="json"),
             "video": {
@@ -153,12 +222,15 @@ class Runner:
                 "bytes": folder.video.stat().st_size,
                 "sha256": scratch.sha256(folder.video),
             },
-            "latents_sha256": latents_sha256,
-            "weights_sha256": self.components.weight_hashes(),
+            "latents_sha256": rendering.latents_sha256,
+            "weights_sha256": self.components.weight_hashes(model),
+            "loras_sha256": self.components.lora_hashes(claim.spec.look),
+            "memory": rendering.memory,
+            "ran_out_of_memory": rendering.ran_out,
             "rushes": importlib.metadata.version("rushes"),
             **self.device.description(),
             "worker": self.worker_settings.worker_name,
-            "seconds": timings.seconds,
+            "seconds": rendering.seconds,
             "peak_memory_bytes": self.device.peak_memory_bytes(),
         }
 

@@ -41,6 +41,8 @@ class Facts(BaseModel, frozen=True):
     video: VideoFacts
     seconds: dict[str, float]
     peak_memory_bytes: int | None
+    memory: str | None = None
+    ran_out_of_memory: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,7 @@ def attempt(row: Attempt) -> dict[str, Any]:
         "note": row.note,
         "seconds": row.seconds,
         "peak_memory_bytes": row.peak_memory_bytes,
+        "memory": row.memory,
         "failure_kind": row.failure_kind,
         "error": row.error,
         "error_detail": row.error_detail,

@@ -75,6 +75,8 @@ def _tell(job: Job, attempt: Attempt, *, detail: bool) -> None:
         memory = attempt.peak_memory_bytes
         peak = "" if memory is None else f"; peak memory {output.size(memory)}"
         _tell_below(stages + peak)
+    if attempt.memory and attempt.memory != "resident":
+        _tell_below(f"memory: {attempt.memory}")
     if attempt.error:
         kind = f"{attempt.failure_kind}: " if attempt.failure_kind else ""
         _tell_below(f"{kind}{attempt.error}")

@@ -1,4 +1,4 @@
-"""image to video
+"""image to video, memory modes
 
 Revision ID: 0002
 Revises: 0001
@@ -15,7 +15,9 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("image_key", sa.Text(), nullable=True))
+    op.add_column("attempts", sa.Column("memory", sa.Text(), nullable=True))
 
 
 def downgrade() -> None:
+    op.drop_column("attempts", "memory")
     op.drop_column("jobs", "image_key")

@@ -26,26 +26,31 @@ from jobs import (
     submission,
 )
 from jobs.schema import Attempt, Job
-from models import checkpoint
 from models.tiny import make
-from worker import components, device, publisher, runner, scratch
+from worker import components, device, publisher, resident, runner, scratch
 from worker.settings import WorkerSettings
 
 WORKER = "cpu0@here"
 
 
 @dataclass(frozen=True)
-class Networks:
-    """Stands in for `components.Components`: hands out networks that a test has prepared."""
+class Prepared:
+    """Stands in for `components.Components`: hands out a model that a test has prepared."""
 
-    networks: checkpoint.TextToVideoNetworks
+    model: resident.ResidentModel
     hashes: Callable[[], dict[str, str]] = dict
 
-    def networks_for(self, _look: presets.Look) -> checkpoint.TextToVideoNetworks:
-        return self.networks
+    def model_for(self, _look: presets.Look) -> resident.ResidentModel:
+        return self.model
 
-    def weight_hashes(self) -> dict[str, str]:
+    def step_down(self, _look: presets.Look) -> None:
+        return None
+
+    def weight_hashes(self, _model: resident.ResidentModel) -> dict[str, str]:
         return self.hashes()
+
+    def lora_hashes(self, _look: presets.Look) -> dict[str, str]:
+        return {}
 
 
 @dataclass
@@ -105,10 +110,9 @@ class Host:
         )
         return dataclasses.replace(made, **changes)
 
-    def networks_with(self, **parts: Any) -> Networks:
+    def networks_with(self, **parts: Any) -> Prepared:
         """The warm networks, some of them replaced."""
-        look = presets.load(str(self.preset)).look
-        return Networks(dataclasses.replace(self.warm.networks_for(look), **parts))
+        return Prepared(with_parts(self.warm.model_for(presets.load(str(self.preset)).look), parts))
 
     def publisher(self, store: storage.ObjectStore | None = None) -> publisher.Publisher:
         return publisher.Publisher(
@@ -243,3 +247,13 @@ def host(
         preset=preset,
     )
     db.close()
+
+
+def with_parts(model: resident.ResidentModel, parts: dict[str, Any]) -> resident.ResidentModel:
+    return resident.ResidentModel(
+        model.key,
+        files=model.files,
+        networks=dataclasses.replace(model.networks, **parts),
+        device=model.device,
+        hashes=model.hashes,
+    )

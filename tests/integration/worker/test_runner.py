@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from jobs import broker, dispatch, lifecycle, settings, states
-from worker import errors, finished, runner, scratch, video
+from jobs import broker, dispatch, lifecycle, presets, settings, states
+from worker import components, errors, finished, resident, runner, scratch, video
 
 
 class Raising(torch.nn.Module):
@@ -39,7 +39,7 @@ def first_doing(host):
     """`first_doing(action)`: networks that do it before they encode."""
 
     def make(action):
-        real = host.networks_with().networks.text_encoder
+        real = host.networks_with().model.networks.text_encoder
         return host.networks_with(text_encoder=Doing(real, action))
 
     return make
@@ -83,7 +83,8 @@ def test_the_sidecar_tells_everything_that_made_the_video(host):
     assert told["seed"] == job.seed
     assert told["video"]["sha256"] == scratch.sha256(folder.video)
     assert told["video"]["bytes"] == folder.video.stat().st_size
-    assert told["weights_sha256"] == host.warm.weight_hashes()
+    look = presets.load(str(host.preset)).look
+    assert told["weights_sha256"] == host.warm.weight_hashes(host.warm.model_for(look))
     assert len(told["latents_sha256"]) == 64
     assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
     look = {"model_path", "width", "height", "num_frames", "fps", "step_rule", "sample_shift"}
@@ -116,7 +117,33 @@ def test_too_little_memory_is_named(host, failure_of):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
     _, attempt = failure_of(host.networks_with(text_encoder=Raising(error)))
     assert attempt.failure_kind is states.FailureKind.OUT_OF_MEMORY
-    assert attempt.error == "CPU test: CUDA out of memory. Tried to allocate 20.00 GiB"
+    assert attempt.error == (
+        "CPU test: CUDA out of memory. Tried to allocate 20.00 GiB; there is no smaller memory mode"
+    )
+
+
+def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch):
+    """The same attempt renders the same latents with less on the device, and says so."""
+    first, second = host.submit(2)
+    host.runner().run_attempt(first.id)
+    real, modes = resident.ResidentModel.encode_text, []
+
+    def short_of_memory(model, prompt):
+        modes.append(components.told(model.key.mode))
+        if len(modes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(model, prompt)
+
+    monkeypatch.setattr(resident.ResidentModel, "encode_text", short_of_memory)
+    host.runner().run_attempt(second.id)
+    (attempt,) = host.attempts(second.id)
+    assert attempt.state is states.AttemptState.RENDERED
+    assert modes == ["resident", "model offload"]
+    assert attempt.memory.startswith("model offload; before: CPU test: CUDA out of memory")
+    before, after = (json.loads(folder.sidecar.read_text()) for folder in leftovers(host))
+    assert (before["memory"], after["memory"]) == ("resident", "model offload")
+    host.runner().run_attempt(host.submit()[0].id)
+    assert modes[2:] == ["model offload"]  # the next job of this look does not try in vain
 
 
 def test_a_broken_encoder_is_named(failure_of, monkeypatch):
@@ -174,15 +201,19 @@ def test_a_failure_leaves_no_files_and_a_worker_that_works(host, fault):
 
 DEVICE_FAULT = """
 import dataclasses, torch
-from worker import runner
+from worker import resident, runner
 class Broken(torch.nn.Module):
     def encode(self, prompt):
         {before}
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 made = runner.make()
-networks = made.components.networks_for
-broken = lambda look: dataclasses.replace(networks(look), text_encoder=Broken())
-made.components.networks_for = broken
+model_for = made.components.model_for
+def broken(look):
+    model = model_for(look)
+    networks = dataclasses.replace(model.networks, text_encoder=Broken())
+    return resident.ResidentModel(model.key, files=model.files, networks=networks,
+                                  device=model.device, hashes=model.hashes)
+made.components.model_for = broken
 made.run_attempt({job_id})
 print("still here")
 """
@@ -229,7 +260,7 @@ def test_a_job_cancelled_in_mid_render_ends_so_and_leaves_no_files(host, first_d
 def test_a_cancel_among_the_frames_leaves_no_half_video(host, until):
     """The verdict comes while ffmpeg already writes."""
     job = host.submit(target_video_length=33, target_width=64, target_height=64)[0]
-    real = host.networks_with().networks.vae
+    real = host.networks_with().model.networks.vae
     seen = []
 
     def cancel_and_be_heard():
@@ -280,7 +311,7 @@ def test_a_database_that_is_down_at_the_end_costs_no_video(host):
         host.break_database()
         return {}
 
-    host.runner(type(networks)(networks.networks, hashes)).run_attempt(job.id)
+    host.runner(type(networks)(networks.model, hashes)).run_attempt(job.id)
     (folder,) = leftovers(host)
     assert folder.is_finished
     assert host.waiting_publishes() == []
@@ -303,7 +334,7 @@ def test_a_redis_that_is_down_costs_no_video(host, monkeypatch):
 def test_unknown_hashes_of_weights_cost_no_video(host):
     job = host.submit()[0]
     networks = host.networks_with()
-    host.runner(type(networks)(networks.networks, lambda: None)).run_attempt(job.id)
+    host.runner(type(networks)(networks.model, lambda: None)).run_attempt(job.id)
     (folder,) = leftovers(host)
     assert json.loads(folder.sidecar.read_text())["weights_sha256"] is None
 
@@ -314,6 +345,7 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
         "SpecUnusable": states.FailureKind.INPUT,
         "NotFinite": states.FailureKind.INTERNAL,
         "WeightsUnusable": states.FailureKind.WEIGHTS,
+        "ImageUnavailable": states.FailureKind.STORAGE,
         "DeviceOutOfMemory": states.FailureKind.OUT_OF_MEMORY,
         "DeviceFault": states.FailureKind.DEVICE,
         "EncodingFailed": states.FailureKind.ENCODING,

@@ -1,14 +1,15 @@
 """The tiny model, made and loaded once, and looks small enough to render in a blink."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
 from jobs import presets
-from models import checkpoint
+from models import checkpoint, layout, memory
 from models.tiny import make
-from worker import device
+from worker import device, resident
 from worker.settings import WorkerSettings
 
 
@@ -29,6 +30,25 @@ def cpu() -> device.Device:
 def networks(models_dir, cpu) -> checkpoint.TextToVideoNetworks:
     return checkpoint.load_text_to_video(
         models_dir / "tiny", device=cpu.torch_device, dtype=cpu.dtype
+    )
+
+
+@pytest.fixture(scope="session")
+def model(models_dir, networks, cpu) -> resident.ResidentModel:
+    key = resident.WeightsKey(
+        root=models_dir / "tiny",
+        task="t2v",
+        transformer=None,
+        low_noise_transformer=None,
+        base=False,
+        mode=memory.Mode(),
+    )
+    return resident.ResidentModel(
+        key,
+        files=layout.find(key.root),
+        networks=networks,
+        device=cpu.torch_device,
+        hashes=Future(),
     )
 
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from models import layout
-from worker import components, errors
+from models import layout, memory
+from worker import components, errors, hashes
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def warm(own_models, tmp_path, cpu):
 
 @pytest.fixture
 def cache(tmp_path):
-    return tmp_path / "home" / components.HASHES_FILE
+    return tmp_path / "home" / hashes.HASHES_FILE
 
 
 @pytest.fixture
@@ -47,22 +47,13 @@ def weight_file(root):
 
 
 def test_many_jobs_of_one_model_load_it_once(warm, look):
-    first = warm.networks_for(look())
-    assert all(warm.networks_for(look(width=side)) is first for side in (16, 32, 64))
+    first = warm.model_for(look())
+    assert all(warm.model_for(look(width=side)) is first for side in (16, 32, 64))
     assert warm.loads == 1
 
 
-def test_another_model_is_loaded_in_place_of_the_first(warm, look):
-    first = warm.networks_for(look())
-    other = warm.networks_for(look(model_path="other"))
-    assert other is not first
-    assert warm.networks_for(look(model_path="other")) is other
-    warm.networks_for(look())
-    assert warm.loads == 3
-
-
 def test_a_model_may_lie_anywhere(warm, look, own_models):
-    warm.networks_for(look(model_path=str(own_models / "other")))
+    warm.model_for(look(model_path=str(own_models / "other")))
     assert warm.loads == 1
 
 
@@ -102,43 +93,41 @@ def broken_config(root):
 def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
     warm, look, own_models, spoil, named
 ):
-    warm.networks_for(look())
+    warm.model_for(look())
     spoil(own_models / "other")
     for _ in range(2):
         with pytest.raises(errors.WeightsUnusable, match=named):
-            warm.networks_for(look(model_path="other"))
-    assert warm.networks_for(look()) is not None
-    assert len(warm.weight_hashes()) == 3
+            warm.model_for(look(model_path="other"))
+    assert len(warm.weight_hashes(warm.model_for(look()))) == 3
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
-    first = warm.networks_for(look())
+    first = warm.model_for(look())
     with pytest.raises(errors.WeightsUnusable):
-        warm.networks_for(look(model_path="gone"))
-    assert warm.networks_for(look()) is first
+        warm.model_for(look(model_path="gone"))
+    assert warm.model_for(look()) is first
 
 
 def test_hashes_are_of_the_resident_model(warm, look, own_models):
-    warm.networks_for(look())
-    assert warm.weight_hashes() == layout.weight_hashes(layout.find(own_models / "tiny"))
+    model = warm.model_for(look())
+    assert warm.weight_hashes(model) == layout.weight_hashes(layout.find(own_models / "tiny"))
 
 
 def test_hashes_are_read_once_per_machine(warm, look, reads, own_models, tmp_path, cpu):
     for _ in range(3):
         again = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
-        again.networks_for(look())
-        assert len(again.weight_hashes()) == 3
+        assert len(again.weight_hashes(again.model_for(look()))) == 3
     assert len(reads) == 1
 
 
 def test_a_changed_file_is_read_again(own_models, cache, reads):
     root = own_models / "tiny"
-    first = components.cached_weight_hashes(layout.find(root), cache=cache)
+    first = hashes.of(layout.find(root), cache=cache)
     path = weight_file(root)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    second = components.cached_weight_hashes(layout.find(root), cache=cache)
+    second = hashes.of(layout.find(root), cache=cache)
     assert len(reads) == 2
     assert first[path.name] != second[path.name]
 
@@ -151,33 +140,56 @@ def test_a_damaged_cache_is_made_anew(own_models, cache, reads, damage):
     cache.parent.mkdir()
     cache.write_bytes(damage)
     for _ in range(2):
-        assert len(components.cached_weight_hashes(files, cache=cache)) == 3
+        assert len(hashes.of(files, cache=cache)) == 3
     assert len(reads) == 1
     assert json.loads(cache.read_bytes())
 
 
 def test_models_share_the_cache(own_models, cache, reads):
     for name in ("tiny", "other", "tiny", "other"):
-        components.cached_weight_hashes(layout.find(own_models / name), cache=cache)
+        hashes.of(layout.find(own_models / name), cache=cache)
     assert [root.name for root in reads] == ["tiny", "other"]
 
 
 def test_a_home_that_cannot_be_written_costs_the_cache_alone(own_models, tmp_path, reads):
     (tmp_path / "home").write_text("a file")
     files = layout.find(own_models / "tiny")
-    cache = tmp_path / "home" / components.HASHES_FILE
-    assert len(components.cached_weight_hashes(files, cache=cache)) == 3
+    cache = tmp_path / "home" / hashes.HASHES_FILE
+    assert len(hashes.of(files, cache=cache)) == 3
 
 
 def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models):
     """Not the render, and not for ever: they are known again when the files are."""
-    networks = warm.networks_for(look())
-    warm.weight_hashes()
     path = weight_file(own_models / "tiny")
+    model = warm.model_for(look())
+    warm.weight_hashes(model)
     moved = path.rename(path.with_suffix(".away"))
-    warm._begin_to_hash(warm._files)
-    assert warm.weight_hashes() is None
+    model.hashes = warm._hasher.submit(warm._hash, model.files)
+    assert warm.weight_hashes(model) is None
     moved.rename(path)
-    warm.weight_hashes()
-    assert warm.networks_for(look()) is networks
-    assert len(warm.weight_hashes()) == 3
+    warm.weight_hashes(model)
+    assert warm.model_for(look()) is model
+    assert len(warm.weight_hashes(model)) == 3
+
+
+def test_models_that_fit_stay_warm_side_by_side(warm, look):
+    for _ in range(5):
+        warm.model_for(look())
+        warm.model_for(look(model_path="other"))
+    assert warm.loads == 2
+
+
+def test_the_least_recently_used_model_goes_when_room_is_needed(warm, look, own_models):
+    shutil.copytree(own_models / "tiny", own_models / "third")
+    first = warm.model_for(look())
+    room_for_one = memory_of(warm, look())
+    warm.total_bytes = int(1.9 * room_for_one)
+    second = warm.model_for(look(model_path="other"))
+    assert warm.model_for(look(model_path="other")) is second
+    assert warm.model_for(look()) is not first
+
+
+def memory_of(warm, look):
+    files = layout.find(warm.models_dir / look.model_path)
+    need = memory.needed(files, num_frames=look.num_frames, height=look.height, width=look.width)
+    return 2 * need.device_bytes  # fp32

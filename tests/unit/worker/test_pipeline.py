@@ -9,25 +9,23 @@ from worker import errors, pipeline
 
 
 @pytest.fixture(scope="module")
-def render(networks, cpu):
+def render(model, cpu):
     """Latents and chunks of frames of a spec; `reached` hears of the progress."""
 
     def run(spec, *, reached=lambda *_: None):
         timings = pipeline.Timings(device=cpu)
-        latents = pipeline.make_latents(
-            spec, networks, device=cpu, timings=timings, reached=reached
-        )
-        return latents, list(pipeline.decode(latents, networks, timings=timings, reached=reached))
+        latents = pipeline.make_latents(spec, model, device=cpu, timings=timings, reached=reached)
+        return latents, list(pipeline.decode(latents, model, timings=timings, reached=reached))
 
     return run
 
 
 @pytest.fixture(scope="module")
-def latents_hash(networks, cpu):
+def latents_hash(model, cpu):
     def run(spec):
         latents = pipeline.make_latents(
             spec,
-            networks,
+            model,
             device=cpu,
             timings=pipeline.Timings(device=cpu),
             reached=lambda *_: None,
@@ -72,13 +70,13 @@ def test_frames_have_the_count_size_and_type_that_the_encoder_takes(
     assert all(chunk.is_contiguous() for chunk in chunks)
 
 
-def test_every_stage_has_its_seconds(networks, cpu, spec):
+def test_every_stage_has_its_seconds(model, cpu, spec):
     timings = pipeline.Timings(device=cpu)
     job = spec()
     latents = pipeline.make_latents(
-        job, networks, device=cpu, timings=timings, reached=lambda *_: None
+        job, model, device=cpu, timings=timings, reached=lambda *_: None
     )
-    list(pipeline.decode(latents, networks, timings=timings, reached=lambda *_: None))
+    list(pipeline.decode(latents, model, timings=timings, reached=lambda *_: None))
     assert set(timings.seconds) == {"text", "denoise", "decode"}
     assert all(seconds > 0 for seconds in timings.seconds.values())
 
@@ -171,28 +169,28 @@ def test_frames_are_rows_of_rgb_pixels():
     assert frames[0, 1, 2].tolist() == [255, 128, 0]
 
 
-def test_latents_that_are_not_finite_are_refused(networks, cpu, spec, monkeypatch):
+def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, monkeypatch):
     broken = networks.transformer.head.head.bias.clone()
     broken[0] = float("nan")
     monkeypatch.setattr(networks.transformer.head.head.bias, "data", broken)
     with pytest.raises(errors.NotFinite, match=r"torch\.float32"):
         pipeline.make_latents(
             spec(),
-            networks,
+            model,
             device=cpu,
             timings=pipeline.Timings(device=cpu),
             reached=lambda *_: None,
         )
 
 
-def test_a_spec_that_the_networks_cannot_render_is_the_jobs_own_fault(networks, cpu, spec):
+def test_a_spec_that_the_networks_cannot_render_is_the_jobs_own_fault(model, cpu, spec):
     """Never let in by presets, but a model may have other strides."""
     job = spec()
     odd = job.look.model_copy(update={"num_frames": 6})
     with pytest.raises(errors.SpecUnusable, match="num_frames"):
         pipeline.make_latents(
             job.model_copy(update={"look": odd}),
-            networks,
+            model,
             device=cpu,
             timings=pipeline.Timings(device=cpu),
             reached=lambda *_: None,

@@ -1,0 +1,203 @@
+"""A model whose weights are loaded: LoRAs, text, image condition, denoising, decoding."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from jobs import presets
+from models import (
+    checkpoint,
+    conditioning,
+    layout,
+    lora_switcher,
+    memory,
+    offload,
+    sampling,
+    vae_tiling,
+)
+
+log = structlog.get_logger()
+
+MAX_CONDITIONS = 64  # some 20 MB each at 480p, on the host
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsKey:
+    """Two looks with the same key need the same weights in the same places."""
+
+    root: Path
+    task: str
+    transformer: Path | None
+    low_noise_transformer: Path | None
+    base: bool
+    mode: memory.Mode
+
+
+class ResidentModel:
+    """One set of networks, placed as its mode wants. Not for two threads at once."""
+
+    def __init__(
+        self,
+        key: WeightsKey,
+        *,
+        files: layout.ModelFiles,
+        networks: checkpoint.Networks,
+        device: torch.device,
+        hashes: "Future[dict[str, str]]",
+    ) -> None:
+        self.key = key
+        self.files = files
+        self.networks = networks
+        self.hashes = hashes
+        self.device = device
+        self._placement = offload.Placement(networks, mode=key.mode, device=device)
+        self._switchers = {
+            name: lora_switcher.LoraSwitcher(network, device=device)
+            for name, network in self._transformers().items()
+        }
+        self._conditions: OrderedDict[tuple[str, conditioning.Target], conditioning.Condition] = (
+            OrderedDict()
+        )
+
+    def apply_loras(self, look: presets.Look, models_dir: Path) -> None:
+        """Make the weights those of this look; without LoRAs they are as loaded, bit for bit."""
+        for name, switcher in self._switchers.items():
+            switcher.apply(
+                [
+                    lora_switcher.Choice(path=models_dir / use.path, strength=use.strength)
+                    for use in look.loras
+                    if use.name in (None, name)
+                ]
+            )
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """context_1SD on the device."""
+        with self._placement.using(self.networks.text_encoder):
+            return self.networks.text_encoder.encode(prompt).to(self.device)
+
+    def knows_image(self, image_key: str, look: presets.Look) -> bool:
+        """Its condition is at hand: the image itself is not needed."""
+        return (image_key, _target(look)) in self._conditions
+
+    def condition(
+        self, image_key: str, image_HWC: Tensor | None, look: presets.Look
+    ) -> conditioning.Condition:
+        """What the first frame adds; kept for other prompts and seeds of the same image."""
+        key = (image_key, _target(look))
+        if key not in self._conditions:
+            assert image_HWC is not None, "knows_image said so"
+            self._conditions[key] = self._encode_image(image_HWC, key[1])
+            if len(self._conditions) > MAX_CONDITIONS:
+                self._conditions.popitem(last=False)
+        self._conditions.move_to_end(key)
+        return self._conditions[key]
+
+    def decode_chunks(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
+        """Frames in [-1, 1], one and then four at a time."""
+        with self._placement.using(self.networks.vae) as device:
+            latents_BCTHW = latents_BCTHW.to(device)
+            if self.key.mode.vae_tiles:
+                yield from vae_tiling.decode_chunks(self.networks.vae, latents_BCTHW)
+            else:
+                yield from self.networks.vae.decode_chunks(latents_BCTHW)
+
+    def denoiser(
+        self, context_1SD: Tensor, condition: conditioning.Condition | None, look: presets.Look
+    ) -> "Denoiser":
+        return Denoiser(self, context_1SD, condition, boundary=look.boundary_step_index)
+
+    def transformer_at(self, step: int, boundary: int | None) -> nn.Module:
+        """Wan2.2 has one for the first steps and one for the last."""
+        if boundary is not None and step >= boundary:
+            assert isinstance(self.networks, checkpoint.TwoExpertNetworks)
+            return self.networks.low_noise_transformer
+        return self.networks.transformer
+
+    def using(self, network: nn.Module) -> "ExitStack":
+        stack = ExitStack()
+        stack.enter_context(self._placement.using(network))
+        return stack
+
+    def _transformers(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {"high_noise_model": self.networks.transformer}
+        if isinstance(self.networks, checkpoint.TwoExpertNetworks):
+            found["low_noise_model"] = self.networks.low_noise_transformer
+        return found
+
+    def _encode_image(
+        self, image_HWC: Tensor, target: conditioning.Target
+    ) -> conditioning.Condition:
+        assert isinstance(self.networks, checkpoint.ImageToVideoNetworks)
+        clip, autoencoder = self.networks.image_encoder, self.networks.vae
+        with self._placement.using(clip), self._placement.using(autoencoder):
+            found = conditioning.encode(image_HWC, target, clip=clip, autoencoder=autoencoder)
+        # On the host: a night's images would fill the device.
+        return conditioning.Condition(found.y_BCTHW.cpu(), found.image_tokens_BIG.cpu())
+
+
+class Denoiser:
+    """The velocity of each step, from the transformer whose turn it is."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        context_1SD: Tensor,
+        condition: conditioning.Condition | None,
+        *,
+        boundary: int | None,
+    ) -> None:
+        self._model = model
+        self._context_1SD = context_1SD
+        self._condition = condition
+        self._boundary = boundary
+        self._network: nn.Module | None = None
+        self._velocity: sampling.VelocityFn | None = None
+        self._in_use = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._in_use.close()
+
+    def select(self, step: int) -> None:
+        """Before each step: bring its transformer to the device, if it is not there."""
+        network = self._model.transformer_at(step, self._boundary)
+        if network is self._network:
+            return
+        self._in_use.close()
+        self._in_use = self._model.using(network)
+        self._network = network
+        self._velocity = self._bound(network)
+
+    def __call__(self, latents_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
+        assert self._velocity is not None, "select(step) comes first"
+        return self._velocity(latents_BCTHW, timestep_B)
+
+    def _bound(self, network: nn.Module) -> sampling.VelocityFn:
+        if self._condition is not None:
+            return conditioning.velocity(network, self._context_1SD, self._condition)  # type: ignore[arg-type]  # a WanTransformer
+        return lambda x_BCTHW, timestep_B: network(x_BCTHW, timestep_B, self._context_1SD)
+
+
+def _target(look: presets.Look) -> conditioning.Target:
+    return conditioning.Target(
+        width=look.width,
+        height=look.height,
+        num_frames=look.num_frames,
+        crops=look.crops_image,
+    )
