@@ -21,7 +21,7 @@ from jobs import database, errors, migrate, servers, settings, supervisor
 log = structlog.get_logger()
 
 LOOK_SECONDS = 0.5
-TINY_MODEL = "tiny"
+TINY_MODELS = {"tiny": "t2v", "tiny_i2v": "i2v"}
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
 READY_SECONDS = 120.0
@@ -113,7 +113,7 @@ def running(
         before, after = migrate.upgrade(db)
         if before != after:
             say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")
-        make_tiny_model(here, say)
+        make_tiny_models(here, say)
         children = _children(here, devices, environment)
         for child in children:
             child.start()
@@ -135,21 +135,25 @@ def watch(farm: Farm, stop: threading.Event) -> None:
             child.revive()
 
 
-def make_tiny_model(config: settings.Settings, say: Callable[[str], None]) -> None:
-    """The demo's model, in a process of its own: this one never loads torch."""
-    folder = config.models_dir / TINY_MODEL
-    if (folder / "config.json").exists():
-        return
-    say(f"model     making the tiny model (random weights) in {folder}")
-    child = supervisor.Child(
-        name="make-tiny-model",
-        command=[sys.executable, "-m", "models.tiny.make", str(folder)],
-        log_path=config.home / "logs" / "make-tiny-model.log",
-    )
-    child.start()
-    if not child.wait(READY_SECONDS) or not (folder / "config.json").exists():
-        child.kill()
-        raise errors.RushesError(f"the tiny model could not be made; see {child.log_path}")
+def make_tiny_models(config: settings.Settings, say: Callable[[str], None]) -> None:
+    """The demo's models, in processes of their own: this one never loads torch."""
+    makers = []
+    for name, task in TINY_MODELS.items():
+        folder = config.models_dir / name
+        if (folder / "config.json").exists():
+            continue
+        say(f"model     making {name} (random weights) in {folder}")
+        maker = supervisor.Child(
+            name=f"make-{name}",
+            command=[sys.executable, "-m", "models.tiny.make", str(folder), "--task", task],
+            log_path=config.home / "logs" / f"make-{name}.log",
+        )
+        maker.start()
+        makers.append((maker, folder))
+    for maker, folder in makers:
+        if not maker.wait(READY_SECONDS) or not (folder / "config.json").exists():
+            maker.kill()
+            raise errors.RushesError(f"{folder} could not be made; see {maker.log_path}")
 
 
 def _start_servers(

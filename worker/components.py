@@ -63,12 +63,17 @@ class Components:
 
     def mode_of(self, look: presets.Look) -> memory.Mode:
         """What the preset asks for, or what was found to fit after it did not."""
-        return self._lower_modes.get(look.id) or memory.Mode(
-            offload=memory.Offload(look.offload),
-            park_encoders=look.text_encoder_on_cpu
+        offload = memory.Offload(look.offload)
+        wants_parking = (
+            look.text_encoder_on_cpu
             or look.image_encoder_on_cpu
             or look.vae_on_cpu
-            or look.unload_encoders,
+            or look.unload_encoders
+        )
+        return self._lower_modes.get(look.id) or memory.Mode(
+            offload=offload,
+            # The other modes park all networks anyway.
+            park_encoders=wants_parking and offload is memory.Offload.NONE,
             vae_tiles=look.vae_tiling,
         )
 
@@ -215,7 +220,7 @@ def told(mode: memory.Mode) -> str:
 
 def _below(mode: memory.Mode) -> memory.Mode | None:
     if mode.offload is memory.Offload.NONE:
-        return replace(mode, offload=memory.Offload.MODEL)
+        return replace(mode, offload=memory.Offload.MODEL, park_encoders=False)
     if mode.offload is memory.Offload.MODEL:
         return replace(mode, offload=memory.Offload.BLOCK)
     return None if mode.vae_tiles else replace(mode, vae_tiles=True)

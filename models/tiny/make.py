@@ -23,8 +23,11 @@ from models import (
     errors,
     image_encoder,
     layout,
+    lora,
+    lora_switcher,
     text_encoder,
     transformer,
+    transformer_files,
     vae,
     weight_names,
 )
@@ -35,6 +38,10 @@ VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the deco
 TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a short prompt
 IMAGE_SCALE = 5.0  # latents of a still picture and of zeros are small beside noise
 FRAME_SCALE = 0.3  # how much a frame made by upsampling in time differs from its neighbours
+TUNED_SCALE = 0.3  # how far the distilled weights are from the base, of the weights' own size
+LORA_FILE = Path("loras") / "distill_lora.safetensors"
+LORA_RANK = 4
+SMALLEST_PAIR = 1_000  # elements; LightX2V keeps what is smaller than a million whole
 PICTURE_SCALE = 0.8  # spreads pixels over [-1, 1] without many of them at the ends
 
 
@@ -66,10 +73,10 @@ def make(folder: Path, *, seed: int = 0, task: layout.Task = layout.Task.TEXT_TO
 
 def _is_complete(folder: Path, task: layout.Task) -> bool:
     try:
-        layout.find(folder, task=task)
+        files = layout.find(folder, task=task)
     except errors.CheckpointError:
         return False
-    return True
+    return files.transformer == (folder / transformer_files.DISTILLED_FILES[0],)
 
 
 def _write(folder: Path, generator: torch.Generator, task: layout.Task) -> None:
@@ -79,9 +86,7 @@ def _write(folder: Path, generator: torch.Generator, task: layout.Task) -> None:
     _write_json(folder / "config.json", _transformer_json(sizes))
     _write_json(folder / "vae_config.json", _vae_json(config.TINY_VAE))
     _write_json(folder / "t5_config.json", _text_encoder_json(config.TINY_TEXT_ENCODER))
-    dit = random_transformer(sizes, generator)
-    target = folder / f"{layout.TRANSFORMER_STEM}.safetensors"
-    safetensors.torch.save_file(_tensors(dit), target)
+    _write_transformers(folder, random_transformer(sizes, generator), generator)
     torch.save(_tensors(random_vae(config.TINY_VAE, generator)), folder / layout.VAE_FILE)
     encoder = random_text_encoder(config.TINY_TEXT_ENCODER, generator)
     theirs, names = (
@@ -94,6 +99,35 @@ def _write(folder: Path, generator: torch.Generator, task: layout.Task) -> None:
         _write_json(folder / "clip_config.json", _image_encoder_json(config.TINY_IMAGE_ENCODER))
         clip = random_image_encoder(config.TINY_IMAGE_ENCODER, generator)
         torch.save(_tensors(clip), folder / layout.IMAGE_ENCODER_FILE)
+
+
+def _write_transformers(
+    folder: Path, base: transformer.WanTransformer, generator: torch.Generator
+) -> None:
+    """Base, a step-distillation LoRA for it, and the complete model that both make together."""
+    native = _tensors(base)
+    _save(native, folder / f"{layout.TRANSFORMER_STEM}.safetensors")
+    tuned = {
+        name: tensor + TUNED_SCALE * tensor.abs().mean() * _noise_like(tensor, generator)
+        for name, tensor in native.items()
+    }
+    path = folder / LORA_FILE
+    path.parent.mkdir()
+    pairs = lora.extract(native, tuned, LORA_RANK, smallest_pair=SMALLEST_PAIR)
+    _save(pairs, path)
+    lora_switcher.LoraSwitcher(base).apply([lora_switcher.Choice(path=path)])
+    complete = folder / transformer_files.DISTILLED_FILES[0]
+    complete.parent.mkdir()
+    _save(_tensors(base), complete)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file(tensors, path)
+    path.chmod(0o644)  # as any other file; the library makes it its owner's alone
+
+
+def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
 
 def random_transformer(

@@ -19,6 +19,7 @@ from redis import Redis
 from jobs import (
     broker,
     database,
+    inputs,
     presets,
     queries,
     settings,
@@ -56,6 +57,7 @@ class Farm:
             source="test",
             format="jsonl",
             options=submission.Options(preset=presets.load(str(preset))),
+            images=inputs.InputImages(config=self.config, base=self.home, store=self.store),
         )
         batch_id = submission.submit(self.db, prompts).batch_id
         broker.Broker(self.config).kick()

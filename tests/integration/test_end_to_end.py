@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from jobs import lifecycle, results, states
 from worker import video
@@ -245,3 +246,45 @@ def _s3_process(farm) -> psutil.Process:
     ]
     assert len(found) == 1
     return found[0]
+
+
+def test_all_ways_of_the_family_render(farm, tmp_path):
+    """Text or image, complete model or LoRA; a LoRA merged at run time is the complete model."""
+    image = tmp_path / "frame.png"
+    Image.new("RGB", (90, 60), (200, 30, 30)).save(image)
+    text, pictured = {"prompt": "a red square", "seed": 5}, {"image": str(image)}
+    hashes = {}
+    for preset, row in [
+        ("tiny", text),
+        ("tiny_lora", text),
+        ("tiny_i2v", text | pictured),
+        ("tiny_i2v_lora", text | pictured),
+    ]:
+        batch_id = farm.submit([row], preset=preset)
+        assert farm.wait_finished(batch_id).state is states.BatchState.SUCCEEDED
+        (job,) = farm.jobs(batch_id)
+        told = farm.sidecar(job)
+        hashes[preset] = told["latents_sha256"]
+        if "image" in row:
+            assert (told["width"], told["height"]) == (64, 48)  # the image's aspect, whole tokens
+            assert farm.store.head(told["image_key"]).size_bytes == image.stat().st_size
+    assert hashes["tiny"] == hashes["tiny_lora"]
+    assert hashes["tiny_i2v"] == hashes["tiny_i2v_lora"]
+    assert hashes["tiny"] != hashes["tiny_i2v"]
+
+
+def test_memory_modes_change_nothing_but_memory(farm, tmp_path):
+    row = {"prompt": "a red square", "seed": 5}
+    hashes = set()
+    for granularity in (None, "model", "block"):
+        preset = json.loads(farm.long_preset.read_text()) | {"target_width": 64}
+        if granularity:
+            preset |= {"cpu_offload": True, "offload_granularity": granularity}
+        path = tmp_path / f"{granularity}.json"
+        path.write_text(json.dumps(preset))
+        batch_id = farm.submit([row], preset=path)
+        assert farm.wait_finished(batch_id).state is states.BatchState.SUCCEEDED
+        told = farm.sidecar(farm.jobs(batch_id)[0])
+        assert told["memory"] == (f"{granularity} offload" if granularity else "resident")
+        hashes.add(told["latents_sha256"])
+    assert len(hashes) == 1

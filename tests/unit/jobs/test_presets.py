@@ -365,7 +365,7 @@ class TestLookFor:
         style = presets.LoraUse(path="loras/film.safetensors", strength=0.8)
         look = presets.load("tiny_lora").look_for(loras=[style])
         assert [lora.path for lora in look.loras] == [
-            "tiny_base/loras/distill_lora.safetensors",
+            "tiny/loras/distill_lora.safetensors",
             "loras/film.safetensors",
         ]
         assert look.base == "original"
@@ -375,7 +375,7 @@ class TestLookFor:
         ("path", "part"),
         [
             ("/etc/secret.safetensors", 'loras must lie below the models folder, got "/etc/'),
-            ("tiny_base/loras/distill_lora.safetensors", "is there twice"),
+            ("tiny/loras/distill_lora.safetensors", "is there twice"),
         ],
     )
     def test_a_row_cannot_name_every_file(self, path, part):

@@ -1,5 +1,6 @@
 """8-bit weights: exact in codes and scales, close in results, known by their tensors."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -22,6 +23,13 @@ DIT = "diffusion_pytorch_model.safetensors"
 # Half of the largest step between neighbouring codes, over the value: e4m3 has 3 bits after the
 # point; int8 has 127 steps up to a row's largest value.
 LARGEST_ERROR = {Scheme.FP8: 2**-4, Scheme.INT8: 0.5 / 127}
+
+
+@pytest.fixture
+def native_root(native_root):
+    """The tiny model with its base transformer alone."""
+    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
+    return native_root
 
 
 def is_matrix_of_block(name, tensor):
@@ -154,6 +162,16 @@ def test_a_lightx2v_file_computes_what_its_dequantized_weights_compute(
         assert torch.equal(tensor.float(), content[name].float()), name
     assert torch.equal(forward(network), forward(plain))
     assert quantization.last_matmuls(network) == Counter({Matmul.DEQUANTIZED: 20})
+
+
+def test_scales_may_be_stored_in_the_dtype_of_the_source(tensors, load):
+    """LightX2V's converter leaves them in the dtype of the weights that it read."""
+    content = lightx2v(tensors, Scheme.INT8)
+    name = "blocks.0.ffn.0.weight_scale"
+    content |= {key: scale.bfloat16() for key, scale in content.items() if key.endswith("_scale")}
+    loaded = load(content).state_dict()[name]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, content[name].float())
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

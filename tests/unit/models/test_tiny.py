@@ -22,6 +22,8 @@ def test_a_seed_fixes_every_byte(tmp_path):
     changed = {name for name in first if first[name] != other[name]}
     assert changed == {
         "diffusion_pytorch_model.safetensors",
+        "distill_models/distill_model.safetensors",
+        "loras/distill_lora.safetensors",
         "Wan2.1_VAE.pth",
         "models_t5_umt5-xxl-enc-bf16.pth",
     }
