@@ -191,6 +191,14 @@ class Farms:
         while data := os.read(self.winner.stderr.fileno(), 4096):
             self.said += data
 
+    def interrupt_twice(self, until):
+        """Status of the end, and who of its family outlives it."""
+        family = psutil.Process(self.winner.pid).children(recursive=True)
+        self.winner.send_signal(signal.SIGINT)
+        until(lambda: b"Ctrl-C again" in self.log.read_bytes())
+        self.winner.send_signal(signal.SIGINT)
+        return self.winner.wait(60), [one for one in family if one.is_running()]
+
     def stop(self):
         for one in self.started:
             if one.poll() is None:
@@ -207,10 +215,17 @@ def farms(tmp_path_factory, until):
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
         started = Farms(tmp_path_factory.mktemp("farm"))
     started.split(until)
-    until(lambda: settings.read_up_file(started.home), seconds=60)
-    until(lambda: b"ready:" in started.log.read_bytes(), seconds=90)
-    yield started
-    started.stop()
+    try:
+        until(lambda: settings.read_up_file(started.home), seconds=60)
+        until(lambda: b"ready:" in started.log.read_bytes(), seconds=90)
+        yield started
+        # Ctrl-C twice: a start costs too much for a test of its own.
+        assert started.interrupt_twice(until) == (0, [])
+        assert not (started.home / settings.UP_FILE).exists()
+        with supervisor.only_one(started.home / standalone.LOCK, "busy"):
+            pass
+    finally:
+        started.stop()
 
 
 def test_of_two_that_start_at_once_one_is_refused_in_a_line(farms):
@@ -243,23 +258,3 @@ def test_a_server_that_dies_under_it_comes_back(farms, until):
     until(lambda: b"server.restarted" in farms.said)
     until(answers)
     assert settings.read_up_file(farms.home)["CELERY_BROKER_URL"] == address
-
-
-def test_ctrl_c_twice_ends_it_and_its_address_is_gone(home, until):
-    """A farm of its own: the others go on."""
-    own = Farms(home)
-    own.split(until)
-    try:
-        until(lambda: settings.read_up_file(home), seconds=60)
-        until(lambda: b"ready:" in own.log.read_bytes(), seconds=90)
-        family = psutil.Process(own.winner.pid).children(recursive=True)
-        own.winner.send_signal(signal.SIGINT)
-        until(lambda: b"Ctrl-C again" in own.log.read_bytes())
-        own.winner.send_signal(signal.SIGINT)
-        assert own.winner.wait(60) == 0
-        assert not (home / settings.UP_FILE).exists()
-        assert all(not one.is_running() for one in family)
-        with supervisor.only_one(home / standalone.LOCK, "busy"):
-            pass
-    finally:
-        own.stop()
