@@ -23,7 +23,7 @@ demo: setup ## start everything on this machine, render examples/prompts.jsonl, 
 	$(BIN)/rushes demo
 
 test: setup lint ## lint, then every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 unit: setup ## the quick tests only: no servers, no processes
 	$(BIN)/python -m pytest tests/unit
