@@ -1,6 +1,7 @@
-"""A tiny model folder in either layout, written once per test."""
+"""A tiny model folder in either layout, each test's own."""
 
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -11,10 +12,21 @@ from transformers import UMT5Config, UMT5EncoderModel
 from models import config
 from models.tiny import make
 
+DISTILLED = ("distill_models", "loras")
+
+
+@pytest.fixture(scope="session")
+def complete_tiny_model(tmp_path_factory):
+    """As `make` writes it. Not to be changed."""
+    return make.make(tmp_path_factory.mktemp("made") / "tiny")
+
 
 @pytest.fixture
-def native_root(tmp_path):
-    return make.make(tmp_path / "tiny")
+def native_root(complete_tiny_model, tmp_path):
+    """The tiny model with its base transformer alone."""
+    return shutil.copytree(
+        complete_tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns(*DISTILLED)
+    )
 
 
 @pytest.fixture

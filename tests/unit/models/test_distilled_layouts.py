@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import safetensors.torch
@@ -12,13 +11,6 @@ from models import checkpoint, config, errors, experts, layout, transformer_file
 from models.tiny import make
 
 DIT = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 def touch(folder, *names):

@@ -1,7 +1,6 @@
 """Untouched weights come back from their files exactly as they were loaded."""
 
 import os
-import shutil
 
 import pytest
 import safetensors.torch
@@ -10,13 +9,6 @@ import torch
 from models import checkpoint, errors, layout, lora_switcher, pristine
 
 DIT = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 def load(root):

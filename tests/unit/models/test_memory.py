@@ -1,7 +1,6 @@
 """What a render needs is said before weights are read: sums that add up, near what is counted."""
 
 import dataclasses
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -31,13 +30,6 @@ from models.memory import Mode, Offload
 from models.quantization import Scheme
 
 VIDEO = {"num_frames": 17, "height": 64, "width": 96}
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Where weights are changes no number; two blocks at most are on the device; all come home."""
 
-import shutil
-
 import pytest
 import safetensors.torch
 import torch
@@ -11,13 +9,6 @@ from models.memory import Mode, Offload
 from models.quantization import Scheme
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 def load(root, dtype=torch.bfloat16, **options):

@@ -1,19 +1,10 @@
 """Tiles are the whole picture where there is one, and near it where there are several."""
 
-import shutil
-
 import pytest
 import torch
 
 from models import checkpoint, vae_tiling
 from models.vae_tiling import _spans, _weights
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 @pytest.fixture
@@ -38,7 +29,7 @@ def test_one_tile_is_the_whole_picture_bit_for_bit(network):
 @pytest.mark.parametrize("shape", [(9, 8), (8, 20), (13, 21)])
 def test_several_tiles_have_the_shape_and_nearly_the_pixels_of_the_whole(network, shape):
     torch.manual_seed(0)
-    latents = torch.randn(1, 16, 2, *shape)
+    latents = torch.randn(1, 16, 1, *shape)
     with torch.inference_mode():
         whole = torch.cat(list(network.decode_chunks(latents)), 2)
     tiles = torch.cat(decode(network, latents, tile_pixels=64, stride_pixels=48), 2)

@@ -1,6 +1,5 @@
 """8-bit weights: exact in codes and scales, close in results, known by their tensors."""
 
-import shutil
 from collections import Counter
 
 import pytest
@@ -23,13 +22,6 @@ DIT = "diffusion_pytorch_model.safetensors"
 # Half of the largest step between neighbouring codes, over the value: e4m3 has 3 bits after the
 # point; int8 has 127 steps up to a row's largest value.
 LARGEST_ERROR = {Scheme.FP8: 2**-4, Scheme.INT8: 0.5 / 127}
-
-
-@pytest.fixture
-def native_root(native_root):
-    """The tiny model with its base transformer alone."""
-    shutil.rmtree(native_root / "distill_models", ignore_errors=True)
-    return native_root
 
 
 def is_matrix_of_block(name, tensor):

@@ -30,10 +30,10 @@ def test_a_seed_fixes_every_byte(tmp_path):
     assert sum(map(len, first.values())) < 5_000_000
 
 
-def test_a_complete_folder_is_left_as_it_is(native_root):
-    before = {path: path.stat().st_mtime_ns for path in native_root.rglob("*")}
-    make.make(native_root, seed=5)
-    assert {path: path.stat().st_mtime_ns for path in native_root.rglob("*")} == before
+def test_a_complete_folder_is_left_as_it_is(complete_tiny_model):
+    before = {path: path.stat().st_mtime_ns for path in complete_tiny_model.rglob("*")}
+    make.make(complete_tiny_model, seed=5)
+    assert {path: path.stat().st_mtime_ns for path in complete_tiny_model.rglob("*")} == before
 
 
 def test_a_folder_with_something_else_in_it_is_not_touched(tmp_path):
