@@ -1,10 +1,13 @@
 """Which queued jobs are sent now, and to which queue. Any number of dispatchers may run."""
 
+import itertools
+import operator
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy import or_, select, update
@@ -16,6 +19,7 @@ from jobs import (
     database,
     errors,
     lifecycle,
+    presets,
     queries,
     results,
     retries,
@@ -23,11 +27,13 @@ from jobs import (
     states,
     storage,
 )
-from jobs.schema import Batch, Job
+from jobs.schema import Attempt, Batch, Job, Look
 
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
+LOOK_AHEAD = 32  # jobs that may be looked at for weights that are loaded already
+OVERTAKEN_BY = 4 * LOOK_AHEAD  # ids; then it is a job's turn, whatever is loaded
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
 
 
@@ -100,15 +106,16 @@ class Dispatcher:
 
     def _fill_windows(self) -> int:
         with self._db.reading() as session:
-            workers = queries.live_workers_by_queue(session)
+            groups = queries.live_workers_by_queues(session)
         sent = 0
-        for queue, number in workers.items():
-            waiting = self._broker.waiting(queue)
+        for group, number in groups.items():
+            waiting = set().union(*(self._broker.waiting(queue) for queue in group))
             room = min(number * self._config.window, broker.MOST_READ) - len(waiting)
             if room > 0:
-                chosen = self._db.write(choose, queue=queue, room=room, waiting=waiting)
+                chosen = self._db.write(choose, queues=group, room=room, waiting=waiting)
                 # Committed before sending: a worker may take the message up at once.
-                sent += self._broker.send_renders(queue, chosen)
+                for queue, jobs in itertools.groupby(chosen, key=operator.attrgetter("queue")):
+                    sent += self._broker.send_renders(queue, [job.id for job in jobs])
         return sent
 
     def _finish_batches(self) -> int:
@@ -135,23 +142,99 @@ class Dispatcher:
         return written
 
 
-def choose(session: Session, *, queue: str, room: int, waiting: Iterable[int]) -> list[int]:
-    """The next jobs of this queue whose message is not under way; marks them as sent."""
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A job that may be sent now."""
+
+    id: int
+    queue: str
+    rank: int
+    weights: str
+    """What its worker must have loaded; equal for jobs that need no switch between them."""
+
+
+def choose(
+    session: Session, *, queues: Sequence[str], room: int, waiting: Iterable[int]
+) -> list[Candidate]:
+    """The next jobs of these queues whose message is not under way; marks them as sent.
+
+    By priority, then jobs for the weights that are in use already, then in order of submit. Only
+    the next LOOK_AHEAD jobs are looked at, and nobody is overtaken by more than OVERTAKEN_BY.
+    """
     now = database.now(session)
+    under_way = list(waiting)
+    rows = [
+        row
+        for queue in queues
+        for row in _next_of(session, queue, LOOK_AHEAD + room, now=now, under_way=under_way)
+    ]
+    rows.sort(key=lambda row: (row.rank, row.id))
+    del rows[LOOK_AHEAD + room :]
+    in_use = _looks_in_use(session, queues, under_way)
+    weights = _weights_of(session, {row.look_id for row in rows} | in_use)
+    warm = {weights[look_id] for look_id in in_use}
+    chosen = in_runs([_candidate(row, weights) for row in rows], warm)[:room]
+    if chosen:
+        ids = [job.id for job in chosen]
+        session.execute(update(Job).where(Job.id.in_(ids)).values(dispatched_at=now))
+    return chosen
+
+
+def in_runs(candidates: Sequence[Candidate], warm: Set[str]) -> list[Candidate]:
+    """By priority; within one, what needs no switch first, then each kind of weights in a run."""
+    first_seen: dict[str, int] = {}
+    for job in candidates:
+        first_seen.setdefault(job.weights, len(first_seen))
+    newest = max((job.id for job in candidates), default=0)
+
+    def place(job: Candidate) -> tuple[int, bool, bool, int, int]:
+        was_overtaken = newest - job.id > OVERTAKEN_BY
+        return (
+            job.rank,
+            not was_overtaken,
+            job.weights not in warm,
+            first_seen[job.weights],
+            job.id,
+        )
+
+    return sorted(candidates, key=place)
+
+
+def _next_of(
+    session: Session, queue: str, number: int, *, now: datetime, under_way: Sequence[int]
+) -> Sequence[Any]:
+    """From one queue at a time: so the index gives them in order."""
     lost_before = now - timedelta(seconds=IN_FLIGHT_SECONDS)
-    chosen = session.scalars(
-        select(Job.id)
+    return session.execute(
+        select(Job.id, Job.queue, Job.rank, Job.look_id)
         .where(Job.state == states.JobState.QUEUED, Job.queue == queue)
         .where(or_(Job.not_before.is_(None), Job.not_before <= now))
         .where(or_(Job.dispatched_at.is_(None), Job.dispatched_at < lost_before))
-        .where(Job.id.not_in(list(waiting)))
+        .where(Job.id.not_in(under_way))
         .order_by(Job.rank, Job.id)
-        .limit(room)
+        .limit(number)
         .with_for_update(skip_locked=True)
     ).all()
-    if chosen:
-        session.execute(update(Job).where(Job.id.in_(chosen)).values(dispatched_at=now))
-    return list(chosen)
+
+
+def _looks_in_use(session: Session, queues: Sequence[str], under_way: Sequence[int]) -> set[str]:
+    """Of what is rendered now or will be next."""
+    running = (
+        select(Job.look_id)
+        .join(Attempt, Attempt.job_id == Job.id)  # the few live attempts have an index of their own
+        .where(Attempt.state == states.AttemptState.RUNNING, Job.queue.in_(queues))
+    )
+    sent = select(Job.look_id).where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
+    return set(session.scalars(running.union(sent)))
+
+
+def _weights_of(session: Session, look_ids: Set[str]) -> dict[str, str]:
+    bodies = session.execute(select(Look.id, Look.body).where(Look.id.in_(look_ids)))
+    return {look_id: presets.Look.model_validate(body).weights for look_id, body in bodies}
+
+
+def _candidate(row: Any, weights: Mapping[str, str]) -> Candidate:
+    return Candidate(id=row.id, queue=row.queue, rank=row.rank, weights=weights[row.look_id])
 
 
 def budgets(config: settings.Settings) -> retries.Budgets:

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
@@ -81,6 +82,12 @@ def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -
         started_at=now,
     )
     assert moved, "the row is locked"
+    try:
+        spec = _spec(session, job)
+    except ValidationError as error:
+        # Stored by a newer version, or damaged: no worker like this one can ever start it.
+        _refuse(session, attempt.id, error)
+        return None
     return Claim(
         attempt_id=attempt.id,
         job_id=job_id,
@@ -88,7 +95,18 @@ def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -
         custom_id=job.custom_id,
         number=attempt.number,
         meta=job.meta,
-        spec=_spec(session, job),
+        spec=spec,
+    )
+
+
+def _refuse(session: Session, attempt_id: int, error: ValidationError) -> None:
+    where = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
+    fail(
+        session,
+        attempt_id,
+        kind=states.FailureKind.INPUT,
+        error=f"this version of rushes cannot render what was stored: {where}",
+        budgets=retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0),
     )
 
 

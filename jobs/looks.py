@@ -297,6 +297,13 @@ class Look(BaseModel, frozen=True, extra="forbid"):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
+    def weights(self) -> str:
+        """Equal for looks between which a worker has nothing to load and nothing to merge."""
+        names = {"task", "model_path", "transformer", "base", "quantization", "loras", "offload"}
+        names |= {"high_noise_transformer", "low_noise_transformer", "vae_tiling"}
+        return self.model_dump_json(include=names)
+
+    @property
     def num_steps(self) -> int:
         return len(self.denoising_step_list)
 

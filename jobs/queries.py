@@ -1,6 +1,7 @@
 """Reads for people and programs; nothing here changes a row."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -208,6 +209,16 @@ def live_workers(session: Session) -> list[LiveWorker]:
         )
         for row in rows
     ]
+
+
+def live_workers_by_queues(session: Session) -> dict[tuple[str, ...], int]:
+    """Queues -> how many live workers take from just these."""
+    groups = Counter(
+        tuple(live.worker.queues)
+        for live in live_workers(session)
+        if live.is_alive and live.worker.queues
+    )
+    return dict(groups)
 
 
 def live_workers_by_queue(session: Session) -> dict[str, int]:

@@ -117,7 +117,9 @@ class World:
         with self.db.transaction() as session:
             session.execute(update(Job).values(not_before=None))
 
-    def register(self, name: str = "gpu0@here", *, queue: str = QUEUE) -> None:
+    def register(
+        self, name: str = "gpu0@here", *, queue: str = QUEUE, also: Sequence[str] = ()
+    ) -> None:
         self.db.write(
             workers.register,
             workers.Registration(
@@ -125,7 +127,7 @@ class World:
                 host=name.partition("@")[2],
                 device="cpu",
                 memory_bytes=None,
-                queues=(queue,),
+                queues=(queue, *also),
                 version="1",
                 pid=1,
                 restarts=0,

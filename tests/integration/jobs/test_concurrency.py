@@ -225,7 +225,8 @@ def test_two_choices_at_once_take_each_job_once(world: World) -> None:
 
     def choose() -> list[int]:
         start.wait()
-        return world.db.write(dispatch.choose, queue=QUEUE, room=10, waiting=set())
+        chosen = world.db.write(dispatch.choose, queues=[QUEUE], room=10, waiting=set())
+        return [job.id for job in chosen]
 
     with ThreadPoolExecutor(6) as pool:
         chosen = [f.result() for f in [pool.submit(choose) for _ in range(6)]]

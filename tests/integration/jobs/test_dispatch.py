@@ -1,5 +1,6 @@
 """Which jobs are sent when, with a real Redis, on both databases."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 from structlog.testing import capture_logs
 
 from jobs import (
@@ -23,6 +24,7 @@ from jobs import (
     presets,
     queues,
     retries,
+    schema,
     servers,
     settings,
     states,
@@ -491,3 +493,80 @@ def test_a_broker_of_another_kind_is_refused(world: World) -> None:
 
     with pytest.raises(errors.InvalidInput, match="CELERY_BROKER_URL must begin with redis://"):
         broker.Broker(config_of(world, "amqp://guest@127.0.0.1//"))
+
+
+def look_of(model_path: str, **changes: Any) -> presets.Look:
+    return PRESET.look.with_changes({"model_path": model_path, **changes})
+
+
+def submit_alternating(world: World, looks: list[presets.Look], number: int) -> None:
+    """One batch whose jobs ask for one look after the other, as two submitters' would."""
+    world.submit(number)
+    with world.db.transaction() as session:
+        for look in looks:
+            session.merge(
+                schema.Look(
+                    id=look.id,
+                    queue=queues.of_model(look.model_path),
+                    body=look.model_dump(mode="json", exclude_defaults=True),
+                )
+            )
+        session.flush()
+        for job in session.scalars(select(Job).order_by(Job.id)):
+            look = looks[job.position % len(looks)]
+            job.look_id, job.queue = look.id, queues.of_model(look.model_path)
+
+
+def drained(world: World, client: redis.Redis, dispatcher: dispatch.Dispatcher) -> list[int]:
+    """One worker takes jobs until there are none; their ids in its order."""
+    order = []
+    served = [key.decode() for key in client.keys(f"{queues.PREFIX}*")]
+    while dispatcher.tick().sent or any(client.llen(queue) for queue in served):
+        served = [key.decode() for key in client.keys(f"{queues.PREFIX}*")]
+        heads = [(queue, sent(client, queue)) for queue in served]
+        queue, ids = next((queue, ids) for queue, ids in heads if ids)
+        client.rpop(queue)
+        order.append(ids[0])
+        assert world.succeed(world.claimed(ids[0]))
+    return order
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        [look_of("one"), look_of("two")],
+        [look_of("one"), look_of("one", loras=[{"path": "loras/style.safetensors"}])],
+    ],
+    ids=["two models", "one model with and without LoRA"],
+)
+def test_a_worker_switches_weights_far_less_often_than_jobs_do(
+    sqlite_world: World, client: redis.Redis, clean_redis_url: str, looks: list[presets.Look]
+) -> None:
+    """64 jobs that alternate between two sets of weights: a few switches, not 63."""
+    world = sqlite_world
+    submit_alternating(world, looks, 64)
+    served = sorted({queues.of_model(look.model_path) for look in looks})
+    world.register(queue=served[0], also=served[1:])
+    order = drained(world, client, dispatcher_of(world, clean_redis_url))
+    assert sorted(order) == list(range(1, 65))
+    kinds = [(job_id - 1) % 2 for job_id in order]
+    switches = sum(now != then for then, now in itertools.pairwise(kinds))
+    assert switches < 8, switches
+
+
+def test_no_job_is_overtaken_for_ever() -> None:
+    """A job that does not fit what is loaded has its turn after a bounded number of others."""
+    lonely = dispatch.Candidate(id=1, queue="q", rank=0, weights="rare")
+    flood = [
+        dispatch.Candidate(id=number, queue="q", rank=0, weights="common")
+        for number in range(2, 3 + dispatch.OVERTAKEN_BY)
+    ]
+    near, far = flood[: dispatch.LOOK_AHEAD], flood[-dispatch.LOOK_AHEAD :]
+    assert dispatch.in_runs([lonely, *near], {"common"})[0] is near[0]
+    assert dispatch.in_runs([lonely, *far], {"common"})[0] is lonely
+
+
+def test_priority_goes_before_warm_weights() -> None:
+    urgent = dispatch.Candidate(id=9, queue="q", rank=-5, weights="cold")
+    warm = dispatch.Candidate(id=1, queue="q", rank=0, weights="warm")
+    assert dispatch.in_runs([warm, urgent], {"warm"})[0] is urgent
