@@ -387,6 +387,25 @@ def _weights_of(folder: Path, name: str) -> Check:
     return _ok(name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes")
 
 
+def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
+    """Whether each device here could render a preset: estimated from the checkpoint's sizes."""
+    preset = presets.load(preset_name, folder=config.presets_dir)
+    name = f"fit {preset.name}"
+    try:
+        # By name: `jobs` must not know `worker`. This part of it loads no torch.
+        found = importlib.import_module("worker.wanted").fits(preset.look, config.models_dir)
+    except ValueError as error:
+        yield _fail(name, str(error), "put the model there; docs/weights.md says which file where")
+        return
+    for fit in found:
+        seen = (
+            f"{fit.device}: needs about {fit.needs_bytes / 1e9:.1f} GB ({fit.worst_stage}; "
+            f"{fit.mode}), has {fit.has_bytes / 1e9:.1f} GB"
+        )
+        advice = "take a preset with offload or 8-bit weights: docs/weights.md, memory modes"
+        yield _ok(name, seen) if fit.is_enough else _fail(name, seen, advice)
+
+
 # Processes.
 
 

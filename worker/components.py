@@ -13,13 +13,11 @@ import torch
 from jobs import presets
 from models import checkpoint, layout, memory
 from models import errors as model_errors
-from worker import errors, hashes
+from worker import errors, hashes, wanted
 from worker.device import Device
 from worker.resident import ResidentModel, WeightsKey
 
 log = structlog.get_logger()
-
-SPARE_SHARE = 0.05  # of the device's memory: gaps of the allocator, workspace of kernels
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Components:
         key = self._key(look)
         try:
             if key not in self._resident:
-                files = self._find(look, key)  # before a warm one goes
+                files = wanted.find(look, self.models_dir)  # before a warm one goes
                 self._make_room(key, files, look)
                 self._resident[key] = self._load(key, files)
             self._resident.move_to_end(key)
@@ -63,19 +61,7 @@ class Components:
 
     def mode_of(self, look: presets.Look) -> memory.Mode:
         """What the preset asks for, or what was found to fit after it did not."""
-        offload = memory.Offload(look.offload)
-        wants_parking = (
-            look.text_encoder_on_cpu
-            or look.image_encoder_on_cpu
-            or look.vae_on_cpu
-            or look.unload_encoders
-        )
-        return self._lower_modes.get(look.id) or memory.Mode(
-            offload=offload,
-            # The other modes park all networks anyway.
-            park_encoders=wants_parking and offload is memory.Offload.NONE,
-            vae_tiles=look.vae_tiling,
-        )
+        return self._lower_modes.get(look.id) or wanted.mode_of(look)
 
     def step_down(self, look: presets.Look) -> memory.Mode | None:
         """After the device ran out of memory: the next mode for this look. None: there is none."""
@@ -108,49 +94,25 @@ class Components:
             return None
 
     def _key(self, look: presets.Look) -> WeightsKey:
-        has_two = look.high_noise_transformer is not None
-        transformer = look.high_noise_transformer if has_two else look.transformer
+        transformer, low_noise = wanted.transformer_files(look, self.models_dir)
         return WeightsKey(
             root=self.models_dir / look.model_path,
             task=look.task,
-            transformer=self._path(transformer or self._quantized_folder(look)),
-            low_noise_transformer=self._path(look.low_noise_transformer),
+            transformer=transformer,
+            low_noise_transformer=low_noise,
             base=look.base == "original",
             mode=self.mode_of(look),
         )
 
-    def _path(self, path: str | None) -> Path | None:
-        return None if path is None else self.models_dir / path
-
-    def _quantized_folder(self, look: presets.Look) -> str | None:
-        """LightX2V's place for 8-bit weights of a model, when a preset names none."""
-        if look.quantization is None or look.transformer is not None:
-            return None
-        return f"{look.model_path}/distill_{look.quantization}"
-
-    def _find(self, look: presets.Look, key: WeightsKey) -> layout.ModelFiles:
-        task = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}[look.task]
-        return layout.find(
-            key.root,
-            transformer_file=key.transformer,
-            low_noise_file=key.low_noise_transformer,
-            base=key.base,
-            task=task,
-        )
-
     def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> None:
-        need = memory.needed(
-            files,
-            num_frames=look.num_frames,
-            height=look.height,
-            width=look.width,
-            mode=key.mode,
-        )
+        need = wanted.needed(look, files, key.mode)
         # The estimate is in bf16; a worker on a CPU computes in fp32.
         scale = self.device.dtype.itemsize / memory.COMPUTE_BYTES
-        wanted = int(need.device_bytes * scale)
+        taken = int(need.device_bytes * scale)
         total = self.total_bytes or self.device.total_bytes()
-        while self._resident and sum(self._bytes.values()) + wanted > total * (1 - SPARE_SHARE):
+        while self._resident and sum(self._bytes.values()) + taken > total * (
+            1 - wanted.SPARE_SHARE
+        ):
             self._evict(next(iter(self._resident)))
         stage = need.stages["denoise"]
         self._bytes[key] = int((sum(stage.values()) - stage["activations"]) * scale)
@@ -181,7 +143,7 @@ class Components:
         )
         self.loads += 1
         seconds = round(time.monotonic() - began, 2)
-        log.info("model.loaded", root=str(key.root), seconds=seconds, mode=told(key.mode))
+        log.info("model.loaded", root=str(key.root), seconds=seconds, mode=wanted.told(key.mode))
         return model
 
     def _networks(self, key: WeightsKey, files: layout.ModelFiles) -> checkpoint.Networks:
@@ -202,20 +164,6 @@ class Components:
 
     def _hash(self, files: layout.ModelFiles) -> dict[str, str]:
         return hashes.of(files, cache=self.home / hashes.HASHES_FILE)
-
-
-def told(mode: memory.Mode) -> str:
-    """For logs and records: `block offload, VAE in tiles`."""
-    parts = []
-    if mode.offload is not memory.Offload.NONE:
-        parts.append(f"{mode.offload.value} offload")
-    if mode.park_encoders:
-        parts.append("encoders parked")
-    if mode.text_encoder_on_cpu:
-        parts.append("text encoder on the CPU")
-    if mode.vae_tiles:
-        parts.append("VAE in tiles")
-    return ", ".join(parts) or "resident"
 
 
 def _below(mode: memory.Mode) -> memory.Mode | None:

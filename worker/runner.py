@@ -32,6 +32,7 @@ from worker import (
     resident,
     scratch,
     video,
+    wanted,
 )
 from worker import settings as worker_settings_module
 
@@ -109,7 +110,7 @@ class Runner:
             lower = self.components.step_down(claim.spec.look)
             if lower is None:
                 raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
-            mode = components.told(lower)
+            mode = wanted.told(lower)
             log.warning("memory.stepped_down", job_id=claim.job_id, mode=mode, error=ran_out)
             self._render_once(claim, folder, heart, ran_out=ran_out)
 
@@ -142,7 +143,7 @@ class Runner:
                 latents_sha256=pipeline.latents_sha256(latents_BCTHW),
                 video=info,
                 seconds=timings.seconds,
-                memory=components.told(model.key.mode),
+                memory=wanted.told(model.key.mode),
                 ran_out=ran_out,
             )
             heart.reached("hash", 0, 1)  # of the weights: may take minutes the first time

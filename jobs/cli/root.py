@@ -40,6 +40,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "workers": Lazy("system", "workers", "List the workers and what they render."),
         "migrate": Lazy("system", "migrate_database", "Bring the database to this version."),
         "doctor": Lazy("system", "doctor_command", "Check every part and say what to do."),
+        "quantize": Lazy("system", "quantize", "Write a model's transformer with 8-bit weights."),
     },
 }
 COMMANDS = {name: lazy for section in SECTIONS.values() for name, lazy in section.items()}

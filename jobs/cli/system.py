@@ -1,7 +1,9 @@
-"""`rushes workers`, `rushes migrate` and `rushes doctor`."""
+"""`rushes workers`, `rushes migrate`, `rushes doctor` and `rushes quantize`."""
 
+import importlib
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 
 import click
 from alembic.util import CommandError
@@ -76,14 +78,19 @@ def migrate_database(revision: str, as_json: bool) -> None:
 
 
 @click.command("doctor")
+@click.option(
+    "--preset",
+    metavar="NAME|FILE",
+    help="Say whether its model is here and fits the devices of this machine; nothing else.",
+)
 @options.output
-def doctor_command(as_json: bool) -> int:
+def doctor_command(preset: str | None, as_json: bool) -> int:
     """Check every part and say what to do.
 
     Exit code 1 when something fails; warnings are no failure.
     """
     checks = []
-    for check in doctor.examine():
+    for check in doctor.fits(settings.load(), preset) if preset else doctor.examine():
         checks.append(check)
         if not as_json:
             _print_check(check)
@@ -101,3 +108,54 @@ def _print_check(check: doctor.Check) -> None:
     output.line(f"{mark}  {check.name}: {output.plain(check.seen)}")
     if check.advice:
         output.line(f"      -> {output.plain(check.advice)}")
+
+
+@click.command("quantize")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--scheme", type=click.Choice(["fp8", "int8"]), default="fp8", show_default=True, help="Form."
+)
+@click.option(
+    "--to",
+    "target",
+    type=click.Path(path_type=Path),
+    help="Default: MODEL/distill_SCHEME/distill_model.safetensors, where presets look for it.",
+)
+@options.output
+def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> None:
+    """Write a model's transformer with 8-bit weights.
+
+    MODEL is a folder, or the name of one in RUSHES_MODELS_DIR. Tells how far the new weights are
+    from the old ones. Reads one tensor at a time.
+    """
+    config = settings.load()
+    folder = Path(model) if Path(model).is_dir() else config.models_dir / model
+    target = target or folder / f"distill_{scheme}" / "distill_model.safetensors"
+    # By name: `jobs` must not know `models`. The only command of ours that loads torch.
+    layout = importlib.import_module("models.layout")
+    writer = importlib.import_module("models.quantized_files")
+    schemes = importlib.import_module("models.quantization").Scheme
+    output.note(f"reading {folder}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        report = writer.write(layout.find(folder), target, schemes(scheme))
+    except (ValueError, OSError) as error:
+        raise errors.RushesError(str(error)) from error
+    worst = max(report.relative_errors, key=report.relative_errors.__getitem__, default=None)
+    if as_json:
+        output.emit(
+            {
+                "path": str(report.path),
+                "scheme": scheme,
+                "bytes": report.num_bytes,
+                "relative_error": report.relative_error,
+                "relative_errors": dict(report.relative_errors),
+            }
+        )
+        return
+    output.line(f"{report.path}: {output.size(report.num_bytes)}")
+    output.line(
+        f"{len(report.relative_errors)} matrices in {scheme}; relative error of all "
+        f"{report.relative_error:.2%}"
+        + (f", of the worst {report.relative_errors[worst]:.2%} ({worst})" if worst else "")
+    )

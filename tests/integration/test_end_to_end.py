@@ -1,7 +1,10 @@
 """Real processes from the prompt file to the bucket, and what happens when some of them die."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -278,3 +281,35 @@ def test_memory_modes_change_nothing_but_memory(farm, tmp_path):
         assert told["memory"] == (f"{granularity} offload" if granularity else "resident")
         hashes.add(told["latents_sha256"])
     assert len(hashes) == 1
+
+
+def test_quantized_weights_are_made_fit_and_render(farm, tmp_path):
+    """`rushes quantize`, then a preset that asks for 8-bit weights, then `rushes doctor`."""
+    environment = os.environ | {"RUSHES_HOME": str(farm.home)}
+    rushes = [sys.executable, "-m", "jobs"]
+    for scheme in ("fp8", "int8"):
+        made = subprocess.run(
+            [*rushes, "quantize", "tiny", "--scheme", scheme, "-o", "json"],
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+        assert 0 < json.loads(made.stdout)["relative_error"] < 0.05
+        preset = json.loads(farm.long_preset.read_text()) | {
+            "target_width": 64,
+            "dit_quantized": True,
+            "dit_quant_scheme": f"{scheme}-sgl",
+        }
+        path = tmp_path / f"{scheme}.json"
+        path.write_text(json.dumps(preset))
+        batch_id = farm.submit([{"prompt": "a red square", "seed": 5}], preset=path)
+        assert farm.wait_finished(batch_id).state is states.BatchState.SUCCEEDED
+        told = farm.sidecar(farm.jobs(batch_id)[0])
+        assert f"distill_{scheme}/distill_model.safetensors" in told["weights_sha256"]
+        checked = subprocess.run(
+            [*rushes, "doctor", "--preset", str(path), "-o", "json"],
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+        assert "needs about" in json.loads(checked.stdout)["checks"][0]["seen"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs import broker, dispatch, lifecycle, presets, settings, states
-from worker import components, errors, finished, resident, runner, scratch, video
+from worker import errors, finished, resident, runner, scratch, video, wanted
 
 
 class Raising(torch.nn.Module):
@@ -129,7 +129,7 @@ def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch):
     real, modes = resident.ResidentModel.encode_text, []
 
     def short_of_memory(model, prompt):
-        modes.append(components.told(model.key.mode))
+        modes.append(wanted.told(model.key.mode))
         if len(modes) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return real(model, prompt)

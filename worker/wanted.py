@@ -1,0 +1,118 @@
+"""What a look wants of a model folder: which files, placed how, how much memory. Loads no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from jobs import presets
+from models import errors as model_errors
+from models import layout, memory
+from worker import gpus
+
+SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
+TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Whether one device could render a look, by estimate."""
+
+    device: str
+    has_bytes: int
+    needs_bytes: int
+    worst_stage: str
+    mode: str
+
+    @property
+    def is_enough(self) -> bool:
+        return self.needs_bytes <= self.has_bytes * (1 - SPARE_SHARE)
+
+
+def mode_of(look: presets.Look) -> memory.Mode:
+    """What the preset asks for."""
+    offload = memory.Offload(look.offload)
+    wants_parking = (
+        look.text_encoder_on_cpu
+        or look.image_encoder_on_cpu
+        or look.vae_on_cpu
+        or look.unload_encoders
+    )
+    return memory.Mode(
+        offload=offload,
+        # The other modes park all networks anyway.
+        park_encoders=wants_parking and offload is memory.Offload.NONE,
+        vae_tiles=look.vae_tiling,
+    )
+
+
+def transformer_files(look: presets.Look, models_dir: Path) -> tuple[Path | None, Path | None]:
+    """The transformer and the one for low noise, where the look names them."""
+    first = look.high_noise_transformer or look.transformer
+    if first is None and look.quantization is not None:
+        # LightX2V's place for 8-bit weights of a model, when a preset names none.
+        first = f"{look.model_path}/distill_{look.quantization}"
+    low = look.low_noise_transformer
+    return (
+        None if first is None else models_dir / first,
+        None if low is None else models_dir / low,
+    )
+
+
+def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
+    """The files that this look renders with; CheckpointError says what is missing."""
+    first, low = transformer_files(look, models_dir)
+    return layout.find(
+        models_dir / look.model_path,
+        transformer_file=first,
+        low_noise_file=low,
+        base=look.base == "original",
+        task=TASKS[look.task],
+    )
+
+
+def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> memory.Need:
+    return memory.needed(
+        files,
+        num_frames=look.num_frames,
+        height=look.height,
+        width=look.width,
+        mode=mode,
+        switches_loras=bool(look.loras),
+    )
+
+
+def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
+    """For each GPU of this machine. ValueError: why it cannot be said."""
+    mode = mode_of(look)
+    try:
+        need = needed(look, find(look, models_dir), mode)
+    except model_errors.CheckpointError as error:
+        raise ValueError(str(error)) from error
+    devices = [(f"GPU {gpu.number} ({gpu.name})", gpu.memory_bytes) for gpu in gpus.find()]
+    # A worker without a GPU computes in fp32 from main memory.
+    devices = devices or [("the CPU", psutil.virtual_memory().total // 2)]
+    return [
+        Fit(
+            device=name,
+            has_bytes=memory_bytes or 0,
+            needs_bytes=need.device_bytes,
+            worst_stage=need.worst_stage,
+            mode=told(mode),
+        )
+        for name, memory_bytes in devices
+    ]
+
+
+def told(mode: memory.Mode) -> str:
+    """For logs and records: `block offload, VAE in tiles`."""
+    parts = []
+    if mode.offload is not memory.Offload.NONE:
+        parts.append(f"{mode.offload.value} offload")
+    if mode.park_encoders:
+        parts.append("encoders parked")
+    if mode.text_encoder_on_cpu:
+        parts.append("text encoder on the CPU")
+    if mode.vae_tiles:
+        parts.append("VAE in tiles")
+    return ", ".join(parts) or "resident"
