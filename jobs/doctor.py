@@ -365,25 +365,30 @@ def _presets(config: settings.Settings) -> Iterator[Check]:
 
 
 def _weights(config: settings.Settings) -> Iterator[Check]:
-    users: dict[str, list[str]] = {}
-    for preset in presets.available(config.presets_dir):
-        if isinstance(preset, presets.Preset):
-            users.setdefault(preset.look.model_path, []).append(preset.name)
-    for model_path, names in users.items():
-        yield _weights_of(config.models_dir / model_path, f"weights {', '.join(names)}")
-
-
-def _weights_of(folder: Path, name: str) -> Check:
     """A warning, not a failure: the weights may be on other machines."""
-    if not folder.is_dir():
-        advice = "put the model there if this machine is to render it; RUSHES_MODELS_DIR says where"
-        return _warn(name, f"{folder} is not here", advice)
+    absent: dict[str, list[str]] = {}
+    for preset in presets.available(config.presets_dir):
+        if not isinstance(preset, presets.Preset):
+            continue
+        if (config.models_dir / preset.look.model_path).is_dir():
+            yield _weights_of(config, preset)
+        else:
+            absent.setdefault(preset.look.model_path, []).append(preset.name)
+    if absent:
+        wanted = "; ".join(f"{model} (for {len(names)} presets)" for model, names in absent.items())
+        advice = "put those there that this machine is to render; docs/weights.md"
+        yield _warn("weights elsewhere", f"not in {config.models_dir}: {wanted}", advice)
+
+
+def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
+    name = f"weights {preset.name}"
     try:
-        # By name: `jobs` must not know `models`. This part of it loads no torch.
-        files = importlib.import_module("models.layout").find(folder)
+        # By name: `jobs` must not know `worker`. This part of it loads no torch.
+        files = importlib.import_module("worker.wanted").find(preset.look, config.models_dir)
     except ValueError as error:
         return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
     total = sum(files.sizes_bytes.values())
+    folder = files.root
     return _ok(name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes")
 
 
@@ -400,7 +405,8 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
     for fit in found:
         seen = (
             f"{fit.device}: needs about {fit.needs_bytes / 1e9:.1f} GB ({fit.worst_stage}; "
-            f"{fit.mode}), has {fit.has_bytes / 1e9:.1f} GB"
+            f"{fit.mode}), has "
+            + ("an unknown size" if fit.has_bytes is None else f"{fit.has_bytes / 1e9:.1f} GB")
         )
         advice = "take a preset with offload or 8-bit weights: docs/weights.md, memory modes"
         yield _ok(name, seen) if fit.is_enough else _fail(name, seen, advice)

@@ -1,7 +1,8 @@
 """The images of a prompt file, each fetched once, checked, and laid into the results store."""
 
 import hashlib
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jobs import images, settings, storage
@@ -28,9 +29,24 @@ class InputImages:
     store: storage.ObjectStore | None
     """None: check only, as for a dry run."""
     _known: dict[str, InputImage | str] = field(default_factory=dict)
+    _fetched: dict[str, images.FetchedImage] = field(default_factory=dict)
+    """By key; `data` lies in the folder instead."""
+    _folder: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rushes-images-")
+    )
+
+    def upload(self) -> None:
+        """Lay all of them into the store, once the whole file was found good."""
+        if self.store is None:
+            return
+        for key, image in self._fetched.items():
+            data = Path(self._folder.name, image.sha256).read_bytes()
+            assert images.store_once(self.store, replace(image, data=data)) == key
+        self._fetched.clear()
+        self._folder.cleanup()
 
     def resolve(self, source: str) -> InputImage | str:
-        """The stored image, or why it cannot be used. Raises StorageError when the store is out."""
+        """The checked image, or why it cannot be used."""
         name = source
         if len(source) > LONG_SOURCE_CHARS:
             name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
@@ -43,6 +59,7 @@ class InputImages:
             found = images.fetch(source, base=self.base, config=self.config)
         except images.ImageError as error:
             return str(error)
-        if self.store is not None:
-            images.store_once(self.store, found)
+        if self.store is not None and found.key not in self._fetched:
+            Path(self._folder.name, found.sha256).write_bytes(found.data)
+            self._fetched[found.key] = replace(found, data=b"")
         return InputImage(key=found.key, width=found.width, height=found.height)

@@ -241,7 +241,7 @@ class Look(BaseModel, frozen=True, extra="forbid"):
     image_encoder_on_cpu: bool = False
     vae_on_cpu: bool = False
     unload_encoders: bool = False
-    """Kept nowhere between two jobs: read from disk each time."""
+    """The text encoder never comes to the device: prompts are encoded on the processor."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -301,6 +301,7 @@ class Look(BaseModel, frozen=True, extra="forbid"):
         """Equal for looks between which a worker has nothing to load and nothing to merge."""
         names = {"task", "model_path", "transformer", "base", "quantization", "loras", "offload"}
         names |= {"high_noise_transformer", "low_noise_transformer", "vae_tiling"}
+        names |= {"text_encoder_on_cpu", "image_encoder_on_cpu", "vae_on_cpu", "unload_encoders"}
         return self.model_dump_json(include=names)
 
     @property

@@ -39,7 +39,7 @@ LOOK_KEYS: dict[str, str] = {
     "clip_cpu_offload": "the image encoder waits in main memory",
     "vae_cpu_offload": "the VAE waits in main memory",
     "use_tiling_vae": "the VAE works in tiles",
-    "unload_modules": "encoders are read from disk for each job",
+    "unload_modules": "prompts are encoded on the processor; nothing of the encoder is on the GPU",
     "lazy_load": "the same",
     "t5_lazy_load": "the same",
     "description": "a line for people: shown in lists, decides nothing",

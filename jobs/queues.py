@@ -12,7 +12,7 @@ def of_model(model_path: str) -> str:
     """`Wan2.1-T2V-14B` -> `rushes.render.wan2.1-t2v-14b`; a path of several parts gets a mark."""
     path = PurePosixPath(model_path)
     slug = re.sub(r"[^a-z0-9.]+", "-", path.name.lower()).strip("-.")[:MAX_SLUG_CHARS]
-    if len(path.parts) == 1 and slug == path.name.lower():
+    if slug and len(path.parts) == 1 and slug == path.name.lower():
         return PREFIX + slug
     mark = hashlib.sha256(model_path.encode()).hexdigest()[:8]
     return f"{PREFIX}{slug or 'model'}-{mark}"

@@ -20,7 +20,7 @@ from jobs.schema import Batch, Job
 
 LORA_FOLDER = "loras"
 ROWS_PER_INSERT = 2_000
-MAX_PROBLEMS = 1_000  # all are counted, this many are told
+MAX_PROBLEMS = 100_000  # all are counted, this many are told: some 30 MB of memory
 MAX_REPEAT = 10_000
 MAX_LOOKS = 1_000  # in one file; each is a row that its jobs share
 MAX_REMEMBERED = 10_000  # spellings of looks, good and bad
@@ -241,6 +241,8 @@ def plan(file: PromptFile) -> Plan:
 def submit(db: database.Database, file: PromptFile) -> Submission:
     """Check the whole file, then store all of it in one transaction, or nothing."""
     checked = plan(file)
+    if file.images is not None:
+        file.images.upload()
     # By itself: in the long transaction, another submit of the same look would wait for its end.
     db.write(_store_looks, file.looks)
     try:

@@ -43,15 +43,15 @@ class Condition:
 
     y_BCTHW: Tensor  # noqa: N815  # named by its axes, as everywhere
     """[1, 4 + 16, T, h, w], fp32: the mask, then the latents of the first frame, normalised."""
-    image_tokens_BIG: Tensor  # noqa: N815
-    """[1, 257, 1280], in the image encoder's dtype."""
+    image_tokens_BIG: Tensor | None  # noqa: N815
+    """[1, 257, 1280], in the image encoder's dtype. None for Wan2.2, which has no such encoder."""
 
 
 def encode(
     image_HWC: Tensor,
     target: Target,
     *,
-    clip: image_encoder.ImageEncoder,
+    clip: image_encoder.ImageEncoder | None,
     autoencoder: vae.WanVAE,
 ) -> Condition:
     """Show both networks an RGB image of any size (uint8, on the CPU).
@@ -68,7 +68,7 @@ def encode(
     mask_BCTHW = first_frame_mask(latents_BCTHW, channels=autoencoder.config.temporal_stride)
     return Condition(
         y_BCTHW=torch.cat([mask_BCTHW, latents_BCTHW], dim=1),
-        image_tokens_BIG=clip.encode(image_BCHW),
+        image_tokens_BIG=None if clip is None else clip.encode(image_BCHW),
     )
 
 
@@ -80,7 +80,9 @@ def velocity(
     The condition is brought to the context's device here, once.
     """
     y_BCTHW = condition.y_BCTHW.to(context_BSG.device)
-    tokens_BIG = condition.image_tokens_BIG.to(context_BSG.device)
+    tokens_BIG = condition.image_tokens_BIG
+    if tokens_BIG is not None:
+        tokens_BIG = tokens_BIG.to(context_BSG.device)
 
     def of(latents_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
         joined_BCTHW = torch.cat([latents_BCTHW, y_BCTHW.to(latents_BCTHW.dtype)], dim=1)

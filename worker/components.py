@@ -64,9 +64,13 @@ class Components:
         return self._lower_modes.get(look.id) or wanted.mode_of(look)
 
     def step_down(self, look: presets.Look) -> memory.Mode | None:
-        """After the device ran out of memory: the next mode for this look. None: there is none."""
+        """After the device ran out of memory: the next mode for this look. None: there is none.
+
+        Every model goes, the warm ones of other looks as well.
+        """
         lower = _below(self.mode_of(look))
-        self._evict(self._key(look))
+        for key in list(self._resident):
+            self._evict(key)
         if lower is not None:
             self._lower_modes[look.id] = lower
         return lower
@@ -155,6 +159,8 @@ class Components:
                 key.root,
                 high_noise_file=key.transformer,
                 low_noise_file=key.low_noise_transformer,
+                base=key.base,
+                task=wanted.TASKS[key.task],
                 **common,  # type: ignore[arg-type]  # two keywords of two types
             )
         load = (

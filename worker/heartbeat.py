@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import database, lifecycle
 from worker import errors
@@ -107,6 +107,6 @@ class Heartbeat:
                 step=step,
                 steps=steps,
             )
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             # Go on: the lease outlives a short outage, and the fence decides about a long one.
             log.warning("heartbeat.missed", attempt_id=self._attempt_id, error=str(error)[:200])

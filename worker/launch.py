@@ -38,6 +38,7 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.5
 PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 MODEL_MARKERS = ("config.json", "model_index.json")
 
 
@@ -240,15 +241,26 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
 def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
     """One queue per model that lies on this host now; one that comes later needs a restart."""
     folder = config.models_dir
-    found = {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/{marker}")}
-    found |= {path.parent for marker in MODEL_MARKERS for path in folder.glob(f"*/*/{marker}")}
+    found = {
+        _model_of(path.parent)
+        for depth in ("*", "*/*", "*/*/*")
+        for marker in MODEL_MARKERS
+        for path in folder.glob(f"{depth}/{marker}")
+    }
     paths = {
-        path.relative_to(folder).as_posix() for path in found if not _is_part_of_model(path, folder)
+        path.relative_to(folder).as_posix()
+        for path in found
+        if path != folder and not _is_part_of_model(path, folder)
     }
     for preset in presets.available(config.presets_dir):
         if isinstance(preset, presets.Preset) and (folder / preset.look.model_path).is_dir():
             paths.add(preset.look.model_path)
     return tuple(sorted(queues.of_model(path) for path in paths))
+
+
+def _model_of(folder: Path) -> Path:
+    """Wan2.2 has a config in each of its two transformers' folders, perhaps none of its own."""
+    return folder.parent if folder.name in EXPERT_FOLDERS else folder
 
 
 def _is_part_of_model(path: Path, folder: Path) -> bool:

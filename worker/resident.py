@@ -136,12 +136,18 @@ class ResidentModel:
     def _encode_image(
         self, image_HWC: Tensor, target: conditioning.Target
     ) -> conditioning.Condition:
-        assert isinstance(self.networks, checkpoint.ImageToVideoNetworks)
-        clip, autoencoder = self.networks.image_encoder, self.networks.vae
-        with self._placement.using(clip), self._placement.using(autoencoder):
+        autoencoder, clip = self.networks.vae, None
+        with ExitStack() as in_use:
+            in_use.enter_context(self._placement.using(autoencoder))
+            if isinstance(self.networks, checkpoint.ImageToVideoNetworks):
+                clip = self.networks.image_encoder
+                in_use.enter_context(self._placement.using(clip))
             found = conditioning.encode(image_HWC, target, clip=clip, autoencoder=autoencoder)
+        tokens_BIG = found.image_tokens_BIG
         # On the host: a night's images would fill the device.
-        return conditioning.Condition(found.y_BCTHW.cpu(), found.image_tokens_BIG.cpu())
+        return conditioning.Condition(
+            found.y_BCTHW.cpu(), None if tokens_BIG is None else tokens_BIG.cpu()
+        )
 
 
 class Denoiser:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import traceback
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
+HASH_LOOK_SECONDS = 5.0
 DEVICE_LOST = 71  # exit status, for the logs
 
 
@@ -146,7 +148,10 @@ class Runner:
                 memory=wanted.told(model.key.mode),
                 ran_out=ran_out,
             )
-            heart.reached("hash", 0, 1)  # of the weights: may take minutes the first time
+            while not model.hashes.done():
+                # Of the weights: minutes the first time, and no stall of ours.
+                heart.reached("hash", 0, 1)
+                futures.wait([model.hashes], timeout=HASH_LOOK_SECONDS)
             folder.finish(self._sidecar(claim, folder, model, rendering))
 
     def _image(self, spec: presets.RenderSpec, model: resident.ResidentModel) -> Tensor | None:

@@ -19,29 +19,26 @@ class Fit:
     """Whether one device could render a look, by estimate."""
 
     device: str
-    has_bytes: int
+    has_bytes: int | None
+    """None: the device does not say."""
     needs_bytes: int
     worst_stage: str
     mode: str
 
     @property
     def is_enough(self) -> bool:
-        return self.needs_bytes <= self.has_bytes * (1 - SPARE_SHARE)
+        return self.has_bytes is None or self.needs_bytes <= self.has_bytes * (1 - SPARE_SHARE)
 
 
 def mode_of(look: presets.Look) -> memory.Mode:
     """What the preset asks for."""
     offload = memory.Offload(look.offload)
-    wants_parking = (
-        look.text_encoder_on_cpu
-        or look.image_encoder_on_cpu
-        or look.vae_on_cpu
-        or look.unload_encoders
-    )
+    wants_parking = look.text_encoder_on_cpu or look.image_encoder_on_cpu or look.vae_on_cpu
     return memory.Mode(
         offload=offload,
         # The other modes park all networks anyway.
         park_encoders=wants_parking and offload is memory.Offload.NONE,
+        text_encoder_on_cpu=look.unload_encoders,
         vae_tiles=look.vae_tiling,
     )
 
@@ -89,13 +86,15 @@ def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
         need = needed(look, find(look, models_dir), mode)
     except model_errors.CheckpointError as error:
         raise ValueError(str(error)) from error
-    devices = [(f"GPU {gpu.number} ({gpu.name})", gpu.memory_bytes) for gpu in gpus.find()]
+    devices: list[tuple[str, int | None]] = [
+        (f"GPU {gpu.number} ({gpu.name})", gpu.memory_bytes) for gpu in gpus.find()
+    ]
     # A worker without a GPU computes in fp32 from main memory.
     devices = devices or [("the CPU", psutil.virtual_memory().total // 2)]
     return [
         Fit(
             device=name,
-            has_bytes=memory_bytes or 0,
+            has_bytes=memory_bytes,
             needs_bytes=need.device_bytes,
             worst_stage=need.worst_stage,
             mode=told(mode),

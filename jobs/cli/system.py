@@ -119,7 +119,7 @@ def _print_check(check: doctor.Check) -> None:
     "--to",
     "target",
     type=click.Path(path_type=Path),
-    help="Default: MODEL/distill_SCHEME/distill_model.safetensors, where presets look for it.",
+    help="Default: in MODEL, the folder distill_SCHEME (SCHEME, if it is not distilled).",
 )
 @options.output
 def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> None:
@@ -130,15 +130,16 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
     """
     config = settings.load()
     folder = Path(model) if Path(model).is_dir() else config.models_dir / model
-    target = target or folder / f"distill_{scheme}" / "distill_model.safetensors"
     # By name: `jobs` must not know `models`. The only command of ours that loads torch.
     layout = importlib.import_module("models.layout")
     writer = importlib.import_module("models.quantized_files")
     schemes = importlib.import_module("models.quantization").Scheme
     output.note(f"reading {folder}")
     try:
+        files = layout.find(folder)
+        target = target or folder / _quantized_file(files.transformer[0].name, scheme)
         target.parent.mkdir(parents=True, exist_ok=True)
-        report = writer.write(layout.find(folder), target, schemes(scheme))
+        report = writer.write(files, target, schemes(scheme))
     except (ValueError, OSError) as error:
         raise errors.RushesError(str(error)) from error
     worst = max(report.relative_errors, key=report.relative_errors.__getitem__, default=None)
@@ -159,3 +160,10 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
         f"{report.relative_error:.2%}"
         + (f", of the worst {report.relative_errors[worst]:.2%} ({worst})" if worst else "")
     )
+
+
+def _quantized_file(source: str, scheme: str) -> str:
+    """Only what was distilled may lie where distilled weights are looked for."""
+    if source.startswith("distill_model"):
+        return f"distill_{scheme}/distill_model.safetensors"
+    return f"{scheme}/diffusion_pytorch_model.safetensors"

@@ -13,10 +13,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from jobs import broker, lifecycle, results, settings, states
+from jobs import broker, lifecycle, queues, results, settings, states
 from worker import video
 
 pytestmark = pytest.mark.timeout(300)
+
+TINY_QUEUE = queues.of_model("tiny")
 
 
 def test_twelve_jobs_on_two_workers_all_lie_in_the_bucket(farm, until, tmp_path):
@@ -94,18 +96,19 @@ def test_a_doubled_message_renders_once(farm):
     farm.send_render(job.id, times=10)
     farm.wait_finished(batch_id)
     farm.send_render(job.id, times=10)
-    _queue_is_empty(farm, job.id)
+    _queue_is_empty(farm, TINY_QUEUE)
     assert len(farm.attempts(job.id)) == 1
 
 
-def test_a_message_for_a_cancelled_job_renders_nothing(farm):
-    batch_id = farm.submit([{"prompt": "never"}])
+def test_a_message_for_a_cancelled_job_renders_nothing(farm, tmp_path):
+    """Its own queue is served by nobody, so that nothing can start it before the cancel."""
+    path = tmp_path / "unserved.json"
+    path.write_text(json.dumps(json.loads(farm.long_preset.read_text()) | {"model_path": "gone"}))
+    batch_id = farm.submit([{"prompt": "never"}], preset=path)
     job = farm.jobs(batch_id)[0]
-    state = farm.db.write(lifecycle.cancel_job, job.id)
-    if state is states.JobState.RUNNING:
-        pytest.skip("a worker was faster than the cancel")
-    farm.send_render(job.id, times=3)
-    _queue_is_empty(farm, job.id)
+    assert farm.db.write(lifecycle.cancel_job, job.id) is states.JobState.CANCELLED
+    broker.Broker(farm.config).send_renders(TINY_QUEUE, [job.id] * 3)
+    _queue_is_empty(farm, TINY_QUEUE)
     assert farm.attempts(job.id) == []
     assert farm.wait_finished(batch_id).state is states.BatchState.CANCELLED
 
@@ -172,7 +175,7 @@ def test_a_bad_checkpoint_fails_its_jobs_with_the_reason(farm, tmp_path):
     deadline = time.monotonic() + 60
     while farm.progress(batch_id).batch.failed == 0:
         assert time.monotonic() < deadline
-        bell.send_renders("rushes.render.tiny", [job.id])
+        bell.send_renders(TINY_QUEUE, [job.id])
         time.sleep(0.5)
     failed = farm.jobs(batch_id)[0]
     assert failed.failure_kind is states.FailureKind.WEIGHTS
@@ -187,9 +190,9 @@ def _rendering_child(parent: psutil.Process) -> psutil.Process:
     return max(parent.children(), key=lambda process: process.memory_info().rss)
 
 
-def _queue_is_empty(farm, job_id: int) -> None:
+def _queue_is_empty(farm, queue: str) -> None:
     deadline = time.monotonic() + 30
-    while farm.redis.llen(farm.look(job_id)):
+    while farm.redis.llen(queue):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(1.0)  # the last message may be between Redis and the claim
@@ -313,3 +316,31 @@ def test_quantized_weights_are_made_fit_and_render(farm, tmp_path):
             env=environment,
         )
         assert "needs about" in json.loads(checked.stdout)["checks"][0]["seen"]
+
+
+def test_the_demo_renders_tells_where_and_stops_what_it_started(tmp_path):
+    """`rushes demo`, as `make demo` calls it, with nothing but a shell's environment."""
+    home = tmp_path / "home"
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "demo", "--devices", "cpu"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=kept | {"RUSHES_HOME": str(home)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 of 8 succeeded" in done.stdout
+    assert "s3://rushes/batches/" in done.stdout
+    assert "X-Amz-Signature=" in done.stdout
+    files = [Path(word) for word in done.stdout.split() if word.endswith("video.mp4")]
+    assert len(files) == 8
+    assert all(video.probe(path).num_frames == 17 for path in files)
+    assert not (home / settings.UP_FILE).exists()
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(home) in " ".join(p.info["cmdline"] or [])
+    ]
+    assert left == []

@@ -1,6 +1,9 @@
 """`rushes doctor` looks at real parts and says what to do."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,11 +77,29 @@ def test_ffmpeg_is_there() -> None:
 
 def test_missing_and_incomplete_weights_are_told() -> None:
     folder = settings.load().models_dir / "tiny"
-    assert "is not here" in checks()["weights tiny"].seen
+    assert "tiny (for 2 presets)" in checks()["weights elsewhere"].seen
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert checks()["weights tiny"].status == "warn"
     assert "complete the folder" in checks()["weights tiny"].advice
+
+
+def test_a_preset_that_does_not_fit_fails_with_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of a few megabytes, a GPU of one, as nvidia-smi would tell it."""
+    make_tiny = [sys.executable, "-m", "models.tiny.make"]
+    subprocess.run([*make_tiny, str(settings.load().models_dir / "tiny")], check=True)
+    for memory_mib, status in ((1, "fail"), (80_000, "ok")):
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        row = f"0, GPU-1, Small GPU, {memory_mib}"
+        program.write_text(f"#!/bin/sh\necho '{row}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        (check,) = doctor.fits(settings.load(), "tiny")
+        assert check.status == status, check.seen
+        assert "GPU 0 (Small GPU): needs about 0.7 GB" in check.seen
 
 
 def test_settings_are_shown_with_their_source_and_without_secrets(

@@ -106,6 +106,7 @@ SHIPPED = {
     "wan_t2v_1_3b_distill_4step_cfg",
     "wan_t2v_distill_4step_cfg",
     "wan_t2v_distill_4step_cfg_4090",
+    "wan_t2v_distill_4step_cfg_8gb",
     "wan_t2v_distill_4step_cfg_720p",
     "wan_t2v_distill_4step_cfg_lora",
     "wan_t2v_distill_fp8_4step_cfg",

@@ -1,0 +1,134 @@
+"""Every shipped preset renders with tiny weights that lie where its users' weights lie."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from jobs import presets
+from models import config, layout, lora, quantization, quantized_files
+from models.tiny import make
+from worker import components, pipeline
+
+NATIVE = "diffusion_pytorch_model.safetensors"
+NAMES = [preset.name for preset in presets.available() if isinstance(preset, presets.Preset)]
+EXPERTS = ("high_noise_model", "low_noise_model")
+
+
+@pytest.fixture(scope="module")
+def tiny_of(tmp_path_factory):
+    """A tiny model per task, made once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {task: make.make(folder / task, task=make.TASKS[task]) for task in ("t2v", "i2v")}
+
+
+class Shelf:
+    """A models folder, filled with what one look asks for."""
+
+    def __init__(self, folder: Path, tiny: Path, look: presets.Look) -> None:
+        self.folder, self.tiny, self.look = folder, tiny, look
+        self.root = folder / look.model_path
+        self.has_two = look.boundary_step_index is not None
+
+    def fill(self) -> None:
+        shutil.copytree(self.tiny, self.root)
+        distilled = self.root / "distill_models" / "distill_model.safetensors"
+        if self.has_two:
+            self._make_two()
+        elif self.look.transformer is not None:
+            self._put(distilled, self.folder / self.look.transformer)
+            shutil.rmtree(self.root / "distill_models", ignore_errors=True)
+        elif self.look.quantization is not None:
+            self._put(distilled, self.root / f"distill_{self.look.quantization}")
+            shutil.rmtree(distilled.parent)
+        for use in self.look.loras:
+            if self.has_two:
+                self._extract(self.folder / use.path)
+            else:
+                self._copy(self.tiny / make.LORA_FILE, self.folder / use.path)
+
+    def _extract(self, path: Path) -> None:
+        """A LoRA that makes one expert of the other: it has all of their keys."""
+        high, low = (safetensors.torch.load_file(self.root / name / NATIVE) for name in EXPERTS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(lora.extract(high, low, 4, smallest_pair=1_000), path)
+
+    def _make_two(self) -> None:
+        """As Wan2.2 is laid out; an image-to-video one has no image encoder."""
+        values = json.loads((self.root / "config.json").read_text())
+        is_i2v = self.look.task == "i2v"
+        sizes = config.TINY
+        if is_i2v:
+            sizes = config.TransformerConfig(**{**vars(config.TINY), "in_dim": 36})
+            (self.root / layout.IMAGE_ENCODER_FILE).unlink()
+            (self.root / "clip_config.json").unlink()
+        for seed, name in enumerate(EXPERTS):
+            dit = make.random_transformer(sizes, torch.Generator().manual_seed(seed))
+            folder = self.root / name
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(values))
+            safetensors.torch.save_file(dit.state_dict(), folder / NATIVE)
+        for name in ("config.json", NATIVE):
+            (self.root / name).unlink()
+        shutil.rmtree(self.root / "distill_models")
+        asked = (self.look.high_noise_transformer, self.look.low_noise_transformer)
+        for name, path in zip(EXPERTS, asked, strict=True):
+            if path is not None and (self.folder / path) != self.root / name:
+                self._put(self.root / name / NATIVE, self.folder / path)
+
+    def _put(self, source: Path, target: Path) -> None:
+        """At a path of the preset's: a file, or a folder with one; quantized if it says so."""
+        if target.suffix != ".safetensors":
+            target = target / "distill_model.safetensors"
+        scheme = self.look.quantization
+        if scheme is None:
+            self._copy(source, target)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files = layout.find(self.tiny, transformer_file=source)
+        quantized_files.write(files, target, quantization.Scheme(scheme))
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if source != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def small(look: presets.Look) -> presets.Look:
+    return look.with_changes({"width": 32, "height": 32, "num_frames": 5, "size_rule": "fixed"})
+
+
+def render(look, models_dir, home, cpu):
+    warm = components.Components(models_dir=models_dir, home=home, device=cpu)
+    spec = presets.RenderSpec(
+        look=look,
+        prompt="a red circle",
+        negative_prompt=None,
+        seed=3,
+        image_key="inputs/x" if look.needs_image else None,
+    )
+    image_HWC = torch.full((40, 60, 3), 200, dtype=torch.uint8)
+    options = {"timings": pipeline.Timings(device=cpu), "reached": lambda *_: None}
+    model = warm.model_for(look)
+    latents = pipeline.make_latents(spec, model, device=cpu, image_HWC=image_HWC, **options)
+    return latents, torch.cat(list(pipeline.decode(latents, model, **options)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_preset_renders(name, tiny_of, tmp_path, cpu):
+    look = small(presets.load(name).look)
+    Shelf(tmp_path / "models", tiny_of[look.task], look).fill()
+    latents, frames = render(look, tmp_path / "models", tmp_path / "home", cpu)
+    assert frames.shape == (5, 32, 32, 3)
+    assert 0.1 < latents.std() < 10
+    assert frames.float().std() > 5
+
+
+def test_the_family_is_there():
+    """The seed's four files, by its names."""
+    for task in ("t2v", "i2v"):
+        for end in ("", "_lora"):
+            assert f"wan_{task}_distill_4step_cfg{end}" in NAMES
