@@ -16,6 +16,7 @@ from jobs.schema import Attempt, Batch, Job
 THREADS = 4
 MAX_NAME_BYTES = 150  # file systems end at 255; ours adds an end and a prefix while it writes
 POSITION_DIGITS = 5
+OWNER_FILE = ".rushes-batch"
 RESULT_FILES = ("output.jsonl", "errors.jsonl", "manifest.json")
 RESERVED_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows
 KEPT_CHARS = frozenset(" ._-#+=@,()")
@@ -97,6 +98,16 @@ def items(db: database.Database, batch_id: str) -> Iterator[Item]:
         if not page:
             return
         after = page[-1][0].position
+
+
+def take_folder(folder: Path, batch_id: str) -> None:
+    """Mark the folder as this batch's. InvalidInput when it holds another's, with equal names."""
+    mark = folder / OWNER_FILE
+    if mark.is_file() and (owner := mark.read_text("utf-8").strip()) != batch_id:
+        message = f"holds batch {owner}: give another folder, or none for one named like the batch"
+        raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(f"{batch_id}\n", "utf-8")
 
 
 def fetch(

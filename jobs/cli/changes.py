@@ -97,4 +97,6 @@ def _retry_words(found: Batch | Job, retried: int, wanted: tuple[states.JobState
         return f"job {found.id} ({display.label(found)}): {said}"
     if retried:
         return f"batch {found.id}: {output.count(retried, 'job')} queued again"
-    return f"batch {found.id}: no {' or '.join(wanted)} jobs"
+    others = found.cancelled if wanted == (states.JobState.FAILED,) else 0
+    hint = f"; {output.count(others, 'cancelled job')} there: --cancelled" if others else ""
+    return f"batch {found.id}: no {' or '.join(wanted)} jobs{hint}"

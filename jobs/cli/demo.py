@@ -11,6 +11,7 @@ from pathlib import Path
 from jobs import (
     broker,
     database,
+    lifecycle,
     presets,
     queries,
     servers,
@@ -27,6 +28,7 @@ PROMPTS = Path(__file__).resolve().parents[2] / "examples" / "prompts.jsonl"
 PRESET = "tiny"
 LINK_SECONDS = 24 * 3600
 WAIT_SECONDS = 600.0
+WORKER_SECONDS = 30.0
 LINK_TRY_SECONDS = 10.0
 
 
@@ -35,14 +37,35 @@ def run(config: settings.Settings, *, devices: str) -> int:
     began = time.monotonic()
     with _farm(config, devices) as farm:
         db = database.connect(farm.config)
+        _wait_for_worker(db)
         batch_id = _submit(farm.config, db)
-        snapshots = watch.until_finished(
-            db, batch_id, timeout_seconds=WAIT_SECONDS, interval_seconds=0.25
-        )
-        last = (display.live if sys.stdout.isatty() else display.as_lines)(snapshots)
+        try:
+            last = _follow(db, batch_id)
+        except BaseException:
+            # Not left behind for whoever starts a worker here next.
+            db.write(lifecycle.cancel_batch, batch_id)
+            raise
         _tell_where(farm, db, batch_id)
-        output.line(f"\ndone in {time.monotonic() - began:.0f} s; stopping what was started")
+        stopping = "; stopping what was started" if farm.children else ""
+        output.line(f"\ndone in {time.monotonic() - began:.0f} s{stopping}")
         return exits.of_batch(last.progress.state)
+
+
+def _wait_for_worker(db: database.Database) -> None:
+    """Until one has registered: before, a hint would say that there is none."""
+    deadline = time.monotonic() + WORKER_SECONDS
+    while time.monotonic() < deadline:
+        with db.reading() as session:
+            if queries.live_workers_by_queue(session):
+                return
+        time.sleep(0.1)
+
+
+def _follow(db: database.Database, batch_id: str) -> watch.Snapshot:
+    snapshots = watch.until_finished(
+        db, batch_id, timeout_seconds=WAIT_SECONDS, interval_seconds=0.25
+    )
+    return (display.live if sys.stdout.isatty() else display.as_lines)(snapshots)
 
 
 @contextmanager
@@ -85,7 +108,8 @@ def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> 
         output.line(f"  {display.label(job):24} {place}")
     job, key = keys[0]
     link = store.presign(key, seconds=LINK_SECONDS)
-    output.line(f"\na link to the first, for a day, while `rushes up` runs here:\n  {link}")
+    when = "for a day" if not farm.children else "for a day; start `rushes up` here to open it"
+    output.line(f"\na link to the first, {when}:\n  {link}")
     if link.startswith("http") and not _opens(link):
         output.note("note: the link does not open from here; look at S3_PUBLIC_ENDPOINT_URL")
     output.line("\nThe tiny model has random weights: its videos are coloured noise, on purpose.")

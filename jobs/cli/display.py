@@ -89,8 +89,9 @@ def pace_of(snapshot: watch.Snapshot) -> str:
 def hint_of_idle(queues: Iterable[str]) -> str:
     names = ", ".join(queues)
     return (
-        f"no live worker takes from {names}: start one with `rushes worker` (or `rushes up`); "
-        "`rushes workers` lists them"
+        f"no live worker takes from {names}: a worker takes jobs of the models that lay in its "
+        "models folder when it started; start one with `rushes up` or `rushes worker`, or put the "
+        "weights there and start it again (`rushes doctor` says what is missing)"
     )
 
 
@@ -120,6 +121,7 @@ def _steps(snapshot: watch.Snapshot) -> list[tuple[int, str | None, int]]:
 
 def _picture(snapshot: watch.Snapshot, *, max_rows: int) -> "RenderableType":
     from rich.console import Group
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
@@ -127,7 +129,8 @@ def _picture(snapshot: watch.Snapshot, *, max_rows: int) -> "RenderableType":
     done = batch.total - batch.queued - batch.running
     parts: list[RenderableType] = [
         Text.from_ansi(status_line(snapshot)),
-        ProgressBar(total=max(batch.total, 1), completed=done),
+        # Padding ends the bar's line, which the bar itself leaves open.
+        Padding(ProgressBar(total=max(batch.total, 1), completed=done), 0),
     ]
     if snapshot.running:
         parts.append(_running_table(snapshot, max_rows))

@@ -32,6 +32,9 @@ def exit_code_of(run: Callable[[], object], *, as_json: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return exits.INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as no_arguments:
+        click.echo(no_arguments.format_message(), err=True)
+        return no_arguments.exit_code
     except BrokenPipeError:
         return exits.ERROR
     except Exception as error:  # whatever it is, a person reads one line of it

@@ -36,6 +36,7 @@ def download_batch(batch: str, folder: Path | None, include: tuple[str, ...], as
         row = queries.find_batch(session, batch)
     target = folder or Path(row.id)
     store = storage.open_store(config)
+    download.take_folder(target, row.id)
     fetched = chain(
         download.fetch(store, download.items(db, row.id), target, sidecars="sidecar" in include),
         download.fetch_result_files(store, row, target),

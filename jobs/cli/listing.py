@@ -213,6 +213,7 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
             ("seed", str(job.seed)),
             ("priority", str(-job.rank) if job.rank else ""),
             *((f"  {key}", output.plain(str(value))) for key, value in (job.meta or {}).items()),
+            ("image", view.job.image_key or ""),
             ("look", _look_words(view.look)),
             ("queue", job.queue),
             ("finished", output.when(job.finished_at)),
@@ -238,11 +239,18 @@ def _job_state(job: Job) -> str:
     return said
 
 
+def _weights_words(look: dict[str, Any]) -> str:
+    """What is special about the weights: another checkpoint, 8 bits, LoRAs."""
+    said = [look[key] for key in ("transformer", "quantization") if look.get(key)]
+    said += [f"LoRA {use['path']}" for use in look.get("loras", ())]
+    return "".join(f", {output.plain(part)}" for part in said)
+
+
 def _look_words(look: dict[str, Any]) -> str:
     return (
         f"{look['width']}x{look['height']}, {look['num_frames']} frames at {look['fps']} fps, "
         f"steps {'-'.join(map(str, look['denoising_step_list']))} ({look['step_rule']}), "
-        f"shift {look['sample_shift']:g}, {output.plain(look['model_path'])}"
+        f"shift {look['sample_shift']:g}, {output.plain(look['model_path'])}{_weights_words(look)}"
     )
 
 

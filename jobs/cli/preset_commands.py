@@ -96,7 +96,11 @@ def _print(preset: preset_files.Preset) -> None:
             ("length", f"{look.num_frames} frames at {look.fps} fps: {seconds:.1f} s"),
             ("steps", f"{', '.join(map(str, look.denoising_step_list))} ({look.step_rule})"),
             ("shift", f"{look.sample_shift:g}"),
+            ("task", {"t2v": "text to video", "i2v": "image to video"}[look.task]),
             ("model", output.plain(look.model_path)),
+            ("weights", output.plain(look.transformer or look.quantization or "")),
+            ("LoRA", output.plain(", ".join(use.path for use in look.loras))),
+            ("offload", "" if look.offload == "none" else look.offload),
             ("look", look.id),
         ]
     )

@@ -18,7 +18,7 @@ def find(session: Session, reference: str) -> Batch | Job:
     try:
         return queries.find_batch(session, reference)
     except errors.NotFound as error:
-        if reference.isdecimal():
+        if reference.isdecimal() and "too short" not in str(error):
             raise errors.NotFound(
                 f"no job {reference} and no batch that begins so: `rushes list` shows the batches"
             ) from error

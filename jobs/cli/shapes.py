@@ -80,6 +80,7 @@ def job(
         "cancel_requested": row.cancel_requested,
         "prompt": row.prompt,
         "negative_prompt": row.negative_prompt,
+        "image_key": row.image_key,
         "seed": row.seed,
         "metadata": row.meta,
         "priority": -row.rank,

@@ -9,7 +9,18 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import cli, database, download, lifecycle, migrate, queries, results, settings, storage
+from jobs import (
+    cli,
+    database,
+    download,
+    errors,
+    lifecycle,
+    migrate,
+    queries,
+    results,
+    settings,
+    storage,
+)
 from jobs.cli import exits
 
 CONTENT = b"not really a video"
@@ -69,7 +80,7 @@ def finish(db: database.Database, store: storage.ObjectStore, batch_id: str, pos
 
 
 def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def test_videos_and_result_files_arrive(
@@ -185,3 +196,13 @@ def test_names_differ_on_every_file_system(custom_ids: list[str | None]) -> None
     made = [names.of(position, custom_id) for position, custom_id in enumerate(custom_ids)]
     assert len({name.casefold() for name in made}) == len(custom_ids)
     assert all(made)
+
+
+def test_a_folder_keeps_to_one_batch(tmp_path: Path) -> None:
+    """Names repeat between batches: the second would overwrite the first."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / download.OWNER_FILE).write_text("260101-zzzzzzzz\n")
+    with pytest.raises(errors.InvalidInput, match="holds batch 260101-zzzzzzzz"):
+        download.take_folder(folder, "260101-aaaaaaaa")
+    download.take_folder(folder, "260101-zzzzzzzz")
