@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import strategies
 
 from jobs import presets
 from models import config, layout, lora, quantization, quantized_files
@@ -101,8 +103,11 @@ def small(look: presets.Look) -> presets.Look:
     return look.with_changes({"width": 32, "height": 32, "num_frames": 5, "size_rule": "fixed"})
 
 
-def render(look, models_dir, home, cpu):
-    warm = components.Components(models_dir=models_dir, home=home, device=cpu)
+def options_of(cpu):
+    return {"timings": pipeline.Timings(device=cpu), "reached": lambda *_: None}
+
+
+def latents_of(look, warm, cpu):
     spec = presets.RenderSpec(
         look=look,
         prompt="a red circle",
@@ -111,10 +116,16 @@ def render(look, models_dir, home, cpu):
         image_key="inputs/x" if look.needs_image else None,
     )
     image_HWC = torch.full((40, 60, 3), 200, dtype=torch.uint8)
-    options = {"timings": pipeline.Timings(device=cpu), "reached": lambda *_: None}
     model = warm.model_for(look)
-    latents = pipeline.make_latents(spec, model, device=cpu, image_HWC=image_HWC, **options)
-    return latents, torch.cat(list(pipeline.decode(latents, model, **options)))
+    return pipeline.make_latents(spec, model, device=cpu, image_HWC=image_HWC, **options_of(cpu))
+
+
+def render(look, models_dir, home, cpu):
+    warm = components.Components(models_dir=models_dir, home=home, device=cpu)
+    latents = latents_of(look, warm, cpu)
+    return latents, torch.cat(
+        list(pipeline.decode(latents, warm.model_for(look), **options_of(cpu)))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,3 +143,61 @@ def test_the_family_is_there():
     for task in ("t2v", "i2v"):
         for end in ("", "_lora"):
             assert f"wan_{task}_distill_4step_cfg{end}" in NAMES
+
+
+# Nothing of a job is left for the next one.
+
+WAYS = (
+    ("tiny", {}),
+    ("tiny_lora", {}),
+    ("tiny", {"offload": "block"}),
+    ("tiny_lora", {"offload": "model", "vae_tiling": True}),
+    ("tiny", {"loras": [{"path": "tiny/loras/distill_lora.safetensors", "strength": -0.7}]}),
+    ("tiny_i2v", {}),
+    ("tiny_i2v_lora", {"step_rule": "renoise"}),
+)
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(tiny_of["t2v"], folder / "tiny")
+    shutil.copytree(tiny_of["i2v"], folder / "tiny_i2v")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(shelf, tmp_path_factory, cpu):
+    """Hash of the latents of each way, rendered by a worker that has rendered nothing else."""
+    home = tmp_path_factory.mktemp("home")
+    return {
+        way: pipeline.latents_sha256(render(look_of(way), shelf, home, cpu)[0])
+        for way in range(len(WAYS))
+    }
+
+
+def look_of(way):
+    name, changes = WAYS[way]
+    return small(presets.load(name).look).with_changes(changes)
+
+
+@hypothesis.settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    jobs=strategies.lists(strategies.integers(0, len(WAYS) - 1), min_size=2, max_size=6),
+    has_room=strategies.booleans(),
+)
+def test_a_job_renders_the_same_alone_and_after_any_others(
+    shelf, alone, tmp_path, cpu, jobs, has_room
+):
+    """Text, images, LoRAs, strengths and memory modes in any order, with and without eviction."""
+    warm = components.Components(
+        models_dir=shelf, home=tmp_path, device=cpu, total_bytes=None if has_room else 1
+    )
+    for way in jobs:
+        look = look_of(way)
+        assert pipeline.latents_sha256(latents_of(look, warm, cpu)) == alone[way]
+    assert warm.loads <= len(jobs)
