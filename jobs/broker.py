@@ -122,4 +122,4 @@ def _subject(message: object) -> int | None:
         task_id = json.loads(message)["headers"]["id"]  # type: ignore[arg-type]  # bytes or str
         return int(task_id.partition(":")[0])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # written by somebody else; a worker will throw it away
+        return None  # written by somebody else; the worker that takes it ends and is started again

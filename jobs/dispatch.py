@@ -56,11 +56,14 @@ class Dispatcher:
         self._broker = broker.Broker(config)
         self._store: storage.ObjectStore | None = None
         self._store_again_at = 0.0
+        self._leases_count_from = 0.0
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
         """End lost attempts, write the result files of finished batches, fill the windows."""
-        ended = self._db.write(lifecycle.end_lost_attempts, budgets=self._budgets)
+        ended = []
+        if time.monotonic() >= self._leases_count_from:
+            ended = self._db.write(lifecycle.end_lost_attempts, budgets=self._budgets)
         for attempt_id in ended:
             log.warning("attempt.lost", attempt_id=attempt_id)
         sent, broker_error = 0, None
@@ -83,6 +86,8 @@ class Dispatcher:
                 tick = self.tick()
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("dispatch.database_unavailable", error=str(error)[:300])
+                # Nobody could renew a lease meanwhile: silence says nothing about a worker.
+                self._leases_count_from = time.monotonic() + self._config.lease_seconds
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
             if tick.sent or tick.ended_attempts or tick.finished_batches:

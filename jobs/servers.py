@@ -40,11 +40,11 @@ KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")  # RCLONE_* would
 
 # Runs between fork and exec without preexec_fn, which may deadlock when the parent has threads.
 EXEC_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[2]))  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -389,11 +389,11 @@ def _spawn(
         )
 
 
-def tied_to_parent() -> list[str]:
+def tied_to_parent(by: signal.Signals = signal.SIGTERM) -> list[str]:
     # The kernel signals at the end of the thread that forked, not of the process.
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return []
-    return [sys.executable, "-I", "-S", "-c", EXEC_WITH_PARENT, str(os.getpid())]
+    return [sys.executable, "-I", "-S", "-c", EXEC_WITH_PARENT, str(os.getpid()), str(int(by))]
 
 
 def _port_for(known: ServerState | None) -> int:

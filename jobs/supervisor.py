@@ -39,6 +39,8 @@ class Child:
     environment: Mapping[str, str] = field(default_factory=dict)
     log_path: Path | None = None
     """Where its output goes; None: where ours goes."""
+    ends_with_us_by: signal.Signals = signal.SIGTERM
+    """What it gets when we die. SIGKILL for one that must not outlive us by a moment."""
     restarts: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _pauses: "Pauses" = field(default_factory=lambda: Pauses())
@@ -61,7 +63,7 @@ class Child:
                 self.log_path.parent.mkdir(parents=True, exist_ok=True)
                 output = stack.enter_context(self.log_path.open("ab"))
             self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
-                [*servers.tied_to_parent(), *self.command],
+                [*servers.tied_to_parent(self.ends_with_us_by), *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

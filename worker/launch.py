@@ -217,7 +217,13 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
         taken = ",".join(names or ("rushes.render.nothing",))
         command = [*_celery(name, taken), "--pool=prefork", "--concurrency=1"]
         environment = {**slot.environment, "RUSHES_WORKER_NAME": name}
-        child = supervisor.Child(name=name, command=command, environment=environment)
+        child = supervisor.Child(
+            name=name,
+            command=command,
+            environment=environment,
+            # The next launcher starts a process on the same device.
+            ends_with_us_by=signal.SIGKILL,
+        )
         renderers.append(RenderProcess(slot=slot, name=name, child=child))
     publisher = supervisor.Child(
         name=f"publish@{host}",

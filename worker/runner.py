@@ -39,6 +39,7 @@ from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
+MIN_FREE_BYTES = 64 << 20  # a few videos and their sidecars
 HASH_LOOK_SECONDS = 5.0
 DEVICE_LOST = 71  # exit status, for the logs
 
@@ -69,12 +70,21 @@ class Runner:
 
     def run_attempt(self, job_id: int) -> None:
         """Render this job if it may still start. Every way it ends is written to its row."""
-        claim = self.db.write(
-            lifecycle.claim,
-            job_id,
-            worker=self.worker_settings.worker_name,
-            lease_seconds=self.config.lease_seconds,
-        )
+        free = scratch.free_bytes(self.config.scratch_dir)
+        if free < MIN_FREE_BYTES:
+            # This host's fault, not the job's: it stays queued, and its message is sent again.
+            log.error("scratch.full", folder=str(self.config.scratch_dir), free_bytes=free)
+            return
+        try:
+            claim = self.db.write(
+                lifecycle.claim,
+                job_id,
+                worker=self.worker_settings.worker_name,
+                lease_seconds=self.config.lease_seconds,
+            )
+        except DBAPIError as error:
+            log.warning("claim.missed", job_id=job_id, error=str(error)[:300])
+            return
         if claim is None:
             log.info("claim.refused", job_id=job_id)
             return

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +110,13 @@ class AttemptFolder:
             else:
                 # Perhaps removed by the one who held it before.
                 yield self.is_finished
+
+
+def free_bytes(root: Path) -> int:
+    """Room on the disk of the scratch folder, whether it exists yet or not."""
+    nearest = next(path for path in (root, *root.parents) if path.exists())
+    usage = shutil.disk_usage(nearest)
+    return usage.free if usage.total else sys.maxsize  # some filesystems do not count
 
 
 def folders(root: Path) -> list[AttemptFolder]:

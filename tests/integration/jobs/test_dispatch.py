@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from jobs import (
@@ -21,6 +22,7 @@ from jobs import (
     celery_app,
     database,
     dispatch,
+    lifecycle,
     presets,
     queues,
     retries,
@@ -570,3 +572,36 @@ def test_priority_goes_before_warm_weights() -> None:
     urgent = dispatch.Candidate(id=9, queue="q", rank=-5, weights="cold")
     warm = dispatch.Candidate(id=1, queue="q", rank=0, weights="warm")
     assert dispatch.in_runs([warm, urgent], {"warm"})[0] is urgent
+
+
+def test_silence_while_the_database_was_away_ends_no_attempt(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody could renew a lease: after an outage, each worker has a whole lease to report."""
+    world = sqlite_world
+    world.submit(1)
+    attempt_id = world.claimed(1)
+    world.expire(attempt_id)
+    dispatcher = dispatcher_of(world, clean_redis_url, tick_seconds=0.05, lease_seconds=2.0)
+    stop, real = threading.Event(), lifecycle.end_lost_attempts
+    broken = iter([True])
+
+    def first_without_database(*arguments: Any, **values: Any) -> list[int]:
+        if next(broken, False):
+            raise OperationalError("select", {}, Exception("gone"))
+        return real(*arguments, **values)
+
+    monkeypatch.setattr(lifecycle, "end_lost_attempts", first_without_database)
+    thread = threading.Thread(target=dispatcher.run, args=(stop,))
+    thread.start()
+    try:
+        time.sleep(1.0)
+        assert world.attempt(attempt_id).state is states.AttemptState.RUNNING
+        deadline = time.monotonic() + 30
+        while world.attempt(attempt_id).state is states.AttemptState.RUNNING:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        stop.set()
+        thread.join()
+    assert world.attempt(attempt_id).state is states.AttemptState.LOST

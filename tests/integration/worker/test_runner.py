@@ -164,6 +164,15 @@ def test_a_full_disk_is_named(host, failure_of):
     assert "No space left on device" in attempt.error
 
 
+def test_a_host_without_room_takes_no_job(host, monkeypatch):
+    """Its disk is full, the job is innocent: it stays queued for another host, untouched."""
+    job = host.submit()[0]
+    monkeypatch.setattr(runner, "MIN_FREE_BYTES", 1 << 60)
+    host.runner().run_attempt(job.id)
+    assert host.attempts(job.id) == []
+    assert host.job(job.id).state is states.JobState.QUEUED
+
+
 def test_a_scratch_folder_that_cannot_be_made_is_named(host, failure_of, monkeypatch):
     monkeypatch.setenv("RUSHES_SCRATCH_DIR", "/proc/rushes")
     _, attempt = failure_of(config=settings.load())
