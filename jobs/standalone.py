@@ -15,12 +15,29 @@ from typing import TypeVar
 
 import psutil
 import structlog
+from pydantic import SecretStr
 
 from jobs import database, errors, migrate, servers, settings, supervisor
 
 log = structlog.get_logger()
 
 LOOK_SECONDS = 0.5
+ADDRESSES = frozenset(
+    {
+        "database_url",
+        "broker_url",
+        "results_url",
+        "s3_endpoint_url",
+        "s3_public_endpoint_url",
+        "aws_region",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "aws_session_token",
+        "models_dir",
+        "presets_dir",
+    }
+)
+"""Settings that say where things are; the store's come together or not at all."""
 TINY_MODELS = {"tiny": "t2v", "tiny_i2v": "i2v"}
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
@@ -105,7 +122,7 @@ def running(
         refusal = f"`rushes up` already runs in {config.home}; stop it first, or set RUSHES_HOME"
         stack.enter_context(supervisor.only_one(config.home / LOCK, refusal))
         environment, kept_servers = _start_servers(config, stack, say)
-        _write_up_file(config.home, environment)
+        _write_up_file(config.home, _own_addresses(config) | environment)
         stack.callback((config.home / settings.UP_FILE).unlink, missing_ok=True)
         here = settings.load(home=str(config.home))
         db = database.connect(here)
@@ -213,6 +230,20 @@ def _stop_child(child: supervisor.Child, grace_seconds: float, hurry: threading.
             asked_again = True
         child.wait(LOOK_SECONDS)
     child.kill()
+
+
+def _own_addresses(config: settings.Settings) -> dict[str, str]:
+    """What our environment names: other terminals need not name it again."""
+    given = settings.given_names()
+    if "RUSHES_RESULTS_URL" not in given:
+        given -= set(settings.RESULTS_NAMES)
+    found: dict[str, str] = {}
+    for setting, names in settings.environment_names().items():
+        value = getattr(config, setting)
+        if setting not in ADDRESSES or given.isdisjoint(names) or value is None:
+            continue
+        found[names[0]] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+    return found
 
 
 def _write_up_file(home: Path, environment: Mapping[str, str]) -> None:

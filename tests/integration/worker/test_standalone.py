@@ -258,3 +258,22 @@ def test_a_server_that_dies_under_it_comes_back(farms, until):
     until(lambda: b"server.restarted" in farms.said)
     until(answers)
     assert settings.read_up_file(farms.home)["CELERY_BROKER_URL"] == address
+
+
+def test_addresses_that_it_was_given_are_found_by_other_terminals(tmp_path, monkeypatch):
+    """`DATABASE_URL=... rushes up` here, a bare `rushes list` there: the same database."""
+    for name, value in {
+        "DATABASE_URL": "postgres://me:secret@db.example/rushes",
+        "RUSHES_RESULTS_URL": "s3://mine/results",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "RUSHES_WINDOW": "5",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = standalone._own_addresses(settings.load())
+    assert found == {
+        "DATABASE_URL": "postgresql+psycopg://me:secret@db.example/rushes",
+        "RUSHES_RESULTS_URL": "s3://mine/results",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example",
+    }
+    monkeypatch.delenv("RUSHES_RESULTS_URL")
+    assert set(standalone._own_addresses(settings.load())) == {"DATABASE_URL"}
