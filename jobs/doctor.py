@@ -20,11 +20,21 @@ from urllib.parse import urlsplit
 import redis
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import beat, broker, database, errors, migrate, presets, queries, settings, storage
+from jobs import (
+    beat,
+    broker,
+    database,
+    errors,
+    migrate,
+    presets,
+    queries,
+    settings,
+    storage,
+    workers,
+)
 
 MAX_CLOCK_SKEW_SECONDS = 5.0  # log lines and rows are compared by people
 SLOW_BROKER_SECONDS = 0.1
-NO_SCRATCH_BYTES = 64 << 20  # workers stop taking jobs below this
 MIN_SCRATCH_BYTES = 2_000_000_000  # a few hundred videos that wait for upload
 OBJECT_BYTES = 100_000
 LINK_SECONDS = 60
@@ -326,7 +336,7 @@ def _scratch(config: settings.Settings) -> Iterator[Check]:
         return
     free = shutil.disk_usage(nearest).free
     seen = f"{folder}: {free / 1e9:.1f} GB free"
-    if free < NO_SCRATCH_BYTES:
+    if free < workers.MIN_FREE_BYTES:
         yield _fail("scratch", f"{seen}: its workers take no jobs", advice)
     elif free < MIN_SCRATCH_BYTES:
         yield _warn("scratch", seen, advice)

@@ -223,12 +223,11 @@ def live_workers_by_queues(session: Session) -> dict[tuple[str, ...], int]:
 
 def live_workers_by_queue(session: Session) -> dict[str, int]:
     """Queue -> how many live workers take from it."""
-    numbers: dict[str, int] = {}
-    for live in live_workers(session):
-        if live.is_alive:
-            for queue in live.worker.queues:
-                numbers[queue] = numbers.get(queue, 0) + 1
-    return numbers
+    numbers: Counter[str] = Counter()
+    for queues, workers_there in live_workers_by_queues(session).items():
+        for queue in queues:
+            numbers[queue] += workers_there
+    return dict(numbers)
 
 
 def queues_without_workers(session: Session, batch_id: str) -> list[str]:

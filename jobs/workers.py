@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from jobs import database
 from jobs.schema import Worker
 
+MIN_FREE_BYTES = 64 << 20  # with less on its scratch disk, a few videos, a worker takes no jobs
 ALIVE_SECONDS = 30.0  # three missed beats of the launcher
 BEAT_SECONDS = 10.0
 

@@ -21,6 +21,7 @@ from jobs import (
     settings,
     states,
     storage,
+    workers,
 )
 from models import conditioning
 from worker import (
@@ -39,7 +40,6 @@ from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
-MIN_FREE_BYTES = 64 << 20  # a few videos and their sidecars
 HASH_LOOK_SECONDS = 5.0
 DEVICE_LOST = 71  # exit status, for the logs
 
@@ -71,7 +71,7 @@ class Runner:
     def run_attempt(self, job_id: int) -> None:
         """Render this job if it may still start. Every way it ends is written to its row."""
         free = scratch.free_bytes(self.config.scratch_dir)
-        if free < MIN_FREE_BYTES:
+        if free < workers.MIN_FREE_BYTES:
             # This host's fault, not the job's: it stays queued, and its message is sent again.
             log.error("scratch.full", folder=str(self.config.scratch_dir), free_bytes=free)
             return

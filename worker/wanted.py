@@ -46,9 +46,6 @@ def mode_of(look: presets.Look) -> memory.Mode:
 def transformer_files(look: presets.Look, models_dir: Path) -> tuple[Path | None, Path | None]:
     """The transformer and the one for low noise, where the look names them."""
     first = look.high_noise_transformer or look.transformer
-    if first is None and look.quantization is not None:
-        # LightX2V's place for 8-bit weights of a model, when a preset names none.
-        first = f"{look.model_path}/distill_{look.quantization}"
     low = look.low_noise_transformer
     return (
         None if first is None else models_dir / first,

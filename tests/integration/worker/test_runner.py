@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from jobs import broker, dispatch, lifecycle, presets, settings, states
+from jobs import broker, dispatch, lifecycle, presets, settings, states, workers
 from worker import errors, finished, resident, runner, scratch, video, wanted
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_named(host, failure_of):
 def test_a_host_without_room_takes_no_job(host, monkeypatch):
     """Its disk is full, the job is innocent: it stays queued for another host, untouched."""
     job = host.submit()[0]
-    monkeypatch.setattr(runner, "MIN_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(workers, "MIN_FREE_BYTES", 1 << 60)
     host.runner().run_attempt(job.id)
     assert host.attempts(job.id) == []
     assert host.job(job.id).state is states.JobState.QUEUED
