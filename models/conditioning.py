@@ -8,27 +8,22 @@ never noised itself.
 # B batch, C channels (RGB, latent, or of the condition: mask and latent), T frames, H W rows
 # columns, S text tokens, I image tokens, G width of text or of image tokens
 
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models import image_encoder, sampling, sizes, transformer, vae
+from models import image_encoder, sampling, transformer, vae
 
-if TYPE_CHECKING:
-    from PIL import Image
+NOT_CROPPED_BELOW = 0.01  # difference of height / width that is stretched instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The video that an image is to start; with `image_sha256` the key to keep a condition under.
+    """The video that an image is to start.
 
-    `crops`: the image is cropped to the video's aspect, as size rule "adaptive" asks for;
-    otherwise it is stretched to the video's size, as "keep_area" does.
+    `crops`: the image is cropped to the video's aspect; otherwise it is stretched to its size.
     """
 
     width: int
@@ -61,7 +56,7 @@ def encode(
     """
     image_BCHW = to_signed(image_HWC)
     if target.crops:
-        image_BCHW = crop_to_fill(image_BCHW, sizes.Size(target.width, target.height))
+        image_BCHW = crop_to_fill(image_BCHW, target)
     # Resized on the CPU, so that every device encodes the same frame.
     frame_BCHW = first_frame(image_BCHW, target).to(autoencoder.conv1.weight.device)
     latents_BCTHW = autoencoder.encode(pad_in_time(frame_BCHW, target.num_frames))
@@ -92,43 +87,6 @@ def velocity(
     return of
 
 
-def from_pil(image: "Image.Image") -> Tensor:
-    """RGB levels [H, W, 3] as uint8, turned upright as EXIF says.
-
-    Any mode of 8 or 16 bits will do. Transparency is dropped and colour profiles are not applied,
-    as in official Wan. Raises ValueError for a damaged file and for floating-point levels.
-    """
-    from PIL import Image  # only here: who has tensors needs no Pillow
-
-    try:
-        image.load()
-    except OSError as error:
-        raise ValueError(f"the image is damaged: {error}") from error
-    upright = _upright(image)
-    if upright.mode == "F":
-        raise ValueError("an image of floating-point levels has no known range; use 8 or 16 bits")
-    if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        levels = np.asarray(upright).astype(np.float64).clip(0, 65535) / 257
-        upright = Image.fromarray(levels.round().astype(np.uint8))
-    return torch.from_numpy(np.array(upright.convert("RGB")))
-
-
-def _upright(image: "Image.Image") -> "Image.Image":
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except SyntaxError:  # Pillow's word for an EXIF block that is none; viewers show these as is
-        return image
-
-
-def image_sha256(image_HWC: Tensor) -> str:
-    """Of the levels and the shape: equal for one picture in two files."""
-    digest = hashlib.sha256(repr(tuple(image_HWC.shape)).encode())
-    digest.update(image_HWC.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def to_signed(image_HWC: Tensor) -> Tensor:
     """0..255 -> [-1, 1] in fp32, [1, 3, H, W]."""
     is_image = image_HWC.ndim == 3 and image_HWC.shape[-1] == 3 and image_HWC.numel() > 0
@@ -138,17 +96,28 @@ def to_signed(image_HWC: Tensor) -> Tensor:
     return (image_HWC.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
 
 
-def crop_to_fill(image_BCHW: Tensor, size: sizes.Size) -> Tensor:
+def crop_to_fill(image_BCHW: Tensor, target: Target) -> Tensor:
     """The middle of the image at exactly this size; antialiased, as LightX2V's server has it."""
-    rows, columns = image_BCHW.shape[2:]
-    box = sizes.crop(sizes.Size(columns, rows), size)
+    rows, columns = middle(*image_BCHW.shape[2:], aspect=target.height / target.width)
     return functional.interpolate(
-        image_BCHW[:, :, box.top : box.bottom, box.left : box.right],
-        size=(size.height, size.width),
+        image_BCHW[:, :, rows, columns],
+        size=(target.height, target.width),
         mode="bicubic",
         align_corners=False,
         antialias=True,
     )
+
+
+def middle(height: int, width: int, *, aspect: float) -> tuple[slice, slice]:
+    """Rows and columns of an image that have this height / width; all where it nearly has it."""
+    rows, columns = height, width
+    if abs(height / width - aspect) >= NOT_CROPPED_BELOW:
+        if height / width > aspect:
+            rows = max(1, int(aspect * width))
+        else:
+            columns = max(1, int(height / aspect))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return slice(top, top + rows), slice(left, left + columns)
 
 
 def first_frame(image_BCHW: Tensor, target: Target) -> Tensor:

@@ -7,7 +7,9 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import structlog
+import torch
 from sqlalchemy.exc import DBAPIError
 from torch import Tensor
 
@@ -23,7 +25,6 @@ from jobs import (
     storage,
     workers,
 )
-from models import conditioning
 from worker import (
     components,
     device,
@@ -172,7 +173,7 @@ class Runner:
             data = storage.open_store(self.config).read_bytes(spec.image_key)
         except storage.StorageError as error:
             raise errors.ImageUnavailable(str(error)) from error
-        return conditioning.from_pil(images.decode_rgb(data))
+        return torch.from_numpy(np.array(images.decode_rgb(data)))
 
     def _make_mp4(
         self,

@@ -114,9 +114,17 @@ def picture(width, height):
     return Image.fromarray((127.5 + 100 * np.stack(waves, axis=-1)).astype(np.uint8))
 
 
+def levels(image):
+    return torch.from_numpy(np.array(image))
+
+
+def signed(image):
+    return conditioning.to_signed(levels(image))
+
+
 def encode(networks, image, target=TARGET):
     return conditioning.encode(
-        conditioning.from_pil(image), target, clip=networks.image_encoder, autoencoder=networks.vae
+        levels(image), target, clip=networks.image_encoder, autoencoder=networks.vae
     )
 
 
@@ -142,7 +150,7 @@ def test_the_condition_agrees_in_fp64(num_frames, worlds, in_fp64, in_default_fp
     pipeline, networks = worlds(torch.float64)
     target = dataclasses.replace(TARGET, num_frames=num_frames)
     image = picture(101, 70)
-    frame = conditioning.first_frame(conditioning.to_signed(conditioning.from_pil(image)), target)
+    frame = conditioning.first_frame(signed(image), target)
     ours = encode(networks, image, target).y_BCTHW
     theirs = their_condition(pipeline, frame, torch.float64, target)
     assert torch.equal(ours[:, :4], theirs[:, :4])
@@ -166,7 +174,7 @@ def test_diffusers_resizes_with_another_filter(worlds):
     generator = np.random.default_rng(0)
     image = Image.fromarray(generator.integers(0, 256, (200, 300, 3), dtype=np.uint8))
     theirs = pipeline.video_processor.preprocess(image, TARGET.height, TARGET.width)
-    ours = conditioning.first_frame(conditioning.to_signed(conditioning.from_pil(image)), TARGET)
+    ours = conditioning.first_frame(signed(image), TARGET)
     assert (ours - theirs).abs().mean() > 0.1
     assert theirs.std() < 0.5 * ours.std(), "antialiasing flattens noise"
 
@@ -175,9 +183,7 @@ def test_tokens_agree_in_fp64(worlds, relative_error):
     """The pipeline's `encode_image`: hidden_states[-2] of what its processor hands over."""
     pipeline, networks = worlds(torch.float64)
     image = picture(101, 70)
-    pixels = image_encoder.prepare(
-        conditioning.to_signed(conditioning.from_pil(image)), CLIP.image_size
-    )
+    pixels = image_encoder.prepare(signed(image), CLIP.image_size)
     pipeline.image_processor = lambda images, return_tensors: BatchFeature(
         {"pixel_values": pixels.double()}
     )
@@ -215,9 +221,9 @@ def test_four_steps_and_decode_agree_in_fp64(
         step_rule="euler",
     )
 
-    signed = conditioning.to_signed(conditioning.from_pil(image))
-    theirs = their_condition(pipeline, conditioning.first_frame(signed, TARGET), torch.float64)
-    pixels = image_encoder.prepare(signed, CLIP.image_size).double()
+    frame = conditioning.first_frame(signed(image), TARGET)
+    theirs = their_condition(pipeline, frame, torch.float64)
+    pixels = image_encoder.prepare(signed(image), CLIP.image_size).double()
     tokens = pipeline.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
     expected = four_steps(pipeline.transformer, theirs, tokens, context, noise)
     assert relative_error(latents, expected) < 1e-9
@@ -264,7 +270,7 @@ def test_what_is_often_got_wrong_would_show(wrong, worlds, draw, relative_error)
     noise = draw(1, 16, 3, 4, 6)
     right = encode(networks, image)
     mask, latents = right.y_BCTHW[:, :4], right.y_BCTHW[:, 4:]
-    black = conditioning.first_frame(conditioning.to_signed(conditioning.from_pil(image)), TARGET)
+    black = conditioning.first_frame(signed(image), TARGET)
     frames = conditioning.pad_in_time(black, 9)
     frames[:, :, 1:] = -1
     y = {

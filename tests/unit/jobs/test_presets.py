@@ -435,6 +435,21 @@ class TestSizeOfAnImage:
         assert found[0].crops_image
         assert "resolution decides" in dict(preset.keys_without_effect)["target_width"]
 
+    @pytest.mark.parametrize(
+        ("image", "size"),
+        [
+            ((1000, 833), (832, 480)),
+            ((1000, 834), (480, 480)),
+            ((1000, 1249), (480, 480)),
+            ((1000, 1250), (480, 832)),  # 1.25 lies in the middle: portrait comes before square
+            ((4000, 100), (832, 480)),
+        ],
+    )
+    def test_the_edges_between_buckets(self, write, image, size):
+        fields = {"task": "i2v", "resize_mode": "adaptive", "size": [480, 832]}
+        look = presets.load(write(fields)).look.sized(*image)
+        assert (look.width, look.height) == size
+
     def test_bucket_without_a_resolution_takes_the_nearest_to_the_target(self, write):
         fields = {"task": "i2v", "resize_mode": "adaptive", "size": [720, 1280]}
         look = presets.load(write(fields)).look.sized(100, 100)

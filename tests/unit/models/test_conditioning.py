@@ -1,11 +1,7 @@
 """How an image becomes a condition: levels, sizes, padding, mask, and the order of channels."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models import checkpoint, conditioning, layout
 from models.conditioning import Target
@@ -114,11 +110,29 @@ def test_an_image_is_stretched_unless_it_is_to_be_cropped():
     image = torch.zeros(30, 90, 3, dtype=torch.uint8)
     image[:, :30, 0], image[:, 30:, 2] = 255, 255
     signed = conditioning.to_signed(image)
-    stretched = conditioning.first_frame(signed, Target(width=48, height=48, num_frames=1))
-    cropped = conditioning.crop_to_fill(signed, conditioning.sizes.Size(48, 48))
+    target = Target(width=48, height=48, num_frames=1)
+    stretched = conditioning.first_frame(signed, target)
+    cropped = conditioning.crop_to_fill(signed, target)
     assert stretched.shape == cropped.shape == (1, 3, 48, 48)
     assert (stretched[0, 0] > 0).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
     assert (cropped[0, 0] > 0).float().mean().item() == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("image", "video", "box"),
+    [
+        ((1000, 1000), (480, 480), (0, 0, 1000, 1000)),
+        ((1920, 1080), (832, 480), (24, 0, 1896, 1080)),
+        ((1900, 1096), (832, 480), (0, 0, 1900, 1096)),  # 0.5768 against 0.5769: stretched
+        ((1080, 1920), (480, 832), (0, 24, 1080, 1896)),
+        ((601, 1001), (480, 480), (0, 200, 601, 801)),
+        ((1, 100), (832, 480), (0, 49, 1, 50)),
+    ],
+)
+def test_the_middle_is_kept(image, video, box):
+    """Sizes are width and height, the box left, top, right and bottom."""
+    rows, columns = conditioning.middle(image[1], image[0], aspect=video[1] / video[0])
+    assert (columns.start, rows.start, columns.stop, rows.stop) == box
 
 
 def test_a_frame_of_the_videos_size_is_not_resampled():
@@ -178,79 +192,3 @@ def test_a_target_without_latents_is_refused(networks, change, says):
     target = Target(**({"width": 64, "height": 48, "num_frames": 9} | change))
     with pytest.raises(ValueError, match=says):
         encode(networks, picture(48, 64), target)
-
-
-def test_a_key_tells_pictures_and_targets_apart():
-    image = picture(4, 6)
-    assert conditioning.image_sha256(image) == conditioning.image_sha256(image.clone())
-    assert conditioning.image_sha256(image) != conditioning.image_sha256(picture(4, 6, seed=1))
-    assert conditioning.image_sha256(image) != conditioning.image_sha256(image.view(6, 4, 3))
-    assert len({TARGET, Target(width=64, height=48, num_frames=9, crops=True)}) == 2
-
-
-def saved(image, **options):
-    """As it comes back from a file."""
-    stream = io.BytesIO()
-    image.save(stream, **options)
-    stream.seek(0)
-    return Image.open(stream)
-
-
-def test_colours_come_in_the_order_red_green_blue():
-    image = saved(Image.new("RGB", (3, 2), (10, 20, 30)), format="PNG")
-    rgb = conditioning.from_pil(image)
-    assert rgb.dtype == torch.uint8
-    assert rgb.shape == (2, 3, 3)
-    assert rgb[0, 0].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (Image.new("L", (2, 2), 77), [77, 77, 77]),
-        (Image.new("1", (2, 2), 1), [255, 255, 255]),
-        (Image.new("LA", (2, 2), (77, 0)), [77, 77, 77]),
-        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), [10, 20, 30]),
-        (Image.new("RGB", (2, 2), (10, 20, 30)).quantize(2), [10, 20, 30]),
-        (Image.fromarray(np.full((2, 2), 257 * 77, dtype=np.uint16)), [77, 77, 77]),
-    ],
-    ids=["grey", "bits", "grey-alpha", "alpha", "palette", "16-bit"],
-)
-def test_any_mode_becomes_rgb(image, expected):
-    assert conditioning.from_pil(saved(image, format="PNG"))[0, 0].tolist() == expected
-
-
-def test_print_colours_become_rgb():
-    image = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), format="TIFF")
-    red, green, blue = conditioning.from_pil(image)[0, 0].tolist()
-    assert red > 200
-    assert max(green, blue) < 60
-
-
-def test_an_image_is_turned_as_its_exif_says():
-    """Orientation 6: the camera was held upright; the file's left edge is the picture's top."""
-    image = Image.new("RGB", (20, 10), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 10, 10))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    upright = conditioning.from_pil(saved(image, format="PNG", exif=exif))
-    assert upright.shape == (20, 10, 3)
-    assert (upright[:10] == 255).all()
-    assert (upright[10:] == 0).all()
-
-
-def test_floating_point_images_have_no_range():
-    with pytest.raises(ValueError, match="8 or 16 bits"):
-        conditioning.from_pil(Image.new("F", (2, 2), 0.5))
-
-
-def test_an_exif_block_that_is_none_turns_nothing():
-    image = saved(Image.new("RGB", (3, 2), (10, 20, 30)), format="PNG", exif=b"Exif\0\0garbage")
-    assert conditioning.from_pil(image).shape == (2, 3, 3)
-
-
-def test_a_file_that_ends_early_is_damaged():
-    stream = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(stream, format="JPEG")
-    with pytest.raises(ValueError, match=r"the image is damaged: .*truncated"):
-        conditioning.from_pil(Image.open(io.BytesIO(stream.getvalue()[:1000])))

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import checkpoint, config, errors, experts, layout, transformer_files
+from models import checkpoint, config, errors, layout, transformer_files
 from models.tiny import make
 
 DIT = "diffusion_pytorch_model.safetensors"
@@ -327,26 +327,3 @@ def test_two_experts_in_diffusers_names(diffusers_root):
     assert torch.equal(found, theirs["scale_shift_table"])
     with pytest.raises(errors.CheckpointError, match="either both are replaced or none"):
         layout.find(root, low_noise_file=root / "transformer_2" / DIT)
-
-
-def test_the_switch_gives_the_first_steps_to_high_noise():
-    high, low = torch.nn.Identity(), torch.nn.Identity()
-    switch = experts.ExpertSwitch(high, low, boundary_step_index=2)
-    assert [switch.at(step) is high for step in range(4)] == [True, True, False, False]
-    assert experts.ExpertSwitch(high, low, boundary_step_index=0).at(0) is low
-
-
-def test_the_switch_computes_with_the_selected_expert():
-    def expert(factor):
-        return lambda x, _t, _context: x * factor
-
-    switch = experts.ExpertSwitch(expert(2), expert(3), boundary_step_index=1)
-    for step, expected in [(0, 2.0), (1, 3.0)]:
-        switch.select(step, 2)
-        assert switch(torch.ones(1), None, None).item() == expected
-
-
-@pytest.mark.parametrize("index", [-1, 1.5, True, "2"])
-def test_a_boundary_must_be_a_step(index):
-    with pytest.raises(ValueError, match="boundary_step_index must"):
-        experts.ExpertSwitch(None, None, boundary_step_index=index)
