@@ -77,9 +77,9 @@ def load_text_to_video(
 
     Text encoder and transformer compute in `dtype`, the latter with its small parameters in fp32.
     The autoencoder computes in `vae_dtype`, by default at least fp32 as in official Wan.
-    `transformer_file` is a complete native transformer to use instead of the folder's (a file, an
-    index or a folder), `base` passes over a distilled one. Raises CheckpointError for whatever is
-    missing, ambiguous, unreadable or not as the configs say.
+    `transformer_file` is a complete transformer to use instead of the folder's (a file, an index or
+    a folder; named as in either layout), `base` passes over a distilled one. Raises CheckpointError
+    for whatever is missing, ambiguous, unreadable or not as the configs say.
     """
     task = layout.Task.TEXT_TO_VIDEO
     files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
@@ -248,7 +248,7 @@ def _load_transformer(
     paths = files.low_noise_transformer if low_noise else files.transformer
     with torch.device("meta"):
         network = transformer.WanTransformer(sizes)
-    tensors = _read_transformer(files, paths, network)
+    tensors = _read_transformer(paths, network)
     tensors, quantized = quantization.prepare(network, tensors, _named(paths))
     native = network.state_dict().keys()
     dtypes = {name: transformer.parameter_dtype(name, dtype) for name in native} | quantized
@@ -261,14 +261,14 @@ def read_transformer(files: layout.ModelFiles) -> dict[str, Tensor]:
     _check_number_of_transformers(files, 1)
     with torch.device("meta"):
         network = transformer.WanTransformer(_read_sizes(files).transformer)
-    return _read_transformer(files, files.transformer, network)
+    return _read_transformer(files.transformer, network)
 
 
 def _read_transformer(
-    files: layout.ModelFiles, paths: tuple[Path, ...], network: transformer.WanTransformer
+    paths: tuple[Path, ...], network: transformer.WanTransformer
 ) -> dict[str, Tensor]:
     native = network.state_dict().keys()
-    names = {} if files.transformer_is_native else weight_names.transformer_from_diffusers(native)
+    names = weight_names.transformer_from_diffusers(native)  # no native name is another's there
     dtypes = WEIGHT_DTYPES + quantization.CODE_DTYPES
     tensors = read_tensors(paths, names, dtypes=dtypes)
     if LAST_FRAME_TENSOR in tensors:

@@ -52,6 +52,14 @@ class UnreadableWeightsError(CheckpointError):
         self.reason = reason
 
 
+class WeightsChangedError(CheckpointError):
+    """A weight file is another one than when it was loaded: the model must be loaded anew."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: has changed since it was loaded")
+        self.path = path
+
+
 class WeightsMismatchError(CheckpointError):
     """The tensors in the files are not exactly those of the network that the config describes."""
 

@@ -12,7 +12,8 @@ Two layouts are known. Native (Wan2.1 as released, LightX2V):
     google/umt5-xxl/                                   tokenizer
     t5_config.json, vae_config.json                    only where these differ from Wan2.1
 
-Diffusers: `model_index.json` and the folders transformer, vae, text_encoder, tokenizer.
+Diffusers: `model_index.json` and the folders transformer, vae, text_encoder, tokenizer. A distilled
+transformer may lie there as in the native layout, and then comes before transformer/.
 
 An image-to-video model has one network more, in the root or in image_encoder/:
 
@@ -68,8 +69,7 @@ class ModelFiles:
     task: Task
     transformer_config: Path
     transformer: tuple[Path, ...]
-    """One file, the shards of one index, or the files of a split by block."""
-    transformer_is_native: bool
+    """One file, the shards of one index, or the files of a split by block, in either naming."""
     vae_config: Path | None
     """None: Wan2.1's own dimensions."""
     vae: tuple[Path, ...]
@@ -92,6 +92,12 @@ class ModelFiles:
     def weights(self) -> tuple[Path, ...]:
         transformers = self.transformer + self.low_noise_transformer
         return transformers + self.vae + self.text_encoder + self.image_encoder
+
+    @property
+    def transformers_can_be_read_again(self) -> bool:
+        """Tensor by tensor, so that a LoRA needs no copies of what it changes."""
+        paths = self.transformer + self.low_noise_transformer
+        return all(path.suffix == ".safetensors" for path in paths)
 
     @property
     def sizes_bytes(self) -> Mapping[Path, int]:
@@ -163,14 +169,13 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
     if has_two:
         transformer = _expert(root, 0, folders, asked.transformer)
     else:
-        transformer = _native_transformer(root, asked)
+        transformer = _only_transformer(root, asked, plain=root)
     return ModelFiles(
         root=root,
         layout=Layout.NATIVE,
         task=task,
         transformer_config=transformer_config,
         transformer=transformer,
-        transformer_is_native=True,
         vae_config=_if_there(root / "vae_config.json"),
         vae=(_beside(root, VAE_FILE),),
         text_encoder_config=_if_there(root / "t5_config.json"),
@@ -184,11 +189,12 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
     )
 
 
-def _native_transformer(root: Path, asked: _Asked) -> tuple[Path, ...]:
+def _only_transformer(root: Path, asked: _Asked, *, plain: Path) -> tuple[Path, ...]:
+    """The one that was asked for, else a distilled one, else the one that lies in `plain`."""
     if asked.transformer:
         return transformer_files.named(asked.transformer)
     distilled = None if asked.base else transformer_files.distilled(root)
-    return distilled or transformer_files.base(root)
+    return distilled or transformer_files.base(plain)
 
 
 def _expert(
@@ -231,17 +237,13 @@ def _diffusers(root: Path, asked: _Asked) -> ModelFiles:
     task = _task(folders["transformer"] / "config.json", asked.task)
     takes_tokens = config_files.read_json(folders["transformer"] / "config.json").get("image_dim")
     clip = _folder(root, "image_encoder") if takes_tokens is not None else None
-    low_noise = root / "transformer_2" if (root / "transformer_2").is_dir() else None
-    if low_noise and (asked.transformer is None) != (asked.low_noise is None):
-        problem = "of two transformers in diffusers' names either both are replaced or none"
-        raise errors.CheckpointError(f"{root}: {problem}")
+    transformer, low_noise = _diffusers_transformers(root, asked)
     return ModelFiles(
         root=root,
         layout=Layout.DIFFUSERS,
         task=task,
         transformer_config=folders["transformer"] / "config.json",
-        transformer=_diffusers_transformer(folders["transformer"], asked.transformer),
-        transformer_is_native=asked.transformer is not None,
+        transformer=transformer,
         vae_config=folders["vae"] / "config.json",
         vae=transformer_files.base(folders["vae"], what="autoencoder"),
         text_encoder_config=folders["text_encoder"] / "config.json",
@@ -249,15 +251,32 @@ def _diffusers(root: Path, asked: _Asked) -> ModelFiles:
         tokenizer=folders["tokenizer"],
         image_encoder_config=clip / "config.json" if clip else None,
         image_encoder=_shipped(clip, "image encoder") if clip else (),
-        low_noise_transformer=(
-            _diffusers_transformer(low_noise, asked.low_noise) if low_noise else ()
-        ),
-        low_noise_config=low_noise / "config.json" if low_noise else None,
+        low_noise_transformer=low_noise,
+        low_noise_config=root / "transformer_2" / "config.json" if low_noise else None,
     )
 
 
-def _diffusers_transformer(folder: Path, asked: Path | None) -> tuple[Path, ...]:
-    return transformer_files.named(asked) if asked else transformer_files.base(folder)
+def _diffusers_transformers(root: Path, asked: _Asked) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The only one or that for high noise; that for low noise, if there are two."""
+    plain = (root / "transformer", root / "transformer_2")
+    if not plain[1].is_dir():
+        return _only_transformer(root, asked, plain=plain[0]), ()
+    distilled = None if asked.base else transformer_files.expert_folders(root)
+    if distilled and distilled[0].parent == root:
+        raise errors.AmbiguousFilesError(root, "transformers", [*distilled, *plain])
+    high, low = (
+        transformer_files.named(own) if own else _in_either(distilled, plain, number)
+        for number, own in enumerate((asked.transformer, asked.low_noise))
+    )
+    return high, low
+
+
+def _in_either(
+    distilled: tuple[Path, Path] | None, plain: tuple[Path, Path], number: int
+) -> tuple[Path, ...]:
+    if distilled is None:
+        return transformer_files.base(plain[number])
+    return transformer_files.in_folder(distilled[number])
 
 
 def _shipped(folder: Path, what: str) -> tuple[Path, ...]:

@@ -28,16 +28,16 @@ class Choice:
 
 
 Pristine = Callable[[str], Tensor]
-"""Native name -> the parameter as it was loaded, on the CPU."""
+"""Native name -> the parameter as it is stored, on the CPU."""
 
 
 class LoraSwitcher:
     """Gives one network the LoRAs of the job at hand; its weights depend on the last call only.
 
-    Weights are merged in fp32 (fp64 stays fp64) from the untouched ones and rounded once; what a
-    LoRA changes is kept as it was loaded, in its own dtype, in the memory of the host: for a LoRA
-    on every matrix of a 14B model in bf16 that is another 28 GB, pinned if the network is on CUDA.
-    `pristine` reads from the files instead and keeps nothing. On quantized weights a LoRA runs
+    Weights are merged in fp32 (fp64 stays fp64) from the untouched ones and rounded once. These
+    come from `pristine`, which reads them again; without it, what a LoRA changes is kept as it was
+    loaded in the memory of the host: for a LoRA on every matrix of a 14B model in bf16 another
+    28 GB, pinned if the network is on CUDA. On quantized weights a LoRA runs
     beside them (see `QuantizedLinear`). Not for use during a forward.
     """
 
@@ -104,7 +104,8 @@ class LoraSwitcher:
             _run_beside(self._quantized[name], name, touching, self._device)
             return
         parameter = self._parameters[name]
-        untouched = self._pristine(name) if self._pristine else self._kept[name]
+        untouched = self._kept[name] if self._pristine is None else self._pristine(name)
+        untouched = untouched.to(parameter.dtype)  # as it was loaded: from there it is merged
         if touching:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             untouched = untouched.to(self._device or parameter.device, wide)

@@ -113,9 +113,9 @@ def needed(
 ) -> Need:
     """Estimate what rendering one video needs.
 
-    `vae_bytes` is 4 for the autoencoder in fp32 and 2 in bf16. `switches_loras` adds the untouched
-    weights that a `LoraSwitcher` keeps, at most the whole transformer. Reads headers and configs
-    only; raises CheckpointError for broken ones.
+    `vae_bytes` is 4 for the autoencoder in fp32 and 2 in bf16. `switches_loras` adds the copies
+    that a LoRA needs of weights that cannot be read again, at most the whole transformer. Reads
+    headers and configs only; raises CheckpointError for broken ones.
     """
     sizes = _transformer_sizes(files)
     vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
@@ -142,7 +142,8 @@ def needed(
         }
         for stage in activations
     }
-    return Need(stages=stages, host=_host(weights, mode, switches_loras=switches_loras))
+    keeps_copies = switches_loras and not files.transformers_can_be_read_again
+    return Need(stages=stages, host=_host(weights, mode, keeps_copies=keeps_copies))
 
 
 def _resident(weights: _Weights, mode: Mode) -> dict[str, int]:
@@ -175,7 +176,7 @@ def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
     return found
 
 
-def _host(weights: _Weights, mode: Mode, *, switches_loras: bool) -> dict[str, int]:
+def _host(weights: _Weights, mode: Mode, *, keeps_copies: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     parks = mode.offload is not Offload.NONE or mode.park_encoders
     if parks or mode.text_encoder_on_cpu:
@@ -187,7 +188,7 @@ def _host(weights: _Weights, mode: Mode, *, switches_loras: bool) -> dict[str, i
     if mode.offload is Offload.BLOCK:
         # torch rounds each pinned allocation up to a power of two.
         found["transformer blocks"] = sum(_power_of_two(count) for count in weights.blocks)
-    if switches_loras:
+    if keeps_copies:
         found["weights without LoRA"] = weights.transformers
     return {name: count for name, count in found.items() if count}
 

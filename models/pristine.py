@@ -1,47 +1,45 @@
 """Weights as they were loaded, read from their files again: for a LoRA, in place of copies."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import Tensor
 
-from models import errors, layout, safetensors_files, transformer, weight_names
+from models import errors, safetensors_files, weight_names
 
 
 class PristineFiles:
-    """Gives a `LoraSwitcher` the untouched parameters of one transformer, one at a time.
+    """Gives a `LoraSwitcher` the stored parameters of one transformer, one at a time.
 
-    Nothing is kept in memory; switching then reads what a LoRA changes from the disk, or from the
-    system's cache of it. Make it beside the loading: a file that changes later is refused.
+    Nothing is kept in memory: switching reads what a LoRA changes from the disk, or from the
+    system's cache of it. Make it before loading: a file that changes later is refused.
     """
 
-    def __init__(
-        self, files: layout.ModelFiles, *, dtype: torch.dtype, low_noise: bool = False
-    ) -> None:
-        paths = files.low_noise_transformer if low_noise else files.transformer
-        for path in paths:
-            if path.suffix != ".safetensors":
-                problem = "single tensors are read again from .safetensors only"
-                raise errors.UnreadableWeightsError(path, problem)
-        self._dtype = dtype
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Files in the safetensors format, with names of either layout."""
         self._stamps = {path: _stamp(path) for path in paths}
-        self._stored = {
+        self._places = {
             name: path for path in paths for name in safetensors_files.read_header(path)
         }
-        self._is_native = files.transformer_is_native
 
     def __call__(self, name: str) -> Tensor:
-        stored = name if self._is_native else weight_names.rename(name, weight_names.TRANSFORMER)
-        path = self._stored[stored]
+        """The parameter of this native name as it is stored.
+
+        Raises WeightsChangedError, and UnreadableWeightsError where the file is gone.
+        """
+        stored = name
+        if stored not in self._places:
+            stored = weight_names.rename(name, weight_names.TRANSFORMER)
+        path = self._places[stored]
         try:
             if _stamp(path) != self._stamps[path]:
-                raise errors.UnreadableWeightsError(path, "it has changed since it was loaded")
+                raise errors.WeightsChangedError(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(stored)
         except (OSError, safetensors.SafetensorError) as error:
             raise errors.UnreadableWeightsError(path, str(error)) from error
-        return tensor.to(transformer.parameter_dtype(name, self._dtype), copy=True)
+        return tensor
 
 
 def _stamp(path: Path) -> tuple[int, int]:

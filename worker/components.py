@@ -15,7 +15,7 @@ from models import checkpoint, layout, memory
 from models import errors as model_errors
 from worker import errors, hashes, wanted
 from worker.device import Device
-from worker.resident import ResidentModel, WeightsKey
+from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
 log = structlog.get_logger()
 
@@ -56,6 +56,8 @@ class Components:
                 self._loras[key] = look.loras
                 self.lora_switches += 1
         except (model_errors.CheckpointError, OSError) as error:
+            if isinstance(error, model_errors.WeightsChangedError):
+                self._evict(key)  # the next attempt loads what is there now
             raise errors.WeightsUnusable(str(error)) from error
         return model
 
@@ -134,6 +136,7 @@ class Components:
         began = time.monotonic()
         hashed = self._hasher.submit(self._hash, files)  # beside the loading
         try:
+            untouched = untouched_weights(files)
             networks = self._networks(key, files)
         except BaseException:
             self._bytes.pop(key, None)
@@ -144,6 +147,7 @@ class Components:
             networks=networks,
             device=self.device.torch_device,
             hashes=hashed,
+            untouched=untouched,
         )
         self.loads += 1
         seconds = round(time.monotonic() - began, 2)

@@ -1,7 +1,7 @@
 """A model whose weights are loaded: LoRAs, text, image condition, denoising, decoding."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from models import (
     lora_switcher,
     memory,
     offload,
+    pristine,
     sampling,
     vae_tiling,
 )
@@ -53,7 +54,9 @@ class ResidentModel:
         networks: checkpoint.Networks,
         device: torch.device,
         hashes: "Future[dict[str, str]]",
+        untouched: Mapping[str, pristine.PristineFiles] | None = None,
     ) -> None:
+        """`untouched` is from `untouched_weights`; without it LoRAs need copies on the host."""
         self.key = key
         self.files = files
         self.networks = networks
@@ -61,7 +64,9 @@ class ResidentModel:
         self.device = device
         self._placement = offload.Placement(networks, mode=key.mode, device=device)
         self._switchers = {
-            name: lora_switcher.LoraSwitcher(network, device=device)
+            name: lora_switcher.LoraSwitcher(
+                network, device=device, pristine=(untouched or {}).get(name)
+            )
             for name, network in self._transformers().items()
         }
         self._conditions: OrderedDict[tuple[str, conditioning.Target], conditioning.Condition] = (
@@ -198,6 +203,17 @@ class Denoiser:
         if self._condition is not None:
             return conditioning.velocity(network, self._context_1SD, self._condition)  # type: ignore[arg-type]  # a WanTransformer
         return lambda x_BCTHW, timestep_B: network(x_BCTHW, timestep_B, self._context_1SD)
+
+
+def untouched_weights(files: layout.ModelFiles) -> dict[str, pristine.PristineFiles]:
+    """Where a LoRA finds what it changed, by transformer; to be asked for before loading.
+
+    Empty where single tensors cannot be read again: copies are kept then.
+    """
+    if not files.transformers_can_be_read_again:
+        return {}
+    found = {"high_noise_model": files.transformer, "low_noise_model": files.low_noise_transformer}
+    return {name: pristine.PristineFiles(paths) for name, paths in found.items() if paths}
 
 
 def _target(look: presets.Look) -> conditioning.Target:

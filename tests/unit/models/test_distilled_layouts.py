@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -325,5 +326,61 @@ def test_two_experts_in_diffusers_names(diffusers_root):
     theirs = safetensors.torch.load_file(root / "transformer_2" / DIT)
     found = networks.low_noise_transformer.head.modulation
     assert torch.equal(found, theirs["scale_shift_table"])
-    with pytest.raises(errors.CheckpointError, match="either both are replaced or none"):
-        layout.find(root, low_noise_file=root / "transformer_2" / DIT)
+
+
+# Distilled weights beside a diffusers folder
+
+
+@pytest.mark.parametrize("place", transformer_files.DISTILLED_FILES[::2])
+def test_a_distilled_file_in_a_diffusers_folder_comes_before_its_transformer(
+    diffusers_root, tensors, place
+):
+    root = diffusers_root()
+    (root / place).parent.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, root / place)
+    assert layout.find(root).transformer == (root / place,)
+    assert layout.find(root, base=True).transformer == (root / "transformer" / DIT,)
+    found = load(root).transformer.state_dict()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_chosen_transformer_may_have_the_names_of_either_layout(
+    native_root, diffusers_root, tensors
+):
+    root = diffusers_root()
+    native = load(root, transformer_file=native_root / DIT).transformer
+    assert torch.equal(native.head.modulation, tensors["head.modulation"])
+    own = load(root).transformer.state_dict()
+    found = load(native_root, transformer_file=root / "transformer").transformer.state_dict()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+@pytest.fixture
+def diffusers_pair(diffusers_root):
+    root = diffusers_root()
+    shutil.copytree(root / "transformer", root / "transformer_2")
+    return root
+
+
+def test_one_of_two_may_be_replaced_in_a_diffusers_folder(diffusers_pair, native_root, tensors):
+    networks = load_experts(diffusers_pair, low_noise_file=native_root / DIT)
+    assert torch.equal(networks.low_noise_transformer.head.modulation, tensors["head.modulation"])
+    own = safetensors.torch.load_file(diffusers_pair / "transformer" / DIT)
+    assert torch.equal(networks.transformer.head.modulation, own["scale_shift_table"])
+
+
+def test_distilled_experts_in_a_diffusers_folder_come_before_its_transformers(diffusers_pair):
+    for name in transformer_files.EXPERTS:
+        touch(diffusers_pair / "distill_models" / name, "distill_model.safetensors")
+    files = layout.find(diffusers_pair)
+    assert files.transformer[0].parent.name == "high_noise_model"
+    assert files.low_noise_transformer[0].parent.name == "low_noise_model"
+    plain = layout.find(diffusers_pair, base=True)
+    assert plain.low_noise_transformer == (diffusers_pair / "transformer_2" / DIT,)
+
+
+def test_two_pairs_in_the_root_of_a_diffusers_folder_are_ambiguous(diffusers_pair):
+    for name in transformer_files.EXPERTS:
+        touch(diffusers_pair / name, DIT)
+    with pytest.raises(errors.AmbiguousFilesError, match=r"high_noise_model, .*transformer_2"):
+        layout.find(diffusers_pair)

@@ -39,7 +39,6 @@ def test_an_explicit_transformer_file_comes_first(native_root, tmp_path):
     mine.touch()
     files = layout.find(native_root, transformer_file=mine)
     assert files.transformer == (mine,)
-    assert files.transformer_is_native
 
 
 def test_encoders_may_lie_beside_the_distilled_transformer(native_root):
@@ -53,7 +52,6 @@ def test_diffusers_files(diffusers_root):
     root = diffusers_root(transformer_shards="200KB")
     files = layout.find(root)
     assert files.layout is layout.Layout.DIFFUSERS
-    assert not files.transformer_is_native
     assert len(files.transformer) > 1
     assert all("-of-" in path.name for path in files.transformer)
 

@@ -194,8 +194,16 @@ def test_options_take_from_the_device_what_they_say(files):
     whole = memory.needed(files, **big).stages["decode"]
     ratio = whole["activations"] / tiles["activations"]
     assert ratio == pytest.approx(480 * 832 / 256**2)
-    switching = memory.needed(files, **VIDEO, switches_loras=True)
-    assert switching.host["weights without LoRA"] == plain.stages["text"]["transformer"]
+
+
+def test_only_weights_that_cannot_be_read_again_are_copied_for_a_lora(files, tmp_path):
+    assert memory.needed(files, **VIDEO, switches_loras=True).host == {}
+    pickled = tmp_path / "distill_model.pt"
+    torch.save(safetensors.torch.load_file(files.transformer[0]), pickled)
+    files = dataclasses.replace(files, transformer=(pickled,))
+    needed = memory.needed(files, **VIDEO, switches_loras=True)
+    assert needed.host == {"weights without LoRA": needed.stages["text"]["transformer"]}
+    assert memory.needed(files, **VIDEO).host == {}
 
 
 def test_no_torch_is_loaded_to_say_it(native_root):

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
+import torch
 
 from models import layout, memory
 from worker import components, errors, hashes
@@ -171,6 +173,44 @@ def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own
     warm.weight_hashes(model)
     assert warm.model_for(look()) is model
     assert len(warm.weight_hashes(model)) == 3
+
+
+WITH_LORA = {"base": "original", "loras": [{"path": "tiny/loras/distill_lora.safetensors"}]}
+
+
+def test_a_lora_takes_no_copies_of_safetensors(warm, look):
+    model = warm.model_for(look(**WITH_LORA))
+    assert {switcher.kept_bytes for switcher in model._switchers.values()} == {0}
+
+
+def test_a_lora_on_a_pickle_keeps_copies_and_restores_from_them(warm, look, own_models):
+    path = own_models / "tiny" / "distill_models" / "distill_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    torch.save(tensors, path.with_suffix(".pt"))
+    path.unlink()
+    plain = look(transformer="tiny/distill_models/distill_model.pt")
+    lora = plain.with_changes({"loras": WITH_LORA["loras"]})
+    model = warm.model_for(lora)
+    assert not torch.equal(model.networks.transformer.head.modulation, tensors["head.modulation"])
+    assert model._switchers["high_noise_model"].kept_bytes > 0
+    assert warm.model_for(plain) is model
+    state = model.networks.transformer.state_dict()
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, look, own_models):
+    """Not merged into by halves: the old ones are gone from the disk."""
+    plain = look(base="original")
+    first = warm.model_for(plain)
+    path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["head.modulation"] = tensors["head.modulation"] + 1
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
+        warm.model_for(look(**WITH_LORA))
+    assert warm.model_for(plain) is not first
+    found = warm.model_for(plain).networks.transformer.head.modulation
+    assert torch.equal(found, tensors["head.modulation"])
 
 
 def test_models_that_fit_stay_warm_side_by_side(warm, look):
