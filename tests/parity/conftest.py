@@ -4,15 +4,26 @@ import math
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import image_processor as diffusers_images
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from torch import nn
 
-from models import config, transformer, vae, weight_names
+from models import config, sampling, transformer, vae, weight_names
 
 DIT = config.TransformerConfig(
     dim=96, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=64, text_dim=40, text_len=24
 )
 VAE = config.VAEConfig(base_dim=8, num_res_blocks=1)
+SIGMAS = (1.0, 15 / 16, 5 / 6, 5 / 8)  # 1, 3/4, 1/2, 1/4 shifted by 5
+# Each of these names fp32 itself; `.float()` is dealt with apart.
+NAMES_FP32 = {
+    pipeline_wan: ("torch",),  # latents
+    pipeline_wan_i2v: ("torch",),  # latents, pixels of the first frame
+    scheduling_flow_match_euler_discrete: ("torch", "np"),  # levels, timesteps, the step
+    diffusers_images: ("np",),  # pixels
+}
 
 
 class Sinusoid64(nn.Module):
@@ -27,6 +38,24 @@ class Sinusoid64(nn.Module):
         frequencies = torch.exp(-math.log(10000) * steps / self.half)
         angles = timestep.double()[:, None] * frequencies
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+class FourSteps(FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler at the levels of the distilled models: (1, .75, .5, .25) shifted by 5."""
+
+    def set_timesteps(self, num_inference_steps, device):
+        assert num_inference_steps == 4
+        super().set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], device=device)
+
+
+class Widened:
+    """torch or numpy, whose fp32 is fp64."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, "float64" if name == "float32" else name)
 
 
 def randomise(network, seed=0):
@@ -76,6 +105,35 @@ def renamed(reference, ours, names):
 def in_fp64(monkeypatch):
     """diffusers calls `.float()` in norms, residuals, upsampling and RoPE; make these exact."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
+def in_default_fp64():
+    """The pipelines make the autoencoder's statistics and their mask in torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def pipelines_in_fp64(in_fp64, in_default_fp64, monkeypatch):
+    """All that diffusers' pipelines compute, from the pixels to the frames."""
+    for module, names in NAMES_FP32.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Widened(getattr(module, name)))
+
+
+@pytest.fixture
+def four_steps():
+    """`four_steps()`: diffusers' scheduler at the levels of the distilled models."""
+    return lambda: FourSteps(shift=5.0)
+
+
+@pytest.fixture(scope="session")
+def exact_levels():
+    """The same levels without the fp32 rounding of our table, for comparing beyond fp32."""
+    timesteps = torch.tensor([1000 * sigma for sigma in SIGMAS], dtype=torch.float64)
+    return sampling.NoiseLevels(sigmas=SIGMAS, timesteps=timesteps)
 
 
 @pytest.fixture

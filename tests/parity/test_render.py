@@ -36,7 +36,15 @@ def reference_frames(reference, latents):
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
 def test_four_steps_and_decode(
-    dtype, tolerance, step_rule, transformer_pair, vae_pair, draw, relative_error, request
+    dtype,
+    tolerance,
+    step_rule,
+    transformer_pair,
+    vae_pair,
+    draw,
+    relative_error,
+    exact_levels,
+    request,
 ):
     if dtype == torch.float64:
         request.getfixturevalue("in_fp64")
@@ -47,7 +55,7 @@ def test_four_steps_and_decode(
     shape = our_vae.latent_shape(num_frames=9, height=32, width=48)
     assert shape == (16, 3, 4, 6)
 
-    levels = exact_levels() if dtype == torch.float64 else table_levels()
+    levels = exact_levels if dtype == torch.float64 else table_levels()
     noise, generator = sampling.initial_noise(11, shape, "cpu")
     latents = sampling.denoise(
         lambda x, t: our_transformer(x, t, context),
@@ -65,12 +73,6 @@ def test_four_steps_and_decode(
     frames = torch.cat(list(our_vae.decode_chunks(latents)), dim=2)
     assert frames.shape == (1, 3, 9, 32, 48)
     assert relative_error(frames, reference_frames(their_vae, expected)) < tolerance
-
-
-def exact_levels():
-    """The same levels without the fp32 rounding of the table, for comparing beyond fp32."""
-    timesteps = torch.tensor([1000 * sigma for sigma in SIGMAS], dtype=torch.float64)
-    return sampling.NoiseLevels(sigmas=tuple(SIGMAS), timesteps=timesteps)
 
 
 def table_levels():
