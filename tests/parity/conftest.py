@@ -140,8 +140,8 @@ def exact_levels():
 def transformer_pair():
     """(reference, ours) with equal weights: `transformer_pair(torch.float64)`."""
 
-    def build(dtype, *, sizes=DIT, exact_time=True):
-        reference = cast(randomise(diffusers_transformer(sizes)), dtype)
+    def build(dtype, *, sizes=DIT, exact_time=True, seed=0):
+        reference = cast(randomise(diffusers_transformer(sizes), seed), dtype)
         # The cast rounded the RoPE tables as well; diffusers keeps them when it loads a checkpoint.
         reference.rope = type(reference.rope)(sizes.head_dim, sizes.patch_size, 1024)
         if exact_time:
