@@ -81,12 +81,16 @@ def underscored(module):
     return module.replace(".", "_")
 
 
+def unchanged(module):
+    return module
+
+
 def every_spelling():
     for ending in lora_keys.PAIRS:
-        yield pytest.param("diffusion_model.", ending, None, id=ending[1])
+        yield pytest.param("diffusion_model.", ending, unchanged, id=ending[1])
     for prefix in ("", *lora_keys.PREFIXES):
         if prefix != "lora_unet_":
-            yield pytest.param(prefix, lora_keys.PAIRS[1], None, id=f"prefix {prefix}")
+            yield pytest.param(prefix, lora_keys.PAIRS[1], unchanged, id=f"prefix {prefix}")
     kohya = lora_keys.PAIRS[0]
     yield pytest.param("transformer.", lora_keys.PAIRS[1], diffusers_name, id="diffusers")
     yield pytest.param("transformer.", lora_keys.PAIRS[5], diffusers_name, id="old diffusers")
@@ -125,15 +129,19 @@ def merged(network, path, strength=1.0):
     return weights(network)
 
 
+@pytest.mark.parametrize("alpha", [None, 2.0])
 @pytest.mark.parametrize(("prefix", "ending", "naming"), list(every_spelling()))
 def test_every_spelling_of_a_lora_gives_the_same_weights_and_leaves_no_trace(
-    network, save, prefix, ending, naming
+    network, save, prefix, ending, naming, alpha
 ):
     before, pairs = weights(network), random_pairs(network)
     expected = dict(before)
     for module, (down, up) in pairs.items():
-        expected[f"{module}.weight"] = before[f"{module}.weight"] + up @ down
-    tensors = spelled(pairs, prefix, ending, naming=naming or (lambda module: module))
+        scaled = up @ down * (1 if alpha is None else alpha / RANK)
+        expected[f"{module}.weight"] = before[f"{module}.weight"] + scaled
+    tensors = spelled(pairs, prefix, ending, naming=naming)
+    for module in pairs if alpha else ():
+        tensors[f"{prefix}{naming(module)}.alpha"] = torch.tensor(alpha)
     path = save(tensors)
     switcher = lora_switcher.LoraSwitcher(network)
     switcher.apply([Choice(path=path)])
@@ -421,6 +429,18 @@ def test_a_key_that_is_not_understood_is_named_with_the_counts(network, save, ke
     error = refused(network, save({**one_pair(), key: torch.zeros(24)}))
     assert (error.matched, error.unused) == (2, (key,))
     assert f"2 keys match the network; 1 keys do not ({key})" in str(error)
+
+
+@pytest.mark.parametrize(("prefix", "ending", "naming"), list(every_spelling()))
+def test_a_layer_that_is_not_there_is_counted_in_every_spelling(
+    network, save, prefix, ending, naming
+):
+    """A block too many, as of a LoRA for a larger network: not half of it is merged."""
+    pairs = random_pairs(network)
+    pairs["blocks.2.ffn.0"] = (torch.zeros(RANK, 24), torch.zeros(40, RANK))
+    error = refused(network, save(spelled(pairs, prefix, ending, naming=naming)))
+    unused = sorted(f"{prefix}{naming('blocks.2.ffn.0')}{half}" for half in ending)
+    assert (error.matched, error.unused) == (2 * len(MATRICES), tuple(unused))
 
 
 def test_an_image_to_video_lora_on_a_text_to_video_network_is_named_as_such(network, save):
