@@ -1,13 +1,17 @@
 """The tiny model, made and loaded once, and looks small enough to render in a blink."""
 
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
+import diffusers
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 from jobs import presets
-from models import checkpoint, layout, memory
+from models import checkpoint, config, layout, memory, weight_names
 from models.tiny import make
 from worker import device, resident
 from worker.settings import WorkerSettings
@@ -89,3 +93,125 @@ def spec(look):
 def worker_settings(monkeypatch) -> WorkerSettings:
     monkeypatch.setenv("RUSHES_X264_PRESET", "ultrafast")
     return WorkerSettings()
+
+
+# The tiny model's networks as diffusers and transformers write them.
+
+
+def write_dit(native, folder):
+    sizes = config.TINY
+    image_dim = config.TINY_I2V.image_dim if "img_emb.proj.1.weight" in native else None
+    network = diffusers.WanTransformer3DModel(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.head_dim,
+        in_channels=native["patch_embedding.weight"].shape[1],
+        out_channels=sizes.out_dim,
+        text_dim=sizes.text_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        image_dim=image_dim,
+        added_kv_proj_dim=image_dim and sizes.dim,
+    )
+    names = weight_names.transformer_from_diffusers(native)
+    network.load_state_dict({theirs: native[own] for theirs, own in names.items()})
+    network.save_pretrained(folder)
+
+
+def write_vae(native, folder):
+    sizes = config.TINY_VAE
+    network = diffusers.AutoencoderKLWan(
+        base_dim=sizes.base_dim, num_res_blocks=sizes.num_res_blocks
+    )
+    names = weight_names.vae_from_diffusers(native, num_res_blocks=sizes.num_res_blocks)
+    network.load_state_dict({theirs: native[own] for theirs, own in names.items()})
+    network.save_pretrained(folder)
+
+
+def write_text_encoder(native, folder):
+    sizes = config.TINY_TEXT_ENCODER
+    network = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=sizes.vocab_size,
+            d_model=sizes.dim,
+            d_kv=sizes.head_dim,
+            d_ff=sizes.ffn_dim,
+            num_layers=sizes.num_layers,
+            num_heads=sizes.num_heads,
+        )
+    )
+    names = weight_names.text_encoder_to_transformers(sizes.num_layers)
+    tensors = {names[own]: tensor for own, tensor in native.items()}
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    network.load_state_dict(tensors)
+    network.save_pretrained(folder)
+
+
+def write_image_encoder(native, folder):
+    sizes = config.TINY_IMAGE_ENCODER
+    network = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=sizes.dim,
+            intermediate_size=sizes.ffn_dim,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            hidden_act="gelu",
+        )
+    )
+    parts = {}
+    for name, tensor in native.items():
+        own = weight_names.split_qkv(name)
+        parts |= zip(own, tensor.chunk(len(own)), strict=True)
+    names = weight_names.image_encoder_from_transformers(native)
+    with torch.no_grad():
+        for theirs, parameter in network.named_parameters():
+            if "post_layernorm" not in theirs:  # after the last block: Wan does not use it
+                parameter.copy_(parts[names[theirs]].view_as(parameter))
+    network.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def to_diffusers(tmp_path_factory):
+    """`to_diffusers(root)` lays a tiny native folder out as diffusers does, weights unchanged.
+
+    What is not the base model's (`distill_models/`, LoRAs and the like) stays where it is.
+    """
+
+    written = {}  # by content: most tiny folders share their encoders
+
+    def write_once(write, path, target):
+        key = write, path.read_bytes()
+        if key not in written:
+            written[key] = tmp_path_factory.mktemp("written")
+            is_pickle = path.suffix == ".pth"
+            native = torch.load(path) if is_pickle else safetensors.torch.load_file(path)
+            write(native, written[key])
+        shutil.copytree(written[key], target)
+
+    def convert(root):
+        folders = {root: "transformer"}
+        if (root / "high_noise_model").is_dir():
+            folders = {
+                root / "high_noise_model": "transformer",
+                root / "low_noise_model": "transformer_2",
+            }
+        for folder, name in folders.items():
+            path = folder / "diffusion_pytorch_model.safetensors"
+            write_once(write_dit, path, root / name)
+            shutil.rmtree(folder) if folder != root else path.unlink()
+        writers = (
+            (layout.VAE_FILE, "vae", write_vae),
+            (layout.TEXT_ENCODER_FILE, "text_encoder", write_text_encoder),
+            (layout.IMAGE_ENCODER_FILE, "image_encoder", write_image_encoder),
+        )
+        for file, name, write in writers:
+            if (root / file).is_file():
+                write_once(write, root / file, root / name)
+                (root / file).unlink()
+        (root / layout.TOKENIZER_FOLDER).rename(root / "tokenizer")
+        for path in root.glob("*config.json"):
+            path.unlink()
+        (root / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+
+    return convert

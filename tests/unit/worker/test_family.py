@@ -1,4 +1,7 @@
-"""Every shipped preset renders with tiny weights that lie where its users' weights lie."""
+"""Every shipped preset renders with tiny weights that lie where its users' weights lie.
+
+Both layouts of a model folder give the same latents, bit for bit: it is the same model.
+"""
 
 import json
 import shutil
@@ -13,11 +16,12 @@ from hypothesis import strategies
 from jobs import presets
 from models import config, layout, lora, quantization, quantized_files
 from models.tiny import make
-from worker import components, pipeline
+from worker import components, errors, pipeline
 
 NATIVE = "diffusion_pytorch_model.safetensors"
 NAMES = [preset.name for preset in presets.available() if isinstance(preset, presets.Preset)]
 EXPERTS = ("high_noise_model", "low_noise_model")
+COLOURS = {"white": (200, 200, 200), "blue": (20, 60, 240)}
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +107,23 @@ def small(look: presets.Look) -> presets.Look:
     return look.with_changes({"width": 32, "height": 32, "num_frames": 5, "size_rule": "fixed"})
 
 
-def options_of(cpu):
-    return {"timings": pipeline.Timings(device=cpu), "reached": lambda *_: None}
+def options_of(cpu, reached=lambda *_: None):
+    return {"timings": pipeline.Timings(device=cpu), "reached": reached}
 
 
-def latents_of(look, warm, cpu):
+def latents_of(look, warm, cpu, *, colour="white", **options):
     spec = presets.RenderSpec(
         look=look,
         prompt="a red circle",
         negative_prompt=None,
         seed=3,
-        image_key="inputs/x" if look.needs_image else None,
+        image_key=f"inputs/{colour}" if look.needs_image else None,
     )
-    image_HWC = torch.full((40, 60, 3), 200, dtype=torch.uint8)
+    image_HWC = torch.tensor(COLOURS[colour], dtype=torch.uint8).expand(40, 60, 3)
     model = warm.model_for(look)
-    return pipeline.make_latents(spec, model, device=cpu, image_HWC=image_HWC, **options_of(cpu))
+    return pipeline.make_latents(
+        spec, model, device=cpu, image_HWC=image_HWC, **options_of(cpu, **options)
+    )
 
 
 def render(look, models_dir, home, cpu):
@@ -129,13 +135,53 @@ def render(look, models_dir, home, cpu):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_preset_renders(name, tiny_of, tmp_path, cpu):
+def test_a_shipped_preset_renders_the_same_from_either_layout(
+    name, tiny_of, to_diffusers, tmp_path, cpu
+):
     look = small(presets.load(name).look)
-    Shelf(tmp_path / "models", tiny_of[look.task], look).fill()
-    latents, frames = render(look, tmp_path / "models", tmp_path / "home", cpu)
+    shelf = Shelf(tmp_path / "models", tiny_of[look.task], look)
+    shelf.fill()
+    latents, frames = render(look, shelf.folder, tmp_path / "home", cpu)
     assert frames.shape == (5, 32, 32, 3)
     assert 0.1 < latents.std() < 10
     assert frames.float().std() > 5
+    to_diffusers(shelf.root)
+    assert layout.find(shelf.root).layout is layout.Layout.DIFFUSERS
+    again, _ = render(look, shelf.folder, tmp_path / "home", cpu)
+    assert torch.equal(again, latents)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_diffusers_folder_may_be_distilled_as_a_whole(task, tiny_of, to_diffusers, tmp_path, cpu):
+    """The complete model in transformer/, and nothing beside it."""
+    look = small(presets.load(f"wan_{task}_distill_4step_cfg").look)
+    shelf = Shelf(tmp_path / "models", tiny_of[task], look)
+    shelf.fill()
+    latents, _ = render(look, shelf.folder, tmp_path / "home", cpu)
+    distilled = shelf.root / "distill_models" / "distill_model.safetensors"
+    distilled.replace(shelf.root / NATIVE)
+    distilled.parent.rmdir()
+    to_diffusers(shelf.root)
+    again, _ = render(look, shelf.folder, tmp_path / "home", cpu)
+    assert torch.equal(again, latents)
+
+
+def test_a_pair_of_complete_models_may_lie_in_a_diffusers_folder(
+    tiny_of, to_diffusers, tmp_path, cpu
+):
+    look = small(presets.load("wan_moe_t2v_distill_lora").look)
+    look = look.with_changes({"loras": [], "base": "distilled"})
+    shelf = Shelf(tmp_path / "models", tiny_of["t2v"], look)
+    shelf.fill()
+    for name in EXPERTS:  # the two change places in distill_models
+        target = shelf.root / "distill_models" / EXPERTS[name == EXPERTS[0]]
+        shutil.copytree(shelf.root / name, target)
+    latents, _ = render(look, shelf.folder, tmp_path / "home", cpu)
+    plain, _ = render(look.with_changes({"base": "original"}), shelf.folder, tmp_path / "home", cpu)
+    to_diffusers(shelf.root)
+    again, _ = render(look, shelf.folder, tmp_path / "home", cpu)
+    assert torch.equal(again, latents)
+    assert not torch.equal(again, plain)
 
 
 def test_the_family_is_there():
@@ -147,15 +193,25 @@ def test_the_family_is_there():
 
 # Nothing of a job is left for the next one.
 
+PAIR = "wan_moe_t2v_distill_lora"
+PAIR_ROOT = presets.load(PAIR).look.model_path
+PAIR_LORAS = [use.model_dump() for use in presets.load(PAIR).look.loras]
+WIDE = {"width": 48, "num_frames": 9}
 WAYS = (
     ("tiny", {}),
     ("tiny_lora", {}),
-    ("tiny", {"offload": "block"}),
+    ("tiny", {"offload": "block", "denoising_step_list": [1000, 500]}),
     ("tiny_lora", {"offload": "model", "vae_tiling": True}),
     ("tiny", {"loras": [{"path": "tiny/loras/distill_lora.safetensors", "strength": -0.7}]}),
     ("tiny_i2v", {}),
-    ("tiny_i2v_lora", {"step_rule": "renoise"}),
+    ("tiny_i2v", WIDE),
+    ("tiny_i2v_lora", {"step_rule": "renoise", "sample_shift": 3.0}),
+    (PAIR, {}),
+    (PAIR, {"loras": PAIR_LORAS[1:], "boundary_step_index": 3}),
+    (PAIR, {"loras": [], **WIDE}),
 )
+UNFIT = ("tiny", {"loras": [{"path": "tiny_i2v/loras/distill_lora.safetensors"}]})
+"""Made for image-to-video: refused by the worker."""
 
 
 @pytest.fixture(scope="module")
@@ -163,41 +219,75 @@ def shelf(tiny_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shelf")
     shutil.copytree(tiny_of["t2v"], folder / "tiny")
     shutil.copytree(tiny_of["i2v"], folder / "tiny_i2v")
+    Shelf(folder, tiny_of["t2v"], presets.load(PAIR).look).fill()
     return folder
+
+
+def look_of(way):
+    name, changes = way
+    return small(presets.load(name).look).with_changes(changes)
 
 
 @pytest.fixture(scope="module")
 def alone(shelf, tmp_path_factory, cpu):
-    """Hash of the latents of each way, rendered by a worker that has rendered nothing else."""
-    home = tmp_path_factory.mktemp("home")
-    return {
-        way: pipeline.latents_sha256(render(look_of(way), shelf, home, cpu)[0])
-        for way in range(len(WAYS))
-    }
+    """Hash of the latents of each way and image, by a worker that has rendered nothing else."""
+    home, found = tmp_path_factory.mktemp("home"), {}
+    for number, way in enumerate(WAYS):
+        look = look_of(way)
+        for colour in COLOURS if look.needs_image else ("white",):
+            warm = components.Components(models_dir=shelf, home=home, device=cpu)
+            latents = latents_of(look, warm, cpu, colour=colour)
+            found[number, colour] = pipeline.latents_sha256(latents)
+    # The complete model and the base with its LoRA are one, wherever their weights wait.
+    assert len(set(found.values())) == len(found) - 2
+    return found
 
 
-def look_of(way):
-    name, changes = WAYS[way]
-    return small(presets.load(name).look).with_changes(changes)
+class Stopped(Exception):
+    """A job is cancelled."""
+
+
+def stopping_at(step):
+    def reached(stage, at, _steps):
+        if (stage, at) == ("denoise", step):
+            raise Stopped
+
+    return reached
+
+
+JOBS = strategies.tuples(
+    strategies.integers(0, len(WAYS) - 1),
+    strategies.sampled_from(list(COLOURS)),
+    strategies.sampled_from(["to its end"] * 4 + ["stopped", "refused"]),
+)
 
 
 @hypothesis.settings(
-    max_examples=12,
+    max_examples=14,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(
-    jobs=strategies.lists(strategies.integers(0, len(WAYS) - 1), min_size=2, max_size=6),
-    has_room=strategies.booleans(),
+    jobs=strategies.lists(JOBS, min_size=2, max_size=6), has_room=strategies.booleans()
 )
 def test_a_job_renders_the_same_alone_and_after_any_others(
     shelf, alone, tmp_path, cpu, jobs, has_room
 ):
-    """Text, images, LoRAs, strengths and memory modes in any order, with and without eviction."""
+    """Text and images of several sizes, LoRAs, pairs, step rules, memory modes; with and without
+    eviction; and after jobs that were stopped amid their steps or whose LoRA was refused.
+    """
     warm = components.Components(
         models_dir=shelf, home=tmp_path, device=cpu, total_bytes=None if has_room else 1
     )
-    for way in jobs:
-        look = look_of(way)
-        assert pipeline.latents_sha256(latents_of(look, warm, cpu)) == alone[way]
+    for way, colour, ends in jobs:
+        look = look_of(WAYS[way])
+        if ends == "refused":
+            with pytest.raises(errors.WeightsUnusable, match="image-to-video"):
+                warm.model_for(look_of(UNFIT))
+        elif ends == "stopped":
+            with pytest.raises(Stopped):
+                latents_of(look, warm, cpu, colour=colour, reached=stopping_at(1))
+        else:
+            hashed = pipeline.latents_sha256(latents_of(look, warm, cpu, colour=colour))
+            assert hashed == alone[way, colour if look.needs_image else "white"]
     assert warm.loads <= len(jobs)
