@@ -118,32 +118,43 @@ def test_names_and_shapes_at_full_size(sizes, diffusers_sizes, num_parameters):
     assert sum(tensor.numel() for tensor in ours.values()) == num_parameters
 
 
-def test_native_names_are_those_of_the_official_checkpoints():
+DIM, FFN_DIM = 5120, 13824
+ANCHORS = {
+    "patch_embedding.weight": (DIM, 36, 1, 2, 2),
+    "text_embedding.0.weight": (DIM, 4096),
+    "text_embedding.2.bias": (DIM,),
+    "time_embedding.0.weight": (DIM, 256),
+    "time_embedding.2.weight": (DIM, DIM),
+    "time_projection.1.weight": (6 * DIM, DIM),
+    "blocks.39.modulation": (1, 6, DIM),
+    "blocks.0.self_attn.q.weight": (DIM, DIM),
+    "blocks.0.self_attn.o.bias": (DIM,),
+    "blocks.0.self_attn.norm_k.weight": (DIM,),
+    "blocks.0.norm3.weight": (DIM,),
+    "blocks.0.cross_attn.v.weight": (DIM, DIM),
+    "blocks.0.cross_attn.k_img.weight": (DIM, DIM),
+    "blocks.0.cross_attn.v_img.bias": (DIM,),
+    "blocks.0.cross_attn.norm_k_img.weight": (DIM,),
+    "blocks.0.ffn.0.weight": (FFN_DIM, DIM),
+    "blocks.0.ffn.2.weight": (DIM, FFN_DIM),
+    "head.head.weight": (64, DIM),
+    "head.modulation": (1, 2, DIM),
+    "img_emb.proj.0.weight": (1280,),
+    "img_emb.proj.1.weight": (1280, 1280),
+    "img_emb.proj.3.weight": (DIM, 1280),
+    "img_emb.proj.4.bias": (DIM,),
+}
+
+
+def test_native_names_and_shapes_are_those_of_the_official_checkpoints():
     """Anchors, written by hand: a rename would still pass the comparison through the name map."""
     with torch.device("meta"):
-        names = transformer.WanTransformer(config.WAN_I2V_14B).state_dict().keys()
-    assert {
-        "patch_embedding.weight",
-        "text_embedding.0.weight",
-        "text_embedding.2.bias",
-        "time_embedding.0.weight",
-        "time_embedding.2.weight",
-        "time_projection.1.weight",
-        "blocks.39.modulation",
-        "blocks.0.self_attn.q.weight",
-        "blocks.0.self_attn.o.bias",
-        "blocks.0.self_attn.norm_k.weight",
-        "blocks.0.norm3.weight",
-        "blocks.0.cross_attn.v.weight",
-        "blocks.0.cross_attn.k_img.weight",
-        "blocks.0.cross_attn.v_img.bias",
-        "blocks.0.cross_attn.norm_k_img.weight",
-        "blocks.0.ffn.0.weight",
-        "blocks.0.ffn.2.weight",
-        "head.head.weight",
-        "head.modulation",
-        "img_emb.proj.0.weight",
-        "img_emb.proj.1.weight",
-        "img_emb.proj.3.weight",
-        "img_emb.proj.4.bias",
-    } <= names
+        i2v = transformer.WanTransformer(config.WAN_I2V_14B).state_dict()
+        t2v = transformer.WanTransformer(config.WAN_T2V_14B).state_dict()
+    assert {name: tuple(i2v[name].shape) for name in ANCHORS} == ANCHORS
+    assert len(i2v) == 15 + 40 * (27 + 5) + 8
+    only_for_images = {name for name in i2v if "_img" in name or name.startswith("img_emb.")}
+    assert i2v.keys() - t2v.keys() == only_for_images
+    assert t2v["patch_embedding.weight"].shape == (DIM, 16, 1, 2, 2)
+    others = t2v.keys() - {"patch_embedding.weight"}
+    assert all(t2v[name].shape == i2v[name].shape for name in others)

@@ -17,6 +17,15 @@ from worker import device, resident
 from worker.settings import WorkerSettings
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny matrices gain nothing from more, and on a busy machine lose much by waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory) -> Path:
     """Holds one model, `tiny`. Tests that change files make a copy."""
