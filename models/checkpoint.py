@@ -135,7 +135,7 @@ def load_two_experts(
     _check_number_of_transformers(files, 2)
     sizes = _read_sizes(files)
     assert files.low_noise_config is not None
-    if _read_transformer_sizes(files, files.low_noise_config) != sizes.transformer:
+    if layout.transformer_sizes(files, files.low_noise_config) != sizes.transformer:
         problem = f"describes other dimensions than {files.transformer_config}"
         raise errors.ConfigError(files.low_noise_config, problem)
     common = _load_common(files, sizes, device, dtype, vae_dtype)
@@ -185,7 +185,7 @@ def _read_sizes(files: layout.ModelFiles) -> _Sizes:
     path = files.transformer_config
     vae_path, text_path = files.vae_config, files.text_encoder_config
     found = _Sizes(
-        transformer=_read_transformer_sizes(files, path),
+        transformer=layout.transformer_sizes(files, path),
         vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
         text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
         image_encoder=_read_image_encoder_sizes(files),
@@ -193,14 +193,6 @@ def _read_sizes(files: layout.ModelFiles) -> _Sizes:
     _check_channels(found.transformer, found.vae, files)
     _check_they_fit(found, path)
     return found
-
-
-def _read_transformer_sizes(files: layout.ModelFiles, path: Path) -> config.TransformerConfig:
-    if files.layout is layout.Layout.NATIVE:
-        has_clip = bool(files.image_encoder)
-        more = files.quantized_config
-        return config_files.native_transformer(path, more=more, has_image_encoder=has_clip)
-    return config_files.diffusers_transformer(path)
 
 
 def _read_image_encoder_sizes(files: layout.ModelFiles) -> config.ImageEncoderConfig | None:

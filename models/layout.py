@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import config_files, errors, transformer_files
+from models import config, config_files, errors, transformer_files
 
 TRANSFORMER_STEM = transformer_files.STEM
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -143,6 +143,15 @@ class _Asked:
     low_noise: Path | None
     base: bool
     task: Task | None
+
+
+def transformer_sizes(files: ModelFiles, path: Path) -> config.TransformerConfig:
+    """What one of a model's transformer configs says. Raises ConfigError."""
+    if files.layout is Layout.DIFFUSERS:
+        return config_files.diffusers_transformer(path)
+    return config_files.native_transformer(
+        path, more=files.quantized_config, has_image_encoder=bool(files.image_encoder)
+    )
 
 
 def weight_hashes(files: ModelFiles) -> dict[str, str]:

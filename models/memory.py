@@ -117,7 +117,7 @@ def needed(
     that a LoRA needs of weights that cannot be read again, at most the whole transformer. Reads
     headers and configs only; raises CheckpointError for broken ones.
     """
-    sizes = _transformer_sizes(files)
+    sizes = layout.transformer_sizes(files, files.transformer_config)
     vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
     weights = _weights(files, vae_bytes)
     resident, on_visit = _resident(weights, mode), _visiting(weights, mode)
@@ -243,16 +243,6 @@ def _transformer_bytes(name: str, entry: Entry) -> int:
         return entry.num_elements
     is_wide = WIDE_IN_TRANSFORMER.search(name) or name.endswith("scale")
     return entry.num_elements * (WIDE_BYTES if is_wide else COMPUTE_BYTES)
-
-
-def _transformer_sizes(files: layout.ModelFiles) -> config.TransformerConfig:
-    if files.layout is layout.Layout.NATIVE:
-        return config_files.native_transformer(
-            files.transformer_config,
-            more=files.quantized_config,
-            has_image_encoder=bool(files.image_encoder),
-        )
-    return config_files.diffusers_transformer(files.transformer_config)
 
 
 def _text_activations(files: layout.ModelFiles) -> int:
