@@ -228,7 +228,7 @@ class Worker(Base):
     loads: Mapped[int] = mapped_column(default=0, server_default="0")
     lora_switches: Mapped[int] = mapped_column(default=0, server_default="0")
     resident: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
-    """A `workers.Resident` for each loaded model, the one used last at the end."""
+    """A `reports.Resident` for each loaded model, the one used last at the end."""
     device_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Main memory that its process holds."""
