@@ -68,6 +68,17 @@ class Broker:
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
 
+    def steer(self, worker: str, *, take: Iterable[str] = (), leave: Iterable[str] = ()) -> None:
+        """Let a worker's Celery begin or cease to take from queues. Safe to repeat."""
+        control, to = self._app.control, [worker]
+        try:
+            for queue in leave:
+                control.cancel_consumer(queue, destination=to)
+            for queue in take:
+                control.add_consumer(queue, destination=to)
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+
     def waiting(self, queue: str) -> set[int]:
         """Ids of the messages that no worker has taken from this queue yet."""
         try:
@@ -122,4 +133,4 @@ def _subject(message: object) -> int | None:
         task_id = json.loads(message)["headers"]["id"]  # type: ignore[arg-type]  # bytes or str
         return int(task_id.partition(":")[0])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # written by somebody else; the worker that takes it ends and is started again
+        return None  # written by somebody else; the worker that takes it drops it

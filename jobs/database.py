@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import structlog
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
 from jobs import errors, settings
@@ -25,6 +25,7 @@ R = TypeVar("R")
 SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for half a minute
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
+LATEST_TRY_SECONDS = 10.0  # after this no further try begins
 
 
 class DatabaseUnavailable(errors.RushesError):
@@ -90,13 +91,17 @@ class Database:
         """Run `change(session, ...)` in a transaction, again after a deadlock or a lost connection.
 
         `change` must be safe to run twice: a connection may break after the commit took effect.
+        A connection that is refused is tried again as well, for a server that starts anew.
         """
+        began = time.monotonic()
         for wait in _waits(WRITE_TRIES):
             try:
                 with self.transaction() as session:
                     return change(session, *args, **kwargs)
             except DBAPIError as error:
-                if wait is None or not _may_heal(error):
+                # An address that swallows packets costs CONNECT_SECONDS each time.
+                is_late = time.monotonic() - began > LATEST_TRY_SECONDS
+                if wait is None or is_late or not (_may_heal(error) or _is_unreachable(error)):
                     raise
                 log.warning("database.again", change=change.__name__, error=str(error.orig)[:200])
                 time.sleep(wait)
@@ -120,6 +125,11 @@ def now(session: Session) -> datetime:
     return value.astimezone(UTC)
 
 
+def storable(text: str) -> str:
+    """Messages of other programs may hold what no database takes: NUL, halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 def _waits(tries: int) -> Iterator[float | None]:
     for number in range(tries - 1):
         yield 0.05 * 2**number * random.uniform(0.5, 1.5)  # noqa: S311  # jitter, not a secret
@@ -132,6 +142,20 @@ def _may_heal(error: DBAPIError) -> bool:
     state = getattr(error.orig, "sqlstate", None) or ""
     # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
     return state.startswith(("08", "40", "57P", "53")) or "database is locked" in str(error.orig)
+
+
+def _is_unreachable(error: DBAPIError) -> bool:
+    """No server was reached, so nothing was begun. One that answers has a code or says FATAL."""
+    has_code = getattr(error.orig, "sqlstate", None) is not None
+    is_server = type(error.orig).__module__.startswith("psycopg")
+    said = str(error.orig)
+    starting = any(word in said for word in ("starting up", "shutting down", "in recovery"))
+    return (
+        isinstance(error, OperationalError)
+        and is_server
+        and not has_code
+        and ("FATAL" not in said or starting)
+    )
 
 
 def _make_server(url: URL) -> Engine:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from jobs import (
     database,
     errors,
     migrate,
+    parts,
     presets,
     queries,
     settings,
@@ -307,7 +307,9 @@ def _link(store: storage.ObjectStore, key: str, sha256: str) -> Check:
 def _ffmpeg(_config: settings.Settings) -> Iterator[Check]:
     advice = "pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
     try:
-        program = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
         version = _said([program, "-version"]).splitlines()[0]
         encoders = _said([program, "-hide_banner", "-encoders"])
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, IndexError) as error:
@@ -396,8 +398,7 @@ def _weights(config: settings.Settings) -> Iterator[Check]:
 def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
     name = f"weights {preset.name}"
     try:
-        # By name: `jobs` must not know `worker`. This part of it loads no torch.
-        files = importlib.import_module("worker.wanted").find(preset.look, config.models_dir)
+        files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
     except ValueError as error:
         return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
     total = sum(files.sizes_bytes.values())
@@ -410,8 +411,7 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
     preset = presets.load(preset_name, folder=config.presets_dir)
     name = f"fit {preset.name}"
     try:
-        # By name: `jobs` must not know `worker`. This part of it loads no torch.
-        found = importlib.import_module("worker.wanted").fits(preset.look, config.models_dir)
+        found = parts.FIT.load()(preset.look, config.models_dir)
     except ValueError as error:
         yield _fail(name, str(error), "put the model there; docs/weights.md says which file where")
         return
@@ -423,6 +423,20 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
         )
         advice = "take a preset with offload or 8-bit weights: docs/weights.md, memory modes"
         yield _ok(name, seen) if fit.is_enough else _fail(name, seen, advice)
+    fit = found[0]
+    if not fit.needs_host_bytes:
+        return
+    seen = (
+        f"each of its workers keeps about {fit.needs_host_bytes / 1e9:.1f} GB in main memory"
+        f"{fit.told_host}, {fit.has_host_bytes / 1e9:.1f} GB are free"
+    )
+    advice = "take a preset with less offload, 8-bit weights or no LoRA: docs/weights.md"
+    fits_host = fit.needs_host_bytes <= fit.has_host_bytes
+    yield (
+        _ok(f"{name}, main memory", seen)
+        if fits_host
+        else _fail(f"{name}, main memory", seen, advice)
+    )
 
 
 # Processes.
@@ -446,6 +460,11 @@ def _workers(found: list[queries.LiveWorker]) -> Check:
     advice = "start one with `rushes worker`, or everything with `rushes up`"
     if not alive:
         return _warn("workers", "none is alive", advice)
+    refusing = [refusal for live in found if live.is_alive for refusal in live.refusals]
+    if refusing:
+        seen = "; ".join(f"{each.worker}: {each.reason}" for each in refusing)
+        advice = "mend these hosts; they try again by themselves (`rushes workers` says when)"
+        return _warn("workers", f"some take no jobs for now: {seen}", advice)
     if silent:
         seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
         return _warn("workers", seen, "look at the logs of the silent ones")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, presets, retries, schema, states
+from jobs import database, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job
 
 MAX_ERROR_CHARS = 2_000
@@ -43,6 +43,7 @@ class Claim:
     custom_id: str | None
     number: int
     meta: dict[str, Any] | None
+    queue: str
     spec: presets.RenderSpec
 
 
@@ -56,10 +57,13 @@ class StoredVideo:
 
 
 def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -> Claim | None:
-    """Queued -> running. None: not runnable any more, so a doubled message ends here."""
+    """Queued -> running. None: not runnable any more, so a doubled message ends here.
+
+    Or this worker takes nothing of the job's queue for now: its message is sent again.
+    """
     now = database.now(session)
     job = session.scalar(select(Job).where(Job.id == job_id, *_runnable(now)).with_for_update())
-    if job is None:
+    if job is None or workers.refuses(session, worker, job.queue):
         return None
     tries = select(func.count()).select_from(Attempt).where(Attempt.job_id == job_id)
     attempt = Attempt(
@@ -95,6 +99,7 @@ def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -
         custom_id=job.custom_id,
         number=attempt.number,
         meta=job.meta,
+        queue=job.queue,
         spec=spec,
     )
 
@@ -125,7 +130,7 @@ def heartbeat(
     values: dict[str, Any] = {
         "heartbeat_at": now,
         "lease_until": now + timedelta(seconds=lease_seconds),
-        "note": None if note is None else _storable(note),
+        "note": None if note is None else database.storable(note),
     }
     if stage is not None:
         values |= {"stage": stage, "step": step, "steps": steps}
@@ -164,10 +169,10 @@ def rendered(
                 steps=1,
                 seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes,
-                memory=None if memory is None else _storable(memory),
+                memory=None if memory is None else database.storable(memory),
                 heartbeat_at=now,
                 lease_until=now + timedelta(seconds=lease_seconds),
-                note=None if note is None else _storable(note),
+                note=None if note is None else database.storable(note),
             )
         )
     return verdict
@@ -232,7 +237,7 @@ def fail(
         "error_count": errors_so_far,
         "crash_count": crashes_so_far,
         "failure_kind": kind,
-        "error": _storable(error)[:MAX_ERROR_CHARS],
+        "error": database.storable(error)[:MAX_ERROR_CHARS],
     }
     if target is states.JobState.QUEUED:
         assert decision is not None
@@ -245,14 +250,19 @@ def fail(
         attempt_id,
         states.AttemptState.LOST if is_crash else states.AttemptState.FAILED,
         failure_kind=kind,
-        error=_storable(error)[:MAX_ERROR_CHARS],
-        error_detail=None if detail is None else _storable(detail)[-MAX_DETAIL_CHARS:],
+        error=database.storable(error)[:MAX_ERROR_CHARS],
+        error_detail=None if detail is None else database.storable(detail)[-MAX_DETAIL_CHARS:],
     )
     return target
 
 
-def release(session: Session, attempt_id: int, *, reason: str) -> bool:
-    """Running -> queued at no cost to any budget: the worker stops, the job did nothing wrong."""
+def release(
+    session: Session, attempt_id: int, *, reason: str, wait_seconds: float | None = None
+) -> bool:
+    """Running -> queued at no cost to any budget: the job did nothing wrong.
+
+    With `wait_seconds` no worker tries it before.
+    """
     job = _held_by(session, attempt_id)
     if job is None:
         return False
@@ -264,9 +274,9 @@ def release(session: Session, attempt_id: int, *, reason: str) -> bool:
         states.JobState.RUNNING,
         states.JobState.QUEUED,
         holder=attempt_id,
-        **_requeued(not_before=None),
+        **_requeued(not_before=_after(session, wait_seconds)),
     )
-    _end_attempt(session, attempt_id, states.AttemptState.RELEASED, note=_storable(reason))
+    _end_attempt(session, attempt_id, states.AttemptState.RELEASED, note=database.storable(reason))
     return True
 
 
@@ -424,6 +434,10 @@ def _runnable(now: datetime) -> list[ColumnElement[bool]]:
     ]
 
 
+def _after(session: Session, seconds: float | None) -> datetime | None:
+    return None if seconds is None else database.now(session) + timedelta(seconds=seconds)
+
+
 def _requeued(*, not_before: datetime | None) -> dict[str, Any]:
     return {
         "attempt_id": None,
@@ -525,11 +539,6 @@ def _end_attempt(
         .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
         .values(state=state, finished_at=database.now(session), **values)
     )
-
-
-def _storable(text: str) -> str:
-    """Messages of other programs may hold what no database takes: NUL, halves of characters."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _count(result: Any) -> int:

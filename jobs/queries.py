@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, states, workers
-from jobs.schema import Attempt, Batch, Job, Look, Worker
+from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
@@ -36,6 +36,16 @@ class LiveWorker:
     worker: Worker
     is_alive: bool
     attempt: Attempt | None
+    refusals: tuple[Refusal, ...] = ()
+    """What it takes no jobs of for now, because its host failed."""
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Queues that it takes from now; none if it is silent."""
+        refused = {refusal.queue for refusal in self.refusals}
+        if not self.is_alive or workers.ALL_QUEUES in refused:
+            return ()
+        return tuple(queue for queue in self.worker.queues if queue not in refused)
 
 
 def batch_state(batch: Batch) -> states.BatchState:
@@ -201,11 +211,13 @@ def live_workers(session: Session) -> list[LiveWorker]:
         select(Attempt).where(Attempt.state == states.AttemptState.RUNNING)
     ).all()
     by_worker = {attempt.worker: attempt for attempt in held}
+    refused = workers.refusals(session)
     return [
         LiveWorker(
             worker=row,
             is_alive=row.heartbeat_at >= alive_since,
             attempt=by_worker.get(row.name),
+            refusals=tuple(refusal for refusal in refused if refusal.worker == row.name),
         )
         for row in rows
     ]
@@ -213,12 +225,7 @@ def live_workers(session: Session) -> list[LiveWorker]:
 
 def live_workers_by_queues(session: Session) -> dict[tuple[str, ...], int]:
     """Queues -> how many live workers take from just these."""
-    groups = Counter(
-        tuple(live.worker.queues)
-        for live in live_workers(session)
-        if live.is_alive and live.worker.queues
-    )
-    return dict(groups)
+    return dict(Counter(live.takes for live in live_workers(session) if live.takes))
 
 
 def live_workers_by_queue(session: Session) -> dict[str, int]:
@@ -239,6 +246,18 @@ def queues_without_workers(session: Session, batch_id: str) -> list[str]:
     ).all()
     served = live_workers_by_queue(session)
     return sorted(queue for queue in waited_for if queue not in served)
+
+
+def refusals_of(session: Session, queues: Sequence[str]) -> list[Refusal]:
+    """Of live workers, of any of these queues: why the jobs there wait."""
+    return [
+        refusal
+        for live in live_workers(session)
+        if live.is_alive
+        for refusal in live.refusals
+        if refusal.queue in queues
+        or (refusal.queue == workers.ALL_QUEUES and set(queues) & set(live.worker.queues))
+    ]
 
 
 def _rate_per_minute(session: Session, batch: Batch) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jobs import states
 
 LONGEST_WAIT_SECONDS = 600.0
+FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
 
 NEVER_RETRIED = frozenset({states.FailureKind.INPUT})
 CRASHES = frozenset({states.FailureKind.WORKER_LOST})
@@ -40,3 +41,9 @@ def decide(
         return None
     longest = min(budgets.retry_seconds * 2 ** (errors - 1), LONGEST_WAIT_SECONDS)
     return RetryDecision(wait_seconds=random.uniform(longest / 2, longest))  # noqa: S311
+
+
+def wait_after_release(attempt_number: int) -> float:
+    """Seconds until a job that its host gave back is tried again: longer each time, no budget."""
+    longest = min(FIRST_RELEASE_SECONDS * 2 ** min(attempt_number - 1, 10), LONGEST_WAIT_SECONDS)
+    return random.uniform(longest / 2, longest)  # noqa: S311

@@ -221,3 +221,30 @@ class Worker(Base):
     heartbeat_at: Mapped[datetime]
     stopped_at: Mapped[datetime | None]
     restarts: Mapped[int] = mapped_column(default=0)
+    launcher: Mapped[str | None]
+    """Who holds the name: two launchers of one name would end each other's attempts."""
+    renders: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Attempts since the process began; the two below count since then too."""
+    loads: Mapped[int] = mapped_column(default=0, server_default="0")
+    lora_switches: Mapped[int] = mapped_column(default=0, server_default="0")
+    resident: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+    """A `reports.Resident` for each loaded model, the one used last at the end."""
+    device_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Main memory that its process holds."""
+
+
+class Refusal(Base):
+    """What a worker takes no jobs of for a while, because its host failed and not the job."""
+
+    __tablename__ = "refusals"
+
+    worker: Mapped[str] = mapped_column(String(200), primary_key=True)
+    queue: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """Empty: of every queue."""
+    kind: Mapped[states.FailureKind] = mapped_column(_enum(states.FailureKind))
+    reason: Mapped[str]
+    times: Mapped[int]
+    """In a row: the wait grows with them."""
+    since: Mapped[datetime]
+    until: Mapped[datetime]

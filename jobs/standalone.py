@@ -17,7 +17,7 @@ import psutil
 import structlog
 from pydantic import SecretStr
 
-from jobs import database, errors, migrate, servers, settings, supervisor
+from jobs import database, errors, migrate, parts, servers, settings, supervisor
 
 log = structlog.get_logger()
 
@@ -162,7 +162,7 @@ def make_tiny_models(config: settings.Settings, say: Callable[[str], None]) -> N
         say(f"model     making {name} (random weights) in {folder}")
         maker = supervisor.Child(
             name=f"make-{name}",
-            command=[sys.executable, "-m", "models.tiny.make", str(folder), "--task", task],
+            command=[sys.executable, "-m", parts.MAKE_TINY_MODEL, str(folder), "--task", task],
             log_path=config.home / "logs" / f"make-{name}.log",
         )
         maker.start()

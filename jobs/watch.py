@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs import database, errors, queries
-from jobs.schema import Attempt, Job
+from jobs.schema import Attempt, Job, Refusal
 
 log = structlog.get_logger()
 
@@ -39,6 +39,8 @@ class Snapshot:
     running: Sequence[tuple[Job, Attempt]]
     idle_queues: Sequence[str]
     """Queues that its jobs wait in and that no live worker takes from."""
+    refusals: Sequence[Refusal] = ()
+    """Why live workers that have the weights take nothing of these queues now."""
 
     @property
     def is_finished(self) -> bool:
@@ -48,11 +50,13 @@ class Snapshot:
 def look(db: database.Database, batch_id: str) -> Snapshot:
     with db.reading() as session:
         progress = queries.progress(session, batch_id)
+        idle = queries.queues_without_workers(session, progress.batch.id)
         return Snapshot(
             now=database.now(session),
             progress=progress,
             running=queries.running(session, progress.batch.id),
-            idle_queues=queries.queues_without_workers(session, progress.batch.id),
+            idle_queues=idle,
+            refusals=queries.refusals_of(session, idle) if idle else (),
         )
 
 

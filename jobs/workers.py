@@ -1,16 +1,35 @@
-"""The register of render processes, kept by their launchers."""
+"""The register of render processes: kept by their launchers, filled in by themselves."""
 
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 
-from sqlalchemy import update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database
-from jobs.schema import Worker
+from jobs import database, errors, reports, states
+from jobs.schema import Refusal, Worker
 
 MIN_FREE_BYTES = 64 << 20  # with less on its scratch disk, a few videos, a worker takes no jobs
 ALIVE_SECONDS = 30.0  # three missed beats of the launcher
 BEAT_SECONDS = 10.0
+FIRST_REFUSAL_SECONDS = 30.0
+LONGEST_REFUSAL_SECONDS = 600.0
+ALL_QUEUES = ""
+
+
+class NameTaken(errors.RushesError):
+    """Another launcher that is alive has workers of this name."""
+
+    def __init__(self, name: str, launcher: str | None) -> None:
+        self.name = name
+        self.launcher = launcher
+        super().__init__(
+            f"{name} is run by another `rushes worker` or `rushes up`"
+            + (f" ({launcher})" if launcher else "")
+            + ": stop that one, or give this one another RUSHES_HOST"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +44,35 @@ class Registration:
     version: str
     pid: int
     restarts: int
+    launcher: str
+    """The same for those launchers only that can not run at once."""
 
 
-def register(session: Session, registration: Registration) -> None:
-    """Make or renew the row of a worker; also its heartbeat."""
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A name that another launcher has, and when that one was last seen."""
+
+    name: str
+    launcher: str | None
+    """None: of a version that did not say."""
+    seen_at: datetime
+
+
+def take_names(session: Session, registrations: Sequence[Registration]) -> Held | None:
+    """Register all of them, or none and say who holds the first that is not free."""
+    for registration in registrations:
+        held = _held(session, registration)
+        if held is not None:
+            return held
+    for registration in registrations:
+        register(session, registration)
+    return None
+
+
+def register(session: Session, registration: Registration) -> bool:
+    """Make or renew the row of a worker; also its heartbeat. False: another launcher has it."""
+    if _held(session, registration) is not None:
+        return False
     now = database.now(session)
     row = session.get(Worker, registration.name)
     if row is None or row.stopped_at is not None or row.pid != registration.pid:
@@ -48,12 +92,77 @@ def register(session: Session, registration: Registration) -> None:
             heartbeat_at=now,
             stopped_at=None,
             restarts=registration.restarts,
+            launcher=registration.launcher,
         )
     )
+    return True
 
 
-def stopped(session: Session, name: str) -> None:
+def _held(session: Session, registration: Registration) -> Held | None:
+    row = session.get(Worker, registration.name, with_for_update=True)
+    if row is None or row.stopped_at is not None or row.launcher == registration.launcher:
+        return None
+    if row.heartbeat_at < database.now(session) - timedelta(seconds=ALIVE_SECONDS):
+        return None
+    return Held(name=row.name, launcher=row.launcher, seen_at=row.heartbeat_at)
+
+
+def stopped(session: Session, name: str, *, launcher: str) -> None:
     """The process has ended and will not come back by itself."""
     session.execute(
-        update(Worker).where(Worker.name == name).values(stopped_at=database.now(session))
+        update(Worker)
+        .where(Worker.name == name, Worker.launcher == launcher)
+        .values(stopped_at=database.now(session))
     )
+
+
+def report(session: Session, name: str, told: reports.Report) -> None:
+    """What the render process holds and has done; its launcher has made the row."""
+    values = {**asdict(told), "resident": [asdict(model) for model in told.resident]}
+    session.execute(update(Worker).where(Worker.name == name).values(values))
+
+
+def refuse(
+    session: Session, name: str, *, queue: str, kind: states.FailureKind, reason: str
+) -> float:
+    """This worker takes nothing of a queue (ALL_QUEUES: of any) for so many seconds.
+
+    Each time in a row for twice as long, until `accept`.
+    """
+    now = database.now(session)
+    row = session.get(Refusal, (name, queue), with_for_update=True)
+    times = 1 if row is None else row.times + 1
+    longest = min(FIRST_REFUSAL_SECONDS * 2 ** min(times - 1, 10), LONGEST_REFUSAL_SECONDS)
+    # Workers that lost the same disk do not come back all at once.
+    seconds = random.uniform(longest / 2, longest)  # noqa: S311
+    session.merge(
+        Refusal(
+            worker=name,
+            queue=queue,
+            kind=kind,
+            reason=database.storable(reason),
+            times=times,
+            since=now if row is None else row.since,
+            until=now + timedelta(seconds=seconds),
+        )
+    )
+    return seconds
+
+
+def accept(session: Session, name: str, *, queue: str) -> None:
+    """It has rendered a job of this queue: what was wrong is over."""
+    session.execute(
+        delete(Refusal).where(Refusal.worker == name, Refusal.queue.in_((queue, ALL_QUEUES)))
+    )
+
+
+def refusals(session: Session, *, worker: str | None = None) -> Sequence[Refusal]:
+    """Those that still hold, of one worker or of all."""
+    found = select(Refusal).where(Refusal.until > database.now(session))
+    if worker is not None:
+        found = found.where(Refusal.worker == worker)
+    return session.scalars(found.order_by(Refusal.worker, Refusal.queue)).all()
+
+
+def refuses(session: Session, worker: str, queue: str) -> bool:
+    return any(held.queue in (queue, ALL_QUEUES) for held in refusals(session, worker=worker))

@@ -79,6 +79,13 @@ class Need:
         return sum(self.stages[self.worst_stage].values())
 
     @property
+    def resident_bytes(self) -> int:
+        """On the device through all stages, and between two renders."""
+        everywhere = set.intersection(*(set(parts) for parts in self.stages.values()))
+        kept = everywhere - {"activations", "device context"}
+        return sum(next(iter(self.stages.values()))[part] for part in kept)
+
+    @property
     def host_bytes(self) -> int:
         return sum(self.host.values())
 

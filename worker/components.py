@@ -1,6 +1,5 @@
 """Which networks are resident on the device: loads, keeps warm, evicts."""
 
-import gc
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +9,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from jobs import presets
+from jobs import presets, reports
 from models import checkpoint, layout, memory
 from models import errors as model_errors
-from worker import errors, hashes, wanted
+from worker import errors, hashes, host_memory, room, wanted
 from worker.device import Device
 from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
@@ -27,12 +26,15 @@ class Components:
     models_dir: Path
     home: Path
     device: Device
-    total_bytes: int | None = None
-    """Memory for models; None: what the device has."""
+    device_bytes: int | None = None
+    """Memory of the device for models; None: what it has."""
+    host_bytes: int | None = None
+    """The same of main memory; None: what is free when it is needed."""
     loads: int = 0
     lora_switches: int = 0
     _resident: "OrderedDict[WeightsKey, ResidentModel]" = field(default_factory=OrderedDict)
-    _bytes: dict[WeightsKey, int] = field(default_factory=dict)
+    _shares: dict[WeightsKey, room.Share] = field(default_factory=dict)
+    _needs: dict[tuple[WeightsKey, str], memory.Need] = field(default_factory=dict)
     _lower_modes: dict[str, memory.Mode] = field(default_factory=dict)
     _loras: dict[WeightsKey, tuple[presets.LoraUse, ...]] = field(default_factory=dict)
     _hasher: ThreadPoolExecutor = field(
@@ -42,24 +44,54 @@ class Components:
     def model_for(self, look: presets.Look) -> ResidentModel:
         """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
         key = self._key(look)
-        try:
-            if key not in self._resident:
-                files = wanted.find(look, self.models_dir)  # before a warm one goes
-                self._make_room(key, files, look)
-                self._resident[key] = self._load(key, files)
-            self._resident.move_to_end(key)
-            model = self._resident[key]
-            if self._loras.get(key, ()) != look.loras:
-                # Forgotten first: after a failure it is unknown what is merged.
-                self._loras.pop(key, None)
+        model = self._warm(key, look)
+        if self._loras.get(key, ()) != look.loras:
+            # Forgotten first: after a failure it is unknown what is merged.
+            self._loras.pop(key, None)
+            try:
                 model.apply_loras(look, self.models_dir)
-                self._loras[key] = look.loras
-                self.lora_switches += 1
-        except (model_errors.CheckpointError, OSError) as error:
-            if isinstance(error, model_errors.WeightsChangedError):
-                self._evict(key)  # the next attempt loads what is there now
-            raise errors.WeightsUnusable(str(error)) from error
+            except (model_errors.CheckpointError, OSError) as error:
+                if isinstance(error, model_errors.WeightsChangedError):
+                    self._evict(key)  # the next attempt loads what is there now
+                raise errors.WeightsUnusable(str(error)) from error
+            self._loras[key] = look.loras
+            self.lora_switches += 1
         return model
+
+    def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
+        try:
+            model = self._resident.get(key)
+            files = wanted.find(look, self.models_dir) if model is None else model.files
+            self._make_room(key, files, look)  # a bad folder cost no warm model
+            model = model or self._load(key, files)
+        except (model_errors.CheckpointError, OSError) as error:
+            is_of_host = wanted.is_fault_of_host(error, look, self.models_dir)
+            raised = errors.WeightsAbsent if is_of_host else errors.WeightsUnusable
+            raise raised(str(error)) from error
+        self._resident[key] = model
+        self._resident.move_to_end(key)
+        return model
+
+    def report(self, *, renders: int) -> reports.Report:
+        """What is loaded and how often it changed."""
+        return reports.Report(
+            renders=renders,
+            loads=self.loads,
+            lora_switches=self.lora_switches,
+            resident=tuple(self._told(key) for key in self._resident),
+            device_used_bytes=self.device.used_bytes(),
+            host_used_bytes=host_memory.process_bytes(),
+        )
+
+    def _told(self, key: WeightsKey) -> reports.Resident:
+        share = self._shares[key]
+        return reports.Resident(
+            model=str(key.transformer or key.root),
+            loras=tuple(use.path for use in self._loras.get(key, ())),
+            memory=wanted.told(key.mode),
+            device_bytes=share.device_resident,
+            host_bytes=share.host_resident,
+        )
 
     def mode_of(self, look: presets.Look) -> memory.Mode:
         """What the preset asks for, or what was found to fit after it did not."""
@@ -111,36 +143,66 @@ class Components:
         )
 
     def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> None:
-        need = wanted.needed(look, files, key.mode)
-        # The estimate is in bf16; a worker on a CPU computes in fp32.
-        scale = self.device.dtype.itemsize / memory.COMPUTE_BYTES
-        taken = int(need.device_bytes * scale)
-        total = self.total_bytes or self.device.total_bytes()
-        while self._resident and sum(self._bytes.values()) + taken > total * (
-            1 - wanted.SPARE_SHARE
-        ):
-            self._evict(next(iter(self._resident)))
-        stage = need.stages["denoise"]
-        self._bytes[key] = int((sum(stage.values()) - stage["activations"]) * scale)
+        """Before each job: a larger one than before needs more beside the same weights.
+
+        HostOutOfMemory when main memory is short though nothing else is loaded: the kernel would
+        end this process. The device is tried all the same, since its failure is no more than that.
+        """
+        need = self._need(key, files, look)
+        held = self._shares.get(key) if key in self._resident else None
+        share = room.share_of(need, self.device).kept_beside(held)
+        here = room.Room(
+            device=self.device, device_bytes=self.device_bytes, host_bytes=self.host_bytes
+        )
+        while True:
+            others = {other: self._shares[other] for other in self._resident if other != key}
+            on_device = here.device_lacks(share, others.values())
+            on_host = here.host_lacks(share, others.values(), held=held)
+            if not on_device and not on_host:
+                break
+            helps = [
+                other
+                for other, its in others.items()
+                if (on_device and its.device_resident) or (on_host and its.host_resident)
+            ]
+            if not helps and on_host:
+                raise self._host_out_of_memory(need, share, lacking_bytes=on_host)
+            if not helps:
+                break
+            self._evict(helps[0])
+        self._shares[key] = share
+
+    def _need(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> memory.Need:
+        if (key, look.id) not in self._needs:
+            self._needs[key, look.id] = wanted.needed(look, files, key.mode)
+        return self._needs[key, look.id]
+
+    def _host_out_of_memory(
+        self, need: memory.Need, share: room.Share, *, lacking_bytes: int
+    ) -> errors.HostOutOfMemory:
+        parts = dict(need.host) or dict(need.stages[need.worst_stage])
+        parts.pop("device context", None)
+        largest = sorted(parts, key=lambda part: parts[part], reverse=True)
+        return errors.HostOutOfMemory(
+            needed_bytes=share.host_peak,
+            lacking_bytes=lacking_bytes,
+            free_bytes=host_memory.now().free_bytes,
+            what=", ".join(largest[:3]),
+        )
 
     def _evict(self, key: WeightsKey) -> None:
-        self._bytes.pop(key, None)
+        self._shares.pop(key, None)
         self._loras.pop(key, None)
+        self._needs = {pair: need for pair, need in self._needs.items() if pair[0] != key}
         if self._resident.pop(key, None) is not None:
             log.info("model.evicted", root=str(key.root))
-        gc.collect()
-        if self.device.is_cuda:
-            torch.cuda.empty_cache()
+        self.device.give_up_caches()
 
     def _load(self, key: WeightsKey, files: layout.ModelFiles) -> ResidentModel:
         began = time.monotonic()
         hashed = self._hasher.submit(self._hash, files)  # beside the loading
-        try:
-            untouched = untouched_weights(files)
-            networks = self._networks(key, files)
-        except BaseException:
-            self._bytes.pop(key, None)
-            raise
+        untouched = untouched_weights(files)
+        networks = self._networks(key, files)
         model = ResidentModel(
             key,
             files=files,

@@ -1,5 +1,6 @@
 """The one device that this process sees."""
 
+import gc
 import platform
 import re
 from collections.abc import Iterator
@@ -7,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
-from worker import errors
+from worker import errors, host_memory
 from worker.settings import WorkerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,11 +46,25 @@ class Device:
         return torch.cuda.max_memory_allocated(self.torch_device) if self.is_cuda else None
 
     def total_bytes(self) -> int:
-        """Memory that models may take: of the device, or what is free on this machine."""
+        """Memory that models may take: what we hold of the device and what nobody does."""
         if self.is_cuda:
-            total: int = torch.cuda.get_device_properties(self.torch_device).total_memory
-            return total
-        return psutil.virtual_memory().available
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            return int(free) + torch.cuda.memory_reserved(self.torch_device)
+        return host_memory.now().total_bytes
+
+    def used_bytes(self) -> int:
+        """Of the device by anybody; where the device is the processor, by this process."""
+        if self.is_cuda:
+            free, total = torch.cuda.mem_get_info(self.torch_device)
+            return int(total) - int(free)
+        return host_memory.process_bytes()
+
+    def give_up_caches(self) -> None:
+        """Memory of what was dropped goes back to device and machine, not to our next use."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.accelerator.empty_host_cache()  # pinned
 
     def description(self) -> dict[str, Any]:
         """For the sidecar: what exactly rendered this video."""

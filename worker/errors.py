@@ -19,22 +19,58 @@ class NotFinite(RenderError):
     """The networks computed NaN or infinity: the video would be black."""
 
 
-class WeightsUnusable(RenderError):
-    """Missing, broken or of another model."""
+class HostFault(RenderError):
+    """Not the job's fault: it goes back at no cost, and its worker takes none such for a while."""
+
+    is_of_all_queues = False
+    """Or only of the job's own."""
+
+
+class WeightsAbsent(HostFault):
+    """This host does not have the model: it is gone, incomplete or cannot be read."""
 
     kind = states.FailureKind.WEIGHTS
 
 
-class ImageUnavailable(RenderError):
-    """The store does not give the job's first frame."""
+class WeightsUnusable(RenderError):
+    """What the job asks for in particular is missing or does not fit: a LoRA, a file it names."""
+
+    kind = states.FailureKind.WEIGHTS
+
+
+class StoreUnavailable(HostFault):
+    """The store does not give the job's first frame now."""
 
     kind = states.FailureKind.STORAGE
+
+
+class ImageLost(RenderError):
+    """The job's first frame is gone from the store or damaged there: no worker will get it."""
+
+    kind = states.FailureKind.INPUT
 
 
 class DeviceOutOfMemory(RenderError):
     """The device has too little memory for this job."""
 
     kind = states.FailureKind.OUT_OF_MEMORY
+
+
+class HostOutOfMemory(RenderError):
+    """The machine, or the container, has too little main memory for this job."""
+
+    kind = states.FailureKind.OUT_OF_MEMORY
+
+    def __init__(
+        self, *, needed_bytes: int, lacking_bytes: int, free_bytes: int, what: str
+    ) -> None:
+        self.needed_bytes = needed_bytes
+        self.lacking_bytes = lacking_bytes
+        super().__init__(
+            f"main memory: needs about {needed_bytes / 1e9:.1f} GB ({what}), "
+            f"{lacking_bytes / 1e9:.1f} GB too much with {free_bytes / 1e9:.1f} GB free; "
+            "take a preset with less offload, 8-bit weights or no LoRA, or give this host more"
+        )
 
 
 class DeviceFault(RenderError):
@@ -49,9 +85,10 @@ class EncodingFailed(RenderError):
     kind = states.FailureKind.ENCODING
 
 
-class DiskUnusable(RenderError):
+class DiskUnusable(HostFault):
     """The scratch folder cannot be written: full, read-only or gone."""
 
+    is_of_all_queues = True
     kind = states.FailureKind.DISK
 
 

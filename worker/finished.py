@@ -4,8 +4,8 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import broker, database, dispatch, lifecycle, settings, states
-from jobs.schema import Attempt, Job
+from jobs import broker, database, dispatch, lifecycle, retries, settings, states
+from jobs.schema import Attempt, Job, Worker
 from worker import errors, scratch
 
 log = structlog.get_logger()
@@ -85,6 +85,35 @@ def find_unfinished(
             if attempt_id not in on_the_way:
                 bell.send_publish(config.host_name, attempt_id)
     return found
+
+
+def requeue_vanished(db: database.Database, config: settings.Settings) -> list[int]:
+    """Give back the jobs whose finished video is no longer on this host's disk.
+
+    Nothing else would notice before their lease ends.
+    """
+    with db.reading() as session:
+        waiting = session.execute(
+            select(Attempt.id, Attempt.number, Job.batch_id)
+            .join(Job, Job.id == Attempt.job_id)
+            .join(Worker, Worker.name == Attempt.worker)
+            .where(Attempt.state == states.AttemptState.RENDERED)
+            .where(Worker.host == config.host_name)
+        ).all()
+    gone = []
+    for attempt_id, number, batch_id in waiting:
+        folder = scratch.AttemptFolder(
+            root=config.scratch_dir, batch_id=batch_id, attempt_id=attempt_id
+        )
+        if folder.is_finished:
+            continue
+        # A publisher tells the database before it removes the folder: then this changes nothing.
+        reason = f"the finished video is gone: {folder.path}"
+        wait_seconds = retries.wait_after_release(number)
+        if db.write(lifecycle.release, attempt_id, reason=reason, wait_seconds=wait_seconds):
+            log.error("publish.vanished", attempt_id=attempt_id, folder=str(folder.path))
+            gone.append(attempt_id)
+    return gone
 
 
 def state_of(session: Session, folder: scratch.AttemptFolder) -> states.AttemptState | None:

@@ -3,9 +3,11 @@
 Never loads torch: each render process sees its own device only, and only from its start.
 """
 
+import functools
 import importlib.metadata
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -49,6 +51,8 @@ class RenderProcess:
     slot: gpus.Slot
     name: str
     child: supervisor.Child
+    left: set[str] = field(default_factory=set)
+    """Queues that its Celery was ever told to leave."""
 
 
 @dataclass
@@ -61,11 +65,14 @@ class Launcher:
     queues: tuple[str, ...]
     renderers: list[RenderProcess]
     publisher: supervisor.Child
+    lost_name: workers.NameTaken | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Until told to stop; then drain."""
+        """Until told to stop; then drain. NameTaken: another launcher has these names."""
+        if not self._take_names():
+            return
         try:
             self.publisher.start()
             for renderer in self.renderers:
@@ -73,6 +80,43 @@ class Launcher:
             self._watch()
         finally:
             self._drain()
+        if self.lost_name is not None:
+            raise self.lost_name
+
+    def _take_names(self) -> bool:
+        """Once nobody else beats under them: one that died has them for ALIVE_SECONDS yet.
+
+        Two launchers of one name would take each other for dead. False: told to stop meanwhile.
+        """
+        first: workers.Held | None = None
+        while not self.stop.is_set():
+            try:
+                held = self.db.write(workers.take_names, [self._claimed(r) for r in self.renderers])
+            except DBAPIError as error:
+                log.warning("launcher.beat_missed", error=str(error)[:300])
+            else:
+                if held is None:
+                    return True
+                if first is None or held.name != first.name:
+                    first = held
+                    log.warning("launcher.waits", worker=held.name, launcher=held.launcher)
+                elif held.seen_at > first.seen_at:
+                    raise workers.NameTaken(held.name, held.launcher)
+            self.stop.wait(LOOK_SECONDS)
+        return False
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal only for launchers of one home on one machine, whose locks keep them apart."""
+        self.config.home.mkdir(parents=True, exist_ok=True)
+        status = self.config.home.stat()
+        # A container may have the path, and even the name, of another one, but not its disk too.
+        disk = f"{status.st_dev:x}.{status.st_ino:x}"
+        return f"{self.config.home} on {socket.gethostname()}, {disk}"
+
+    def _claimed(self, renderer: RenderProcess) -> workers.Registration:
+        """Before its process is there."""
+        return self._registration(renderer, pid=os.getpid())
 
     def _watch(self) -> None:
         next_beat = 0.0
@@ -89,12 +133,34 @@ class Launcher:
         try:
             for renderer in self.renderers:
                 if renderer.child.is_alive:
-                    self.db.write(workers.register, self._registration(renderer))
+                    self._renew(renderer)
             finished.find_unfinished(self.db, self.bell, self.config)
+            if finished.requeue_vanished(self.db, self.config):
+                self.bell.kick()
+            for renderer in self.renderers:
+                self._steer(renderer)
         except (DBAPIError, broker.BrokerUnavailable) as error:
             log.warning("launcher.beat_missed", error=str(error)[:300])
 
-    def _registration(self, renderer: RenderProcess) -> workers.Registration:
+    def _renew(self, renderer: RenderProcess) -> None:
+        registration = self._registration(renderer, pid=renderer.child.pid)
+        if not self.db.write(workers.register, registration):
+            # We were silent for long, and somebody else has begun in our place.
+            self.lost_name = workers.NameTaken(renderer.name, None)
+            log.critical("launcher.name_lost", worker=renderer.name)
+            self.hurry.set()
+            self.stop.set()
+
+    def _steer(self, renderer: RenderProcess) -> None:
+        """Off the queues that it takes nothing of now, and back: else it would eat messages."""
+        with self.db.reading() as session:
+            refused = {held.queue for held in workers.refusals(session, worker=renderer.name)}
+        leaves = set(self.queues) if workers.ALL_QUEUES in refused else refused & set(self.queues)
+        renderer.left |= leaves
+        # Said again at each beat: Celery forgets it when it starts anew, and may not have heard.
+        self.bell.steer(renderer.name, leave=sorted(leaves), take=sorted(renderer.left - leaves))
+
+    def _registration(self, renderer: RenderProcess, *, pid: int) -> workers.Registration:
         return workers.Registration(
             name=renderer.name,
             host=self.config.host_name,
@@ -102,8 +168,9 @@ class Launcher:
             memory_bytes=renderer.slot.memory_bytes,
             queues=self.queues,
             version=importlib.metadata.version("rushes"),
-            pid=renderer.child.pid,
+            pid=pid,
             restarts=renderer.child.restarts,
+            launcher=self.identity,
         )
 
     def _give_up_what_it_held(self, renderer: RenderProcess) -> None:
@@ -130,7 +197,8 @@ class Launcher:
             self.hurry.wait(LOOK_SECONDS)
         for renderer in self.renderers:
             renderer.child.kill()
-        self._release()
+        if self.lost_name is None:
+            self._release()
         self.publisher.send(signal.SIGTERM)
         if not self.publisher.wait(PUBLISHER_GRACE_SECONDS if not self.hurry.is_set() else 1.0):
             self.publisher.kill()
@@ -139,7 +207,7 @@ class Launcher:
         """From now on the dispatcher sends nothing more for these workers."""
         for renderer in self.renderers:
             try:
-                self.db.write(workers.stopped, renderer.name)
+                self.db.write(workers.stopped, renderer.name, launcher=self.identity)
             except DBAPIError as error:
                 log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
 

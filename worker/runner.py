@@ -1,10 +1,11 @@
 """One attempt, from the claim to a finished mp4 on this host's disk."""
 
+import contextlib
 import importlib.metadata
 import os
 import traceback
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from jobs import (
     images,
     lifecycle,
     presets,
+    retries,
     settings,
     states,
     storage,
@@ -58,6 +60,13 @@ class Rendering:
     """Why it was placed so, when a first try had too little memory."""
 
 
+@dataclass
+class Tally:
+    """What this process has done since it began."""
+
+    renders: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runner:
     """What one render process holds for as long as it lives."""
@@ -68,15 +77,13 @@ class Runner:
     bell: broker.Broker
     device: device.Device
     components: components.Components
+    tally: Tally = field(default_factory=Tally)
 
     def run_attempt(self, job_id: int) -> None:
         """Render this job if it may still start. Every way it ends is written to its row."""
-        free = scratch.free_bytes(self.config.scratch_dir)
-        if free < workers.MIN_FREE_BYTES:
-            # This host's fault, not the job's: it stays queued, and its message is sent again.
-            log.error("scratch.full", folder=str(self.config.scratch_dir), free_bytes=free)
-            return
         try:
+            if self._lacks_room():
+                return
             claim = self.db.write(
                 lifecycle.claim,
                 job_id,
@@ -90,6 +97,7 @@ class Runner:
             log.info("claim.refused", job_id=job_id)
             return
         log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
+        self.tally.renders += 1
         folder = scratch.AttemptFolder(
             root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
         )
@@ -98,13 +106,26 @@ class Runner:
         except errors.AttemptEnded as ended:
             folder.remove()
             self._end(claim, ended)
+        except errors.HostFault as fault:
+            folder.remove()
+            self._give_back(claim, fault)
         except Exception as error:
             folder.remove()
             self._fail(claim, error)
         else:
             self._hand_over(claim, folder)
         finally:
+            self._report()
             self.bell.kick()
+
+    def _lacks_room(self) -> bool:
+        """This host's fault, not the job's: it stays queued, and its message is sent again."""
+        free = scratch.free_bytes(self.config.scratch_dir)
+        if free >= workers.MIN_FREE_BYTES:
+            return False
+        reason = f"{self.config.scratch_dir}: {free / 1e6:.0f} MB free, too little for a video"
+        self._refuse(workers.ALL_QUEUES, states.FailureKind.DISK, reason)
+        return True
 
     def _render(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
         heart = heartbeat.Heartbeat(
@@ -170,10 +191,25 @@ class Runner:
         if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
             return None
         try:
-            data = storage.open_store(self.config).read_bytes(spec.image_key)
+            image = images.decode_rgb(self._stored(spec.image_key))
+        except images.ImageError as error:
+            raise errors.ImageLost(f"{spec.image_key} in the results store: {error}") from error
+        return torch.from_numpy(np.array(image))
+
+    def _stored(self, key: str) -> bytes:
+        store = storage.open_store(self.config)
+        try:
+            try:
+                return store.read_bytes(key)
+            except storage.ObjectMissing as error:
+                store.check()
+                if next(iter(store.list()), None) is None:
+                    # Else a disk that is not mounted would end every job for good.
+                    empty = f"{error}; {store.url} holds nothing at all"
+                    raise errors.StoreUnavailable(empty) from error
+                raise errors.ImageLost(str(error)) from error
         except storage.StorageError as error:
-            raise errors.ImageUnavailable(str(error)) from error
-        return torch.from_numpy(np.array(images.decode_rgb(data)))
+            raise errors.StoreUnavailable(str(error)) from error
 
     def _make_mp4(
         self,
@@ -254,6 +290,7 @@ class Runner:
     def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
         """Leave the finished video to this host's publisher; the device is free from here on."""
         try:
+            self._accept(claim)
             verdict = finished.renew(self.db, self.config, folder, note=None)
             if verdict is lifecycle.Verdict.GO_ON:
                 self.bell.send_publish(self.config.host_name, claim.attempt_id)
@@ -272,6 +309,44 @@ class Runner:
                 # The lease ends by itself, and the job is cancelled then.
                 log.warning("attempt.not_told", error=str(unreachable)[:300])
         log.info(event, job_id=claim.job_id, attempt_id=claim.attempt_id)
+
+    def _give_back(self, claim: lifecycle.Claim, fault: errors.HostFault) -> None:
+        """The job waits for a better host, and this one steps aside."""
+        reason = str(fault)
+        queue = workers.ALL_QUEUES if fault.is_of_all_queues else claim.queue
+        facts = {"job_id": claim.job_id, "attempt_id": claim.attempt_id, "kind": fault.kind}
+        log.error("attempt.given_back", **facts, error=reason)
+        try:
+            # First: or this worker might be sent the job again.
+            self._refuse(queue, fault.kind, reason)
+            wait_seconds = retries.wait_after_release(claim.number)
+            self.db.write(
+                lifecycle.release, claim.attempt_id, reason=reason, wait_seconds=wait_seconds
+            )
+        except DBAPIError as unreachable:
+            # The lease ends by itself.
+            log.warning("attempt.not_told", **facts, error=str(unreachable)[:300])
+
+    def _refuse(self, queue: str, kind: states.FailureKind, reason: str) -> None:
+        name = self.worker_settings.worker_name
+        seconds = self.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
+        log.error("worker.refuses", queue=queue or "all", seconds=round(seconds), error=reason)
+        if queue:
+            with contextlib.suppress(broker.BrokerUnavailable):
+                # Its launcher does it too, a little later, and for all queues.
+                self.bell.steer(name, leave=[queue])
+
+    def _accept(self, claim: lifecycle.Claim) -> None:
+        """It went well: what this worker refused of the queue, and why, is over."""
+        self.db.write(workers.accept, self.worker_settings.worker_name, queue=claim.queue)
+
+    def _report(self) -> None:
+        """What this process holds, for people; a word that is lost does no harm."""
+        try:
+            told = self.components.report(renders=self.tally.renders)
+            self.db.write(workers.report, self.worker_settings.worker_name, told)
+        except DBAPIError as error:
+            log.warning("worker.report_missed", error=str(error)[:200])
 
     def _fail(self, claim: lifecycle.Claim, error: Exception) -> None:
         kind = error.kind if isinstance(error, errors.RenderError) else states.FailureKind.INTERNAL

@@ -11,6 +11,7 @@ from celery import signals
 from celery.exceptions import SecurityWarning
 
 from jobs import celery_app, database, dispatch, lifecycle, logs, settings
+from worker import redis_transport
 from worker import settings as worker_settings
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ log = structlog.get_logger()
 # It warns of pickled messages from strangers; we accept JSON alone.
 warnings.filterwarnings("ignore", category=SecurityWarning)
 
+redis_transport.install()
 app = celery_app.make(settings.load())
 
 

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from jobs import presets
 from models import errors as model_errors
 from models import layout, memory
-from worker import gpus
+from worker import gpus, host_memory
 
 SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
@@ -24,6 +22,12 @@ class Fit:
     needs_bytes: int
     worst_stage: str
     mode: str
+    needs_host_bytes: int
+    """Main memory for as long as the model is loaded."""
+    has_host_bytes: int
+    """Free now, for this process."""
+    told_host: str
+    """What takes it, as an addition to a sentence."""
 
     @property
     def is_enough(self) -> bool:
@@ -51,6 +55,22 @@ def transformer_files(look: presets.Look, models_dir: Path) -> tuple[Path | None
         None if first is None else models_dir / first,
         None if low is None else models_dir / low,
     )
+
+
+def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> bool:
+    """Whether the model's folder here is bad for everybody, and not just for what this look asks.
+
+    Else one look that no host can load would take every worker away from its model.
+    """
+    root = models_dir / look.model_path
+    if isinstance(error, (model_errors.UnreadableWeightsError, OSError)):
+        return transformer_files(look, models_dir) == (None, None)
+    if isinstance(error, (model_errors.MissingFileError, model_errors.AmbiguousFilesError)):
+        try:
+            layout.find(root)
+        except model_errors.CheckpointError:
+            return not root.is_dir() or transformer_files(look, models_dir) == (None, None)
+    return False
 
 
 def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
@@ -86,8 +106,10 @@ def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
     devices: list[tuple[str, int | None]] = [
         (f"GPU {gpu.number} ({gpu.name})", gpu.memory_bytes) for gpu in gpus.find()
     ]
+    largest = sorted(need.host, key=lambda part: need.host[part], reverse=True)[:3]
+    here = host_memory.now()
     # A worker without a GPU computes in fp32 from main memory.
-    devices = devices or [("the CPU", psutil.virtual_memory().total // 2)]
+    devices = devices or [("the CPU", here.total_bytes // 2)]
     return [
         Fit(
             device=name,
@@ -95,6 +117,9 @@ def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
             needs_bytes=need.device_bytes,
             worst_stage=need.worst_stage,
             mode=told(mode),
+            needs_host_bytes=need.host_bytes,
+            has_host_bytes=here.free_bytes,
+            told_host=f" ({', '.join(largest)})" if largest else "",
         )
         for name, memory_bytes in devices
     ]

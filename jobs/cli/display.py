@@ -1,19 +1,20 @@
 """A batch in progress: live on a terminal, else line by line."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from jobs import watch
 from jobs.cli import output, shapes
-from jobs.schema import Attempt, Job
+from jobs.schema import Attempt, Job, Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LINE_SECONDS = 60.0  # a log of a long night shows that the watcher is alive
+SHOWN_REFUSALS = 3
 COUNTED = ("succeeded", "failed", "cancelled", "running", "queued")
 
 
@@ -40,7 +41,7 @@ def as_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
         if essence != told or time.monotonic() - told_at > LINE_SECONDS:
             output.line(f"{output.when(snapshot.now)}  {status_line(snapshot)}")
             if essence != told and snapshot.idle_queues:
-                output.note(hint_of_idle(snapshot.idle_queues))
+                output.note(hint_of_idle(snapshot.idle_queues, snapshot.refusals))
             told, told_at = essence, time.monotonic()
     assert snapshot is not None
     return snapshot
@@ -86,13 +87,23 @@ def pace_of(snapshot: watch.Snapshot) -> str:
     return ", ".join(said)
 
 
-def hint_of_idle(queues: Iterable[str]) -> str:
+def hint_of_idle(queues: Iterable[str], refusals: Sequence[Refusal] = ()) -> str:
     names = ", ".join(queues)
+    if refusals:
+        why = "; ".join(refusal_line(refusal) for refusal in refusals[:SHOWN_REFUSALS])
+        return f"no worker takes from {names} for now: {why}"
     return (
         f"no live worker takes from {names}: a worker takes jobs of the models that lay in its "
         "models folder when it started; start one with `rushes up` or `rushes worker`, or put the "
         "weights there and start it again (`rushes doctor` says what is missing)"
     )
+
+
+def refusal_line(refusal: Refusal) -> str:
+    """`gpu0@a until 02:10 (3 times in a row): /models/x: ...`"""
+    again = f" ({refusal.times} times in a row)" if refusal.times > 1 else ""
+    until = output.when(refusal.until)
+    return f"{refusal.worker} until {until}{again}: {output.plain(refusal.reason)}"
 
 
 def step_of(attempt: Attempt) -> str:
@@ -135,7 +146,7 @@ def _picture(snapshot: watch.Snapshot, *, max_rows: int) -> "RenderableType":
     if snapshot.running:
         parts.append(_running_table(snapshot, max_rows))
     if snapshot.idle_queues:
-        parts.append(Text(hint_of_idle(snapshot.idle_queues), style="yellow"))
+        parts.append(Text(hint_of_idle(snapshot.idle_queues, snapshot.refusals), style="yellow"))
     return Group(*parts)
 
 

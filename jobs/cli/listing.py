@@ -144,7 +144,7 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
     if batch.failed > len(view.failed):
         output.line(f"  and {batch.failed - len(view.failed):,} more failed: --limit shows them")
     if snapshot.idle_queues:
-        output.note(f"note: {display.hint_of_idle(snapshot.idle_queues)}")
+        output.note(f"note: {display.hint_of_idle(snapshot.idle_queues, snapshot.refusals)}")
 
 
 def _running_row(snapshot: watch.Snapshot, job: Job, attempt: Attempt) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ COLORS = {
     "fail": "red",
     "lost": "red",
     "silent": "red",
+    "refuses": "red",
     "partially_failed": "yellow",
     "warn": "yellow",
     "cancelled": "yellow",

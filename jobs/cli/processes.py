@@ -1,14 +1,12 @@
 """The commands that keep running: dispatcher, worker, up, demo."""
 
-import importlib
 import signal
 import threading
 from types import FrameType
-from typing import Any
 
 import click
 
-from jobs import beat, dispatch, logs, settings
+from jobs import beat, dispatch, logs, parts, settings
 from jobs.cli import connections, exits, output
 
 _devices = click.option(
@@ -78,11 +76,10 @@ def worker(devices: str, check: bool) -> int:
     Stops on SIGTERM and SIGINT: finishes its job within RUSHES_GRACE_SECONDS or gives it back.
     """
     config = settings.load()
-    launch = _module("worker.launch")
     if check:
-        return int(launch.check(config))
+        return int(parts.CHECK_WORKERS.load()(config))
     logs.configure(config)
-    return int(launch.run(config, devices=devices))
+    return int(parts.RUN_WORKERS.load()(config, devices=devices))
 
 
 @click.command()
@@ -109,8 +106,3 @@ def demo(devices: str) -> int:
     from jobs.cli import demo as demonstration
 
     return demonstration.run(config, devices=devices)
-
-
-def _module(name: str) -> Any:
-    # By name: `jobs` must not know `worker`, which stands above it.
-    return importlib.import_module(name)

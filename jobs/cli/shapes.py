@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from jobs import queries, storage
-from jobs.schema import Attempt, Batch, Job
+from jobs.schema import Attempt, Batch, Job, Refusal
 
 LINK_SECONDS = 24 * 3600
 
@@ -157,7 +157,15 @@ def worker(live: queries.LiveWorker) -> dict[str, Any]:
         "host": row.host,
         "device": row.device,
         "memory_bytes": row.memory_bytes,
+        "memory_used_bytes": row.device_used_bytes,
+        "host_memory_used_bytes": row.host_used_bytes,
         "queues": row.queues,
+        "takes": list(live.takes),
+        "refuses": [refusal(each) for each in live.refusals],
+        "resident": row.resident or [],
+        "renders": row.renders,
+        "loads": row.loads,
+        "lora_switches": row.lora_switches,
         "version": row.version,
         "pid": row.pid,
         "is_alive": live.is_alive,
@@ -174,6 +182,17 @@ def worker(live: queries.LiveWorker) -> dict[str, Any]:
             "steps": held.steps,
             "started_at": held.started_at,
         },
+    }
+
+
+def refusal(held: Refusal) -> dict[str, Any]:
+    return {
+        "queue": held.queue or None,
+        "kind": held.kind,
+        "reason": held.reason,
+        "times": held.times,
+        "since": held.since,
+        "until": held.until,
     }
 
 

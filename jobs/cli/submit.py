@@ -193,8 +193,9 @@ def _after_commit(
         notes.append(delayed)
     with db.reading() as session:
         idle = queries.queues_without_workers(session, made.batch_id)
+        refusals = queries.refusals_of(session, idle)
     if idle:
-        notes.append(display.hint_of_idle(idle))
+        notes.append(display.hint_of_idle(idle, refusals))
     return notes
 
 

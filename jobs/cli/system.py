@@ -1,18 +1,22 @@
 """`rushes workers`, `rushes migrate`, `rushes doctor` and `rushes quantize`."""
 
-import importlib
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import click
 from alembic.util import CommandError
 
-from jobs import database, doctor, errors, logs, migrate, queries, settings
+from jobs import database, doctor, errors, logs, migrate, parts, queries, settings
 from jobs.cli import connections, display, exits, options, output, shapes
-from jobs.schema import Attempt
+from jobs.schema import Attempt, Refusal, Worker
 
 QUEUE_PREFIX = "rushes.render."
+WORKER_HEADERS = (
+    *("WORKER", "STATE", "SEEN", "DEVICE", "MEMORY", "TAKES", "RENDERS"),
+    *("LOADED", "JOBS", "LOADS", "LORA SWITCHES", "RESTARTS"),
+)
 
 
 @click.command()
@@ -26,8 +30,9 @@ def workers(as_json: bool) -> None:
     if as_json:
         output.emit({"workers": [shapes.worker(live) for live in found]})
     elif found:
-        headers = ("WORKER", "STATE", "SEEN", "DEVICE", "MEMORY", "TAKES", "RENDERS", "RESTARTS")
-        output.table(headers, [_worker_row(live, now) for live in found])
+        output.table(WORKER_HEADERS, [_worker_row(live, now) for live in found])
+        for refusal in (each for live in found for each in live.refusals):
+            output.note(f"note: {_refused(refusal)}: {display.refusal_line(refusal)}")
     else:
         output.note("no workers: start one with `rushes worker`, or everything with `rushes up`")
 
@@ -36,14 +41,36 @@ def _worker_row(live: queries.LiveWorker, now: datetime) -> tuple[str, ...]:
     row = live.worker
     return (
         output.plain(row.name),
-        output.state("alive" if live.is_alive else "silent"),
+        output.state(_state(live)),
         f"{output.duration(max((now - row.heartbeat_at).total_seconds(), 0))} ago",
         output.plain(row.device),
-        "" if row.memory_bytes is None else output.size(row.memory_bytes),
-        output.plain(", ".join(queue.removeprefix(QUEUE_PREFIX) for queue in row.queues)),
+        _memory(row),
+        output.plain(", ".join(queue.removeprefix(QUEUE_PREFIX) for queue in live.takes)),
         _rendering(live.attempt),
-        str(row.restarts),
+        output.plain(", ".join(_loaded(model) for model in row.resident or ())),
+        *(str(number) for number in (row.renders, row.loads, row.lora_switches, row.restarts)),
     )
+
+
+def _state(live: queries.LiveWorker) -> str:
+    if not live.is_alive:
+        return "silent"
+    return "refuses" if live.refusals else "alive"
+
+
+def _refused(refusal: Refusal) -> str:
+    return f"no jobs of {refusal.queue.removeprefix(QUEUE_PREFIX)}" if refusal.queue else "no jobs"
+
+
+def _memory(row: Worker) -> str:
+    """Used of all, of the device; of the process, where the device is the processor."""
+    known = [each for each in (row.device_used_bytes, row.memory_bytes) if each is not None]
+    return " / ".join(output.size(each) for each in known)
+
+
+def _loaded(model: dict[str, Any]) -> str:
+    name = PurePath(str(model["model"])).name
+    return f"{name} + {output.count(len(model['loras']), 'LoRA')}" if model["loras"] else name
 
 
 def _rendering(attempt: Attempt | None) -> str:
@@ -130,16 +157,13 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
     """
     config = settings.load()
     folder = Path(model) if Path(model).is_dir() else config.models_dir / model
-    # By name: `jobs` must not know `models`. The only command of ours that loads torch.
-    layout = importlib.import_module("models.layout")
-    writer = importlib.import_module("models.quantized_files")
-    schemes = importlib.import_module("models.quantization").Scheme
     output.note(f"reading {folder}")
     try:
-        files = layout.find(folder)
+        files = parts.FIND_MODEL.load()(folder)
         target = target or folder / _quantized_file(files.transformer[0].name, scheme)
         target.parent.mkdir(parents=True, exist_ok=True)
-        report = writer.write(files, target, schemes(scheme))
+        form = parts.QUANTIZATION_SCHEME.load()(scheme)
+        report = parts.QUANTIZE.load()(files, target, form)
     except (ValueError, OSError) as error:
         raise errors.RushesError(str(error)) from error
     worst = max(report.relative_errors, key=report.relative_errors.__getitem__, default=None)

@@ -131,6 +131,7 @@ class World:
                 version="1",
                 pid=1,
                 restarts=0,
+                launcher="test",
             ),
         )
 

@@ -3,12 +3,13 @@
 import itertools
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import event, make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, settings
+from jobs import database, errors, lifecycle, settings
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 
@@ -122,3 +123,58 @@ def test_a_database_without_a_driver_is_told(tmp_path: object) -> None:
     with pytest.raises(database.DatabaseUnavailable, match=r"no driver.*postgresql://") as caught:
         _ = database.Database("mysql+nothing://u:hunter2@h/db").engine
     assert "hunter2" not in str(caught.value)
+
+
+def behind(url: str, folder: Path) -> database.Database:
+    """The same database at the socket in another folder."""
+    elsewhere = make_url(url)
+    assert elsewhere.query["host"]
+    return database.Database(
+        elsewhere.update_query_dict({"host": str(folder)}).render_as_string(hide_password=False)
+    )
+
+
+def test_a_server_that_is_back_soon_costs_no_write(
+    postgres_world: World, postgres_database_url: str, tmp_path: Path
+) -> None:
+    """While it starts anew it refuses connections: nothing was begun, so nothing is done twice."""
+    socket, refused = tmp_path / "socket", threading.Event()
+    db = behind(postgres_database_url, socket)
+    real_folder = str(make_url(postgres_database_url).query["host"])
+
+    def come_back() -> None:
+        refused.wait(10)
+        socket.symlink_to(real_folder)
+
+    coming = threading.Thread(target=come_back)
+    coming.start()
+    event.listens_for(db.engine, "do_connect")(lambda *_: refused.set())
+    batch_id = postgres_world.submit()
+    db.write(lifecycle.cancel_batch, batch_id)
+    coming.join()
+    db.close()
+    assert refused.is_set()
+    assert postgres_world.batch(batch_id).cancelled == 1
+
+
+def test_a_server_that_stays_away_is_told_soon(
+    postgres_world: World, postgres_database_url: str, tmp_path: Path
+) -> None:
+    db = behind(postgres_database_url, tmp_path / "nowhere")
+    runs: list[int] = []
+    event.listens_for(db.engine, "do_connect")(lambda *_: runs.append(1))
+    with pytest.raises(OperationalError):
+        db.write(lifecycle.cancel_batch, "none")
+    assert 1 < len(runs) <= database.WRITE_TRIES
+
+
+def test_a_server_that_answers_no_is_not_asked_again(
+    postgres_world: World, postgres_database_url: str
+) -> None:
+    unknown = make_url(postgres_database_url).set(database="no-such-database")
+    db = database.Database(unknown.render_as_string(hide_password=False))
+    runs: list[int] = []
+    event.listens_for(db.engine, "do_connect")(lambda *_: runs.append(1))
+    with pytest.raises(OperationalError, match="does not exist"):
+        db.write(lifecycle.cancel_batch, "none")
+    assert len(runs) == 1

@@ -30,6 +30,7 @@ from jobs import (
     servers,
     settings,
     states,
+    workers,
 )
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
@@ -605,3 +606,24 @@ def test_silence_while_the_database_was_away_ends_no_attempt(
         stop.set()
         thread.join()
     assert world.attempt(attempt_id).state is states.AttemptState.LOST
+
+
+def test_a_worker_that_refuses_a_queue_is_sent_nothing_of_it(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    """And when every worker refuses it, the jobs wait instead of going round."""
+    other = queues.of_model("other")
+    world.submit(9)
+    world.submit(9, preset=other_model())
+    world.register("gpu0@a", also=[other])
+    dispatcher = dispatcher_of(world, clean_redis_url, window=2)
+    kind = states.FailureKind.WEIGHTS
+    world.db.write(workers.refuse, "gpu0@a", queue=QUEUE, kind=kind, reason="gone")
+    assert dispatcher.tick().sent == 2
+    assert (len(sent(client)), len(sent(client, other))) == (0, 2)
+    world.db.write(workers.refuse, "gpu0@a", queue=workers.ALL_QUEUES, kind=kind, reason="disk")
+    client.flushall()
+    age_dispatch(world)
+    assert dispatcher.tick().sent == 0
+    world.db.write(workers.accept, "gpu0@a", queue=QUEUE)
+    assert dispatcher.tick().sent == 2

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text, update
 
-from jobs import database, errors, queries, states, workers
+from jobs import database, errors, queries, states, watch, workers
+from jobs.cli import display
 from jobs.schema import Batch, Job
 from jobs.states import BatchState
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
@@ -197,7 +198,7 @@ def test_a_worker_lives_while_its_launcher_reports(world: World) -> None:
     for name in ("gpu0@a", "gpu1@a", "gpu0@b"):
         world.register(name)
     world.silence("gpu1@a")
-    world.db.write(workers.stopped, "gpu0@b")
+    world.db.write(workers.stopped, "gpu0@b", launcher="test")
     attempt_id = world.claimed(world.only_job(world.submit()).id, worker="gpu0@a")
     with world.db.reading() as session:
         live = queries.live_workers(session)
@@ -218,7 +219,7 @@ def test_a_worker_that_comes_back_keeps_its_row(world: World) -> None:
     world.register("gpu0@a")
     with world.db.reading() as session:
         assert queries.live_workers(session)[0].worker.started_at == first
-    world.db.write(workers.stopped, "gpu0@a")
+    world.db.write(workers.stopped, "gpu0@a", launcher="test")
     with world.db.reading() as session:
         assert queries.live_workers(session) == []
     world.register("gpu0@a")
@@ -256,3 +257,61 @@ def test_jobs_and_attempts_are_listed_in_their_order(world: World) -> None:
         winner = queries.winning_attempt(session, world.job(ids[2]))
     assert winner is not None
     assert winner.id == last
+
+
+def refuse(world: World, name: str, queue: str, reason: str = "the models folder is gone") -> float:
+    kind = states.FailureKind.WEIGHTS
+    return world.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
+
+
+def takes(world: World) -> dict[str, tuple[str, ...]]:
+    with world.db.reading() as session:
+        return {live.worker.name: live.takes for live in queries.live_workers(session)}
+
+
+def test_what_a_worker_refuses_it_does_not_take_until_a_job_goes_well(world: World) -> None:
+    world.register("gpu0@a", also=["other"])
+    world.register("gpu0@b", also=["other"])
+    refuse(world, "gpu0@a", QUEUE)
+    assert takes(world) == {"gpu0@a": ("other",), "gpu0@b": (QUEUE, "other")}
+    refuse(world, "gpu0@a", workers.ALL_QUEUES)
+    assert takes(world) == {"gpu0@a": (), "gpu0@b": (QUEUE, "other")}
+    world.db.write(workers.accept, "gpu0@a", queue=QUEUE)
+    assert takes(world)["gpu0@a"] == (QUEUE, "other")
+
+
+def test_a_refusal_ends_by_itself_and_is_longer_the_next_time(world: World) -> None:
+    world.register("gpu0@a")
+    longest = workers.FIRST_REFUSAL_SECONDS
+    for times in range(1, 8):
+        seconds = refuse(world, "gpu0@a", QUEUE)
+        assert longest / 2 <= seconds <= longest
+        with world.db.transaction() as session:
+            (held,) = workers.refusals(session)
+            assert held.times == times
+            held.until = database.now(session)
+        assert takes(world) == {"gpu0@a": (QUEUE,)}
+        longest = min(2 * longest, workers.LONGEST_REFUSAL_SECONDS)
+
+
+def test_a_worker_claims_nothing_that_it_refuses_and_others_do(world: World) -> None:
+    job = world.only_job(world.submit())
+    refuse(world, "gpu0@a", QUEUE)
+    assert world.claim(job.id, worker="gpu0@a") is None
+    assert world.job(job.id).state is states.JobState.QUEUED
+    assert world.claim(job.id, worker="gpu0@b") is not None
+
+
+def test_why_jobs_wait_is_told_when_every_worker_refuses_them(world: World) -> None:
+    batch_id = world.submit()
+    world.register("gpu0@a")
+    refuse(world, "gpu0@a", QUEUE, reason="bad\0 folder")
+    refuse(world, "gpu9@gone", QUEUE)
+    snapshot = watch.look(world.db, batch_id)
+    assert snapshot.idle_queues == [QUEUE]
+    assert [held.worker for held in snapshot.refusals] == ["gpu0@a"]
+    hint = display.hint_of_idle(snapshot.idle_queues, snapshot.refusals)
+    assert "gpu0@a until" in hint
+    assert "bad\\0 folder" in hint
+    world.register("gpu0@b")
+    assert watch.look(world.db, batch_id).refusals == ()

@@ -21,9 +21,11 @@ from jobs import (
     migrate,
     presets,
     queries,
+    reports,
     settings,
     storage,
     submission,
+    workers,
 )
 from jobs.schema import Attempt, Job
 from models.tiny import make
@@ -39,6 +41,16 @@ class Prepared:
 
     model: resident.ResidentModel
     hashes: Callable[[], dict[str, str]] = dict
+
+    def report(self, *, renders: int) -> reports.Report:
+        return reports.Report(
+            renders=renders,
+            loads=0,
+            lora_switches=0,
+            resident=(),
+            device_used_bytes=None,
+            host_used_bytes=0,
+        )
 
     def model_for(self, _look: presets.Look) -> resident.ResidentModel:
         return self.model
@@ -79,6 +91,20 @@ class Host:
         batch_id = submission.submit(self.db, prompts).batch_id
         with self.db.reading() as session:
             return list(queries.jobs(session, batch_id, limit=1_000))
+
+    def register(self, *, queues: tuple[str, ...] = ("rushes.render.tiny",)) -> None:
+        registration = workers.Registration(
+            name=WORKER,
+            host="here",
+            device="CPU",
+            memory_bytes=None,
+            queues=queues,
+            version="1",
+            pid=1,
+            restarts=0,
+            launcher="test",
+        )
+        self.db.write(workers.register, registration)
 
     def job(self, job_id: int) -> Job:
         with self.db.reading() as session:

@@ -124,3 +124,49 @@ def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeyp
 def test_an_empty_disk_asks_nobody(host, monkeypatch):
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
     assert finished.find_unfinished(host.db, broker.Broker(settings.load()), host.config) == []
+
+
+@pytest.fixture
+def vanished(host):
+    """Looks as the launcher does; the worker of these attempts is registered."""
+    host.register()
+
+    def run():
+        return finished.requeue_vanished(host.db, host.config)
+
+    return run
+
+
+def test_a_finished_video_that_vanished_is_rendered_again_at_no_cost(host, look, vanished):
+    """Not after the lease of its upload, and not as a crash."""
+    gone, there = host.finished(), host.finished()
+    look()
+    shutil.rmtree(gone.path)
+    assert vanished() == [gone.attempt_id]
+    attempt, job = host.attempt(gone), host.job_of(gone)
+    assert attempt.state is states.AttemptState.RELEASED
+    assert f"the finished video is gone: {gone.path}" in attempt.note
+    assert (job.state, job.error_count, job.crash_count) == (states.JobState.QUEUED, 0, 0)
+    assert host.attempt(there).state is states.AttemptState.RENDERED
+    assert vanished() == []
+
+
+def test_a_video_that_was_published_meanwhile_is_no_vanished_one(host, look, vanished):
+    folder = host.finished()
+    look()
+    host.publisher().publish(folder.attempt_id)
+    assert vanished() == []
+    assert host.job_of(folder).state is states.JobState.SUCCEEDED
+
+
+def test_a_video_on_the_disk_of_another_host_is_its_own_business(host, look, vanished):
+    folder = host.finished()
+    look()
+    shutil.rmtree(folder.path)
+    elsewhere = host.config.model_copy(update={"host_name": "there"})
+    assert finished.requeue_vanished(host.db, elsewhere) == []
+
+
+def test_a_video_that_is_being_rendered_has_not_vanished(host, vanished):
+    host.claim(host.submit()[0])
+    assert vanished() == []

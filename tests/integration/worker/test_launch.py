@@ -1,16 +1,31 @@
 """The launcher's processes: how they are started, kept, drained and never doubled."""
 
+import base64
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, errors, queries, queues, settings, states, supervisor
-from worker import gpus, launch
+from jobs import (
+    broker,
+    celery_app,
+    errors,
+    queries,
+    queues,
+    settings,
+    states,
+    supervisor,
+    workers,
+)
+from worker import gpus, launch, redis_transport
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -74,9 +89,9 @@ def registered(host):
 def test_a_running_worker_is_in_the_register(host, launcher, running, until):
     made = launcher()
     running(made)
-    row = until(lambda: registered(host).get("cpu0@here"))
+    until(lambda: registered(host)["cpu0@here"].pid == made.renderers[0].child.pid)
+    row = registered(host)["cpu0@here"]
     assert (row.host, row.device, row.queues) == ("here", "CPU", ["rushes.render.tiny"])
-    assert row.pid == made.renderers[0].child.pid
 
 
 def test_a_dead_worker_comes_back_and_its_job_goes_back_at_once(host, launcher, running, until):
@@ -137,10 +152,15 @@ def test_a_second_signal_ends_the_grace(host, launcher, running, until, tmp_path
 
 def test_an_outage_of_the_database_ends_no_process(host, launcher, running, until, capsys):
     made = launcher()
+    running(made)
+    until(lambda: "cpu0@here" in registered(host))
+    pid = made.renderers[0].child.pid
     with host.database_outage():
-        running(made)
-        until(lambda: "launcher.beat_missed" in capsys.readouterr().out)
-        pid = made.renderers[0].child.pid
+        with contextlib.suppress(DBAPIError):  # what the beat of the other thread catches
+            made._renew(made.renderers[0])
+        made._beat()
+        assert "launcher.beat_missed" in capsys.readouterr().out
+        assert made.renderers[0].child.pid == pid
     made._beat()
     assert registered(host)["cpu0@here"].pid == pid
 
@@ -270,6 +290,66 @@ def test_a_second_worker_of_the_same_name_is_refused(host):
         pass
 
 
+@pytest.fixture
+def another(host, launcher, tmp_path):
+    """A launcher of the same host name with a home, and so with locks, of its own."""
+    return launcher(home=tmp_path / "another")
+
+
+def test_a_second_launcher_of_a_name_is_refused_whatever_its_home(
+    host, launcher, running, until, another, monkeypatch
+):
+    """Each would take the other's attempts for those of a dead worker."""
+    made = launcher()
+    running(made)
+    job = host.submit()[0]
+    host.claim(job)
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    with pytest.raises(workers.NameTaken, match=r"cpu0@here is run by another .*RUSHES_HOST"):
+        another.run()
+    assert not another.renderers[0].child.is_alive
+    assert host.job(job.id).state is states.JobState.RUNNING
+    assert registered(host)["cpu0@here"].launcher == made.identity
+
+
+def test_the_name_of_a_launcher_that_died_is_taken_over_when_it_is_stale(
+    host, launcher, running, until, another, monkeypatch
+):
+    dead = launcher()
+    assert dead._take_names()
+    monkeypatch.setattr(workers, "ALIVE_SECONDS", 1.0)
+    began = time.monotonic()
+    running(another)
+    assert time.monotonic() - began > 0.5
+    until(lambda: registered(host)["cpu0@here"].launcher == another.identity)
+
+
+def test_the_same_home_takes_its_names_back_at_once(host, launcher):
+    """Its locks say that the one before has ended."""
+    assert launcher()._take_names()
+    assert launcher()._take_names()
+
+
+def test_a_launcher_that_was_taken_over_ends_and_leaves_its_successor_alone(
+    host, launcher, until, another, monkeypatch
+):
+    """After a long sleep of its machine, say."""
+    made = launcher()
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(made.run)
+        until(lambda: made.renderers[0].child.is_alive)
+        monkeypatch.setattr(workers, "ALIVE_SECONDS", -1.0)
+        assert another._take_names()
+        monkeypatch.undo()
+        job = host.submit()[0]
+        host.claim(job)
+        made._beat()
+        assert isinstance(run.exception(60), workers.NameTaken)
+    assert not made.renderers[0].child.is_alive
+    assert host.job(job.id).state is states.JobState.RUNNING
+    assert registered(host)["cpu0@here"].launcher == another.identity
+
+
 def test_check_tells_whether_a_worker_of_this_host_lives(host, launcher):
     assert launch.check(host.config) == 1
     made = launcher()
@@ -298,6 +378,67 @@ def real_launcher(host, until):
             if one.pid and psutil.pid_exists(one.pid):
                 one.kill()
         process.wait()
+
+
+def consumed(host):
+    """Queues that the real render process takes from."""
+    found = celery_app.make(host.config).control.inspect(["cpu0@here"], timeout=1).active_queues()
+    return {queue["name"] for queue in (found or {}).get("cpu0@here", ())}
+
+
+def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_launcher, until):
+    """Else it would eat the messages that others could render."""
+    tiny = queues.of_model("tiny")
+    until(lambda: consumed(host) == {tiny}, seconds=60)
+    kind = states.FailureKind.WEIGHTS
+    host.db.write(workers.refuse, "cpu0@here", queue=tiny, kind=kind, reason="gone")
+    until(lambda: consumed(host) == set(), seconds=30)
+    host.db.write(workers.accept, "cpu0@here", queue=tiny)
+    until(lambda: consumed(host) == {tiny}, seconds=30)
+
+
+def spoiled(message, **changes):
+    return json.dumps({**json.loads(message), **changes})
+
+
+def test_garbage_in_redis_is_dropped_and_ends_no_process(host, real_launcher, until):
+    """Then what follows it is rendered, by the same process."""
+    _, family = real_launcher
+    tiny = queues.of_model("tiny")
+    host.bell.send_renders("elsewhere", [4711])
+    (good,) = host.bell.redis.lrange("elsewhere", 0, -1)
+    host.bell.redis.delete("elsewhere")
+    body = base64.b64encode(b'[["4711"], {}, {}]').decode()
+    host.bell.redis.rpush(
+        tiny,
+        *("nonsense", b"\xff\xfe", "[" * 100_000, "null", "5", '"text"', "[]", "{}"),
+        spoiled(good, properties=None),
+        spoiled(good, properties={}),
+        spoiled(good, headers=[]),
+        spoiled(good, headers={"task": [], "id": "x"}),
+        spoiled(good, headers={"task": "rushes.other", "id": "x"}),
+        spoiled(good, body="%%%"),
+        spoiled(good, body=body),
+        spoiled(good, **{"content-type": "application/x-python-serialize"}),
+    )
+    host.bell.redis.rpush(broker.publish_queue("here"), "nonsense", "{}")
+    job = host.submit()[0]
+    host.bell.send_renders(tiny, [job.id])
+    until(lambda: host.job(job.id).state is states.JobState.SUCCEEDED, seconds=90)
+    assert host.bell.waiting(tiny) == set()
+    assert all(one.is_running() for one in family)
+    assert registered(host)["cpu0@here"].restarts == 0
+    log = (host.config.home / "worker.log").read_text()
+    assert log.count("message.dropped") >= 16
+    assert "Traceback" not in log
+
+
+def test_what_we_send_ourselves_is_ours(host):
+    host.bell.send_renders("elsewhere", [4711])
+    host.bell.send_publish("here", 4711)
+    for queue in ("elsewhere", broker.publish_queue("here")):
+        (message,) = host.bell.redis.lrange(queue, 0, -1)
+        assert redis_transport.is_ours(json.loads(message))
 
 
 def test_the_children_of_a_killed_launcher_end(real_launcher, until):

@@ -3,12 +3,26 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+from sqlalchemy import select, update
 
-from jobs import broker, dispatch, lifecycle, presets, settings, states, workers
-from worker import errors, finished, resident, runner, scratch, video, wanted
+from jobs import (
+    broker,
+    database,
+    dispatch,
+    lifecycle,
+    presets,
+    settings,
+    states,
+    storage,
+    workers,
+)
+from jobs.schema import Job, Refusal, Worker
+from tests.integration.worker.conftest import WORKER
+from worker import components, errors, finished, resident, runner, scratch, video, wanted
 
 
 class Raising(torch.nn.Module):
@@ -106,11 +120,71 @@ def test_a_message_for_a_job_that_is_gone_renders_nothing(host):
     assert leftovers(host) == []
 
 
-def test_missing_weights_are_named(host, failure_of):
-    job, attempt = failure_of(job=host.submit(model_path="gone")[0])
+def refused(host):
+    with host.db.reading() as session:
+        return {held.queue: held for held in workers.refusals(session, worker=WORKER)}
+
+
+def assert_given_back(host, job):
+    """At no cost, and not to be tried again at once."""
+    (attempt,) = host.attempts(job.id)
+    job = host.job(job.id)
+    assert attempt.state is states.AttemptState.RELEASED
+    assert (job.state, job.error_count, job.crash_count) == (states.JobState.QUEUED, 0, 0)
+    assert job.not_before > attempt.finished_at
+    assert leftovers(host) == []
+    return attempt
+
+
+def test_a_host_without_the_model_gives_the_job_back_and_takes_no_more_of_it(host):
+    first, second = host.submit(2, model_path="gone")
+    host.runner().run_attempt(first.id)
+    assert "gone: expected a model folder" in assert_given_back(host, first).note
+    (held,) = refused(host).values()
+    assert (held.queue, held.kind) == (first.queue, states.FailureKind.WEIGHTS)
+    assert "gone: expected a model folder" in held.reason
+    host.runner().run_attempt(second.id)
+    assert host.attempts(second.id) == []  # a whole batch of them costs nothing
+    other = host.submit()[0]
+    host.runner().run_attempt(other.id)
+    assert host.attempts(other.id)[0].state is states.AttemptState.RENDERED
+
+
+def over(host):
+    """As if the time of every refusal were over."""
+    with host.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=1)
+        session.execute(update(Refusal).values(until=past))
+        session.execute(update(Job).values(not_before=None))
+
+
+def test_a_host_refuses_for_longer_each_time_until_a_job_goes_well(host, models_dir, tmp_path):
+    job = host.submit(model_path=str(tmp_path / "moved"))[0]
+    waits = []
+    for times in (1, 2, 3):
+        host.runner().run_attempt(job.id)
+        held = refused(host)[job.queue]
+        assert held.times == times
+        waits.append((held.until - host.attempts(job.id)[-1].finished_at).total_seconds())
+        over(host)
+    for times, wait in enumerate(waits):
+        longest = workers.FIRST_REFUSAL_SECONDS * 2**times
+        assert longest / 2 - 1 < wait <= longest + 1
+    (tmp_path / "moved").symlink_to(models_dir / "tiny")
+    host.runner().run_attempt(job.id)
+    assert host.attempts(job.id)[-1].state is states.AttemptState.RENDERED
+    with host.db.reading() as session:
+        assert session.scalars(select(Refusal)).all() == []
+    assert host.job(job.id).error_count == 0
+
+
+def test_a_lora_that_is_not_here_costs_its_own_job_alone(host, failure_of):
+    """It may be nowhere: such jobs must end, and take no worker away from others."""
+    job, attempt = failure_of(job=host.submit(lora_configs=[{"path": "nowhere.safetensors"}])[0])
     assert attempt.failure_kind is states.FailureKind.WEIGHTS
-    assert "gone: expected a model folder" in attempt.error
-    assert job.state is states.JobState.QUEUED
+    assert "nowhere.safetensors" in attempt.error
+    assert (job.state, job.error_count) == (states.JobState.QUEUED, 1)
+    assert refused(host) == {}
 
 
 def test_too_little_memory_is_named(host, failure_of):
@@ -122,9 +196,21 @@ def test_too_little_memory_is_named(host, failure_of):
     )
 
 
-def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch):
-    """The same attempt renders the same latents with less on the device, and says so."""
-    first, second = host.submit(2)
+@pytest.mark.parametrize(
+    ("asked", "mode", "lower"),
+    [
+        ({}, "resident", "model offload"),
+        ({"cpu_offload": True, "offload_granularity": "model"}, "model offload", "block offload"),
+        (
+            {"cpu_offload": True, "offload_granularity": "block"},
+            "block offload",
+            "block offload, VAE in tiles",
+        ),
+    ],
+)
+def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch, asked, mode, lower):
+    """The same attempt renders with less on the device, says so, and others profit."""
+    first, second = host.submit(2, **asked)
     host.runner().run_attempt(first.id)
     real, modes = resident.ResidentModel.encode_text, []
 
@@ -138,12 +224,12 @@ def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch):
     host.runner().run_attempt(second.id)
     (attempt,) = host.attempts(second.id)
     assert attempt.state is states.AttemptState.RENDERED
-    assert modes == ["resident", "model offload"]
-    assert attempt.memory.startswith("model offload; before: CPU test: CUDA out of memory")
+    assert modes == [mode, lower]
+    assert attempt.memory.startswith(f"{lower}; before: CPU test: CUDA out of memory")
     before, after = (json.loads(folder.sidecar.read_text()) for folder in leftovers(host))
-    assert (before["memory"], after["memory"]) == ("resident", "model offload")
-    host.runner().run_attempt(host.submit()[0].id)
-    assert modes[2:] == ["model offload"]  # the next job of this look does not try in vain
+    assert (before["memory"], after["memory"]) == (mode, lower)
+    host.runner().run_attempt(host.submit(**asked)[0].id)
+    assert modes[2:] == [lower]  # the next job of this look does not try in vain
 
 
 def test_a_broken_encoder_is_named(failure_of, monkeypatch):
@@ -153,15 +239,16 @@ def test_a_broken_encoder_is_named(failure_of, monkeypatch):
     assert "ffmpeg ended with 1" in attempt.error
 
 
-def test_a_full_disk_is_named(host, failure_of):
+def test_a_disk_that_fills_up_gives_the_job_back(host):
     job = host.submit()[0]
     full = host.config.scratch_dir / f"{job.batch_id}.1"
     full.mkdir(parents=True)
     (full / "video.mp4").symlink_to("/dev/full")
-    _, attempt = failure_of(job=job)
+    host.runner().run_attempt(job.id)
+    attempt = assert_given_back(host, job)
     assert attempt.id == 1
-    assert attempt.failure_kind is states.FailureKind.DISK
-    assert "No space left on device" in attempt.error
+    assert "No space left on device" in attempt.note
+    assert refused(host)[workers.ALL_QUEUES].kind is states.FailureKind.DISK
 
 
 def test_a_host_without_room_takes_no_job(host, monkeypatch):
@@ -171,13 +258,81 @@ def test_a_host_without_room_takes_no_job(host, monkeypatch):
     host.runner().run_attempt(job.id)
     assert host.attempts(job.id) == []
     assert host.job(job.id).state is states.JobState.QUEUED
+    assert "too little for a video" in refused(host)[workers.ALL_QUEUES].reason
 
 
-def test_a_scratch_folder_that_cannot_be_made_is_named(host, failure_of, monkeypatch):
+def test_a_scratch_folder_that_cannot_be_made_is_named(host, monkeypatch):
     monkeypatch.setenv("RUSHES_SCRATCH_DIR", "/proc/rushes")
-    _, attempt = failure_of(config=settings.load())
-    assert attempt.failure_kind is states.FailureKind.DISK
-    assert "/proc/rushes" in attempt.error
+    job = host.submit()[0]
+    host.runner(config=settings.load()).run_attempt(job.id)
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state is states.AttemptState.RELEASED
+    assert "/proc/rushes" in attempt.note
+
+
+@pytest.fixture
+def with_image(host):
+    """`with_image(key)`: a job whose first frame lies under this key of the store."""
+
+    def make(key):
+        job = host.submit()[0]
+        with host.db.transaction() as session:
+            session.execute(update(Job).where(Job.id == job.id).values(image_key=key))
+        return job
+
+    return make
+
+
+def test_an_image_that_the_store_has_no_more_ends_its_job(host, failure_of, with_image):
+    storage.open_store(host.config).put_bytes(b"x", "inputs/other", content_type="image/png")
+    job, attempt = failure_of(job=with_image("inputs/aa/gone"))
+    assert attempt.failure_kind is states.FailureKind.INPUT
+    assert "no such object" in attempt.error
+    assert job.state is states.JobState.FAILED
+    assert refused(host) == {}
+
+
+def test_an_image_that_is_damaged_in_the_store_ends_its_job(host, failure_of, with_image):
+    storage.open_store(host.config).put_bytes(b"x", "inputs/aa/bad", content_type="image/png")
+    job, attempt = failure_of(job=with_image("inputs/aa/bad"))
+    assert attempt.failure_kind is states.FailureKind.INPUT
+    assert "inputs/aa/bad" in attempt.error
+    assert job.state is states.JobState.FAILED
+
+
+def test_an_outage_of_the_store_delays_a_job_with_an_image(host, monkeypatch, with_image):
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "s3://videos")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-nobody")
+    job = with_image("inputs/aa/there")
+    host.runner(config=settings.load()).run_attempt(job.id)
+    assert "127.0.0.1:1" in assert_given_back(host, job).note
+    assert refused(host)[job.queue].kind is states.FailureKind.STORAGE
+
+
+def test_a_store_that_holds_nothing_at_all_is_an_outage(host, with_image):
+    """Such as a disk that is not mounted: else it would end every job for good."""
+    job = with_image("inputs/aa/there")
+    host.runner().run_attempt(job.id)
+    assert "holds nothing at all" in assert_given_back(host, job).note
+
+
+def test_a_worker_tells_what_it_holds_and_how_often_that_changed(host):
+    host.register()
+    warm = components.Components(
+        models_dir=host.config.models_dir, home=host.config.home, device=host.warm.device
+    )
+    made = host.runner(warm)
+    for job in host.submit(3):
+        made.run_attempt(job.id)
+    with host.db.reading() as session:
+        row = session.get_one(Worker, WORKER)
+    assert (row.renders, row.loads, row.lora_switches) == (3, 1, 0)
+    (told,) = row.resident
+    assert told["model"] == str(host.config.models_dir / "tiny")
+    assert told["memory"] == "resident"
+    assert 0 < told["host_bytes"] < row.host_used_bytes
 
 
 def test_a_spec_that_no_worker_can_render_is_not_tried_again(host, failure_of):
@@ -353,10 +508,17 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
     assert kinds == {
         "SpecUnusable": states.FailureKind.INPUT,
         "NotFinite": states.FailureKind.INTERNAL,
+        "HostFault": states.FailureKind.INTERNAL,
         "WeightsUnusable": states.FailureKind.WEIGHTS,
-        "ImageUnavailable": states.FailureKind.STORAGE,
+        "ImageLost": states.FailureKind.INPUT,
         "DeviceOutOfMemory": states.FailureKind.OUT_OF_MEMORY,
+        "HostOutOfMemory": states.FailureKind.OUT_OF_MEMORY,
         "DeviceFault": states.FailureKind.DEVICE,
         "EncodingFailed": states.FailureKind.ENCODING,
+    }
+    faults = {cls.__name__: cls.kind for cls in errors.HostFault.__subclasses__()}
+    assert faults == {
+        "WeightsAbsent": states.FailureKind.WEIGHTS,
+        "StoreUnavailable": states.FailureKind.STORAGE,
         "DiskUnusable": states.FailureKind.DISK,
     }

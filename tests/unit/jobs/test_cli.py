@@ -24,6 +24,7 @@ from jobs import (
     logs,
     migrate,
     queries,
+    reports,
     retries,
     settings,
     states,
@@ -122,6 +123,7 @@ class Farm:
             version="1",
             pid=1,
             restarts=0,
+            launcher="test",
         )
         self.db.write(workers.register, row)
 
@@ -708,6 +710,50 @@ def test_a_broken_preset_is_told_and_fails_the_list(
     assert result.exit_code == exits.ERROR
     assert parsed(result)["broken"][0]["name"] == "wrong"
     assert rushes("presets", "show", "wrong").exit_code == exits.USAGE
+
+
+def test_workers_tell_what_they_hold_and_what_they_refuse(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    model = reports.Resident(
+        model="/models/tiny", loras=("a",), memory="resident", device_bytes=5, host_bytes=7
+    )
+    told = reports.Report(
+        renders=40,
+        loads=3,
+        lora_switches=2,
+        resident=(model,),
+        device_used_bytes=60_000_000_000,
+        host_used_bytes=8,
+    )
+    farm.db.write(workers.report, "gpu0@host", told)
+    said = rushes("workers").stdout
+    for part in ("60.0 GB / 150.0 GB", "tiny + 1 LoRA", " 40 ", "alive"):
+        assert part in said
+    farm.db.write(
+        workers.refuse,
+        "gpu0@host",
+        queue="rushes.render.tiny",
+        kind=states.FailureKind.WEIGHTS,
+        reason="/models/tiny: gone",
+    )
+    result = rushes("workers")
+    assert "refuses" in result.stdout
+    assert "no jobs of tiny: gpu0@host until" in result.stderr
+    assert "/models/tiny: gone" in result.stderr
+    (row,) = parsed(rushes("workers", "-o", "json"))["workers"]
+    assert (row["renders"], row["loads"], row["lora_switches"]) == (40, 3, 2)
+    assert row["resident"] == [
+        {
+            "model": "/models/tiny",
+            "loras": ["a"],
+            "memory": "resident",
+            "device_bytes": 5,
+            "host_bytes": 7,
+        }
+    ]
+    assert (row["memory_used_bytes"], row["takes"]) == (60_000_000_000, [])
+    assert row["refuses"][0]["reason"] == "/models/tiny: gone"
+    assert "/models/tiny: gone" in rushes("show", "latest").stderr
 
 
 def test_workers_are_listed_with_what_they_render(farm: Farm, rushes: Rushes) -> None:

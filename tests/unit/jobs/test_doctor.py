@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import json5
 import pytest
 from click.testing import CliRunner
 
-from jobs import cli, database, doctor, migrate, settings
+from jobs import cli, database, doctor, migrate, presets, settings
+from worker import host_memory
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +84,23 @@ def test_missing_and_incomplete_weights_are_told() -> None:
     (folder / "config.json").write_text("{}")
     assert checks()["weights tiny"].status == "warn"
     assert "complete the folder" in checks()["weights tiny"].advice
+
+
+def test_a_preset_that_parks_weights_is_judged_by_main_memory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sizes in the files, against what this process may still take."""
+    tiny = settings.load().models_dir / "tiny"
+    subprocess.run([sys.executable, "-m", "models.tiny.make", str(tiny)], check=True)
+    look = {**json5.loads(presets.load("tiny").path.read_text()), "cpu_offload": True}
+    (tmp_path / "parked.json").write_text(json.dumps(look))
+    weights = sum(path.stat().st_size for path in tiny.rglob("*.safetensors"))
+    for free_bytes, status in ((weights // 100, "fail"), (1 << 40, "ok")):
+        free = host_memory.HostMemory(total_bytes=1 << 41, free_bytes=free_bytes)
+        monkeypatch.setattr(host_memory, "now", lambda free=free: free)
+        *_, check = doctor.fits(settings.load(), str(tmp_path / "parked.json"))
+        assert (check.name, check.status) == ("fit parked, main memory", status)
+        assert "GB are free" in check.seen
 
 
 def test_a_preset_that_does_not_fit_fails_with_the_numbers(

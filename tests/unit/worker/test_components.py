@@ -1,5 +1,6 @@
 """Networks stay warm, a bad folder is told by name, and hashes are read once per machine."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import safetensors.torch
 import torch
 
 from models import layout, memory
-from worker import components, errors, hashes
+from worker import components, errors, hashes, host_memory, room, wanted
 
 
 @pytest.fixture
@@ -83,29 +84,29 @@ def broken_config(root):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"),
+    ("spoil", "named", "fault"),
     [
-        (missing_folder, "other: expected a model folder"),
-        (missing_weights, "other: expected"),
-        (truncated_weights, "safetensors: cannot be read as weights"),
-        (foreign_files, "other: expected a model folder"),
-        (broken_config, r"config\.json"),
+        (missing_folder, "other: expected a model folder", errors.WeightsAbsent),
+        (missing_weights, "other: expected", errors.WeightsAbsent),
+        (truncated_weights, "safetensors: cannot be read as weights", errors.WeightsAbsent),
+        (foreign_files, "other: expected a model folder", errors.WeightsAbsent),
+        (broken_config, r"config\.json", errors.WeightsUnusable),
     ],
 )
 def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
-    warm, look, own_models, spoil, named
+    warm, look, own_models, spoil, named, fault
 ):
     warm.model_for(look())
     spoil(own_models / "other")
     for _ in range(2):
-        with pytest.raises(errors.WeightsUnusable, match=named):
+        with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
     assert len(warm.weight_hashes(warm.model_for(look()))) == 3
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
     first = warm.model_for(look())
-    with pytest.raises(errors.WeightsUnusable):
+    with pytest.raises(errors.WeightsAbsent):
         warm.model_for(look(model_path="gone"))
     assert warm.model_for(look()) is first
 
@@ -222,15 +223,108 @@ def test_models_that_fit_stay_warm_side_by_side(warm, look):
 
 def test_the_least_recently_used_model_goes_when_room_is_needed(warm, look, own_models):
     shutil.copytree(own_models / "tiny", own_models / "third")
+    first, second = warm.model_for(look()), warm.model_for(look(model_path="other"))
+    warm.model_for(look())  # now the other one is the least recently used
+    share = share_of(warm, look())
+    warm.host_bytes = share.host_peak + share.host_resident
+    warm.model_for(look(model_path="third"))
+    assert warm.model_for(look()) is first
+    assert warm.model_for(look(model_path="other")) is not second
+
+
+def test_a_larger_job_of_a_warm_model_evicts_the_others(warm, look):
+    """Before it runs out of memory, which would cost it a slower mode."""
+    first, other = warm.model_for(look()), warm.model_for(look(model_path="other"))
+    small, large = look(), look(width=256, height=256)
+    both = share_of(warm, large).host_peak + share_of(warm, small).host_resident
+    warm.host_bytes = both - 1
+    assert warm.model_for(small) is first
+    assert warm.model_for(look(model_path="other")) is other
+    assert warm.model_for(large) is first
+    assert [told.model for told in warm.report(renders=0).resident] == [str(first.key.root)]
+
+
+def test_parked_models_are_accounted_on_the_host(warm, look):
+    share = share_of(warm, look(offload="model"))
+    weights = sum(path.stat().st_size for path in layout.find(warm.models_dir / "tiny").weights)
+    assert share.host_resident >= weights
+    warm.model_for(look())
+    warm.host_bytes = share.host_peak
+    warm.model_for(look(offload="model"))
+    (told,) = warm.report(renders=0).resident
+    assert (told.memory, told.host_bytes) == ("model offload", share.host_resident)
+
+
+def test_copies_for_loras_are_accounted_on_the_host(warm, look, tmp_path):
+    """Of weights that cannot be read again; they stay when the next job wants no LoRA."""
+    files = layout.find(warm.models_dir / "tiny")
+    pickled = tmp_path / "distill_model.pt"
+    torch.save(safetensors.torch.load_file(files.transformer[0]), pickled)
+    files = dataclasses.replace(files, transformer=(pickled,))
+    plain, with_lora = (
+        room.share_of(wanted.needed(each, files, memory.Mode()), warm.device)
+        for each in (look(), look(loras=[{"path": "x"}]))
+    )
+    copies = with_lora.host_resident - plain.host_resident
+    assert copies >= pickled.stat().st_size * 0.9
+    assert plain.kept_beside(with_lora).host_resident == with_lora.host_resident
+
+
+def test_too_little_main_memory_is_refused_before_it_is_taken(warm, look):
+    share = share_of(warm, look())
+    warm.host_bytes = share.host_peak - 1
+    with pytest.raises(errors.HostOutOfMemory, match=r"main memory: needs about .* GB free"):
+        warm.model_for(look())
+    assert warm.loads == 0
+    warm.host_bytes = share.host_peak
+    warm.model_for(look())
+
+
+def test_what_is_free_is_measured(warm, look, monkeypatch):
+    """Other processes, such as those of other devices, take from the same memory."""
+    full = host_memory.HostMemory(total_bytes=1 << 40, free_bytes=room.HOST_SPARE_BYTES)
     first = warm.model_for(look())
-    room_for_one = memory_of(warm, look())
-    warm.total_bytes = int(1.9 * room_for_one)
-    second = warm.model_for(look(model_path="other"))
-    assert warm.model_for(look(model_path="other")) is second
+    monkeypatch.setattr(host_memory, "now", lambda: full)
+    with pytest.raises(errors.HostOutOfMemory):
+        warm.model_for(look(model_path="other"))
+    assert warm.report(renders=0).resident == ()  # all that could go went first
+    monkeypatch.undo()
     assert warm.model_for(look()) is not first
 
 
-def memory_of(warm, look):
+def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
+    for asks in (
+        {"transformer": "nowhere.safetensors"},
+        {"loras": [{"path": "nowhere.safetensors"}]},
+        {"task": "i2v"},
+    ):
+        with pytest.raises(errors.WeightsUnusable):
+            warm.model_for(look(**asks))
+
+
+def share_of(warm, look):
     files = layout.find(warm.models_dir / look.model_path)
-    need = memory.needed(files, num_frames=look.num_frames, height=look.height, width=look.width)
-    return 2 * need.device_bytes  # fp32
+    need = wanted.needed(look, files, wanted.mode_of(look))
+    return room.share_of(need, warm.device)
+
+
+LADDER = ["model offload", "block offload", "block offload, VAE in tiles"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "modes"),
+    [
+        ({}, ["resident", *LADDER]),
+        ({"text_encoder_on_cpu": True}, ["encoders parked", *LADDER]),
+        ({"offload": "model"}, LADDER),
+        ({"offload": "block"}, LADDER[1:]),
+        ({"offload": "block", "vae_tiling": True}, LADDER[2:]),
+        ({"vae_tiling": True}, ["VAE in tiles", "model offload, VAE in tiles", LADDER[2]]),
+    ],
+)
+def test_every_mode_steps_down_to_the_smallest_and_no_further(warm, look, changes, modes):
+    asked = look(**changes)
+    told = [wanted.told(warm.mode_of(asked))]
+    while warm.step_down(asked) is not None:
+        told.append(wanted.told(warm.mode_of(asked)))
+    assert told == modes

@@ -16,7 +16,7 @@ from hypothesis import strategies
 from jobs import presets
 from models import config, layout, lora, quantization, quantized_files
 from models.tiny import make
-from worker import components, errors, pipeline
+from worker import components, errors, pipeline, room, wanted
 
 NATIVE = "diffusion_pytorch_model.safetensors"
 NAMES = [preset.name for preset in presets.available() if isinstance(preset, presets.Preset)]
@@ -292,8 +292,12 @@ def test_a_job_renders_the_same_alone_and_after_any_others(
     """Text and images of several sizes, LoRAs, pairs, step rules, memory modes; with and without
     eviction; and after jobs that were stopped amid their steps or whose LoRA was refused.
     """
+    room_for_one = max(peak_of(look_of(way), shelf, cpu) for way in WAYS)
     warm = components.Components(
-        models_dir=shelf, home=tmp_path, device=cpu, total_bytes=None if has_room else 1
+        models_dir=shelf,
+        home=tmp_path,
+        device=cpu,
+        host_bytes=None if has_room else room_for_one,
     )
     for way, colour, ends in jobs:
         look = look_of(WAYS[way])
@@ -322,3 +326,8 @@ def test_a_lora_with_a_name_changes_that_expert_alone(number, shelf, tmp_path, c
         for network, was in zip(experts, before, strict=True)
     ]
     assert changed == [number == 0, number == 1]
+
+
+def peak_of(look, shelf, cpu):
+    need = wanted.needed(look, wanted.find(look, shelf), wanted.mode_of(look))
+    return room.share_of(need, cpu).host_peak

@@ -1,0 +1,43 @@
+"""What `jobs` calls of `worker` and `models`, which stand above it or beside it.
+
+The command line starts workers and asks about weights, though `jobs` must not import them. So it
+names what it needs here, and only here; a test finds each of them. None is loaded before its call.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A name in a module of ours that is loaded when it is called for."""
+
+    module: str
+    name: str
+    loads_torch: bool = False
+
+    def load(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+RUN_WORKERS = Part("worker.launch", "run")
+CHECK_WORKERS = Part("worker.launch", "check")
+FIND_WEIGHTS = Part("worker.wanted", "find")
+FIT = Part("worker.wanted", "fits")
+FIND_MODEL = Part("models.layout", "find")
+QUANTIZE = Part("models.quantized_files", "write", loads_torch=True)
+QUANTIZATION_SCHEME = Part("models.quantization", "Scheme", loads_torch=True)
+
+MAKE_TINY_MODEL = "models.tiny.make"
+"""A module that is run as a program of its own."""
+
+ALL = (
+    RUN_WORKERS,
+    CHECK_WORKERS,
+    FIND_WEIGHTS,
+    FIT,
+    FIND_MODEL,
+    QUANTIZE,
+    QUANTIZATION_SCHEME,
+)

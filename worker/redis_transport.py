@@ -1,0 +1,71 @@
+"""Celery's way to Redis, for which a message that is none of ours is not the end of the process."""
+
+import base64
+import json
+import queue as queues
+from typing import Any
+
+import kombu.transport
+import structlog
+from kombu.transport import redis
+
+from jobs import celery_app
+
+log = structlog.get_logger()
+
+OURS = "rushes."  # how the names of our queues begin
+TASKS = (celery_app.RENDER_TASK, celery_app.PUBLISH_TASK)
+SHOWN_CHARS = 200
+
+
+class Channel(redis.Channel):
+    """Drops what is not JSON."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # kombu's own
+        except (ValueError, RecursionError) as error:
+            log.warning("message.dropped", error=str(error)[:SHOWN_CHARS])
+            raise queues.Empty from error
+
+
+class Transport(redis.Transport):
+    """Drops what Celery could not make a task of."""
+
+    Channel = Channel
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        if queue.startswith(OURS) and not is_ours(message):
+            shown = repr(message)[:SHOWN_CHARS]
+            log.warning("message.dropped", queue=queue, message=shown)
+            return
+        super()._deliver(message, queue)  # type: ignore[no-untyped-call]  # kombu's own
+
+
+def install() -> None:
+    """For connections that this process makes from now on, with and without TLS."""
+    name = f"{__name__}:{Transport.__name__}"
+    kombu.transport.TRANSPORT_ALIASES.update(redis=name, rediss=name)
+
+
+def is_ours(message: Any) -> bool:
+    """Whether it asks for one of our tasks with one number, as `broker.Broker` does."""
+    try:
+        properties, headers = message["properties"], message["headers"]
+        encoded = properties["body_encoding"] == "base64" and isinstance(
+            properties["delivery_tag"], str
+        )
+        plain = [headers.get(name) for name in ("eta", "expires", "group", "root_eta")]
+        (subject,), keywords, _ = json.loads(base64.b64decode(message["body"], validate=True))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return False
+    return bool(
+        encoded
+        and message.get("content-type") == "application/json"
+        and message.get("content-encoding") == "utf-8"
+        and headers.get("task") in TASKS
+        and isinstance(headers.get("id"), str)
+        and plain == [None] * len(plain)
+        and type(subject) is int
+        and keywords == {}
+    )
