@@ -17,24 +17,21 @@ from sqlalchemy.orm import Session
 from jobs import (
     broker,
     database,
-    errors,
     lifecycle,
     presets,
     queries,
-    results,
     retries,
     settings,
     states,
-    storage,
 )
-from jobs.schema import Attempt, Batch, Job, Look
+from jobs.schema import Attempt, Job, Look
 
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
 LOOK_AHEAD = 32  # jobs that may be looked at for weights that are loaded already
 OVERTAKEN_BY = 4 * LOOK_AHEAD  # ids; then it is a job's turn, whatever is loaded
-AGAIN_SECONDS = 30.0  # after the database or the object store failed
+AGAIN_SECONDS = 30.0  # after the database failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,6 @@ class Tick:
 
     sent: int = 0
     ended_attempts: int = 0
-    finished_batches: int = 0
     broker_error: str | None = None
 
 
@@ -54,13 +50,11 @@ class Dispatcher:
         self._config = config
         self._db = db
         self._broker = broker.Broker(config)
-        self._store: storage.ObjectStore | None = None
-        self._store_again_at = 0.0
         self._leases_count_from = 0.0
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
-        """End lost attempts, write the result files of finished batches, fill the windows."""
+        """End lost attempts, fill the windows."""
         ended = []
         if time.monotonic() >= self._leases_count_from:
             ended = self._db.write(lifecycle.end_lost_attempts, budgets=self._budgets)
@@ -71,12 +65,7 @@ class Dispatcher:
             sent = self._fill_windows()
         except broker.BrokerUnavailable as error:
             broker_error = str(error)
-        return Tick(
-            sent=sent,
-            ended_attempts=len(ended),
-            finished_batches=self._finish_batches(),
-            broker_error=broker_error,
-        )
+        return Tick(sent=sent, ended_attempts=len(ended), broker_error=broker_error)
 
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop: at once after a kick, else every `tick_seconds`."""
@@ -90,13 +79,8 @@ class Dispatcher:
                 self._leases_count_from = time.monotonic() + self._config.lease_seconds
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
-            if tick.sent or tick.ended_attempts or tick.finished_batches:
-                log.info(
-                    "dispatch.tick",
-                    sent=tick.sent,
-                    ended_attempts=tick.ended_attempts,
-                    finished_batches=tick.finished_batches,
-                )
+            if tick.sent or tick.ended_attempts:
+                log.info("dispatch.tick", sent=tick.sent, ended_attempts=tick.ended_attempts)
             if (tick.broker_error is not None) != was_down:
                 was_down = not was_down
                 report = log.warning if was_down else log.info
@@ -122,29 +106,6 @@ class Dispatcher:
                 for queue, jobs in itertools.groupby(chosen, key=operator.attrgetter("queue")):
                     sent += self._broker.send_renders(queue, [job.id for job in jobs])
         return sent
-
-    def _finish_batches(self) -> int:
-        if time.monotonic() < self._store_again_at:
-            return 0
-        with self._db.reading() as session:
-            finished = session.scalars(
-                select(Batch.id)
-                .where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
-                .order_by(Batch.finished_at)
-            ).all()
-        written = 0
-        for batch_id in finished:
-            try:
-                self._store = self._store or storage.open_store(self._config)
-                written += results.write(self._db, self._store, batch_id)
-            except (errors.RushesError, OSError) as error:
-                # The videos themselves are there already.
-                log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
-                self._store_again_at = time.monotonic() + AGAIN_SECONDS
-                if isinstance(error, storage.StorageUnavailable):
-                    # Waiting for an answer once is enough: other batches want their jobs sent.
-                    break
-        return written
 
 
 @dataclass(frozen=True, kw_only=True)

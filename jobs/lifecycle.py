@@ -299,7 +299,7 @@ def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
     )
     asked = session.execute(
         update(Job)
-        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
+        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED)
         .where(Job.cancel_requested.is_(False))
         .values(cancel_requested=True)
     )
@@ -335,7 +335,9 @@ def retry_jobs(
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
     total = 0
     for state in from_states:
-        statement = update(Job).where(Job.batch_id == batch_id, Job.state == state)
+        statement = update(Job).where(
+            Job.batch_id == batch_id, Job.state == state, schema.HAS_STARTED
+        )
         if job_ids is not None:
             statement = statement.where(Job.id.in_(job_ids))
         reopened = _count(

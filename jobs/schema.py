@@ -184,6 +184,10 @@ class Job(Base):
     )
 
 
+HAS_STARTED = Job.state != states.JobState.QUEUED
+"""Said beside another state: by this SQLite finds the index of those that have left the queue."""
+
+
 class Attempt(Base):
     """One try at a job. Its id is the fencing token: it only grows and is never used again."""
 
