@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, schema, states, workers
@@ -42,13 +42,16 @@ class LiveWorker:
 def batch_state(batch: Batch) -> states.BatchState:
     """The word for a batch's counts."""
     if batch.queued + batch.running:
-        if batch.cancel_requested_at is not None:
+        if batch.cancel_requested_at is not None or batch.expired_at is not None:
             return states.BatchState.CANCELLING
+        if batch.paused_at is not None:
+            return states.BatchState.PAUSED
         started = batch.running or batch.queued < batch.total
         return states.BatchState.RUNNING if started else states.BatchState.QUEUED
     if batch.succeeded == batch.total:
         return states.BatchState.SUCCEEDED
-    if batch.cancelled and not batch.failed:
+    # What a deadline cut off was not given up on request: some videos that were wanted are missing.
+    if batch.cancelled and not batch.failed and batch.expired_at is None:
         return states.BatchState.CANCELLED
     return states.BatchState.PARTIALLY_FAILED if batch.succeeded else states.BatchState.FAILED
 
@@ -238,6 +241,38 @@ def queues_without_workers(session: Session, batch_id: str) -> list[str]:
     waited_for = queues_waited_in(session, batch_id)
     served = live_workers_by_queue(session) if waited_for else {}
     return [queue for queue in waited_for if queue not in served]
+
+
+def highest_priority(session: Session) -> int:
+    """Of all jobs that are queued; 0 when there are none."""
+    urgent = (
+        select(func.min(Job.rank))
+        .where(Job.state == states.JobState.QUEUED, Job.batch_id == Batch.id)
+        .scalar_subquery()
+    )
+    highest = select(func.max(Batch.boost - urgent)).where(Batch.finished_at.is_(None))
+    return session.scalar(highest) or 0
+
+
+def batches_to_stop(session: Session) -> tuple[Sequence[str], Sequence[str]]:
+    """Open batches with jobs left to stop: by request, and because their deadline has passed."""
+    unfinished = select(Batch.id).where(Batch.finished_at.is_(None)).order_by(Batch.id)
+    asked = unfinished.where(Batch.cancel_requested_at.is_not(None), Batch.queued > 0)
+    overdue = unfinished.where(
+        Batch.cancel_requested_at.is_(None),
+        Batch.deadline_at <= database.now(session),
+        or_(Batch.expired_at.is_(None), Batch.queued > 0),
+    )
+    return session.scalars(asked).all(), session.scalars(overdue).all()
+
+
+def running_by_owner(session: Session) -> dict[str, int]:
+    counted = session.execute(
+        select(Batch.owner, func.sum(Batch.running))
+        .where(Batch.finished_at.is_(None))
+        .group_by(Batch.owner)
+    )
+    return {owner: int(number) for owner, number in counted}
 
 
 def queues_waited_in(session: Session, batch_id: str) -> list[str]:

@@ -105,10 +105,12 @@ def _manifest(batch: Batch) -> dict[str, Any]:
     return {
         "batch_id": batch.id,
         "name": batch.name,
+        "owner": batch.owner,
         "preset": batch.preset,
         "state": queries.batch_state(batch),
         "created_at": batch.created_at.isoformat(),
         "finished_at": batch.finished_at.isoformat(),
+        "expired_at": None if batch.expired_at is None else batch.expired_at.isoformat(),
         "counts": {
             "total": batch.total,
             "succeeded": batch.succeeded,
@@ -162,7 +164,7 @@ def _output_line(store: storage.ObjectStore, row: Row[Any]) -> dict[str, Any]:
 
 def _error_line(row: Row[Any]) -> dict[str, Any]:
     """One job that has no video, and why."""
-    was_stopped = row.state is states.JobState.CANCELLED
+    was_stopped = row.state is states.JobState.CANCELLED and row.failure_kind is None
     return _job_line(row) | {
         "error": None
         if was_stopped

@@ -7,16 +7,17 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
-from sqlalchemy import select
+from sqlalchemy import Executable, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs import bulk, database, errors, inputs, looks, presets, queues, readers, schema
-from jobs.schema import Batch
+from jobs.schema import Batch, Owner
 
 LORA_FOLDER = "loras"
 MAX_PROBLEMS = 100_000  # all are counted, this many are told: some 30 MB of memory
@@ -36,6 +37,11 @@ class Options:
     name: str | None = None
     priority: int = 0
     """For rows that name none; higher goes first."""
+    owner: str = ""
+    deadline: datetime | timedelta | None = None
+    """A moment, or how long after the submit; what is not finished then is given up."""
+    max_queued: int | None = None
+    """Of the owner, with this batch."""
     repeat: int = 1
     """Videos per prompt: with seed, seed + 1, ..."""
     idempotency_key: str | None = None
@@ -256,6 +262,7 @@ def submit(db: database.Database, file: PromptFile) -> Submission:
         # By itself: in the long transaction, another submit of the same look would wait for its
         # end.
         db.write(_store_looks, file.looks)
+        db.write(_store_owner, file.options.owner)
         try:
             with db.transaction() as session:
                 earlier = _earlier(session, file.options.idempotency_key, checked)
@@ -283,6 +290,7 @@ def check_options(options: Options) -> None:
     for option, value, longest in (
         ("--name", options.name, 200),
         ("--idempotency-key", options.idempotency_key, 200),
+        ("--owner", options.owner or None, 200),
     ):
         if value is not None and (not value.isprintable() or not 1 <= len(value) <= longest):
             problems.append(f"{option} must be 1 to {longest} printable characters")
@@ -307,11 +315,16 @@ def _store(
     session: Session, options: Options, kept: Iterable[tuple[Any, ...]], checked: Plan
 ) -> str:
     now = database.now(session)
+    deadline = options.deadline
+    if options.max_queued is not None:
+        _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
     batch_id = f"{now:%y%m%d}-" + "".join(secrets.choice(BATCH_ID_ALPHABET) for _ in range(8))
     session.add(
         Batch(
             id=batch_id,
             name=options.name,
+            owner=options.owner,
+            deadline_at=now + deadline if isinstance(deadline, timedelta) else deadline,
             preset=options.preset.name,
             priority=options.priority,
             idempotency_key=options.idempotency_key,
@@ -327,6 +340,20 @@ def _store(
     return batch_id
 
 
+def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:
+    """Under a lock on the owner's row, so that two submits at once are counted one by one."""
+    session.execute(select(Owner.name).where(Owner.name == owner).with_for_update())
+    queued = session.scalar(
+        select(func.sum(Batch.queued)).where(Batch.owner == owner, Batch.finished_at.is_(None))
+    )
+    if (queued or 0) + new > most:
+        raise errors.QuotaExceeded(owner, queued=queued or 0, new=new, most=most)
+
+
+def _store_owner(session: Session, name: str) -> None:
+    session.execute(_insert_new(session, Owner), [{"name": name}])
+
+
 def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
     """Those that are not there yet, in one order for all who do the same at once."""
     rows = [
@@ -339,9 +366,13 @@ def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
         }
         for look_id, look in sorted(known.items())
     ]
+    session.execute(_insert_new(session, schema.Look), rows)
+
+
+def _insert_new(session: Session, table: type[schema.Base]) -> Executable:
     is_sqlite = session.get_bind().dialect.name == "sqlite"
-    new = sqlite.insert(schema.Look) if is_sqlite else postgresql.insert(schema.Look)
-    session.execute(new.on_conflict_do_nothing(), rows)
+    insert = sqlite.insert(table) if is_sqlite else postgresql.insert(table)
+    return insert.on_conflict_do_nothing()
 
 
 def _kept(order: Order) -> tuple[Any, ...]:

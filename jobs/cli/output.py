@@ -25,6 +25,7 @@ COLORS = {
     "warn": "yellow",
     "cancelled": "yellow",
     "cancelling": "yellow",
+    "paused": "yellow",
     "running": "cyan",
     "rendered": "cyan",
 }

@@ -486,24 +486,6 @@ def test_a_worker_switches_weights_far_less_often_than_jobs_do(
     assert switches < 8, switches
 
 
-def test_no_job_is_overtaken_for_ever() -> None:
-    """A job that does not fit what is loaded has its turn after a bounded number of others."""
-    lonely = dispatch.Candidate(id=1, queue="q", rank=0, weights="rare")
-    flood = [
-        dispatch.Candidate(id=number, queue="q", rank=0, weights="common")
-        for number in range(2, 3 + dispatch.OVERTAKEN_BY)
-    ]
-    near, far = flood[: dispatch.LOOK_AHEAD], flood[-dispatch.LOOK_AHEAD :]
-    assert dispatch.in_runs([lonely, *near], {"common"})[0] is near[0]
-    assert dispatch.in_runs([lonely, *far], {"common"})[0] is lonely
-
-
-def test_priority_goes_before_warm_weights() -> None:
-    urgent = dispatch.Candidate(id=9, queue="q", rank=-5, weights="cold")
-    warm = dispatch.Candidate(id=1, queue="q", rank=0, weights="warm")
-    assert dispatch.in_runs([warm, urgent], {"warm"})[0] is urgent
-
-
 def test_silence_while_the_database_was_away_ends_no_attempt(
     sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
