@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs import settings
 
-STALE_SECONDS = 60.0  # a tick takes well under a second; result files of a huge batch take longer
+STALE_SECONDS = 60.0  # a tick takes well under a second; a database that restarts takes longer
 
 
 @dataclass(frozen=True, kw_only=True)

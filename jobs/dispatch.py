@@ -4,37 +4,34 @@ import itertools
 import operator
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from jobs import (
     broker,
     database,
-    errors,
     lifecycle,
+    order,
     presets,
     queries,
-    results,
     retries,
     settings,
     states,
-    storage,
 )
-from jobs.schema import Attempt, Batch, Job, Look
+from jobs.schema import Attempt, Batch, Job, Look, Owner
 
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
-LOOK_AHEAD = 32  # jobs that may be looked at for weights that are loaded already
-OVERTAKEN_BY = 4 * LOOK_AHEAD  # ids; then it is a job's turn, whatever is loaded
-AGAIN_SECONDS = 30.0  # after the database or the object store failed
+AGAIN_SECONDS = 30.0  # after the database failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Tick:
 
     sent: int = 0
     ended_attempts: int = 0
-    finished_batches: int = 0
+    stopped_jobs: int = 0
     broker_error: str | None = None
 
 
@@ -54,18 +51,17 @@ class Dispatcher:
         self._config = config
         self._db = db
         self._broker = broker.Broker(config)
-        self._store: storage.ObjectStore | None = None
-        self._store_again_at = 0.0
         self._leases_count_from = 0.0
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
-        """End lost attempts, write the result files of finished batches, fill the windows."""
+        """End lost attempts and what is past its deadline, fill the windows."""
         ended = []
         if time.monotonic() >= self._leases_count_from:
             ended = self._db.write(lifecycle.end_lost_attempts, budgets=self._budgets)
         for attempt_id in ended:
             log.warning("attempt.lost", attempt_id=attempt_id)
+        stopped = self._stop_batches()
         sent, broker_error = 0, None
         try:
             sent = self._fill_windows()
@@ -74,7 +70,7 @@ class Dispatcher:
         return Tick(
             sent=sent,
             ended_attempts=len(ended),
-            finished_batches=self._finish_batches(),
+            stopped_jobs=stopped,
             broker_error=broker_error,
         )
 
@@ -90,12 +86,12 @@ class Dispatcher:
                 self._leases_count_from = time.monotonic() + self._config.lease_seconds
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
-            if tick.sent or tick.ended_attempts or tick.finished_batches:
+            if tick.sent or tick.ended_attempts or tick.stopped_jobs:
                 log.info(
                     "dispatch.tick",
                     sent=tick.sent,
                     ended_attempts=tick.ended_attempts,
-                    finished_batches=tick.finished_batches,
+                    stopped_jobs=tick.stopped_jobs,
                 )
             if (tick.broker_error is not None) != was_down:
                 was_down = not was_down
@@ -117,129 +113,225 @@ class Dispatcher:
             waiting = set().union(*(self._broker.waiting(queue) for queue in group))
             room = min(number * self._config.window, broker.MOST_READ) - len(waiting)
             if room > 0:
-                chosen = self._db.write(choose, queues=group, room=room, waiting=waiting)
+                with self._db.reading() as session:
+                    chosen = choose(
+                        session,
+                        queues=group,
+                        room=room,
+                        waiting=waiting,
+                        max_running_per_owner=self._config.max_running_per_owner,
+                    )
                 # Committed before sending: a worker may take the message up at once.
-                for queue, jobs in itertools.groupby(chosen, key=operator.attrgetter("queue")):
+                taken = self._db.write(take, chosen) if chosen else []
+                for queue, jobs in itertools.groupby(taken, key=operator.attrgetter("queue")):
                     sent += self._broker.send_renders(queue, [job.id for job in jobs])
         return sent
 
-    def _finish_batches(self) -> int:
-        if time.monotonic() < self._store_again_at:
-            return 0
+    def _stop_batches(self) -> int:
+        """Go on with what a cancel or a deadline left open, a few thousand jobs at a time."""
         with self._db.reading() as session:
-            finished = session.scalars(
-                select(Batch.id)
-                .where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
-                .order_by(Batch.finished_at)
-            ).all()
-        written = 0
-        for batch_id in finished:
-            try:
-                self._store = self._store or storage.open_store(self._config)
-                written += results.write(self._db, self._store, batch_id)
-            except (errors.RushesError, OSError) as error:
-                # The videos themselves are there already.
-                log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
-                self._store_again_at = time.monotonic() + AGAIN_SECONDS
-                if isinstance(error, storage.StorageUnavailable):
-                    # Waiting for an answer once is enough: other batches want their jobs sent.
-                    break
-        return written
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A job that may be sent now."""
-
-    id: int
-    queue: str
-    rank: int
-    weights: str
-    """What its worker must have loaded; equal for jobs that need no switch between them."""
+            asked, overdue = queries.batches_to_stop(session)
+        stopped = 0
+        for batch_id in asked:
+            stopped += self._db.write(lifecycle.cancel_batch, batch_id)[0]
+        for batch_id in overdue:
+            stopped += self._db.write(lifecycle.expire_batch, batch_id)[0]
+        return stopped
 
 
 def choose(
-    session: Session, *, queues: Sequence[str], room: int, waiting: Iterable[int]
-) -> list[Candidate]:
-    """The next jobs of these queues whose message is not under way; marks them as sent.
+    session: Session,
+    *,
+    queues: Sequence[str],
+    room: int,
+    waiting: Iterable[int],
+    max_running_per_owner: int | None = None,
+) -> list[order.Candidate]:
+    """The next jobs of these queues whose message is not under way, in the order of `jobs.order`.
 
-    By priority, then jobs for the weights that are in use already, then in order of submit. Only
-    the next LOOK_AHEAD jobs are looked at, and nobody is overtaken by more than OVERTAKEN_BY.
+    Reads only: a seek per open batch, then the first jobs of those whose turn it is.
     """
     now = database.now(session)
     under_way = list(waiting)
-    rows = [
-        row
-        for queue in queues
-        for row in _next_of(session, queue, LOOK_AHEAD + room, now=now, under_way=under_way)
-    ]
-    rows.sort(key=lambda row: (row.rank, row.id))
-    del rows[LOOK_AHEAD + room :]
-    in_use = _looks_in_use(session, queues, under_way)
-    weights = _weights_of(session, {row.look_id for row in rows} | in_use)
-    warm = {weights[look_id] for look_id in in_use}
-    chosen = in_runs([_candidate(row, weights) for row in rows], warm)[:room]
-    if chosen:
-        ids = [job.id for job in chosen]
-        session.execute(update(Job).where(Job.id.in_(ids)).values(dispatched_at=now))
-    return chosen
-
-
-def in_runs(candidates: Sequence[Candidate], warm: Set[str]) -> list[Candidate]:
-    """By priority; within one, what needs no switch first, then each kind of weights in a run."""
-    first_seen: dict[str, int] = {}
-    for job in candidates:
-        first_seen.setdefault(job.weights, len(first_seen))
-    newest = max((job.id for job in candidates), default=0)
-
-    def place(job: Candidate) -> tuple[int, bool, bool, int, int]:
-        was_overtaken = newest - job.id > OVERTAKEN_BY
-        return (
-            job.rank,
-            not was_overtaken,
-            job.weights not in warm,
-            first_seen[job.weights],
-            job.id,
+    lanes, boosts, waits = _lanes(session, queues, now)
+    left = _left_of_quotas(session, under_way, max_running_per_owner)
+    lanes = [lane for lane in lanes if left is None or left[lane.owner] > 0]
+    rows: list[tuple[order.Lane, Any]] = []
+    for lane, number in _next_lanes(lanes, waits, rows, room=room):
+        found = _next_of(session, lane, number, now=now, under_way=under_way)
+        rows += [(lane, row) for row in found]
+    last_look = _look_sent_last(session, queues, under_way)
+    looks = {row.look_id for _, row in rows}
+    weights = _weights_of(session, looks if last_look is None else looks | {last_look})
+    candidates = [
+        order.Candidate(
+            id=row.id,
+            batch_id=lane.batch_id,
+            owner=lane.owner,
+            queue=lane.queue,
+            rank=row.rank - boosts[lane.batch_id],
+            weights=weights[row.look_id],
         )
+        for lane, row in rows
+    ]
+    running = None if last_look is None else weights[last_look]
+    return list(
+        itertools.islice(
+            _within_quotas(order.arrange(candidates, waits, running=running), left), room
+        )
+    )
 
-    return sorted(candidates, key=place)
+
+def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Candidate]:
+    """Mark them as sent; those of them that no other dispatcher was faster with."""
+    now = database.now(session)
+    free = session.scalars(
+        select(Job.id)
+        .where(Job.id.in_([job.id for job in chosen]), *_can_be_sent(now))
+        .order_by(Job.batch_id, Job.id)
+        .with_for_update(skip_locked=True)
+    ).all()
+    taken = [job for job in chosen if job.id in set(free)]
+    session.execute(update(Job).where(Job.id.in_(free)).values(dispatched_at=now))
+    # One by one and in order: two dispatchers wait for each other, not in a circle.
+    for batch_id in sorted({job.batch_id for job in taken}):
+        session.execute(update(Batch).where(Batch.id == batch_id).values(served_at=now))
+    for name in sorted({job.owner for job in taken}):
+        session.execute(update(Owner).where(Owner.name == name).values(served_at=now))
+    return taken
+
+
+def _lanes(
+    session: Session, queues: Sequence[str], now: datetime
+) -> tuple[list[order.Lane], dict[str, int], order.Waits]:
+    """Of every open batch: what waits in each of these queues; boosts by batch; who waited."""
+    ranks = [
+        select(func.min(Job.rank))
+        .where(Job.state == states.JobState.QUEUED)
+        .where(Job.batch_id == Batch.id, Job.queue == queue)
+        .scalar_subquery()
+        for queue in queues
+    ]
+    rows = session.execute(
+        select(
+            Batch.id,
+            Batch.owner,
+            Batch.boost,
+            func.coalesce(Batch.served_at, Batch.created_at).label("served_at"),
+            Owner.served_at.label("owner_served_at"),
+            *ranks,
+        )
+        .outerjoin(Owner, Owner.name == Batch.owner)
+        .where(*lifecycle.is_open(now))
+    ).all()
+    lanes = [
+        order.Lane(batch_id=row.id, owner=row.owner, queue=queue, rank=rank - row.boost)
+        for row in rows
+        for queue, rank in zip(queues, row[5:], strict=True)
+        if rank is not None
+    ]
+    batches = {row.id: (now - row.served_at).total_seconds() for row in rows}
+    owners: dict[str, float] = {}
+    for row in rows:
+        served_at = row.owner_served_at
+        waited = batches[row.id] if served_at is None else (now - served_at).total_seconds()
+        owners[row.owner] = max(owners.get(row.owner, waited), waited)
+    boosts = {row.id: row.boost for row in rows}
+    return lanes, boosts, order.Waits(owners=owners, batches=batches)
+
+
+def _next_lanes(
+    lanes: Sequence[order.Lane],
+    waits: order.Waits,
+    rows: Sequence[tuple[order.Lane, Any]],
+    *,
+    room: int,
+) -> Iterator[tuple[order.Lane, int]]:
+    """Lanes to read from and how many jobs of each, until `rows` holds enough of the first rank."""
+    enough = order.LOOK_AHEAD + room
+    by_rank = sorted(lanes, key=lambda lane: lane.rank)
+    for _, equals in itertools.groupby(by_rank, key=lambda lane: lane.rank):
+        unread = list(equals)
+        began = len(rows)
+        while unread and len(rows) - began < enough:
+            turn = order.shares(unread, waits, number=enough)
+            yield from turn.items()
+            # Others come into it when these have jobs that wait for a retry, or are under way.
+            unread = [lane for lane in unread if lane not in turn]
+        if len(rows) >= room:
+            return
 
 
 def _next_of(
-    session: Session, queue: str, number: int, *, now: datetime, under_way: Sequence[int]
+    session: Session, lane: order.Lane, number: int, *, now: datetime, under_way: Sequence[int]
 ) -> Sequence[Any]:
-    """From one queue at a time: so the index gives them in order."""
-    lost_before = now - timedelta(seconds=IN_FLIGHT_SECONDS)
     return session.execute(
-        select(Job.id, Job.queue, Job.rank, Job.look_id)
-        .where(Job.state == states.JobState.QUEUED, Job.queue == queue)
-        .where(or_(Job.not_before.is_(None), Job.not_before <= now))
-        .where(or_(Job.dispatched_at.is_(None), Job.dispatched_at < lost_before))
+        select(Job.id, Job.rank, Job.look_id)
+        .where(Job.batch_id == lane.batch_id, Job.queue == lane.queue, *_can_be_sent(now))
         .where(Job.id.not_in(under_way))
         .order_by(Job.rank, Job.id)
         .limit(number)
-        .with_for_update(skip_locked=True)
     ).all()
 
 
-def _looks_in_use(session: Session, queues: Sequence[str], under_way: Sequence[int]) -> set[str]:
-    """Of what is rendered now or will be next."""
+def _can_be_sent(now: datetime) -> list[ColumnElement[bool]]:
+    lost_before = now - timedelta(seconds=IN_FLIGHT_SECONDS)
+    return [
+        Job.state == states.JobState.QUEUED,
+        or_(Job.not_before.is_(None), Job.not_before <= now),
+        or_(Job.dispatched_at.is_(None), Job.dispatched_at < lost_before),
+    ]
+
+
+def _left_of_quotas(
+    session: Session, under_way: Sequence[int], most: int | None
+) -> dict[str, int] | None:
+    """Owner -> jobs that may be sent; owners without running jobs are left out. None: no quota."""
+    if most is None:
+        return None
+    left = {owner: most - number for owner, number in queries.running_by_owner(session).items()}
+    sent = session.execute(
+        select(Batch.owner, func.count())
+        .join(Job, Job.batch_id == Batch.id)
+        .where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
+        .group_by(Batch.owner)
+    )
+    for owner, number in sent:
+        left[owner] = left.get(owner, most) - number
+    return defaultdict(lambda: most, left)
+
+
+def _within_quotas(
+    jobs: Iterable[order.Candidate], left: dict[str, int] | None
+) -> Iterator[order.Candidate]:
+    for job in jobs:
+        if left is not None:
+            if left[job.owner] <= 0:
+                continue
+            left[job.owner] -= 1
+        yield job
+
+
+def _look_sent_last(
+    session: Session, queues: Sequence[str], under_way: Sequence[int]
+) -> str | None:
+    """Of all that is rendered now or will be next."""
     running = (
-        select(Job.look_id)
+        select(Job.look_id, Job.dispatched_at)
         .join(Attempt, Attempt.job_id == Job.id)  # the few live attempts have an index of their own
         .where(Attempt.state == states.AttemptState.RUNNING, Job.queue.in_(queues))
     )
-    sent = select(Job.look_id).where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
-    return set(session.scalars(running.union(sent)))
+    sent = select(Job.look_id, Job.dispatched_at).where(
+        Job.id.in_(under_way), Job.state == states.JobState.QUEUED
+    )
+    all_of_them = running.union_all(sent).subquery()
+    newest = all_of_them.c.dispatched_at.desc().nulls_last()
+    return session.scalar(select(all_of_them.c.look_id).order_by(newest).limit(1))
 
 
-def _weights_of(session: Session, look_ids: Set[str]) -> dict[str, str]:
+def _weights_of(session: Session, look_ids: Iterable[str]) -> dict[str, str]:
     bodies = session.execute(select(Look.id, Look.body).where(Look.id.in_(look_ids)))
     return {look_id: presets.Look.model_validate(body).weights for look_id, body in bodies}
-
-
-def _candidate(row: Any, weights: Mapping[str, str]) -> Candidate:
-    return Candidate(id=row.id, queue=row.queue, rank=row.rank, weights=weights[row.look_id])
 
 
 def budgets(config: settings.Settings) -> retries.Budgets:

@@ -1,7 +1,9 @@
 """Videos of a batch into a folder: verified, never outside of it, resumed where it stopped."""
 
 import hashlib
+import json
 import re
+import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterator
@@ -10,14 +12,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import structlog
+from sqlalchemy.exc import InterfaceError, OperationalError
+
 from jobs import database, errors, queries, results, storage
 from jobs.schema import Attempt, Batch, Job
 
+log = structlog.get_logger()
+
 THREADS = 4
+WATCH_SECONDS = 5.0
+IDLE_PER_LOOK = 9.0  # a tenth of the time, at most, is spent looking for new videos
+LONGEST_PAUSE_SECONDS = 60.0  # while the database or the store is away
 MAX_NAME_BYTES = 150  # file systems end at 255; ours adds an end and a prefix while it writes
 POSITION_DIGITS = 5
 OWNER_FILE = ".rushes-batch"
-RESULT_FILES = ("output.jsonl", "errors.jsonl", "manifest.json")
+RESULT_FILES = (results.OUTPUT, results.ERRORS, results.MANIFEST)
 RESERVED_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows
 KEPT_CHARS = frozenset(" ._-#+=@,()")
 
@@ -131,8 +141,55 @@ def fetch(
         pool.shutdown(cancel_futures=True)
 
 
-def fetch_result_files(store: storage.ObjectStore, batch: Batch, folder: Path) -> Iterator[Outcome]:
-    """output.jsonl, errors.jsonl and manifest.json, once they are written."""
+def follow(
+    db: database.Database,
+    store: storage.ObjectStore,
+    batch_id: str,
+    folder: Path,
+    *,
+    sidecars: bool,
+    interval_seconds: float = WATCH_SECONDS,
+) -> Iterator[Outcome]:
+    """Fetch each video when it is there, until the batch is finished and its files are written.
+
+    Waits through outages of the database and of the store.
+    """
+    good: set[int] = set()
+    bad: set[int] = set()
+    pause = interval_seconds
+    while True:
+        began = time.monotonic()
+        try:
+            with db.reading() as session:
+                batch = queries.find_batch(session, batch_id)
+            is_last = batch.manifest_at is not None
+            # What failed is tried once more at the end, not every few seconds.
+            known = good if is_last else good | bad
+            if batch.succeeded > len(known):
+                new = (item for item in items(db, batch_id) if item.job_id not in known)
+                for outcome in fetch(store, new, folder, sidecars=sidecars):
+                    assert outcome.job_id is not None
+                    (bad if outcome.status is Status.FAILED else good).add(outcome.job_id)
+                    if is_last or outcome.status is not Status.FAILED:
+                        yield outcome
+            if is_last:
+                yield from fetch_result_files(db, store, batch, folder)
+                return
+            pause = max(interval_seconds, IDLE_PER_LOOK * (time.monotonic() - began))
+        except (OperationalError, InterfaceError, storage.StorageUnavailable) as error:
+            log.warning("download.waits", error=str(error)[:200])
+            pause = min(max(2 * pause, interval_seconds), LONGEST_PAUSE_SECONDS)
+        time.sleep(pause)
+
+
+def fetch_result_files(
+    db: database.Database, store: storage.ObjectStore, batch: Batch, folder: Path
+) -> Iterator[Outcome]:
+    """output.jsonl, errors.jsonl and manifest.json, once they are written.
+
+    The lines of output.jsonl are given the names that the videos have here, and the manifest
+    seals the files as they lie here.
+    """
     if batch.manifest_at is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,11 +197,44 @@ def fetch_result_files(store: storage.ObjectStore, batch: Batch, folder: Path) -
         target = folder / name
         try:
             store.download(results.batch_key(batch.id, name), target)
-        except storage.ObjectMissing as error:
+            if name == results.OUTPUT:
+                _name_videos(db, batch.id, target)
+            if name == results.MANIFEST:
+                _seal(folder)
+        except (storage.ObjectMissing, ValueError, KeyError) as error:
             yield Outcome(file=name, status=Status.FAILED, size_bytes=0, error=str(error))
         else:
             size = target.stat().st_size
             yield Outcome(file=name, status=Status.DOWNLOADED, size_bytes=size)
+
+
+def _name_videos(db: database.Database, batch_id: str, path: Path) -> None:
+    """Put `video.file` into each line. The lines and the videos are in the same order."""
+    videos = items(db, batch_id)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with path.open(encoding="utf-8") as lines, part.open("w", encoding="utf-8") as named:
+            for line in lines:
+                entry = json.loads(line)
+                # A batch that was reopened meanwhile may have more videos than lines.
+                name = next((v.name for v in videos if v.job_id == entry["job_id"]), None)
+                if name is not None:
+                    entry["video"]["file"] = f"{name}.mp4"
+                named.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _seal(folder: Path) -> None:
+    """The manifest's size and checksum of output.jsonl: of the file that now lies beside it."""
+    manifest = json.loads((folder / results.MANIFEST).read_text("utf-8"))
+    path = folder / results.OUTPUT
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    manifest["files"][results.OUTPUT] |= {"bytes": path.stat().st_size, "sha256": digest}
+    body = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (folder / results.MANIFEST).write_text(f"{body}\n", "utf-8")
 
 
 def _item(job: Job, attempt: Attempt, name: str) -> Item:

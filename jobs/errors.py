@@ -48,6 +48,19 @@ class NotFound(RushesError):
     exit_code = 2
 
 
+class QuotaExceeded(RushesError):
+    """An owner would have more jobs queued than one may. Nothing was stored."""
+
+    exit_code = 2
+
+    def __init__(self, owner: str, *, queued: int, new: int, most: int) -> None:
+        self.owner, self.queued, self.new, self.most = owner, queued, new, most
+        super().__init__(
+            f"{owner or 'nobody'} has {queued:,} jobs queued and this would add {new:,}: at most "
+            f"{most:,} may be (RUSHES_MAX_QUEUED_PER_OWNER); wait, cancel some, or submit fewer"
+        )
+
+
 class IdempotencyConflict(RushesError):
     """The idempotency key was used before, for other content."""
 

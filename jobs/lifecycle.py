@@ -16,11 +16,12 @@ from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, presets, retries, schema, states, workers
-from jobs.schema import Attempt, Batch, Job
+from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
+STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
 
 
 class Verdict(StrEnum):
@@ -56,10 +57,18 @@ class StoredVideo:
     sha256: str
 
 
-def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -> Claim | None:
+def claim(
+    session: Session,
+    job_id: int,
+    *,
+    worker: str,
+    lease_seconds: float,
+    max_running_per_owner: int | None = None,
+) -> Claim | None:
     """Queued -> running. None: not runnable any more, so a doubled message ends here.
 
-    Or this worker takes nothing of the job's queue for now: its message is sent again.
+    None also for a job of a batch that is paused or being stopped, beyond its owner's quota, and
+    where this worker takes nothing of the job's queue for now: its message is sent again.
     """
     now = database.now(session)
     job = session.scalar(select(Job).where(Job.id == job_id, *_runnable(now)).with_for_update())
@@ -86,6 +95,9 @@ def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -
         started_at=now,
     )
     assert moved, "the row is locked"
+    if not _may_run(session, job.batch_id, now, max_running_per_owner):
+        session.rollback()
+        return None
     try:
         spec = _spec(session, job)
     except ValidationError as error:
@@ -102,6 +114,31 @@ def claim(session: Session, job_id: int, *, worker: str, lease_seconds: float) -
         queue=job.queue,
         spec=spec,
     )
+
+
+def is_open(now: datetime) -> list[ColumnElement[bool]]:
+    """Batches whose jobs may start."""
+    return [
+        Batch.finished_at.is_(None),
+        Batch.paused_at.is_(None),
+        Batch.cancel_requested_at.is_(None),
+        or_(Batch.deadline_at.is_(None), Batch.deadline_at > now),
+    ]
+
+
+def _may_run(session: Session, batch_id: str, now: datetime, most: int | None) -> bool:
+    """Asked once the batch's count holds its row: who pauses it now waits until we are through."""
+    owner = session.scalar(select(Batch.owner).where(Batch.id == batch_id, *is_open(now)))
+    if owner is None:
+        return False
+    if most is None:
+        return True
+    # The owner's row makes those wait for each other that start jobs in different batches.
+    session.execute(select(Owner.name).where(Owner.name == owner).with_for_update())
+    running = select(func.sum(Batch.running)).where(
+        Batch.owner == owner, Batch.finished_at.is_(None)
+    )
+    return (session.scalar(running) or 0) <= most
 
 
 def _refuse(session: Session, attempt_id: int, error: ValidationError) -> None:
@@ -297,37 +334,104 @@ def cancel_attempt(session: Session, attempt_id: int) -> bool:
     return True
 
 
-def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
-    """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to)."""
-    now = database.now(session)
-    # Locked before the first is changed: a job that is claimed or requeued between the two
-    # statements below would be missed by both.
-    _lock_jobs(
-        session,
-        Job.batch_id == batch_id,
-        Job.state.in_([states.JobState.QUEUED, states.JobState.RUNNING]),
-    )
-    asked = session.execute(
-        update(Job)
-        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
-        .where(Job.cancel_requested.is_(False))
-        .values(cancel_requested=True)
-    )
-    waiting = [Job.batch_id == batch_id]
-    cancelled = _cancel_queued(session, batch_id, waiting, now)
+def request_cancel(session: Session, batch_id: str) -> None:
+    """From now on no job of it starts. `cancel_batch` then stops what is there."""
     session.execute(
         update(Batch)
         .where(Batch.id == batch_id, Batch.finished_at.is_(None))
-        .values(cancel_requested_at=func.coalesce(Batch.cancel_requested_at, now))
+        .values(cancel_requested_at=func.coalesce(Batch.cancel_requested_at, database.now(session)))
     )
+
+
+def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
+    """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to).
+
+    At most STOPPED_AT_ONCE queued ones: then the dispatcher goes on, or whoever calls this again.
+    """
+    stopped = _stop_jobs(session, batch_id, {})
+    request_cancel(session, batch_id)
+    return stopped
+
+
+def expire_batch(session: Session, batch_id: str) -> tuple[int, int]:
+    """The same for a batch whose deadline has passed, with the reason; finished jobs stay."""
+    batch = session.get_one(Batch, batch_id)
+    now = database.now(session)
+    if batch.deadline_at is None or batch.deadline_at > now:
+        return 0, 0
+    why = f"not finished by its deadline, {batch.deadline_at:%Y-%m-%d %H:%M:%S} UTC"
+    stopped = _stop_jobs(
+        session, batch_id, {"failure_kind": states.FailureKind.DEADLINE, "error": why}
+    )
+    session.execute(
+        update(Batch).where(Batch.id == batch_id, Batch.expired_at.is_(None)).values(expired_at=now)
+    )
+    return stopped
+
+
+def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[int, int]:
+    of_batch = select(Job.id).where(Job.batch_id == batch_id)
+    running = of_batch.where(Job.state == states.JobState.RUNNING, schema.HAS_STARTED)
+    queued = of_batch.where(Job.state == states.JobState.QUEUED)
+    in_index_order = queued.order_by(Job.queue, Job.rank, Job.id).limit(STOPPED_AT_ONCE)
+    ids = [*session.scalars(in_index_order), *session.scalars(running)]
+    # Locked before the first is changed: a job that is claimed or requeued between the two
+    # statements below would be missed by both.
+    _lock_jobs(session, Job.id.in_(ids))
+    asked = session.execute(
+        update(Job)
+        .where(Job.id.in_(ids), Job.state == states.JobState.RUNNING)
+        .where(Job.cancel_requested.is_(False))
+        .values(cancel_requested=True, **why)
+    )
+    cancelled = _cancel_queued(session, batch_id, [Job.id.in_(ids)], database.now(session), why)
     return cancelled, _count(asked)
+
+
+def pause_batch(session: Session, batch_id: str) -> bool:
+    """No job of it starts any more, what runs goes on. False: finished, or paused before."""
+    return _change_batch(
+        session,
+        batch_id,
+        Batch.finished_at.is_(None),
+        Batch.paused_at.is_(None),
+        paused_at=database.now(session),
+    )
+
+
+def resume_batch(session: Session, batch_id: str) -> bool:
+    return _change_batch(session, batch_id, Batch.paused_at.is_not(None), paused_at=None)
+
+
+def prioritize_batch(session: Session, batch_id: str, priority: int) -> bool:
+    """Move all jobs of a batch, those with a priority of their own by the same distance."""
+    boost = priority - Batch.priority
+    return _change_batch(session, batch_id, Batch.finished_at.is_(None), boost=boost)
+
+
+def prioritize_job(session: Session, job_id: int, priority: int) -> bool:
+    """False: it does not wait any more."""
+    boost = select(Batch.boost).where(Batch.id == Job.batch_id).scalar_subquery()
+    changed = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.state == states.JobState.QUEUED)
+        .values(rank=boost - priority)
+    )
+    return _count(changed) == 1
+
+
+def _change_batch(
+    session: Session, batch_id: str, *which: ColumnElement[bool], **values: Any
+) -> bool:
+    changed = session.execute(update(Batch).where(Batch.id == batch_id, *which).values(values))
+    return _count(changed) == 1
 
 
 def cancel_job(session: Session, job_id: int) -> states.JobState:
     """Cancel now if it waits, at its next step if it runs; the state it is left in."""
     job = session.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()
     if job.state is states.JobState.QUEUED:
-        _cancel_queued(session, job.batch_id, [Job.id == job_id], database.now(session))
+        _cancel_queued(session, job.batch_id, [Job.id == job_id], database.now(session), {})
         return states.JobState.CANCELLED
     if job.state is states.JobState.RUNNING:
         session.execute(update(Job).where(Job.id == job_id).values(cancel_requested=True))
@@ -345,7 +449,9 @@ def retry_jobs(
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
     total = 0
     for state in from_states:
-        statement = update(Job).where(Job.batch_id == batch_id, Job.state == state)
+        statement = update(Job).where(
+            Job.batch_id == batch_id, Job.state == state, schema.HAS_STARTED
+        )
         if job_ids is not None:
             statement = statement.where(Job.id.in_(job_ids))
         reopened = _count(
@@ -366,7 +472,14 @@ def retry_jobs(
         session.execute(
             update(Batch)
             .where(Batch.id == batch_id)
-            .values(finished_at=None, manifest_at=None, cancel_requested_at=None)
+            .values(
+                finished_at=None,
+                manifest_at=None,
+                cancel_requested_at=None,
+                # Who asks for them again wants them, however late.
+                deadline_at=None,
+                expired_at=None,
+            )
         )
     return total
 
@@ -500,13 +613,17 @@ def _move(
 
 
 def _cancel_queued(
-    session: Session, batch_id: str, which: list[ColumnElement[bool]], now: datetime
+    session: Session,
+    batch_id: str,
+    which: list[ColumnElement[bool]],
+    now: datetime,
+    why: dict[str, Any],
 ) -> int:
     cancelled = _count(
         session.execute(
             update(Job)
             .where(Job.state == states.JobState.QUEUED, *which)
-            .values(state=states.JobState.CANCELLED, finished_at=now)
+            .values(state=states.JobState.CANCELLED, finished_at=now, **why)
         )
     )
     _count_moved(session, batch_id, states.JobState.QUEUED, states.JobState.CANCELLED, cancelled)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, states, workers
+from jobs import database, errors, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
+STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
 
@@ -25,7 +26,7 @@ class Progress:
     batch: Batch
     state: states.BatchState
     rate_per_minute: float | None
-    """Finished jobs per minute lately; None before the first two."""
+    """Finished jobs per minute lately, while there was work on it; None before the first two."""
     seconds_left: float | None
 
 
@@ -51,13 +52,16 @@ class LiveWorker:
 def batch_state(batch: Batch) -> states.BatchState:
     """The word for a batch's counts."""
     if batch.queued + batch.running:
-        if batch.cancel_requested_at is not None:
+        if batch.cancel_requested_at is not None or batch.expired_at is not None:
             return states.BatchState.CANCELLING
+        if batch.paused_at is not None:
+            return states.BatchState.PAUSED
         started = batch.running or batch.queued < batch.total
         return states.BatchState.RUNNING if started else states.BatchState.QUEUED
     if batch.succeeded == batch.total:
         return states.BatchState.SUCCEEDED
-    if batch.cancelled and not batch.failed:
+    # What a deadline cut off was not given up on request: some videos that were wanted are missing.
+    if batch.cancelled and not batch.failed and batch.expired_at is None:
         return states.BatchState.CANCELLED
     return states.BatchState.PARTIALLY_FAILED if batch.succeeded else states.BatchState.FAILED
 
@@ -128,6 +132,8 @@ def jobs(
     statement = select(Job).where(Job.batch_id == batch_id, Job.position > after)
     if states_wanted:
         statement = statement.where(Job.state.in_(states_wanted))
+        if states.JobState.QUEUED not in states_wanted:
+            statement = statement.where(schema.HAS_STARTED)
     return session.scalars(statement.order_by(Job.position).limit(limit)).all()
 
 
@@ -171,7 +177,7 @@ def running(session: Session, batch_id: str) -> Sequence[tuple[Job, Attempt]]:
     rows = session.execute(
         select(Job, Attempt)
         .join(Attempt, Attempt.id == Job.attempt_id)
-        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING)
+        .where(Job.batch_id == batch_id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED)
         .order_by(Attempt.id)
     ).all()
     return [(row[0], row[1]) for row in rows]
@@ -239,13 +245,54 @@ def live_workers_by_queue(session: Session) -> dict[str, int]:
 
 def queues_without_workers(session: Session, batch_id: str) -> list[str]:
     """Queues that jobs of this batch wait in and that nobody takes from."""
-    waited_for = session.scalars(
-        select(Job.queue)
-        .where(Job.batch_id == batch_id, Job.state == states.JobState.QUEUED)
-        .distinct()
-    ).all()
-    served = live_workers_by_queue(session)
-    return sorted(queue for queue in waited_for if queue not in served)
+    waited_for = queues_waited_in(session, batch_id)
+    served = live_workers_by_queue(session) if waited_for else {}
+    return [queue for queue in waited_for if queue not in served]
+
+
+def highest_priority(session: Session) -> int:
+    """Of all jobs that are queued; 0 when there are none."""
+    urgent = (
+        select(func.min(Job.rank))
+        .where(Job.state == states.JobState.QUEUED, Job.batch_id == Batch.id)
+        .scalar_subquery()
+    )
+    highest = select(func.max(Batch.boost - urgent)).where(Batch.finished_at.is_(None))
+    return session.scalar(highest) or 0
+
+
+def batches_to_stop(session: Session) -> tuple[Sequence[str], Sequence[str]]:
+    """Open batches with jobs left to stop: by request, and because their deadline has passed."""
+    unfinished = select(Batch.id).where(Batch.finished_at.is_(None)).order_by(Batch.id)
+    asked = unfinished.where(Batch.cancel_requested_at.is_not(None), Batch.queued > 0)
+    overdue = unfinished.where(
+        Batch.cancel_requested_at.is_(None),
+        Batch.deadline_at <= database.now(session),
+        or_(Batch.expired_at.is_(None), Batch.queued > 0),
+    )
+    return session.scalars(asked).all(), session.scalars(overdue).all()
+
+
+def running_by_owner(session: Session) -> dict[str, int]:
+    counted = session.execute(
+        select(Batch.owner, func.sum(Batch.running))
+        .where(Batch.finished_at.is_(None))
+        .group_by(Batch.owner)
+    )
+    return {owner: int(number) for owner, number in counted}
+
+
+def queues_waited_in(session: Session, batch_id: str) -> list[str]:
+    """Queues of the queued jobs of a batch, in order: a seek for each, however many the jobs."""
+    found: list[str] = []
+    first = select(func.min(Job.queue)).where(
+        Job.batch_id == batch_id, Job.state == states.JobState.QUEUED
+    )
+    while (
+        queue := session.scalar(first.where(Job.queue > found[-1]) if found else first)
+    ) is not None:
+        found.append(queue)
+    return found
 
 
 def refusals_of(session: Session, queues: Sequence[str]) -> list[Refusal]:
@@ -261,22 +308,37 @@ def refusals_of(session: Session, queues: Sequence[str]) -> list[Refusal]:
 
 
 def _rate_per_minute(session: Session, batch: Batch) -> float | None:
-    recent = (
-        select(Job.finished_at)
+    spans = session.execute(
+        select(Job.started_at, Job.finished_at)
         .where(Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED)
         .order_by(Job.finished_at.desc())
         .limit(RECENT_JOBS)
-        .subquery()
-    )
-    number, first, last = session.execute(
-        select(func.count(), func.min(recent.c.finished_at), func.max(recent.c.finished_at))
-    ).one()
-    if number < 2:
+    ).all()
+    if len(spans) < 2:
         return None
-    until = last if batch.finished_at is not None else max(last, database.now(session))
-    seconds = _seconds(first, until)
-    return None if seconds <= 0 else (number - 1) / seconds * 60
+    work = [(start or end, end) for start, end in spans if end is not None]
+    ends = [end for _, end in work]
+    until = ends[0]
+    if batch.finished_at is None:
+        until = max(until, database.now(session))
+        longest_running = session.scalar(
+            select(func.min(Job.started_at)).where(
+                Job.batch_id == batch.id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED
+            )
+        )
+        work.append((longest_running or until, until))
+    seconds = worked_seconds(work, since=ends[-1], until=until)
+    return None if seconds <= 0 else (len(spans) - 1) / seconds * 60
 
 
-def _seconds(first: datetime, last: datetime) -> float:
-    return (last - first).total_seconds()
+def worked_seconds(
+    work: Sequence[tuple[datetime, datetime]], *, since: datetime, until: datetime
+) -> float:
+    """The time between two moments without the long stretches in which nothing was worked on."""
+    counted, busy_until = (until - since).total_seconds(), since
+    for start, end in sorted(work):
+        idle_seconds = (start - busy_until).total_seconds()
+        if idle_seconds > STOP_SECONDS:
+            counted -= idle_seconds
+        busy_until = max(busy_until, end)
+    return counted

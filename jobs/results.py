@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, queries, states, storage
@@ -22,7 +22,26 @@ from jobs.schema import Attempt, Batch, Job
 
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
 JSONL = "application/x-ndjson"
+MANIFEST = "manifest.json"
 ROWS_AT_ONCE = 1_000
+COLUMNS = (
+    Job.id,
+    Job.position,
+    Job.custom_id,
+    Job.state,
+    Job.prompt,
+    Job.seed,
+    Job.meta,
+    Job.failure_kind,
+    Job.error,
+    Job.quarantined,
+    Attempt.video_key,
+    Attempt.video_bytes,
+    Attempt.video_sha256,
+    Attempt.seconds,
+    Attempt.worker,
+)
+"""What the lines tell. Columns, not objects: a million of them are read three times as fast."""
 
 
 def video_key(batch_id: str, job_id: int, attempt_id: int) -> str:
@@ -58,7 +77,7 @@ def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> b
                 "sha256": stored.sha256,
             }
     body = json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n"
-    store.put_bytes(body, batch_key(batch_id, "manifest.json"), content_type="application/json")
+    store.put_bytes(body, batch_key(batch_id, MANIFEST), content_type="application/json")
     return db.write(_mark_written, batch_id, finished_at)
 
 
@@ -67,13 +86,13 @@ def _mark_written(session: Session, batch_id: str, finished_at: datetime) -> boo
     of_batch = update(Batch).where(Batch.id == batch_id)
     changed = session.execute(
         of_batch.where(Batch.finished_at == finished_at)
-        .values(manifest_at=database.now(session))
+        .values(manifest_at=database.now(session), results_lease_until=None)
         .returning(Batch.id)
     )
     if changed.first() is not None:
         return True
     # It ended again while we wrote: our files may have replaced newer ones of another dispatcher.
-    session.execute(of_batch.values(manifest_at=None))
+    session.execute(of_batch.values(manifest_at=None, results_lease_until=None))
     return False
 
 
@@ -86,10 +105,12 @@ def _manifest(batch: Batch) -> dict[str, Any]:
     return {
         "batch_id": batch.id,
         "name": batch.name,
+        "owner": batch.owner,
         "preset": batch.preset,
         "state": queries.batch_state(batch),
         "created_at": batch.created_at.isoformat(),
         "finished_at": batch.finished_at.isoformat(),
+        "expired_at": None if batch.expired_at is None else batch.expired_at.isoformat(),
         "counts": {
             "total": batch.total,
             "succeeded": batch.succeeded,
@@ -109,67 +130,69 @@ def _write_lines(
         (folder / OUTPUT).open("w", encoding="utf-8") as output,
         (folder / ERRORS).open("w", encoding="utf-8") as errors,
     ):
-        for job, attempt in _jobs(db, batch_id, total):
-            if job.state is states.JobState.SUCCEEDED:
-                assert attempt is not None
-                output.write(_json_line(output_line(store, job, attempt)))
+        for row in _rows(db, batch_id, total):
+            if row.state is states.JobState.SUCCEEDED:
+                output.write(_json_line(_output_line(store, row)))
                 lines[OUTPUT] += 1
-            elif job.state in states.FINAL_JOB_STATES:
-                errors.write(_json_line(error_line(job)))
+            elif row.state in states.FINAL_JOB_STATES:
+                errors.write(_json_line(_error_line(row)))
                 lines[ERRORS] += 1
     return lines
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def _json_line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return _encode(entry) + "\n"
 
 
-def output_line(store: storage.ObjectStore, job: Job, attempt: Attempt) -> dict[str, Any]:
-    """One finished video, as `output.jsonl` and `rushes show --output json` tell it."""
-    assert attempt.video_key is not None
-    return _job_line(job) | {
+def _output_line(store: storage.ObjectStore, row: Row[Any]) -> dict[str, Any]:
+    """One finished video."""
+    assert row.video_key is not None
+    return _job_line(row) | {
         "video": {
-            "key": attempt.video_key,
-            "url": store.address(attempt.video_key),
-            "bytes": attempt.video_bytes,
-            "sha256": attempt.video_sha256,
+            "key": row.video_key,
+            "url": store.address(row.video_key),
+            "bytes": row.video_bytes,
+            "sha256": row.video_sha256,
         },
-        "seconds": attempt.seconds,
-        "worker": attempt.worker,
+        "seconds": row.seconds,
+        "worker": row.worker,
     }
 
 
-def error_line(job: Job) -> dict[str, Any]:
+def _error_line(row: Row[Any]) -> dict[str, Any]:
     """One job that has no video, and why."""
-    return _job_line(job) | {
+    was_stopped = row.state is states.JobState.CANCELLED and row.failure_kind is None
+    return _job_line(row) | {
         "error": None
-        if job.state is states.JobState.CANCELLED
-        else {"kind": job.failure_kind, "message": job.error, "quarantined": job.quarantined}
+        if was_stopped
+        else {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined}
     }
 
 
-def _job_line(job: Job) -> dict[str, Any]:
+def _job_line(row: Row[Any]) -> dict[str, Any]:
     return {
-        "custom_id": job.custom_id,
-        "job_id": job.id,
-        "position": job.position,
-        "state": job.state,
-        "prompt": job.prompt,
-        "seed": job.seed,
-        "metadata": job.meta,
+        "custom_id": row.custom_id,
+        "job_id": row.id,
+        "position": row.position,
+        "state": row.state,
+        "prompt": row.prompt,
+        "seed": row.seed,
+        "metadata": row.meta,
     }
 
 
-def _jobs(db: database.Database, batch_id: str, total: int) -> Iterator[tuple[Job, Attempt | None]]:
+def _rows(db: database.Database, batch_id: str, total: int) -> Iterator[Row[Any]]:
     for first in range(0, total, ROWS_AT_ONCE):
         # A short transaction per page: a million rows must not keep one open for minutes. With
         # both ends given, no plan of the database can read more than the page.
         with db.reading() as session:
-            page = session.execute(
-                select(Job, Attempt)
+            yield from session.execute(
+                select(*COLUMNS)
                 .outerjoin(Attempt, Attempt.id == Job.attempt_id)
                 .where(Job.batch_id == batch_id)
                 .where(Job.position >= first, Job.position < first + ROWS_AT_ONCE)
                 .order_by(Job.position)
             ).all()
-        yield from ((job, attempt) for job, attempt in page)

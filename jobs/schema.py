@@ -55,6 +55,10 @@ def _enum(kind: type[StrEnum]) -> Enum:
     )
 
 
+def _index(name: str, *columns: str, where: str) -> Index:
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(
         naming_convention={
@@ -77,6 +81,16 @@ class Look(Base):
     body: Mapped[dict[str, Any]]
 
 
+class Owner(Base):
+    """Who submits. The row is also the lock under which an owner's quota is counted."""
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    served_at: Mapped[datetime | None]
+    """When a job of theirs was last sent to a worker."""
+
+
 class Batch(Base):
     """What one submit made. Its counts change in the transaction that moves a job."""
 
@@ -84,15 +98,28 @@ class Batch(Base):
 
     id: Mapped[str] = mapped_column(String(20), primary_key=True)
     name: Mapped[str | None]
+    owner: Mapped[str] = mapped_column(String(200), server_default="")
     preset: Mapped[str]
     priority: Mapped[int]
+    boost: Mapped[int] = mapped_column(server_default="0", default=0)
+    """Added to the priority of each of its jobs: a million jobs are moved by one row."""
     idempotency_key: Mapped[str | None] = mapped_column(String(200), unique=True)
     fingerprint: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(index=True)
     finished_at: Mapped[datetime | None]
     manifest_at: Mapped[datetime | None]
     """When its result files were written; None again when it is reopened."""
+    results_lease_until: Mapped[datetime | None]
+    """Until then somebody writes its result files."""
+    results_expired_at: Mapped[datetime | None]
+    """When its videos and result files were deleted, as old."""
     cancel_requested_at: Mapped[datetime | None]
+    paused_at: Mapped[datetime | None]
+    deadline_at: Mapped[datetime | None]
+    expired_at: Mapped[datetime | None]
+    """When its deadline ended it: what was not finished then is cancelled."""
+    served_at: Mapped[datetime | None]
+    """When a job of it was last sent to a worker."""
     total: Mapped[int]
     queued: Mapped[int]
     running: Mapped[int] = mapped_column(default=0)
@@ -100,13 +127,14 @@ class Batch(Base):
     failed: Mapped[int] = mapped_column(default=0)
     cancelled: Mapped[int] = mapped_column(default=0)
 
+    # Neither names a count: those change with every job, and PostgreSQL then leaves indexes alone.
     __table_args__ = (
-        Index(
+        _index(
             "ix_batches_unwritten",
             "finished_at",
-            sqlite_where=text("finished_at IS NOT NULL AND manifest_at IS NULL"),
-            postgresql_where=text("finished_at IS NOT NULL AND manifest_at IS NULL"),
+            where="finished_at IS NOT NULL AND manifest_at IS NULL",
         ),
+        _index("ix_batches_unfinished", "owner", "id", where="finished_at IS NULL"),
     )
 
 
@@ -148,17 +176,16 @@ class Job(Base):
     __table_args__ = (
         UniqueConstraint("batch_id", "custom_id"),
         UniqueConstraint("batch_id", "position"),
-        Index("ix_jobs_batch_id_state", "batch_id", "state"),
-        Index(
-            "ix_jobs_runnable",
-            "queue",
-            "rank",
-            "id",
-            sqlite_where=text("state = 'queued'"),
-            postgresql_where=text("state = 'queued'"),
-        ),
+        _index("ix_jobs_queued", "batch_id", "queue", "rank", "id", where="state = 'queued'"),
+        # These two stay empty while a batch is submitted.
+        _index("ix_jobs_started", "batch_id", "state", "position", where="state <> 'queued'"),
+        _index("ix_jobs_succeeded", "batch_id", "finished_at", where="state = 'succeeded'"),
         {"sqlite_autoincrement": True},
     )
+
+
+HAS_STARTED = Job.state != states.JobState.QUEUED
+"""Said beside another state: by this SQLite finds the index of those that have left the queue."""
 
 
 class Attempt(Base):
@@ -194,12 +221,7 @@ class Attempt(Base):
     video_sha256: Mapped[str | None] = mapped_column(String(64))
 
     __table_args__ = (
-        Index(
-            "ix_attempts_live",
-            "lease_until",
-            sqlite_where=text("state IN ('running', 'rendered')"),
-            postgresql_where=text("state IN ('running', 'rendered')"),
-        ),
+        _index("ix_attempts_live", "lease_until", where="state IN ('running', 'rendered')"),
         {"sqlite_autoincrement": True},
     )
 

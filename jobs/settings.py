@@ -5,6 +5,7 @@ value), `.env` in the current folder, what a running `rushes up` wrote to `RUSHE
 the default.
 """
 
+import getpass
 import json
 import os
 import socket
@@ -37,6 +38,13 @@ RESULTS_NAMES = (
     "AWS_SESSION_TOKEN",
     "AWS_REGION",
 )
+
+
+def _os_user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user often has no name
+        return ""
 
 
 class Settings(BaseSettings):
@@ -111,6 +119,25 @@ class Settings(BaseSettings):
         Path(),
         validation_alias=AliasChoices("RUSHES_SCRATCH_DIR"),
         description="Unfinished and not yet uploaded videos. Default: `scratch` in RUSHES_HOME.",
+    )
+    owner: str = Field(
+        default_factory=_os_user,
+        max_length=200,
+        validation_alias=AliasChoices("RUSHES_OWNER"),
+        description="Whose the submitted batches are: owners share the farm equally. Default: the "
+        "user of the operating system.",
+    )
+    max_running_per_owner: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("RUSHES_MAX_RUNNING_PER_OWNER"),
+        description="Jobs of one owner that may run at once.",
+    )
+    max_queued_per_owner: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("RUSHES_MAX_QUEUED_PER_OWNER"),
+        description="Jobs of one owner that may be queued; a submit beyond that is refused.",
     )
     host_name: str = Field(
         default_factory=socket.gethostname,
@@ -191,6 +218,13 @@ class Settings(BaseSettings):
         if value.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             raise ValueError(f"must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
         return value.upper()
+
+    @field_validator("owner")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("must be printable")
+        return value
 
     def model_post_init(self, _context: object) -> None:
         """Fill in what depends on `home`; make paths absolute, for children in other folders."""

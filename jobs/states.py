@@ -74,6 +74,9 @@ class FailureKind(StrEnum):
     WORKER_LOST = "worker_lost"
     """The lease ended: crashed, killed, hung or cut off."""
 
+    DEADLINE = "deadline"
+    """Not of a worker: its batch's deadline passed before the job was finished."""
+
     INTERNAL = "internal"
     """Anything else: a defect of ours until shown otherwise."""
 
@@ -84,13 +87,14 @@ class BatchState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
     PAUSED = "paused"
+    """No job of it starts; what runs goes on."""
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     """Every job succeeded."""
     PARTIALLY_FAILED = "partially_failed"
-    """Some jobs succeeded, some did not."""
+    """Some jobs succeeded; some failed, or were not finished by the deadline."""
     FAILED = "failed"
-    """No job succeeded and at least one failed."""
+    """No job succeeded, and not because somebody cancelled them all."""
     CANCELLED = "cancelled"
     """Stopped on request, and no job failed."""
 

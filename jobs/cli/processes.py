@@ -6,7 +6,7 @@ from types import FrameType
 
 import click
 
-from jobs import beat, dispatch, logs, parts, settings
+from jobs import beat, database, dispatch, logs, parts, result_writer, settings
 from jobs.cli import connections, exits, output
 
 _devices = click.option(
@@ -34,16 +34,32 @@ def dispatcher(check: bool) -> int:
     stop = _stop_on_signals()
     with db.reading() as session:
         session.connection()  # a wrong DATABASE_URL is told now; later outages are waited out
-    _Beating(config, db=db).run(stop)
+    writer = result_writer.ResultWriter(config, db=db)
+    # A thread: a million lines take a minute, and the next jobs are to be sent meanwhile. It is
+    # not waited for: what it began is written again by whoever looks next.
+    threading.Thread(target=writer.run, args=(stop,), name="results", daemon=True).start()
+    _Beating(config, db=db, writer=writer).run(stop)
     return exits.OK
 
 
 class _Beating(dispatch.Dispatcher):
     """Leaves a sign of life on this machine after each tick."""
 
+    def __init__(
+        self,
+        config: settings.Settings,
+        *,
+        db: database.Database,
+        writer: result_writer.ResultWriter,
+    ) -> None:
+        super().__init__(config, db=db)
+        self._writer = writer
+
     def tick(self) -> dispatch.Tick:
         done = super().tick()
         beat.of_dispatcher(self._config).touch()
+        # A finished job kicked us: perhaps it was the last of its batch.
+        self._writer.look.set()
         return done
 
 

@@ -1,31 +1,32 @@
 """`rushes submit`."""
 
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from datetime import UTC, datetime, timedelta
+from typing import Any, get_args
 
 import click
 
 from jobs import (
     database,
+    deadlines,
     errors,
-    inputs,
     presets,
     queries,
     readers,
     settings,
-    storage,
     submission,
     watch,
 )
-from jobs.cli import bell, connections, display, exits, options, output, shapes, waiting
-
-HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
-STDIN = "-"
+from jobs.cli import (
+    bell,
+    connections,
+    display,
+    exits,
+    options,
+    output,
+    prompt_files,
+    shapes,
+    waiting,
+)
 
 
 @click.command()
@@ -38,6 +39,12 @@ STDIN = "-"
     default=0,
     show_default=True,
     help="-100 to 100, higher goes first; for rows that have none of their own.",
+)
+@click.option("--owner", help="Whose it is: owners share the farm equally. Default: RUSHES_OWNER.")
+@click.option(
+    "--deadline",
+    metavar="WHEN",
+    help="06:00, 2h or 2026-12-24T06:00: what is not finished then is given up.",
 )
 @click.option(
     "--repeat",
@@ -77,6 +84,8 @@ def submit(
     timeout: float | None,
     quiet: bool,
     as_json: bool,
+    deadline: str | None,
+    owner: str | None,
     **wanted: Any,
 ) -> int:
     """Store the prompts of a file as a batch.
@@ -87,14 +96,21 @@ def submit(
     if timeout is not None and not wait_for_it:
         raise click.UsageError("--timeout is for --wait", click.get_current_context())
     config = settings.load()
-    look = _preset(preset, config)
-    with _opened(file) as (stream, source):
+    look = prompt_files.preset(preset, config)
+    wanted |= {
+        "owner": config.owner if owner is None else owner,
+        "deadline": _deadline(deadline),
+        "max_queued": config.max_queued_per_owner,
+    }
+    with prompt_files.opened(file) as (stream, source):
         prompts = submission.PromptFile(
             stream=stream,
             source=source,
-            format=format_name or _detected(stream, source),
+            format=format_name or prompt_files.detected(stream, source),
             options=submission.Options(preset=look, **wanted),
-            images=_images(config, file, check_only=dry_run) if look.look.needs_image else None,
+            images=prompt_files.images(config, file, check_only=dry_run)
+            if look.look.needs_image
+            else None,
         )
         if dry_run:
             return _told_plan(prompts, as_json=as_json, quiet=quiet)
@@ -108,65 +124,12 @@ def submit(
     return _follow(db, made, look, notes, timeout=timeout, as_json=as_json, quiet=quiet)
 
 
-def _preset(name: str | None, config: settings.Settings) -> presets.Preset:
-    if name is None:
-        names = ", ".join(preset.name for preset in presets.available(config.presets_dir))
-        message = f"--preset is missing: give one of {names}, or the path of a preset file"
-        raise click.UsageError(message, click.get_current_context())
-    return presets.load(name, folder=config.presets_dir)
-
-
-def _images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.InputImages:
-    """Paths in the file start at its folder."""
-    return inputs.InputImages(
-        config=config,
-        base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),
-        store=None if check_only else storage.open_store(config),
-    )
-
-
-@contextmanager
-def _opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
-    """A seekable stream and what it is called; a pipe is kept in a temporary file."""
-    if file == STDIN:
-        if sys.stdin.isatty():
-            output.note("reading prompts from the terminal, one per line; end with Ctrl-D")
-        with _kept(sys.stdin.buffer) as stream:
-            yield stream, "stdin"
-        return
+def _deadline(text: str | None) -> datetime | timedelta | None:
     try:
-        opened = Path(file).open("rb")  # noqa: SIM115  # closed by the with below
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from None
-    with opened:
-        if opened.seekable():
-            yield opened, file
-            return
-        with _kept(opened) as stream:
-            yield stream, file
-
-
-@contextmanager
-def _kept(source: BinaryIO) -> Iterator[BinaryIO]:
-    with tempfile.TemporaryFile(prefix="rushes-") as stream:
-        shutil.copyfileobj(source, stream)
-        stream.seek(0)
-        yield stream
-
-
-def _unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
-    if isinstance(error, IsADirectoryError):
-        reason = "is a folder: give a file"
-    elif isinstance(error, FileNotFoundError):
-        reason = "there is no such file"
-    else:
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    return errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
-
-
-def _detected(stream: BinaryIO, source: str) -> readers.Format:
-    stream.seek(0)
-    return readers.detect_format(source, stream.read(HEAD_BYTES))
+        return None if text is None else deadlines.parse(text, now=datetime.now(UTC))
+    except ValueError as error:
+        problem = errors.Problem(line=None, message=f"--deadline: {error}")
+        raise errors.InvalidInput("options", [problem]) from None
 
 
 def _told_plan(prompts: submission.PromptFile, *, as_json: bool, quiet: bool) -> int:

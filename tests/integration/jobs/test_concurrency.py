@@ -225,8 +225,9 @@ def test_two_choices_at_once_take_each_job_once(world: World) -> None:
 
     def choose() -> list[int]:
         start.wait()
-        chosen = world.db.write(dispatch.choose, queues=[QUEUE], room=10, waiting=set())
-        return [job.id for job in chosen]
+        with world.db.reading() as session:
+            chosen = dispatch.choose(session, queues=[QUEUE], room=10, waiting=set())
+        return [job.id for job in world.db.write(dispatch.take, chosen)]
 
     with ThreadPoolExecutor(6) as pool:
         chosen = [f.result() for f in [pool.submit(choose) for _ in range(6)]]

@@ -182,7 +182,7 @@ def test_two_dispatchers_at_once_send_each_job_once(
     assert len(messages) >= 50
 
 
-def test_without_redis_lost_attempts_are_ended_and_result_files_written(world: World) -> None:
+def test_without_redis_lost_attempts_are_ended(world: World) -> None:
     batch_id = world.submit(2)
     first, second = world.job_ids(batch_id)
     world.cancel_job(second)
@@ -190,7 +190,7 @@ def test_without_redis_lost_attempts_are_ended_and_result_files_written(world: W
     world.expire(attempt_id)
     world.register()
     done = dispatcher_of(world, GONE, max_crashes=1).tick()
-    assert (done.sent, done.ended_attempts, done.finished_batches) == (0, 1, 1)
+    assert (done.sent, done.ended_attempts) == (0, 1)
     assert done.broker_error is not None
     assert "127.0.0.1:1" in done.broker_error
     world.check()
@@ -414,76 +414,6 @@ def test_the_loop_outlives_the_database_and_redis(
         _within(5, lambda: len(sent(client)) == 1)
 
 
-# Result files.
-
-
-def test_result_files_are_written_once_for_a_finished_batch(world: World) -> None:
-    batch_id = world.submit(1)
-    dispatcher = dispatcher_of(world, GONE)
-    assert dispatcher.tick().finished_batches == 0
-    world.succeed(world.claimed(world.only_job(batch_id).id))
-    assert dispatcher.tick().finished_batches == 1
-    assert world.batch(batch_id).manifest_at is not None
-    assert dispatcher.tick().finished_batches == 0
-
-
-def test_result_files_are_written_again_after_a_retry(world: World, tmp_path: Path) -> None:
-    batch_id = world.submit(1)
-    job_id = world.only_job(batch_id).id
-    folder = tmp_path / "results"
-    dispatcher = dispatcher_of(world, GONE, results_url=folder.as_uri())
-    world.fail(world.claimed(job_id), states.FailureKind.INPUT)
-    dispatcher.tick()
-    manifest = folder / "batches" / batch_id / "manifest.json"
-    assert json.loads(manifest.read_text())["counts"]["failed"] == 1
-    world.retry(batch_id)
-    assert dispatcher.tick().finished_batches == 0
-    world.succeed(world.claimed(job_id))
-    assert dispatcher.tick().finished_batches == 1
-    assert json.loads(manifest.read_text())["counts"]["succeeded"] == 1
-    assert (manifest.parent / "errors.jsonl").read_text() == ""
-
-
-def test_a_store_that_is_down_delays_the_files_and_nothing_else(
-    world: World,
-    clean_redis_url: str,
-    client: redis.Redis,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    finished = [world.submit(1) for _ in range(3)]
-    for batch_id in finished:
-        world.cancel_batch(batch_id)
-    world.submit(2)
-    world.register()
-    in_the_way = tmp_path / "store"
-    in_the_way.write_text("a file where a folder should be")
-    url = (in_the_way / "results").as_uri()
-    dispatcher = dispatcher_of(world, clean_redis_url, results_url=url)
-    with capture_logs() as logs:
-        done = dispatcher.tick()
-        assert (done.sent, done.finished_batches) == (2, 0)
-        # Not asked again at once: a store that hangs would hold up every tick.
-        told = [entry for entry in logs if entry["event"] == "batch.manifest_delayed"]
-        assert told
-        dispatcher.tick()
-        assert [e for e in logs if e["event"] == "batch.manifest_delayed"] == told
-    in_the_way.unlink()
-    monkeypatch.setattr(dispatcher, "_store_again_at", 0.0)
-    assert dispatcher.tick().finished_batches == 3
-
-
-def test_a_store_that_is_set_wrongly_does_not_stop_the_dispatcher(
-    world: World, clean_redis_url: str, client: redis.Redis
-) -> None:
-    world.cancel_batch(world.submit(1))
-    world.submit(1)
-    world.register()
-    dispatcher = dispatcher_of(world, clean_redis_url, results_url="ftp://nobody/here")
-    assert dispatcher.tick().sent == 1
-    assert len(sent(client)) == 1
-
-
 def test_the_budgets_are_those_of_the_settings(world: World) -> None:
     config = config_of(world, GONE, max_errors=7, max_crashes=5, retry_seconds=3)
     assert dispatch.budgets(config) == retries.Budgets(
@@ -555,24 +485,6 @@ def test_a_worker_switches_weights_far_less_often_than_jobs_do(
     kinds = [(job_id - 1) % 2 for job_id in order]
     switches = sum(now != then for then, now in itertools.pairwise(kinds))
     assert switches < 8, switches
-
-
-def test_no_job_is_overtaken_for_ever() -> None:
-    """A job that does not fit what is loaded has its turn after a bounded number of others."""
-    lonely = dispatch.Candidate(id=1, queue="q", rank=0, weights="rare")
-    flood = [
-        dispatch.Candidate(id=number, queue="q", rank=0, weights="common")
-        for number in range(2, 3 + dispatch.OVERTAKEN_BY)
-    ]
-    near, far = flood[: dispatch.LOOK_AHEAD], flood[-dispatch.LOOK_AHEAD :]
-    assert dispatch.in_runs([lonely, *near], {"common"})[0] is near[0]
-    assert dispatch.in_runs([lonely, *far], {"common"})[0] is lonely
-
-
-def test_priority_goes_before_warm_weights() -> None:
-    urgent = dispatch.Candidate(id=9, queue="q", rank=-5, weights="cold")
-    warm = dispatch.Candidate(id=1, queue="q", rank=0, weights="warm")
-    assert dispatch.in_runs([warm, urgent], {"warm"})[0] is urgent
 
 
 def test_silence_while_the_database_was_away_ends_no_attempt(

@@ -30,7 +30,7 @@ down_revision = "{head}"
 def upgrade():
     with op.batch_alter_table("batches", recreate="auto") as table:
         table.alter_column("preset", existing_type=sa.Text(), type_=sa.String(300))
-        table.add_column(sa.Column("owner", sa.Text(), nullable=False, server_default="me"))
+        table.add_column(sa.Column("later_owner", sa.Text(), nullable=False, server_default="me"))
     with op.batch_alter_table("jobs") as table:
         table.alter_column("prompt", existing_type=sa.Text(), type_=sa.String(20000))
 
@@ -38,7 +38,7 @@ def downgrade():
     with op.batch_alter_table("jobs") as table:
         table.alter_column("prompt", existing_type=sa.String(20000), type_=sa.Text())
     with op.batch_alter_table("batches") as table:
-        table.drop_column("owner")
+        table.drop_column("later_owner")
         table.alter_column("preset", existing_type=sa.String(300), type_=sa.Text())
 """
 
@@ -177,7 +177,7 @@ def test_rows_in_every_state_survive_a_change_of_their_tables(
     assert migrate.upgrade(world.db) == (head, "later")
     assert contents(world.db) == before
     with world.db.reading() as session:
-        assert session.scalar(text("SELECT owner FROM batches")) == "me"
+        assert session.scalar(text("SELECT later_owner FROM batches")) == "me"
     assert migrate.downgrade(world.db, revision=str(head)) == ("later", head)
     assert contents(world.db) == before
     world.check()

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
 from jobs import database, errors, queries, states, watch, workers
 from jobs.cli import display
@@ -148,12 +148,18 @@ def test_the_counts_of_a_batch_have_one_word(counts: dict[str, int], state: Batc
     assert queries.batch_state(_batch(**counts)) is state
 
 
+RENDER_SECONDS = 15
+
+
 def _finish(world: World, batch_id: str, seconds_ago: list[float]) -> None:
     for job_id, ago in zip(world.job_ids(batch_id), seconds_ago, strict=False):
         world.succeed(world.claimed(job_id))
         with world.db.transaction() as session:
             moment = database.now(session) - timedelta(seconds=ago)
-            session.execute(update(Job).where(Job.id == job_id).values(finished_at=moment))
+            began = moment - timedelta(seconds=RENDER_SECONDS)
+            session.execute(
+                update(Job).where(Job.id == job_id).values(started_at=began, finished_at=moment)
+            )
 
 
 def test_rate_and_time_left_follow_the_latest_results(world: World) -> None:
@@ -168,12 +174,37 @@ def test_rate_and_time_left_follow_the_latest_results(world: World) -> None:
     assert progress.state is BatchState.RUNNING
 
 
-def test_a_batch_that_stands_still_slows_down(world: World) -> None:
+def test_a_batch_whose_jobs_take_longer_slows_down(world: World) -> None:
     batch_id = world.submit(4)
     _finish(world, batch_id, [660, 600])
+    world.claimed(world.job_ids(batch_id)[2])
+    with world.db.transaction() as session:
+        began = database.now(session) - timedelta(seconds=599)
+        running = update(Job).where(Job.state == states.JobState.RUNNING)
+        session.execute(running.values(started_at=began))
     with world.db.reading() as session:
         rate = queries.progress(session, batch_id).rate_per_minute
     assert rate == pytest.approx(1 / 11, rel=0.1)
+
+
+def test_hours_in_which_the_farm_was_stopped_do_not_slow_a_batch_down(world: World) -> None:
+    """Neither between its results, nor since the last of them."""
+    hour = 3600.0
+    batch_id = world.submit(8)
+    ago = [9 * hour + 20, 9 * hour, hour + 20, hour]
+    _finish(world, batch_id, ago)
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    # Three jobs in 20 s, the 15 s of work before the third, and 20 s.
+    assert progress.rate_per_minute == pytest.approx(3 / 55 * 60, rel=0.05)
+
+
+def test_short_pauses_of_a_batch_that_shares_the_farm_count(world: World) -> None:
+    batch_id = world.submit(8)
+    _finish(world, batch_id, [600, 400, 200, 0])
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(0.3, rel=0.05)
 
 
 def test_a_finished_batch_has_a_rate_and_nothing_left(world: World) -> None:
@@ -236,6 +267,20 @@ def test_queues_that_nobody_takes_from_are_told(world: World) -> None:
     world.register()
     with world.db.reading() as session:
         assert queries.queues_without_workers(session, batch_id) == []
+
+
+def test_the_queues_of_a_batch_are_those_of_its_queued_jobs(world: World) -> None:
+    batch_id = world.submit(6)
+    world.submit(2)
+    with world.db.transaction() as session:
+        for job in session.scalars(select(Job).where(Job.batch_id == batch_id)):
+            job.queue = f"q{job.position % 3}"
+    with world.db.reading() as session:
+        assert queries.queues_waited_in(session, batch_id) == ["q0", "q1", "q2"]
+    for job in world.jobs(batch_id)[1::3]:
+        world.claimed(job.id)
+    with world.db.reading() as session:
+        assert queries.queues_waited_in(session, batch_id) == ["q0", "q2"]
 
 
 def test_jobs_and_attempts_are_listed_in_their_order(world: World) -> None:

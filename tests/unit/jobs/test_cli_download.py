@@ -1,5 +1,6 @@
 """Downloads: harmless names, verified content, resumed where they stopped."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,78 @@ def test_videos_and_result_files_arrive(
         *download.RESULT_FILES,
     }
     assert (tmp_path / "out" / "cat.mp4").read_bytes() == CONTENT
+
+
+def test_the_local_output_file_names_the_videos_and_the_local_manifest_seals_it(
+    db: database.Database, store: storage.ObjectStore, tmp_path: Path
+) -> None:
+    batch_id = finished_batch(db, store, "cat/1", None, "CAT_1")
+    folder = tmp_path / "out"
+    assert rushes("download", "latest", str(folder)).exit_code == 0
+    output = (folder / "output.jsonl").read_bytes()
+    entries = [json.loads(line) for line in output.splitlines()]
+    named = [entry["video"].pop("file") for entry in entries]
+    assert named == ["cat_1.mp4", "00001.mp4", "CAT_1-00002.mp4"]
+    stored = store.read_bytes(results.batch_key(batch_id, "output.jsonl"))
+    assert entries == [json.loads(line) for line in stored.splitlines()]
+    sealed = json.loads((folder / "manifest.json").read_text())["files"]["output.jsonl"]
+    assert sealed["bytes"] == len(output)
+    assert sealed["sha256"] == hashlib.sha256(output).hexdigest()
+
+
+def test_watching_fetches_videos_as_they_come_and_ends_with_the_result_files(
+    db: database.Database,
+    store: storage.ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also through a while in which the store is away; a second run finds all there."""
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    batch_id = rushes("submit", "p.jsonl", "--preset", "tiny", "-q").stdout.strip()
+    folder = tmp_path / "out"
+    seen: list[set[str]] = []
+
+    def meanwhile(_seconds: float) -> None:
+        seen.append(files(folder))
+        if len(seen) == 2:
+            finish(db, store, batch_id, 1)
+            monkeypatch.setattr(store, "download", store_is_away)
+        elif len(seen) == 3:
+            monkeypatch.undo()
+            monkeypatch.setattr(download.time, "sleep", meanwhile)
+        elif len(seen) == 4:
+            finish(db, store, batch_id, 0)
+        elif len(seen) == 5:
+            assert results.write(db, store, batch_id)
+
+    def store_is_away(key: str, path: Path) -> None:
+        raise storage.StorageUnavailable(store.address(key), "away")
+
+    monkeypatch.setattr(download.time, "sleep", meanwhile)
+    outcomes = list(download.follow(db, store, batch_id, folder, sidecars=False))
+    videos = {"00000.mp4", "00001.mp4"}
+    assert seen == [set(), set(), set(), {"00001.mp4"}, videos]
+    assert [outcome.file for outcome in outcomes] == [
+        *("00001.mp4", "00000.mp4"),
+        *download.RESULT_FILES,
+    ]
+    again = list(download.follow(db, store, batch_id, folder, sidecars=False))
+    assert [outcome.status for outcome in again[:2]] == [download.Status.THERE] * 2
+
+
+def test_watching_a_damaged_video_tells_it_once_at_the_end(
+    db: database.Database, store: storage.ObjectStore, tmp_path: Path
+) -> None:
+    batch_id = finished_batch(db, store, "a", "b")
+    with db.reading() as session:
+        attempt = queries.winning_attempt(session, queries.find_job(session, f"{batch_id}/a"))
+    assert attempt is not None
+    assert attempt.video_key is not None
+    store.put_bytes(b"another", attempt.video_key, content_type="video/mp4")
+    result = rushes("download", batch_id, str(tmp_path / "out"), "--watch")
+    assert result.exit_code == exits.ERROR
+    assert result.stderr.count("a.mp4") == 1
+    assert files(tmp_path / "out") == {"b.mp4", *download.RESULT_FILES}
 
 
 def test_the_folder_is_named_like_the_batch_by_default(

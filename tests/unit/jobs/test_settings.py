@@ -1,5 +1,6 @@
 """Where each value comes from, and what a person is told about a bad one."""
 
+import getpass
 import json
 import os
 import re
@@ -93,7 +94,7 @@ def test_every_setting_can_come_from_a_file(
     field: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     samples = {"log_level": "ERROR", "log_format": "json", "aws_access_key_id": "id"}
-    kinds = {float: "17", int: "17", Path: "/some/where"}
+    kinds = {float: "17", int: "17", int | None: "17", Path: "/some/where"}
     info = settings.Settings.model_fields[field]
     value = samples.get(field) or kinds.get(info.annotation or str, "/other")  # type: ignore[call-overload]
     held = tmp_path / "held"
@@ -403,6 +404,7 @@ def test_names_that_are_given_are_known(
 
 # What a table says where the default is not a plain value.
 DEFAULTS_IN_WORDS = {
+    "RUSHES_OWNER": "the user of the operating system",
     "DATABASE_URL": "`rushes.db` in `RUSHES_HOME`",
     "RUSHES_MODELS_DIR": "`models` in `RUSHES_HOME`",
     "RUSHES_SCRATCH_DIR": "`scratch` in `RUSHES_HOME`",
@@ -446,3 +448,4 @@ def test_the_defaults_in_words_are_the_defaults(home: Path) -> None:
     assert loaded.models_dir == home / "models"
     assert loaded.scratch_dir == home / "scratch"
     assert loaded.host_name == os.uname().nodename
+    assert loaded.owner == getpass.getuser()

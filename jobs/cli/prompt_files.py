@@ -1,0 +1,78 @@
+"""The file and the preset that `rushes submit` and `rushes estimate` are given."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from jobs import errors, inputs, presets, readers, settings, storage
+from jobs.cli import output
+
+HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
+STDIN = "-"
+
+
+def preset(name: str | None, config: settings.Settings) -> presets.Preset:
+    if name is None:
+        names = ", ".join(preset.name for preset in presets.available(config.presets_dir))
+        message = f"--preset is missing: give one of {names}, or the path of a preset file"
+        raise click.UsageError(message, click.get_current_context())
+    return presets.load(name, folder=config.presets_dir)
+
+
+def images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.InputImages:
+    """Paths in the file start at its folder."""
+    return inputs.InputImages(
+        config=config,
+        base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),
+        store=None if check_only else storage.open_store(config),
+    )
+
+
+@contextmanager
+def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A seekable stream and what it is called; a pipe is kept in a temporary file."""
+    if file == STDIN:
+        if sys.stdin.isatty():
+            output.note("reading prompts from the terminal, one per line; end with Ctrl-D")
+        with _kept(sys.stdin.buffer) as stream:
+            yield stream, "stdin"
+        return
+    try:
+        opened = Path(file).open("rb")  # noqa: SIM115  # closed by the with below
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from None
+    with opened:
+        if opened.seekable():
+            yield opened, file
+            return
+        with _kept(opened) as stream:
+            yield stream, file
+
+
+@contextmanager
+def _kept(source: BinaryIO) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile(prefix="rushes-") as stream:
+        shutil.copyfileobj(source, stream)
+        stream.seek(0)
+        yield stream
+
+
+def _unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
+    if isinstance(error, IsADirectoryError):
+        reason = "is a folder: give a file"
+    elif isinstance(error, FileNotFoundError):
+        reason = "there is no such file"
+    else:
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+
+
+def detected(stream: BinaryIO, source: str) -> readers.Format:
+    stream.seek(0)
+    return readers.detect_format(source, stream.read(HEAD_BYTES))

@@ -1,0 +1,139 @@
+"""Writes the result files of finished batches, beside the dispatcher. Any number may run."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+import structlog
+from sqlalchemy import Select, or_, select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from jobs import database, errors, results, settings, storage
+from jobs.schema import Batch
+
+log = structlog.get_logger()
+
+LEASE_SECONDS = 60.0  # then another writer begins anew
+AGAIN_SECONDS = 30.0  # after the database or the object store failed
+
+
+class ResultWriter:
+    """One batch at a time, each under a lease in the database.
+
+    The lease only saves work: two that write the same end of a batch write the same bytes, and an
+    end that is no longer the last one is not marked as written.
+    """
+
+    def __init__(self, config: settings.Settings, *, db: database.Database) -> None:
+        self._config = config
+        self._db = db
+        self._store: storage.ObjectStore | None = None
+        self._again_at = 0.0
+        self.look = threading.Event()
+        """Set it to have finished batches looked for at once."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Write what is finished until told to stop."""
+        while not stop.is_set():
+            self.look.clear()
+            try:
+                self.write_finished(stop)
+            except (DBAPIError, database.DatabaseUnavailable) as error:
+                log.warning("results.database_unavailable", error=str(error)[:300])
+                stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
+                continue
+            self.look.wait(self._config.tick_seconds)
+
+    def write_finished(self, stop: threading.Event | None = None) -> int:
+        """Every finished batch that nobody else writes; how many are complete now."""
+        if time.monotonic() < self._again_at:
+            return 0
+        written = 0
+        tried: list[str] = []
+        while not (stop and stop.is_set()) and (taken := self._take(tried)) is not None:
+            batch_id, lease_until = taken
+            tried.append(batch_id)
+            try:
+                with self._kept(batch_id, lease_until):
+                    self._store = self._store or storage.open_store(self._config)
+                    written += results.write(self._db, self._store, batch_id)
+            except (errors.RushesError, OSError) as error:
+                # The videos themselves are there already.
+                log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
+                self._db.write(give_back, batch_id)
+                self._again_at = time.monotonic() + AGAIN_SECONDS
+                if isinstance(error, storage.StorageUnavailable):
+                    break  # waiting for an answer once is enough
+        if written:
+            log.info("batch.results_written", batches=written)
+        return written
+
+    def _take(self, tried: list[str]) -> tuple[str, datetime] | None:
+        with self._db.reading() as session:
+            # Looking takes no lock: it is done every few seconds, and mostly in vain.
+            if session.scalar(_free(database.now(session), tried).limit(1)) is None:
+                return None
+        return self._db.write(take, seconds=LEASE_SECONDS, but_not=tried)
+
+    @contextmanager
+    def _kept(self, batch_id: str, lease_until: datetime) -> Iterator[None]:
+        """Renews the lease while the body runs: an upload may take longer than one lease."""
+        done = threading.Event()
+
+        def keep() -> None:
+            held = lease_until
+            while not done.wait(LEASE_SECONDS / 3):
+                try:
+                    renewed = self._db.write(renew, batch_id, held=held, seconds=LEASE_SECONDS)
+                except (DBAPIError, database.DatabaseUnavailable):
+                    continue  # the next try may still come in time
+                if renewed is None:
+                    return
+                held = renewed
+
+        keeper = threading.Thread(target=keep, name="results-lease", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join()
+
+
+def take(session: Session, *, seconds: float, but_not: list[str]) -> tuple[str, datetime] | None:
+    """The batch that has been finished longest and that nobody writes, with the lease on it."""
+    now = database.now(session)
+    free = _free(now, but_not).order_by(Batch.finished_at).limit(1)
+    batch = session.scalars(free.with_for_update(skip_locked=True)).first()
+    if batch is None:
+        return None
+    batch.results_lease_until = now + timedelta(seconds=seconds)
+    return batch.id, batch.results_lease_until
+
+
+def _free(now: datetime, but_not: list[str]) -> Select[Batch]:
+    return (
+        select(Batch)
+        .where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
+        .where(or_(Batch.results_lease_until.is_(None), Batch.results_lease_until < now))
+        .where(Batch.id.not_in(but_not))
+    )
+
+
+def renew(session: Session, batch_id: str, *, held: datetime, seconds: float) -> datetime | None:
+    """The new end of the lease; None when it is another's by now."""
+    until = database.now(session) + timedelta(seconds=seconds)
+    renewed = session.execute(
+        update(Batch)
+        .where(Batch.id == batch_id, Batch.results_lease_until == held)
+        .values(results_lease_until=until)
+        .returning(Batch.id)
+    )
+    return until if renewed.first() is not None else None
+
+
+def give_back(session: Session, batch_id: str) -> None:
+    session.execute(update(Batch).where(Batch.id == batch_id).values(results_lease_until=None))

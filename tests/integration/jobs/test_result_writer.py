@@ -1,0 +1,161 @@
+"""Who writes the result files of a finished batch, and when."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from structlog.testing import capture_logs
+
+from jobs import database, result_writer, results, settings, states, storage
+from jobs.schema import Batch
+from tests.integration.jobs.conftest import World
+
+
+def writer_of(world: World, results_url: str | None = None) -> result_writer.ResultWriter:
+    url = world.db.url.render_as_string(hide_password=False)
+    config = settings.load(database_url=url, results_url=results_url, tick_seconds=0.05)
+    return result_writer.ResultWriter(config, db=world.db)
+
+
+def finished(world: World) -> str:
+    batch_id = world.submit(1)
+    world.cancel_batch(batch_id)
+    return batch_id
+
+
+def test_result_files_are_written_once_for_a_finished_batch(world: World) -> None:
+    batch_id = world.submit(1)
+    writer = writer_of(world)
+    assert writer.write_finished() == 0
+    world.succeed(world.claimed(world.only_job(batch_id).id))
+    assert writer.write_finished() == 1
+    assert world.batch(batch_id).manifest_at is not None
+    assert world.batch(batch_id).results_lease_until is None
+    assert writer.write_finished() == 0
+
+
+def test_result_files_are_written_again_after_a_retry(world: World, tmp_path: Path) -> None:
+    batch_id = world.submit(1)
+    job_id = world.only_job(batch_id).id
+    folder = tmp_path / "results"
+    writer = writer_of(world, folder.as_uri())
+    world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    writer.write_finished()
+    manifest = folder / "batches" / batch_id / "manifest.json"
+    assert json.loads(manifest.read_text())["counts"]["failed"] == 1
+    world.retry(batch_id)
+    assert writer.write_finished() == 0
+    world.succeed(world.claimed(job_id))
+    assert writer.write_finished() == 1
+    assert json.loads(manifest.read_text())["counts"]["succeeded"] == 1
+    assert (manifest.parent / "errors.jsonl").read_text() == ""
+
+
+def test_a_store_that_fails_delays_the_files_and_is_not_asked_again_at_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        finished(world)
+    in_the_way = tmp_path / "store"
+    in_the_way.write_text("a file where a folder should be")
+    writer = writer_of(world, (in_the_way / "results").as_uri())
+    with capture_logs() as logs:
+        assert writer.write_finished() == 0
+        told = [entry for entry in logs if entry["event"] == "batch.manifest_delayed"]
+        assert told
+        assert writer.write_finished() == 0
+        assert [e for e in logs if e["event"] == "batch.manifest_delayed"] == told
+    in_the_way.unlink()
+    monkeypatch.setattr(writer, "_again_at", 0.0)
+    assert writer.write_finished() == 3
+
+
+def test_a_store_that_is_set_wrongly_is_told(world: World) -> None:
+    finished(world)
+    with capture_logs() as logs:
+        assert writer_of(world, "ftp://nobody/here").write_finished() == 0
+    assert "RUSHES_RESULTS_URL" in logs[0]["error"]
+
+
+def test_several_writers_write_each_batch_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [finished(world) for _ in range(4)]
+    written: list[str] = []
+    write = results.write
+
+    def slow(db: database.Database, store: storage.ObjectStore, batch_id: str) -> bool:
+        written.append(batch_id)
+        time.sleep(0.1)
+        return write(db, store, batch_id)
+
+    monkeypatch.setattr(results, "write", slow)
+    writers = [writer_of(world, (tmp_path / "results").as_uri()) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda writer: writer.write_finished(), writers))
+    assert sorted(written) == sorted(batches)
+    assert sum(done) == 4
+
+
+def test_a_batch_whose_writer_died_is_written_when_its_lease_is_over(world: World) -> None:
+    batch_id = finished(world)
+    taken = world.db.write(result_writer.take, seconds=60, but_not=[])
+    assert taken is not None
+    assert taken[0] == batch_id
+    assert writer_of(world).write_finished() == 0
+    with world.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=1)
+        session.execute(update(Batch).values(results_lease_until=past))
+    assert writer_of(world).write_finished() == 1
+
+
+def test_the_lease_is_renewed_while_the_files_are_written(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(world)
+    monkeypatch.setattr(result_writer, "LEASE_SECONDS", 0.6)
+    write = results.write
+    others: list[int] = []
+
+    def slow(*arguments: Any) -> bool:
+        monkeypatch.setattr(results, "write", write)
+        time.sleep(1.5)
+        others.append(writer_of(world).write_finished())
+        return write(*arguments)
+
+    monkeypatch.setattr(results, "write", slow)
+    assert writer_of(world).write_finished() == 1
+    assert others == [0]
+
+
+def test_a_lease_that_is_another_writers_by_now_is_not_renewed(world: World) -> None:
+    batch_id = finished(world)
+    first = world.db.write(result_writer.take, seconds=-1, but_not=[])
+    second = world.db.write(result_writer.take, seconds=60, but_not=[])
+    assert first is not None
+    assert second is not None
+    renewed = world.db.write(result_writer.renew, batch_id, held=first[1], seconds=60)
+    assert renewed is None
+    assert world.db.write(result_writer.renew, batch_id, held=second[1], seconds=60) is not None
+
+
+def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:
+    writer, stop = writer_of(world), threading.Event()
+    thread = threading.Thread(target=writer.run, args=(stop,))
+    thread.start()
+    try:
+        batch_id = finished(world)
+        deadline = time.monotonic() + 20
+        while world.batch(batch_id).manifest_at is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        stop.set()
+        thread.join(20)
+    assert not thread.is_alive()
