@@ -13,8 +13,9 @@ _devices = click.option(
     "--devices",
     default="auto",
     show_default=True,
-    metavar="auto|cpu|cpu:N|0,1,...",
-    help="auto: every GPU, else one process on the CPU; cpu:N: N of those; or GPU numbers.",
+    metavar="auto|cpu|cpu:N|sim:N|0,1,...",
+    help="auto: every GPU, else one process on the CPU; cpu:N: N of those; or GPU numbers. "
+    "sim:N: devices that only sleep, for rehearsals.",
 )
 
 
