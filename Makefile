@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format types imports up clean
+.PHONY: help setup demo test unit chaos lint format types imports up clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: setup lint ## lint, then every test that needs no GPU
 
 unit: setup ## the quick tests only: no servers, no processes
 	$(BIN)/python -m pytest tests/unit
+
+chaos: setup ## an hour of kills and outages on simulated devices; CHAOS="--scale 0.1 --seed 7" for less
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 lint: setup ## format check, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -61,6 +61,7 @@ class Watch:
     def end(self) -> None:
         self.stop.set()
         self._thread.join(30)
+        self.db.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,12 +31,12 @@ LONG_STRIKES = {
     "disk full": 3,
 }
 SHORT_STRIKES = {
-    "kill child": 3,
-    "kill parent": 2,
+    "kill child": 2,
+    "kill parent": 1,
     "kill launcher": 1,
     "kill publisher": 1,
     "kill dispatcher": 1,
-    "stop child past its lease": 2,
+    "stop child past its lease": 1,
     "drain host": 1,
     "terminate parent": 1,
     "redis flushed": 1,
@@ -69,21 +69,21 @@ def short(*, seed: int, on_sqlite: bool = False) -> Script:
     """Each kind of fault at least once, with leases of seconds."""
     return Script(
         plan=Plan(
-            workers_per_host=2,
+            workers_per_host=1,
             step_seconds=0.05,
-            lease_seconds=4.0,
-            heartbeat_seconds=1.0,
+            lease_seconds=3.0,
+            heartbeat_seconds=0.8,
             publish_lease_seconds=60.0,
             stall_seconds=6.0,
             tick_seconds=0.5,
             retry_seconds=0.2,
             on_sqlite=on_sqlite,
         ),
-        jobs=150,
-        batch_size=50,
+        jobs=80,
+        batch_size=30,
         poison_jobs=1,
         quotas=dict(SHORT_STRIKES),
         outage_seconds=(1.0, 3.0),
         seed=seed,
-        limit_seconds=200,
+        limit_seconds=300,
     )
