@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 import redis
@@ -83,14 +84,24 @@ def s3(s3_server: servers.S3Server) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
+def postgres_url(postgres_server: "PostgresServer") -> str:
     """The server, as its administrator, for `psycopg.connect`."""
+    return postgres_server.url("postgres")
+
+
+@pytest.fixture
+def postgres_process(postgres_server: "PostgresServer") -> psutil.Process:
+    return postgres_server.process
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> "Iterator[PostgresServer]":
     # Short, because a socket's path has some 100 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="rushes-pg-", dir="/tmp"))
     server = PostgresServer(folder)
     try:
         server.start()
-        yield server.url("postgres")
+        yield server
     finally:
         server.stop()
         shutil.rmtree(folder)
@@ -152,6 +163,11 @@ class PostgresServer:
     @property
     def socket(self) -> Path:
         return self._folder / ".s.PGSQL.5432"
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
 
     def start_again(self) -> None:
         """After `stop`: on what is there."""

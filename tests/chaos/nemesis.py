@@ -109,6 +109,9 @@ class Nemesis:
             "postgresql restarted": ("server", self._restart_postgres),
             "postgresql backends ended": ("server", self._end_backends),
             "postgresql half open": ("server", lambda: self._network("postgres", Fault.HALF_OPEN)),
+            "redis connections forgotten": ("", lambda: self._forget("redis")),
+            "postgresql connections forgotten": ("", lambda: self._forget("postgres")),
+            "postgresql stopped": ("server", self._stop_postgres),
             "store busy": ("store", lambda: self._network("store", Fault.BUSY)),
             "store denies": ("store", lambda: self._network("store", Fault.DENIED)),
             "store answers lost": ("store", lambda: self._network("store", Fault.LOST_ANSWER)),
@@ -339,7 +342,26 @@ class Nemesis:
             ).fetchone()
         return Struck(target=f"{ended[0] if ended else 0} connections")
 
-    def _network(self, name: str, fault: Fault) -> Struck:
+    def _stop_postgres(self) -> Struck:
+        """Longer than leases last: nobody could renew one, and nobody is to lose one."""
+        if self.farm.postgres is None:
+            raise NothingToStrike("no server: the database is SQLite")
+        family = [self.farm.postgres.process]
+        family += family[0].children(recursive=True)
+        for process in family:
+            _send(process, signal.SIGSTOP, may_be_gone=True)
+
+        def wake() -> None:
+            for process in family:
+                _send(process, signal.SIGCONT, may_be_gone=True)
+
+        return Struck(target="postgresql", seconds=self._past_lease(), mend=wake)
+
+    def _forget(self, name: str) -> Struck:
+        self._proxy(name).forget()
+        return Struck(target=name)
+
+    def _proxy(self, name: str) -> Proxy:
         proxies: dict[str, Proxy | None] = {
             "redis": self.farm.redis_proxy,
             "postgres": self.farm.postgres_proxy,
@@ -348,6 +370,10 @@ class Nemesis:
         proxy = proxies[name]
         if proxy is None:
             raise NothingToStrike("no server: the database is SQLite")
+        return proxy
+
+    def _network(self, name: str, fault: Fault) -> Struck:
+        proxy = self._proxy(name)
         proxy.fault = fault
 
         def mend() -> None:

@@ -37,11 +37,14 @@ class Network:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.servers: list[asyncio.Server] = []
         self._thread = threading.Thread(target=self.loop.run_forever, name="network", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         async def end_all() -> None:
+            for server in self.servers:
+                server.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
@@ -61,11 +64,14 @@ class Proxy:
         self._target = target
         self._network = network
         self._open: set[asyncio.StreamWriter] = set()
+        self._opened = 0  # connections so far; the first `_forgotten` of them are dead
+        self._forgotten = 0
         self._fault = Fault.NONE
         self._passable = asyncio.Event()
         self._passable.set()
         starting = asyncio.start_server(self._serve, "127.0.0.1", 0, limit=MAX_HEAD_BYTES)
         server = asyncio.run_coroutine_threadsafe(starting, network.loop).result(10)
+        network.servers.append(server)
         self.port: int = server.sockets[0].getsockname()[1]
 
     @property
@@ -75,6 +81,13 @@ class Proxy:
     @fault.setter
     def fault(self, fault: Fault) -> None:
         self._network.loop.call_soon_threadsafe(self._change, fault)
+
+    def forget(self) -> None:
+        """From now on nothing comes through the connections of now; new ones are good."""
+        self._network.loop.call_soon_threadsafe(self._forget)
+
+    def _forget(self) -> None:
+        self._forgotten = self._opened
 
     def _change(self, fault: Fault) -> None:
         was, self._fault = self._fault, fault
@@ -94,22 +107,32 @@ class Proxy:
                 await self._handle(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # one of the two ends is gone
+        except asyncio.CancelledError:
+            pass  # the network closes; asyncio would print it
         finally:
             self._open.discard(writer)
             writer.transport.abort()
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._passable.wait()
+        self._opened += 1
+        number = self._opened
         up_reader, up_writer = await self._connect()
         try:
             # When one direction ends, so does the other.
-            await _first_of(self._pump(reader, up_writer), self._pump(up_reader, writer))
+            await _first_of(
+                self._pump(reader, up_writer, number), self._pump(up_reader, writer, number)
+            )
         finally:
             up_writer.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> None:
         while data := await reader.read(CHUNK_BYTES):
             await self._passable.wait()
+            if number <= self._forgotten:
+                continue  # taken from the wire, and lost
             writer.write(data)
             await writer.drain()
         with contextlib.suppress(OSError, RuntimeError):
