@@ -15,16 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import kombu.exceptions
 import psutil
 import psycopg
 import redis
 import structlog
+from celery import Celery
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import database, states
+from jobs import celery_app, database, queues, states
 from jobs.schema import Attempt
 from tests.chaos import farm as farms
 from tests.chaos.proxy import Fault, Proxy
@@ -34,9 +37,20 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.1
 LEAST_PAUSE_SECONDS = 0.4
 STUCK_SECONDS = 30.0  # without progress: the next strike comes all the same
+BOMB_MARK = "bomb"
 BUSY_SHARE = 0.8  # of the blows at a worker
 END_SECONDS = 60.0  # for a launcher's drain
 RESTART_SECONDS = (0.5, 3.0)  # until somebody starts again what was killed
+
+
+@dataclass
+class Bomb:
+    """Unpickled, it leaves a mark."""
+
+    mark: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
 
 
 @dataclass
@@ -112,6 +126,7 @@ class Nemesis:
             "redis connections forgotten": ("", lambda: self._forget("redis")),
             "postgresql connections forgotten": ("", lambda: self._forget("postgres")),
             "postgresql stopped": ("server", self._stop_postgres),
+            "messages of strangers": ("", self._send_strange),
             "store busy": ("store", lambda: self._network("store", Fault.BUSY)),
             "store denies": ("store", lambda: self._network("store", Fault.DENIED)),
             "store answers lost": ("store", lambda: self._network("store", Fault.LOST_ANSWER)),
@@ -203,6 +218,8 @@ class Nemesis:
         return name, parents[name]
 
     def _busy_workers(self) -> set[str]:
+        if "server" in self._busy:
+            return set()  # perhaps the database does not answer, and only we can mend it
         running = select(Attempt.worker).where(Attempt.state == states.AttemptState.RUNNING)
         with contextlib.suppress(SQLAlchemyError), self.db.reading() as session:
             return set(session.scalars(running))
@@ -303,6 +320,28 @@ class Nemesis:
         with redis.Redis.from_url(self.farm.redis.url) as client:
             client.flushall()
         return Struck(target="redis")
+
+    def _send_strange(self) -> Struck:
+        """Somebody has got into Redis: pickled code, and what is no message at all."""
+        queue = queues.of_model(queues.SIMULATED)
+        stranger = Celery(broker=self.farm.redis.url, set_as_current=False)
+        bomb = Bomb(self.farm.folder / BOMB_MARK)
+        try:
+            for body in (["1; DROP TABLE jobs"], [], [{"id": 1}], [-1]):
+                stranger.send_task(celery_app.RENDER_TASK, args=body, queue=queue, retry=False)
+            stranger.send_task(
+                celery_app.RENDER_TASK, args=[bomb], queue=queue, serializer="pickle", retry=False
+            )
+            stranger.send_task("os.system", args=["true"], queue=queue, retry=False)
+            with redis.Redis.from_url(self.farm.redis.url) as client:
+                client.lpush(queue, b"\xff no message")
+        except (redis.RedisError, OSError, kombu.exceptions.OperationalError):
+            raise NothingToStrike from None  # Redis is away
+        finally:
+            stranger.close()
+        # The process that takes the last one ends, and is started again.
+        workers = tuple(name for host in self.farm.hosts for name in host.render_parents())
+        return Struck(target=queue, workers=workers)
 
     def _lose_redis(self) -> Struck:
         self.farm.redis.kill()

@@ -1,5 +1,6 @@
 """One run: a farm, work for it, strikes at it, and the verdict."""
 
+import contextlib
 import json
 import statistics
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import database, storage
 from jobs.schema import Batch
 from tests.chaos import checker, farm, record
-from tests.chaos.nemesis import Nemesis, Strike
+from tests.chaos.nemesis import BOMB_MARK, Nemesis, Strike
 from tests.chaos.workload import Workload
 
 REDIS_LOSSES = ("redis flushed", "redis lost")
@@ -130,50 +131,48 @@ def run(script: Script, folder: Path) -> Verdict:
             time.sleep(0.5)
         work.stop.set()
         watch.end()
+        progress.end()
         seconds, is_finished = time.monotonic() - began, progress.is_finished()
         exit_status = here.stop()
-        verdict = _judge(
-            script, here, db, work, nemesis, watch, seconds, is_finished, exit_status, progress
-        )
+        verdict = _judge(script, here, db, work, nemesis, watch, seconds, is_finished, exit_status)
         db.close()
     (folder / "report.json").write_text(json.dumps(verdict.told(), indent=2))
     return verdict
 
 
 class Progress:
-    """How far the work is; keeps what it last saw while the database is away."""
+    """How far the work is, by the last look that was answered.
+
+    Looks from a thread of its own: those who ask are also those who mend the database.
+    """
 
     def __init__(self, db: database.Database, work: Workload) -> None:
         self._db = db
         self._work = work
         self._done = 0
         self._written = 0
-        self._looked_at = 0.0
-        self.curve: list[tuple[float, int]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._thread.start()
 
     def done_share(self) -> float:
-        self._look()
         return self._done / self._work.jobs
 
     def is_finished(self) -> bool:
         """All is submitted, every batch has ended and its manifest is written."""
-        self._look()
         return self._work.is_done and self._written >= self._work.batches
 
-    def _look(self) -> None:
-        if time.monotonic() - self._looked_at < 0.5:
-            return
-        self._looked_at = time.monotonic()
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
         final = Batch.succeeded + Batch.failed + Batch.cancelled
-        try:
-            with self._db.reading() as session:
-                row = session.execute(
-                    select(func.coalesce(func.sum(final), 0), func.count(Batch.manifest_at))
-                ).one()
-        except DBAPIError:
-            return
-        self._done, self._written = int(row[0]), int(row[1])
-        self.curve.append((time.monotonic(), self._done))
+        look = select(func.coalesce(func.sum(final), 0), func.count(Batch.manifest_at))
+        while not self._stop.wait(0.5):
+            with contextlib.suppress(SQLAlchemyError), self._db.reading() as session:
+                done, written = session.execute(look).one()
+                self._done, self._written = int(done), int(written)
 
 
 def _judge(
@@ -186,13 +185,14 @@ def _judge(
     seconds: float,
     is_finished: bool,
     exit_status: dict[str, int | None],
-    progress: Progress,
 ) -> Verdict:
     store = storage.open_store(here.config)
     world = checker.read(db, store, plan=script.plan, promises=work.promises)
     wrong = {check.__name__: list(check(world)) for check in checker.CHECKS}
     wrong["snapshots_are_in_order"] = watch.wrong
     wrong["no_log_shows_a_secret"] = checker.secrets_in(here.logs(), here.secrets)
+    if (here.folder / BOMB_MARK).exists():
+        wrong["no_message_is_executed"] = ["a pickled message was executed by a worker"]
     extra, unexplained = checker.extra_executions(world, nemesis.strikes)
     detection = checker.detection_seconds(world, nemesis.strikes)
     ends = Counter(a.state.value for attempts in world.attempts.values() for a in attempts)
