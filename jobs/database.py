@@ -119,8 +119,8 @@ def connect(config: settings.Settings, *, answer_seconds: float = ANSWER_SECONDS
     return Database(config.database_url.get_secret_value(), answer_seconds=answer_seconds)
 
 
-def connect_worker(config: settings.Settings) -> Database:
-    """Gives a silent connection up while the leases that it should renew still last."""
+def connect_service(config: settings.Settings) -> Database:
+    """For what runs all night: gives a silent connection up while leases still last."""
     return connect(config, answer_seconds=min(ANSWER_SECONDS, config.lease_seconds / 3))
 
 

@@ -305,7 +305,7 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     )
     return Launcher(
         config=config,
-        db=database.connect_worker(config),
+        db=database.connect_service(config),
         bell=broker.Broker(config),
         queues=names,
         renderers=renderers,

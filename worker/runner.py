@@ -227,7 +227,7 @@ def make() -> Runner:
     return Runner(
         config=config,
         worker_settings=worker_settings,
-        db=database.connect_worker(config),
+        db=database.connect_service(config),
         bell=broker.Broker(config),
         renderer=_renderer(config, worker_settings),
     )

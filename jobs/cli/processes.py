@@ -6,7 +6,7 @@ from types import FrameType
 
 import click
 
-from jobs import beat, dispatch, logs, parts, settings
+from jobs import beat, database, dispatch, logs, parts, settings
 from jobs.cli import connections, exits, output
 
 _devices = click.option(
@@ -30,7 +30,7 @@ def dispatcher(check: bool) -> int:
     config = settings.load()
     if check:
         return _told_beat(beat.of_dispatcher(config))
-    db = connections.open_database(config)
+    db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
     stop = _stop_on_signals()
     with db.reading() as session:
