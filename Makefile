@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit lint format types imports up clean
+.PHONY: help setup demo test unit chaos audit lint format types imports up clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,13 @@ test: setup lint ## lint, then every test that needs no GPU
 unit: setup ## the quick tests only: no servers, no processes
 	$(BIN)/python -m pytest tests/unit
 
+chaos: setup ## an hour of kills and outages on simulated devices; CHAOS="--scale 0.1 --seed 7" for less
+	$(BIN)/python -m tests.chaos $(CHAOS)
+
+audit: ## known weaknesses of the pinned packages; asks PyPI's advisory service
+	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.9")
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
+
 lint: setup ## format check, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,4 +49,4 @@ up: setup ## Redis, S3, database, dispatcher and workers on this machine, until 
 	$(BIN)/rushes up
 
 clean: ## remove the virtual environment and local state (.rushes)
-	rm -rf $(VENV) .rushes
+	rm -rf $(VENV) .venv-audit .rushes

@@ -26,6 +26,7 @@ SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this no further try begins
+ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
 class DatabaseUnavailable(errors.RushesError):
@@ -39,8 +40,9 @@ class DatabaseUnavailable(errors.RushesError):
 class Database:
     """One engine, made lazily; safe to share between threads, not between processes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         self._url_text = url
+        self._answer_seconds = answer_seconds
 
     @functools.cached_property
     def url(self) -> URL:
@@ -65,7 +67,9 @@ class Database:
     @functools.cached_property
     def engine(self) -> Engine:
         try:
-            return _make_sqlite(self.url) if self.is_sqlite else _make_server(self.url)
+            if self.is_sqlite:
+                return _make_sqlite(self.url)
+            return _make_server(self.url, self._answer_seconds)
         except (NoSuchModuleError, ImportError) as error:
             raise DatabaseUnavailable(
                 self.url, f"no driver for it ({error}); use postgresql:// or sqlite:///"
@@ -111,8 +115,22 @@ class Database:
         self.engine.dispose()
 
 
-def connect(config: settings.Settings) -> Database:
-    return Database(config.database_url.get_secret_value())
+def connect(config: settings.Settings, *, answer_seconds: float = ANSWER_SECONDS) -> Database:
+    return Database(config.database_url.get_secret_value(), answer_seconds=answer_seconds)
+
+
+def connect_service(config: settings.Settings) -> Database:
+    """For what runs all night: gives a silent connection up while leases still last."""
+    return connect(config, answer_seconds=min(ANSWER_SECONDS, config.lease_seconds / 3))
+
+
+def wait_for_ever(connection: Connection) -> None:
+    """For statements that may take hours, on this connection alone."""
+    from jobs import patience
+
+    driver_connection = connection.connection.driver_connection
+    if isinstance(driver_connection, patience.PatientConnection):
+        driver_connection.answer_seconds = None
 
 
 def now(session: Session) -> datetime:
@@ -158,7 +176,7 @@ def _is_unreachable(error: DBAPIError) -> bool:
     )
 
 
-def _make_server(url: URL) -> Engine:
+def _make_server(url: URL, answer_seconds: float) -> Engine:
     arguments: dict[str, Any] = {}
     if url.get_driver_name() == "psycopg":
         # Keepalive and tcp_user_timeout: a half-open connection is noticed within half a minute.
@@ -170,9 +188,28 @@ def _make_server(url: URL) -> Engine:
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
         }
-    return create_engine(
+    engine = create_engine(
         url, pool_pre_ping=True, pool_size=4, max_overflow=8, connect_args=arguments
     )
+    if url.get_driver_name() == "psycopg":
+        _limit_waits(engine, answer_seconds)
+    return engine
+
+
+def _limit_waits(engine: Engine, answer_seconds: float) -> None:
+    from jobs import patience  # not at the top: SQLite needs no driver of PostgreSQL
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(
+        _dialect: object, _record: object, arguments: list[Any], named: dict[str, Any]
+    ) -> patience.PatientConnection:
+        connection = patience.PatientConnection.connect(*arguments, **named)
+        connection.answer_seconds = answer_seconds
+        return connection
+
+    @event.listens_for(engine, "checkout")
+    def _set_again(connection: patience.PatientConnection, *_: object) -> None:
+        connection.answer_seconds = answer_seconds  # after `wait_for_ever`
 
 
 def _make_sqlite(url: URL) -> Engine:

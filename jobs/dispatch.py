@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -52,19 +53,21 @@ class Dispatcher:
         self._db = db
         self._broker = broker.Broker(config)
         self._leases_count_from = 0.0
+        self._slow_seconds = config.lease_seconds / 6
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
         """End lost attempts and what is past its deadline, fill the windows."""
-        ended = []
-        if time.monotonic() >= self._leases_count_from:
-            ended = self._db.write(lifecycle.end_lost_attempts, budgets=self._budgets)
+        ended = self._end_lost()
         for attempt_id in ended:
             log.warning("attempt.lost", attempt_id=attempt_id)
         stopped = self._stop_batches()
         sent, broker_error = 0, None
         try:
-            sent = self._fill_windows()
+            with self._in_time():
+                sent = self._fill_windows()
+        except _DatabaseSilent:
+            log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
         except broker.BrokerUnavailable as error:
             broker_error = str(error)
         return Tick(
@@ -82,8 +85,7 @@ class Dispatcher:
                 tick = self.tick()
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("dispatch.database_unavailable", error=str(error)[:300])
-                # Nobody could renew a lease meanwhile: silence says nothing about a worker.
-                self._leases_count_from = time.monotonic() + self._config.lease_seconds
+                self._pardon()
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
             if tick.sent or tick.ended_attempts or tick.stopped_jobs:
@@ -98,6 +100,36 @@ class Dispatcher:
                 report = log.warning if was_down else log.info
                 report("broker.lost" if was_down else "broker.back", error=tick.broker_error)
             self._wait(stop)
+
+    def _end_lost(self) -> list[int]:
+        """Not while the database is slow to answer, nor in the time of a lease after that."""
+        try:
+            with self._in_time():
+                if time.monotonic() < self._leases_count_from:
+                    with self._db.reading() as session:
+                        database.now(session)
+                    return []
+                return self._db.write(self._end_lost_in_time)
+        except _DatabaseSilent:
+            log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
+            return []
+
+    def _end_lost_in_time(self, session: Session) -> list[int]:
+        """Rolled back if the database fell silent in the middle of it."""
+        with self._in_time():
+            return lifecycle.end_lost_attempts(session, budgets=self._budgets)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if time.monotonic() - began > self._slow_seconds:
+            self._pardon()
+            raise _DatabaseSilent
+
+    def _pardon(self) -> None:
+        """Nobody could renew a lease meanwhile: silence says nothing about a worker."""
+        self._leases_count_from = time.monotonic() + self._config.lease_seconds
 
     def _wait(self, stop: threading.Event) -> None:
         try:
@@ -137,6 +169,10 @@ class Dispatcher:
         for batch_id in overdue:
             stopped += self._db.write(lifecycle.expire_batch, batch_id)[0]
         return stopped
+
+
+class _DatabaseSilent(Exception):
+    """It answered, but so late that leases may have ended meanwhile."""
 
 
 def choose(

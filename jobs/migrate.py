@@ -41,6 +41,7 @@ def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
         connection.begin(),
     ):
         if not db.is_sqlite:
+            database.wait_for_ever(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
         config.attributes["connection"] = connection
         before = MigrationContext.configure(connection).get_current_revision()

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 PREFIX = "rushes.render."
 MAX_SLUG_CHARS = 60
+SIMULATED = "simulated"  # the one model that needs no weights: simulated devices render it alone
 
 
 def of_model(model_path: str) -> str:
@@ -16,3 +17,8 @@ def of_model(model_path: str) -> str:
         return PREFIX + slug
     mark = hashlib.sha256(model_path.encode()).hexdigest()[:8]
     return f"{PREFIX}{slug or 'model'}-{mark}"
+
+
+def is_simulated(model_path: str) -> bool:
+    """For rehearsals: `simulated`, or a path below it to stand for several models."""
+    return PurePosixPath(model_path).parts[:1] == (SIMULATED,)

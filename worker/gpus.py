@@ -16,6 +16,8 @@ log = structlog.get_logger()
 
 ASK_SECONDS = 20.0
 MAX_CPU_WORKERS = 256
+MAX_SIMULATED = 256
+SIMULATED = "simulated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Slot:
     short_name: str
     """`gpu0`, `gpu0.1` (the second MIG slice of the first GPU), `cpu1`"""
     device: str
-    """For people: `NVIDIA H200`, `CPU`."""
+    """For people: `NVIDIA H200`, `CPU`, `simulated`."""
     memory_bytes: int | None
     environment: dict[str, str]
     """What hides the other devices; must be set before anything is imported."""
@@ -49,7 +51,7 @@ def find() -> list[Gpu]:
 
 
 def slots(devices: str, *, cores: int) -> list[Slot]:
-    """`auto`, `cpu`, `cpu:N`, or GPU numbers such as `0,1`; InvalidInput says what there is."""
+    """`auto`, `cpu`, `cpu:N`, `sim:N`, or GPU numbers such as `0,1`; InvalidInput says more."""
     if devices == "auto":
         return [_gpu_slot(gpu) for gpu in find()] or _cpu_slots(1, cores)
     kind, _, number = devices.partition(":")
@@ -57,9 +59,13 @@ def slots(devices: str, *, cores: int) -> list[Slot]:
         if number and not (number.isdecimal() and 1 <= int(number) <= MAX_CPU_WORKERS):
             raise _invalid(f"cpu:N needs 1 to {MAX_CPU_WORKERS} workers, got {devices!r}")
         return _cpu_slots(int(number or 1), cores)
+    if kind == "sim":
+        if number and not (number.isdecimal() and 1 <= int(number) <= MAX_SIMULATED):
+            raise _invalid(f"sim:N needs 1 to {MAX_SIMULATED} workers, got {devices!r}")
+        return [_simulated_slot(index) for index in range(int(number or 1))]
     parts = [part.strip() for part in devices.split(",")]
     if not all(re.fullmatch(r"[0-9]+(\.[0-9]+)?", part) for part in parts):
-        raise _invalid(f"give auto, cpu, cpu:N or GPU numbers such as 0,1; got {devices!r}")
+        raise _invalid(f"give auto, cpu, cpu:N, sim:N or GPU numbers such as 0,1; got {devices!r}")
     if len(set(parts)) != len(parts):
         raise _invalid(f"a GPU is named twice in {devices!r}")
     by_number = {gpu.number: gpu for gpu in find()}
@@ -174,6 +180,15 @@ def _cpu_slots(number: int, cores: int) -> list[Slot]:
         )
         for index in range(number)
     ]
+
+
+def _simulated_slot(index: int) -> Slot:
+    return Slot(
+        short_name=f"sim{index}",
+        device=SIMULATED,
+        memory_bytes=None,
+        environment={"CUDA_VISIBLE_DEVICES": "", "RUSHES_DEVICE": "sim"},
+    )
 
 
 def _invalid(message: str) -> errors.InvalidInput:

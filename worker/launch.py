@@ -277,7 +277,8 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     storage.open_store(config)  # a bad URL is told now, and not after the first render
     slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
-    names = queues_of_models(config)
+    is_simulation = all(slot.device == gpus.SIMULATED for slot in slots)
+    names = simulated_queues(config) if is_simulation else queues_of_models(config)
     renderers = []
     for slot in slots:
         name = f"{slot.short_name}@{host}"
@@ -304,7 +305,7 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     )
     return Launcher(
         config=config,
-        db=database.connect(config),
+        db=database.connect_service(config),
         bell=broker.Broker(config),
         queues=names,
         renderers=renderers,
@@ -329,6 +330,16 @@ def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
     for preset in presets.available(config.presets_dir):
         if isinstance(preset, presets.Preset) and (folder / preset.look.model_path).is_dir():
             paths.add(preset.look.model_path)
+    return tuple(sorted(queues.of_model(path) for path in paths))
+
+
+def simulated_queues(config: settings.Settings) -> tuple[str, ...]:
+    """Of models that stand for others in a rehearsal; never that of a real one."""
+    paths = {queues.SIMULATED} | {
+        preset.look.model_path
+        for preset in presets.available(config.presets_dir)
+        if isinstance(preset, presets.Preset) and queues.is_simulated(preset.look.model_path)
+    }
     return tuple(sorted(queues.of_model(path) for path in paths))
 
 

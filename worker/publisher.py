@@ -101,7 +101,7 @@ def make() -> Publisher:
     config = settings.load()
     return Publisher(
         config=config,
-        db=database.connect(config),
+        db=database.connect_service(config),
         bell=broker.Broker(config),
         store=storage.open_store(config),
     )

@@ -1,63 +1,52 @@
 """One attempt, from the claim to a finished mp4 on this host's disk."""
 
 import contextlib
-import importlib.metadata
 import os
 import traceback
-from concurrent import futures
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import structlog
-import torch
 from sqlalchemy.exc import DBAPIError
-from torch import Tensor
 
 from jobs import (
     broker,
     database,
     dispatch,
-    images,
     lifecycle,
     presets,
+    reports,
     retries,
     settings,
     states,
-    storage,
     workers,
 )
-from worker import (
-    components,
-    device,
-    errors,
-    finished,
-    heartbeat,
-    pipeline,
-    resident,
-    scratch,
-    video,
-    wanted,
-)
+from worker import errors, finished, heartbeat, scratch
 from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
-HASH_LOOK_SECONDS = 5.0
 DEVICE_LOST = 71  # exit status, for the logs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rendering:
-    """What a finished render leaves to tell."""
+class Renderer(Protocol):
+    """What this process's device does: `rendering` with networks, `simulation` without."""
 
-    latents_sha256: str
-    video: video.VideoInfo
-    seconds: dict[str, float]
-    memory: str
-    """How the weights were placed."""
-    ran_out: str | None
-    """Why it was placed so, when a first try had too little memory."""
+    def render(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        heart: heartbeat.Heartbeat,
+        *,
+        ran_out: str | None = None,
+    ) -> None:
+        """Leave a finished video in the folder. DeviceOutOfMemory: step down, then try again."""
+
+    def step_down(self, look: presets.Look) -> str | None:
+        """After running out of memory: place less on the device. In words; None: nothing less."""
+
+    def report(self, *, renders: int) -> reports.Report:
+        """What is loaded and how often it changed."""
 
 
 @dataclass
@@ -75,8 +64,7 @@ class Runner:
     worker_settings: worker_settings_module.WorkerSettings
     db: database.Database
     bell: broker.Broker
-    device: device.Device
-    components: components.Components
+    renderer: Renderer
     tally: Tally = field(default_factory=Tally)
 
     def run_attempt(self, job_id: int) -> None:
@@ -137,156 +125,16 @@ class Runner:
         )
         with heart:
             try:
-                self._render_once(claim, folder, heart)
+                self.renderer.render(claim, folder, heart)
                 return
             except errors.DeviceOutOfMemory as error:
                 ran_out = str(error)
             # Outside of the handler: the exception holds on to every tensor of the failed try.
-            lower = self.components.step_down(claim.spec.look)
+            lower = self.renderer.step_down(claim.spec.look)
             if lower is None:
                 raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
-            mode = wanted.told(lower)
-            log.warning("memory.stepped_down", job_id=claim.job_id, mode=mode, error=ran_out)
-            self._render_once(claim, folder, heart, ran_out=ran_out)
-
-    def _render_once(
-        self,
-        claim: lifecycle.Claim,
-        folder: scratch.AttemptFolder,
-        heart: heartbeat.Heartbeat,
-        *,
-        ran_out: str | None = None,
-    ) -> None:
-        timings = pipeline.Timings(device=self.device)
-        with self.device.faults():
-            folder.make()
-            self.device.reset_peak_memory()
-            heart.reached("load", 0, 1)
-            with timings.stage("load"):
-                model = self.components.model_for(claim.spec.look)
-                image_HWC = self._image(claim.spec, model)
-            latents_BCTHW = pipeline.make_latents(
-                claim.spec,
-                model,
-                device=self.device,
-                timings=timings,
-                reached=heart.reached,
-                image_HWC=image_HWC,
-            )
-            info = self._make_mp4(claim, folder, latents_BCTHW, model, timings, heart)
-            rendering = Rendering(
-                latents_sha256=pipeline.latents_sha256(latents_BCTHW),
-                video=info,
-                seconds=timings.seconds,
-                memory=wanted.told(model.key.mode),
-                ran_out=ran_out,
-            )
-            while not model.hashes.done():
-                # Of the weights: minutes the first time, and no stall of ours.
-                heart.reached("hash", 0, 1)
-                futures.wait([model.hashes], timeout=HASH_LOOK_SECONDS)
-            folder.finish(self._sidecar(claim, folder, model, rendering))
-
-    def _image(self, spec: presets.RenderSpec, model: resident.ResidentModel) -> Tensor | None:
-        """The first frame as it was submitted, unless its condition is at hand."""
-        if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
-            return None
-        try:
-            image = images.decode_rgb(self._stored(spec.image_key))
-        except images.ImageError as error:
-            raise errors.ImageLost(f"{spec.image_key} in the results store: {error}") from error
-        return torch.from_numpy(np.array(image))
-
-    def _stored(self, key: str) -> bytes:
-        store = storage.open_store(self.config)
-        try:
-            try:
-                return store.read_bytes(key)
-            except storage.ObjectMissing as error:
-                store.check()
-                if next(iter(store.list()), None) is None:
-                    # Else a disk that is not mounted would end every job for good.
-                    empty = f"{error}; {store.url} holds nothing at all"
-                    raise errors.StoreUnavailable(empty) from error
-                raise errors.ImageLost(str(error)) from error
-        except storage.StorageError as error:
-            raise errors.StoreUnavailable(str(error)) from error
-
-    def _make_mp4(
-        self,
-        claim: lifecycle.Claim,
-        folder: scratch.AttemptFolder,
-        latents_BCTHW: Tensor,
-        model: resident.ResidentModel,
-        timings: pipeline.Timings,
-        heart: heartbeat.Heartbeat,
-    ) -> video.VideoInfo:
-        """Decoded chunks go straight into ffmpeg: the mp4 is ready when the last one is."""
-        look = claim.spec.look
-        with video.Mp4Writer(
-            folder.video,
-            width=look.width,
-            height=look.height,
-            fps=look.fps,
-            worker_settings=self.worker_settings,
-        ) as writer:
-            for frames_THWC in pipeline.decode(
-                latents_BCTHW, model, timings=timings, reached=heart.reached
-            ):
-                writer.write(frames_THWC)
-            heart.reached("mux", 0, 1)
-            with timings.stage("mux"):
-                writer.finish()
-                return video.check(
-                    folder.video,
-                    width=look.width,
-                    height=look.height,
-                    num_frames=look.num_frames,
-                    fps=look.fps,
-                )
-
-    def _sidecar(
-        self,
-        claim: lifecycle.Claim,
-        folder: scratch.AttemptFolder,
-        model: resident.ResidentModel,
-        rendering: "Rendering",
-    ) -> dict[str, Any]:
-        """Everything that made this video, so that it can be made again."""
-        info = rendering.video
-        return {
-            "batch_id": claim.batch_id,
-            "job_id": claim.job_id,
-            "custom_id": claim.custom_id,
-            "attempt_id": claim.attempt_id,
-            "attempt": claim.number,
-            "metadata": claim.meta,
-            "prompt": claim.spec.prompt,
-            "negative_prompt": claim.spec.negative_prompt,
-            "image_key": claim.spec.image_key,
-            "seed": claim.spec.seed,
-            **claim.spec.look.model_dump(mode="json"),
-            "video": {
-                "width": info.width,
-                "height": info.height,
-                "num_frames": info.num_frames,
-                "fps": info.fps,
-                "codec": info.codec,
-                "pixel_format": info.pixel_format,
-                "bytes": folder.video.stat().st_size,
-                "sha256": scratch.sha256(folder.video),
-            },
-            "latents_sha256": rendering.latents_sha256,
-            "weights_sha256": self.components.weight_hashes(model),
-            "loras_sha256": self.components.lora_hashes(claim.spec.look),
-            "memory": rendering.memory,
-            "ran_out_of_memory": rendering.ran_out,
-            "rushes": importlib.metadata.version("rushes"),
-            **self.device.description(),
-            "worker": self.worker_settings.worker_name,
-            "seconds": rendering.seconds,
-            "peak_memory_bytes": self.device.peak_memory_bytes(),
-        }
+            log.warning("memory.stepped_down", job_id=claim.job_id, mode=lower, error=ran_out)
+            self.renderer.render(claim, folder, heart, ran_out=ran_out)
 
     def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
         """Leave the finished video to this host's publisher; the device is free from here on."""
@@ -344,7 +192,7 @@ class Runner:
     def _report(self) -> None:
         """What this process holds, for people; a word that is lost does no harm."""
         try:
-            told = self.components.report(renders=self.tally.renders)
+            told = self.renderer.report(renders=self.tally.renders)
             self.db.write(workers.report, self.worker_settings.worker_name, told)
         except DBAPIError as error:
             log.warning("worker.report_missed", error=str(error)[:200])
@@ -377,17 +225,26 @@ def make() -> Runner:
     """From the environment of this process. Touches the device for the first time."""
     config = settings.load()
     worker_settings = worker_settings_module.load()
-    here = device.current(worker_settings)
     return Runner(
         config=config,
         worker_settings=worker_settings,
-        db=database.connect(config),
+        db=database.connect_service(config),
         bell=broker.Broker(config),
-        device=here,
-        components=components.Components(
-            models_dir=config.models_dir, home=config.home, device=here
-        ),
+        renderer=_renderer(config, worker_settings),
     )
+
+
+def _renderer(
+    config: settings.Settings, worker_settings: worker_settings_module.WorkerSettings
+) -> Renderer:
+    # Each on its own: a simulated device needs no torch.
+    if worker_settings.device == "sim":
+        from worker import simulation
+
+        return simulation.SimulatedRenderer(worker_settings)
+    from worker import rendering
+
+    return rendering.make(config, worker_settings)
 
 
 def _described(error: Exception) -> str:

@@ -15,9 +15,9 @@ class WorkerSettings(BaseSettings):
 
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        pattern=r"^(auto|cpu|sim|cuda(:\d+)?)$",
         validation_alias=AliasChoices("RUSHES_DEVICE"),
-        description="Device of this process: `auto`, `cpu` or `cuda`. The launcher sets it.",
+        description="Device of this process: `auto`, `cpu`, `cuda` or `sim`. The launcher sets it.",
     )
     worker_name: str = Field(
         "worker@localhost",
@@ -41,6 +41,13 @@ class WorkerSettings(BaseSettings):
         gt=0,
         validation_alias=AliasChoices("RUSHES_STALL_SECONDS"),
         description="Without progress for this long, the lease is no longer renewed.",
+    )
+    sim_step_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=600,
+        validation_alias=AliasChoices("RUSHES_SIM_STEP_SECONDS"),
+        description="A denoising step on a simulated device; other stages keep their proportion.",
     )
     x264_preset: str = Field(
         "medium",

@@ -63,7 +63,7 @@ def _begin(**_: object) -> None:
     logs.configure(config)
     name = worker_settings.load().worker_name
     try:
-        database.connect(config).write(
+        database.connect_service(config).write(
             lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=name
         )
         runner()

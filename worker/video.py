@@ -8,13 +8,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import imageio_ffmpeg
-from torch import Tensor, uint8
 
 from worker import errors
 from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 END_SECONDS = 120.0  # for the last frames and the move of the index to the front
 PROBE_SECONDS = 120.0
@@ -73,9 +75,9 @@ class Mp4Writer:
                 self._process.stdin.close()
         self._log.close()
 
-    def write(self, frames_THWC: Tensor) -> None:
+    def write(self, frames_THWC: "Tensor") -> None:
         """Append frames: uint8 RGB on the CPU."""
-        assert frames_THWC.dtype == uint8
+        assert frames_THWC.element_size() == 1
         assert tuple(frames_THWC.shape[1:]) == self._shape
         assert self._process.stdin is not None
         try:
@@ -127,7 +129,7 @@ def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> 
 def probe(path: Path) -> VideoInfo:
     """What is in a video file; EncodingFailed when it cannot be decoded to its end."""
     command = [
-        _ffmpeg(),
+        ffmpeg(),
         *("-hide_banner", "-nostdin", "-nostats", "-xerror", "-err_detect", "explode"),
         *("-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "framemd5", "-"),
     ]
@@ -158,7 +160,8 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
-def _ffmpeg() -> str:
+def ffmpeg() -> str:
+    """Its path; EncodingFailed when there is none."""
     try:
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
@@ -169,7 +172,7 @@ def _encode_command(
     path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings
 ) -> list[str]:
     return [
-        _ffmpeg(),
+        ffmpeg(),
         *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
         *("-i", "pipe:0", "-an"),

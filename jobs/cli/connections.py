@@ -1,5 +1,6 @@
 """The database, as commands reach it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -7,10 +8,14 @@ import click
 from jobs import database, logs, settings
 
 
-def open_database(config: settings.Settings) -> database.Database:
+def open_database(
+    config: settings.Settings,
+    *,
+    connect: Callable[[settings.Settings], database.Database] = database.connect,
+) -> database.Database:
     """For one command. DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
     logs.configure(config, level="WARNING")
-    db = database.connect(config)
+    db = connect(config)
     file = db.url.database
     if db.is_sqlite and file and file != ":memory:" and not Path(file).exists():
         raise database.DatabaseUnavailable(

@@ -13,8 +13,9 @@ _devices = click.option(
     "--devices",
     default="auto",
     show_default=True,
-    metavar="auto|cpu|cpu:N|0,1,...",
-    help="auto: every GPU, else one process on the CPU; cpu:N: N of those; or GPU numbers.",
+    metavar="auto|cpu|cpu:N|sim:N|0,1,...",
+    help="auto: every GPU, else one process on the CPU; cpu:N: N of those; or GPU numbers. "
+    "sim:N: devices that only sleep, for rehearsals.",
 )
 
 
@@ -29,7 +30,7 @@ def dispatcher(check: bool) -> int:
     config = settings.load()
     if check:
         return _told_beat(beat.of_dispatcher(config))
-    db = connections.open_database(config)
+    db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
     stop = _stop_on_signals()
     with db.reading() as session:

@@ -101,7 +101,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.jobs)
     @rule(data=st.data(), worker=st.sampled_from(["gpu0@a", "gpu1@b"]))
     def claim(self, data: st.DataObject, worker: str) -> None:
-        job_id = self._job(data)
+        self.claim_one(self._job(data), worker=worker)
+
+    def claim_one(self, job_id: int, *, worker: str) -> None:
         job = self.model.jobs[job_id]
         claim = self.world.claim(job_id, worker=worker)
         assert (claim is not None) == (job.state is JobState.QUEUED)
@@ -242,13 +244,9 @@ class Machine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(self.model.attempts)))
 
 
-def _run(world: World, *, examples: int, steps: int, **values: Any) -> None:
-    class OnWorld(Machine):
-        pass
-
-    OnWorld.world = world
+def run_machine(kind: type[Machine], *, examples: int, steps: int, **values: Any) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis leaves it untyped
-        OnWorld,
+        kind,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -258,6 +256,14 @@ def _run(world: World, *, examples: int, steps: int, **values: Any) -> None:
             **values,
         ),
     )
+
+
+def _run(world: World, **values: Any) -> None:
+    class OnWorld(Machine):
+        pass
+
+    OnWorld.world = world
+    run_machine(OnWorld, **values)
 
 
 def test_no_order_of_calls_leads_astray_on_sqlite(sqlite_world: World) -> None:

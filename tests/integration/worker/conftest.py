@@ -29,7 +29,7 @@ from jobs import (
 )
 from jobs.schema import Attempt, Job
 from models.tiny import make
-from worker import components, device, publisher, resident, runner, scratch
+from worker import components, device, publisher, rendering, resident, runner, scratch
 from worker.settings import WorkerSettings
 
 WORKER = "cpu0@here"
@@ -131,8 +131,12 @@ class Host:
             worker_settings=self.worker_settings,
             db=self.db,
             bell=self.bell,
-            device=self.warm.device,
-            components=networks or self.warm,
+            renderer=rendering.Renderer(
+                config=self.config,
+                worker_settings=self.worker_settings,
+                device=self.warm.device,
+                components=networks or self.warm,
+            ),
         )
         return dataclasses.replace(made, **changes)
 

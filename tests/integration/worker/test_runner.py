@@ -371,13 +371,13 @@ class Broken(torch.nn.Module):
         {before}
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 made = runner.make()
-model_for = made.components.model_for
+model_for = made.renderer.components.model_for
 def broken(look):
     model = model_for(look)
     networks = dataclasses.replace(model.networks, text_encoder=Broken())
     return resident.ResidentModel(model.key, files=model.files, networks=networks,
                                   device=model.device, hashes=model.hashes)
-made.components.model_for = broken
+made.renderer.components.model_for = broken
 made.run_attempt({job_id})
 print("still here")
 """

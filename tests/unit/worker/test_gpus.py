@@ -141,6 +141,14 @@ def test_a_gpu_that_belongs_to_others_is_refused(machine, monkeypatch):
         gpus.slots("0", cores=1)
 
 
+@pytest.mark.parametrize(("devices", "number"), [("sim", 1), ("sim:3", 3)])
+def test_simulated_devices_are_named_so_and_see_no_gpu(devices, number):
+    slots = gpus.slots(devices, cores=2)
+    assert [slot.short_name for slot in slots] == [f"sim{i}" for i in range(number)]
+    assert {slot.device for slot in slots} == {gpus.SIMULATED}
+    assert all(slot.environment["CUDA_VISIBLE_DEVICES"] == "" for slot in slots)
+
+
 @pytest.mark.parametrize(("devices", "number"), [("cpu", 1), ("cpu:1", 1), ("cpu:3", 3)])
 def test_cpu_workers_share_the_cores(devices, number):
     slots = gpus.slots(devices, cores=8)
@@ -155,7 +163,7 @@ def test_every_worker_has_a_core_however_many_there_are():
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ("", "give auto, cpu, cpu:N or GPU numbers"),
+        ("", "give auto, cpu, cpu:N, sim:N or GPU numbers"),
         ("gpu", "give auto"),
         ("0;1", "give auto"),
         ("0,", "give auto"),
@@ -165,6 +173,8 @@ def test_every_worker_has_a_core_however_many_there_are():
         ("cpu:many", "cpu:N needs"),
         ("cpu:257", "cpu:N needs"),
         ("cpu:-2", "cpu:N needs"),
+        ("sim:0", "sim:N needs 1 to 256 workers, got 'sim:0'"),
+        ("sim:many", "sim:N needs"),
         ("0,0", "named twice"),
         ("0,1,5,6", "no GPU 5, 6; there are: 0, 1"),
     ],

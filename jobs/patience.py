@@ -1,0 +1,44 @@
+"""A PostgreSQL connection that does not wait for ever for an answer.
+
+Keepalive notices a server that is gone. It does not notice a middleman (a connection pooler, a
+load balancer, a tunnel) that keeps its side open and has forgotten the other.
+"""
+
+import time
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.abc import PQGen
+
+R = TypeVar("R")
+
+LOOK_SECONDS = 0.1  # psycopg's own; also how often Ctrl-C is noticed
+
+
+class PatientConnection(psycopg.Connection[Any]):
+    """OperationalError, and closed, after a statement without an answer in `answer_seconds`."""
+
+    answer_seconds: float | None = None
+    """None: as long as it takes."""
+
+    def wait(
+        self, gen: PQGen[R], interval: float = LOOK_SECONDS, timeout: float | None = None
+    ) -> R:
+        if self.answer_seconds is not None:
+            gen = self._limited(gen, self.answer_seconds)
+        return super().wait(gen, interval, timeout)
+
+    def _limited(self, gen: PQGen[R], seconds: float) -> PQGen[R]:
+        """The same steps, each of which hears at least every `LOOK_SECONDS` that time passes."""
+        deadline = time.monotonic() + seconds
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"no answer within {seconds:.0f} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            result: R = end.value
+            return result

@@ -1,0 +1,96 @@
+"""How much work and how many strikes: the long form, and the short one inside `make test`."""
+
+import math
+
+from tests.chaos.farm import Plan
+from tests.chaos.run import Script
+
+LONG_JOBS = 10_000
+LONG_STRIKES = {
+    "kill child": 40,
+    "kill parent": 25,
+    "kill launcher": 12,
+    "kill publisher": 12,
+    "kill dispatcher": 11,
+    "stop child past its lease": 8,
+    "stop host past its lease": 2,
+    "drain host": 6,
+    "terminate parent": 6,
+    "redis flushed": 5,
+    "redis lost": 5,
+    "redis restarted": 2,
+    "redis stopped": 2,
+    "redis half open": 2,
+    "postgresql restarted": 5,
+    "postgresql backends ended": 4,
+    "postgresql half open": 2,
+    "redis connections forgotten": 3,
+    "postgresql connections forgotten": 3,
+    "postgresql stopped": 2,
+    "messages of strangers": 2,
+    "store busy": 3,
+    "store denies": 3,
+    "store answers lost": 3,
+    "store half open": 2,
+    "disk full": 3,
+}
+SHORT_STRIKES = {
+    "kill child": 2,
+    "kill parent": 1,
+    "kill launcher": 1,
+    "kill publisher": 1,
+    "kill dispatcher": 1,
+    "stop child past its lease": 1,
+    "drain host": 1,
+    "terminate parent": 1,
+    "redis flushed": 1,
+    "redis lost": 1,
+    "postgresql restarted": 1,
+    "postgresql backends ended": 1,
+    "postgresql connections forgotten": 1,
+    "postgresql stopped": 1,
+    "messages of strangers": 1,
+    "store busy": 1,
+    "store denies": 1,
+    "store answers lost": 1,
+    "disk full": 1,
+}
+
+
+def long(*, scale: float, seed: int, workers_per_host: int, on_sqlite: bool) -> Script:
+    """With the leases and beats of the defaults."""
+    jobs = max(100, int(LONG_JOBS * scale))
+    return Script(
+        plan=Plan(workers_per_host=workers_per_host, on_sqlite=on_sqlite),
+        jobs=jobs,
+        batch_size=min(250, jobs // 4),
+        poison_jobs=max(2, int(6 * scale)),
+        quotas={what: math.ceil(number * scale) for what, number in LONG_STRIKES.items()},
+        outage_seconds=(3.0, 25.0),
+        seed=seed,
+        limit_seconds=600 + jobs * 1.0,
+    )
+
+
+def short(*, seed: int, on_sqlite: bool = False) -> Script:
+    """Each kind of fault at least once, with leases of seconds."""
+    return Script(
+        plan=Plan(
+            workers_per_host=1,
+            step_seconds=0.05,
+            lease_seconds=3.0,
+            heartbeat_seconds=0.8,
+            publish_lease_seconds=60.0,
+            stall_seconds=6.0,
+            tick_seconds=0.5,
+            retry_seconds=0.2,
+            on_sqlite=on_sqlite,
+        ),
+        jobs=80,
+        batch_size=30,
+        poison_jobs=1,
+        quotas=dict(SHORT_STRIKES),
+        outage_seconds=(1.0, 3.0),
+        seed=seed,
+        limit_seconds=300,
+    )

@@ -1,0 +1,127 @@
+"""The lifecycle's machine with a dispatcher and a real Redis that loses and doubles messages."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import Phase
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from sqlalchemy import select
+
+from jobs import broker, dispatch, settings
+from jobs.schema import Batch, Job
+from jobs.states import JobState
+from tests.integration.jobs.conftest import QUEUE, World
+from tests.integration.jobs.test_lifecycle_machine import Machine, run_machine
+
+A_WHILE_SECONDS = 2 * dispatch.IN_FLIGHT_SECONDS
+
+
+class DispatchMachine(Machine):
+    """Messages are bells: whatever happens to them, every job that may start is rung again."""
+
+    dispatcher: dispatch.Dispatcher
+    bell: broker.Broker
+
+    @initialize()
+    def begin(self) -> None:
+        self.bell.redis.flushall()
+        self.world.register()
+
+    @rule()
+    def tick(self) -> None:
+        tick = self.dispatcher.tick()
+        assert tick.ended_attempts == 0
+        assert tick.broker_error is None
+
+    @rule()
+    def redis_is_emptied(self) -> None:
+        self.bell.redis.flushall()
+
+    @rule()
+    def a_while_passes(self) -> None:
+        """What was sent and does not lie in Redis any more counts as lost."""
+        longer = timedelta(seconds=A_WHILE_SECONDS)
+        with self.world.db.transaction() as session:
+            for job in session.scalars(select(Job).where(Job.dispatched_at.is_not(None))):
+                assert job.dispatched_at is not None
+                job.dispatched_at -= longer
+
+    @precondition(lambda self: self.bell.waiting(QUEUE))
+    @rule(data=st.data(), times=st.integers(1, 2))
+    def a_message_is_delivered(self, data: st.DataObject, times: int) -> None:
+        """Perhaps twice: the second one finds nothing to claim, or the job that came back."""
+        job_id = data.draw(st.sampled_from(sorted(self.bell.waiting(QUEUE))))
+        for message in self.bell.redis.lrange(QUEUE, 0, -1):
+            if f'"id": "{job_id}:'.encode() in message:
+                self.bell.redis.lrem(QUEUE, 1, message)
+                break
+        for _ in range(times):
+            self.claim_one(job_id, worker="gpu0@here")
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(data=st.data())
+    def a_message_comes_twice(self, data: st.DataObject) -> None:
+        self.bell.send_renders(QUEUE, [self._job(data)])
+
+    @rule()
+    def every_job_that_may_start_is_rung(self) -> None:
+        """I6: whatever was lost, a while and a tick later its message lies in Redis."""
+        self.a_while_passes()
+        self.world.register()
+        self.tick()
+        with self.world.db.reading() as session:
+            queued = set(session.scalars(select(Job.id).where(Job.state == JobState.QUEUED)))
+        assert queued <= self.bell.waiting(QUEUE)
+
+    @invariant()
+    def a_manifest_is_of_a_finished_batch(self) -> None:
+        """I8"""
+        with self.world.db.reading() as session:
+            early = select(Batch.id).where(
+                Batch.manifest_at.is_not(None), Batch.finished_at.is_(None)
+            )
+            assert session.scalars(early).all() == []
+
+
+def _run(world: World, redis_url: str, **values: Any) -> None:
+    config = settings.load(broker_url=redis_url, window=10)
+
+    class OnWorld(DispatchMachine):
+        pass
+
+    OnWorld.world = world
+    OnWorld.bell = broker.Broker(config)
+    OnWorld.dispatcher = dispatch.Dispatcher(config, db=world.db)
+    run_machine(OnWorld, **values)
+
+
+def test_no_fate_of_messages_leads_astray_on_sqlite(
+    sqlite_world: World, clean_redis_url: str
+) -> None:
+    _run(sqlite_world, clean_redis_url, examples=10, steps=30)
+
+
+def test_no_fate_of_messages_leads_astray_on_postgresql(
+    postgres_world: World, clean_redis_url: str
+) -> None:
+    _run(postgres_world, clean_redis_url, examples=5, steps=30)
+
+
+def test_the_machine_finds_a_message_that_is_never_sent_again(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its silence above would mean nothing."""
+    monkeypatch.setattr(dispatch, "IN_FLIGHT_SECONDS", 1e6)
+    with pytest.raises(AssertionError):
+        _run(
+            sqlite_world,
+            clean_redis_url,
+            examples=100,
+            steps=30,
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
+            derandomize=True,
+            print_blob=False,
+        )

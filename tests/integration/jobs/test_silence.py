@@ -1,0 +1,150 @@
+"""Connections that stand and say nothing, and servers that sleep: noticed, and nobody blamed."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import OperationalError
+
+from jobs import broker, celery_app, database, dispatch, settings, states, storage
+from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
+from tests.integration.jobs.conftest import World
+
+R = TypeVar("R")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    network = Network()
+    yield network
+    network.close()
+
+
+@pytest.fixture
+def postgres_proxy(network: Network, postgres_database_url: str) -> Proxy:
+    folder = make_url(postgres_database_url).query["host"]
+    return Proxy(network, Path(str(folder)) / ".s.PGSQL.5432")
+
+
+@pytest.fixture
+def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[database.Database]:
+    """The database, but through a proxy and with little patience."""
+    name = make_url(postgres_database_url).database
+    address = f"postgres@127.0.0.1:{postgres_proxy.port}/{name}"
+    options = "sslmode=disable&gssencmode=disable"
+    db = database.Database(f"postgresql+psycopg://{address}?{options}", answer_seconds=1.0)
+    yield db
+    db.close()
+
+
+def test_a_forgotten_connection_to_postgresql_is_given_up_for_a_new_one(
+    through: database.Database, postgres_proxy: Proxy
+) -> None:
+    def ask(session: database.Session) -> int:
+        return int(session.scalar(text("SELECT 7")) or 0)
+
+    assert through.write(ask) == 7
+    postgres_proxy.forget()
+    began = time.monotonic()
+    assert through.write(ask) == 7
+    assert time.monotonic() - began > 0.9  # else the connection was not the forgotten one
+
+
+def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
+    through: database.Database, postgres_proxy: Proxy
+) -> None:
+    def broken_off() -> None:
+        with through.transaction() as session:
+            session.execute(text("SELECT 1"))
+            postgres_proxy.forget()
+            session.execute(text("SELECT 2"))
+
+    with pytest.raises(OperationalError, match="no answer within 1 s") as error:
+        broken_off()
+    assert error.value.connection_invalidated
+
+
+def test_a_statement_of_a_migration_may_take_as_long_as_it_needs(
+    through: database.Database,
+) -> None:
+    with through.engine.connect() as connection:
+        database.wait_for_ever(connection)
+        connection.execute(text("SELECT pg_sleep(1.5)"))
+    with pytest.raises(OperationalError, match="no answer"), through.engine.connect() as again:
+        again.execute(text("SELECT pg_sleep(1.5)"))
+
+
+def test_a_forgotten_connection_to_redis_is_given_up_for_a_new_one(
+    network: Network, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_app, "BROKER_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(broker, "SEND_SECONDS", 0.5)
+    address, _, port = clean_redis_url.rpartition("/")[0].rpartition(":")
+    proxy = Proxy(network, int(port))
+    bell = broker.Broker(settings.load(broker_url=f"{address}:{proxy.port}/0"))
+    bell.send_renders("queue", [1])
+    assert bell.waiting("queue") == {1}
+    proxy.forget()
+    # Two clients, Celery's and ours: each may first have to find out.
+    assert _in_the_end(lambda: bell.send_renders("queue", [2])) == 1
+    assert 2 in _in_the_end(lambda: bell.waiting("queue"))
+
+
+def _in_the_end(call: Callable[[], R]) -> R:
+    for _ in range(3):
+        with contextlib.suppress(broker.BrokerUnavailable):
+            return call()
+    return call()
+
+
+def test_a_store_that_takes_everything_and_says_nothing_is_unavailable(
+    network: Network,
+    s3: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "READ_SECONDS", 0.3)
+    proxy = HttpProxy(network, int(s3["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    for name, value in (s3 | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{proxy.port}"}).items():
+        monkeypatch.setenv(name, value)
+    store = storage.open_store(settings.load())
+    for fault in (Fault.HALF_OPEN, Fault.LOST_ANSWER, Fault.BUSY):
+        proxy.fault = fault
+        with pytest.raises(storage.StorageUnavailable):
+            store.put_bytes(b"a video", "video.mp4", content_type="video/mp4")
+    proxy.fault = Fault.DENIED
+    with pytest.raises(storage.StorageDenied):
+        store.put_bytes(b"a video", "video.mp4", content_type="video/mp4")
+    proxy.fault = Fault.NONE
+    store.put_bytes(b"a video", "video.mp4", content_type="video/mp4")
+    assert store.read_bytes("video.mp4") == b"a video"
+
+
+def test_a_database_that_slept_past_a_lease_ends_none(
+    postgres_world: World, postgres_process: psutil.Process, clean_redis_url: str
+) -> None:
+    """Nobody could renew: each worker has a whole lease to report, then silence counts again."""
+    config = settings.load(broker_url=clean_redis_url, lease_seconds=1.2)
+    dispatcher = dispatch.Dispatcher(config, db=postgres_world.db)
+    job = postgres_world.only_job(postgres_world.submit())
+    postgres_world.claimed(job.id)
+    dispatcher.tick()
+    with postgres_world.db.transaction() as session:
+        session.execute(text("UPDATE attempts SET lease_until = now() + interval '0.5 second'"))
+    family = [postgres_process, *postgres_process.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    waking = threading.Timer(1.0, lambda: [process.resume() for process in family])
+    waking.start()
+    try:
+        assert dispatcher.tick().ended_attempts == 0
+    finally:
+        waking.join()
+    assert postgres_world.job(job.id).state is states.JobState.RUNNING
+    time.sleep(1.3)
+    assert dispatcher.tick().ended_attempts == 1

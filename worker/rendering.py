@@ -1,0 +1,159 @@
+"""A claimed job -> a finished folder, with the networks on this process's device."""
+
+from concurrent import futures
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs import images, lifecycle, presets, reports, settings, storage
+from worker import (
+    components,
+    device,
+    errors,
+    heartbeat,
+    pipeline,
+    resident,
+    scratch,
+    sidecar,
+    video,
+    wanted,
+)
+from worker.settings import WorkerSettings
+
+HASH_LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """The networks, their device, and what they need of the settings."""
+
+    config: settings.Settings
+    worker_settings: WorkerSettings
+    device: device.Device
+    components: components.Components
+
+    def render(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        heart: heartbeat.Heartbeat,
+        *,
+        ran_out: str | None = None,
+    ) -> None:
+        """Leave a finished video in the folder. DeviceOutOfMemory: step down, then try again."""
+        timings = pipeline.Timings(device=self.device)
+        with self.device.faults():
+            folder.make()
+            self.device.reset_peak_memory()
+            heart.reached("load", 0, 1)
+            with timings.stage("load"):
+                model = self.components.model_for(claim.spec.look)
+                image_HWC = self._image(claim.spec, model)
+            latents_BCTHW = pipeline.make_latents(
+                claim.spec,
+                model,
+                device=self.device,
+                timings=timings,
+                reached=heart.reached,
+                image_HWC=image_HWC,
+            )
+            info = self._make_mp4(claim, folder, latents_BCTHW, model, timings, heart)
+            latents_sha256 = pipeline.latents_sha256(latents_BCTHW)
+            while not model.hashes.done():
+                # Of the weights: minutes the first time, and no stall of ours.
+                heart.reached("hash", 0, 1)
+                futures.wait([model.hashes], timeout=HASH_LOOK_SECONDS)
+            rendering = sidecar.Rendering(
+                video=info,
+                seconds=timings.seconds,
+                worker=self.worker_settings.worker_name,
+                memory=wanted.told(model.key.mode),
+                ran_out=ran_out,
+                peak_memory_bytes=self.device.peak_memory_bytes(),
+                device=self.device.description(),
+                latents_sha256=latents_sha256,
+                weights_sha256=self.components.weight_hashes(model),
+                loras_sha256=self.components.lora_hashes(claim.spec.look),
+            )
+            folder.finish(sidecar.of(claim, folder, rendering))
+
+    def step_down(self, look: presets.Look) -> str | None:
+        """After running out of memory: place less on the device. In words; None: nothing less."""
+        lower = self.components.step_down(look)
+        return None if lower is None else wanted.told(lower)
+
+    def report(self, *, renders: int) -> reports.Report:
+        return self.components.report(renders=renders)
+
+    def _image(self, spec: presets.RenderSpec, model: resident.ResidentModel) -> Tensor | None:
+        """The first frame as it was submitted, unless its condition is at hand."""
+        if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
+            return None
+        try:
+            image = images.decode_rgb(self._stored(spec.image_key))
+        except images.ImageError as error:
+            raise errors.ImageLost(f"{spec.image_key} in the results store: {error}") from error
+        return torch.from_numpy(np.array(image))
+
+    def _stored(self, key: str) -> bytes:
+        store = storage.open_store(self.config)
+        try:
+            try:
+                return store.read_bytes(key)
+            except storage.ObjectMissing as error:
+                store.check()
+                if next(iter(store.list()), None) is None:
+                    # Else a disk that is not mounted would end every job for good.
+                    empty = f"{error}; {store.url} holds nothing at all"
+                    raise errors.StoreUnavailable(empty) from error
+                raise errors.ImageLost(str(error)) from error
+        except storage.StorageError as error:
+            raise errors.StoreUnavailable(str(error)) from error
+
+    def _make_mp4(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        latents_BCTHW: Tensor,
+        model: resident.ResidentModel,
+        timings: pipeline.Timings,
+        heart: heartbeat.Heartbeat,
+    ) -> video.VideoInfo:
+        """Decoded chunks go straight into ffmpeg: the mp4 is ready when the last one is."""
+        look = claim.spec.look
+        with video.Mp4Writer(
+            folder.video,
+            width=look.width,
+            height=look.height,
+            fps=look.fps,
+            worker_settings=self.worker_settings,
+        ) as writer:
+            for frames_THWC in pipeline.decode(
+                latents_BCTHW, model, timings=timings, reached=heart.reached
+            ):
+                writer.write(frames_THWC)
+            heart.reached("mux", 0, 1)
+            with timings.stage("mux"):
+                writer.finish()
+                return video.check(
+                    folder.video,
+                    width=look.width,
+                    height=look.height,
+                    num_frames=look.num_frames,
+                    fps=look.fps,
+                )
+
+
+def make(config: settings.Settings, worker_settings: WorkerSettings) -> Renderer:
+    """Touches the device for the first time."""
+    here = device.current(worker_settings)
+    return Renderer(
+        config=config,
+        worker_settings=worker_settings,
+        device=here,
+        components=components.Components(
+            models_dir=config.models_dir, home=config.home, device=here
+        ),
+    )

@@ -1,0 +1,152 @@
+"""A device that sleeps instead of computing, to rehearse a farm: `--devices sim:8`.
+
+All but the networks is real: processes, messages, leases, disk, uploads. It renders only looks
+whose `model_path` begins with `simulated`, so that it can never answer for a real model, and each
+sidecar says `"simulated": true`. Loads no torch.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs import lifecycle, presets, queues, reports
+from worker import errors, heartbeat, host_memory, scratch, sidecar, video
+from worker.settings import WorkerSettings
+
+FAULT = "simulate"
+"""Name in a job's metadata: what goes wrong with it."""
+LOAD_STEPS = 5.0  # as long as so many denoising steps, as with a 14B model on a warm disk
+TEXT_STEPS = 0.2
+DECODE_STEPS = 1.0
+CARD_SECONDS = 60.0
+HANG_SECONDS = 24 * 3600.0
+
+
+@dataclass
+class SimulatedRenderer:
+    """Takes as long as a device would whose denoising step takes `sim_step_seconds`."""
+
+    worker_settings: WorkerSettings
+    _loaded: str | None = None
+    _loads: int = 0
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def render(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        heart: heartbeat.Heartbeat,
+        *,
+        ran_out: str | None = None,
+    ) -> None:
+        """Leave a video in the folder: a test card of the look's size, equal for equal seeds."""
+        look = claim.spec.look
+        if not queues.is_simulated(look.model_path):
+            raise errors.WeightsAbsent(
+                f"this worker only simulates; {look.model_path} needs a real device"
+            )
+        self._seconds = {}
+        folder.make()
+        heart.reached("load", 0, 1)
+        if self._loaded != look.weights:
+            self._take("load", LOAD_STEPS)
+            self._loaded = look.weights
+            self._loads += 1
+        heart.reached("text", 0, 1)
+        self._take("text", TEXT_STEPS)
+        steps = len(look.denoising_step_list)
+        for step in range(steps):
+            heart.reached("denoise", step, steps)
+            self._take("denoise", 1.0)
+            if step == 0:
+                _go_wrong((claim.meta or {}).get(FAULT), ran_out)
+        heart.reached("decode", 0, 1)
+        self._take("decode", DECODE_STEPS)
+        heart.reached("mux", 0, 1)
+        info, card = _card(look.width, look.height, look.num_frames, look.fps)
+        with scratch.disk_errors():
+            folder.video.write_bytes(card + _mark(claim.spec))
+        rendering = sidecar.Rendering(
+            video=info,
+            seconds=self._seconds,
+            worker=self.worker_settings.worker_name,
+            memory="simulated",
+            ran_out=ran_out,
+            peak_memory_bytes=None,
+            device={"device": "simulated", "simulated": True},
+        )
+        folder.finish(sidecar.of(claim, folder, rendering))
+
+    def step_down(self, _look: presets.Look) -> str | None:
+        return "simulated, smaller"
+
+    def report(self, *, renders: int) -> reports.Report:
+        return reports.Report(
+            renders=renders,
+            loads=self._loads,
+            lora_switches=0,
+            resident=(),
+            device_used_bytes=None,
+            host_used_bytes=host_memory.process_bytes(),
+        )
+
+    def _take(self, stage: str, steps: float) -> None:
+        seconds = steps * self.worker_settings.sim_step_seconds
+        time.sleep(seconds)
+        self._seconds[stage] = round(self._seconds.get(stage, 0.0) + seconds, 4)
+
+
+def _go_wrong(fault: str | None, ran_out: str | None) -> None:
+    """What the job's metadata asks for, in the middle of its render."""
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "hang":
+        time.sleep(HANG_SECONDS)
+    elif fault == "device":
+        raise errors.DeviceFault("simulated: the device fell off the bus")
+    elif fault == "out_of_memory" or (fault == "tight_memory" and ran_out is None):
+        raise errors.DeviceOutOfMemory("simulated: too little memory")
+    elif fault == "internal":
+        raise AssertionError("simulated: a defect")
+
+
+@functools.lru_cache(maxsize=8)
+def _card(width: int, height: int, num_frames: int, fps: int) -> tuple[video.VideoInfo, bytes]:
+    """A test card as mp4, encoded once per size."""
+    source = f"testsrc=size={width}x{height}:rate={fps}"
+    with tempfile.TemporaryDirectory(prefix="rushes-card-") as folder:
+        path = Path(folder) / "card.mp4"
+        command = [
+            video.ffmpeg(),
+            *("-hide_banner", "-loglevel", "error", "-f", "lavfi", "-i", source),
+            *("-frames:v", str(num_frames), "-c:v", "libx264", "-preset", "ultrafast"),
+            *("-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)),
+        ]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=CARD_SECONDS)  # noqa: S603  # our own argument list, no shell
+            info = video.check(path, width=width, height=height, num_frames=num_frames, fps=fps)
+            return info, path.read_bytes()
+        except subprocess.CalledProcessError as error:
+            words = error.stderr.decode(errors="replace")[-500:]
+            raise errors.EncodingFailed(f"ffmpeg ended with {error.returncode}: {words}") from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise errors.EncodingFailed(f"no test card: {error}") from error
+
+
+def _mark(spec: presets.RenderSpec) -> bytes:
+    """An mp4 box that players skip: says what this file is, and makes it the seed's own."""
+    told = {
+        "simulated": True,
+        "seed": spec.seed,
+        "prompt_sha256": hashlib.sha256(spec.prompt.encode()).hexdigest(),
+    }
+    payload = json.dumps(told).encode()
+    return struct.pack(">I4s", 8 + len(payload), b"free") + payload
