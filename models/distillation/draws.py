@@ -17,9 +17,13 @@ from torch import Tensor
 _SAMPLE, _EXIT, _ORDER, _WEIGHTS = range(4)  # what a number is for
 
 
+def _generators(count: int, seed: int, *place: int) -> list[torch.Generator]:
+    words = np.random.SeedSequence([seed, *place]).generate_state(count, np.uint64)
+    return [torch.Generator().manual_seed(word) for word in words.tolist()]
+
+
 def _generator(seed: int, *place: int) -> torch.Generator:
-    words = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]))
+    return _generators(1, seed, *place)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,8 @@ class Draws:
 
     def __init__(self, seed: int, place: Place) -> None:
         self._shared = _generator(seed, _EXIT, place.batch)
-        samples = range(place.first, place.first + place.size)
-        self._own = [_generator(seed, _SAMPLE, place.batch, sample) for sample in samples]
+        every = _generators(place.first + place.size, seed, _SAMPLE, place.batch)
+        self._own = every[place.first :]
 
     def exit_step(self, num_steps: int) -> int:
         """The step that is trained, evenly from 0 to num_steps - 1, one for all processes."""
@@ -57,11 +61,15 @@ class Draws:
 
 def examples_of(seed: int, place: Place, num_examples: int) -> list[int]:
     """Which examples make this batch: all of them once in a random order, then in another one."""
-    found = []
-    for sample in range(place.first, place.first + place.size):
-        epoch, position = divmod(place.batch * place.total + sample, num_examples)
-        order = torch.randperm(num_examples, generator=_generator(seed, _ORDER, epoch))
-        found.append(int(order[position]))
+    first = place.batch * place.total + place.first
+    found: list[int] = []
+    order: list[int] = []
+    for number in range(first, first + place.size):
+        epoch, position = divmod(number, num_examples)
+        if not order or position == 0:
+            generator = _generator(seed, _ORDER, epoch)
+            order = torch.randperm(num_examples, generator=generator).tolist()
+        found.append(order[position])
     return found
 
 

@@ -7,7 +7,7 @@ What was written is read back by the renderer's own readers: nothing missing, no
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,30 @@ def write(train: trainer.Trainer, folder: Path, *, averaged: bool = True) -> Pat
     whole = {name: _whole(tensor) for name, tensor in trained.items()}
     if not processes.is_first():
         return None
-    network = train.nets.student.network
     metadata = facts(train.how, updates=train.updates, averaged=averaged)
-    if train.how.student.weights == "lora":
-        return _write_lora(whole, network, train.how.student, folder / LORA_FILE, metadata)
-    path = folder / FULL_FILE
-    _save(whole, path, metadata)
-    _check_full(path, network)
+    tuning, network = train.how.student, train.nets.student.network
+    if tuning.weights == "full":
+        return _checked(whole, folder / FULL_FILE, metadata, lambda path: _check_full(path, network))
+    factors = _folded(whole, tuning.scale)
+    return _checked(
+        factors, folder / LORA_FILE, metadata, lambda path: _check_lora(path, network, whole)
+    )
+
+
+def _checked(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    check: Callable[[Path], None],
+) -> Path:
+    """A file appears under its name when the renderer was seen to take it."""
+    fresh = path.with_name(f".new.{path.name}")
+    try:
+        _save(tensors, fresh, metadata)
+        check(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
     return path
 
 
@@ -62,27 +79,22 @@ def facts(how: method.Method, *, updates: int, averaged: bool) -> dict[str, str]
     }
 
 
-def _write_lora(
-    factors: Mapping[str, Tensor],
-    network: nn.Module,
-    tuning: method.Tuning,
-    path: Path,
-    metadata: Mapping[str, str],
-) -> Path:
-    tensors = {}
+def _folded(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """LightX2V takes the scale for 1 where there is no alpha, and so do we."""
+    found = {}
     for name, factor in factors.items():
         layer, _, part = name.rpartition(".")
-        # LightX2V takes the scale for 1 where there is no alpha, and so do we.
-        tensors[f"{PREFIX}{layer}.lora_{part}.weight"] = (
-            factor * tuning.scale if part == "up" else factor
-        )
-    _save(tensors, path, metadata)
+        key = f"{PREFIX}{layer}.lora_{part}.weight"
+        found[key] = factor * scale if part == "up" else factor
+    return found
+
+
+def _check_lora(path: Path, network: nn.Module, factors: Mapping[str, Tensor]) -> None:
     read = lora.read(path, native_shapes(network))
     layers = {f"{name.rpartition('.')[0]}.weight" for name in factors}
     if read.parameters != layers:
         missing = sorted(layers - read.parameters)
         raise errors.LoraMismatchError(path, matched=len(read.parameters), incomplete=missing)
-    return path
 
 
 def native_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
