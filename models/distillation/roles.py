@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.distillation import adapters, examples, method
+from models.distillation import adapters, examples, method, precision
 
-Prepare = Callable[[nn.Module], None]
+Prepare = Callable[[nn.Module, adapters.Switch | None], None]
 
 
 @dataclass(frozen=True)
@@ -84,37 +84,44 @@ def of_teacher(
     how: method.Method,
     *,
     start: Callable[[], nn.Module] | None = None,
-    prepare: Prepare = lambda _network: None,
+    prepare: Prepare = lambda _network, _switch: None,
 ) -> Roles:
     """What `how` trains, from the teacher: full weights are a copy, LoRAs share its network.
 
-    `start` makes the network that full training begins with, fp32, in place of a copy of the
-    teacher; `prepare` is called with each such network, before anything holds on to its
-    parameters.
+    `start` makes the fp32 network that full training begins with, in place of a copy of the
+    teacher. `prepare` is called once with each network and the switch of its LoRAs, before
+    anything holds on to its parameters: to shard it, or to checkpoint its blocks.
     """
     teacher.requires_grad_(False)
-
-    def fresh() -> nn.Module:
-        network = copy.deepcopy(teacher).float() if start is None else start()
-        prepare(network)
-        return network.requires_grad_(True)
-
-    full = {
-        name: fresh()
-        for name, tuning in (("student", how.student), ("critic", how.critic))
+    tunings = {"student": how.student, "critic": how.critic}
+    networks = {
+        name: start() if start else _wide_copy(teacher)
+        for name, tuning in tunings.items()
         if tuning.weights == "full"
     }
     switch = None
-    for name, tuning in (("student", how.student), ("critic", how.critic)):
+    for name, tuning in tunings.items():
         if tuning.weights == "lora":
             switch = adapters.add(teacher, name, tuning, seed=how.seed)
+    for network in networks.values():
+        prepare(network.requires_grad_(True), None)
+    prepare(teacher, switch)
 
     def role(name: str) -> Role:
-        if name in full:
-            return _full(full[name])
+        if name in networks:
+            return _full(networks[name])
         return Role(teacher, adapters.parameters_of(teacher, name), switch, name)
 
     return Roles(role("student"), Role(teacher, {}, switch), role("critic"))
+
+
+def _wide_copy(teacher: nn.Module) -> nn.Module:
+    """In fp32; of a teacher in bf16 one that computes in bf16."""
+    is_narrow = any(weight.dtype == torch.bfloat16 for weight in teacher.parameters())
+    network = copy.deepcopy(teacher).float()
+    if is_narrow:
+        precision.compute_in_bf16(network)
+    return network
 
 
 def _full(network: nn.Module) -> Role:

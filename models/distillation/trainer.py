@@ -40,10 +40,11 @@ class Update:
     critic_gradient: float
     """Norms before clipping."""
     score_gap: float
-    """Root mean square of p_fake - p_real."""
+    """Mean |p_fake - p_real|."""
     latent_std: float
-    """Of what the student made; grows where it saturates."""
+    """Of a sample that the student made; grows where it saturates."""
     exit_step: float
+    """The mean over the batches."""
     seconds: float
 
 
@@ -148,8 +149,8 @@ class Trainer:
             loss = losses.sgmd(x0_BCTHW, p_fake, p_real, sigma, self.how.sgmd)
         facts = {
             "student_loss": float(loss.detach()),
-            "score_gap": float((p_fake.detach() - p_real).square().mean().sqrt()),
-            "latent_std": float(x0_BCTHW.detach().std()),
+            "score_gap": float((p_fake.detach() - p_real).abs().mean()),
+            "latent_std": float(x0_BCTHW.detach().flatten(1).std(dim=1).mean()),
             "exit_step": float(exit_step),
         }
         return loss, facts
