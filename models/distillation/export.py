@@ -39,7 +39,9 @@ def write(train: trainer.Trainer, folder: Path, *, averaged: bool = True) -> Pat
     metadata = facts(train.how, updates=train.updates, averaged=averaged)
     tuning, network = train.how.student, train.nets.student.network
     if tuning.weights == "full":
-        return _checked(whole, folder / FULL_FILE, metadata, lambda path: _check_full(path, network))
+        return _checked(
+            whole, folder / FULL_FILE, metadata, lambda path: _check_full(path, network)
+        )
     factors = _folded(whole, tuning.scale)
     return _checked(
         factors, folder / LORA_FILE, metadata, lambda path: _check_lora(path, network, whole)

@@ -33,5 +33,10 @@ def mean(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
     return dict(zip(values, (total / count()).tolist(), strict=True))
 
 
+def is_true_anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so; called by all of them."""
+    return mean({"flag": float(flag)}, device)["flag"] > 0
+
+
 def _are_many() -> bool:
     return distributed.is_available() and distributed.is_initialized()

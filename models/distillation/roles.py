@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.distillation import adapters, examples, method, precision
 
+Start = Callable[[str], nn.Module]
 Prepare = Callable[[nn.Module, adapters.Switch | None], None]
 
 
@@ -83,28 +84,28 @@ def of_teacher(
     teacher: nn.Module,
     how: method.Method,
     *,
-    start: Callable[[], nn.Module] | None = None,
+    start: Start | None = None,
     prepare: Prepare = lambda _network, _switch: None,
 ) -> Roles:
     """What `how` trains, from the teacher: full weights are a copy, LoRAs share its network.
 
-    `start` makes the fp32 network that full training begins with, in place of a copy of the
-    teacher. `prepare` is called once with each network and the switch of its LoRAs, before
-    anything holds on to its parameters: to shard it, or to checkpoint its blocks.
+    `start` makes the fp32 network that full training of "student" or "critic" begins with, in
+    place of a copy of the teacher. `prepare` is called once with each network and the switch of
+    its LoRAs, before anything holds on to its parameters: to move or shard it, or to checkpoint
+    its blocks.
     """
     teacher.requires_grad_(False)
     tunings = {"student": how.student, "critic": how.critic}
-    networks = {
-        name: start() if start else _wide_copy(teacher)
-        for name, tuning in tunings.items()
-        if tuning.weights == "full"
-    }
+    networks = {}
+    for name, tuning in tunings.items():
+        if tuning.weights == "full":
+            network = start(name) if start else _wide_copy(teacher)
+            prepare(network.requires_grad_(True), None)
+            networks[name] = network
     switch = None
     for name, tuning in tunings.items():
         if tuning.weights == "lora":
             switch = adapters.add(teacher, name, tuning, seed=how.seed)
-    for network in networks.values():
-        prepare(network.requires_grad_(True), None)
     prepare(teacher, switch)
 
     def role(name: str) -> Role:

@@ -1,4 +1,4 @@
-"""Random numbers follow from the seed and the place of a sample, and have the right distribution."""
+"""Random numbers follow from seed and place, and have the right distribution."""
 
 import collections
 

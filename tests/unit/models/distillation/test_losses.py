@@ -62,7 +62,7 @@ def test_the_critic_is_right_where_it_predicts_the_velocity(x):
 
 
 def test_sgmd_reaches_the_student_through_the_critics_prediction_only(x):
-    """d loss / d p_fake = (p_fake - p_real) / norm - weight * (p_fake - x0) / sigma, per element."""
+    """d loss / d p_fake = (p_fake - p_real) / norm - weight (p_fake - x0) / sigma."""
     x0, fake, real = x().requires_grad_(), x().requires_grad_(), x()
     sigma = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1, 1)
     losses.sgmd(x0, fake, real, sigma, 0.1).backward()

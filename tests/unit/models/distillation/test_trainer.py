@@ -253,7 +253,7 @@ def test_three_networks_of_any_kind_can_be_trained(data, how):
             super().__init__()
             self.mix = torch.nn.Conv3d(16, 16, 1)
 
-        def forward(self, latents, timestep_B, context_BSG, image_BIG):
+        def forward(self, latents, timestep_B, *_text_and_image):
             return self.mix(latents) + timestep_B.view(-1, 1, 1, 1, 1) / 1000
 
     nets = roles.of_networks(Net(), Net(), Net())
