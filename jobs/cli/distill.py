@@ -1,6 +1,7 @@
 """`rushes distill`."""
 
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ Told = dict[str, Callable[..., None]]
 @contextmanager
 def _shown(*, as_json: bool) -> Iterator[Told]:
     """A bar on a terminal, else a line a minute on stderr."""
-    if not as_json and click.get_text_stream("stderr").isatty():
+    if not as_json and sys.stderr.isatty():
         with _bar() as progress:
             yield _told_by_bar(progress)
     else:

@@ -19,4 +19,5 @@ def shard(network: nn.Module, device_type: str) -> None:
     for block in network.blocks:  # type: ignore[union-attr]  # a ModuleList
         assert isinstance(block, nn.Module)
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # The outermost one, too: what it kept gathered would miss changes between two forwards.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)

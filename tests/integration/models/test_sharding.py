@@ -32,8 +32,7 @@ def train(folder: Path, *arguments: str, count: int) -> list[dict[str, float]]:
     ("weights", "dtype", "changes"),
     [
         ("full", "float32", {"ida": 0.97}),
-        ("full", "float32", {"sgmd": 0.1, "ratio": 1}),
-        ("lora", "bfloat16", {"accumulate": 2}),
+        ("lora", "bfloat16", {"sgmd": 0.1, "ratio": 1, "accumulate": 2}),
     ],
 )
 def test_two_processes_train_what_one_does(tmp_path, weights, dtype, changes):

@@ -39,9 +39,7 @@ def build(weights: str, dtype: torch.dtype, **changes) -> trainer.Trainer:
         student=method.student_tuning(weights, learning_rate=RATE, rank=4),
         critic=method.critic_tuning(weights, learning_rate=RATE, rank=4),
         batch=GLOBAL_BATCH // processes.count(),
-        ratio=2,
-        ema_start=1,
-        **changes,
+        **{"ratio": 2, "ema_start": 1, **changes},
     )
     teacher = make.random_transformer(SIZES, torch.Generator().manual_seed(0)).to(dtype)
 
