@@ -22,6 +22,7 @@ from models import errors as model_errors
 from models.distillation import (
     adapters,
     checkpointing,
+    cost,
     course,
     encoding,
     export,
@@ -41,6 +42,13 @@ from worker import settings as worker_settings_module
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRESET_FILE = "preset.json"
+KNOWN_SIZES = {
+    "Wan2.1-T2V-1.3B": config.WAN_T2V_1_3B,
+    "Wan2.1-T2V-14B": config.WAN_T2V_14B,
+    "Wan2.1-I2V-14B-480P": config.WAN_I2V_14B,
+    "Wan2.1-I2V-14B-720P": config.WAN_I2V_14B,
+}
+"""As their folders are called where they are released."""
 HEAD_BYTES = 65_536  # enough to tell a prompt file's format
 MAX_PROBLEMS = 50
 
@@ -72,6 +80,38 @@ def read(path: Path) -> course.Course:
         return course.read(path)
     except course.CourseError as error:
         raise errors.RushesError(str(error)) from error
+
+
+def cost_of(plan: course.Course, known: settings.Settings) -> cost.Cost:
+    """What the training takes, counted without its weights; only config files are read.
+
+    For as many processes as torchrun started, by default one.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        sizes, vae_sizes = _sizes(plan, known)
+        shape = _latent_shape(plan, vae_sizes)
+        return cost.estimate(
+            sizes,
+            shape,
+            plan.how,
+            student_updates=plan.student_updates,
+            processes=count,
+            dtype=DTYPES[plan.precision],
+        )
+    except (model_errors.CheckpointError, OSError, ValueError) as error:
+        raise errors.RushesError(str(error)) from error
+
+
+def _sizes(
+    plan: course.Course, known: settings.Settings
+) -> tuple[config.TransformerConfig, config.VAEConfig]:
+    """Of the model's folder; of Wan2.1's own models also without one."""
+    root = _model_folder(plan, known)
+    if not root.is_dir() and root.name in KNOWN_SIZES:
+        return KNOWN_SIZES[root.name], config.WAN_VAE
+    files = layout.find(root, base=True, task=TASKS[plan.task])
+    return checkpoint.transformer_sizes(files), _vae_sizes(files)
 
 
 def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
@@ -218,12 +258,18 @@ def _encoded(
         torch.cuda.empty_cache()
     text_len = checkpoint.transformer_sizes(files).text_len
     return encoding.StoredExamples(
-        paths[:-1], paths[-1], text_len=text_len, latent_shape=_latent_shape(plan, files)
+        paths[:-1],
+        paths[-1],
+        text_len=text_len,
+        latent_shape=_latent_shape(plan, _vae_sizes(files)),
     )
 
 
-def _latent_shape(plan: course.Course, files: layout.ModelFiles) -> tuple[int, int, int, int]:
-    sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+def _vae_sizes(files: layout.ModelFiles) -> config.VAEConfig:
+    return config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+
+
+def _latent_shape(plan: course.Course, sizes: config.VAEConfig) -> tuple[int, int, int, int]:
     with torch.device("meta"):
         network = WanVAE(sizes)
     return network.latent_shape(

@@ -39,7 +39,7 @@ def distill(config: Path, dry_run: bool, as_json: bool) -> int:
     training: Any = importlib.import_module("worker.distill")
     plan = training.read(config)
     if dry_run:
-        return _tell_cost(training.cost(plan, settings.load()), as_json=as_json)
+        return _tell_cost(training.cost_of(plan, settings.load()), as_json=as_json)
     with _shown(as_json=as_json) as told:
         done = training.run(plan, settings.load(), training.Told(**told))
     if as_json:
@@ -64,7 +64,29 @@ def distill(config: Path, dry_run: bool, as_json: bool) -> int:
 
 def _tell_cost(cost: Any, *, as_json: bool) -> int:
     if as_json:
-        output.emit(asdict(cost))
+        output.emit({**asdict(cost), "device_bytes": cost.device_bytes})
+        return exits.OK
+    trained = ", ".join(f"{name} {count:,}" for name, count in cost.trained_parameters.items())
+    memory = [(name, output.size(count)) for name, count in cost.static_bytes.items()]
+    rates = [
+        (f"at {rate} TFLOP/s", f"{output.duration(seconds)} per update, {cost.hours[rate]:,.1f} h")
+        for rate, seconds in cost.seconds_per_update.items()
+    ]
+    output.facts(
+        [
+            ("parameters", f"{cost.parameters:,}"),
+            ("trained", trained),
+            ("tokens", f"{cost.tokens:,} per sample"),
+            ("forward", f"{cost.flops_per_forward / 1e12:,.4g} TFLOP per sample"),
+            ("update", f"{cost.forwards_per_update:g} forwards per sample"),
+            ("processes", str(cost.processes)),
+            *memory,
+            ("activations", output.size(cost.activation_bytes)),
+            ("memory", f"{output.size(cost.device_bytes)} per process"),
+            *rates,
+        ]
+    )
+    output.note("counted, not measured: workspace of kernels and of the device come on top")
     return exits.OK
 
 

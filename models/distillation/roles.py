@@ -49,13 +49,13 @@ class Role:
             if condition is not None:
                 joined = torch.cat([latents_BCTHW, condition.y_BCTHW.to(joined.dtype)], dim=1)
                 image_BIG = condition.image_tokens_BIG
-            with self._switched():
+            with self.switched():
                 predicted: Tensor = self.network(joined, timestep_B, context_BSG, image_BIG)
             return predicted.to(latents_BCTHW.dtype)
 
         return velocity
 
-    def _switched(self) -> contextlib.AbstractContextManager[None]:
+    def switched(self) -> contextlib.AbstractContextManager[None]:
         if self.switch is None:
             return contextlib.nullcontext()
         return self.switch.using(self.adapter)

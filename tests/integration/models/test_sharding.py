@@ -51,4 +51,5 @@ def test_two_processes_train_what_one_does(tmp_path, weights, dtype, changes):
     for name, tensor in theirs.items():
         difference = (ours[name].float() - tensor.float()).abs()
         scale = max(float(tensor.abs().max()), RATE)
-        assert float(difference.mean()) < 0.01 * scale, name
+        # Adam's first steps go by the sign of a gradient, which rounding may turn.
+        assert float(difference.mean()) < (0.01 if dtype == "float32" else 0.1) * scale, name
