@@ -143,6 +143,51 @@ def load_two_experts(
     return TwoExpertNetworks(**vars(common), low_noise_transformer=low_noise)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """Everything of a model but its transformer, frozen and in eval mode."""
+
+    text_encoder: text_encoder.TextEncoder
+    vae: vae.WanVAE
+    image_encoder: image_encoder.ImageEncoder | None
+
+
+def load_surroundings(
+    files: layout.ModelFiles, *, device: torch.device | str, dtype: torch.dtype
+) -> Surroundings:
+    """Load encoders and autoencoder, as `load_image_to_video` has them. Raises CheckpointError."""
+    sizes = _read_sizes(files)
+    clip = None
+    if sizes.image_encoder is not None:
+        clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
+    return Surroundings(
+        text_encoder=_load_text(files, sizes, device, dtype),
+        vae=_load_vae(files, sizes.vae, device, transformer.widened(dtype)),
+        image_encoder=clip,
+    )
+
+
+def load_transformer(
+    files: layout.ModelFiles, *, device: torch.device | str, dtype: torch.dtype
+) -> transformer.WanTransformer:
+    """Load the transformer alone. Raises CheckpointError."""
+    _check_number_of_transformers(files, 1)
+    return _load_transformer(files, _read_sizes(files).transformer, device, dtype)
+
+
+def load_vae(
+    files: layout.ModelFiles, *, device: torch.device | str, dtype: torch.dtype
+) -> vae.WanVAE:
+    """Load the autoencoder alone. Raises CheckpointError."""
+    return _load_vae(files, _read_sizes(files).vae, device, dtype)
+
+
+def transformer_sizes(files: layout.ModelFiles) -> config.TransformerConfig:
+    """The transformer's dimensions, read from the configs. Raises CheckpointError."""
+    return _read_sizes(files).transformer
+
+
 def _check_number_of_transformers(files: layout.ModelFiles, expected: int) -> None:
     found = 2 if files.low_noise_transformer else 1
     if found != expected:
@@ -166,19 +211,23 @@ def _load_common(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None,
 ) -> Networks:
+    return Networks(
+        text_encoder=_load_text(files, sizes, device, dtype),
+        transformer=_load_transformer(files, sizes.transformer, device, dtype),
+        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
+        weight_files=files.weights,
+    )
+
+
+def _load_text(
+    files: layout.ModelFiles, sizes: _Sizes, device: torch.device | str, dtype: torch.dtype
+) -> text_encoder.TextEncoder:
     tokenizer = text_encoder.load_tokenizer(files.tokenizer)
     if len(tokenizer) > sizes.text_encoder.vocab_size:
         problem = f"has {len(tokenizer)} tokens, the encoder only {sizes.text_encoder.vocab_size}"
         raise errors.CheckpointError(f"{files.tokenizer}: {problem}")
     encoder = _load_text_encoder(files, sizes.text_encoder, device, dtype)
-    return Networks(
-        text_encoder=text_encoder.TextEncoder(
-            encoder, tokenizer, text_len=sizes.transformer.text_len
-        ),
-        transformer=_load_transformer(files, sizes.transformer, device, dtype),
-        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
-        weight_files=files.weights,
-    )
+    return text_encoder.TextEncoder(encoder, tokenizer, text_len=sizes.transformer.text_len)
 
 
 def _read_sizes(files: layout.ModelFiles) -> _Sizes:

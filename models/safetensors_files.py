@@ -106,10 +106,17 @@ class Writer:
 
 @contextlib.contextmanager
 def create(
-    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]
+    path: Path,
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    *,
+    replace: bool = False,
 ) -> Iterator[Writer]:
-    """Write a new file; it appears under its name when it is whole. Raises FileExistsError."""
-    if path.exists():
+    """Write a file; it appears under its name when it is whole.
+
+    Raises FileExistsError for one that is there, unless it may be replaced.
+    """
+    if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; nothing was written")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -119,7 +126,9 @@ def create(
             writer = Writer(stream, entries)
             yield writer
             writer.finish()
-        part.rename(path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -80,7 +80,12 @@ def initial_noise(
     return noise.to(device), generator
 
 
-def predict_clean(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
+def mix(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """Noise of a level on clean latents: x = (1 - sigma) * x0 + sigma * eps."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def predict_clean(latents: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:
     """The clean latents that a velocity points to: x0 = x - sigma * v."""
     return latents - sigma * velocity
 
@@ -99,7 +104,7 @@ def renoise(
     if generator is None:
         raise ValueError("step_rule 'renoise' needs the generator that made the initial noise")
     eps = torch.randn(clean.shape, generator=generator, dtype=torch.float32)
-    return (1 - next_sigma) * clean + next_sigma * eps.to(clean)
+    return mix(clean, eps.to(clean), next_sigma)
 
 
 _RULES = {"euler": euler, "renoise": renoise}

@@ -44,6 +44,9 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "workers": Lazy("system", "workers", "List the workers and what they render."),
         "migrate": Lazy("system", "migrate_database", "Bring the database to this version."),
         "doctor": Lazy("system", "doctor_command", "Check every part and say what to do."),
+    },
+    "Models": {
+        "distill": Lazy("distill", "distill", "Train a 4-step student from a many-step model."),
         "quantize": Lazy("system", "quantize", "Write a model's transformer with 8-bit weights."),
     },
 }

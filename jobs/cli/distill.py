@@ -1,0 +1,178 @@
+"""`rushes distill`."""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs import settings
+from jobs.cli import exits, options, output
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+LINE_SECONDS = 60.0  # between lines where there is no terminal
+
+
+@click.command("distill")
+@click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the file and say what memory and time the training would take; no weights needed.",
+)
+@options.output
+def distill(config: Path, dry_run: bool, as_json: bool) -> int:
+    """Train a 4-step student from a model that needs many steps.
+
+    CONFIG says what: see docs/distillation.md and configs/distill-training. Goes on from the last
+    checkpoint in its output folder. The first Ctrl-C stops after a checkpoint, the second at once.
+    On several GPUs: torchrun --nproc-per-node N --no-python rushes distill CONFIG.
+    """
+    # By name: `jobs` must not know `worker`, which stands above it.
+    training: Any = importlib.import_module("worker.distill")
+    plan = training.read(config)
+    if dry_run:
+        return _tell_cost(training.cost_of(plan, settings.load()), as_json=as_json)
+    with _shown(as_json=as_json) as told:
+        done = training.run(plan, settings.load(), training.Told(**told))
+    if as_json:
+        output.emit(
+            {
+                "updates": done.updates,
+                "weights": None if done.weights is None else str(done.weights),
+                "preset": None if done.preset is None else str(done.preset),
+            }
+        )
+    elif done.weights is not None:
+        output.line(f"{done.weights}: {output.size(done.weights.stat().st_size)}")
+        output.line(f"render it with: rushes submit PROMPTS --preset {done.preset}")
+    if done.updates < plan.student_updates:
+        output.note(
+            f"stopped after {done.updates} of {plan.student_updates} updates; "
+            "the same command goes on from there"
+        )
+        return exits.INTERRUPTED
+    return exits.OK
+
+
+def _tell_cost(cost: Any, *, as_json: bool) -> int:
+    if as_json:
+        output.emit({**asdict(cost), "device_bytes": cost.device_bytes})
+        return exits.OK
+    trained = ", ".join(f"{name} {count:,}" for name, count in cost.trained_parameters.items())
+    memory = [(name, output.size(count)) for name, count in cost.static_bytes.items()]
+    rates = [
+        (f"at {rate} TFLOP/s", f"{output.duration(seconds)} per update, {cost.hours[rate]:,.1f} h")
+        for rate, seconds in cost.seconds_per_update.items()
+    ]
+    output.facts(
+        [
+            ("parameters", f"{cost.parameters:,}"),
+            ("trained", trained),
+            ("tokens", f"{cost.tokens:,} per sample"),
+            ("forward", f"{cost.flops_per_forward / 1e12:,.4g} TFLOP per sample"),
+            ("update", f"{cost.forwards_per_update:g} forwards per sample"),
+            ("processes", str(cost.processes)),
+            *memory,
+            ("activations", output.size(cost.activation_bytes)),
+            ("memory", f"{output.size(cost.device_bytes)} per process"),
+            *rates,
+        ]
+    )
+    output.note("counted, not measured: workspace of kernels and of the device come on top")
+    return exits.OK
+
+
+Told = dict[str, Callable[..., None]]
+
+
+@contextmanager
+def _shown(*, as_json: bool) -> Iterator[Told]:
+    """A bar on a terminal, else a line a minute on stderr."""
+    if not as_json and sys.stderr.isatty():
+        with _bar() as progress:
+            yield _told_by_bar(progress)
+    else:
+        yield _told_by_lines()
+
+
+def _bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    ctx = click.get_current_context(silent=True)
+    console = Console(
+        stderr=True, no_color=True if ctx is not None and ctx.color is False else None
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    return Progress(*columns, console=console)
+
+
+def _told_by_bar(progress: "Progress") -> Told:
+    task: TaskID = progress.add_task("starting", total=1, facts="")
+
+    def on_stage(stage: str) -> None:
+        progress.update(task, description=stage, facts="")
+
+    def on_encoded(done: int, count: int) -> None:
+        progress.update(task, completed=done, total=count)
+
+    def on_update(update: Any, count: int) -> None:
+        progress.update(task, completed=update.number, total=count, facts=_facts(update))
+
+    def on_note(text: str) -> None:
+        progress.console.print(output.plain(text), markup=False, highlight=False)
+
+    return {
+        "on_stage": on_stage,
+        "on_encoded": on_encoded,
+        "on_update": on_update,
+        "on_note": on_note,
+    }
+
+
+def _told_by_lines() -> Told:
+    told_at = -LINE_SECONDS
+
+    def is_time() -> bool:
+        nonlocal told_at
+        if time.monotonic() - told_at < LINE_SECONDS:
+            return False
+        told_at = time.monotonic()
+        return True
+
+    def on_encoded(done: int, count: int) -> None:
+        if is_time():
+            output.note(f"{done} of {count} encoded")
+
+    def on_update(update: Any, count: int) -> None:
+        if is_time() or update.number == count:
+            output.note(f"update {update.number} of {count}: {_facts(update)}")
+
+    return {
+        "on_stage": output.note,
+        "on_encoded": on_encoded,
+        "on_update": on_update,
+        "on_note": output.note,
+    }
+
+
+def _facts(update: Any) -> str:
+    """What moves on while it trains; neither loss says how good the student is."""
+    facts = asdict(update)
+    names = ("score_gap", "latent_std", "critic_loss")
+    said = ", ".join(f"{name.replace('_', ' ')} {facts[name]:.4g}" for name in names)
+    return f"{said}, {output.duration(facts['seconds'])} per update"

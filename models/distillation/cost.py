@@ -1,0 +1,191 @@
+"""What a training takes, counted on networks without weights (device `meta`); nothing is measured.
+
+Bytes are those of parameters, gradients, optimizer states, averages and activations; a kernel's
+workspace, the allocator's gaps and the device's own 0.7 GB come on top.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import config, transformer
+from models.distillation import adapters, checkpointing, method, roles
+
+FP32, BF16 = 4, 2
+ADAM_BYTES = 8  # two moments in fp32
+BACKWARD_FORWARDS = {"full": 2.0, "lora": 1.0}  # a frozen matrix needs no gradient of its own
+EFFECTIVE_TFLOPS = (250, 400)
+"""What one H100 or H200 reaches with this kind of network in bf16, from published runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one process. Everything is derived."""
+
+    parameters: int
+    trained_parameters: Mapping[str, int]
+    tokens: int
+    flops_per_forward: float
+    """Of one sample."""
+    forwards_per_update: float
+    """Of one sample, in units of a forward; a backward is two, one with frozen weights."""
+    flops_per_update: float
+    static_bytes: Mapping[str, int]
+    """By what takes them, after sharing them between the processes."""
+    activation_bytes: int
+    processes: int
+    seconds_per_update: Mapping[str, float]
+    """By effective TFLOP/s."""
+    hours: Mapping[str, float]
+    """Of the whole training."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.static_bytes.values()) + self.activation_bytes
+
+
+def estimate(
+    sizes: config.TransformerConfig,
+    latent_shape: tuple[int, int, int, int],
+    how: method.Method,
+    *,
+    student_updates: int,
+    processes: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """Count one process's share of a training with so many equal processes."""
+    nets = _networks(sizes, how, dtype)
+    inputs = _inputs(sizes, latent_shape, how.batch)
+    flops = count_flops(nets.teacher.network, inputs) / how.batch
+    forwards = forwards_per_update(how)
+    per_update = forwards * flops * how.batch * how.accumulate
+    seconds = {str(rate): per_update / (rate * 1e12) for rate in EFFECTIVE_TFLOPS}
+    return Cost(
+        parameters=_count(nets.teacher.network),
+        trained_parameters={
+            name: sum(weight.numel() for weight in role.trained.values())
+            for name, role in (("student", nets.student), ("critic", nets.critic))
+        },
+        tokens=_tokens(sizes, latent_shape),
+        flops_per_forward=flops,
+        forwards_per_update=forwards,
+        flops_per_update=per_update,
+        static_bytes={
+            name: count // processes for name, count in _static(nets, how).items() if count
+        },
+        activation_bytes=count_activations(nets, how, inputs),
+        processes=processes,
+        seconds_per_update=seconds,
+        hours={rate: each * student_updates / 3600 for rate, each in seconds.items()},
+    )
+
+
+def forwards_per_update(how: method.Method) -> float:
+    """One student update and its critic updates, averaged over the random exit step."""
+    rollout = (len(how.denoising_step_list) + 1) / 2
+    again = float(how.gradient_checkpointing)
+    of_student = BACKWARD_FORWARDS[how.student.weights] + again
+    of_critic = BACKWARD_FORWARDS[how.critic.weights] + again
+    teacher = 1 if how.guidance == 1 else 2
+    student = rollout + 1 + teacher + of_student + (of_critic if how.sgmd is not None else 0)
+    critic = rollout + 1 + of_critic
+    return student + how.ratio * critic
+
+
+def count_flops(network: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """Two per multiply-add, of matrices, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    return float(counter.get_total_flops())
+
+
+def count_activations(nets: roles.Roles, how: method.Method, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that a forward of the student leaves for its backward, at the worst moment."""
+    role = nets.student
+    kept: dict[int, tuple[Any, int]] = {}
+    num_tokens = _tokens(role.network.config, tuple(inputs[0].shape[1:]))  # type: ignore[arg-type]
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Attention's matrix is never stored on a GPU; `meta` computes as if it were.
+        if num_tokens not in tensor.shape[-1:] and not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[id(storage)] = storage, storage.nbytes()
+        return tensor
+
+    def counted() -> int:
+        kept.clear()
+        with saved_tensors_hooks(keep, lambda tensor: tensor), role.switched():
+            role.network(*inputs)
+        return sum(count for _, count in kept.values())
+
+    everything = counted()
+    if not how.gradient_checkpointing:
+        return everything
+    num_blocks = len(role.network.blocks)  # type: ignore[arg-type]  # a ModuleList
+    checkpointing.checkpoint_blocks(role.network, role.switch)
+    between = counted()
+    # One block is computed again at a time.
+    return between + (everything - between) // num_blocks
+
+
+def _networks(
+    sizes: config.TransformerConfig, how: method.Method, dtype: torch.dtype
+) -> roles.Roles:
+    with torch.device("meta"):
+        teacher = transformer.WanTransformer(sizes)
+    for name, parameter in teacher.named_parameters():
+        parameter.data = parameter.data.to(transformer.parameter_dtype(name, dtype))
+    return roles.of_teacher(teacher, how)
+
+
+def _inputs(
+    sizes: config.TransformerConfig, latent_shape: tuple[int, int, int, int], batch: int
+) -> tuple[Tensor, ...]:
+    def of(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, device="meta")
+
+    image = () if sizes.image_dim is None else (of(257, sizes.image_dim),)
+    return (
+        of(sizes.in_dim, *latent_shape[1:]),
+        torch.empty(batch, device="meta"),
+        of(sizes.text_len, sizes.text_dim),
+        *image,
+    )
+
+
+def _static(nets: roles.Roles, how: method.Method) -> dict[str, int]:
+    found = {"frozen weights": 0, "trained weights": 0, "gradients": 0, "optimizer": 0}
+    for network in nets.networks:
+        for parameter in network.parameters():
+            if not parameter.requires_grad:
+                found["frozen weights"] += parameter.nbytes
+                continue
+            found["trained weights"] += parameter.nbytes
+            found["gradients"] += parameter.nbytes
+            found["optimizer"] += parameter.numel() * ADAM_BYTES
+    if how.ema is not None:
+        found["average"] = sum(weight.nbytes for weight in nets.student.trained.values())
+    return found
+
+
+def _tokens(sizes: config.TransformerConfig, latent_shape: tuple[int, int, int, int]) -> int:
+    _, frames, rows, columns = latent_shape
+    return (
+        (frames // sizes.patch_size[0])
+        * (rows // sizes.patch_size[1])
+        * (columns // sizes.patch_size[2])
+    )
+
+
+def _count(network: nn.Module) -> int:
+    """Parameters, without LoRAs."""
+    return sum(
+        parameter.numel()
+        for name, parameter in network.named_parameters()
+        if adapters.MARK not in name
+    )

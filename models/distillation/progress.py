@@ -1,0 +1,93 @@
+"""A training from where it stands to its end: updates, checkpoints, probes, metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from models.distillation import course, metrics, probe, processes, saving, trainer
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """Who is told what, in the first process only."""
+
+    on_update: Callable[[trainer.Update], None]
+    on_saved: Callable[[Path], None]
+    on_trouble: Callable[[str], None]
+    """Something failed that the training can do without for now."""
+    on_probe: Callable[[int, int, Tensor], None]
+    """(update, number of the prompt, latents)"""
+    asks_to_stop: Callable[[], bool] = _never
+    """Asked after each update, in every process."""
+
+
+def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
+    """Train until `plan.student_updates`; False if it was stopped before, with a checkpoint.
+
+    A checkpoint or a probe that cannot be written is reported, and the training goes on; only the
+    last checkpoint has to succeed. Called by every process.
+    """
+    lines = _metrics(train, plan, watcher)
+    while train.updates < plan.student_updates:
+        update = train.step()
+        is_last = train.updates == plan.student_updates
+        stops = processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
+        if processes.is_first():
+            _tell(update, lines, watcher)
+        if is_last or stops or train.updates % plan.save_every == 0:
+            _save(train, plan, watcher, must_succeed=is_last or stops)
+        if plan.probe_every and (is_last or train.updates % plan.probe_every == 0):
+            _probe(train, plan, watcher)
+        if stops and not is_last:
+            return False
+    return True
+
+
+def _metrics(
+    train: trainer.Trainer, plan: course.Course, watcher: Watcher
+) -> metrics.Metrics | None:
+    if not processes.is_first():
+        return None
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+        return metrics.Metrics(plan.output, updates=train.updates)
+    except OSError as error:
+        watcher.on_trouble(f"no metrics are written: {error}")
+        return None
+
+
+def _tell(update: trainer.Update, lines: metrics.Metrics | None, watcher: Watcher) -> None:
+    watcher.on_update(update)
+    try:
+        if lines is not None:
+            lines.add(update)
+    except OSError as error:
+        watcher.on_trouble(f"the metrics of update {update.number} are lost: {error}")
+
+
+def _save(
+    train: trainer.Trainer, plan: course.Course, watcher: Watcher, *, must_succeed: bool
+) -> None:
+    try:
+        path = saving.save(train, plan.output, keep=plan.keep)
+    except saving.SavingError as error:
+        if must_succeed:
+            raise
+        if processes.is_first():
+            watcher.on_trouble(f"{error}; the training goes on")
+    else:
+        if processes.is_first():
+            watcher.on_saved(path)
+
+
+def _probe(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> None:
+    for place in range(min(plan.probes, len(train.data))):
+        latents = probe.latents(train, place)
+        if processes.is_first():
+            watcher.on_probe(train.updates, place, latents)

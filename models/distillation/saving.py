@@ -1,0 +1,165 @@
+"""Checkpoints of a training: written whole or not at all, read back to the bit.
+
+checkpoints/update_000120/      the newest ones; a name without dot is complete
+    training.json               method and counters
+    .metadata, __0_0.distcp     tensors, in shares of the processes (torch.distributed.checkpoint)
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+from models.distillation import processes, trainer
+
+FOLDER = "checkpoints"
+FACTS_FILE = "training.json"
+NAME = re.compile(r"update_(\d{6,})")
+# What a training may be continued with a different value of.
+FREE = ("batch", "accumulate", "gradient_checkpointing")
+
+
+class SavingError(Exception):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} could not be written: {reason}")
+        self.path = path
+
+
+class ResumeError(Exception):
+    """A checkpoint cannot be continued with this method."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+def save(train: trainer.Trainer, output: Path, *, keep: int = 2) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`. Called by every process.
+
+    Raises SavingError, as for a full disk.
+    """
+    final = output / FOLDER / f"update_{train.updates:06}"
+    part = final.with_name(f".{final.name}.part")
+    if processes.is_first():
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    processes.wait()
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        _write(train, part)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        reason = f"{_reason(error)}{_free_space(output)}"
+        shutil.rmtree(part, ignore_errors=True)
+        raise SavingError(final, reason) from error
+    processes.wait()
+    if processes.is_first():
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _sync(final.parent)
+        for path in complete(output)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+    processes.wait()
+    return final
+
+
+def complete(output: Path) -> list[Path]:
+    """The checkpoints of a training, oldest first."""
+    found = [path for path in (output / FOLDER).glob("update_*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("update_")))
+
+
+def load(train: trainer.Trainer, path: Path) -> None:
+    """Continue from a checkpoint: the next update is the one that would have come anyway.
+
+    Raises ResumeError where it is damaged or was trained otherwise.
+    """
+    facts = _read_facts(path)
+    _check_method(path, facts["method"], method_facts(train))
+    try:
+        with _alone_without_warning() as alone:
+            state_dict_loader.load(_tensors(train), checkpoint_id=path, no_dist=alone)
+    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+        raise ResumeError(path, f"it cannot be read: {_reason(error)}") from error
+    train.updates = int(facts["updates"])
+
+
+def method_facts(train: trainer.Trainer) -> dict[str, Any]:
+    """The method as JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(train.how)))
+    return found
+
+
+def _write(train: trainer.Trainer, part: Path) -> None:
+    with _alone_without_warning() as alone:
+        state_dict_saver.save(_tensors(train), checkpoint_id=part, no_dist=alone)
+    if processes.is_first():
+        facts = {"updates": train.updates, "method": method_facts(train)}
+        with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
+            json.dump(facts, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _alone_without_warning() -> Iterator[bool]:
+    """Whether this is the only process, which torch need not warn of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield processes.count() == 1
+
+
+def _tensors(train: trainer.Trainer) -> dict[str, Tensor]:
+    found = {f"student.{name}": tensor for name, tensor in train.student.tensors()}
+    found |= {f"critic.{name}": tensor for name, tensor in train.critic.tensors()}
+    if train.average is not None:
+        found |= {f"average.{name}": tensor for name, tensor in train.average.tensors.items()}
+    return found
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(facts["method"], dict) or not isinstance(facts["updates"], int):
+            raise TypeError("method or updates is of another kind")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(path, f"{FACTS_FILE} cannot be read: {error!r}") from error
+    return facts
+
+
+def _check_method(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    refused = [key for key in changed if key not in FREE]
+    if refused:
+        told = "; ".join(f"{key} was {saved.get(key)}, now {asked.get(key)}" for key in refused)
+        raise ResumeError(path, f"it was trained otherwise: {told}. Use another output folder")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_space(output: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(output).free:,} bytes are free there)"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # of one or several processes
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or repr(error)).strip().splitlines()[0][:300]

@@ -1,0 +1,231 @@
+"""Distribution matching distillation, update by update; data, files and devices are elsewhere."""
+
+# B batch, C latent channels, T H W latent frames, rows, columns
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import sampling
+from models.distillation import (
+    average,
+    draws,
+    examples,
+    losses,
+    method,
+    processes,
+    roles,
+    rollout,
+    scores,
+    tuner,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one student update, with the critic updates after it, looked like.
+
+    Neither loss says how good the student is.
+    """
+
+    number: int
+    """Counted from 1; only student updates count."""
+    student_loss: float
+    critic_loss: float
+    """Of the last critic update."""
+    student_gradient: float
+    critic_gradient: float
+    """Norms before clipping."""
+    score_gap: float
+    """Mean |p_fake - p_real|."""
+    latent_std: float
+    """Of a sample that the student made; grows where it saturates."""
+    exit_step: float
+    """The mean over the batches."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """A batch with its random numbers."""
+
+    batch: examples.Batch
+    drawn: draws.Draws
+
+
+class Trainer:
+    """Changes the student and the critic of `nets`; the teacher only answers.
+
+    Which random numbers and examples an update takes depends on the seed and its number alone.
+    With torch.distributed every process calls `step` with its share of the networks; `batch` is per
+    process then.
+    """
+
+    def __init__(
+        self,
+        how: method.Method,
+        *,
+        nets: roles.Roles,
+        data: examples.Examples,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.how = how
+        self.nets = nets
+        self.data = data
+        self.device = torch.device(device)
+        self.updates = 0
+        self.student = tuner.Tuner(nets.student, how.student)
+        self.critic = tuner.Tuner(nets.critic, how.critic)
+        self.average = (
+            average.Average(nets.student.trained, decay=how.ema, start=how.ema_start)
+            if how.ema is not None
+            else None
+        )
+        self._levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
+        for network in nets.networks:
+            network.eval()
+
+    def step(self) -> Update:
+        """One student update, then `ratio` critic updates.
+
+        Raises DivergedError for gradients that are not finite.
+        """
+        began = time.perf_counter()
+        facts, student_norm = self._update_student()
+        self._check("student", student_norm)
+        self._mix_critic()
+        for action in range(1, self.how.ratio + 1):
+            critic_loss, critic_norm = self._update_critic(action)
+            self._check("critic", critic_norm)
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.updates)
+        facts = processes.mean({**facts, "critic_loss": critic_loss}, self.device)
+        return Update(
+            number=self.updates,
+            student_gradient=student_norm,
+            critic_gradient=critic_norm,
+            seconds=time.perf_counter() - began,
+            **facts,
+        )
+
+    def _update_student(self) -> tuple[dict[str, float], float]:
+        total: dict[str, float] = {}
+        for micro in self._micros(action=0):
+            loss, facts = self._student_loss(micro)
+            (loss / self.how.accumulate).backward()  # type: ignore[no-untyped-call]  # torch's own
+            for name, value in facts.items():
+                total[name] = total.get(name, 0.0) + value / self.how.accumulate
+        self.critic.forget()  # SGMD's loss passes through it
+        return total, self.student.step()
+
+    def _update_critic(self, action: int) -> tuple[float, float]:
+        total = 0.0
+        for micro in self._micros(action=action):
+            loss = self._critic_loss(micro)
+            (loss / self.how.accumulate).backward()  # type: ignore[no-untyped-call]  # torch's own
+            total += float(loss.detach()) / self.how.accumulate
+        return total, self.critic.step()
+
+    def _student_loss(self, micro: _Micro) -> tuple[Tensor, dict[str, float]]:
+        x0_BCTHW, exit_step = self._make(micro)
+        sigma = self._score_levels(micro)
+        noise_BCTHW = self._noise(micro)
+        if self.how.sgmd is None:
+            with torch.no_grad():
+                noisy = sampling.mix(x0_BCTHW, noise_BCTHW, sigma)
+                p_fake = self._predict(self.nets.critic, noisy, sigma, micro.batch)
+                p_real = self._predict_guided(noisy, sigma, micro.batch)
+                gradient = losses.dmd_gradient(x0_BCTHW, p_fake, p_real)
+            loss = losses.dmd(x0_BCTHW, gradient)
+        else:
+            noisy = sampling.mix(x0_BCTHW, noise_BCTHW, sigma)
+            p_fake = self._predict(self.nets.critic, noisy, sigma, micro.batch)
+            with torch.no_grad():
+                p_real = self._predict_guided(noisy, sigma, micro.batch)
+            loss = losses.sgmd(x0_BCTHW, p_fake, p_real, sigma, self.how.sgmd)
+        facts = {
+            "student_loss": float(loss.detach()),
+            "score_gap": float((p_fake.detach() - p_real).abs().mean()),
+            "latent_std": float(x0_BCTHW.detach().flatten(1).std(dim=1).mean()),
+            "exit_step": float(exit_step),
+        }
+        return loss, facts
+
+    def _critic_loss(self, micro: _Micro) -> Tensor:
+        with torch.no_grad():
+            x0_BCTHW, _ = self._make(micro)
+        sigma = self._score_levels(micro)
+        noise_BCTHW = self._noise(micro)
+        noisy = sampling.mix(x0_BCTHW, noise_BCTHW, sigma)
+        batch = micro.batch
+        velocity = self.nets.critic.velocity(
+            noisy, sigma.flatten(), batch.context_BSG, batch.condition
+        )
+        loss = losses.flow(velocity, x0_BCTHW, noise_BCTHW)
+        return loss if self.how.sgmd is None else 0.5 * loss
+
+    def _make(self, micro: _Micro) -> tuple[Tensor, int]:
+        """What the student makes of noise, up to a random step."""
+        batch = micro.batch
+        exit_step = micro.drawn.exit_step(len(self._levels))
+        made = rollout.until(
+            exit_step,
+            self.nets.student.at(batch.context_BSG, batch.condition),
+            self._noise(micro),
+            self._levels,
+            rule=self.how.rollout,
+            draw_noise=lambda: self._noise(micro),
+        )
+        return made, exit_step
+
+    def _predict(
+        self, role: roles.Role, noisy: Tensor, sigma: Tensor, batch: examples.Batch
+    ) -> Tensor:
+        velocity = role.velocity(noisy, sigma.flatten(), batch.context_BSG, batch.condition)
+        return sampling.predict_clean(noisy, velocity, sigma)
+
+    def _predict_guided(self, noisy: Tensor, sigma: Tensor, batch: examples.Batch) -> Tensor:
+        teacher, flat = self.nets.teacher, sigma.flatten()
+        cond = teacher.velocity(noisy, flat, batch.context_BSG, batch.condition)
+        if self.how.guidance != 1:
+            uncond = teacher.velocity(noisy, flat, batch.negative_BSG, batch.condition)
+            cond = losses.guided(cond, uncond, self.how.guidance)
+        return sampling.predict_clean(noisy, cond, sigma)
+
+    def _score_levels(self, micro: _Micro) -> Tensor:
+        """[B, 1, 1, 1, 1]"""
+        sigma_B = scores.draw_levels(micro.drawn, self.how).to(self.device)
+        return sigma_B.view(-1, 1, 1, 1, 1)
+
+    def _noise(self, micro: _Micro) -> Tensor:
+        return micro.drawn.normal(self.data.latent_shape).to(self.device)
+
+    @torch.no_grad()
+    def _mix_critic(self) -> None:
+        """SenseFlow's implicit distribution alignment."""
+        if self.how.ida is None:
+            return
+        for name, weight in self.critic.trained.items():
+            weight.lerp_(self.student.trained[name], 1 - self.how.ida)
+
+    def _micros(self, *, action: int) -> Iterator[_Micro]:
+        """The batches of one update; `action` 0 is the student's, 1..ratio are the critic's."""
+        how = self.how
+        first = (self.updates * (how.ratio + 1) + action) * how.accumulate
+        for number in range(first, first + how.accumulate):
+            place = draws.Place(
+                batch=number,
+                first=processes.rank() * how.batch,
+                size=how.batch,
+                total=processes.count() * how.batch,
+            )
+            chosen = draws.examples_of(how.seed, place, len(self.data))
+            yield _Micro(self.data.batch(chosen, self.device), draws.Draws(how.seed, place))
+
+    def _check(self, who: str, norm: float) -> None:
+        if not norm < float("inf"):
+            raise tuner.DivergedError(who, self.updates + 1)

@@ -1,0 +1,88 @@
+"""One of several gloo processes that train together: two_processes.py FOLDER WEIGHTS DTYPE CHANGES.
+
+Writes what every process has to say to FOLDER; the test compares it with one process alone.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from models import config
+from models.distillation import (
+    checkpointing,
+    examples,
+    export,
+    method,
+    processes,
+    roles,
+    saving,
+    sharding,
+    trainer,
+)
+from models.tiny import make
+
+SIZES = config.TransformerConfig(
+    dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16, text_len=6, freq_dim=32
+)
+GLOBAL_BATCH = 4
+RATE = 1e-3
+UPDATES = 3
+
+
+def build(weights: str, dtype: torch.dtype, **changes) -> trainer.Trainer:
+    how = method.Method(
+        student=method.student_tuning(weights, learning_rate=RATE, rank=4),
+        critic=method.critic_tuning(weights, learning_rate=RATE, rank=4),
+        batch=GLOBAL_BATCH // processes.count(),
+        **{"ratio": 2, "ema_start": 1, **changes},
+    )
+    teacher = make.random_transformer(SIZES, torch.Generator().manual_seed(0)).to(dtype)
+
+    def prepare(network, switch):
+        checkpointing.checkpoint_blocks(network, switch)
+        sharding.shard(network, "cpu")
+
+    generator = torch.Generator().manual_seed(1)
+    data = examples.MemoryExamples(
+        torch.randn(7, 6, 16, generator=generator),
+        torch.randn(1, 6, 16, generator=generator),
+        latent_shape=(16, 2, 4, 4),
+    )
+    return trainer.Trainer(how, nets=roles.of_teacher(teacher, how, prepare=prepare), data=data)
+
+
+def run(folder: Path, weights: str, dtype: torch.dtype, **changes) -> None:
+    """Train, save, go on; then go on from what was saved, and export."""
+    train = build(weights, dtype, **changes)
+    updates = [train.step() for _ in range(UPDATES)]
+    saving.save(train, folder)
+    straight = train.step()
+    resumed = build(weights, dtype, **changes)
+    saving.load(resumed, saving.complete(folder)[-1])
+    assert resumed.step().student_loss == straight.student_loss
+    export.write(resumed, folder)
+    if processes.is_first():
+        facts = [asdict(update) for update in [*updates, straight]]
+        (folder / "updates.json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    folder, weights, dtype, changes = sys.argv[1:]
+    torch.set_num_threads(1)
+    count = int(os.environ["WORLD_SIZE"])
+    if count > 1:
+        meeting = f"file://{folder}/meeting"
+        rank = int(os.environ["RANK"])
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    run(Path(folder), weights, getattr(torch, dtype), **json.loads(changes))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A checkpoint is whole or not there, and what comes after it is what would have come anyway."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.distillation import saving
+
+MODES = [
+    {"student": "full"},
+    {"student": "lora"},
+    {"student": "lora", "critic": "full", "sgmd": 0.1},
+    {"student": "full", "ida": 0.97, "rollout": "renoise", "accumulate": 2},
+]
+
+
+def tensors(train):
+    return dict(saving._tensors(train))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_resumed_training_takes_the_same_next_update_to_the_bit(train, mode, tmp_path):
+    straight = train(**mode)
+    straight.step()
+    straight.step()
+    saving.save(straight, tmp_path)
+    expected = straight.step()
+
+    resumed = train(**mode)
+    saving.load(resumed, saving.complete(tmp_path)[-1])
+    made = resumed.step()
+    assert made.number == expected.number == 3
+    assert (made.student_loss, made.critic_loss) == (expected.student_loss, expected.critic_loss)
+    now, then = tensors(resumed), tensors(straight)
+    assert now.keys() == then.keys()
+    assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+def test_only_the_newest_are_kept(train, tmp_path):
+    beginning = train()
+    for updates in (1, 2, 3):
+        beginning.updates = updates
+        saving.save(beginning, tmp_path, keep=2)
+    assert [path.name for path in saving.complete(tmp_path)] == ["update_000002", "update_000003"]
+
+
+def test_another_method_is_not_continued_with(train, tmp_path):
+    path = saving.save(train(), tmp_path)
+    with pytest.raises(saving.ResumeError, match=r"guidance was 6.0, now 4.0.*another output"):
+        saving.load(train(guidance=4.0), path)
+
+
+def test_another_split_of_the_batch_is_continued_with(train, tmp_path):
+    path = saving.save(train(batch=2), tmp_path)
+    saving.load(train(batch=1, accumulate=2), path)
+
+
+@pytest.mark.parametrize("victim", [".metadata", "__0_0.distcp", "training.json"])
+def test_a_damaged_checkpoint_says_so(train, tmp_path, victim):
+    path = saving.save(train(), tmp_path)
+    os.truncate(path / victim, (path / victim).stat().st_size // 2)
+    with pytest.raises(saving.ResumeError, match="cannot be read"):
+        saving.load(train(), path)
+
+
+def test_what_does_not_fit_on_the_disk_leaves_the_checkpoint_before(train, tmp_path):
+    beginning = train()
+    beginning.step()
+    before = saving.save(beginning, tmp_path)
+    beginning.step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(saving.SavingError, match=r"update_000002 could not be written.*free"):
+            saving.save(beginning, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / saving.FOLDER).iterdir()) == [before]
+    saving.load(train(), before)
+    after = saving.save(beginning, tmp_path)
+    assert saving.complete(tmp_path) == [before, after]
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+from pathlib import Path
+from models import config
+from models.distillation import examples, method, roles, saving, trainer
+from models.tiny import make
+
+sizes = config.TransformerConfig(
+    dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16, text_len=6, freq_dim=32
+)
+how = method.Method(batch=1, ratio=1)
+data = examples.MemoryExamples(
+    torch.zeros(3, 6, 16), torch.zeros(1, 6, 16), latent_shape=(16, 1, 2, 2)
+)
+teacher = make.random_transformer(sizes, torch.Generator().manual_seed(0))
+train = trainer.Trainer(how, nets=roles.of_teacher(teacher, how), data=data)
+train.step()
+saving.save(train, Path(sys.argv[1]))
+train.step()
+real, count = os.fsync, 0
+def dies(handle):  # when the tensors are written and the rest is not
+    os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = dies
+saving.save(train, Path(sys.argv[1]))
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    names = sorted(path.name for path in (tmp_path / saving.FOLDER).iterdir())
+    assert names == [".update_000002.part", "update_000001"]
+    assert [path.name for path in saving.complete(tmp_path)] == ["update_000001"]

@@ -1,0 +1,400 @@
+"""`rushes distill`: reads a training's file, loads what it names, trains, exports.
+
+One process, or several started by torchrun; then each sees one GPU and holds its share.
+"""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from jobs import errors, images, readers, settings
+from models import checkpoint, conditioning, config, config_files, layout
+from models import errors as model_errors
+from models.distillation import (
+    adapters,
+    checkpointing,
+    cost,
+    course,
+    encoding,
+    export,
+    precision,
+    processes,
+    progress,
+    roles,
+    saving,
+    sharding,
+    trainer,
+    tuner,
+)
+from models.vae import WanVAE
+from worker import device, pipeline, video
+from worker import settings as worker_settings_module
+
+TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRESET_FILE = "preset.json"
+KNOWN_SIZES = {
+    "Wan2.1-T2V-1.3B": config.WAN_T2V_1_3B,
+    "Wan2.1-T2V-14B": config.WAN_T2V_14B,
+    "Wan2.1-I2V-14B-480P": config.WAN_I2V_14B,
+    "Wan2.1-I2V-14B-720P": config.WAN_I2V_14B,
+}
+"""As their folders are called where they are released."""
+HEAD_BYTES = 65_536  # enough to tell a prompt file's format
+MAX_PROBLEMS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a run ended."""
+
+    updates: int
+    weights: Path | None
+    """What was exported. None: stopped before the end, or not the first process."""
+    preset: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the command line is told on the way; in the first process only."""
+
+    on_stage: Callable[[str], None]
+    on_encoded: Callable[[int, int], None]
+    on_update: Callable[[trainer.Update, int], None]
+    """(update, of how many)"""
+    on_note: Callable[[str], None]
+
+
+def read(path: Path) -> course.Course:
+    """A training's file; errors.RushesError says what is wrong with it."""
+    try:
+        return course.read(path)
+    except course.CourseError as error:
+        raise errors.RushesError(str(error)) from error
+
+
+def cost_of(plan: course.Course, known: settings.Settings) -> cost.Cost:
+    """What the training takes, counted without its weights; only config files are read.
+
+    For as many processes as torchrun started, by default one.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        sizes, vae_sizes = _sizes(plan, known)
+        shape = _latent_shape(plan, vae_sizes)
+        return cost.estimate(
+            sizes,
+            shape,
+            plan.how,
+            student_updates=plan.student_updates,
+            processes=count,
+            dtype=DTYPES[plan.precision],
+        )
+    except (model_errors.CheckpointError, OSError, ValueError) as error:
+        raise errors.RushesError(str(error)) from error
+
+
+def _sizes(
+    plan: course.Course, known: settings.Settings
+) -> tuple[config.TransformerConfig, config.VAEConfig]:
+    """Of the model's folder; of Wan2.1's own models also without one."""
+    root = _model_folder(plan, known)
+    if not root.is_dir() and root.name in KNOWN_SIZES:
+        return KNOWN_SIZES[root.name], config.WAN_VAE
+    files = layout.find(root, base=True, task=TASKS[plan.task])
+    return checkpoint.transformer_sizes(files), _vae_sizes(files)
+
+
+def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
+    """Train from the last checkpoint, or from the beginning, to the end; then export.
+
+    Raises RushesError for whatever a person can put right.
+    """
+    try:
+        with _processes():
+            return _run(plan, known, told)
+    except (
+        model_errors.CheckpointError,
+        saving.SavingError,
+        saving.ResumeError,
+        tuner.DivergedError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise errors.RushesError(str(error)) from error
+
+
+def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
+    here = _device()
+    quiet = told if processes.is_first() else _QUIET
+    files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
+    raw = _raw_examples(plan, known)
+    quiet.on_stage(f"encoding {len(raw):,} prompts")
+    data = _encoded(plan, files, raw, here, quiet)
+    quiet.on_stage("loading the networks")
+    train = _trainer(plan, files, data, here)
+    _resume(train, plan, quiet)
+    quiet.on_stage("training")
+    probes = _Probes(plan, files, here, quiet)
+    with _stop_on_signals() as asks_to_stop:
+        watcher = progress.Watcher(
+            on_update=lambda update: quiet.on_update(update, plan.student_updates),
+            on_saved=lambda path: quiet.on_note(f"checkpoint {path}"),
+            on_trouble=quiet.on_note,
+            on_probe=probes.write,
+            asks_to_stop=asks_to_stop,
+        )
+        is_done = progress.run(train, plan, watcher)
+    if not is_done:
+        return Done(updates=train.updates, weights=None, preset=None)
+    quiet.on_stage("exporting")
+    weights = export.write(train, plan.output)
+    preset = None if weights is None else _write_preset(plan, files, weights)
+    return Done(updates=train.updates, weights=weights, preset=preset)
+
+
+_QUIET = Told(
+    on_stage=lambda _stage: None,
+    on_encoded=lambda _done, _count: None,
+    on_update=lambda _update, _count: None,
+    on_note=lambda _text: None,
+)
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """The group that torchrun started this process for, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl")
+    else:
+        distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _device() -> torch.device:
+    here = device.current(worker_settings_module.WorkerSettings()).torch_device
+    if here.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return here
+
+
+def _model_folder(plan: course.Course, known: settings.Settings) -> Path:
+    """A folder, or the name of one among the models."""
+    return Path(plan.model) if Path(plan.model).is_dir() else known.models_dir / plan.model
+
+
+def _raw_examples(plan: course.Course, known: settings.Settings) -> list[encoding.Raw]:
+    """The rows of the prompt file; every line that cannot be used is told at once."""
+    found, problems = [], []
+    with plan.prompts.open("rb") as stream:
+        kind = readers.detect_format(plan.prompts.name, stream.read(HEAD_BYTES))
+        stream.seek(0)
+        for row in readers.read(stream, format=kind, max_problems=MAX_PROBLEMS):
+            if isinstance(row, errors.Problem):
+                problems.append(row)
+                continue
+            try:
+                found.append(_raw(row, plan, known))
+            except (images.ImageError, ValueError) as error:
+                problems.append(errors.Problem(line=row.line, message=str(error)))
+    if problems:
+        raise errors.InvalidInput(str(plan.prompts), problems)
+    return found
+
+
+def _raw(row: readers.PromptRow, plan: course.Course, known: settings.Settings) -> encoding.Raw:
+    if plan.task == "t2v":
+        if row.image is not None:
+            raise ValueError('image: the task is "t2v", which has none')
+        return encoding.Raw(prompt=row.prompt)
+    if row.image is None:
+        raise ValueError('image is missing: the task is "i2v"')
+    source = row.image
+    fetched = images.fetch(source, base=plan.prompts.parent, config=known)
+
+    def read_again() -> Tensor:
+        again = images.fetch(source, base=plan.prompts.parent, config=known)
+        return conditioning.from_pil(images.decode_rgb(again.data))
+
+    return encoding.Raw(prompt=row.prompt, image_key=fetched.sha256, image=read_again)
+
+
+def _encoded(
+    plan: course.Course,
+    files: layout.ModelFiles,
+    raw: list[encoding.Raw],
+    here: torch.device,
+    told: Told,
+) -> encoding.StoredExamples:
+    encoder = encoding.Encoder(
+        folder=plan.output / "examples",
+        model=_stamp(files),
+        target=conditioning.Target(
+            width=plan.target_width,
+            height=plan.target_height,
+            num_frames=plan.target_video_length,
+            crops=True,
+        ),
+        load=lambda: checkpoint.load_surroundings(files, device=here, dtype=DTYPES[plan.precision]),
+    )
+    paths = encoder.encode([*raw, encoding.Raw(prompt=plan.negative_prompt)], told.on_encoded)
+    if here.type == "cuda":
+        torch.cuda.empty_cache()
+    text_len = checkpoint.transformer_sizes(files).text_len
+    return encoding.StoredExamples(
+        paths[:-1],
+        paths[-1],
+        text_len=text_len,
+        latent_shape=_latent_shape(plan, _vae_sizes(files)),
+    )
+
+
+def _vae_sizes(files: layout.ModelFiles) -> config.VAEConfig:
+    return config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+
+
+def _latent_shape(plan: course.Course, sizes: config.VAEConfig) -> tuple[int, int, int, int]:
+    with torch.device("meta"):
+        network = WanVAE(sizes)
+    return network.latent_shape(
+        num_frames=plan.target_video_length, height=plan.target_height, width=plan.target_width
+    )
+
+
+def _stamp(files: layout.ModelFiles) -> str:
+    """Names the encoders by size and time, so that other ones are not taken for them."""
+    read = (*files.text_encoder, *files.vae, *files.image_encoder)
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _trainer(
+    plan: course.Course,
+    files: layout.ModelFiles,
+    data: encoding.StoredExamples,
+    here: torch.device,
+) -> trainer.Trainer:
+    """Networks are read to the host one by one, and each is moved or spread before the next."""
+    dtype = DTYPES[plan.precision]
+
+    def start(who: str) -> nn.Module:
+        path = plan.student_start if who == "student" else None
+        read = files
+        if path is not None:
+            read = layout.find(files.root, transformer_file=path)
+        network = checkpoint.load_transformer(read, device="cpu", dtype=torch.float32)
+        if dtype == torch.bfloat16:
+            precision.compute_in_bf16(network)
+        return network
+
+    def prepare(network: nn.Module, switch: adapters.Switch | None) -> None:
+        if plan.how.gradient_checkpointing:
+            checkpointing.checkpoint_blocks(network, switch)
+        if processes.count() > 1:
+            sharding.shard(network, here.type)
+        else:
+            network.to(here)
+
+    teacher = checkpoint.load_transformer(files, device="cpu", dtype=dtype)
+    nets = roles.of_teacher(teacher, plan.how, start=start, prepare=prepare)
+    return trainer.Trainer(plan.how, nets=nets, data=data, device=here)
+
+
+def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:
+    saved = saving.complete(plan.output)
+    if saved:
+        saving.load(train, saved[-1])
+        told.on_note(f"going on from {saved[-1]}")
+
+
+@dataclass
+class _Probes:
+    """Writes probe videos; the autoencoder stays on the processor between them."""
+
+    plan: course.Course
+    files: layout.ModelFiles
+    here: torch.device
+    told: Told
+    vae: WanVAE | None = None
+
+    def write(self, updates: int, place: int, latents_BCTHW: Tensor) -> None:
+        """Of one prompt after so many updates: probes/update_000050_prompt_0.mp4."""
+        path = self.plan.output / "probes" / f"update_{updates:06}_prompt_{place}.mp4"
+        try:
+            self._write(path, latents_BCTHW)
+        except (OSError, errors.RushesError) as error:
+            self.told.on_note(f"no probe video {path.name}: {error}")
+
+    def _write(self, path: Path, latents_BCTHW: Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.vae is None:
+            self.vae = checkpoint.load_vae(self.files, device="cpu", dtype=torch.float32)
+        plan, vae = self.plan, self.vae.to(self.here)
+        with video.Mp4Writer(
+            path,
+            width=plan.target_width,
+            height=plan.target_height,
+            fps=plan.fps,
+            worker_settings=worker_settings_module.WorkerSettings(),
+        ) as writer:
+            with torch.inference_mode():
+                for frames_BCTHW in vae.decode_chunks(latents_BCTHW):
+                    writer.write(pipeline.to_uint8(frames_BCTHW))
+            writer.finish()
+        self.vae.to("cpu")
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """The first SIGTERM or Ctrl-C asks to stop after this update, a second Ctrl-C stops at once."""
+    asked = False
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def ask(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_preset(plan: course.Course, files: layout.ModelFiles, weights: Path) -> Path:
+    """A preset that renders what was exported, beside it."""
+    is_lora = plan.how.student.weights == "lora"
+    described = plan.description or f"Distilled from {plan.model}"
+    base: dict[str, Any] = {
+        "description": described[:200],
+        "task": plan.task,
+        "model_path": str(files.root.absolute()) if Path(plan.model).is_dir() else plan.model,
+        "target_width": plan.target_width,
+        "target_height": plan.target_height,
+        "target_video_length": plan.target_video_length,
+        "fps": plan.fps,
+    }
+    values = export.preset(base, plan.how, path=weights.absolute(), is_lora=is_lora)
+    path = plan.output / PRESET_FILE
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
