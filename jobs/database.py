@@ -25,7 +25,7 @@ R = TypeVar("R")
 SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for half a minute
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
-LATEST_TRY_SECONDS = 10.0  # after this no further try begins
+LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
@@ -104,8 +104,8 @@ class Database:
                     return change(session, *args, **kwargs)
             except DBAPIError as error:
                 # An address that swallows packets costs CONNECT_SECONDS each time.
-                is_late = time.monotonic() - began > LATEST_TRY_SECONDS
-                if wait is None or is_late or not (_may_heal(error) or _is_unreachable(error)):
+                is_early = time.monotonic() - began < LATEST_TRY_SECONDS
+                if wait is None or not (_may_heal(error) or (is_early and _is_unreachable(error))):
                     raise
                 log.warning("database.again", change=change.__name__, error=str(error.orig)[:200])
                 time.sleep(wait)

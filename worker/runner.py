@@ -72,18 +72,11 @@ class Runner:
         try:
             if self._lacks_room():
                 return
-            claim = self.db.write(
-                lifecycle.claim,
-                job_id,
-                worker=self.worker_settings.worker_name,
-                lease_seconds=self.config.lease_seconds,
-                max_running_per_owner=self.config.max_running_per_owner,
-            )
+            claim = self._claim(job_id)
         except DBAPIError as error:
             log.warning("claim.missed", job_id=job_id, error=str(error)[:300])
             return
         if claim is None:
-            log.info("claim.refused", job_id=job_id)
             return
         log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
         self.tally.renders += 1
@@ -106,6 +99,25 @@ class Runner:
         finally:
             self._report()
             self.bell.kick()
+
+    def _claim(self, job_id: int) -> lifecycle.Claim | None:
+        claim = self.db.write(
+            lifecycle.claim,
+            job_id,
+            worker=self.worker_settings.worker_name,
+            lease_seconds=self.config.lease_seconds,
+            max_running_per_owner=self.config.max_running_per_owner,
+        )
+        if claim is None:
+            # Perhaps by ourselves, a moment ago, on a connection that broke before we heard of
+            # it. We render nothing now: whatever runs under our name is forgotten.
+            released = self.db.write(
+                lifecycle.release_worker,
+                self.worker_settings.worker_name,
+                reason="its worker did not hear that it had claimed the job",
+            )
+            log.info("claim.refused", job_id=job_id, released=released)
+        return claim
 
     def _lacks_room(self) -> bool:
         """This host's fault, not the job's: it stays queued, and its message is sent again."""

@@ -2,14 +2,16 @@
 
 import itertools
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import event, make_url, select, text, update
+from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, lifecycle, settings
+from jobs import database, errors, lifecycle, patience, settings
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 
@@ -134,8 +136,22 @@ def behind(url: str, folder: Path) -> database.Database:
     )
 
 
+def watch_connects(monkeypatch: pytest.MonkeyPatch, seen: Callable[[], object]) -> None:
+    """Calls `seen` before each try to connect to PostgreSQL."""
+    connect = patience.PatientConnection.connect
+
+    def watched(*arguments: Any, **named: Any) -> patience.PatientConnection:
+        seen()
+        return connect(*arguments, **named)
+
+    monkeypatch.setattr(patience.PatientConnection, "connect", watched)
+
+
 def test_a_server_that_is_back_soon_costs_no_write(
-    postgres_world: World, postgres_database_url: str, tmp_path: Path
+    postgres_world: World,
+    postgres_database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While it starts anew it refuses connections: nothing was begun, so nothing is done twice."""
     socket, refused = tmp_path / "socket", threading.Event()
@@ -148,7 +164,7 @@ def test_a_server_that_is_back_soon_costs_no_write(
 
     coming = threading.Thread(target=come_back)
     coming.start()
-    event.listens_for(db.engine, "do_connect")(lambda *_: refused.set())
+    watch_connects(monkeypatch, refused.set)
     batch_id = postgres_world.submit()
     db.write(lifecycle.cancel_batch, batch_id)
     coming.join()
@@ -158,23 +174,26 @@ def test_a_server_that_is_back_soon_costs_no_write(
 
 
 def test_a_server_that_stays_away_is_told_soon(
-    postgres_world: World, postgres_database_url: str, tmp_path: Path
+    postgres_world: World,
+    postgres_database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     db = behind(postgres_database_url, tmp_path / "nowhere")
     runs: list[int] = []
-    event.listens_for(db.engine, "do_connect")(lambda *_: runs.append(1))
+    watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError):
         db.write(lifecycle.cancel_batch, "none")
     assert 1 < len(runs) <= database.WRITE_TRIES
 
 
 def test_a_server_that_answers_no_is_not_asked_again(
-    postgres_world: World, postgres_database_url: str
+    postgres_world: World, postgres_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unknown = make_url(postgres_database_url).set(database="no-such-database")
     db = database.Database(unknown.render_as_string(hide_password=False))
     runs: list[int] = []
-    event.listens_for(db.engine, "do_connect")(lambda *_: runs.append(1))
+    watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError, match="does not exist"):
         db.write(lifecycle.cancel_batch, "none")
     assert len(runs) == 1

@@ -44,8 +44,11 @@ def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[datab
 
 
 def test_a_forgotten_connection_to_postgresql_is_given_up_for_a_new_one(
-    through: database.Database, postgres_proxy: Proxy
+    through: database.Database, postgres_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However late that is found out."""
+    monkeypatch.setattr(database, "LATEST_TRY_SECONDS", 0.5)
+
     def ask(session: database.Session) -> int:
         return int(session.scalar(text("SELECT 7")) or 0)
 

@@ -132,7 +132,7 @@ class Host:
             db=self.db,
             bell=self.bell,
             renderer=rendering.Renderer(
-                config=self.config,
+                config=changes.get("config", self.config),
                 worker_settings=self.worker_settings,
                 device=self.warm.device,
                 components=networks or self.warm,

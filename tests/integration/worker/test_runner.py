@@ -115,6 +115,23 @@ def test_a_doubled_message_renders_nothing(host):
     assert len(host.waiting_publishes()) == 1
 
 
+def test_a_claim_that_was_never_heard_of_is_given_back_at_once(host):
+    """The connection broke after the commit: the claim tried again finds the job taken."""
+    job = host.submit()[0]
+    host.claim(job)
+    host.runner().run_attempt(job.id)
+    assert (host.job(job.id).state, host.job(job.id).crash_count) == (states.JobState.QUEUED, 0)
+    host.runner().run_attempt(job.id)
+    assert [attempt.state.value for attempt in host.attempts(job.id)] == ["released", "rendered"]
+
+
+def test_a_refused_claim_gives_nothing_of_another_worker_back(host):
+    job = host.submit()[0]
+    claim = host.db.write(lifecycle.claim, job.id, worker="cpu1@here", lease_seconds=60.0)
+    host.runner().run_attempt(job.id)
+    assert host.job(job.id).attempt_id == claim.attempt_id
+
+
 def test_a_message_for_a_job_that_is_gone_renders_nothing(host):
     host.runner().run_attempt(4711)
     assert leftovers(host) == []
