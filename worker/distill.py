@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -230,7 +231,7 @@ def _raw(row: readers.PromptRow, plan: course.Course, known: settings.Settings) 
 
     def read_again() -> Tensor:
         again = images.fetch(source, base=plan.prompts.parent, config=known)
-        return conditioning.from_pil(images.decode_rgb(again.data))
+        return torch.from_numpy(np.array(images.decode_rgb(again.data)))
 
     return encoding.Raw(prompt=row.prompt, image_key=fetched.sha256, image=read_again)
 
