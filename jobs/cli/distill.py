@@ -28,7 +28,7 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
 )
 @options.output
 def distill(config: Path, dry_run: bool, as_json: bool) -> int:
-    """Train a 4-step student from a model that needs many steps.
+    """Train a 4-step student from a many-step model.
 
     CONFIG says what: see docs/distillation.md and examples/distill. Goes on from the last
     checkpoint in its output folder. The first Ctrl-C stops after a checkpoint, the second at once.
