@@ -26,8 +26,15 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
     is_flag=True,
     help="Check the file and say what memory and time the training would take; no weights needed.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --dry-run: how many GPUs share the work.",
+)
 @options.output
-def distill(config: Path, dry_run: bool, as_json: bool) -> int:
+def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
     """Train a 4-step student from a many-step model.
 
     CONFIG says what: see docs/distillation.md and examples/distill. Goes on from the last
@@ -37,8 +44,11 @@ def distill(config: Path, dry_run: bool, as_json: bool) -> int:
     known = settings.load()
     plan = parts.READ_TRAINING.load()(config)
     if dry_run:
-        _tell_cost(parts.TRAINING_COST.load()(plan, known), as_json=as_json)
+        cost = parts.TRAINING_COST.load()(plan, known, processes=processes)
+        _tell_cost(cost, as_json=as_json)
         return exits.OK
+    if processes != 1:
+        raise click.UsageError("--processes is for --dry-run; torchrun starts several processes")
     with _shown(as_json=as_json) as told:
         done = parts.TRAIN.load()(plan, known, parts.TRAINING_LISTENER.load()(**told))
     if as_json:

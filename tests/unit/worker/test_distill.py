@@ -258,5 +258,6 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(write, known, tmp_path):
     assert cost["parameters"] == 1_418_996_800
     assert cost["device_bytes"] == sum(cost["static_bytes"].values()) + cost["activation_bytes"]
     assert not (tmp_path / "out").exists()
-    shown = rushes(write(model="tiny"), "--dry-run")
-    assert "per process" in shown.stdout
+    shown = rushes(write(model="tiny"), "--dry-run", "--processes", "8")
+    assert "processes        8\n" in shown.stdout
+    assert rushes(write(), "--processes", "8").exit_code == 2
