@@ -28,6 +28,10 @@ FIT = Part("worker.wanted", "fits")
 FIND_MODEL = Part("models.layout", "find")
 QUANTIZE = Part("models.quantized_files", "write", loads_torch=True)
 QUANTIZATION_SCHEME = Part("models.quantization", "Scheme", loads_torch=True)
+READ_TRAINING = Part("worker.distill", "read", loads_torch=True)
+TRAIN = Part("worker.distill", "run", loads_torch=True)
+TRAINING_COST = Part("worker.distill", "cost_of", loads_torch=True)
+TRAINING_LISTENER = Part("worker.distill", "Told", loads_torch=True)
 
 MAKE_TINY_MODEL = "models.tiny.make"
 """A module that is run as a program of its own."""
@@ -40,4 +44,8 @@ ALL = (
     FIND_MODEL,
     QUANTIZE,
     QUANTIZATION_SCHEME,
+    READ_TRAINING,
+    TRAIN,
+    TRAINING_COST,
+    TRAINING_LISTENER,
 )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -82,12 +83,8 @@ def read(path: Path) -> course.Course:
         raise errors.RushesError(str(error)) from error
 
 
-def cost_of(plan: course.Course, known: settings.Settings) -> cost.Cost:
-    """What the training takes, counted without its weights; only config files are read.
-
-    For as many processes as torchrun started, by default one.
-    """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) -> cost.Cost:
+    """What the training takes of each of so many processes; only config files are read."""
     try:
         sizes, vae_sizes = _sizes(plan, known)
         shape = _latent_shape(plan, vae_sizes)
@@ -96,7 +93,7 @@ def cost_of(plan: course.Course, known: settings.Settings) -> cost.Cost:
             shape,
             plan.how,
             student_updates=plan.student_updates,
-            processes=count,
+            processes=processes,
             dtype=DTYPES[plan.precision],
         )
     except (model_errors.CheckpointError, OSError, ValueError) as error:
@@ -230,7 +227,7 @@ def _raw(row: readers.PromptRow, plan: course.Course, known: settings.Settings) 
 
     def read_again() -> Tensor:
         again = images.fetch(source, base=plan.prompts.parent, config=known)
-        return conditioning.from_pil(images.decode_rgb(again.data))
+        return torch.from_numpy(np.array(images.decode_rgb(again.data)))
 
     return encoding.Raw(prompt=row.prompt, image_key=fetched.sha256, image=read_again)
 

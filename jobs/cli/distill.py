@@ -1,6 +1,5 @@
 """`rushes distill`."""
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import settings
+from jobs import parts, settings
 from jobs.cli import exits, options, output
 
 if TYPE_CHECKING:
@@ -27,21 +26,31 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
     is_flag=True,
     help="Check the file and say what memory and time the training would take; no weights needed.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --dry-run: how many GPUs share the work.",
+)
 @options.output
-def distill(config: Path, dry_run: bool, as_json: bool) -> int:
-    """Train a 4-step student from a model that needs many steps.
+def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
+    """Train a 4-step student from a many-step model.
 
-    CONFIG says what: see docs/distillation.md and configs/distill-training. Goes on from the last
+    CONFIG says what: see docs/distillation.md and examples/distill. Goes on from the last
     checkpoint in its output folder. The first Ctrl-C stops after a checkpoint, the second at once.
     On several GPUs: torchrun --nproc-per-node N --no-python rushes distill CONFIG.
     """
-    # By name: `jobs` must not know `worker`, which stands above it.
-    training: Any = importlib.import_module("worker.distill")
-    plan = training.read(config)
+    known = settings.load()
+    plan = parts.READ_TRAINING.load()(config)
     if dry_run:
-        return _tell_cost(training.cost_of(plan, settings.load()), as_json=as_json)
+        cost = parts.TRAINING_COST.load()(plan, known, processes=processes)
+        _tell_cost(cost, as_json=as_json)
+        return exits.OK
+    if processes != 1:
+        raise click.UsageError("--processes is for --dry-run; torchrun starts several processes")
     with _shown(as_json=as_json) as told:
-        done = training.run(plan, settings.load(), training.Told(**told))
+        done = parts.TRAIN.load()(plan, known, parts.TRAINING_LISTENER.load()(**told))
     if as_json:
         output.emit(
             {
@@ -62,10 +71,10 @@ def distill(config: Path, dry_run: bool, as_json: bool) -> int:
     return exits.OK
 
 
-def _tell_cost(cost: Any, *, as_json: bool) -> int:
+def _tell_cost(cost: Any, *, as_json: bool) -> None:
     if as_json:
         output.emit({**asdict(cost), "device_bytes": cost.device_bytes})
-        return exits.OK
+        return
     trained = ", ".join(f"{name} {count:,}" for name, count in cost.trained_parameters.items())
     memory = [(name, output.size(count)) for name, count in cost.static_bytes.items()]
     rates = [
@@ -87,7 +96,6 @@ def _tell_cost(cost: Any, *, as_json: bool) -> int:
         ]
     )
     output.note("counted, not measured: workspace of kernels and of the device come on top")
-    return exits.OK
 
 
 Told = dict[str, Callable[..., None]]

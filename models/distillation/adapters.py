@@ -34,8 +34,11 @@ class Adapter(nn.Module):
 
     def __init__(self, layer: nn.Linear, tuning: method.Tuning, generator: torch.Generator) -> None:
         super().__init__()
-        device = layer.weight.device
-        down_RI = torch.randn(tuning.rank, layer.in_features, generator=generator) / tuning.rank
+        device, shape = layer.weight.device, (tuning.rank, layer.in_features)
+        if device.type == "meta":  # to be counted
+            down_RI = torch.empty(shape, device=device)
+        else:
+            down_RI = torch.randn(shape, generator=generator) / tuning.rank
         self.down = nn.Parameter(down_RI.to(device))
         self.up = nn.Parameter(torch.zeros(layer.out_features, tuning.rank, device=device))
         self.scale = tuning.scale

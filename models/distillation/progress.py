@@ -37,9 +37,9 @@ def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
     while train.updates < plan.student_updates:
         update = train.step()
         is_last = train.updates == plan.student_updates
-        stops = processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
         if processes.is_first():
             _tell(update, lines, watcher)
+        stops = processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
         if is_last or stops or train.updates % plan.save_every == 0:
             _save(train, plan, watcher, must_succeed=is_last or stops)
         if plan.probe_every and (is_last or train.updates % plan.probe_every == 0):

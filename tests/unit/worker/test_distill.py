@@ -1,0 +1,263 @@
+"""`rushes distill` from its file to a video of the student, on the tiny model."""
+
+import csv
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from jobs import cli, errors, presets
+from jobs import settings as job_settings
+from models.distillation import export, saving
+from models.tiny import make
+from worker import components, distill, pipeline, video
+
+TRAINING = {
+    "model": "tiny",
+    "prompts": "prompts.txt",
+    "output": "out",
+    "negative_prompt": "grey",
+    "target_width": 32,
+    "target_height": 16,
+    "target_video_length": 5,
+    "fps": 8,
+    "student_updates": 2,
+    "save_every": 1,
+    "probe_every": 2,
+    "probes": 1,
+    "precision": "fp32",
+    "ratio": 1,
+    "ema": 0.5,
+    "ema_start": 0,
+    "student": {"learning_rate": 1e-3},
+    "critic": {"learning_rate": 1e-3},
+}
+LORA = {
+    "student": {"weights": "lora", "rank": 2, "learning_rate": 1e-2},
+    "critic": {"weights": "lora", "rank": 2, "learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory):
+    """`tiny` and `tiny_i2v`. Not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    make.make(folder / "tiny")
+    make.make(folder / "tiny_i2v", task=make.TASKS["i2v"])
+    return folder
+
+
+@pytest.fixture
+def known(models_dir, monkeypatch):
+    monkeypatch.setenv("RUSHES_MODELS_DIR", str(models_dir))
+    monkeypatch.setenv("RUSHES_X264_PRESET", "ultrafast")
+    monkeypatch.setenv("RUSHES_DEVICE", "cpu")
+    return job_settings.load()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(ratio=2)`: a training's file with what the test wants changed, and its prompts."""
+
+    def of(**changes):
+        (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
+        path = tmp_path / "training.json"
+        path.write_text(json.dumps({**TRAINING, **changes}))
+        return path
+
+    return of
+
+
+@pytest.fixture
+def run(known):
+    """`run(path)` -> (Done, what was told)"""
+
+    def of(path, *, on_update=lambda _update, _count: None):
+        notes = []
+        told = distill.Told(
+            on_stage=notes.append,
+            on_encoded=lambda _done, _count: None,
+            on_update=on_update,
+            on_note=notes.append,
+        )
+        return distill.run(distill.read(path), known, told), notes
+
+    return of
+
+
+def rendered(preset_path, known, cpu, *, image=None):
+    """What a worker makes of the preset that a training wrote."""
+    look = presets.load(str(preset_path)).look
+    warm = components.Components(models_dir=known.models_dir, home=known.home, device=cpu)
+    spec = presets.RenderSpec(
+        look=look,
+        prompt="a red circle",
+        negative_prompt=None,
+        seed=3,
+        image_key=None if image is None else "inputs/image",
+    )
+    return pipeline.make_latents(
+        spec,
+        warm.model_for(look),
+        device=cpu,
+        timings=pipeline.Timings(device=cpu),
+        reached=lambda *_: None,
+        image_HWC=image,
+    )
+
+
+def test_a_complete_student_is_trained_exported_and_rendered(write, run, known, cpu, tmp_path):
+    done, _ = run(write())
+    out = tmp_path / "out"
+    assert done == distill.Done(
+        updates=2, weights=out / export.FULL_FILE, preset=out / distill.PRESET_FILE
+    )
+    of_student = rendered(done.preset, known, cpu)
+    preset = json.loads(done.preset.read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**preset, "dit_original_ckpt": ""}))
+    of_tiny = rendered(tmp_path / "other.json", known, cpu)
+    assert of_student.isfinite().all()
+    assert not torch.equal(of_student, of_tiny)
+    with (out / "metrics.csv").open() as stream:
+        assert [row["number"] for row in csv.DictReader(stream)] == ["1", "2"]
+    probe = video.probe(out / "probes" / "update_000002_prompt_0.mp4")
+    assert (probe.width, probe.height, probe.num_frames, probe.fps) == (32, 16, 5, 8.0)
+
+
+def test_a_lora_for_images_is_trained_exported_and_rendered(write, run, known, cpu, tmp_path):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    rows = [{"prompt": f"a circle, {number}", "image": "red.png"} for number in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done, _ = run(write(model="tiny_i2v", task="i2v", prompts="rows.jsonl", **LORA))
+    assert done.weights == tmp_path / "out" / export.LORA_FILE
+    look = presets.load(str(done.preset)).look
+    assert (look.task, look.base, len(look.loras)) == ("i2v", "original", 1)
+    image = torch.full((30, 40, 3), 200, dtype=torch.uint8)
+    assert rendered(done.preset, known, cpu, image=image).isfinite().all()
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(write, run, tmp_path):
+    straight, _ = run(write(output="straight", student_updates=3))
+
+    def stop(update, _count):
+        if update.number == 1:
+            signal_self()
+
+    stopped, _ = run(write(output="stopped", student_updates=3), on_update=stop)
+    assert stopped == distill.Done(updates=1, weights=None, preset=None)
+    resumed, notes = run(write(output="stopped", student_updates=3))
+    assert any("going on from" in note for note in notes)
+    assert resumed.weights.read_bytes() == straight.weights.read_bytes()
+    with (tmp_path / "stopped" / "metrics.csv").open() as stream:
+        assert [row["number"] for row in csv.DictReader(stream)] == ["1", "2", "3"]
+
+
+def signal_self():
+    import signal
+
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_prompts_are_encoded_once(write, run, tmp_path, monkeypatch):
+    run(write(student_updates=1))
+    files = sorted((tmp_path / "out" / "examples").iterdir())
+    assert len(files) == 3 + 1  # and the negative prompt
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("the encoders are loaded again")
+
+    monkeypatch.setattr(distill.checkpoint, "load_surroundings", refuse)
+    run(write(student_updates=2))
+    assert sorted((tmp_path / "out" / "examples").iterdir()) == files
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
+    write, run, monkeypatch
+):
+    real, calls = saving.save, []
+
+    def fails_at_first(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise saving.SavingError(arguments[1], "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(saving, "save", fails_at_first)
+    done, notes = run(write())
+    assert done.updates == 2
+    assert any("No space left on device; the training goes on" in note for note in notes)
+
+    def always_fails(*arguments, **_options):
+        raise saving.SavingError(arguments[1], "No space left on device")
+
+    monkeypatch.setattr(saving, "save", always_fails)
+    with pytest.raises(errors.RushesError, match="No space left on device"):
+        run(write(output="other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "gone"}, "expected a model folder"),
+        ({"model": "tiny_i2v"}, "does not fit the task"),
+        ({"prompts": "gone.txt"}, "gone.txt"),
+        ({"prompts": "bad.jsonl"}, r"bad.jsonl: line 2: unknown key"),
+        ({"prompts": "images.jsonl"}, 'line 1: image: the task is "t2v"'),
+        ({"task": "i2v", "model": "tiny_i2v"}, "image is missing"),
+        ({"student_start": "gone.safetensors"}, "gone.safetensors"),
+        ({"student": {"weights": "lora", "targets": ["qq"]}}, "'qq' is none"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(write, run, tmp_path, changes, told):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    (tmp_path / "images.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n')
+    with pytest.raises(errors.RushesError, match=told):
+        run(write(**changes))
+
+
+def test_another_method_is_not_continued_with(write, run):
+    run(write(student_updates=1))
+    with pytest.raises(errors.RushesError, match=r"ratio was 1, now 3.*another output"):
+        run(write(ratio=3))
+
+
+# The command line.
+
+
+def rushes(*arguments):
+    return CliRunner().invoke(cli.main, ["distill", *map(str, arguments)])
+
+
+def test_the_command_trains_and_says_what_to_do_next(write, known, tmp_path):
+    result = rushes(write(student_updates=1), "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    out = tmp_path / "out"
+    assert told == {
+        "updates": 1,
+        "weights": str(out / export.FULL_FILE),
+        "preset": str(out / distill.PRESET_FILE),
+    }
+    again = rushes(write(student_updates=1))
+    assert f"--preset {out / distill.PRESET_FILE}" in again.stdout
+
+
+def test_a_bad_file_is_one_line_and_no_traceback(write, known):
+    result = rushes(write(guidence=3))
+    assert result.exit_code == 1
+    assert "unknown key guidence: did you mean guidance?" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(write, known, tmp_path):
+    result = rushes(write(model="Wan2.1-T2V-1.3B"), "--dry-run", "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    cost = json.loads(result.stdout)
+    assert cost["parameters"] == 1_418_996_800
+    assert cost["device_bytes"] == sum(cost["static_bytes"].values()) + cost["activation_bytes"]
+    assert not (tmp_path / "out").exists()
+    shown = rushes(write(model="tiny"), "--dry-run", "--processes", "8")
+    assert "processes        8\n" in shown.stdout
+    assert rushes(write(), "--processes", "8").exit_code == 2
