@@ -43,6 +43,10 @@ class InputImages:
             data = Path(self._folder.name, image.sha256).read_bytes()
             assert images.store_once(self.store, replace(image, data=data)) == key
         self._fetched.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Safe to call twice."""
         self._folder.cleanup()
 
     def resolve(self, source: str) -> InputImage | str:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -165,6 +166,12 @@ def open_store(values: settings.Settings) -> ObjectStore:
         bucket, prefix = _bucket_of(parts)
         return S3Store(bucket, prefix, options=_options(values))
     raise _bad_url(f"got {_shown(parts)}")
+
+
+@functools.lru_cache(maxsize=8)  # a client takes a tenth of a second to make
+def open_bucket(values: settings.Settings, bucket: str) -> ObjectStore:
+    """Any bucket, with the keys and at the endpoint of the results."""
+    return open_store(values.model_copy(update={"results_url": f"s3://{bucket}"}))
 
 
 class FolderStore:

@@ -2,12 +2,16 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
 
-from jobs import beat, database, dispatch, logs, parts, result_writer, settings
+from jobs import beat, database, dispatch, firing, logs, parts, result_writer, settings
 from jobs.cli import connections, exits, output
+
+THREAD_SECONDS = 10.0  # a schedule that is being made when we are told to stop
 
 _devices = click.option(
     "--devices",
@@ -24,8 +28,8 @@ _devices = click.option(
 def dispatcher(check: bool) -> int:
     """Hand queued jobs to the workers.
 
-    Also ends the attempts of lost workers and writes the result files of finished batches. Any
-    number of dispatchers may run. Stops on SIGTERM and SIGINT.
+    Also ends the attempts of lost workers, writes the result files of finished batches, and submits
+    the batches of schedules. Any number of dispatchers may run. Stops on SIGTERM and SIGINT.
     """
     config = settings.load()
     if check:
@@ -39,8 +43,32 @@ def dispatcher(check: bool) -> int:
     # A thread: a million lines take a minute, and the next jobs are to be sent meanwhile. It is
     # not waited for: what it began is written again by whoever looks next.
     threading.Thread(target=writer.run, args=(stop,), name="results", daemon=True).start()
-    _Beating(config, db=db, writer=writer).run(stop)
+    with _clockwork(config, db, stop):
+        _Beating(config, db=db, writer=writer).run(stop)
     return exits.OK
+
+
+@contextmanager
+def _clockwork(
+    config: settings.Settings, db: database.Database, stop: threading.Event
+) -> Iterator[None]:
+    """Schedules in a thread of their own: a large prompt file must not hold up the workers."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            firing.Clockwork(config, db=db).run(stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()  # without schedules this is half a dispatcher: whoever started it, restarts
+
+    thread = threading.Thread(target=run, name="schedules", daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join(THREAD_SECONDS)
+    if failures:
+        raise failures[0]
 
 
 class _Beating(dispatch.Dispatcher):

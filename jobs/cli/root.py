@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "retry": Lazy("changes", "retry", "Queue failed or cancelled jobs again."),
         "logs": Lazy("story", "logs", "Tell what happened to a batch or a job."),
         "download": Lazy("fetch", "download_batch", "Fetch the finished videos of a batch."),
+        "schedule": Lazy("schedule_commands", "schedule", "Submit batches by a cron rule."),
         "presets": Lazy("preset_commands", "presets", "List the presets, or show one."),
     },
     "Machines": {
@@ -67,6 +68,8 @@ OTHER_NAMES = {
     "stop": "cancel",
     "rm": "cancel",
     "scheduler": "dispatcher",
+    "cron": "schedule",
+    "schedules": "schedule",
     "init": "migrate",
     "start": "up",
 }

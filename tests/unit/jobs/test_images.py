@@ -225,7 +225,7 @@ class TestS3:
             asked.append(config.results_url)
             return Bucket(tmp_path / "bucket")
 
-        images._store_of_bucket.cache_clear()
+        storage.open_bucket.cache_clear()
         monkeypatch.setattr(storage, "open_store", open_store)
         (tmp_path / "bucket" / "in").mkdir(parents=True)
         (tmp_path / "bucket" / "in" / "a?b#c.png").write_bytes(PNG)
@@ -265,7 +265,7 @@ class TestS3:
     def test_a_failing_store_is_told_from_a_wrong_name(
         self, fetch, monkeypatch, tmp_path, failure, wanted
     ):
-        images._store_of_bucket.cache_clear()
+        storage.open_bucket.cache_clear()
         error = failure("s3://films/a", "it says no")
         monkeypatch.setattr(storage, "open_store", lambda config: Bucket(tmp_path, error))
         with pytest.raises(wanted, match="it says no"):
@@ -273,7 +273,7 @@ class TestS3:
 
 
 def test_a_bad_bucket_name_is_told(refusal):
-    images._store_of_bucket.cache_clear()
+    storage.open_bucket.cache_clear()
     assert "no bucket name in" in refusal("s3://a*b/c")
 
 
