@@ -216,6 +216,12 @@ def fetch(
     """
     shown = _shown(source)
     data = _read(source, shown, base=base, config=config, limits=limits, network=network)
+    return examine(data, shown, limits=limits)
+
+
+def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage:
+    """Check an image that is here already; `shown` is what people call it. ImageUnusable."""
+    _within(data, shown, limits)
     with _decoded(data, shown, limits) as image:
         width, height = image.size
         if _orientation(image) in ON_ITS_SIDE:

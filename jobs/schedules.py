@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, true
 from sqlalchemy.orm import Session
 
 from jobs import cron, database, errors, presets, readers, states, submission, templates
@@ -124,12 +124,13 @@ def rule_of(schedule: Schedule) -> cron.Rule:
     return cron.parse(schedule.cron, schedule.zone)
 
 
-def find(session: Session, name: str, *, lock: bool = False) -> Schedule:
-    """NotFound names a similar one."""
-    statement = select(Schedule).where(Schedule.name == name.replace("\0", ""))
+def find(session: Session, name: str, *, lock: bool = False, owner: str | None = None) -> Schedule:
+    """NotFound names a similar one. With `owner`, those of others are not there."""
+    is_visible = Schedule.owner == owner if owner is not None else true()
+    statement = select(Schedule).where(Schedule.name == name.replace("\0", ""), is_visible)
     schedule = session.scalar(statement.with_for_update() if lock else statement)
     if schedule is None:
-        names = session.scalars(select(Schedule.name).order_by(Schedule.name)).all()
+        names = session.scalars(select(Schedule.name).where(is_visible)).all()
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`rushes schedule list` shows them"
         raise errors.NotFound(f"no schedule {name!r}: {hint}")

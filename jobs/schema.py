@@ -324,3 +324,57 @@ class Firing(Base):
     """Why there is no batch."""
 
     __table_args__ = (UniqueConstraint("schedule_id", "fire_at"),)
+
+
+class ApiToken(Base):
+    """What a program shows to the web service. The token itself is nowhere: only its hash."""
+
+    __tablename__ = "api_tokens"
+
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    owner: Mapped[str] = mapped_column(String(200))
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    secret_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
+    """To the minute."""
+
+
+class StoredFile(Base):
+    """A file that somebody uploaded: a prompt file or an image. Its bytes lie in the store."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    purpose: Mapped[str] = mapped_column(String(40))
+    name: Mapped[str]
+    key: Mapped[str]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class ApiRequest(Base):
+    """What one of the compatible APIs calls a batch: its id there, and what was asked for."""
+
+    __tablename__ = "api_requests"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    api: Mapped[str] = mapped_column(String(20))
+    owner: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str] = mapped_column(String(200))
+    """Unique for an owner of one API; some clients choose it themselves."""
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"), index=True)
+    """None: it was refused, and `body` says why."""
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("api", "owner", "name"),
+        {"sqlite_autoincrement": True},
+    )

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +12,7 @@ import click
 from jobs import beat, database, dispatch, firing, logs, parts, result_writer, settings
 from jobs.cli import connections, exits, output
 
+CHECK_SECONDS = 10.0
 THREAD_SECONDS = 10.0  # a schedule that is being made when we are told to stop
 
 _devices = click.option(
@@ -132,14 +134,47 @@ def worker(devices: str, check: bool) -> int:
 def up(devices: str) -> int:
     """Run everything on this machine.
 
-    Database, Redis, results store, dispatcher and workers; no Docker, no root. Other `rushes`
-    commands find it through RUSHES_HOME. Ctrl-C stops it, and nothing is lost.
+    Database, Redis, results store, dispatcher, workers and HTTP API; no Docker, no root. Other
+    `rushes` commands find it through RUSHES_HOME. Ctrl-C stops it, and nothing is lost.
     """
     config = settings.load()
     logs.configure(config)
     from jobs import standalone
 
     return standalone.up(config, devices=devices, say=output.line)
+
+
+@click.command()
+@click.option("--host", metavar="ADDRESS", help="Default: RUSHES_WEB_HOST, 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
+@click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
+@click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
+def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:
+    """Serve the HTTP API.
+
+    On loopback, for one person and without tokens; on any other address with tokens only. Stops on
+    SIGTERM and SIGINT.
+    """
+    config = settings.load(web_host=host, web_port=port, web_require_token=require_token)
+    if check:
+        return _told_answer(config.web_port)
+    connections.open_database(config)
+    logs.configure(config)
+    from jobs.web import server  # takes its time to import
+
+    server.run(config, say=output.line)
+    return None
+
+
+def _told_answer(port: int) -> int:
+    address = f"http://localhost:{port}/healthz"
+    try:
+        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):
+            output.line("it answers")
+            return exits.OK
+    except OSError as error:
+        output.note(f"{address}: {error}")
+        return exits.ERROR
 
 
 @click.command()

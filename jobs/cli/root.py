@@ -40,6 +40,8 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
     "Machines": {
         "up": Lazy("processes", "up", "Run everything on this machine."),
         "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
+        "web": Lazy("processes", "web", "Serve the HTTP API."),
+        "token": Lazy("token_commands", "token", "Manage the tokens of the HTTP API."),
         "worker": Lazy("processes", "worker", "Render: one process per device."),
         "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
         "workers": Lazy("system", "workers", "List the workers and what they render."),
@@ -72,6 +74,9 @@ OTHER_NAMES = {
     "schedules": "schedule",
     "init": "migrate",
     "start": "up",
+    "serve": "web",
+    "server": "web",
+    "api": "web",
 }
 """What the same thing is called in other tools."""
 

@@ -5,8 +5,20 @@ from typing import Any, get_args
 
 import click
 
-from jobs import database, errors, firing, presets, readers, schedules, settings, states, submission
-from jobs.cli import bell, connections, options, output, shapes
+from jobs import (
+    bell,
+    database,
+    errors,
+    firing,
+    presets,
+    readers,
+    schedules,
+    settings,
+    shapes,
+    states,
+    submission,
+)
+from jobs.cli import connections, options, output
 from jobs.schema import Batch, Firing, Schedule
 
 COMING = 5

@@ -1,9 +1,9 @@
-"""What `--output json` prints. docs/cli.md names every key; keys are added, never renamed."""
+"""What `--output json` prints and the web service answers. Keys are added, never renamed."""
 
 from datetime import datetime, timedelta
 from typing import Any
 
-from jobs import queries, states, storage
+from jobs import queries, states, storage, watch
 from jobs.schema import Attempt, Batch, Firing, Job, Refusal, Schedule
 
 LINK_SECONDS = 24 * 3600
@@ -43,6 +43,14 @@ def progress(found: queries.Progress) -> dict[str, Any]:
     }
 
 
+def snapshot(found: watch.Snapshot) -> dict[str, Any]:
+    return progress(found.progress) | {
+        "now": found.now,
+        "running": [running_job(row, held, now=found.now) for row, held in found.running],
+        "queues_without_workers": list(found.idle_queues),
+    }
+
+
 def running_job(job: Job, attempt: Attempt, *, now: datetime) -> dict[str, Any]:
     return {
         "job_id": job.id,
@@ -65,6 +73,22 @@ def failed_job(job: Job) -> dict[str, Any]:
         "position": job.position,
         "custom_id": job.custom_id,
         "error": error(job),
+    }
+
+
+def job_line(row: Job) -> dict[str, Any]:
+    """A job in a list."""
+    return {
+        "job_id": row.id,
+        "position": row.position,
+        "custom_id": row.custom_id,
+        "state": row.state,
+        "prompt": row.prompt,
+        "seed": row.seed,
+        "metadata": row.meta,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+        "error": error(row),
     }
 
 
