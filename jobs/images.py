@@ -10,7 +10,6 @@ and a file must not be larger, in bytes or pixels, than an image is.
 import base64
 import binascii
 import contextlib
-import functools
 import hashlib
 import http.client
 import io
@@ -217,6 +216,12 @@ def fetch(
     """
     shown = _shown(source)
     data = _read(source, shown, base=base, config=config, limits=limits, network=network)
+    return examine(data, shown, limits=limits)
+
+
+def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage:
+    """Check an image that is here already; `shown` is what people call it. ImageUnusable."""
+    _within(data, shown, limits)
     with _decoded(data, shown, limits) as image:
         width, height = image.size
         if _orientation(image) in ON_ITS_SIDE:
@@ -358,7 +363,7 @@ def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings)
     if not source[2:].startswith("://") or not bucket or not key:
         raise ImageUnusable(shown, "must be s3://bucket/key")
     try:
-        store = _store_of_bucket(config, bucket)
+        store = storage.open_bucket(config, bucket)
         head = store.head(key)
         if head is None:
             raise ImageUnusable(shown, "there is no such object")
@@ -372,12 +377,6 @@ def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings)
     except errors.InvalidInput as error:
         problem = "; ".join(problem.message for problem in error.problems)
         raise ImageUnusable(shown, f"must be s3://bucket/key: {problem}") from None
-
-
-@functools.lru_cache(maxsize=8)  # a client takes a tenth of a second to make
-def _store_of_bucket(config: settings.Settings, bucket: str) -> storage.ObjectStore:
-    """Any bucket, with the keys and at the endpoint of the results."""
-    return storage.open_store(config.model_copy(update={"results_url": f"s3://{bucket}"}))
 
 
 # https

@@ -31,19 +31,24 @@ class InputImages:
     _known: dict[str, InputImage | str] = field(default_factory=dict)
     _fetched: dict[str, images.FetchedImage] = field(default_factory=dict)
     """By key; `data` lies in the folder instead."""
-    _folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rushes-images-")
-    )
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+    """Made for the first of them; `close` removes it."""
 
     def upload(self) -> None:
         """Lay all of them into the store, once the whole file was found good."""
         if self.store is None:
             return
         for key, image in self._fetched.items():
-            data = Path(self._folder.name, image.sha256).read_bytes()
+            data = self._path(image).read_bytes()
             assert images.store_once(self.store, replace(image, data=data)) == key
         self._fetched.clear()
-        self._folder.cleanup()
+        self.close()
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def resolve(self, source: str) -> InputImage | str:
         """The checked image, or why it cannot be used."""
@@ -54,12 +59,21 @@ class InputImages:
             self._known[name] = self._fetch(source)
         return self._known[name]
 
+    def _path(self, image: images.FetchedImage) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="rushes-images-")
+        return Path(self._folder.name, image.sha256)
+
+    def read(self, source: str) -> images.FetchedImage:
+        """ImageError."""
+        return images.fetch(source, base=self.base, config=self.config)
+
     def _fetch(self, source: str) -> InputImage | str:
         try:
-            found = images.fetch(source, base=self.base, config=self.config)
+            found = self.read(source)
         except images.ImageError as error:
             return str(error)
         if self.store is not None and found.key not in self._fetched:
-            Path(self._folder.name, found.sha256).write_bytes(found.data)
+            self._path(found).write_bytes(found.data)
             self._fetched[found.key] = replace(found, data=b"")
         return InputImage(key=found.key, width=found.width, height=found.height)

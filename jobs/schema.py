@@ -270,3 +270,111 @@ class Refusal(Base):
     """In a row: the wait grows with them."""
     since: Mapped[datetime]
     until: Mapped[datetime]
+
+
+class Schedule(Base):
+    """A cron rule that submits a batch at each of its fire times. See `schedules`."""
+
+    __tablename__ = "schedules"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    owner: Mapped[str] = mapped_column(String(200), server_default="", default="")
+    cron: Mapped[str] = mapped_column(String(200))
+    zone: Mapped[str] = mapped_column(String(100))
+    misfire: Mapped[states.Misfire] = mapped_column(_enum(states.Misfire))
+    catch_up: Mapped[int] = mapped_column(default=1)
+    """Missed firings that are made up for, with `Misfire.CATCH_UP`."""
+    overlap: Mapped[states.Overlap] = mapped_column(_enum(states.Overlap))
+    prompts: Mapped[str | None]
+    """The prompt file itself, as it was when the schedule was added; or None, and"""
+    prompts_url: Mapped[str | None]
+    """where it lies, to be read at each firing."""
+    format: Mapped[str] = mapped_column(String(10))
+    lists: Mapped[dict[str, Any]]
+    """Name -> items: variables that take the next item at each firing."""
+    preset: Mapped[str]
+    look: Mapped[dict[str, Any]]
+    """The preset's look when the schedule was added."""
+    options: Mapped[dict[str, Any]]
+    """Of `submission.Options`: priority and so on."""
+    created_at: Mapped[datetime]
+    paused_at: Mapped[datetime | None]
+    next_fire_at: Mapped[datetime | None] = mapped_column(index=True)
+    """None while it is paused, and when no time is left."""
+    busy_until: Mapped[datetime | None]
+    """Until then a dispatcher is at it; a courtesy, which nothing relies on."""
+    counter: Mapped[int] = mapped_column(default=0)
+    """Batches made."""
+
+
+class Firing(Base):
+    """What became of one fire time of a schedule. Written with its batch, in one transaction."""
+
+    __tablename__ = "firings"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    schedule_id: Mapped[int] = mapped_column(ForeignKey("schedules.id"))
+    fire_at: Mapped[datetime]
+    state: Mapped[states.FiringState] = mapped_column(_enum(states.FiringState))
+    is_manual: Mapped[bool] = mapped_column(Boolean, default=False)
+    created_at: Mapped[datetime]
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"), index=True)
+    reason: Mapped[str | None]
+    """Why there is no batch."""
+
+    __table_args__ = (UniqueConstraint("schedule_id", "fire_at"),)
+
+
+class ApiToken(Base):
+    """What a program shows to the web service. The token itself is nowhere: only its hash."""
+
+    __tablename__ = "api_tokens"
+
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    owner: Mapped[str] = mapped_column(String(200))
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    secret_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]
+    """To the minute."""
+
+
+class StoredFile(Base):
+    """A file that somebody uploaded: a prompt file or an image. Its bytes lie in the store."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    purpose: Mapped[str] = mapped_column(String(40))
+    name: Mapped[str]
+    key: Mapped[str]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class ApiRequest(Base):
+    """What one of the compatible APIs calls a batch: its id there, and what was asked for."""
+
+    __tablename__ = "api_requests"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    api: Mapped[str] = mapped_column(String(20))
+    owner: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str] = mapped_column(String(200))
+    """Unique for an owner of one API; some clients choose it themselves."""
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"), index=True)
+    """None: it was refused, and `body` says why."""
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("api", "owner", "name"),
+        {"sqlite_autoincrement": True},
+    )

@@ -8,6 +8,7 @@ the default.
 import getpass
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -200,6 +201,54 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
         description="A stopping worker may finish its job for this long, then gives it back.",
     )
+    default_preset: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_DEFAULT_PRESET"),
+        description="For requests to the compatible APIs that name no preset of ours.",
+    )
+    default_image_preset: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_DEFAULT_IMAGE_PRESET"),
+        description="The same for requests with an image.",
+    )
+    web_host: str = Field(
+        "127.0.0.1",
+        validation_alias=AliasChoices("RUSHES_WEB_HOST"),
+        description="Address that the web service listens on; others than loopback need tokens.",
+    )
+    web_port: int = Field(
+        8000,
+        ge=1,
+        le=65_535,
+        validation_alias=AliasChoices("RUSHES_WEB_PORT"),
+        description="Port of the web service.",
+    )
+    web_require_token: bool = Field(
+        False,
+        validation_alias=AliasChoices("RUSHES_WEB_REQUIRE_TOKEN"),
+        description="Ask for a token on loopback too, as behind a proxy.",
+    )
+    web_names: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_WEB_NAMES"),
+        description="Host names under which the service on loopback is reached, with commas.",
+    )
+    web_cors_origins: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_WEB_CORS_ORIGINS"),
+        description="Origins of web pages that may call the service, with commas.",
+    )
+    web_rate: str = Field(
+        "600/minute",
+        validation_alias=AliasChoices("RUSHES_WEB_RATE"),
+        description="Requests per token, or per address without one; `off` for no limit.",
+    )
+    web_max_bytes: int = Field(
+        256 << 20,
+        ge=1 << 20,
+        validation_alias=AliasChoices("RUSHES_WEB_MAX_BYTES"),
+        description="Largest request, in bytes.",
+    )
     log_level: str = Field(
         "INFO",
         validation_alias=AliasChoices("LOG_LEVEL"),
@@ -224,6 +273,13 @@ class Settings(BaseSettings):
     def _printable(cls, value: str) -> str:
         if not value.isprintable():
             raise ValueError("must be printable")
+        return value
+
+    @field_validator("web_rate")
+    @classmethod
+    def _known_rate(cls, value: str) -> str:
+        if not re.fullmatch(r"off|[1-9][0-9]{0,8}/(second|minute|hour|day)", value):
+            raise ValueError(f"must be such as 600/minute, or off, got {value!r}")
         return value
 
     def model_post_init(self, _context: object) -> None:

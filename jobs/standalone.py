@@ -1,9 +1,11 @@
 """`rushes up`: everything on this machine, without Docker and without root, until Ctrl-C."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -100,7 +102,7 @@ def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str],
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    with running(config, devices=devices, hurry=hurry, say=say) as farm:
+    with running(config, devices=devices, hurry=hurry, say=say, with_web=True) as farm:
         say(f"results   {farm.config.results_url}")
         say(f"logs      {farm.config.home / 'logs'}")
         say("ready: in another terminal, `rushes submit examples/prompts.jsonl --preset tiny`")
@@ -116,6 +118,7 @@ def running(
     devices: str,
     hurry: threading.Event | None = None,
     say: Callable[[str], None],
+    with_web: bool = False,
 ) -> Iterator[Farm]:
     """Start servers, tables, dispatcher and workers; stop them again, in the other order."""
     with ExitStack() as stack:
@@ -132,6 +135,10 @@ def running(
             say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")
         make_tiny_models(here, say)
         children = _children(here, devices, environment)
+        if with_web:
+            port = _web_port(here)
+            children = (*children, _web(here, port, environment))
+            say(f"web       http://{here.web_host}:{port}")
         for child in children:
             child.start()
             stack.callback(_stop_child, child, here.grace_seconds, hurry or threading.Event())
@@ -218,6 +225,37 @@ def _children(
             log_path=logs / "worker.log",
         ),
     )
+
+
+def _web(config: settings.Settings, port: int, environment: Mapping[str, str]) -> supervisor.Child:
+    return supervisor.Child(
+        name="web",
+        command=[sys.executable, "-m", "jobs", "web", "--port", str(port)],
+        environment=_default_presets() | {**environment, "RUSHES_HOME": str(config.home)},
+        log_path=config.home / "logs" / "web.log",
+    )
+
+
+def _web_port(config: settings.Settings) -> int:
+    """The usual one, or another when somebody listens there already."""
+    for port in (config.web_port, 0):
+        with contextlib.closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.web_host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise errors.RushesError(
+        f"the web service cannot listen on {config.web_host}: correct RUSHES_WEB_HOST"
+    )
+
+
+def _default_presets() -> dict[str, str]:
+    """The models that are there for certain, unless somebody said which ones to take."""
+    given = settings.given_names()
+    tiny = {"RUSHES_DEFAULT_PRESET": "tiny", "RUSHES_DEFAULT_IMAGE_PRESET": "tiny_i2v"}
+    return {name: preset for name, preset in tiny.items() if name not in given}
 
 
 def _stop_child(child: supervisor.Child, grace_seconds: float, hurry: threading.Event) -> None:

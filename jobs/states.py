@@ -99,6 +99,37 @@ class BatchState(StrEnum):
     """Stopped on request, and no job failed."""
 
 
+class Misfire(StrEnum):
+    """What becomes of fire times that no dispatcher was there for."""
+
+    SKIP = "skip"
+    """None of them is made up for."""
+    RUN_ONCE = "run_once"
+    """The latest one is."""
+    CATCH_UP = "catch_up"
+    """The latest N are, one batch each."""
+
+
+class Overlap(StrEnum):
+    """What becomes of a fire time while an earlier batch of the schedule is not finished."""
+
+    QUEUE = "queue"
+    """Its batch is made, and waits its turn like any other."""
+    SKIP = "skip"
+    """It makes no batch."""
+
+
+class FiringState(StrEnum):
+    """What became of a fire time."""
+
+    MADE = "made"
+    """There is a batch."""
+    SKIPPED = "skipped"
+    """A policy said so: `reason` says which."""
+    FAILED = "failed"
+    """Its prompts could not be used."""
+
+
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(

@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -135,6 +136,9 @@ class ObjectStore(Protocol):
 
     def read_bytes(self, key: str) -> bytes: ...
 
+    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+        """Bytes `first` to `last`, that one included. What cannot be read is told by this call."""
+
     def download(self, key: str, path: Path) -> None:
         """Whole or not at all: `path` appears when the last byte is there."""
 
@@ -167,6 +171,12 @@ def open_store(values: settings.Settings) -> ObjectStore:
     raise _bad_url(f"got {_shown(parts)}")
 
 
+@functools.lru_cache(maxsize=8)  # a client takes a tenth of a second to make
+def open_bucket(values: settings.Settings, bucket: str) -> ObjectStore:
+    """Any bucket, with the keys and at the endpoint of the results."""
+    return open_store(values.model_copy(update={"results_url": f"s3://{bucket}"}))
+
+
 class FolderStore:
     """Objects as plain files below one folder; their content type is the file name's business."""
 
@@ -187,6 +197,12 @@ class FolderStore:
     def read_bytes(self, key: str) -> bytes:
         with self._translated(key):
             return self._path(key).read_bytes()
+
+    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+        with self._translated(key):
+            source = self._path(key).open("rb")
+            source.seek(first)
+        return _chunks(source, last - first + 1)
 
     def download(self, key: str, path: Path) -> None:
         with contextlib.ExitStack() as stack:
@@ -290,6 +306,13 @@ class S3Store:
         with self._translated(key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
             return answer["Body"].read()
+
+    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+        with self._translated(key):
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
+            )
+        return _chunks(answer["Body"], last - first + 1)
 
     def download(self, key: str, path: Path) -> None:
         with self._translated(key):
@@ -569,6 +592,17 @@ def _base64_of(hex_digest: str) -> str:
 
 class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
+
+
+class _Closable(_Readable, Protocol):
+    def close(self) -> None: ...
+
+
+def _chunks(source: _Closable, count: int) -> Iterator[bytes]:
+    with contextlib.closing(source):
+        while count > 0 and (chunk := source.read(min(CHUNK_BYTES, count))):
+            count -= len(chunk)
+            yield chunk
 
 
 def _write_whole(source: _Readable, target: Path) -> None:

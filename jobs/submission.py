@@ -84,13 +84,15 @@ class PromptFile:
     """Those of the rows that were good, by id."""
     images: inputs.InputImages | None = None
     """Where rows' images come from; None: from nowhere."""
+    fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None
+    """What a schedule does to each row before it is checked; ValueError says what is wrong."""
     _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
 
     def rows(self) -> Iterator["Order | errors.Problem"]:
         """Each good row with its look, each bad one as a problem, in the order of the file."""
         self.stream.seek(0)
         read = readers.read(self.stream, format=self.format)
-        for row in readers.without_duplicates(read):
+        for row in readers.without_duplicates(map(self._filled, read)):
             if isinstance(row, errors.Problem):
                 yield row
                 continue
@@ -98,6 +100,16 @@ class PromptFile:
                 yield self._order(row)
             except ValueError as error:
                 yield errors.Problem(line=row.line, message=str(error))
+
+    def _filled(
+        self, row: readers.PromptRow | errors.Problem
+    ) -> readers.PromptRow | errors.Problem:
+        if self.fill is None or isinstance(row, errors.Problem):
+            return row
+        try:
+            return self.fill(row)
+        except ValueError as error:
+            return errors.Problem(line=row.line, message=str(error))
 
     def _order(self, row: readers.PromptRow) -> "Order":
         """ValueError says why the row cannot be rendered, and what would do."""
@@ -249,11 +261,17 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
     )
 
 
-def submit(db: database.Database, file: PromptFile) -> Submission:
+def submit(
+    db: database.Database,
+    file: PromptFile,
+    *,
+    beside: Callable[[Session, str], None] | None = None,
+) -> Submission:
     """Check the whole file, then store all of it in one transaction, or nothing.
 
     The rows are kept on disk in between: parsing is slower than storing, and on SQLite nobody
-    else writes meanwhile.
+    else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
+    the same transaction; what it raises undoes all.
     """
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
@@ -269,6 +287,8 @@ def submit(db: database.Database, file: PromptFile) -> Submission:
                 if earlier is not None:
                     return earlier
                 batch_id = _store(session, file.options, spool, checked)
+                if beside is not None:
+                    beside(session, batch_id)
         except IntegrityError:
             # Another submit with the same key was faster.
             with db.reading() as session:

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from jobs import database, lifecycle, settings, states
-from jobs.cli import bell, connections, display, options, output, references
+from jobs import bell, cancelling, database, lifecycle, settings, states
+from jobs.cli import connections, display, options, output, references
 from jobs.schema import Batch, Job
 
 RETRYABLE: tuple[states.JobState, ...] = (states.JobState.FAILED, states.JobState.CANCELLED)
@@ -33,11 +33,7 @@ def cancel(references_given: tuple[str, ...], as_json: bool) -> None:
 
 
 def _cancel_batch(db: database.Database, batch: Batch) -> dict[str, Any]:
-    db.write(lifecycle.request_cancel, batch.id)
-    cancelled, asked = db.write(lifecycle.cancel_batch, batch.id)
-    # A large batch in steps: nobody waits long for a lock, and the dispatcher would go on for us.
-    while (more := db.write(lifecycle.cancel_batch, batch.id)) != (0, 0):
-        cancelled, asked = cancelled + more[0], asked + more[1]
+    cancelled, asked = cancelling.cancel_batch(db, batch.id)
     return {"batch_id": batch.id, "job_id": None, "cancelled": cancelled, "stopping": asked}
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs import watch
-from jobs.cli import output, shapes
+from jobs import shapes, watch
+from jobs.cli import output
 from jobs.schema import Attempt, Job, Refusal
 
 if TYPE_CHECKING:
@@ -53,20 +53,10 @@ def as_json_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
     for snapshot in snapshots:
         essence = counts(snapshot) + snapshot.progress.state + repr(_steps(snapshot))
         if essence != told:
-            output.emit_line(shape(snapshot))
+            output.emit_line(shapes.snapshot(snapshot))
             told = essence
     assert snapshot is not None
     return snapshot
-
-
-def shape(snapshot: watch.Snapshot) -> dict[str, object]:
-    return shapes.progress(snapshot.progress) | {
-        "now": snapshot.now,
-        "running": [
-            shapes.running_job(job, attempt, now=snapshot.now) for job, attempt in snapshot.running
-        ],
-        "queues_without_workers": list(snapshot.idle_queues),
-    }
 
 
 def status_line(snapshot: watch.Snapshot) -> str:

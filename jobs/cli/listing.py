@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from jobs import database, errors, queries, results, settings, states, storage, watch
-from jobs.cli import connections, display, options, output, references, shapes
+from jobs import database, errors, queries, results, settings, shapes, states, storage, watch
+from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Batch, Job
 
 
@@ -103,7 +103,7 @@ def _read_batch(db: database.Database, batch_id: str, *, limit: int) -> BatchVie
 
 def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
     output.emit(
-        display.shape(view.snapshot)
+        shapes.snapshot(view.snapshot)
         | {
             "failed": [shapes.failed_job(job) for job in view.failed],
             "manifest": _manifest(view.snapshot.progress.batch, store),

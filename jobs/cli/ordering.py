@@ -5,8 +5,8 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from jobs import database, lifecycle, queries, readers, settings
-from jobs.cli import bell, connections, options, output, references
+from jobs import bell, database, lifecycle, queries, readers, settings
+from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 
 

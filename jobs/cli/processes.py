@@ -2,12 +2,18 @@
 
 import signal
 import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
 
-from jobs import beat, database, dispatch, logs, parts, result_writer, settings
+from jobs import beat, database, dispatch, firing, logs, parts, result_writer, settings
 from jobs.cli import connections, exits, output
+
+CHECK_SECONDS = 10.0
+THREAD_SECONDS = 10.0  # a schedule that is being made when we are told to stop
 
 _devices = click.option(
     "--devices",
@@ -24,8 +30,8 @@ _devices = click.option(
 def dispatcher(check: bool) -> int:
     """Hand queued jobs to the workers.
 
-    Also ends the attempts of lost workers and writes the result files of finished batches. Any
-    number of dispatchers may run. Stops on SIGTERM and SIGINT.
+    Also ends the attempts of lost workers, writes the result files of finished batches, and submits
+    the batches of schedules. Any number of dispatchers may run. Stops on SIGTERM and SIGINT.
     """
     config = settings.load()
     if check:
@@ -39,8 +45,32 @@ def dispatcher(check: bool) -> int:
     # A thread: a million lines take a minute, and the next jobs are to be sent meanwhile. It is
     # not waited for: what it began is written again by whoever looks next.
     threading.Thread(target=writer.run, args=(stop,), name="results", daemon=True).start()
-    _Beating(config, db=db, writer=writer).run(stop)
+    with _clockwork(config, db, stop):
+        _Beating(config, db=db, writer=writer).run(stop)
     return exits.OK
+
+
+@contextmanager
+def _clockwork(
+    config: settings.Settings, db: database.Database, stop: threading.Event
+) -> Iterator[None]:
+    """Schedules in a thread of their own: a large prompt file must not hold up the workers."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            firing.Clockwork(config, db=db).run(stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()  # without schedules this is half a dispatcher: whoever started it, restarts
+
+    thread = threading.Thread(target=run, name="schedules", daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join(THREAD_SECONDS)
+    if failures:
+        raise failures[0]
 
 
 class _Beating(dispatch.Dispatcher):
@@ -104,14 +134,47 @@ def worker(devices: str, check: bool) -> int:
 def up(devices: str) -> int:
     """Run everything on this machine.
 
-    Database, Redis, results store, dispatcher and workers; no Docker, no root. Other `rushes`
-    commands find it through RUSHES_HOME. Ctrl-C stops it, and nothing is lost.
+    Database, Redis, results store, dispatcher, workers and HTTP API; no Docker, no root. Other
+    `rushes` commands find it through RUSHES_HOME. Ctrl-C stops it, and nothing is lost.
     """
     config = settings.load()
     logs.configure(config)
     from jobs import standalone
 
     return standalone.up(config, devices=devices, say=output.line)
+
+
+@click.command()
+@click.option("--host", metavar="ADDRESS", help="Default: RUSHES_WEB_HOST, 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
+@click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
+@click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
+def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:
+    """Serve the HTTP API.
+
+    On loopback, for one person and without tokens; on any other address with tokens only. Stops on
+    SIGTERM and SIGINT.
+    """
+    config = settings.load(web_host=host, web_port=port, web_require_token=require_token)
+    if check:
+        return _told_answer(config.web_port)
+    connections.open_database(config)
+    logs.configure(config)
+    from jobs.web import server  # takes its time to import
+
+    server.run(config, say=output.line)
+    return None
+
+
+def _told_answer(port: int) -> int:
+    address = f"http://localhost:{port}/healthz"
+    try:
+        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):
+            output.line("it answers")
+            return exits.OK
+    except OSError as error:
+        output.note(f"{address}: {error}")
+        return exits.ERROR
 
 
 @click.command()

@@ -34,11 +34,14 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "retry": Lazy("changes", "retry", "Queue failed or cancelled jobs again."),
         "logs": Lazy("story", "logs", "Tell what happened to a batch or a job."),
         "download": Lazy("fetch", "download_batch", "Fetch the finished videos of a batch."),
+        "schedule": Lazy("schedule_commands", "schedule", "Submit batches by a cron rule."),
         "presets": Lazy("preset_commands", "presets", "List the presets, or show one."),
     },
     "Machines": {
         "up": Lazy("processes", "up", "Run everything on this machine."),
         "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
+        "web": Lazy("processes", "web", "Serve the HTTP API."),
+        "token": Lazy("token_commands", "token", "Manage the tokens of the HTTP API."),
         "worker": Lazy("processes", "worker", "Render: one process per device."),
         "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
         "workers": Lazy("system", "workers", "List the workers and what they render."),
@@ -67,8 +70,13 @@ OTHER_NAMES = {
     "stop": "cancel",
     "rm": "cancel",
     "scheduler": "dispatcher",
+    "cron": "schedule",
+    "schedules": "schedule",
     "init": "migrate",
     "start": "up",
+    "serve": "web",
+    "server": "web",
+    "api": "web",
 }
 """What the same thing is called in other tools."""
 

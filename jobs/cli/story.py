@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import click
 
-from jobs import database, queries, settings, states
-from jobs.cli import connections, display, options, output, references, shapes
+from jobs import database, queries, settings, shapes, states
+from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Job
 
 Pair = tuple[Job, Attempt]

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import click
 
 from jobs import (
+    bell,
     database,
     deadlines,
     errors,
@@ -13,18 +14,17 @@ from jobs import (
     queries,
     readers,
     settings,
+    shapes,
     submission,
     watch,
 )
 from jobs.cli import (
-    bell,
     connections,
     display,
     exits,
     options,
     output,
     prompt_files,
-    shapes,
     waiting,
 )
 

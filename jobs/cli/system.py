@@ -8,8 +8,8 @@ from typing import Any
 import click
 from alembic.util import CommandError
 
-from jobs import database, doctor, errors, logs, migrate, parts, queries, settings
-from jobs.cli import connections, display, exits, options, output, shapes
+from jobs import database, doctor, errors, logs, migrate, parts, queries, settings, shapes
+from jobs.cli import connections, display, exits, options, output
 from jobs.schema import Attempt, Refusal, Worker
 
 QUEUE_PREFIX = "rushes.render."

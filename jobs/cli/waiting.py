@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import click
 
-from jobs import database, queries, settings, watch
-from jobs.cli import connections, display, exits, options, output, shapes
+from jobs import database, queries, settings, shapes, watch
+from jobs.cli import connections, display, exits, options, output
 
 _timeout = click.option(
     "--timeout",

@@ -9,8 +9,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
+import requests
 from PIL import Image
 
 from jobs import broker, lifecycle, queues, results, settings, states, workers
@@ -347,3 +349,32 @@ def test_the_demo_renders_tells_where_and_stops_what_it_started(tmp_path):
         if str(home) in " ".join(p.info["cmdline"] or [])
     ]
     assert left == []
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_a_video_over_http_is_rendered_and_fetched(farm, until):
+    """As a program that was written for OpenAI's API has it, against what `rushes up` serves."""
+    address = next(
+        line.split()[1]
+        for line in (farm.home / "up.log").read_text().splitlines()
+        if line.startswith("web ")
+    )
+    until(lambda: _answers(f"{address}/healthz"), bool, seconds=60)
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="unused") as client:
+        made = client.videos.create(prompt="a cat", extra_body={"seed": 3})
+        done = until(
+            lambda: client.videos.retrieve(made.id),
+            lambda video: video.status in ("completed", "failed"),
+            seconds=120,
+        )
+        assert done.status == "completed", done.error
+        assert client.videos.download_content(made.id).read()[4:8] == b"ftyp"
+        part = client.videos.download_content(made.id, extra_headers={"Range": "bytes=4-7"})
+        assert part.read() == b"ftyp"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False

@@ -29,7 +29,9 @@ WORKER_NAMES = {
 }
 SET_BY_THE_LAUNCHER = {"RUSHES_DEVICE", "RUSHES_WORKER_NAME"}
 SET_BY_THE_IMAGE = {"RUSHES_HOME", "RUSHES_MODELS_DIR"}
-NOT_IN_COMPOSE = {  # second names, paths of the host, credentials of AWS itself
+NOT_IN_COMPOSE = {  # second names, paths and ports of the host, credentials of AWS, who submits
+    "RUSHES_OWNER",
+    "RUSHES_WEB_PORT",
     "REDIS_URL",
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
@@ -81,6 +83,7 @@ def test_the_parts_are_there():
         "migrate",
         "dispatcher",
         "worker-gpu0",
+        "web",
     }
 
 
@@ -108,7 +111,11 @@ def test_our_services_are_given_known_variables_only(name):
 
 def test_each_setting_reaches_the_workers():
     missing = (SETTING_NAMES | WORKER_NAMES) - set(SERVICES["worker-gpu0"]["environment"])
-    assert missing == SET_BY_THE_LAUNCHER | SET_BY_THE_IMAGE | NOT_IN_COMPOSE
+    of_web = missing & set(SERVICES["web"]["environment"])
+    assert {name for name in of_web if not name.startswith(("RUSHES_WEB_", "RUSHES_DEFAULT_"))} == (
+        set()
+    )
+    assert missing - of_web == SET_BY_THE_LAUNCHER | SET_BY_THE_IMAGE | NOT_IN_COMPOSE
 
 
 def test_the_image_sets_what_compose_leaves_to_it():
@@ -172,7 +179,7 @@ def test_volumes_are_declared_and_used():
 
 def test_ports_are_published_on_this_machine_only():
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(published) == 3
+    assert len(published) == 4
     for port in published:
         host, _, container = _filled_in(port).rpartition(":")
         assert re.fullmatch(r"127\.0\.0\.1:\d+", host)

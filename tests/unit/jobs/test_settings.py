@@ -93,7 +93,14 @@ def test_a_second_name_counts_in_its_own_place_of_the_order(
 def test_every_setting_can_come_from_a_file(
     field: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    samples = {"log_level": "ERROR", "log_format": "json", "aws_access_key_id": "id"}
+    samples = {
+        "log_level": "ERROR",
+        "log_format": "json",
+        "aws_access_key_id": "id",
+        "web_rate": "5/hour",
+        "web_max_bytes": "2000000",
+        "web_require_token": "True",
+    }
     kinds = {float: "17", int: "17", int | None: "17", Path: "/some/where"}
     info = settings.Settings.model_fields[field]
     value = samples.get(field) or kinds.get(info.annotation or str, "/other")  # type: ignore[call-overload]

@@ -1,10 +1,10 @@
-"""What `--output json` prints. docs/cli.md names every key; keys are added, never renamed."""
+"""What `--output json` prints and the web service answers. Keys are added, never renamed."""
 
 from datetime import datetime, timedelta
 from typing import Any
 
-from jobs import queries, storage
-from jobs.schema import Attempt, Batch, Job, Refusal
+from jobs import queries, states, storage, watch
+from jobs.schema import Attempt, Batch, Firing, Job, Refusal, Schedule
 
 LINK_SECONDS = 24 * 3600
 
@@ -43,6 +43,14 @@ def progress(found: queries.Progress) -> dict[str, Any]:
     }
 
 
+def snapshot(found: watch.Snapshot) -> dict[str, Any]:
+    return progress(found.progress) | {
+        "now": found.now,
+        "running": [running_job(row, held, now=found.now) for row, held in found.running],
+        "queues_without_workers": list(found.idle_queues),
+    }
+
+
 def running_job(job: Job, attempt: Attempt, *, now: datetime) -> dict[str, Any]:
     return {
         "job_id": job.id,
@@ -65,6 +73,22 @@ def failed_job(job: Job) -> dict[str, Any]:
         "position": job.position,
         "custom_id": job.custom_id,
         "error": error(job),
+    }
+
+
+def job_line(row: Job) -> dict[str, Any]:
+    """A job in a list."""
+    return {
+        "job_id": row.id,
+        "position": row.position,
+        "custom_id": row.custom_id,
+        "state": row.state,
+        "prompt": row.prompt,
+        "seed": row.seed,
+        "metadata": row.meta,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+        "error": error(row),
     }
 
 
@@ -203,3 +227,42 @@ def refusal(held: Refusal) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
+
+
+def schedule(row: Schedule, *, coming: list[datetime] | None) -> dict[str, Any]:
+    shape = {
+        "name": row.name,
+        "owner": row.owner,
+        "state": "active" if row.paused_at is None else "paused",
+        "cron": row.cron,
+        "zone": row.zone,
+        "preset": row.preset,
+        "prompts_url": row.prompts_url,
+        "format": row.format,
+        "lists": row.lists,
+        **row.options,
+        "misfire": misfire(row),
+        "overlap": row.overlap,
+        "created_at": row.created_at,
+        "paused_at": row.paused_at,
+        "next_fire_at": row.next_fire_at,
+        "batches_made": row.counter,
+    }
+    return shape if coming is None else shape | {"coming": coming}
+
+
+def misfire(row: Schedule) -> str:
+    """As `--misfire` takes it."""
+    is_counted = row.misfire is states.Misfire.CATCH_UP
+    return f"{row.misfire}:{row.catch_up}" if is_counted else row.misfire.value
+
+
+def firing(row: Firing, made: Batch | None) -> dict[str, Any]:
+    return {
+        "fire_at": row.fire_at,
+        "state": row.state,
+        "is_manual": row.is_manual,
+        "created_at": row.created_at,
+        "reason": row.reason,
+        "batch": None if made is None else batch(made),
+    }

@@ -1,0 +1,283 @@
+"""Makes the batches of schedules whose time has come: each fire time once, however many do this.
+
+A fire time, its batch and the schedule's next time are written in one transaction, which begins by
+locking the schedule and looking whether the fire time is still the next one.
+"""
+
+import contextlib
+import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy import or_, select
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from jobs import (
+    broker,
+    database,
+    errors,
+    inputs,
+    presets,
+    schedules,
+    settings,
+    states,
+    storage,
+    submission,
+    templates,
+)
+from jobs.schema import Firing, Schedule
+
+log = structlog.get_logger()
+
+BUSY = timedelta(minutes=2)  # a large file with images; longer, and another dispatcher joins in
+AGAIN_SECONDS = 30.0  # after the database or the object store failed
+MAX_REASON_CHARS = 2_000
+MAX_URL_BYTES = 256 << 20
+
+
+class Overtaken(errors.RushesError):
+    """Another batch of the schedule was made in the same moment."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"schedule {name!r} fires just now: try again")
+
+
+class Clockwork:
+    """Fires what is due. Holds no state that another one would miss."""
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        *,
+        db: database.Database,
+        clock: Callable[[Session], datetime] = database.now,
+    ) -> None:
+        self._config = config
+        self._db = db
+        self._clock = clock
+
+    def run(self, stop: threading.Event) -> None:
+        """Look every `tick_seconds` until told to stop."""
+        while not stop.is_set():
+            pause = self._config.tick_seconds
+            try:
+                if self.tick():
+                    broker.Broker(self._config).kick()
+            except (DBAPIError, database.DatabaseUnavailable, storage.StorageUnavailable) as error:
+                log.error("schedule.delayed", error=str(error)[:300])
+                pause = min(AGAIN_SECONDS, 5 * pause)
+            stop.wait(pause)
+
+    def tick(self) -> int:
+        """Everything that is due now; how many batches were made.
+
+        StorageUnavailable: a prompt file could not be read; it is read later. Others went first.
+        """
+        made = 0
+        delayed: storage.StorageUnavailable | None = None
+        for schedule_id in self._due():
+            try:
+                while (batch_id := self._fire_next(schedule_id)) is not None:
+                    made += batch_id != ""
+            except storage.StorageUnavailable as error:
+                delayed = error
+        if delayed is not None:
+            raise delayed
+        return made
+
+    def _due(self) -> list[int]:
+        with self._db.reading() as session:
+            now = self._clock(session)
+            return list(
+                session.scalars(
+                    select(Schedule.id)
+                    .where(Schedule.next_fire_at <= now)
+                    .where(or_(Schedule.busy_until.is_(None), Schedule.busy_until < now))
+                    .order_by(Schedule.next_fire_at)
+                )
+            )
+
+    def _fire_next(self, schedule_id: int) -> str | None:
+        """One fire time: the batch's id, "" for none; None when nothing is due (for us)."""
+        with self._db.transaction() as session:
+            schedule, now = _locked(session, schedule_id), self._clock(session)
+            if schedule is None or schedule.next_fire_at is None or schedule.next_fire_at > now:
+                return None
+            if schedule.busy_until is not None and schedule.busy_until >= now:
+                return None
+            is_open = schedules.has_open_batch(session, schedule_id)
+            due = schedules.decide(schedule, now, has_open_batch=is_open)
+            if due.skipped is not None:
+                _advance(schedule, due)
+                _record(session, schedule_id, due.fire_at, reason=due.skipped)
+                log.warning("schedule.skipped", schedule=schedule.name, reason=due.skipped)
+                return ""
+            schedule.busy_until = now + BUSY
+        return self._make(schedule, due)
+
+    def _make(self, schedule: Schedule, due: schedules.Due) -> str | None:
+        def record(session: Session, batch_id: str) -> None:
+            locked = _locked(session, schedule.id)
+            if locked is None or not _is_as_planned(locked, schedule):
+                raise Overtaken(schedule.name)
+            _advance(locked, due)
+            locked.counter += 1
+            _record(session, schedule.id, due.fire_at, batch_id=batch_id)
+
+        try:
+            with prompt_file(self._config, schedule, due.fire_at) as file:
+                batch_id = submission.submit(self._db, file, beside=record).batch_id
+        except (Overtaken, IntegrityError):
+            return None  # this fire time has its row already, or will have it in a moment
+        except storage.StorageUnavailable:
+            raise
+        except errors.RushesError as error:
+            return self._failed(schedule, due, str(error))
+        log.info("schedule.fired", schedule=schedule.name, batch_id=batch_id)
+        return batch_id
+
+    def _failed(self, schedule: Schedule, due: schedules.Due, reason: str) -> str | None:
+        with self._db.transaction() as session:
+            locked = _locked(session, schedule.id)
+            if locked is None or not _is_as_planned(locked, schedule):
+                return None
+            _advance(locked, due)
+            _record(session, schedule.id, due.fire_at, error=reason)
+        log.error("schedule.failed", schedule=schedule.name, reason=reason)
+        return ""
+
+
+def add(
+    config: settings.Settings, db: database.Database, new: schedules.NewSchedule
+) -> tuple[Schedule, submission.Plan]:
+    """Store a schedule whose prompts are good for its first firing. InvalidInput otherwise."""
+    with db.reading() as session:
+        schedule = schedules.draft(new, now=database.now(session))
+    first = schedule.next_fire_at or schedule.created_at
+    with prompt_file(config, schedule, first) as file:
+        checked = submission.plan(file)
+    with db.transaction() as session:
+        schedules.add(session, schedule)
+    return schedule, checked
+
+
+def fire_now(config: settings.Settings, db: database.Database, name: str) -> str:
+    """A batch at once, beside the rule, whatever the policies say and even while paused; its id."""
+    with db.reading() as session:
+        schedule, moment = schedules.find(session, name), database.now(session)
+
+    def record(session: Session, batch_id: str) -> None:
+        locked = schedules.find(session, name, lock=True)
+        if locked.counter != schedule.counter:
+            raise Overtaken(name)  # the counter stands in the prompts
+        locked.counter += 1
+        _record(session, locked.id, moment, batch_id=batch_id, is_manual=True)
+
+    with prompt_file(config, schedule, moment) as file:
+        return submission.submit(db, file, beside=record).batch_id
+
+
+@contextmanager
+def prompt_file(
+    config: settings.Settings, schedule: Schedule, moment: datetime
+) -> Iterator[submission.PromptFile]:
+    """The prompts of the firing at `moment`, with its variables filled in."""
+    rule = schedules.rule_of(schedule)
+    wall = moment.astimezone(rule.zone)
+    variables = templates.Variables(
+        moment=wall,
+        counter=schedule.counter + 1,
+        schedule=schedule.name,
+        lists=schedule.lists,
+    )
+    preset = presets.Preset(
+        name=schedule.preset,
+        path=Path(),
+        description=None,
+        look=presets.Look.model_validate(schedule.look),
+        keys_without_effect=(),
+    )
+    # Any dispatcher may come to read them: no images from the files of one machine.
+    images = inputs.InputImages(config=config, base=None, store=storage.open_store(config))
+    with contextlib.closing(images):
+        yield submission.PromptFile(
+            stream=io.BytesIO(_prompts(config, schedule)),
+            source=schedule.prompts_url or f"prompts of schedule {schedule.name}",
+            format=schedule.format,  # type: ignore[arg-type]  # it was one when it was stored
+            options=submission.Options(
+                preset=preset,
+                name=f"{schedule.name} {wall:%Y-%m-%d %H:%M}",
+                owner=schedule.owner,
+                max_queued=config.max_queued_per_owner,
+                **schedule.options,
+            ),
+            images=images,
+            fill=variables.row,
+        )
+
+
+def read_url(config: settings.Settings, url: str) -> bytes:
+    """A prompt file in a bucket. InvalidInput when it can never be read, or StorageUnavailable."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket or not key:
+        raise _unusable(url, "must be s3://bucket/key")
+    store = storage.open_bucket(config, bucket)
+    try:
+        head = store.head(key)
+        if head is None:
+            raise _unusable(url, "there is no such object")
+        if head.size_bytes > MAX_URL_BYTES:
+            raise _unusable(url, f"is larger than {MAX_URL_BYTES >> 20} MiB")
+        return store.read_bytes(key)
+    except storage.StorageUnavailable:
+        raise
+    except storage.StorageError as error:
+        raise _unusable(url, str(error)) from error
+
+
+def _unusable(url: str, why: str) -> errors.InvalidInput:
+    return errors.InvalidInput(url, [errors.Problem(line=None, message=why)])
+
+
+def _prompts(config: settings.Settings, schedule: Schedule) -> bytes:
+    if schedule.prompts is not None:
+        return schedule.prompts.encode()
+    assert schedule.prompts_url is not None
+    return read_url(config, schedule.prompts_url)
+
+
+def _record(session: Session, schedule_id: int, fire_at: datetime, **what: Any) -> None:
+    reason = what.pop("reason", None)
+    state = states.FiringState.MADE if reason is None else states.FiringState.SKIPPED
+    if (error := what.pop("error", None)) is not None:
+        state, reason = states.FiringState.FAILED, error
+    session.add(
+        Firing(
+            schedule_id=schedule_id,
+            fire_at=fire_at,
+            state=state,
+            reason=None if reason is None else reason[:MAX_REASON_CHARS].replace("\0", ""),
+            created_at=database.now(session),
+            **what,
+        )
+    )
+    session.flush()
+
+
+def _locked(session: Session, schedule_id: int) -> Schedule | None:
+    return session.scalar(select(Schedule).where(Schedule.id == schedule_id).with_for_update())
+
+
+def _advance(schedule: Schedule, due: schedules.Due) -> None:
+    schedule.next_fire_at = due.next_fire_at
+    schedule.busy_until = None
+
+
+def _is_as_planned(now: Schedule, planned: Schedule) -> bool:
+    return now.next_fire_at == planned.next_fire_at and now.counter == planned.counter

@@ -1,0 +1,87 @@
+"""What the compatible APIs call a batch: a name of their own, and what was asked for."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs import database, errors
+from jobs.schema import ApiRequest
+
+
+class NameTaken(errors.RushesError):
+    """A client chose a name that it has used before."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name!r} exists already: take another, or none")
+
+
+def add(
+    session: Session,
+    *,
+    api: str,
+    owner: str,
+    name: str,
+    batch_id: str | None,
+    body: dict[str, Any],
+) -> ApiRequest:
+    """NameTaken."""
+    if get(session, api=api, owner=owner, name=name) is not None:
+        raise NameTaken(name)
+    row = ApiRequest(
+        api=api,
+        owner=owner,
+        name=name,
+        batch_id=batch_id,
+        body=body,
+        created_at=database.now(session),
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def get(session: Session, *, api: str, owner: str | None, name: str) -> ApiRequest | None:
+    """Deleted ones too. `owner` None: the first of this name, whoever owns it."""
+    statement = select(ApiRequest).where(
+        ApiRequest.api == api, ApiRequest.name == name.replace("\0", "")
+    )
+    if owner is not None:
+        statement = statement.where(ApiRequest.owner == owner)
+    return session.scalars(statement.order_by(ApiRequest.id)).first()
+
+
+def find(session: Session, *, api: str, owner: str | None, name: str) -> ApiRequest:
+    """NotFound, also for a deleted one."""
+    row = get(session, api=api, owner=owner, name=name)
+    if row is None or row.deleted_at is not None:
+        raise errors.NotFound(f"no {name[:100]!r} here")
+    return row
+
+
+def page(
+    session: Session,
+    *,
+    api: str,
+    owner: str | None,
+    after: str | None = None,
+    limit: int,
+    oldest_first: bool = False,
+) -> Sequence[ApiRequest]:
+    """`after` is the name of the last one that was seen. NotFound."""
+    statement = select(ApiRequest).where(ApiRequest.api == api, ApiRequest.deleted_at.is_(None))
+    if owner is not None:
+        statement = statement.where(ApiRequest.owner == owner)
+    if after is not None:
+        last = find(session, api=api, owner=owner, name=after).id
+        later, earlier = ApiRequest.id > last, ApiRequest.id < last
+        statement = statement.where(later if oldest_first else earlier)
+    order = ApiRequest.id if oldest_first else ApiRequest.id.desc()
+    return session.scalars(statement.order_by(order).limit(limit)).all()
+
+
+def delete(session: Session, row: ApiRequest) -> datetime:
+    row.deleted_at = database.now(session)
+    return row.deleted_at

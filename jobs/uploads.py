@@ -1,0 +1,88 @@
+"""Files that people uploaded: a row each, their bytes in the results store under their hash."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from jobs import database, errors, storage
+from jobs.schema import StoredFile
+
+MAX_NAME_CHARS = 200
+
+
+def key_of(sha256: str) -> str:
+    """Where the bytes lie; input images lie there too."""
+    return f"inputs/{sha256[:2]}/{sha256}"
+
+
+def keep(
+    store: storage.ObjectStore, path: Path, *, sha256: str, content_type: str
+) -> storage.StoredObject:
+    """Lay a file into the store, unless it is there already."""
+    key = key_of(sha256)
+    head = store.head(key)
+    if head is not None and head.size_bytes == path.stat().st_size:
+        return storage.StoredObject(key=key, size_bytes=head.size_bytes, sha256=sha256)
+    return store.put_file(path, key, content_type=content_type)
+
+
+def add(
+    session: Session, stored: storage.StoredObject, *, owner: str, purpose: str, name: str
+) -> StoredFile:
+    shown = "".join(char if char.isprintable() else "_" for char in name)[:MAX_NAME_CHARS]
+    row = StoredFile(
+        id=f"file-{secrets.token_hex(12)}",
+        owner=owner,
+        purpose=purpose,
+        name=shown or "file",
+        key=stored.key,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        created_at=database.now(session),
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def find(session: Session, file_id: str, *, owner: str | None) -> StoredFile:
+    """NotFound, also for one of another owner. None: whoever owns it."""
+    row = session.get(StoredFile, file_id.replace("\0", ""))
+    if row is None or owner not in (None, row.owner):
+        raise errors.NotFound(f"no file {file_id[:60]!r}")
+    return row
+
+
+def every(
+    session: Session,
+    *,
+    owner: str | None,
+    purpose: str | None,
+    after: StoredFile | None,
+    limit: int,
+    oldest_first: bool,
+) -> Sequence[StoredFile]:
+    statement = select(StoredFile)
+    if owner is not None:
+        statement = statement.where(StoredFile.owner == owner)
+    if purpose is not None:
+        statement = statement.where(StoredFile.purpose == purpose)
+    if after is not None:
+        when, same = StoredFile.created_at, StoredFile.created_at == after.created_at
+        later = (when > after.created_at) | (same & (StoredFile.id > after.id))
+        earlier = (when < after.created_at) | (same & (StoredFile.id < after.id))
+        statement = statement.where(later if oldest_first else earlier)
+    order = [StoredFile.created_at, StoredFile.id]
+    return session.scalars(
+        statement.order_by(*(o if oldest_first else o.desc() for o in order)).limit(limit)
+    ).all()
+
+
+def remove(session: Session, row: StoredFile) -> bool:
+    """Forget it. True when no other upload has these bytes; jobs may still have them."""
+    session.execute(delete(StoredFile).where(StoredFile.id == row.id))
+    others = select(func.count()).select_from(StoredFile).where(StoredFile.key == row.key)
+    return session.scalar(others) == 0

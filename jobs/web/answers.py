@@ -1,0 +1,177 @@
+"""What our own API answers, for its OpenAPI document. `jobs.shapes` makes it; keys may be added."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Problem(Answer):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Counts(Answer):
+    total: int
+    queued: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+
+
+class Batch(Answer):
+    batch_id: str
+    name: str | None
+    preset: str
+    priority: int
+    state: str
+    created_at: datetime
+    finished_at: datetime | None
+    counts: Counts
+
+
+class Submitted(Answer):
+    batch_id: str
+    is_new: bool
+    jobs: int
+    notes: list[str]
+    skipped: list[dict[str, Any]]
+
+
+class Batches(Answer):
+    batches: list[Batch]
+    next_cursor: str | None
+
+
+class Progress(Batch):
+    rate_per_minute: float | None
+    seconds_left: float | None
+    running: list[dict[str, Any]]
+    queues_without_workers: list[str]
+
+
+class JobLine(Answer):
+    job_id: int
+    position: int
+    custom_id: str | None
+    state: str
+    prompt: str
+    seed: int
+    error: dict[str, Any] | None
+
+
+class Jobs(Answer):
+    jobs: list[JobLine]
+    next_cursor: str | None
+
+
+class Job(JobLine):
+    batch_id: str
+    look: dict[str, Any]
+    video: dict[str, Any] | None
+    attempts: list[dict[str, Any]]
+
+
+class Cancelled(Answer):
+    cancelled: int
+    stopping: int
+
+
+class Retried(Answer):
+    retried: int
+
+
+class Results(Answer):
+    output: str | None
+    errors: str | None
+    manifest: str | None
+
+
+class Upload(Answer):
+    upload_id: str
+    image: str | None
+    bytes: int
+    sha256: str
+
+
+class Schedule(Answer):
+    name: str
+    state: str
+    cron: str
+    zone: str
+    preset: str
+    misfire: str
+    overlap: str
+    next_fire_at: datetime | None
+
+
+class Schedules(Answer):
+    schedules: list[Schedule]
+
+
+class Firings(Answer):
+    firings: list[dict[str, Any]]
+
+
+class Fired(Answer):
+    batch_id: str
+
+
+class Changed(Answer):
+    name: str
+    state: str
+    changed: bool
+
+
+class Workers(Answer):
+    workers: list[dict[str, Any]]
+
+
+class Presets(Answer):
+    presets: list[dict[str, Any]]
+
+
+class OpenAIError(Answer):
+    """OpenAI's error object."""
+
+    error: dict[str, Any]
+
+
+class Detail(Answer):
+    """How LightX2V's server tells an error."""
+
+    detail: str
+
+
+_MEANINGS = {
+    400: "The request cannot be read.",
+    401: "No valid token.",
+    403: "The token may not do this.",
+    404: "There is no such thing.",
+    409: "The name or the key is taken, by other content.",
+    413: "Larger than RUSHES_WEB_MAX_BYTES.",
+    422: "Something in it is wrong. Nothing was stored.",
+    429: "The rate limit; Retry-After says when.",
+    503: "The database or the store does not answer; Retry-After says when.",
+}
+
+
+def _documented(model: type[Answer]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": model, "description": text} for status, text in _MEANINGS.items()}
+
+
+PROBLEMS = {
+    status: answer | {"content": {"application/problem+json": {}}}
+    for status, answer in _documented(Problem).items()
+}
+OPENAI_ERRORS = _documented(OpenAIError)
+LIGHTX2V_ERRORS = _documented(Detail)

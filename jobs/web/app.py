@@ -1,0 +1,68 @@
+"""The application: every router, the guards before them, errors in the form of each API."""
+
+import importlib.metadata
+
+from fastapi import FastAPI
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+
+from jobs.web import (
+    batches,
+    events,
+    guards,
+    lightx2v,
+    openai_batches,
+    openai_files,
+    openai_videos,
+    problems,
+    system,
+    timetable,
+    videos,
+)
+from jobs.web.service import Service
+
+DESCRIPTION = """Beside our own API (`/api/...`) there are those of OpenAI (`/v1/videos`,
+`/v1/files`, `/v1/batches`) and of LightX2V's server (`/v1/tasks/...`)."""
+
+
+def make(service: Service) -> FastAPI:
+    app = FastAPI(
+        title="rushes",
+        summary="Batches of prompts, rendered into videos.",
+        description=DESCRIPTION,
+        version=importlib.metadata.version("rushes"),
+        docs_url=None,  # these pages load their code from other sites
+        redoc_url=None,
+    )
+    app.state.service = service
+    problems.install(app)
+    for part in (
+        batches.router,
+        events.router,
+        videos.router,
+        timetable.router,
+        system.router,
+        system.health,
+        openai_videos.router,
+        openai_files.router,
+        openai_batches.router,
+        lightx2v.router,
+    ):
+        app.include_router(part)
+    # For bodies that do not say how long they are; the guards refuse the others.
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.config.web_max_bytes)
+    if service.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(service.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+        )
+    # Added last, so that it comes first.
+    app.add_middleware(
+        guards.Guards,
+        host_names=service.host_names,
+        cors_origins=service.cors_origins,
+        max_bytes=service.config.web_max_bytes,
+    )
+    return app

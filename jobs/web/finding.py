@@ -1,0 +1,44 @@
+"""Batches and jobs by what a request calls them; those of others are not there."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from jobs import errors, queries
+from jobs.schema import Batch, Job
+from jobs.web import access
+
+
+def batch(session: Session, reference: str, principal: access.Principal) -> Batch:
+    """By its whole id. NotFound."""
+    found = session.get(Batch, reference) if queries.BATCH_ID_PART.fullmatch(reference) else None
+    if found is None or not principal.may_see(found.owner):
+        raise errors.NotFound(f"no batch {reference[:60]!r}")
+    return found
+
+
+def batches(
+    session: Session, principal: access.Principal, *, limit: int, cursor: str | None
+) -> Sequence[Batch]:
+    """Newest first; `cursor` is the last batch that was seen."""
+    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    if principal.sees is not None:
+        statement = statement.where(Batch.owner == principal.sees)
+    if cursor is not None:
+        last = batch(session, cursor, principal)
+        same = Batch.created_at == last.created_at
+        statement = statement.where(
+            (Batch.created_at < last.created_at) | (same & (Batch.id < last.id))
+        )
+    return session.scalars(statement).all()
+
+
+def job(session: Session, job_id: int, principal: access.Principal) -> Job:
+    """NotFound."""
+    found = session.get(Job, job_id) if 0 < job_id < 2**63 else None
+    if found is not None:
+        owner = session.scalar(select(Batch.owner).where(Batch.id == found.batch_id))
+        if principal.may_see(owner or ""):
+            return found
+    raise errors.NotFound(f"no job {job_id}")

@@ -1,0 +1,89 @@
+"""What is checked before any handler, and the headers of every answer."""
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.web import problems
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Guards:
+    """Refuses names that are not ours (DNS rebinding), changes for other pages, and bulk."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host_names: frozenset[str] | None,
+        cors_origins: frozenset[str],
+        max_bytes: int,
+    ) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._host_names = host_names
+        self._cors_origins = cors_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        headers = Headers(scope=scope)
+        status, refusal = 403, self._refusal(scope["method"], headers)
+        if refusal is None and self._is_too_large(headers):
+            # What comes without its length is counted while it is read.
+            status, refusal = 413, f"at most {self._max_bytes:,} bytes (RUSHES_WEB_MAX_BYTES)"
+        if refusal is None:
+            await self._app(scope, receive, send_guarded)
+        else:
+            answer = problems.answer(Request(scope), status, refusal)
+            await answer(scope, receive, send_guarded)
+
+    def _is_too_large(self, headers: Headers) -> bool:
+        length = headers.get("content-length", "")
+        return length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes
+
+    def _refusal(self, method: str, headers: Headers) -> str | None:
+        host = headers.get("host", "")
+        name = _name_of(host)
+        if self._host_names is not None and name not in self._host_names:
+            return (
+                f"this service is not {name[:100]!r}: ask for localhost, or give the name in "
+                "RUSHES_WEB_NAMES"
+            )
+        if method in SAFE_METHODS:
+            return None
+        origin = headers.get("origin")
+        if origin is None:
+            is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        else:
+            is_foreign = (
+                urlsplit(origin).netloc != host and origin.lower() not in self._cors_origins
+            )
+        return "a page of another site may not change anything here" if is_foreign else None
+
+
+def _name_of(host: str) -> str:
+    """Without the port; of [::1]:8000 what is between the brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].rstrip(".").lower()

@@ -1,0 +1,169 @@
+"""OpenAI's files API: uploads, and the two result files of a batch as files of theirs."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
+from fastapi.responses import StreamingResponse
+
+from jobs import errors, queries, states, uploads
+from jobs.schema import Batch, StoredFile
+from jobs.web import access, answers, finding, openai_videos, receiving, service, serving
+from jobs.web.batches import Serving
+
+router = APIRouter(prefix="/v1/files", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
+
+OUTPUT, ERRORS = "output", "errors"
+RESULT_FILE = re.compile(r"file-([0-9a-z-]{1,20})_(output|errors)")
+PURPOSES = ("batch", "vision", "user_data")
+ROWS_AT_ONCE = 500
+
+
+@router.post("")
+def create(
+    file: Annotated[UploadFile, File()],
+    purpose: Annotated[str, Form()],
+    serving_: Serving,
+    principal: access.Submitter,
+) -> dict[str, Any]:
+    """A prompt file (purpose `batch`) or an image (`vision`)."""
+    if purpose not in PURPOSES:
+        raise service.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
+    if purpose == "vision":
+        receiving.image(file)
+    return _shape(receiving.keep(serving_, principal, file, purpose=purpose))
+
+
+@router.get("")
+def list_files(
+    serving_: Serving,
+    principal: access.Reader,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> dict[str, Any]:
+    """Uploaded files; result files are named by their batch."""
+    with serving_.db.reading() as session:
+        last = None
+        if after is not None:
+            last = uploads.find(session, after, owner=principal.sees)
+        rows = uploads.every(
+            session,
+            owner=principal.sees,
+            purpose=purpose,
+            after=last,
+            limit=limit + 1,
+            oldest_first=order == "asc",
+        )
+    found = [_shape(row) for row in rows[:limit]]
+    return openai_videos.page_of(found, has_more=len(rows) > limit)
+
+
+@router.get("/{file_id}")
+def retrieve(file_id: str, serving_: Serving, principal: access.Reader) -> dict[str, Any]:
+    """Name, size and purpose."""
+    if match := RESULT_FILE.fullmatch(file_id):
+        return _result_shape(serving_, _batch(serving_, match[1], principal), match[2])
+    with serving_.db.reading() as session:
+        return _shape(uploads.find(session, file_id, owner=principal.sees))
+
+
+@router.get("/{file_id}/content", response_class=Response)
+def content(
+    file_id: str, request: Request, serving_: Serving, principal: access.Reader
+) -> Response:
+    """The bytes."""
+    if match := RESULT_FILE.fullmatch(file_id):
+        batch = _batch(serving_, match[1], principal)
+        lines = _lines(serving_, batch.id, match[2])
+        return StreamingResponse(lines, media_type="application/jsonl")
+    with serving_.db.reading() as session:
+        row = uploads.find(session, file_id, owner=principal.sees)
+    return serving.respond(
+        request,
+        serving_.store,
+        row.key,
+        size_bytes=row.size_bytes,
+        sha256=row.sha256,
+        content_type="application/octet-stream",
+    )
+
+
+@router.delete("/{file_id}")
+def delete(file_id: str, serving_: Serving, principal: access.Submitter) -> dict[str, Any]:
+    """Forget an upload. Its bytes stay while they may be the image of a job."""
+    with serving_.db.transaction() as session:
+        row = uploads.find(session, file_id, owner=principal.sees)
+        is_last = uploads.remove(session, row)
+    if is_last and row.purpose == "batch":
+        serving_.store.delete(row.key)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _shape(row: StoredFile) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "file",
+        "bytes": row.size_bytes,
+        "created_at": openai_videos.seconds(row.created_at),
+        "filename": row.name,
+        "purpose": row.purpose,
+        "status": "processed",
+    }
+
+
+def _result_shape(serving_: service.Service, batch: Batch, which: str) -> dict[str, Any]:
+    return {
+        "id": result_file_id(batch.id, which),
+        "object": "file",
+        "bytes": sum(len(line) for line in _lines(serving_, batch.id, which)),
+        "created_at": openai_videos.seconds(batch.finished_at),
+        "filename": f"{batch.id}_{which}.jsonl",
+        "purpose": "batch_output",
+        "status": "processed",
+    }
+
+
+def result_file_id(batch_id: str, which: str) -> str:
+    return f"file-{batch_id}_{which}"
+
+
+def _batch(serving_: service.Service, batch_id: str, principal: access.Principal) -> Batch:
+    with serving_.db.reading() as session:
+        batch = finding.batch(session, batch_id, principal)
+    if batch.finished_at is None:
+        raise errors.NotFound(f"batch {batch_id} is not finished")
+    return batch
+
+
+def _lines(serving_: service.Service, batch_id: str, which: str) -> Iterator[bytes]:
+    """OpenAI's line per request, a page of jobs at a time."""
+    wanted = (
+        (states.JobState.SUCCEEDED,)
+        if which == OUTPUT
+        else (states.JobState.FAILED, states.JobState.CANCELLED)
+    )
+    after = -1
+    while True:
+        with serving_.db.reading() as session:
+            jobs = queries.jobs(
+                session, batch_id, states_wanted=wanted, after=after, limit=ROWS_AT_ONCE
+            )
+            shapes = [openai_videos.shape(session, job) for job in jobs]
+        for job, video in zip(jobs, shapes, strict=True):
+            error = video["error"]
+            line = {
+                "id": f"batch_req_{job.id}",
+                "custom_id": job.custom_id,
+                "response": None
+                if error
+                else {"status_code": 200, "request_id": f"req_{job.id}", "body": video},
+                "error": error,
+            }
+            yield json.dumps(line).encode() + b"\n"
+        if len(jobs) < ROWS_AT_ONCE:
+            return
+        after = jobs[-1].position

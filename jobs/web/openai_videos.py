@@ -1,0 +1,331 @@
+"""OpenAI's videos API. A video is a job, `video_<number>`, whoever submitted it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from jobs import errors, lifecycle, presets, queries, requests, results, states
+from jobs.schema import Attempt, Batch, Job
+from jobs.web import access, answers, finding, images, receiving, service, videos
+from jobs.web.batches import Serving, images_for, options
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
+
+API = "videos"
+ALIASES = frozenset({"sora-2", "sora-2-pro"})
+"""Models that scripts name because they must: our default preset."""
+NUMBERS = ("seed", "num_frames", "fps", "priority")
+PREFIX = "video_"
+REFERENCE = "input_reference"
+STATUSES = {
+    states.JobState.QUEUED: "queued",
+    states.JobState.RUNNING: "in_progress",
+    states.JobState.SUCCEEDED: "completed",
+    states.JobState.FAILED: "failed",
+    states.JobState.CANCELLED: "failed",
+}
+STAGES = {"text": 5, "image": 8, "denoise": 10, "decode": 80, "mux": 95, "hash": 96, "upload": 97}
+"""Per cent at which a stage begins; the one before it ends there."""
+
+FORM = {
+    "type": "object",
+    "required": ["prompt"],
+    "properties": {
+        "prompt": {"type": "string"},
+        "model": {"type": "string", "description": "A preset."},
+        "seconds": {"type": "string"},
+        "size": {"type": "string", "examples": ["832x480"]},
+        REFERENCE: {"type": "string", "format": "binary"},
+        "seed": {"type": "integer"},
+        "negative_prompt": {"type": "string"},
+    },
+}
+BODY = {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}}}
+
+
+class Video(BaseModel):
+    """OpenAI's video object."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["video"] = "video"
+    status: str
+    progress: int
+    created_at: int
+    model: str
+    prompt: str
+    seconds: str
+    size: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The fields of a create request, from a form or from JSON."""
+
+    fields: dict[str, Any]
+    image: bytes | None = None
+    """The image itself, where it came with the request."""
+
+
+async def _asked(request: Request) -> Asked:
+    kind = request.headers.get("content-type", "")
+    if kind.startswith("application/json"):
+        try:
+            body = await request.json()
+        except ValueError:
+            raise service.invalid("body", "is not JSON") from None
+        if not isinstance(body, dict):
+            raise service.invalid("body", "must be an object")
+        return Asked(fields=body)
+    async with request.form(max_files=1, max_fields=50) as form:
+        fields: dict[str, Any] = {}
+        image = None
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name != REFERENCE:
+                    raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
+                image = await run_in_threadpool(receiving.image, value)
+            elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
+                fields[REFERENCE] = {inside[1]: value}
+            else:
+                fields[name] = _number(value) if name in NUMBERS else value
+        return Asked(fields=fields, image=image)
+
+
+def _number(text: str) -> Any:
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else text
+
+
+@router.post("/videos", response_model=Video, openapi_extra=BODY)
+def create(
+    asked: Annotated[Asked, Depends(_asked)], serving: Serving, principal: access.Submitter
+) -> dict[str, Any]:
+    """One prompt, one video. Also takes `seed` and the other keys of a prompt file."""
+    found = images_for(serving, principal)
+    row = as_row(asked.fields)
+    if asked.image is not None:
+        row["image"] = found.give(asked.image)
+    preset = preset_of(serving, row.pop("model", None), with_image="image" in row)
+    asked_model = asked.fields.get("model") or preset.name
+
+    def beside(session: Session, batch_id: str) -> None:
+        job_id = session.scalars(select(Job.id).where(Job.batch_id == batch_id)).one()
+        requests.add(
+            session,
+            api=API,
+            owner=principal.owner,
+            name=f"{PREFIX}{job_id}",
+            batch_id=batch_id,
+            body={"model": asked_model},
+        )
+
+    made = serving.submit_rows(
+        [row], options=options(serving, preset, principal), found=found, beside=beside
+    )
+    with serving.db.reading() as session:
+        job = queries.jobs(session, made.batch_id, limit=1)[0]
+        return shape(session, job)
+
+
+def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a create request as a row of a prompt file, with its model."""
+    row = {key: value for key, value in fields.items() if value is not None and key != REFERENCE}
+    if isinstance(row.get("seconds"), str):
+        text = row["seconds"].strip()
+        row["seconds"] = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) else text
+    reference = fields.get(REFERENCE)
+    if reference is not None:
+        row["image"] = _image(reference)
+    return row
+
+
+def _image(reference: Any) -> str:
+    if isinstance(reference, dict) and len(reference) == 1:
+        (kind, value), *_ = reference.items()
+        if kind == "file_id" and isinstance(value, str):
+            return f"{images.UPLOAD}{value}"
+        if kind == "image_url" and isinstance(value, str):
+            return value
+    raise service.invalid(REFERENCE, "must be a file, or an object with file_id or image_url")
+
+
+def preset_of(serving: service.Service, model: Any, *, with_image: bool) -> presets.Preset:
+    """The preset that a client calls its model. NotFound names those that there are."""
+    if model is None or model in ALIASES:
+        return serving.default_preset(with_image=with_image)
+    if not isinstance(model, str):
+        raise service.invalid("model", "must be the name of a preset")
+    return serving.preset(model)
+
+
+@router.get("/videos")
+def list_videos(
+    serving: Serving,
+    principal: access.Reader,
+    after: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """Those that were made by `POST /v1/videos`."""
+    with serving.db.reading() as session:
+        rows = requests.page(
+            session,
+            api=API,
+            owner=principal.sees,
+            after=after,
+            limit=limit + 1,
+            oldest_first=order == "asc",
+        )
+        found = [
+            shape(session, queries.jobs(session, row.batch_id, limit=1)[0])
+            for row in rows[:limit]
+            if row.batch_id is not None
+        ]
+    return page_of(found, has_more=len(rows) > limit)
+
+
+def page_of(found: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": found,
+        "first_id": found[0]["id"] if found else None,
+        "last_id": found[-1]["id"] if found else None,
+        "has_more": has_more,
+    }
+
+
+@router.get("/videos/{video_id}", response_model=Video)
+def retrieve(video_id: str, serving: Serving, principal: access.Reader) -> dict[str, Any]:
+    """How far it is."""
+    with serving.db.reading() as session:
+        return shape(session, _find(session, video_id, principal))
+
+
+@router.get("/videos/{video_id}/content", response_class=Response)
+def content(
+    video_id: str,
+    request: Request,
+    serving: Serving,
+    principal: access.Reader,
+    variant: str = "video",
+) -> Response:
+    """The mp4; understands Range."""
+    if variant != "video":
+        raise service.invalid("variant", "must be video: there are no thumbnails")
+    with serving.db.reading() as session:
+        job = _find(session, video_id, principal)
+        winner = queries.winning_attempt(session, job)
+    if winner is None:
+        raise errors.NotFound(f"{video_id} has no content: it is {STATUSES[job.state]}")
+    return videos.video_of(request, serving, winner, name=f"{video_id}.mp4")
+
+
+@router.delete("/videos/{video_id}")
+def delete(video_id: str, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
+    """Stops it if it is not finished, and deletes what is stored of it."""
+    with serving.db.reading() as session:
+        job = _find(session, video_id, principal)
+        winner = queries.winning_attempt(session, job)
+    serving.db.write(lifecycle.cancel_job, job.id)
+    if winner is not None and winner.video_key is not None:
+        serving.store.delete(winner.video_key)
+        serving.store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))
+    serving.db.write(_mark_deleted, job)
+    return {"id": video_id, "deleted": True, "object": "video.deleted"}
+
+
+def _mark_deleted(session: Session, job: Job) -> None:
+    name = f"{PREFIX}{job.id}"
+    owner = session.get_one(Batch, job.batch_id).owner
+    row = requests.get(session, api=API, owner=owner, name=name)
+    if row is None:  # of another API's batch
+        row = requests.add(session, api=API, owner=owner, name=name, batch_id=job.batch_id, body={})
+    requests.delete(session, row)
+
+
+@router.get("/models")
+def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+    """The presets."""
+    found = presets.available(serving.config.presets_dir)
+    data = [
+        {"id": preset.name, "object": "model", "created": 0, "owned_by": "rushes"}
+        for preset in found
+        if isinstance(preset, presets.Preset)
+    ]
+    return {"object": "list", "data": data}
+
+
+def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
+    number = video_id.removeprefix(PREFIX)
+    if not video_id.startswith(PREFIX) or not re.fullmatch(r"[0-9]{1,18}", number):
+        raise errors.NotFound(f"no video {video_id[:60]!r}")
+    try:
+        job = finding.job(session, int(number), principal)
+    except errors.NotFound:
+        raise errors.NotFound(f"no video {video_id!r}") from None
+    owner = session.get_one(Batch, job.batch_id).owner
+    row = requests.get(session, api=API, owner=owner, name=video_id)
+    if row is not None and row.deleted_at is not None:
+        raise errors.NotFound(f"no video {video_id!r}: it was deleted")
+    return job
+
+
+def shape(session: Session, job: Job) -> dict[str, Any]:
+    """OpenAI's video object of a job."""
+    batch = session.get_one(Batch, job.batch_id)
+    request = requests.get(session, api=API, owner=batch.owner, name=f"{PREFIX}{job.id}")
+    attempt = session.get(Attempt, job.attempt_id) if job.attempt_id is not None else None
+    look = queries.look(session, job)
+    return {
+        "id": f"{PREFIX}{job.id}",
+        "object": "video",
+        "status": STATUSES[job.state],
+        "progress": progress(job, attempt),
+        "created_at": seconds(batch.created_at),
+        "completed_at": seconds(job.finished_at)
+        if job.state is states.JobState.SUCCEEDED
+        else None,
+        "expires_at": None,
+        "error": _error(job),
+        "model": request.body.get("model", batch.preset) if request else batch.preset,
+        "prompt": job.prompt,
+        "seconds": f"{look['num_frames'] / look['fps']:g}",
+        "size": f"{look['width']}x{look['height']}",
+        "remixed_from_video_id": None,
+        "seed": job.seed,
+    }
+
+
+def seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def progress(job: Job, attempt: Attempt | None) -> int:
+    """Per cent, from the stage and its step; an estimate."""
+    if job.state is states.JobState.SUCCEEDED:
+        return 100
+    if job.state is not states.JobState.RUNNING or attempt is None or attempt.stage not in STAGES:
+        return 0
+    begins = list(STAGES.values())
+    place = list(STAGES).index(attempt.stage)
+    start, end = begins[place], [*begins, 99][place + 1]
+    done = attempt.step / attempt.steps if attempt.steps else 0.0
+    return int(start + (end - start) * min(done, 1.0))
+
+
+def _error(job: Job) -> dict[str, str] | None:
+    if job.state is states.JobState.CANCELLED:
+        return {"code": "cancelled", "message": "it was cancelled"}
+    if job.state is states.JobState.FAILED:
+        return {"code": str(job.failure_kind), "message": job.error or ""}
+    return None

@@ -1,0 +1,151 @@
+"""Errors, each API in its own form: problem+json (RFC 9457), OpenAI's, LightX2V's."""
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+from jobs import database, errors, requests, storage
+from jobs.web import access
+
+log = structlog.get_logger()
+
+MAX_PROBLEMS = 1_000  # told of one request
+AGAIN_SECONDS = 5
+PROBLEM_JSON = "application/problem+json"
+LIGHTX2V_PATHS = ("/v1/tasks", "/v1/service")
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    409: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""OpenAI's words for our statuses."""
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(errors.RushesError, _on_our_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(DBAPIError, _on_database_error)
+    app.add_exception_handler(Exception, _on_defect)
+
+
+def answer(
+    request: Request,
+    status: int,
+    detail: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    **more: Any,
+) -> JSONResponse:
+    """The error in the form of the API that was asked."""
+    path = request.url.path
+    if path.startswith(LIGHTX2V_PATHS):
+        return JSONResponse({"detail": detail}, status, headers)
+    if path.startswith("/v1/"):
+        return _openai(status, detail, headers, more)
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    return JSONResponse(body | {"detail": detail} | more, status, headers, media_type=PROBLEM_JSON)
+
+
+def _openai(
+    status: int, detail: str, headers: Mapping[str, str] | None, more: Mapping[str, Any]
+) -> JSONResponse:
+    status = 400 if status == 422 else status
+    lines = [problem["message"] for problem in more.get("problems", ())]
+    error = {
+        "message": "; ".join([detail, *lines[:5]]) if len(lines) > 1 else detail,
+        "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+        "param": more.get("param"),
+        "code": more.get("code"),
+    }
+    return JSONResponse({"error": error}, status, headers)
+
+
+def status_of(error: errors.RushesError) -> int:
+    """One status per class; the more special class goes first."""
+    for kind, status in _STATUSES:
+        if isinstance(error, kind):
+            return status
+    return 500
+
+
+_STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
+    (access.Unauthorized, 401),
+    (access.Forbidden, 403),
+    (access.TooManyRequests, 429),
+    (errors.InvalidInput, 422),
+    (errors.PresetError, 422),
+    (errors.NotFound, 404),
+    (errors.IdempotencyConflict, 409),
+    (requests.NameTaken, 409),
+    (errors.QuotaExceeded, 429),
+    (storage.ObjectMissing, 404),
+    (storage.StorageUnavailable, 503),
+    (storage.StorageError, 502),
+    (database.DatabaseUnavailable, 503),
+)
+
+
+async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.RushesError)
+    status = status_of(error)
+    headers = {}
+    more: dict[str, Any] = {}
+    if isinstance(error, access.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, access.TooManyRequests):
+        headers["Retry-After"] = str(math.ceil(error.wait_seconds))
+    elif status == 503:
+        headers["Retry-After"] = str(AGAIN_SECONDS)
+    detail = str(error)
+    if isinstance(error, errors.InvalidInput):
+        more["problems"] = [
+            {"line": problem.line, "message": problem.message}
+            for problem in error.problems[:MAX_PROBLEMS]
+        ]
+        detail = f"{error.source}: {len(error.problems)} problems, nothing was stored"
+        if len(error.problems) == 1:
+            detail = f"{error.source}: {error.problems[0]}"
+    if isinstance(error, storage.StorageError):
+        # Addresses of the store are our own business.
+        log.error("web.storage_failed", path=request.url.path, error=str(error))
+        detail = "the file is not there any more" if status == 404 else "the store does not answer"
+    if isinstance(error, database.DatabaseUnavailable):
+        detail = "the database does not answer"
+    return answer(request, status, detail, headers=headers, **more)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = [
+        {"line": None, "message": f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}"}
+        for e in error.errors()[:MAX_PROBLEMS]
+    ]
+    status = 400 if any(e["type"] == "json_invalid" for e in error.errors()) else 422
+    return answer(request, status, "the request cannot be read", problems=problems)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return answer(request, error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    log.error("web.database_failed", path=request.url.path, error=str(error)[:300])
+    again = {"Retry-After": str(AGAIN_SECONDS)}
+    return answer(request, 503, "the database does not answer", headers=again)
+
+
+async def _on_defect(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001  # logged by the server
+    return answer(request, 500, "this is a defect in rushes: its log says more")

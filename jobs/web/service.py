@@ -1,0 +1,131 @@
+"""What every request handler needs, made once per process."""
+
+import functools
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import structlog
+from fastapi import Request
+from limits import RateLimitItem, parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from sqlalchemy.orm import Session
+
+from jobs import bell, database, errors, presets, readers, settings, storage, submission
+from jobs.web import images
+
+log = structlog.get_logger()
+
+MAX_ROWS = 10_000  # in one JSON document; more of them come as a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Database, store and rules of one running service."""
+
+    config: settings.Settings
+    db: database.Database
+    needs_token: bool
+    """False: whoever reaches us is the one person who uses this machine."""
+    host_names: frozenset[str] | None = None
+    """What a Host header may say; None: anything."""
+    _limiter: MovingWindowRateLimiter = field(
+        default_factory=lambda: MovingWindowRateLimiter(MemoryStorage())
+    )
+
+    @functools.cached_property
+    def store(self) -> storage.ObjectStore:
+        return storage.open_store(self.config)
+
+    @functools.cached_property
+    def rate(self) -> RateLimitItem | None:
+        return None if self.config.web_rate == "off" else parse(self.config.web_rate)
+
+    @functools.cached_property
+    def cors_origins(self) -> frozenset[str]:
+        return names(self.config.web_cors_origins)
+
+    def seconds_to_wait(self, who: str) -> float:
+        """0: this request counts and may be served."""
+        if self.rate is None or self._limiter.hit(self.rate, who):
+            return 0.0
+        reset = self._limiter.get_window_stats(self.rate, who).reset_time
+        return max(reset - time.time(), 1.0)
+
+    def preset(self, name: str) -> presets.Preset:
+        """By name alone: what comes over the network must not read files of this machine."""
+        return presets.load(name, folder=self.config.presets_dir, names_only=True)
+
+    def default_preset(self, *, with_image: bool) -> presets.Preset:
+        """For APIs whose clients know no presets. InvalidInput when none is set."""
+        name = self.config.default_image_preset if with_image else self.config.default_preset
+        if name is None:
+            setting = "RUSHES_DEFAULT_IMAGE_PRESET" if with_image else "RUSHES_DEFAULT_PRESET"
+            raise invalid(
+                "model",
+                f"name a preset as the model (GET /api/presets lists them), or set {setting}",
+            )
+        return presets.load(name, folder=self.config.presets_dir)
+
+    def submit(
+        self,
+        stream: BinaryIO,
+        *,
+        source: str,
+        format: readers.Format,
+        options: submission.Options,
+        found: images.WebImages,
+        beside: Callable[[Session, str], None] | None = None,
+    ) -> submission.Submission:
+        """Store a batch and wake the dispatchers. InvalidInput lists every bad line."""
+        file = submission.PromptFile(
+            stream=stream, source=source, format=format, options=options, images=found
+        )
+        try:
+            made = submission.submit(self.db, file, beside=beside)
+        finally:
+            found.close()
+        self.wake(made.is_new)
+        return made
+
+    def wake(self, is_work: int) -> None:
+        """Tell the dispatchers. Without Redis they look by themselves a little later."""
+        if is_work and (delayed := bell.kick(self.config)):
+            log.warning("web.kick_failed", reason=delayed)
+
+    def submit_rows(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        options: submission.Options,
+        found: images.WebImages,
+        beside: Callable[[Session, str], None] | None = None,
+    ) -> submission.Submission:
+        """As `submit`, for rows that came as JSON; a problem's line is a row's number from 1."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        return self.submit(
+            io.BytesIO(lines),
+            source="prompts",
+            format="jsonl",
+            options=options,
+            found=found,
+            beside=beside,
+        )
+
+
+def of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def names(text: str | None) -> frozenset[str]:
+    return frozenset(part.strip().lower() for part in (text or "").split(",") if part.strip())
+
+
+def invalid(source: str, message: str) -> errors.InvalidInput:
+    return errors.InvalidInput(source, [errors.Problem(line=None, message=message)])

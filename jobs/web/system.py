@@ -1,0 +1,97 @@
+"""Our own API: uploads, presets, workers, and how well the service is."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Response, UploadFile
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from jobs import broker, database, errors, presets, queries, shapes
+from jobs.web import access, answers, images, receiving
+from jobs.web.batches import Serving
+
+router = APIRouter(prefix="/api", responses=answers.PROBLEMS)
+health = APIRouter(tags=["health"])
+
+
+@router.post("/uploads", status_code=201, tags=["uploads"], response_model=answers.Upload)
+def upload_image(
+    file: Annotated[UploadFile, File(description="JPEG, PNG, WebP, BMP, TIFF or GIF.")],
+    serving: Serving,
+    principal: access.Submitter,
+) -> dict[str, Any]:
+    """Keep an image; rows of a batch name it by what `image` says here."""
+    receiving.image(file)
+    row = receiving.keep(serving, principal, file, purpose="vision")
+    return {
+        "upload_id": row.id,
+        "image": f"{images.UPLOAD}{row.id}",
+        "bytes": row.size_bytes,
+        "sha256": row.sha256,
+    }
+
+
+@router.get("/presets", tags=["system"], response_model=answers.Presets)
+def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+    """What a batch may name as its preset."""
+    found = presets.available(serving.config.presets_dir)
+    return {
+        "presets": [
+            {
+                "name": preset.name,
+                "description": preset.description,
+                "look_id": preset.look.id,
+                "look": preset.look.model_dump(mode="json"),
+                "needs_image": preset.look.needs_image,
+            }
+            for preset in found
+            if isinstance(preset, presets.Preset)
+        ]
+    }
+
+
+@router.get("/workers", tags=["system"], response_model=answers.Workers)
+def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+    """The workers that have not stopped for good, and what they render."""
+    with serving.db.reading() as session:
+        return {"workers": [shapes.worker(live) for live in queries.live_workers(session)]}
+
+
+@health.get("/healthz")
+def is_alive() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@health.get("/readyz")
+def is_ready(serving: Serving, response: Response) -> dict[str, Any]:
+    """503 when requests cannot be served: without the database. The rest may come back later."""
+    checks = {"database": _database(serving), "broker": _broker(serving), "store": _store(serving)}
+    if checks["database"] != "ok":
+        response.status_code = 503
+    return {"status": checks["database"], "checks": checks}
+
+
+def _database(serving: Serving) -> str:
+    try:
+        with serving.db.reading() as session:
+            session.execute(text("SELECT 1 FROM batches LIMIT 1"))
+    except (DBAPIError, database.DatabaseUnavailable):
+        return "unavailable"
+    return "ok"
+
+
+def _broker(serving: Serving) -> str:
+    try:
+        broker.Broker(serving.config).redis.ping()
+    except (*broker.UNAVAILABLE, errors.RushesError, ValueError):
+        return "unavailable"
+    return "ok"
+
+
+def _store(serving: Serving) -> str:
+    try:
+        serving.store.check()
+    except errors.RushesError:
+        return "unavailable"
+    return "ok"

@@ -1,0 +1,84 @@
+"""Our own API: single jobs and their videos."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from jobs import errors, lifecycle, queries, shapes, states
+from jobs.schema import Attempt, Batch
+from jobs.web import access, answers, finding, serving
+from jobs.web.batches import Serving
+
+router = APIRouter(prefix="/api/jobs", tags=["jobs"], responses=answers.PROBLEMS)
+
+JobId = Annotated[int, Path(ge=1, lt=2**63)]
+
+
+@router.get("/{job_id}", response_model=answers.Job)
+def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str, Any]:
+    """Everything about a job, its attempts and the link to its video."""
+    with service.db.reading() as session:
+        row = finding.job(session, job_id, principal)
+        look = queries.look(session, row)
+        attempts = [shapes.attempt(attempt) for attempt in queries.attempts(session, job_id)]
+        winner = queries.winning_attempt(session, row)
+        boost = session.get_one(Batch, row.batch_id).boost
+    video = shapes.video(service.store, winner)
+    return shapes.job(row, boost=boost, look=look, attempts=attempts, video=video)
+
+
+@router.post("/{job_id}/cancel", response_model=answers.Cancelled)
+def cancel(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, int]:
+    """Now if it waits, at its next step if it runs."""
+    with service.db.reading() as session:
+        was_final = finding.job(session, job_id, principal).state in states.FINAL_JOB_STATES
+    state = service.db.write(lifecycle.cancel_job, job_id)
+    return {
+        "cancelled": int(state is states.JobState.CANCELLED and not was_final),
+        "stopping": int(state is states.JobState.RUNNING),
+    }
+
+
+@router.post("/{job_id}/retry", response_model=answers.Retried)
+def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, int]:
+    """Queue it again if it failed or was cancelled."""
+    with service.db.reading() as session:
+        batch_id = finding.job(session, job_id, principal).batch_id
+    retried = service.db.write(
+        lifecycle.retry_jobs,
+        batch_id,
+        from_states=(states.JobState.FAILED, states.JobState.CANCELLED),
+        job_ids=[job_id],
+    )
+    service.wake(retried)
+    return {"retried": retried}
+
+
+@router.get(
+    "/{job_id}/video",
+    response_class=Response,
+    responses={200: {"content": {"video/mp4": {}}}, 206: {"content": {"video/mp4": {}}}, 416: {}},
+)
+def video(job_id: JobId, request: Request, service: Serving, principal: access.Reader) -> Response:
+    """The video itself; understands Range."""
+    with service.db.reading() as session:
+        row = finding.job(session, job_id, principal)
+        winner = queries.winning_attempt(session, row)
+    if winner is None:
+        raise errors.NotFound(f"job {job_id} has no video: it is {row.state}")
+    return video_of(request, service, winner, name=f"{row.batch_id}-{row.position:05}.mp4")
+
+
+def video_of(request: Request, service: Serving, winner: Attempt, *, name: str) -> Response:
+    assert winner.video_key is not None
+    assert winner.video_bytes is not None
+    assert winner.video_sha256 is not None
+    return serving.respond(
+        request,
+        service.store,
+        winner.video_key,
+        size_bytes=winner.video_bytes,
+        sha256=winner.video_sha256,
+        content_type="video/mp4",
+        file_name=name,
+    )

@@ -1,0 +1,341 @@
+"""Each fire time makes its batch once, whoever looks and however late, as the policies say."""
+
+import itertools
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from jobs import cron, errors, firing, schedules, settings, states, storage
+from jobs.schema import Batch, Firing, Job, Schedule
+from tests.integration.jobs.conftest import PRESET, World
+
+ZONES = ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe")
+START = datetime(2026, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+MADE, SKIPPED, FAILED = states.FiringState
+
+
+@dataclass
+class Farm:
+    """Schedules, several dispatchers that look after them, and a clock that a test moves."""
+
+    world: World
+    config: settings.Settings
+    now: datetime = START
+    clockworks: list[firing.Clockwork] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clockworks = [
+            firing.Clockwork(self.config, db=self.world.db, clock=lambda _: self.now)
+            for _ in range(3)
+        ]
+
+    def add(self, name: str = "night", *, prompts: str | None = "a cat\n", **given: Any) -> None:
+        new = schedules.NewSchedule(
+            **{
+                "name": name,
+                "cron": "30 2 * * *",
+                "zone": "Europe/Berlin",
+                "preset": PRESET,
+                "format": "text",
+                "prompts": prompts,
+            }
+            | given
+        )
+        with self.world.db.transaction() as session:
+            schedules.add(session, schedules.draft(new, now=self.now))
+
+    def tick(self, moment: datetime | None = None) -> int:
+        self.now = moment or self.now
+        return self.clockworks[0].tick()
+
+    def firings(self, name: str = "night") -> list[Firing]:
+        with self.world.db.reading() as session:
+            row = schedules.find(session, name)
+            return [fired for fired, _ in schedules.history(session, row.id, limit=1000)][::-1]
+
+    def states(self, name: str = "night") -> list[str]:
+        return [fired.state for fired in self.firings(name)]
+
+    def prompts(self) -> list[str]:
+        with self.world.db.reading() as session:
+            return list(session.scalars(select(Job.prompt).order_by(Job.id)))
+
+    def batches(self) -> int:
+        with self.world.db.reading() as session:
+            return session.scalar(select(func.count()).select_from(Batch)) or 0
+
+    def schedule(self, name: str = "night") -> Schedule:
+        with self.world.db.reading() as session:
+            return schedules.find(session, name)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> settings.Settings:
+    monkeypatch.setenv("RUSHES_RESULTS_URL", (tmp_path / "results").as_uri())
+    return settings.load()
+
+
+@pytest.fixture
+def farm(world: World, config: settings.Settings) -> Farm:
+    return Farm(world, config)
+
+
+@pytest.fixture
+def sqlite_farm(sqlite_world: World, config: settings.Settings) -> Farm:
+    return Farm(sqlite_world, config)
+
+
+def test_a_year_of_three_dispatchers_makes_each_batch_once(sqlite_farm: Farm) -> None:
+    """Sundays: on these the clocks change, and two o'clock is left out or comes twice."""
+    farm = sqlite_farm
+    moments = set()
+    for zone in ZONES:
+        farm.add(zone.replace("/", " "), cron="30 2 * * SUN", zone=zone)
+        for moment in cron.parse("30 2 * * SUN", zone).after(START):
+            if moment >= START + 365 * DAY:
+                break
+            moments.add(moment)
+    with ThreadPoolExecutor(3) as pool:
+        for moment in sorted(moments):
+            assert farm.tick(moment - timedelta(seconds=1)) == 0
+            farm.now = moment
+            list(pool.map(firing.Clockwork.tick, farm.clockworks))
+    for zone in ZONES:
+        found = farm.firings(zone.replace("/", " "))
+        dates = [fired.fire_at.astimezone(cron.parse("* * * * *", zone).zone) for fired in found]
+        assert len(dates) == 52
+        assert {later - earlier for earlier, later in itertools.pairwise(dates)} <= {
+            timedelta(days=7, minutes=minutes) for minutes in (-60, -30, 0, 30, 60)
+        }
+        assert {moment.strftime("%a") for moment in dates} == {"Sun"}
+        # 02:30, or where that is left out, the moment when the clock jumps past it.
+        odd = {moment.strftime("%m-%d %H:%M") for moment in dates if moment.minute != 30}
+        assert odd <= {"03-29 03:00", "03-08 03:00"}
+        assert {fired.state for fired in found} == {MADE}
+        assert len({fired.batch_id for fired in found}) == 52
+    assert farm.batches() == 3 * 52
+    farm.world.check()
+
+
+def test_dispatchers_that_prepare_the_same_firing_at_once_make_one_batch(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the courtesy that keeps them apart, the lock and the counts decide alone."""
+    monkeypatch.setattr(firing, "BUSY", timedelta(seconds=-1))
+    together = threading.Barrier(3, timeout=30)
+    plan = firing.submission.plan
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        checked = plan(*given, **more)
+        together.wait()
+        return checked
+
+    monkeypatch.setattr(firing.submission, "plan", slowly)
+    farm.add(cron="0 * * * *")
+    with ThreadPoolExecutor(3) as pool:
+        for hour in range(1, 6):
+            farm.now = START + timedelta(hours=hour)
+            made = list(pool.map(firing.Clockwork.tick, farm.clockworks))
+            assert sorted(made) == [0, 0, 1]
+    assert farm.batches() == 5
+    assert farm.schedule().counter == 5
+
+
+@pytest.mark.parametrize(
+    ("misfire", "catch_up", "expected"),
+    [
+        ("skip", 1, [SKIPPED]),
+        ("run_once", 1, [SKIPPED, MADE]),
+        ("catch_up", 3, [SKIPPED, MADE, MADE, MADE]),
+        ("catch_up", 100, [MADE] * 10),
+    ],
+)
+def test_what_was_missed_is_made_up_for_as_the_policy_says(
+    sqlite_farm: Farm, misfire: str, catch_up: int, expected: list[str]
+) -> None:
+    farm = sqlite_farm
+    farm.add(misfire=states.Misfire(misfire), catch_up=catch_up)
+    farm.tick(START + 9 * DAY + timedelta(hours=6))  # ten nights without a dispatcher
+    found = farm.firings()
+    assert [fired.state for fired in found] == expected
+    made = [fired.fire_at for fired in found if fired.state is MADE]
+    assert made == [
+        datetime(2026, 1, 11 - nights, 1, 30, tzinfo=UTC)
+        for nights in range(1, len(made) + 1)
+    ][::-1]  # fmt: skip
+    if SKIPPED in expected:
+        assert misfire in found[0].reason
+        assert "2026-01-01 02:30" in found[0].reason
+    # The next night is on time again.
+    farm.tick(START + 10 * DAY + timedelta(hours=1, minutes=31))
+    assert farm.states() == [*expected, MADE]
+
+
+def test_a_restart_of_five_minutes_misses_nothing(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    farm.add(cron="* * * * *", misfire=states.Misfire.SKIP)
+    farm.tick(START + timedelta(minutes=4))
+    assert farm.states() == [MADE] * 4
+
+
+def test_the_overlap_policy_decides_while_a_batch_is_open(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    farm.add("queue", cron="0 * * * *", overlap=states.Overlap.QUEUE)
+    farm.add("skip", cron="0 * * * *", overlap=states.Overlap.SKIP)
+    for hour in (1, 2):
+        farm.tick(START + timedelta(hours=hour))
+    assert farm.states("queue") == [MADE, MADE]
+    assert farm.states("skip") == [MADE, SKIPPED]
+    first, second = farm.firings("skip")
+    assert "overlap policy skip" in second.reason
+    farm.world.cancel_batch(first.batch_id)
+    farm.tick(START + timedelta(hours=3))
+    assert farm.states("skip") == [MADE, SKIPPED, MADE]
+
+
+def test_variables_count_batches_and_not_what_was_skipped(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    farm.add(
+        cron="0 2 * * *",
+        prompts="{{counter}} {{style}} {{date}}\n",
+        lists={"style": ["noir", "anime"]},
+        misfire=states.Misfire.CATCH_UP,
+        catch_up=3,
+    )
+    farm.tick(START + 5 * DAY)
+    assert farm.prompts() == ["1 noir 2026-01-03", "2 anime 2026-01-04", "3 noir 2026-01-05"]
+
+
+def test_prompts_that_cannot_be_used_are_a_failed_firing_and_the_rule_goes_on(
+    sqlite_farm: Farm,
+) -> None:
+    farm = sqlite_farm
+    farm.add(prompts='{"promt": "x"}\n', format="jsonl")
+    farm.tick(START + timedelta(hours=2))
+    farm.tick(START + timedelta(hours=26))
+    assert farm.states() == [FAILED, FAILED]
+    assert "did you mean prompt" in farm.firings()[0].reason
+    assert farm.batches() == 0
+    assert farm.schedule().next_fire_at > farm.now
+
+
+def test_a_prompt_file_in_a_bucket_is_read_anew_and_waited_for(
+    s3: dict[str, str], sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    config = settings.load()
+    farm = Farm(sqlite_world, config)
+    store = storage.open_store(config)
+    url = store.address("prompts.txt")
+    store.put_bytes(b"first\n", "prompts.txt", content_type="text/plain")
+    farm.add(cron="0 * * * *", prompts=None, prompts_url=url)
+    farm.tick(START + timedelta(hours=1))
+    store.put_bytes(b"second\nthird\n", "prompts.txt", content_type="text/plain")
+    farm.tick(START + timedelta(hours=2))
+    assert farm.prompts() == ["first", "second", "third"]
+    store.delete("prompts.txt")
+    farm.tick(START + timedelta(hours=3))
+    assert farm.states() == [MADE, MADE, FAILED]
+    store.put_bytes(b"fourth\n", "prompts.txt", content_type="text/plain")
+    away = config.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
+    farm.now = START + timedelta(hours=4)
+    with pytest.raises(storage.StorageUnavailable):
+        firing.Clockwork(away, db=farm.world.db, clock=lambda _: farm.now).tick()
+    assert len(farm.firings()) == 3
+    farm.now += firing.BUSY + timedelta(seconds=1)
+    assert farm.tick() == 1
+    assert farm.prompts()[-1] == "fourth"
+
+
+def test_one_whose_store_is_away_does_not_hold_up_the_others(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, config: settings.Settings
+) -> None:
+    farm = Farm(sqlite_world, config)
+    farm.add("a", cron="0 * * * *", prompts=None, prompts_url="s3://bucket/key")
+    farm.add("b", cron="0 * * * *")
+
+    def away(*_: object) -> bytes:
+        raise storage.StorageUnavailable("s3://bucket", "does not answer")
+
+    monkeypatch.setattr(firing, "read_url", away)
+    with pytest.raises(storage.StorageUnavailable):
+        farm.tick(START + timedelta(hours=1))
+    assert farm.states("b") == [MADE]
+    assert farm.states("a") == []
+
+
+def test_a_paused_schedule_does_not_fire_and_a_resumed_one_looks_ahead(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    farm.now = datetime.now(UTC)
+    farm.add()
+    assert farm.world.db.write(schedules.pause, "night")
+    assert not farm.world.db.write(schedules.pause, "night")
+    farm.tick(farm.now + 3 * DAY)
+    assert farm.states() == []
+    with farm.world.db.reading() as session:
+        assert schedules.coming(session, farm.schedule(), 5) == []
+    assert farm.world.db.write(schedules.resume, "night")
+    assert farm.schedule().next_fire_at > datetime.now(UTC)
+    with farm.world.db.reading() as session:
+        times = schedules.coming(session, farm.schedule(), 5)
+    assert len(times) == 5
+    assert times == sorted(set(times))
+
+
+def test_run_now_makes_a_batch_beside_the_rule_even_while_paused(farm: Farm) -> None:
+    farm.add(prompts="{{counter}}\n")
+    farm.world.db.write(schedules.pause, "night")
+    batch_id = firing.fire_now(farm.config, farm.world.db, "night")
+    (fired,) = farm.firings()
+    assert (fired.state, fired.is_manual, fired.batch_id) == (MADE, True, batch_id)
+    assert farm.world.only_job(batch_id).prompt == "1"
+    assert farm.schedule().next_fire_at is None
+
+
+def test_removing_leaves_the_batches(farm: Farm) -> None:
+    farm.add(cron="0 * * * *")
+    farm.tick(START + timedelta(hours=1))
+    farm.world.db.write(schedules.remove, "night")
+    assert farm.batches() == 1
+    farm.tick(START + timedelta(hours=2))
+    assert farm.batches() == 1
+    with pytest.raises(errors.NotFound):
+        farm.schedule()
+
+
+def test_a_second_schedule_of_the_same_name_is_refused(sqlite_farm: Farm) -> None:
+    sqlite_farm.add()
+    with pytest.raises(errors.InvalidInput, match="of this name"):
+        sqlite_farm.add()
+
+
+def test_a_schedule_whose_prompts_are_bad_is_not_stored(sqlite_farm: Farm) -> None:
+    new = schedules.NewSchedule(
+        name="night",
+        cron="0 2 * * *",
+        zone="UTC",
+        preset=PRESET,
+        format="text",
+        prompts="a {{nothing}}\n",
+    )
+    with pytest.raises(errors.InvalidInput, match="unknown variable"):
+        firing.add(sqlite_farm.config, sqlite_farm.world.db, new)
+    with sqlite_farm.world.db.reading() as session:
+        assert schedules.every(session) == []
+
+
+def test_the_look_is_that_of_the_day_when_it_was_added(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    farm.add(cron="0 * * * *")
+    farm.tick(START + timedelta(hours=1))
+    with farm.world.db.reading() as session:
+        looks = Counter(session.scalars(select(Job.look_id)))
+    assert looks == {PRESET.look.id: 1}

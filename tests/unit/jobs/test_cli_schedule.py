@@ -1,0 +1,87 @@
+"""`rushes schedule`, as a person at a terminal and as a script meet it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from jobs import cli, database, migrate, settings
+
+Rushes = Callable[..., Result]
+NIGHTLY = ("--cron", "30 2 * * *", "--tz", "Europe/Berlin", "--preset", "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+
+
+@pytest.fixture
+def rushes() -> Rushes:
+    def run(*arguments: str) -> Result:
+        result = CliRunner().invoke(cli.main, ["schedule", *arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _db() -> Iterator[None]:
+    opened = database.connect(settings.load())
+    migrate.upgrade(opened)
+    Path("p.txt").write_text("a {{style}} cat {{counter}}\n")
+    yield
+    opened.close()
+
+
+def test_a_schedule_from_its_first_day_to_its_last(rushes: Rushes) -> None:
+    added = rushes("add", "night", *NIGHTLY, "--file", "p.txt", "--list", "style=noir,anime")
+    assert added.exit_code == 0, added.output
+    assert "30 2 * * * in Europe/Berlin" in added.output
+    batch_id = rushes("run-now", "night", "-q").stdout.strip()
+    shown = json.loads(rushes("show", "night", "-o", "json").stdout)
+    assert len(shown["coming"]) == 5
+    assert all("T0" in moment for moment in shown["coming"])
+    assert shown["batches_made"] == 1
+    assert shown["misfire"] == "run_once"
+    (fired,) = json.loads(rushes("history", "night", "-o", "json").stdout)["firings"]
+    assert fired["batch"]["batch_id"] == batch_id
+    assert fired["is_manual"] is True
+    assert "is paused" in rushes("pause", "night").output
+    assert "is paused already" in rushes("pause", "night").output
+    assert "paused" in rushes("list").output
+    assert json.loads(rushes("resume", "night", "-o", "json").stdout)["changed"] is True
+    assert rushes("remove", "night").exit_code == 0
+    assert rushes("show", "night").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--list", "stil=noir"), "unknown variable {{style}}"),
+        (("--list", "style"), "NAME=A,B"),
+        (("--misfire", "catch_up"), "--misfire must be"),
+        (("--misfire", "often"), "--misfire must be"),
+        (("--misfire", "catch_up:1000"), "catch_up must be 1 to 100"),
+        (("--tz", "Berlin"), "did you mean Europe/Berlin?"),
+        (("--cron", "99 2 * * *"), "bad minute"),
+        (("--file", "none.txt"), "No such file"),
+        (("--file", "s3://bucket"), "must be s3://bucket/key"),
+        (("--priority", "1000"), "--priority must be"),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_stored(
+    rushes: Rushes, arguments: tuple[str, str], told: str
+) -> None:
+    result = (
+        rushes("add", "night", *NIGHTLY, "--file", "p.txt", "--list", "style=noir", *arguments)
+        if arguments[0] != "--list"
+        else rushes("add", "night", *NIGHTLY, "--file", "p.txt", *arguments)
+    )
+    assert result.exit_code == 2, result.output
+    assert told in result.output
+    assert json.loads(rushes("list", "-o", "json").stdout) == {"schedules": []}

@@ -1,0 +1,244 @@
+"""Who may do what, and what is refused before anybody is asked."""
+
+from collections.abc import Callable
+
+import pytest
+
+from jobs import database, migrate, settings, tokens
+from jobs.web import server
+from tests.unit.jobs.web.conftest import Web
+
+MakeWeb = Callable[..., Web]
+
+
+@pytest.fixture
+def guarded(make_web: MakeWeb) -> Web:
+    return make_web(web_require_token=True)
+
+
+def test_without_a_token_nothing_but_health_is_answered(guarded: Web) -> None:
+    assert guarded.client.get("/healthz").status_code == 200
+    assert guarded.client.get("/readyz").status_code == 200
+    checked = 0
+    for path, methods in guarded.client.get("/openapi.json").json()["paths"].items():
+        if path in ("/healthz", "/readyz"):
+            continue
+        for method in methods:
+            answer = guarded.client.request(method, path.replace("{job_id}", "1"), json={})
+            # A request that cannot be read may be told so first; nothing is done or shown.
+            assert answer.status_code in (401, 422, 400), (method, path, answer.status_code)
+            checked += answer.status_code == 401
+    assert checked > 20
+    answer = guarded.client.get("/api/batches")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer x", "Basic eDp5", "Bearer rushes_x"])
+def test_what_is_no_token_of_ours_is_refused(guarded: Web, header: str) -> None:
+    answer = guarded.client.get("/api/batches", headers={"Authorization": header})
+    assert answer.status_code == 401
+
+
+def test_scopes_decide_what_a_token_may_do(guarded: Web) -> None:
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
+    allowed = {"read": (403, 200, 403), "submit": (201, 403, 403), "admin": (201, 200, 201)}
+    schedule = {"name": "n", "cron": "@daily", **new}
+    for scope, expected in allowed.items():
+        headers = guarded.token("ann", scope)
+        found = (
+            guarded.client.post("/api/batches", json=new, headers=headers).status_code,
+            guarded.client.get("/api/batches", headers=headers).status_code,
+            guarded.client.post("/api/schedules", json=schedule, headers=headers).status_code,
+        )
+        assert found == expected, scope
+
+
+def test_an_owner_sees_only_what_is_theirs_and_an_admin_everything(
+    guarded: Web, image: bytes
+) -> None:
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    admin = guarded.token("", "admin")
+    batch_id = guarded.submit(headers=ann)
+    job_id = guarded.job_id(batch_id)
+    guarded.succeed(job_id)
+    up = guarded.client.post("/api/uploads", files={"file": ("r.png", image)}, headers=ann).json()
+    task = {"prompt": "x", "task_id": "anns"}
+    guarded.client.post("/v1/tasks/", json=task, headers=ann)
+    for path in (
+        f"/api/batches/{batch_id}",
+        f"/api/batches/{batch_id}/jobs",
+        f"/api/batches/{batch_id}/events",
+        f"/api/batches/{batch_id}/results",
+        f"/api/jobs/{job_id}",
+        f"/api/jobs/{job_id}/video",
+        f"/v1/videos/video_{job_id}",
+        f"/v1/videos/video_{job_id}/content",
+        f"/v1/files/{up['upload_id']}",
+        f"/v1/files/file-{batch_id}_output/content",
+        "/v1/tasks/anns/status",
+    ):
+        assert guarded.client.get(path, headers=ann).status_code == 200, path
+        assert guarded.client.get(path, headers=ben).status_code == 404, path
+        assert guarded.client.get(path, headers=admin).status_code == 200, path
+    for path in (f"/api/batches/{batch_id}", f"/api/jobs/{job_id}"):
+        for verb in ("cancel", "retry"):
+            assert guarded.client.post(f"{path}/{verb}", headers=ben).status_code == 404
+    assert guarded.client.delete(f"/v1/videos/video_{job_id}", headers=ben).status_code == 404
+    for path, key in (("/api/batches", "batches"), ("/v1/files", "data"), ("/v1/videos", "data")):
+        assert guarded.client.get(path, headers=ben).json()[key] == []
+    assert guarded.client.get("/v1/tasks/", headers=ben).json() == {}
+    row = {"prompt": "x", "image": up["image"]}
+    stolen = {"preset": "tiny_i2v", "prompts": [row]}
+    assert guarded.client.post("/api/batches", json=stolen, headers=ben).status_code == 422
+    assert guarded.client.post("/api/batches", json=stolen, headers=ann).status_code == 201
+
+
+def test_the_same_idempotency_key_of_two_owners_is_two_batches(guarded: Web) -> None:
+    key = {"Idempotency-Key": "night"}
+    ann = guarded.submit(headers=guarded.token("ann") | key)
+    ben = guarded.submit(headers=guarded.token("ben") | key)
+    assert ann != ben
+
+
+def test_buckets_are_read_for_admins_only(guarded: Web) -> None:
+    new = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": "s3://b/k"}]}
+    answer = guarded.client.post("/api/batches", json=new, headers=guarded.token("ann"))
+    assert "admin tokens only" in answer.json()["problems"][0]["message"]
+
+
+def test_a_revoked_or_expired_token_is_none(guarded: Web) -> None:
+    with guarded.db.transaction() as session:
+        row, secret = tokens.create(session, name="x", owner="", scopes=[tokens.Scope.READ], days=1)
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert guarded.client.get("/api/batches", headers=headers).status_code == 200
+    with guarded.db.transaction() as session:
+        stored = session.get(tokens.ApiToken, row.id)
+        assert secret not in (stored.secret_hash, stored.name)
+        assert stored.used_at is not None
+        stored.expires_at = stored.created_at
+    assert guarded.client.get("/api/batches", headers=headers).status_code == 401
+    with guarded.db.transaction() as session:
+        session.get(tokens.ApiToken, row.id).expires_at = None
+    assert guarded.db.write(tokens.revoke, row.id)
+    assert guarded.client.get("/api/batches", headers=headers).status_code == 401
+
+
+def test_other_addresses_than_loopback_need_a_token_to_begin_with() -> None:
+    db = database.connect(settings.load())
+    migrate.upgrade(db)
+    for given in ({"web_host": "0.0.0.0"}, {"web_host": "::"}, {"web_require_token": True}):
+        config = settings.load(**given)
+        with pytest.raises(server.Refused, match="rushes token create"):
+            server.make_service(config, db)
+        with db.transaction() as session:
+            row, _ = tokens.create(session, name="x", owner="", scopes=[tokens.Scope.ADMIN])
+        assert server.make_service(config, db).needs_token
+        db.write(tokens.revoke, row.id)
+    assert not server.make_service(settings.load(web_host="::1"), db).needs_token
+    db.close()
+
+
+@pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "", "0.0.0.0"])
+def test_on_loopback_other_names_are_not_ours(web: Web, name: str) -> None:
+    """A page whose name leads to 127.0.0.1 (DNS rebinding) sends its own name."""
+    answer = web.client.get("/api/batches", headers={"Host": f"{name}:8000"})
+    assert answer.status_code == 403
+    for good in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+        assert web.client.get("/api/batches", headers={"Host": good}).status_code == 200
+
+
+def test_a_name_that_was_set_is_ours(make_web: MakeWeb) -> None:
+    web = make_web(web_names="farm.example, other.example")
+    headers = {"Host": "farm.example"}
+    assert web.client.get("/api/batches", headers=headers).status_code == 200
+
+
+def test_pages_of_other_sites_change_nothing(web: Web) -> None:
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        answer = web.client.post("/api/batches", json=new, headers=headers)
+        assert answer.status_code == 403, headers
+    own = {"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}
+    assert web.client.post("/api/batches", json=new, headers=own).status_code == 201
+
+
+def test_no_page_may_read_unless_it_was_allowed(web: Web, make_web: MakeWeb) -> None:
+    headers = {"Origin": "https://app.example"}
+    assert "access-control-allow-origin" not in web.client.get("/healthz", headers=headers).headers
+    allowing = make_web(web_cors_origins="https://app.example")
+    answer = allowing.client.get("/healthz", headers=headers)
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
+    assert allowing.client.post("/api/batches", json=new, headers=headers).status_code == 201
+    other = {"Origin": "https://evil.example"}
+    assert "access-control-allow-origin" not in allowing.client.get("/", headers=other).headers
+
+
+def test_every_answer_has_its_guarding_headers(web: Web) -> None:
+    for path in ("/healthz", "/nowhere", "/api/batches"):
+        headers = web.client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["cache-control"] == "no-store"
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "server" not in headers
+
+
+def test_too_many_requests_are_told_when_to_come_again(make_web: MakeWeb) -> None:
+    web = make_web(web_rate="5/minute", web_require_token=True)
+    ann, ben = web.token("ann"), web.token("ben")
+    found = [web.client.get("/api/batches", headers=ann) for _ in range(6)]
+    assert [answer.status_code for answer in found] == [200] * 5 + [429]
+    assert 1 <= int(found[-1].headers["retry-after"]) <= 60
+    assert web.client.get("/api/batches", headers=ben).status_code == 200
+    assert web.client.get("/healthz").status_code == 200
+    assert web.client.get("/v1/videos", headers=ann).json()["error"]["type"] == "rate_limit_error"
+
+
+def test_guessing_tokens_is_limited_too(make_web: MakeWeb) -> None:
+    web = make_web(web_rate="5/minute", web_require_token=True)
+    found = [
+        web.client.get("/api/batches", headers={"Authorization": f"Bearer rushes_{n}"}).status_code
+        for n in range(6)
+    ]
+    assert found == [401] * 5 + [429]
+
+
+def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) -> None:
+    web = make_web(web_max_bytes=1 << 20)
+    large = b"x" * ((1 << 20) + 1)
+    answer = web.client.post("/api/batches/file", files={"file": ("p.txt", large)})
+    assert answer.status_code == 413
+    assert answer.headers["content-type"] == "application/problem+json"
+    answer = web.client.post("/v1/files", files={"file": ("p.txt", large)})
+    assert (answer.status_code, "error" in answer.json()) == (413, True)
+
+    def endless():
+        for _ in range(40):
+            yield b"x" * 65_536
+
+    answer = web.client.post(
+        "/api/batches", content=endless(), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 413
+
+
+def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("postgresql://user:secret@host"))
+
+    monkeypatch.setattr(database.Database, "reading", away)
+    answer = web.client.get("/api/batches")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "secret" not in answer.text
+    assert web.client.get("/readyz").status_code == 503
+    assert web.client.get("/healthz").status_code == 200

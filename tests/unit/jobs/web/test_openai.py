@@ -1,0 +1,233 @@
+"""OpenAI's own Python client against our service, unchanged."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.unit.jobs.web.conftest import VIDEO, Live
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none needed", max_retries=0) as made:
+        yield made
+
+
+def job_of(video: Any) -> int:
+    return int(video.id.removeprefix("video_"))
+
+
+def test_a_video_from_its_prompt_to_its_bytes(live: Live, client: openai.OpenAI) -> None:
+    made = client.videos.create(prompt="a cat", model="sora-2", seconds="2", size="64x64")  # type: ignore[arg-type]
+    assert (made.status, made.progress, made.model) == ("queued", 0, "sora-2")
+    assert (made.size, made.seconds) == ("64x64", "2.125")
+    job_id = job_of(made)
+    attempt_id = live.web.claim(job_id)
+    live.web.step(attempt_id, "denoise", 2, 4)
+    going = client.videos.retrieve(made.id)
+    assert (going.status, going.progress) == ("in_progress", 45)
+    with pytest.raises(openai.NotFoundError):
+        client.videos.download_content(made.id)
+    live.web.succeed(job_id, attempt_id)
+    done = client.videos.poll(made.id)
+    assert (done.status, done.progress) == ("completed", 100)
+    assert done.completed_at >= done.created_at
+    assert client.videos.download_content(made.id).read() == VIDEO
+    part = client.videos.download_content(made.id, extra_headers={"Range": "bytes=10-19"})
+    assert part.read() == VIDEO[10:20]
+
+
+def test_a_preset_is_a_model_and_our_own_keys_go_along(live: Live, client: openai.OpenAI) -> None:
+    made = client.videos.create(
+        prompt="a cat", model="tiny", extra_body={"seed": 7, "negative_prompt": "fog"}
+    )
+    assert made.model == "tiny"
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    assert (job["seed"], job["negative_prompt"]) == (7, "fog")
+    assert "tiny" in [model.id for model in client.models.list()]
+
+
+@pytest.mark.parametrize("way", ["file", "file_id", "image_url"])
+def test_a_video_starts_from_an_input_reference(
+    live: Live, client: openai.OpenAI, image: bytes, way: str
+) -> None:
+    # Objects go as extra_body: the client itself sends files only, whatever its types say.
+    if way == "file":
+        asked: dict[str, Any] = {"input_reference": ("red.png", io.BytesIO(image), "image/png")}
+    elif way == "file_id":
+        up = client.files.create(file=("r.png", image), purpose="vision")
+        asked = {"extra_body": {"input_reference": {"file_id": up.id}}}
+    else:
+        url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        asked = {"extra_body": {"input_reference": {"image_url": url}}}
+    made = client.videos.create(prompt="it moves", **asked)
+    assert made.model == "tiny_i2v"
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    assert live.web.serving.store.read_bytes(job["image_key"]) == image
+
+
+def test_failed_and_cancelled_videos_say_why(live: Live, client: openai.OpenAI) -> None:
+    made = client.videos.create(prompt="a cat")
+    live.web.fail(job_of(made), "the prompt is unusable")
+    failed = client.videos.retrieve(made.id)
+    assert failed.status == "failed"
+    assert (failed.error.code, failed.error.message) == ("input", "the prompt is unusable")
+
+
+def test_videos_are_listed_page_by_page_both_ways(client: openai.OpenAI) -> None:
+    made = [client.videos.create(prompt=f"p{n}").id for n in range(5)]
+    assert [video.id for video in client.videos.list(limit=2)] == made[::-1]
+    assert [video.id for video in client.videos.list(limit=2, order="asc")] == made
+
+
+def test_a_deleted_video_is_gone_and_stops(live: Live, client: openai.OpenAI) -> None:
+    waiting, done = client.videos.create(prompt="a"), client.videos.create(prompt="b")
+    live.web.succeed(job_of(done))
+    for video in (waiting, done):
+        assert client.videos.delete(video.id).deleted is True
+        with pytest.raises(openai.NotFoundError, match="deleted"):
+            client.videos.retrieve(video.id)
+    assert list(client.videos.list()) == []
+    assert live.web.client.get(f"/api/jobs/{job_of(waiting)}").json()["state"] == "cancelled"
+    assert list(live.web.serving.store.list("videos")) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "told"),
+    [
+        ({"prompt": "x", "model": "sora-3"}, openai.NotFoundError, "sora-3"),
+        ({"prompt": "x", "size": "huge"}, openai.BadRequestError, "size must be"),
+        ({"prompt": "x", "seconds": "a few"}, openai.BadRequestError, "seconds must be"),
+        ({"prompt": " "}, openai.BadRequestError, "prompt is empty"),
+        ({"prompt": "x", "extra_body": {"promt": "y"}}, openai.BadRequestError, "unknown key"),
+        ({"prompt": "x", "input_reference": b"no image"}, openai.BadRequestError, "image"),
+        (
+            {"prompt": "x", "extra_body": {"input_reference": {"file_id": "file-no"}}},
+            openai.BadRequestError,
+            "no such upload",
+        ),
+    ],
+)
+def test_errors_are_those_that_the_client_knows(
+    client: openai.OpenAI, asked: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        client.videos.create(**asked)
+    assert list(client.videos.list()) == []
+
+
+def lines(*bodies: dict[str, Any]) -> bytes:
+    return b"".join(
+        json.dumps(
+            {"custom_id": f"c{n}", "method": "POST", "url": "/v1/videos", "body": body}
+        ).encode()
+        + b"\n"
+        for n, body in enumerate(bodies)
+    )
+
+
+def test_a_batch_from_its_file_to_its_result_files(live: Live, client: openai.OpenAI) -> None:
+    data = lines(*({"model": "tiny", "prompt": f"p{n}", "seconds": "2"} for n in range(3)))
+    file = client.files.create(file=("night.jsonl", data), purpose="batch")
+    assert (file.bytes, file.filename) == (len(data), "night.jsonl")
+    assert client.files.content(file.id).read() == data
+    made = client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/videos",
+        completion_window="24h",
+        metadata={"scene": "12"},
+    )
+    assert (made.status, made.metadata) == ("in_progress", {"scene": "12"})
+    batch_id = live.web.client.get("/api/batches").json()["batches"][0]["batch_id"]
+    live.web.succeed(live.web.job_id(batch_id, 0))
+    live.web.fail(live.web.job_id(batch_id, 1))
+    live.web.succeed(live.web.job_id(batch_id, 2))
+    done = client.batches.retrieve(made.id)
+    assert done.status == "completed"
+    counts = done.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (3, 2, 1)
+    found = [json.loads(x) for x in client.files.content(done.output_file_id).text.splitlines()]
+    assert [line["custom_id"] for line in found] == ["c0", "c2"]
+    video = found[0]["response"]["body"]
+    assert client.videos.download_content(video["id"]).read() == VIDEO
+    (failed,) = client.files.content(done.error_file_id).text.splitlines()
+    assert json.loads(failed)["error"] == {"code": "input", "message": "it broke"}
+    size = client.files.retrieve(done.output_file_id).bytes
+    assert size == len(client.files.content(done.output_file_id).read())
+
+
+def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.OpenAI) -> None:
+    data = lines({"prompt": "ok"}, {"prompt": "x", "size": "huge"}) + b"{not json\n"
+    file = client.files.create(file=("bad.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.status == "failed"
+    assert [error.line for error in made.errors.data] == [2, 3]
+    assert client.batches.retrieve(made.id).status == "failed"
+
+
+def test_images_in_a_batch_are_files_or_addresses(
+    live: Live, client: openai.OpenAI, image: bytes
+) -> None:
+    up = client.files.create(file=("r.png", image), purpose="vision")
+    data = lines({"prompt": "it moves", "input_reference": {"file_id": up.id}})
+    file = client.files.create(file=("b.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.status == "in_progress", made.errors
+    batch = live.web.client.get("/api/batches").json()["batches"][0]
+    assert batch["preset"] == "tiny_i2v"
+
+
+def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("b.jsonl", lines({"prompt": "x"})), purpose="batch")
+    made = [
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+        ).id
+        for _ in range(3)
+    ]
+    assert [batch.id for batch in client.batches.list(limit=2)] == made[::-1]
+    assert client.batches.cancel(made[0]).status == "cancelled"
+    with pytest.raises(openai.NotFoundError):
+        client.batches.retrieve("batch_none")
+    with pytest.raises(openai.NotFoundError):
+        client.batches.create(
+            input_file_id="file-none", endpoint="/v1/videos", completion_window="24h"
+        )
+    with pytest.raises(openai.BadRequestError, match="endpoint"):
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h"
+        )
+
+
+def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
+    made = [
+        client.files.create(file=(f"{n}.jsonl", lines({"prompt": str(n)})), purpose="batch").id
+        for n in range(3)
+    ]
+    assert [file.id for file in client.files.list(limit=2)] == made[::-1]
+    assert client.files.delete(made[0]).deleted is True
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(made[0])
+    assert client.files.content(made[1]).read() == lines({"prompt": "1"})
+
+
+def test_tokens_are_api_keys(live: Live) -> None:
+    secret = live.web.token("ann", "read")["Authorization"].removeprefix("Bearer ")
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key=secret, max_retries=0) as reader:
+        assert list(reader.videos.list()) == []
+        with pytest.raises(openai.PermissionDeniedError, match="no scope submit"):
+            reader.videos.create(prompt="x")
+    nobody = openai.OpenAI(base_url=f"{live.url}/v1", api_key="rushes_no", max_retries=0)
+    with nobody, pytest.raises(openai.AuthenticationError):
+        nobody.videos.list()

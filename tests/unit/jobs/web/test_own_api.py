@@ -1,0 +1,318 @@
+"""Our own API, as a program meets it."""
+
+import json
+import threading
+import time
+from http import HTTPStatus
+from typing import Any
+
+import pytest
+
+from jobs import results
+from jobs.web import events
+from tests.unit.jobs.web.conftest import VIDEO, Web
+
+
+def test_a_batch_from_its_prompts_to_its_video(web: Web) -> None:
+    made = web.client.post(
+        "/api/batches",
+        json={"preset": "tiny", "prompts": [{"prompt": "a cat", "seed": 5}, {"prompt": "a dog"}]},
+    )
+    assert made.status_code == 201
+    batch_id = made.json()["batch_id"]
+    assert made.headers["location"] == f"/api/batches/{batch_id}"
+    shown = web.client.get(made.headers["location"]).json()
+    assert (shown["state"], shown["counts"]["queued"]) == ("queued", 2)
+    first = web.client.get(f"/api/batches/{batch_id}/jobs").json()["jobs"][0]
+    assert (first["prompt"], first["seed"]) == ("a cat", 5)
+    assert web.client.get(f"/api/jobs/{first['job_id']}/video").status_code == 404
+    web.succeed(first["job_id"])
+    job = web.client.get(f"/api/jobs/{first['job_id']}").json()
+    assert job["state"] == "succeeded"
+    assert job["video"]["bytes"] == len(VIDEO)
+    video = web.client.get(f"/api/jobs/{first['job_id']}/video")
+    assert video.content == VIDEO
+    assert video.headers["content-type"] == "video/mp4"
+
+
+def test_what_is_wrong_is_a_problem_document_with_every_line_and_nothing_is_stored(
+    web: Web,
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "ok"}, {"promt": "x"}, {"prompt": "y", "seed": -1}]
+    answer = web.client.post("/api/batches", json={"preset": "tiny", "prompts": rows})
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert (body["status"], body["title"]) == (422, HTTPStatus(422).phrase)
+    assert [problem["line"] for problem in body["problems"]] == [2, 3]
+    assert "did you mean prompt" in body["problems"][0]["message"]
+    assert web.client.get("/api/batches").json()["batches"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/api/batches/none", 404),
+        ("GET", "/api/batches/%00", 404),
+        ("GET", "/api/batches/none/events", 404),
+        ("POST", "/api/batches/none/cancel", 404),
+        ("GET", "/api/jobs/999", 404),
+        ("GET", "/api/jobs/abc", 422),
+        ("GET", "/api/jobs/99999999999999999999", 422),
+        ("GET", "/api/nowhere", 404),
+        ("PUT", "/api/batches", 405),
+        ("GET", "/api/batches?limit=0", 422),
+        ("GET", "/api/batches?cursor=none", 404),
+        ("POST", "/api/batches", 422),
+        ("GET", "/api/schedules/none", 404),
+    ],
+)
+def test_every_error_is_a_problem_document(web: Web, method: str, path: str, status: int) -> None:
+    answer = web.client.request(method, path)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == status
+
+
+def test_a_preset_is_found_by_its_name_only(web: Web, tmp_path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text("{}")
+    for name in (str(path), "../configs/tiny.json", "nothing"):
+        answer = web.client.post(
+            "/api/batches", json={"preset": name, "prompts": [{"prompt": "x"}]}
+        )
+        assert answer.status_code == 404, answer.text
+
+
+def test_the_same_key_and_content_is_the_same_batch(web: Web) -> None:
+    key = {"Idempotency-Key": "night-1"}
+    batch_id = web.submit(2, headers=key)
+    rows = [{"prompt": f"prompt {n}", "custom_id": f"p{n}"} for n in range(2)]
+    again = web.client.post("/api/batches", json={"preset": "tiny", "prompts": rows}, headers=key)
+    assert (again.status_code, again.json()["batch_id"]) == (200, batch_id)
+    assert again.json()["is_new"] is False
+    other = web.client.post(
+        "/api/batches", json={"preset": "tiny", "prompts": rows[:1]}, headers=key
+    )
+    assert other.status_code == 409
+
+
+def test_a_prompt_file_is_submitted_as_the_command_line_does(web: Web) -> None:
+    answer = web.client.post(
+        "/api/batches/file",
+        files={"file": ("p.csv", b"prompt,custom_id\na cat,c\n,d\n", "text/csv")},
+        data={"preset": "tiny", "name": "night", "skip_invalid": "true", "repeat": "2"},
+    )
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["jobs"] == 2
+    assert [problem["line"] for problem in answer.json()["skipped"]] == [3]
+    shown = web.client.get(f"/api/batches/{answer.json()['batch_id']}").json()
+    assert shown["name"] == "night"
+
+
+def test_pages_lead_through_everything_once(web: Web) -> None:
+    made = [web.submit(3) for _ in range(5)]
+    found, cursor = [], None
+    while True:
+        params = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+        page = web.client.get("/api/batches", params=params).json()
+        found += [batch["batch_id"] for batch in page["batches"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert sorted(found) == sorted(made)
+    positions, cursor = [], "-1"
+    while cursor is not None:
+        page = web.client.get(
+            f"/api/batches/{made[0]}/jobs", params={"limit": 2, "cursor": cursor}
+        ).json()
+        positions += [job["position"] for job in page["jobs"]]
+        cursor = page["next_cursor"]
+    assert positions == [0, 1, 2]
+
+
+def test_cancel_and_retry(web: Web) -> None:
+    batch_id = web.submit(3)
+    running, waiting, other = (web.job_id(batch_id, n) for n in range(3))
+    attempt_id = web.claim(running)
+    assert web.client.post(f"/api/jobs/{other}/cancel").json() == {"cancelled": 1, "stopping": 0}
+    answer = web.client.post(f"/api/batches/{batch_id}/cancel")
+    assert answer.json() == {"cancelled": 1, "stopping": 1}
+    assert web.step(attempt_id, "denoise", 1, 4) == "cancelled"
+    answer = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["cancelled"]})
+    assert answer.json() == {"retried": 2}
+    assert web.client.post(f"/api/jobs/{waiting}/retry").json() == {"retried": 0}
+    bad = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["succeeded"]})
+    assert bad.status_code == 422
+
+
+def test_a_batch_is_paused_resumed_and_moved(web: Web) -> None:
+    path = f"/api/batches/{web.submit()}"
+    assert web.client.post(f"{path}/pause").json()["state"] == "paused"
+    assert web.client.post(f"{path}/pause").json()["changed"] is False
+    assert web.client.post(f"{path}/resume").json()["state"] == "queued"
+    assert web.client.post(f"{path}/priority", json={"priority": 7}).json()["changed"] is True
+    assert web.client.get(path).json()["priority"] == 7
+    assert web.client.post(f"{path}/priority", json={"priority": 700}).status_code == 422
+
+
+def events_of(web: Web, batch_id: str) -> list[tuple[str, dict[str, Any]]]:
+    text = web.client.get(f"/api/batches/{batch_id}/events").text
+    found = []
+    for block in text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line[1:])
+        if "event" in lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+def test_events_tell_each_step_and_end_with_the_batch(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    batch_id = web.submit()
+    job_id = web.job_id(batch_id)
+
+    def render() -> None:
+        attempt_id = web.claim(job_id)
+        for step in range(1, 5):
+            web.step(attempt_id, "denoise", step, 4)
+            time.sleep(0.3)
+        web.succeed(job_id, attempt_id)
+
+    worker = threading.Thread(target=render)
+    worker.start()
+    found = events_of(web, batch_id)
+    worker.join()
+    steps = [
+        (job["stage"], job["step"], job["steps"])
+        for name, shape in found
+        for job in shape["running"]
+        if name == "progress" and job["stage"]
+    ]
+    assert [("denoise", step, 4) for step in range(1, 5)] == list(dict.fromkeys(steps))
+    assert found[-1][0] == "finished"
+    assert found[-1][1]["state"] == "succeeded"
+    assert not events._listeners
+
+
+def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> None:
+    up = web.client.post("/api/uploads", files={"file": ("red.png", image, "image/png")})
+    assert up.status_code == 201, up.text
+    batch_id = web.submit([{"prompt": "it moves", "image": up.json()["image"]}], preset="tiny_i2v")
+    job = web.client.get(f"/api/jobs/{web.job_id(batch_id)}").json()
+    assert web.serving.store.read_bytes(job["image_key"]) == image
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("upload:file-none", "no such upload"),
+        ("/etc/hostname", "network"),
+        ("file:///etc/hostname", "network"),
+        ("given:0", "network"),
+    ],
+)
+def test_images_of_this_machine_are_not_read(web: Web, source: str, told: str) -> None:
+    answer = web.client.post(
+        "/api/batches",
+        json={"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": source}]},
+    )
+    assert answer.status_code == 422
+    assert "image" in answer.json()["problems"][0]["message"]
+
+
+def test_what_is_no_image_is_not_kept(web: Web) -> None:
+    answer = web.client.post("/api/uploads", files={"file": ("a.png", b"%PDF-1.4", "image/png")})
+    assert answer.status_code == 422
+    assert "PDF" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "first", "last"),
+    [
+        ("bytes=0-99", 206, 0, 99),
+        ("bytes=10000-", 206, 10000, 10239),
+        ("bytes=-5", 206, 10235, 10239),
+        ("bytes=0-999999", 206, 0, 10239),
+        ("bytes=5-1", 200, 0, 10239),
+        ("bytes=0-1,5-6", 200, 0, 10239),
+        ("items=0-1", 200, 0, 10239),
+    ],
+)
+def test_a_range_of_a_video(web: Web, asked: str, status: int, first: int, last: int) -> None:
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    answer = web.client.get(f"/api/jobs/{job_id}/video", headers={"Range": asked})
+    assert answer.status_code == status
+    assert answer.content == VIDEO[first : last + 1]
+    if status == 206:
+        assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(VIDEO)}"
+
+
+def test_what_a_browser_asks_about_a_video(web: Web) -> None:
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    path = f"/api/jobs/{job_id}/video"
+    whole = web.client.get(path)
+    tag = whole.headers["etag"]
+    assert web.client.get(path, headers={"If-None-Match": tag}).status_code == 304
+    beyond = web.client.get(path, headers={"Range": "bytes=20000-"})
+    assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(VIDEO)}")
+    other = {"Range": "bytes=0-1", "If-Range": '"another"'}
+    assert web.client.get(path, headers=other).content == VIDEO
+
+
+def test_a_video_that_was_deleted_from_the_store_is_not_there(web: Web) -> None:
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    for key in web.serving.store.list():
+        web.serving.store.delete(key)
+    answer = web.client.get(f"/api/jobs/{job_id}/video")
+    assert answer.status_code == 404
+    assert "results" not in answer.text
+
+
+def test_result_links_come_with_the_result_files(web: Web) -> None:
+    batch_id = web.submit()
+    path = f"/api/batches/{batch_id}/results"
+    assert web.client.get(path).json() == {"output": None, "errors": None, "manifest": None}
+    web.succeed(web.job_id(batch_id))
+    assert results.write(web.db, web.serving.store, batch_id)
+    assert web.client.get(path).json()["manifest"].endswith(f"{batch_id}/manifest.json")
+
+
+def test_a_schedule_over_http(web: Web) -> None:
+    new = {
+        "name": "night",
+        "cron": "30 2 * * *",
+        "zone": "Europe/Berlin",
+        "preset": "tiny",
+        "prompts": [{"prompt": "a {{style}} cat"}],
+        "lists": {"style": ["noir"]},
+    }
+    made = web.client.post("/api/schedules", json=new)
+    assert made.status_code == 201, made.text
+    assert len(made.json()["coming"]) == 5
+    assert web.client.post("/api/schedules", json=new).status_code == 422
+    bad = web.client.post("/api/schedules", json=new | {"name": "b", "lists": {}})
+    assert "unknown variable" in bad.text
+    fired = web.client.post("/api/schedules/night/run")
+    assert fired.status_code == 201
+    (row,) = web.client.get("/api/schedules/night/history").json()["firings"]
+    assert row["batch"]["batch_id"] == fired.json()["batch_id"]
+    assert web.client.post("/api/schedules/night/pause").json()["state"] == "paused"
+    assert web.client.post("/api/schedules/night/resume").json()["changed"] is True
+    assert [s["name"] for s in web.client.get("/api/schedules").json()["schedules"]] == ["night"]
+    assert web.client.delete("/api/schedules/night").status_code == 204
+    assert web.client.get("/api/schedules/night").status_code == 404
+
+
+def test_presets_workers_and_health(web: Web) -> None:
+    names = [preset["name"] for preset in web.client.get("/api/presets").json()["presets"]]
+    assert "tiny" in names
+    assert web.client.get("/api/workers").json() == {"workers": []}
+    assert web.client.get("/healthz").json() == {"status": "ok"}
+    ready = web.client.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json()["checks"] == {"database": "ok", "broker": "unavailable", "store": "ok"}
