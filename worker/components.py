@@ -36,7 +36,7 @@ class Components:
     _shares: dict[WeightsKey, room.Share] = field(default_factory=dict)
     _needs: dict[tuple[WeightsKey, str], memory.Need] = field(default_factory=dict)
     _lower_modes: dict[str, memory.Mode] = field(default_factory=dict)
-    _loras: dict[WeightsKey, tuple[presets.LoraUse, ...]] = field(default_factory=dict)
+    _loras: dict[WeightsKey, tuple[presets.LoraUse, ...] | None] = field(default_factory=dict)
     _hasher: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
@@ -47,7 +47,7 @@ class Components:
         model = self._warm(key, look)
         if self._loras.get(key, ()) != look.loras:
             # Forgotten first: after a failure it is unknown what is merged.
-            self._loras.pop(key, None)
+            self._loras[key] = None
             try:
                 model.apply_loras(look, self.models_dir)
             except (model_errors.CheckpointError, OSError) as error:
@@ -87,7 +87,7 @@ class Components:
         share = self._shares[key]
         return reports.Resident(
             model=str(key.transformer or key.root),
-            loras=tuple(use.path for use in self._loras.get(key, ())),
+            loras=tuple(use.path for use in self._loras.get(key) or ()),
             memory=wanted.told(key.mode),
             device_bytes=share.device_resident,
             host_bytes=share.host_resident,

@@ -278,6 +278,10 @@ def each_after_each(*ways, colours=("white",)):
 @hypothesis.example(jobs=each_after_each(8, 9, 10), has_room=True)
 @hypothesis.example(jobs=[(4, "white", end) for end in ENDS[::-1]], has_room=True)
 @hypothesis.example(jobs=[(0, "white", end) for end in ENDS[::-1]], has_room=True)
+@hypothesis.example(
+    jobs=[(4, "white", "to its end"), (0, "white", "refused"), (0, "white", "to its end")],
+    has_room=True,
+)
 @hypothesis.settings(
     max_examples=6,
     deadline=None,
