@@ -96,6 +96,7 @@ def _registration(name: str, queue: str) -> workers.Registration:
         version="0",
         pid=1,
         restarts=0,
+        launcher="benchmark",
     )
 
 

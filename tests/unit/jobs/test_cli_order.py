@@ -70,6 +70,7 @@ def register(db: database.Database, *names: str) -> None:
             version="1",
             pid=1,
             restarts=0,
+            launcher="test",
         )
         db.write(workers.register, row)
 
