@@ -200,8 +200,9 @@ class WanVAE(nn.Module):
             frames_BCTHW.to(self.dtype), [1] + [stride] * (num_frames // stride), dim=2
         )
         cache = FrameCache()
-        encoded = torch.cat([self.encoder(chunk, cache) for chunk in chunks], dim=2)
-        mean, _log_variance = _at_least_fp32(self.conv1(encoded, cache)).chunk(2, dim=1)
+        # The last layer by chunk too: its kernel may round otherwise for another number of frames.
+        encoded = [self.conv1(self.encoder(chunk, cache), cache) for chunk in chunks]
+        mean, _log_variance = _at_least_fp32(torch.cat(encoded, dim=2)).chunk(2, dim=1)
         offset, scale = self._statistics(mean)
         return (mean - offset) / scale
 
