@@ -187,6 +187,38 @@ def draw():
 
 
 @pytest.fixture
+def rendered_by():
+    """`rendered_by(pipeline, noise, context, image)`: diffusers' own `__call__` in four steps.
+
+    Latents as after the last step, and frames in [0, 1]; their size follows from the noise.
+    """
+
+    def call(pipeline, noise, context, image=None):
+        seen = []
+
+        def on_step_end(_pipeline, _step, _timestep, tensors):
+            seen.append(tensors["latents"])
+            return {}
+
+        steps, rows, columns = noise.shape[2:]
+        frames = pipeline(
+            **({} if image is None else {"image": image}),
+            height=rows * 8,
+            width=columns * 8,
+            num_frames=(steps - 1) * 4 + 1,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            latents=noise,
+            prompt_embeds=context,
+            output_type="pt",
+            callback_on_step_end=on_step_end,
+        ).frames
+        return seen[-1], frames.movedim(1, 2)
+
+    return call
+
+
+@pytest.fixture
 def relative_error(record_property):
     """|ours - theirs| / |theirs - its mean per channel|: a constant output hides no error.
 

@@ -175,34 +175,11 @@ def test_tokens_agree_in_fp64(worlds, relative_error):
     assert relative_error(encode(networks, image).image_tokens_BIG, theirs) < 1e-12
 
 
-def frames_and_latents(pipeline, image, context, noise):
-    """diffusers' own `__call__`, from the picture to the frames; latents as after the last step."""
-    seen = []
-
-    def on_step_end(_pipeline, _step, _timestep, tensors):
-        seen.append(tensors["latents"])
-        return {}
-
-    frames = pipeline(
-        image=image,
-        height=TARGET.height,
-        width=TARGET.width,
-        num_frames=TARGET.num_frames,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        latents=noise,
-        prompt_embeds=context,
-        output_type="pt",
-        callback_on_step_end=on_step_end,
-    ).frames
-    return frames.movedim(1, 2), seen[-1]
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
 def test_the_whole_pipeline_agrees(
-    dtype, tolerance, worlds, draw, relative_error, exact_levels, request
+    dtype, tolerance, worlds, draw, relative_error, rendered_by, exact_levels, request
 ):
     """For fp64 what diffusers hard-codes as fp32 is widened (see conftest), for fp32 nothing is."""
     if dtype == torch.float64:
@@ -212,7 +189,7 @@ def test_the_whole_pipeline_agrees(
     context = draw(1, 512, DIT.text_dim, dtype=dtype)
     shape = networks.vae.latent_shape(num_frames=9, height=32, width=48)
     noise = draw(1, *shape, dtype=dtype)
-    their_frames, their_latents = frames_and_latents(pipeline, image, context, noise)
+    their_latents, their_frames = rendered_by(pipeline, noise, context, image)
     assert (their_frames.dtype, their_latents.dtype) == (dtype, dtype)
     table = sampling.noise_levels([1000, 750, 500, 250], 5.0)
     latents = sampling.denoise(

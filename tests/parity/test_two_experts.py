@@ -100,30 +100,10 @@ def ours(folder, look, image, noise, levels):
     return latents, frames, context
 
 
-def theirs(pipeline, image, noise, context):
-    seen = []
-
-    def on_step_end(_pipeline, _step, _timestep, tensors):
-        seen.append(tensors["latents"])
-        return {}
-
-    frames = pipeline(
-        **({} if image is None else {"image": image}),
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=NUM_FRAMES,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        latents=noise,
-        prompt_embeds=context,
-        output_type="pt",
-        callback_on_step_end=on_step_end,
-    ).frames
-    return seen[-1], frames.movedim(1, 2)
-
-
 @pytest.fixture
-def compare(pipeline_of, pipelines_in_fp64, exact_levels, draw, tmp_path, relative_error):
+def compare(
+    pipeline_of, pipelines_in_fp64, exact_levels, draw, tmp_path, relative_error, rendered_by
+):
     """Relative errors of latents and of frames."""
 
     def errors(task, boundary_ratio, boundary_step_index):
@@ -135,7 +115,7 @@ def compare(pipeline_of, pipelines_in_fp64, exact_levels, draw, tmp_path, relati
         noise = draw(1, 16, (NUM_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
         look = look_of(task, boundary_step_index)
         latents, frames, context = ours(tmp_path, look, image, noise, exact_levels)
-        their_latents, their_frames = theirs(pipeline, image, noise, context)
+        their_latents, their_frames = rendered_by(pipeline, noise, context, image)
         assert their_frames.dtype == their_latents.dtype == torch.float64
         return (
             relative_error(latents, their_latents),
