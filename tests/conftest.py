@@ -13,6 +13,7 @@ Celery or boto3 would read: files of the repository are found by `Path(__file__)
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pwd
 import secrets
@@ -28,8 +29,9 @@ import psutil
 import psycopg
 import pytest
 import redis
+import structlog
 
-from jobs import servers, settings
+from jobs import logs, servers, settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOREIGN_PREFIXES = ("AWS_", "CELERY_", "RUSHES_", "S3_", "PG", "HF_")
@@ -52,6 +54,17 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     working_folder = tmp_path / "cwd"
     working_folder.mkdir()
     monkeypatch.chdir(working_folder)
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that set up its logs leaves the next test to its own."""
+    top = logging.getLogger()
+    level = top.level
+    yield
+    structlog.reset_defaults()
+    top.setLevel(level)
+    top.handlers[:] = [h for h in top.handlers if not isinstance(h, logs.StderrHandler)]
 
 
 @pytest.fixture(scope="session")

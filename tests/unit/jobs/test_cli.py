@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import pytest
-import structlog
 from click.testing import CliRunner, Result
 from sqlalchemy.exc import OperationalError
 
@@ -21,7 +20,6 @@ from jobs import (
     cli,
     database,
     lifecycle,
-    logs,
     migrate,
     queries,
     reports,
@@ -37,25 +35,8 @@ GOOD = (
     '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
 )
 BAD = '{"prompt": "a cat"}\n{"promt": "x"}\n\n[1]\n'
-NOWHERE = "redis://127.0.0.1:1/0"
+pytestmark = pytest.mark.usefixtures("no_broker")
 Rushes = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELERY_BROKER_URL", NOWHERE)
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_before() -> Iterator[None]:
-    import logging
-
-    top = logging.getLogger()
-    level = top.level
-    yield
-    structlog.reset_defaults()
-    top.setLevel(level)
-    top.handlers[:] = [h for h in top.handlers if not isinstance(h, logs.StderrHandler)]
 
 
 @pytest.fixture
@@ -67,14 +48,6 @@ def rushes() -> Rushes:
         return result
 
     return run
-
-
-@pytest.fixture
-def db() -> Iterator[database.Database]:
-    opened = database.connect(settings.load())
-    migrate.upgrade(opened)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from jobs import (
     download,
     errors,
     lifecycle,
-    migrate,
     queries,
     results,
     settings,
@@ -24,24 +22,12 @@ from jobs import (
 )
 from jobs.cli import exits
 
+pytestmark = pytest.mark.usefixtures("no_broker")
 CONTENT = b"not really a video"
 
 
 def rushes(*arguments: str) -> Result:
     return CliRunner().invoke(cli.main, [*arguments])
-
-
-@pytest.fixture(autouse=True)
-def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
-
-
-@pytest.fixture
-def db() -> Iterator[database.Database]:
-    opened = database.connect(settings.load())
-    migrate.upgrade(opened)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The commands that change the order and tell how long it takes."""
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import cli, database, lifecycle, migrate, queries, settings, workers
+from jobs import cli, database, lifecycle, queries, workers
 from jobs.cli import exits
+
+pytestmark = pytest.mark.usefixtures("no_broker", "db")
 
 
 @pytest.fixture(autouse=True)
-def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
-
-
-@pytest.fixture
-def db() -> Iterator[database.Database]:
-    opened = database.connect(settings.load())
-    migrate.upgrade(opened)
+def _prompts() -> None:
     Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "priority": 3}\n')
-    yield opened
-    opened.close()
 
 
 def rushes(*arguments: str) -> Result:

@@ -1,21 +1,17 @@
 """`rushes schedule`, as a person at a terminal and as a script meet it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import cli, database, migrate, settings
+from jobs import cli
 
 Rushes = Callable[..., Result]
+pytestmark = pytest.mark.usefixtures("no_broker", "db")
 NIGHTLY = ("--cron", "30 2 * * *", "--tz", "Europe/Berlin", "--preset", "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _broker_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
 
 
 @pytest.fixture
@@ -30,12 +26,8 @@ def rushes() -> Rushes:
 
 
 @pytest.fixture(autouse=True)
-def _db() -> Iterator[None]:
-    opened = database.connect(settings.load())
-    migrate.upgrade(opened)
+def _prompts() -> None:
     Path("p.txt").write_text("a {{style}} cat {{counter}}\n")
-    yield
-    opened.close()
 
 
 def test_a_schedule_from_its_first_day_to_its_last(rushes: Rushes) -> None:
