@@ -67,7 +67,7 @@ class Dispatcher:
             with self._in_time():
                 sent = self._fill_windows()
         except _DatabaseSilent:
-            log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
+            pass  # told; what was sent counts at the next look
         except broker.BrokerUnavailable as error:
             broker_error = str(error)
         return Tick(
@@ -111,7 +111,6 @@ class Dispatcher:
                     return []
                 return self._db.write(self._end_lost_in_time)
         except _DatabaseSilent:
-            log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
             return []
 
     def _end_lost_in_time(self, session: Session) -> list[int]:
@@ -125,6 +124,7 @@ class Dispatcher:
         yield
         if time.monotonic() - began > self._slow_seconds:
             self._pardon()
+            log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
             raise _DatabaseSilent
 
     def _pardon(self) -> None:
