@@ -65,7 +65,7 @@ def take_names(session: Session, registrations: Sequence[Registration]) -> Held 
         if held is not None:
             return held
     for registration in registrations:
-        register(session, registration)
+        _enter(session, registration)
     return None
 
 
@@ -73,6 +73,11 @@ def register(session: Session, registration: Registration) -> bool:
     """Make or renew the row of a worker; also its heartbeat. False: another launcher has it."""
     if _held(session, registration) is not None:
         return False
+    _enter(session, registration)
+    return True
+
+
+def _enter(session: Session, registration: Registration) -> None:
     now = database.now(session)
     row = session.get(Worker, registration.name)
     if row is None or row.stopped_at is not None or row.pid != registration.pid:
@@ -95,7 +100,6 @@ def register(session: Session, registration: Registration) -> bool:
             launcher=registration.launcher,
         )
     )
-    return True
 
 
 def _held(session: Session, registration: Registration) -> Held | None:
