@@ -4,7 +4,8 @@ Bytes are those of every operation's tensor inputs and outputs, each as large as
 whatever a cache would keep. Views move nothing. Products (matrix products, convolutions,
 attention) are counted apart: what is left, `pointwise`, is what fusing can save. Attention and
 `rms_norm` count as the one kernel that CUDA has for each; on `meta` torch takes them apart.
-Functions that `models.fusion` would compile count as `fused_bytes` says, or operation by operation.
+The chains of `models.fusion` count operation by operation, or, with `compiled=True`, as the kernels
+that the compiler makes of them (`lowering`).
 """
 
 from collections import Counter
@@ -18,6 +19,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from benchmarks import lowering
+from models import fusion
 
 CONVOLUTIONS = (functional.conv2d, functional.conv3d)
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_mm")
@@ -48,10 +52,12 @@ class Traffic:
             self.pointwise_bytes += num_bytes
 
 
-def count(run: Callable[[], object]) -> Traffic:
+def count(run: Callable[[], object], *, compiled: bool = False) -> Traffic:
     """Call a function of tensors on `meta` and count what it does."""
     traffic = Traffic()
     with ExitStack() as modes:
+        if compiled:
+            modes.enter_context(fusion.running_with(_CompiledChains(traffic)))
         modes.enter_context(torch.no_grad())
         modes.enter_context(_Operations(traffic))
         modes.enter_context(_Kernels(traffic))
@@ -79,6 +85,28 @@ class _Operations(TorchDispatchMode):
             moved = size((read, inputs)) + size(result)
             self._traffic.add(name, moved, is_product=name in PRODUCTS)
         return result
+
+
+class _CompiledChains:
+    """Counts the kernels of each chain; equal arguments are lowered once."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._known: dict[tuple[Any, ...], list[lowering.Kernel]] = {}
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        key = (function, *map(_signature, args))
+        if key not in self._known:
+            self._known[key] = lowering.kernels(function, args)
+        for kernel in self._known[key]:
+            assert not kernel.is_library_call, f"{function.__name__} is more than a chain"
+            self._traffic.add(function.__name__, kernel.num_bytes)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return function(*args)
+
+
+def _signature(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
 class _Kernels(TorchFunctionMode):

@@ -31,8 +31,8 @@ WIDE_IN_VAE = re.compile(r"encoder\.|conv1\.|quant_conv\.")
 
 # Bytes per token and width amid a block in bf16, counted: around self-attention, with the rotation
 # of k in fp32; around the feed-forward net, without its two tensors of width F.
-ATTENTION_BYTES_PER_WIDTH = 18
-FEED_FORWARD_BYTES_PER_WIDTH = 10
+ATTENTION_BYTES_PER_WIDTH = 20
+FEED_FORWARD_BYTES_PER_WIDTH = 6
 # Elements per pixel and base width (96) amid the decoder's and the encoder's stage of full size,
 # with the frames that all convolutions remember; counted.
 DECODE_ELEMENTS_PER_PIXEL = 45
@@ -282,7 +282,7 @@ def _denoise_activations(
     tokens = latent_frames * (height // pixels_per_token) * (width // pixels_per_token)
     attention = ATTENTION_BYTES_PER_WIDTH * sizes.dim
     feed_forward = FEED_FORWARD_BYTES_PER_WIDTH * sizes.dim + 2 * COMPUTE_BYTES * sizes.ffn_dim
-    rotation = sizes.head_dim * WIDE_BYTES
+    rotation = 2 * sizes.head_dim * WIDE_BYTES
     text = config.WAN_TEXT_LEN * sizes.dim * COMPUTE_BYTES * 6
     return tokens * (max(attention, feed_forward) + rotation) + text
 
