@@ -109,7 +109,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 4 * MAX_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = 16 * MAX_SHAPES
     # Kernels are not chosen by timing them: the same machine rounds alike on every day.
-    options = {"deterministic": True, "compile_threads": 1} if BACKEND == "inductor" else None
+    options: dict[str, Any] | None = None
+    if BACKEND == "inductor":
+        options = {"deterministic": True, "compile_threads": 1}
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
 

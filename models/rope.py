@@ -56,5 +56,5 @@ def _axis_angles(length: int, dims: int) -> Tensor:
 def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) by its token's angle; computed in the table's dtype."""
     cos_L1K, sin_L1K = (part.unsqueeze(1) for part in rotation)
-    swapped_BLNK = x_BLNK.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped_BLNK = x_BLNK.reshape(*x_BLNK.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return torch.addcmul(x_BLNK * cos_L1K, swapped_BLNK, sin_L1K).to(x_BLNK.dtype)

@@ -93,7 +93,8 @@ def normed_heads_rotated(
 ) -> Tensor:
     """RMSNorm over the full width, then heads [B, L, N, K], each turned by its token's angles."""
     normed_BLD = functional.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D, eps)
-    return rope.rotate(normed_BLD.unflatten(-1, (-1, cos_LK.shape[-1])), (cos_LK, sin_LK))
+    heads_BLNK = normed_BLD.view(*normed_BLD.shape[:-1], -1, cos_LK.shape[-1])
+    return rope.rotate(heads_BLNK, (cos_LK, sin_LK))
 
 
 class Attention(nn.Module):
