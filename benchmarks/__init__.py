@@ -1,1 +1,0 @@
-"""Measures the networks and the system: docs/performance.md says how and what came out."""
