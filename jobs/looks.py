@@ -236,6 +236,8 @@ class Look(BaseModel, frozen=True, extra="forbid"):
     ] = "none"
     """What of the transformer waits in main memory until its turn: nothing, all, or its blocks."""
     vae_tiling: bool = False
+    vae_dtype: Annotated[Literal["bf16", "fp32"] | None, _check_one_of("bf16", "fp32", None)] = None
+    """What frames are decoded in. None: what the worker computes in, bf16 on a GPU."""
     text_encoder_on_cpu: bool = False
     """Waits in main memory while it is not needed; the next two likewise."""
     image_encoder_on_cpu: bool = False
@@ -300,7 +302,7 @@ class Look(BaseModel, frozen=True, extra="forbid"):
     def weights(self) -> str:
         """Equal for looks between which a worker has nothing to load and nothing to merge."""
         names = {"task", "model_path", "transformer", "base", "quantization", "loras", "offload"}
-        names |= {"high_noise_transformer", "low_noise_transformer", "vae_tiling"}
+        names |= {"high_noise_transformer", "low_noise_transformer", "vae_tiling", "vae_dtype"}
         names |= {"text_encoder_on_cpu", "image_encoder_on_cpu", "vae_on_cpu", "unload_encoders"}
         return self.model_dump_json(include=names)
 

@@ -386,6 +386,7 @@ def _memory(file: _File) -> None:
     for key, name in encoders.items():
         file.values[name] = default if file.fields.get(key) is None else file.is_on(key)
     file.values["vae_tiling"] = file.is_on("use_tiling_vae")
+    file.take("vae_dtype", "vae_dtype")
     unloads = ("unload_modules", "lazy_load", "t5_lazy_load")
     file.values["unload_encoders"] = any(file.is_on(key) for key in unloads)
 

@@ -76,7 +76,8 @@ def load_text_to_video(
     """Load a model folder in the native or the diffusers layout (see `layout`).
 
     Text encoder and transformer compute in `dtype`, the latter with its small parameters in fp32.
-    The autoencoder computes in `vae_dtype`, by default at least fp32 as in official Wan.
+    The autoencoder decodes in `vae_dtype`, by default in `dtype` (fp16: in fp32, it needs the
+    range), and encodes at least in fp32.
     `transformer_file` is a complete transformer to use instead of the folder's (a file, an index or
     a folder; named as in either layout), `base` passes over a distilled one. Raises CheckpointError
     for whatever is missing, ambiguous, unreadable or not as the configs say.
@@ -214,7 +215,7 @@ def _load_common(
     return Networks(
         text_encoder=_load_text(files, sizes, device, dtype),
         transformer=_load_transformer(files, sizes.transformer, device, dtype),
-        vae=_load_vae(files, sizes.vae, device, vae_dtype or transformer.widened(dtype)),
+        vae=_load_vae(files, sizes.vae, device, vae_dtype or _dtype_of_frames(dtype)),
         weight_files=files.weights,
     )
 
@@ -318,6 +319,10 @@ def _read_transformer(
     return tensors
 
 
+def _dtype_of_frames(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _load_vae(
     files: layout.ModelFiles,
     sizes: config.VAEConfig,
@@ -331,7 +336,7 @@ def _load_vae(
         blocks = sizes.num_res_blocks
         names = weight_names.vae_from_diffusers(native, num_res_blocks=blocks)
     tensors = read_tensors(files.vae, names)
-    dtypes = dict.fromkeys(native, dtype)
+    dtypes = {name: vae.parameter_dtype(name, dtype) for name in native}
     load_strictly(network, tensors, path=_named(files.vae), device=device, dtypes=dtypes)
     vae.to_channels_last(network)
     return network

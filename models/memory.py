@@ -26,13 +26,16 @@ WIDE_IN_TRANSFORMER = re.compile(
 )
 """Stored in fp32, by native and by diffusers' names; see `transformer.FP32_PARAMETERS`."""
 
+WIDE_IN_VAE = re.compile(r"encoder\.|conv1\.|quant_conv\.")
+"""Of encoding, which is in fp32; by native and by diffusers' names, see `vae.parameter_dtype`."""
+
 # Bytes per token and width amid a block in bf16, counted: around self-attention, with the rotation
 # of k in fp32; around the feed-forward net, without its two tensors of width F.
-ATTENTION_BYTES_PER_WIDTH = 18
-FEED_FORWARD_BYTES_PER_WIDTH = 10
+ATTENTION_BYTES_PER_WIDTH = 20
+FEED_FORWARD_BYTES_PER_WIDTH = 6
 # Elements per pixel and base width (96) amid the decoder's and the encoder's stage of full size,
 # with the frames that all convolutions remember; counted.
-DECODE_ELEMENTS_PER_PIXEL = 43
+DECODE_ELEMENTS_PER_PIXEL = 45
 ENCODE_ELEMENTS_PER_PIXEL = 37
 TILE_PIXELS = 256
 
@@ -115,14 +118,14 @@ def needed(
     height: int,
     width: int,
     mode: Mode = Mode(),
-    vae_bytes: int = WIDE_BYTES,
+    vae_bytes: int = COMPUTE_BYTES,
     switches_loras: bool = False,
 ) -> Need:
     """Estimate what rendering one video needs.
 
-    `vae_bytes` is 4 for the autoencoder in fp32 and 2 in bf16. `switches_loras` adds the copies
-    that a LoRA needs of weights that cannot be read again, at most the whole transformer. Reads
-    headers and configs only; raises CheckpointError for broken ones.
+    `vae_bytes` is 2 for decoding in bf16 and 4 in fp32, as encoding always is. `switches_loras`
+    adds the copies that a LoRA needs of weights that cannot be read again, at most the whole
+    transformer. Reads headers and configs only; raises CheckpointError for broken ones.
     """
     sizes = layout.transformer_sizes(files, files.transformer_config)
     vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
@@ -136,9 +139,9 @@ def needed(
         ),
     }
     if files.image_encoder:
-        video = 3 * num_frames * height * width * vae_bytes
+        video = 3 * num_frames * height * width * WIDE_BYTES
         activations["image"] = video + _vae_activations(
-            ENCODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, Mode(), vae_bytes
+            ENCODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, Mode(), WIDE_BYTES
         )
     stages = {
         stage: {
@@ -219,7 +222,7 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     return _Weights(
         text_encoder=_elements(headers(files.text_encoder)) * COMPUTE_BYTES,
         image_encoder=_elements(_used_of_clip(files.image_encoder)) * COMPUTE_BYTES,
-        vae=_elements(headers(files.vae)) * vae_bytes,
+        vae=_vae_bytes(headers(files.vae), vae_bytes),
         transformers=transformers,
         largest_block=max(blocks, default=0),
         blocks=tuple(blocks),
@@ -243,6 +246,12 @@ def _used_of_clip(paths: Iterable[Path]) -> dict[str, Entry]:
 
 def _elements(entries: Mapping[str, Entry]) -> int:
     return sum(entry.num_elements for entry in entries.values())
+
+
+def _vae_bytes(entries: Mapping[str, Entry], decode_bytes: int) -> int:
+    encodes = {name: entry for name, entry in entries.items() if WIDE_IN_VAE.match(name)}
+    decoder = _elements(entries) - _elements(encodes)
+    return _elements(encodes) * WIDE_BYTES + decoder * decode_bytes
 
 
 def _transformer_bytes(name: str, entry: Entry) -> int:
@@ -273,7 +282,7 @@ def _denoise_activations(
     tokens = latent_frames * (height // pixels_per_token) * (width // pixels_per_token)
     attention = ATTENTION_BYTES_PER_WIDTH * sizes.dim
     feed_forward = FEED_FORWARD_BYTES_PER_WIDTH * sizes.dim + 2 * COMPUTE_BYTES * sizes.ffn_dim
-    rotation = sizes.head_dim * WIDE_BYTES
+    rotation = 2 * sizes.head_dim * WIDE_BYTES
     text = config.WAN_TEXT_LEN * sizes.dim * COMPUTE_BYTES * 6
     return tokens * (max(attention, feed_forward) + rotation) + text
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import attention, config, rope
+from models import attention, config, fusion, rope
 
 # Small parameters that a bf16 network keeps in fp32, as official Wan does.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "norm3.", "head.")
@@ -52,6 +52,51 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(widen(x), self.normalized_shape, weight, bias, self.eps)
 
 
+@fusion.chain
+def modulated(x_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
+    """LayerNorm, scaled and shifted by the time; in the dtype of `x`."""
+    normed_BLD = functional.layer_norm(widen(x_BLD), x_BLD.shape[-1:], eps=eps)
+    return torch.addcmul(shift_B1D, normed_BLD, 1 + scale_B1D).to(x_BLD.dtype)
+
+
+@fusion.chain
+def added_then_modulated(
+    x_BLD: Tensor, y_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y, and that modulated."""
+    x_BLD = x_BLD + y_BLD
+    normed_BLD = functional.layer_norm(widen(x_BLD), x_BLD.shape[-1:], eps=eps)
+    return x_BLD, torch.addcmul(shift_B1D, normed_BLD, 1 + scale_B1D).to(x_BLD.dtype)
+
+
+@fusion.chain
+def gated(x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
+    """x + y * gate, rounded once."""
+    return torch.addcmul(x_BLD, y_BLD, gate_B1D).to(x_BLD.dtype)
+
+
+@fusion.chain
+def gated_then_normed(
+    x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate, and its LayerNorm."""
+    x_BLD = torch.addcmul(x_BLD, y_BLD, gate_B1D).to(x_BLD.dtype)
+    normed_BLD = functional.layer_norm(
+        widen(x_BLD), x_BLD.shape[-1:], widen(weight_D), widen(bias_D), eps
+    )
+    return x_BLD, normed_BLD.to(x_BLD.dtype)
+
+
+@fusion.chain
+def normed_heads_rotated(
+    x_BLD: Tensor, weight_D: Tensor, cos_LK: Tensor, sin_LK: Tensor, eps: float
+) -> Tensor:
+    """RMSNorm over the full width, then heads [B, L, N, K], each turned by its token's angles."""
+    normed_BLD = functional.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D, eps)
+    heads_BLNK = normed_BLD.view(*normed_BLD.shape[:-1], -1, cos_LK.shape[-1])
+    return rope.rotate(heads_BLNK, (cos_LK, sin_LK))
+
+
 class Attention(nn.Module):
     """Parts of both attentions; q and k are RMS-normalised over the full width, before heads."""
 
@@ -71,11 +116,15 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x_BLD: Tensor, rotation: rope.Rotation) -> Tensor:
-        q_BLNK = rope.rotate(self.heads(self.norm_q(self.q(x_BLD))), rotation)
-        k_BLNK = rope.rotate(self.heads(self.norm_k(self.k(x_BLD))), rotation)
+        q_BLNK = self._turned(self.q(x_BLD), self.norm_q, rotation)
+        k_BLNK = self._turned(self.k(x_BLD), self.norm_k, rotation)
         out_BLNK = attention.attend(q_BLNK, k_BLNK, self.heads(self.v(x_BLD)))
         projected: Tensor = self.o(out_BLNK.flatten(2))
         return projected
+
+    def _turned(self, x_BLD: Tensor, norm: nn.RMSNorm, rotation: rope.Rotation) -> Tensor:
+        assert norm.eps is not None
+        return normed_heads_rotated(x_BLD, norm.weight, *rotation, norm.eps)
 
 
 class CrossAttention(Attention):
@@ -116,11 +165,10 @@ class Block(nn.Module):
     def __init__(self, sizes: config.TransformerConfig) -> None:
         super().__init__()
         cross_attention = ImageCrossAttention if sizes.image_dim else CrossAttention
-        self.norm1 = LayerNorm(sizes.dim, eps=sizes.eps, elementwise_affine=False)
+        self.eps = sizes.eps
         self.self_attn = SelfAttention(sizes)
         self.norm3 = LayerNorm(sizes.dim, eps=sizes.eps)
         self.cross_attn = cross_attention(sizes)
-        self.norm2 = LayerNorm(sizes.dim, eps=sizes.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(sizes.dim, sizes.ffn_dim),
             nn.GELU(approximate="tanh"),
@@ -139,13 +187,12 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             widen(self.modulation) + time_B6D
         ).chunk(6, dim=1)
-        attended = self.self_attn(
-            (self.norm1(x_BLD) * (1 + scale) + shift).to(x_BLD.dtype), rotation
-        )
-        x_BLD = (x_BLD + attended * gate).to(x_BLD.dtype)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD).to(x_BLD.dtype), text_BSD, image_BID)
-        y: Tensor = self.ffn((self.norm2(x_BLD) * (1 + ffn_scale) + ffn_shift).to(x_BLD.dtype))
-        return (x_BLD + y * ffn_gate).to(x_BLD.dtype)
+        norm = self.norm3
+        y_BLD = self.self_attn(modulated(x_BLD, scale, shift, self.eps), rotation)
+        x_BLD, y_BLD = gated_then_normed(x_BLD, y_BLD, gate, norm.weight, norm.bias, norm.eps)
+        y_BLD = self.cross_attn(y_BLD, text_BSD, image_BID)
+        x_BLD, y_BLD = added_then_modulated(x_BLD, y_BLD, ffn_scale, ffn_shift, self.eps)
+        return gated(x_BLD, self.ffn(y_BLD), ffn_gate)
 
 
 class Head(nn.Module):
@@ -223,16 +270,20 @@ class WanTransformer(nn.Module):
         channels after the noise, and CLIP's tokens. Raises ValueError for other shapes.
         """
         self._check(latents_BCTHW, context_BSG, image_BIG)
-        x_BDTHW = self.patch_embedding(latents_BCTHW.to(self.dtype))
-        frames, rows, columns = grid = tuple(x_BDTHW.shape[2:])
-        x_BLD = x_BDTHW.flatten(2).transpose(1, 2).contiguous()
+        x_BLD, grid = self._patchify(latents_BCTHW.to(self.dtype))
         time_BD, time_B6D = self._embed_time(timestep_B)
         text_BSD = self.text_embedding(context_BSG.to(self.dtype))
         image_BID = None if image_BIG is None else self.img_emb(image_BIG).to(self.dtype)
         rotation = rope.table(grid, self.config.head_dim, x_BLD.device, widened(self.dtype))
         for block in self.blocks:
             x_BLD = block(x_BLD, time_B6D, text_BSD, image_BID, rotation)
-        return unpatchify(self.head(x_BLD, time_BD), (frames, rows, columns), self.config)
+        return unpatchify(self.head(x_BLD, time_BD), grid, self.config)
+
+    def _patchify(self, latents_BCTHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """A token per patch, and how many there are along each axis."""
+        x_BDTHW = self.patch_embedding(latents_BCTHW)
+        frames, rows, columns = x_BDTHW.shape[2:]
+        return x_BDTHW.flatten(2).transpose(1, 2).contiguous(), (frames, rows, columns)
 
     def _embed_time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         waves = sinusoid(timestep_B, self.config.freq_dim)

@@ -49,7 +49,10 @@ class ResidualBlock(Chunked):
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         skipped = x if self.shortcut is None else self.shortcut(x, cache)
-        return run(self.residual, x, cache) + skipped
+        norm, _silu, conv, next_norm, _silu, _dropout, next_conv = self.residual
+        x = conv(x, cache, norm=norm)
+        x = next_conv(x, cache, norm=next_norm)
+        return x.add_(skipped)  # a tensor less; no gradient needs the sum's first part
 
 
 class AttentionBlock(nn.Module):
@@ -103,8 +106,7 @@ class Upsample(Chunked):
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         if self.time_conv is not None and not cache.starts(self):
-            doubled = self.time_conv(x, cache)
-            x = einops.rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)
+            x = _interleaved(self.time_conv(x, cache))
         return as_video(self.resample(as_images(x)), batch=x.shape[0])
 
 
@@ -128,7 +130,7 @@ class Encoder(Chunked):
         x = self.conv1(x, cache)
         x = run(self.downsamples, x, cache)
         x = run(self.middle, x, cache)
-        return run(self.head, x, cache)
+        return _finish(self.head, x, cache)
 
 
 class Decoder(Chunked):
@@ -154,11 +156,11 @@ class Decoder(Chunked):
         x = self.conv1(x, cache)
         x = run(self.middle, x, cache)
         x = run(self.upsamples, x, cache)
-        return run(self.head, x, cache)
+        return _finish(self.head, x, cache)
 
 
 class WanVAE(nn.Module):
-    """Videos to normalised latents and back. Computes in the dtype of its weights."""
+    """Videos to normalised latents and back. Each way computes in the dtype of its weights."""
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -173,6 +175,7 @@ class WanVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of decoding; encoding may be wider, see `parameter_dtype`."""
         return self.conv2.weight.dtype
 
     def latent_shape(
@@ -197,7 +200,9 @@ class WanVAE(nn.Module):
         self.latent_shape(num_frames=num_frames, height=height, width=width)
         stride = self.config.temporal_stride
         chunks = torch.split(
-            frames_BCTHW.to(self.dtype), [1] + [stride] * (num_frames // stride), dim=2
+            _channels_last(frames_BCTHW.to(self.conv1.weight.dtype)),
+            [1] + [stride] * (num_frames // stride),
+            dim=2,
         )
         cache = FrameCache()
         # The last layer by chunk too: its kernel may round otherwise for another number of frames.
@@ -213,7 +218,7 @@ class WanVAE(nn.Module):
         """
         latents_BCTHW = _at_least_fp32(latents_BCTHW)
         offset, scale = self._statistics(latents_BCTHW)
-        raw_BCTHW = (latents_BCTHW * scale + offset).to(self.dtype)
+        raw_BCTHW = _channels_last((latents_BCTHW * scale + offset).to(self.dtype))
         cache = FrameCache()
         for latent_frame in torch.split(raw_BCTHW, 1, dim=2):
             frames = self.decoder(self.conv2(latent_frame, cache), cache)
@@ -225,6 +230,15 @@ class WanVAE(nn.Module):
             for values in (self.config.latent_mean, self.config.latent_std)
         )
         return mean, std
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter is kept to decode in `dtype`: encoding is at least fp32.
+
+    Latents of an image decide every step of its video; frames are rounded to 8 bits.
+    """
+    encodes = name.startswith(("encoder.", "conv1."))
+    return torch.promote_types(dtype, torch.float32) if encodes else dtype
 
 
 def to_channels_last(network: WanVAE) -> None:
@@ -247,11 +261,18 @@ def run(layers: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
 
 
 def as_images(x_BCTHW: Tensor) -> Tensor:
-    return einops.rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
+    """A view where channels come last; by way of them, else one frame's strides would not show."""
+    return x_BCTHW.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
 def as_video(x_FCHW: Tensor, *, batch: int) -> Tensor:
-    return einops.rearrange(x_FCHW, "(b t) c h w -> b c t h w", b=batch)
+    x_FHWC = x_FCHW.movedim(1, -1)
+    return x_FHWC.view(batch, -1, *x_FHWC.shape[1:]).movedim(-1, 1)
+
+
+def _channels_last(x_BCTHW: Tensor) -> Tensor:
+    """What norms and convolutions are fastest with; all layers keep it."""
+    return x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -264,6 +285,19 @@ def _residual_blocks(in_dim: int, out_dim: int, count: int) -> list[ResidualBloc
 
 def _middle(dim: int) -> nn.Sequential:
     return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def _interleaved(pairs_BCTHW: Tensor) -> Tensor:
+    """Twice the frames of half the channels, the second half after the first; channels last."""
+    pairs_BTHWC = pairs_BCTHW.permute(0, 2, 3, 4, 1)
+    frames_BTHWC = einops.rearrange(pairs_BTHWC, "b t h w (two c) -> b (t two) h w c", two=2)
+    return frames_BTHWC.contiguous().permute(0, 4, 1, 2, 3)
+
+
+def _finish(head: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
+    norm, _silu, conv = head
+    finished: Tensor = conv(x, cache, norm=norm)
+    return finished
 
 
 def _head(in_dim: int, out_dim: int) -> nn.Sequential:

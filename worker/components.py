@@ -18,6 +18,8 @@ from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
 log = structlog.get_logger()
 
+VAE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @dataclass
 class Components:
@@ -140,6 +142,7 @@ class Components:
             low_noise_transformer=low_noise,
             base=look.base == "original",
             mode=self.mode_of(look),
+            vae_dtype=look.vae_dtype,
         )
 
     def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> None:
@@ -219,7 +222,11 @@ class Components:
     def _networks(self, key: WeightsKey, files: layout.ModelFiles) -> checkpoint.Networks:
         plain = key.mode.offload is memory.Offload.NONE and not key.mode.park_encoders
         device = self.device.torch_device if plain else torch.device("cpu")
-        common = {"device": device, "dtype": self.device.dtype}
+        common = {
+            "device": device,
+            "dtype": self.device.dtype,
+            "vae_dtype": VAE_DTYPES[key.vae_dtype],
+        }
         if files.low_noise_transformer:
             return checkpoint.load_two_experts(
                 key.root,

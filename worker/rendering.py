@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from jobs import images, lifecycle, presets, reports, settings, storage
+from models import fusion
 from worker import (
     components,
     device,
     errors,
     heartbeat,
+    kernels,
     pipeline,
     resident,
     scratch,
@@ -33,6 +35,7 @@ class Renderer:
     worker_settings: WorkerSettings
     device: device.Device
     components: components.Components
+    compiler: fusion.Compiler | None = None
 
     def render(
         self,
@@ -72,7 +75,7 @@ class Renderer:
                 memory=wanted.told(model.key.mode),
                 ran_out=ran_out,
                 peak_memory_bytes=self.device.peak_memory_bytes(),
-                device=self.device.description(),
+                device=self.device.description() | kernels.description(self.compiler),
                 latents_sha256=latents_sha256,
                 weights_sha256=self.components.weight_hashes(model),
                 loras_sha256=self.components.lora_hashes(claim.spec.look),
@@ -149,6 +152,7 @@ class Renderer:
 def make(config: settings.Settings, worker_settings: WorkerSettings) -> Renderer:
     """Touches the device for the first time."""
     here = device.current(worker_settings)
+    compiler = kernels.set_up(worker_settings, here, cache=config.home / "kernels")
     return Renderer(
         config=config,
         worker_settings=worker_settings,
@@ -156,4 +160,5 @@ def make(config: settings.Settings, worker_settings: WorkerSettings) -> Renderer
         components=components.Components(
             models_dir=config.models_dir, home=config.home, device=here
         ),
+        compiler=compiler,
     )

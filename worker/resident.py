@@ -41,6 +41,8 @@ class WeightsKey:
     low_noise_transformer: Path | None
     base: bool
     mode: memory.Mode
+    vae_dtype: str | None = None
+    """What frames are decoded in, where the look says it."""
 
 
 class ResidentModel:

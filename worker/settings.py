@@ -30,6 +30,18 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_DTYPE"),
         description="Of the networks; `auto` is bfloat16 on a GPU and float32 on a CPU.",
     )
+    attention: str = Field(
+        "auto",
+        pattern="^(auto|torch|flash3|sage)$",
+        validation_alias=AliasChoices("RUSHES_ATTENTION"),
+        description="Kernel of attention; `auto` is the fastest that is right, of torch's own.",
+    )
+    compile: str = Field(
+        "auto",
+        pattern="^(auto|on|off)$",
+        validation_alias=AliasChoices("RUSHES_COMPILE"),
+        description="Whether torch's compiler joins small operations; `auto` does so on a GPU.",
+    )
     heartbeat_seconds: float = Field(
         10.0,
         gt=0,

@@ -92,6 +92,7 @@ def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> m
         height=look.height,
         width=look.width,
         mode=mode,
+        vae_bytes=memory.WIDE_BYTES if look.vae_dtype == "fp32" else memory.COMPUTE_BYTES,
         switches_loras=bool(look.loras),
     )
 

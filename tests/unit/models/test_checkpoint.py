@@ -60,7 +60,7 @@ def test_sharded_files_are_the_single_file(diffusers_root):
     assert torch.equal(whole.text_encoder.encode("a cat"), pieces.text_encoder.encode("a cat"))
 
 
-def test_bf16_keeps_small_parameters_and_the_autoencoder_in_fp32(native_root):
+def test_bf16_keeps_small_parameters_and_the_encoding_of_images_in_fp32(native_root):
     networks = load(native_root, torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in networks.transformer.state_dict().items()}
     assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
@@ -68,8 +68,15 @@ def test_bf16_keeps_small_parameters_and_the_autoencoder_in_fp32(native_root):
     for name in ("blocks.0.modulation", "time_projection.1.weight", "head.head.weight"):
         assert dtypes[name] == torch.float32
     assert networks.text_encoder.encode("x").dtype == torch.bfloat16
-    assert networks.vae.dtype == torch.float32
-    assert load(native_root, torch.bfloat16, vae_dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    for vae, decoder in (
+        (networks.vae, torch.bfloat16),
+        (load(native_root, torch.bfloat16, vae_dtype=torch.float32).vae, torch.float32),
+        (load(native_root, torch.float16).vae, torch.float32),
+        (load(native_root, torch.float64).vae, torch.float64),
+    ):
+        assert {tensor.dtype for tensor in vae.decoder.parameters()} == {vae.dtype} == {decoder}
+        wide = {tensor.dtype for tensor in (*vae.encoder.parameters(), *vae.conv1.parameters())}
+        assert wide == {torch.promote_types(decoder, torch.float32)}
 
 
 def test_a_distilled_pt_is_used_in_place_of_the_base_model(native_root):

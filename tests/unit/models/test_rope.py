@@ -40,7 +40,9 @@ def test_scores_depend_on_the_distance_between_tokens_only():
 
 def test_each_axis_turns_its_own_dims():
     cos, sin = rope.table((2, 2, 2), 128, CPU, torch.float64)
-    angles = torch.atan2(sin, cos).view(2, 2, 2, 64)
+    assert torch.equal(sin[:, ::2], -sin[:, 1::2])
+    assert torch.equal(cos[:, ::2], cos[:, 1::2])
+    angles = torch.atan2(sin, cos)[:, 1::2].view(2, 2, 2, 64)
     turned = {
         "frame": angles[1, 0, 0] != 0,
         "row": angles[0, 1, 0] != 0,

@@ -1,5 +1,7 @@
 """The autoencoder's contract beyond the numbers (those are in tests/parity)."""
 
+import copy
+
 import pytest
 import torch
 
@@ -87,3 +89,52 @@ def test_a_zero_vector_stays_zero_under_the_norm():
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(1, 8, 1, 2, 2, dtype=dtype)
         assert torch.equal(norm.to(dtype)(x), x)
+
+
+def as_cudnn(forward):
+    """Channels last comes out where input or weights are, which not all of a CPU's kernels do."""
+
+    def convolve(self, x, weight, bias):
+        layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+        keeps = any(each.is_contiguous(memory_format=layout) for each in (x, weight))
+        y = forward(self, x, weight, bias)
+        return y.contiguous(memory_format=layout) if keeps else y
+
+    return convolve
+
+
+def test_layers_hand_on_channels_last(monkeypatch):
+    """Else a convolution would copy its input first, which no count of operations shows."""
+    for kind in (torch.nn.Conv2d, torch.nn.Conv3d):
+        monkeypatch.setattr(kind, "_conv_forward", as_cudnn(kind._conv_forward))
+    strided = []
+    with torch.device("meta"):
+        network = vae.WanVAE(config.TINY_VAE).requires_grad_(False)
+        vae.to_channels_last(network)
+        latents = torch.randn(1, 16, 3, 8, 12)
+
+    def look(_layer, args):
+        layout = torch.channels_last_3d if args[0].ndim == 5 else torch.channels_last
+        if not args[0].is_contiguous(memory_format=layout):
+            strided.append(tuple(args[0].shape))
+
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Conv3d):
+            layer.register_forward_pre_hook(look)
+    frames = torch.cat(list(network.decode_chunks(latents)), dim=2)
+    network.encode(frames)
+    assert strided == []
+
+
+def test_training_computes_the_same_and_reaches_every_parameter(network):
+    """With gradients nothing is written over; without, one buffer serves all convolutions."""
+    latents = torch.randn(2, 16, 3, 2, 3)
+    frozen = torch.cat(list(network.decode_chunks(latents)), dim=2)
+    trained = copy.deepcopy(network).requires_grad_(True)
+    frames = torch.cat(list(trained.decode_chunks(latents)), dim=2)
+    assert torch.allclose(frames, frozen, atol=1e-5)
+    assert torch.allclose(trained.encode(frames), network.encode(frozen), atol=1e-4)
+    trained.encode(frames).square().sum().backward()
+    without = [name for name, p in trained.named_parameters() if p.grad is None]
+    assert without == []
+    assert all(p.grad.isfinite().all() for p in trained.parameters())

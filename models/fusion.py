@@ -1,0 +1,121 @@
+"""Chains of operations on single elements and rows, of which a compiler makes one kernel each.
+
+Eagerly each operation of a chain reads and writes whole activations; compiled, a chain does so
+once. Whole blocks are not compiled: their matrix products and attention are library calls either
+way, and chains own no weights, so a LoRA, quantized layers and blocks that are on the device for a
+moment compile nothing anew.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+MAX_SHAPES = 64  # of one chain; each has kernels of its own, which take seconds to make
+
+BACKEND = "inductor"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Runner = Callable[..., Any]
+"""Called with a chain's function and its arguments; computes its result."""
+
+
+def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_runner: Runner = eagerly
+
+
+def chain(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function that is worth compiling: tensors and constants in, new tensors out."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        assert not kwargs, "chains are called with positions only"
+        result: T = _runner(function, *args)
+        return result
+
+    return run
+
+
+def run_with(runner: Runner) -> None:
+    """How all chains of this process are run from now on."""
+    global _runner
+    _runner = runner
+
+
+@contextlib.contextmanager
+def running_with(runner: Runner) -> Iterator[None]:
+    """The same for a while."""
+    before = _runner
+    run_with(runner)
+    try:
+        yield
+    finally:
+        run_with(before)
+
+
+class Compiler:
+    """Runs chains compiled, each shape by kernels of its own: what is computed is always the same.
+
+    When a chain cannot be compiled, `on_failure` is told once, and all chains run eagerly. Kernels
+    are kept on disk where TORCHINDUCTOR_CACHE_DIR says.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._on_failure = on_failure
+        self._has_failed = False
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._shapes: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
+
+    @property
+    def is_working(self) -> bool:
+        return not self._has_failed
+
+    @property
+    def num_shapes(self) -> int:
+        return sum(len(shapes) for shapes in self._shapes.values())
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._has_failed:
+            return function(*args)
+        try:
+            return self._ready(function, args)(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self._has_failed = True
+            self._on_failure(error)
+            return function(*args)
+
+    def _ready(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        shapes = self._shapes.setdefault(function, set())
+        shapes.add(tuple(map(_shape, args)))
+        if len(shapes) > MAX_SHAPES:
+            # torch would go on eagerly from here, with other roundings than the same video before.
+            torch.compiler.reset()
+            self._compiled.clear()
+            self._shapes = {function: {tuple(map(_shape, args))}}
+        if function not in self._compiled:
+            self._compiled[function] = _compile(function)
+        return self._compiled[function]
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.config.recompile_limit = 4 * MAX_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = 16 * MAX_SHAPES
+    # Kernels are not chosen by timing them: the same machine rounds alike on every day.
+    options: dict[str, Any] | None = None
+    if BACKEND == "inductor":
+        options = {"deterministic": True, "compile_threads": 1}
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return value
