@@ -1,19 +1,17 @@
-"""Write the tiny model: `python -m models.tiny.make FOLDER [--task t2v|i2v] [--seed 0]`.
+"""Write a tiny model: `python -m models.tiny.make FOLDER [--task t2v|i2v] [--seed 0]`.
 
-Its weights are random, so its pictures are noise that changes with prompt, seed and frame; it shows
-that a whole render works, not what Wan draws. The same seed gives the same bytes.
+Its weights are random, so its pictures are noise that changes with prompt, seed and frame; it is
+for the demo and for tests that need a whole model's shapes. The same seed gives the same bytes.
+`train` makes models that draw pictures.
 """
 
 import argparse
-import json
 import math
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import tokenizers
 import torch
 from torch import Tensor, nn
@@ -29,8 +27,8 @@ from models import (
     transformer,
     transformer_files,
     vae,
-    weight_names,
 )
+from models.tiny import folders
 
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
@@ -39,7 +37,6 @@ TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a shor
 IMAGE_SCALE = 5.0  # latents of a still picture and of zeros are small beside noise
 FRAME_SCALE = 0.3  # how much a frame made by upsampling in time differs from its neighbours
 TUNED_SCALE = 0.3  # how far the distilled weights are from the base, of the weights' own size
-LORA_FILE = Path("loras") / "distill_lora.safetensors"
 LORA_RANK = 4
 SMALLEST_PAIR = 1_000  # elements; LightX2V keeps what is smaller than a million whole
 PICTURE_SCALE = 0.8  # spreads pixels over [-1, 1] without many of them at the ends
@@ -83,47 +80,31 @@ def _write(folder: Path, generator: torch.Generator, task: layout.Task) -> None:
     has_image = task is layout.Task.IMAGE_TO_VIDEO
     sizes = config.TINY_I2V if has_image else config.TINY
     write_tokenizer(folder / layout.TOKENIZER_FOLDER)
-    _write_json(folder / "config.json", _transformer_json(sizes))
-    _write_json(folder / "vae_config.json", _vae_json(config.TINY_VAE))
-    _write_json(folder / "t5_config.json", _text_encoder_json(config.TINY_TEXT_ENCODER))
+    folders.write_transformer_config(folder, sizes)
     _write_transformers(folder, random_transformer(sizes, generator), generator)
-    torch.save(_tensors(random_vae(config.TINY_VAE, generator)), folder / layout.VAE_FILE)
+    folders.write_vae(folder, random_vae(config.TINY_VAE, generator))
     encoder = random_text_encoder(config.TINY_TEXT_ENCODER, generator)
-    theirs, names = (
-        _tensors(encoder),
-        weight_names.text_encoder_to_transformers(config.TINY_TEXT_ENCODER.num_layers),
-    )
-    native = {name: theirs[name_there] for name, name_there in names.items()}
-    torch.save(native, folder / layout.TEXT_ENCODER_FILE)
+    folders.write_text_encoder(folder, encoder, config.TINY_TEXT_ENCODER)
     if has_image:
-        _write_json(folder / "clip_config.json", _image_encoder_json(config.TINY_IMAGE_ENCODER))
         clip = random_image_encoder(config.TINY_IMAGE_ENCODER, generator)
-        torch.save(_tensors(clip), folder / layout.IMAGE_ENCODER_FILE)
+        folders.write_image_encoder(folder, clip)
 
 
 def _write_transformers(
     folder: Path, base: transformer.WanTransformer, generator: torch.Generator
 ) -> None:
     """Base, a step-distillation LoRA for it, and the complete model that both make together."""
-    native = _tensors(base)
-    _save(native, folder / f"{layout.TRANSFORMER_STEM}.safetensors")
+    native = folders.tensors(base)
+    folders.save(native, folder / f"{layout.TRANSFORMER_STEM}.safetensors")
     tuned = {
         name: tensor + TUNED_SCALE * tensor.abs().mean() * _noise_like(tensor, generator)
         for name, tensor in native.items()
     }
-    path = folder / LORA_FILE
-    path.parent.mkdir()
+    path = folder / folders.LORA_FILE
     pairs = lora.extract(native, tuned, LORA_RANK, smallest_pair=SMALLEST_PAIR)
-    _save(pairs, path)
+    folders.save(pairs, path)
     lora_switcher.LoraSwitcher(base).apply([lora_switcher.Choice(path=path)])
-    complete = folder / transformer_files.DISTILLED_FILES[0]
-    complete.parent.mkdir()
-    _save(_tensors(base), complete)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file(tensors, path)
-    path.chmod(0o644)  # as any other file; the library makes it its owner's alone
+    folders.save(folders.tensors(base), folder / transformer_files.DISTILLED_FILES[0])
 
 
 def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -208,65 +189,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}
-    _write_json(folder / "tokenizer_config.json", {**settings, **special})
-
-
-def _transformer_json(sizes: config.TransformerConfig) -> dict[str, Any]:
-    names = "dim eps ffn_dim freq_dim in_dim num_heads num_layers out_dim text_dim text_len"
-    task: dict[str, Any] = {"model_type": "t2v"}
-    if sizes.image_dim is not None:
-        task = {"model_type": "i2v", "image_dim": sizes.image_dim}
-    return task | {name: getattr(sizes, name) for name in names.split()}
-
-
-def _vae_json(sizes: config.VAEConfig) -> dict[str, Any]:
-    return {
-        "base_dim": sizes.base_dim,
-        "z_dim": sizes.z_dim,
-        "dim_mult": sizes.dim_mult,
-        "num_res_blocks": sizes.num_res_blocks,
-        "temperal_downsample": sizes.temporal_downsample,
-        "latents_mean": sizes.latent_mean,
-        "latents_std": sizes.latent_std,
-    }
-
-
-def _text_encoder_json(sizes: config.TextEncoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "umt5",
-        "vocab_size": sizes.vocab_size,
-        "d_model": sizes.dim,
-        "d_kv": sizes.head_dim,
-        "d_ff": sizes.ffn_dim,
-        "num_layers": sizes.num_layers,
-        "num_heads": sizes.num_heads,
-        "relative_attention_num_buckets": sizes.num_buckets,
-        "relative_attention_max_distance": sizes.max_distance,
-        "layer_norm_epsilon": sizes.eps,
-        "feed_forward_proj": "gated-gelu",
-    }
-
-
-def _image_encoder_json(sizes: config.ImageEncoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model",
-        "image_size": sizes.image_size,
-        "patch_size": sizes.patch_size,
-        "hidden_size": sizes.dim,
-        "intermediate_size": sizes.ffn_dim,
-        "num_attention_heads": sizes.num_heads,
-        "num_hidden_layers": sizes.num_layers,
-        "layer_norm_eps": sizes.eps,
-        "hidden_act": "gelu",
-    }
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    folders.write_json(folder / "tokenizer_config.json", {**settings, **special})
 
 
 def main(arguments: list[str] | None = None) -> None:

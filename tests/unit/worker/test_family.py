@@ -15,7 +15,7 @@ from hypothesis import strategies
 
 from jobs import presets
 from models import config, layout, lora, quantization, quantized_files
-from models.tiny import make
+from models.tiny import folders, make
 from worker import components, errors, pipeline, room, wanted
 
 NATIVE = "diffusion_pytorch_model.safetensors"
@@ -54,7 +54,7 @@ class Shelf:
             if self.has_two:
                 self._extract(self.folder / use.path)
             else:
-                self._copy(self.tiny / make.LORA_FILE, self.folder / use.path)
+                self._copy(self.tiny / folders.LORA_FILE, self.folder / use.path)
 
     def _extract(self, path: Path) -> None:
         """A LoRA that makes one expert of the other: it has all of their keys."""

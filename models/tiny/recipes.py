@@ -1,0 +1,135 @@
+"""How the tiny models are trained: `recipe.json`, checked."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from models import config
+from models.tiny import words
+
+DEFAULT = Path(__file__).with_name("recipe.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Steps of the autoencoder's training that are alike; the rate falls by half a cosine."""
+
+    steps: int
+    frames: int
+    batch: int
+    rate: float
+    last_rate: float
+    kl_weight: float
+    """0: latents are their means, without noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    base_dim: int
+    passing_share: float
+    phases: tuple[Phase, ...]
+
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and its place in the phase."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise IndexError(step)
+
+    @property
+    def sizes(self) -> config.VAEConfig:
+        """Statistics of the latents are not known before they are trained."""
+        return config.VAEConfig(
+            base_dim=self.base_dim,
+            num_res_blocks=1,
+            latent_mean=(0.0,) * 16,
+            latent_std=(1.0,) * 16,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    text_to_video: int
+    image_to_video: int
+    passing_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    steps: int
+    batch: int
+    rate: float
+    """Of AdamW."""
+    matrix_rate: float
+    """Of Muon, scaled to AdamW's."""
+    warmup: int
+    shift: float
+    empty_share: float
+    """Of the clips that are shown without their prompt, for guidance."""
+    ema: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+
+    @property
+    def text_to_video(self) -> config.TransformerConfig:
+        sizes = dataclasses.asdict(self)
+        return config.TransformerConfig(
+            **sizes, text_dim=words.sizes().dim, text_len=words.TEXT_LEN
+        )
+
+    @property
+    def image_to_video(self) -> config.TransformerConfig:
+        image_dim = config.TINY_IMAGE_ENCODER.dim
+        return dataclasses.replace(self.text_to_video, in_dim=36, image_dim=image_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """Distillation to four steps; `rank` goes with weights "lora"."""
+
+    weights: Literal["full", "lora"]
+    rank: int | None = None
+    updates: int
+    batch: int
+    rate: float
+    critic_rate: float
+    ratio: int
+    guidance: float
+    ema: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    seed: int
+    autoencoder: Autoencoder
+    clips: Clips
+    transformer: Transformer
+    text_to_video: Teacher
+    image_to_video: Teacher
+    student: Student
+    lora: Student
+
+
+def load(path: Path = DEFAULT) -> Recipe:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    autoencoder = values["autoencoder"]
+    phases = tuple(Phase(**phase) for phase in autoencoder.pop("phases"))
+    return Recipe(
+        seed=values["seed"],
+        autoencoder=Autoencoder(**autoencoder, phases=phases),
+        clips=Clips(**values["clips"]),
+        transformer=Transformer(**values["transformer"]),
+        text_to_video=Teacher(**values["text_to_video"]),
+        image_to_video=Teacher(**values["image_to_video"]),
+        student=Student(**values["student"]),
+        lora=Student(**values["lora"]),
+    )

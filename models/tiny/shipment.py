@@ -1,0 +1,115 @@
+"""The trained tiny models as folders that the renderer reads, and marks for them."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models import checkpoint, layout, lora_switcher, transformer, transformer_files
+from models.tiny import apprentices, exam, folders, readout, words, workshop
+
+NAMES = {False: "tiny", True: "tiny_i2v"}
+GUIDANCE = 2.0  # of the teacher: more of it makes shapes move faster than they should
+EXAM_CLIPS = 120
+SHEET_CLIPS = 12
+
+
+def write(shop: workshop.Workshop, folder: Path) -> None:
+    """Both models, each complete: teacher, student, LoRA, autoencoder and encoders."""
+    for with_images, name in NAMES.items():
+        _write_one(shop, folder / name, with_images=with_images)
+        shop.say(f"export  {folder / name}")
+
+
+def _write_one(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    sizes = shop.recipe.transformer
+    folders.write_transformer_config(
+        folder, sizes.image_to_video if with_images else sizes.text_to_video
+    )
+    teacher = shop.teacher(with_images=with_images).state_dict()
+    narrow = {
+        name: tensor.to(transformer.parameter_dtype(name, torch.bfloat16)).contiguous()
+        for name, tensor in teacher.items()
+    }
+    folders.save(narrow, folder / f"{layout.TRANSFORMER_STEM}.safetensors")
+    made = {"student": transformer_files.DISTILLED_FILES[0], "lora": folders.LORA_FILE}
+    for name, relative in made.items():
+        trained = apprentices.train(shop, workshop.named(name, with_images))
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(trained, folder / relative)
+    folders.write_vae(folder, shop.autoencoder, dtype=torch.bfloat16)
+    network = shop.text_encoder.network
+    folders.write_text_encoder(folder, network, words.sizes(), dtype=torch.bfloat16)
+    words.write_tokenizer(words.tokenizer(), folder / layout.TOKENIZER_FOLDER)
+    if with_images:
+        folders.write_image_encoder(folder, shop.image_tower, dtype=torch.bfloat16)
+
+
+def load(
+    folder: Path, *, with_images: bool, base: bool = False
+) -> checkpoint.TextToVideoNetworks | checkpoint.ImageToVideoNetworks:
+    """A shipped model in fp32 on the CPU; `base`: its teacher."""
+    read = checkpoint.load_image_to_video if with_images else checkpoint.load_text_to_video
+    return read(folder, device="cpu", dtype=torch.float32, base=base)
+
+
+def examine(shop: workshop.Workshop) -> None:
+    """Mark what was exported; `exam.json`, and a contact sheet for each sampler."""
+    marks = {}
+    for with_images, name in NAMES.items():
+        folder = shop.folder / "weights" / name
+        rows = examine_one(folder, with_images=with_images, sheets=shop.folder / "sheets")
+        marks[name] = rows
+        shop.say(exam.table(rows))
+    (shop.folder / "exam.json").write_text(json.dumps(marks, indent=2) + "\n", encoding="utf-8")
+
+
+def examine_one(
+    folder: Path, *, with_images: bool, count: int = EXAM_CLIPS, sheets: Path | None = None
+) -> Mapping[str, Mapping[str, float]]:
+    """Marks of the teacher in fifty steps and in four, of the student, and of the LoRA."""
+    base = load(folder, with_images=with_images, base=True)
+    student = load(folder, with_images=with_images)
+    tower = student.image_encoder if isinstance(student, checkpoint.ImageToVideoNetworks) else None
+    asked = exam.paper(student.text_encoder, student.vae, count=count, seed=11, tower=tower)
+    again = exam.paper(student.text_encoder, student.vae, count=count, seed=12, tower=tower)
+    rows: dict[str, dict[str, float]] = {}
+    reference: tuple[Tensor, Tensor] | None = None
+
+    def sit(
+        name: str,
+        network: transformer.WanTransformer,
+        paper: exam.Paper,
+        steps: Sequence[int],
+        guidance: float,
+    ) -> None:
+        nonlocal reference
+        marks, frames, latents = exam.take(
+            network, student.vae, paper, steps=steps, guidance=guidance
+        )
+        reference = reference or (frames, latents)
+        rows[name] = dict(marks) | {
+            "swd_pixels": exam.distance(frames, reference[0]),
+            "swd_latents": exam.distance(latents, reference[1]),
+        }
+        if sheets is not None:
+            save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
+
+    sit("teacher, 50 steps", base.transformer, asked, exam.TEACHER_STEPS, GUIDANCE)
+    sit("the same again", base.transformer, again, exam.TEACHER_STEPS, GUIDANCE)
+    sit("teacher, 4 steps", base.transformer, asked, exam.STUDENT_STEPS, 1.0)
+    sit("student, 4 steps", student.transformer, asked, exam.STUDENT_STEPS, 1.0)
+    choice = lora_switcher.Choice(path=folder / folders.LORA_FILE)
+    lora_switcher.LoraSwitcher(base.transformer).apply([choice])
+    sit("LoRA, 4 steps", base.transformer, asked, exam.STUDENT_STEPS, 1.0)
+    return rows
+
+
+def save_sheet(frames_BCTHW: Tensor, path: Path, *, every: int = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(readout.grid(frames_BCTHW, every=every).numpy()).save(path)

@@ -1,0 +1,97 @@
+"""Prompts of the tiny world to context: a tokenizer of whole words and a small UMT5.
+
+The encoder keeps the weights it was made with. It only has to tell words and their places apart,
+and the transformer learns what they mean.
+"""
+
+# N prompts, S text tokens, D width
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from models import config, text_encoder
+from models.tiny import world
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
+TEXT_LEN = 24  # rows of context; the longest prompt has 17 words and an end
+UNKNOWN = "<unk>"
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """One token per word, whatever its case and punctuation; `<unk>` for any other word."""
+    ids = {word: id_ for id_, word in enumerate((*SPECIAL_TOKENS, *world.vocabulary()))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=ids, unk_token=UNKNOWN))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.WhitespaceSplit(),
+            tokenizers.pre_tokenizers.Punctuation(behavior="removed"),
+        ]
+    )
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
+    made.add_special_tokens(list(SPECIAL_TOKENS))
+    return made
+
+
+def write_tokenizer(made: tokenizers.Tokenizer, folder: Path) -> None:
+    """As transformers reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": TEXT_LEN}
+    text = json.dumps(settings | special, indent=2, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def sizes() -> config.TextEncoderConfig:
+    words = len(SPECIAL_TOKENS) + len(world.vocabulary())
+    return config.TextEncoderConfig(
+        vocab_size=words, dim=64, head_dim=16, num_heads=4, ffn_dim=128, num_layers=2
+    )
+
+
+def encoder(seed: int, folder: Path) -> text_encoder.TextEncoder:
+    """The encoder with the weights of this seed; its tokenizer is written to `folder`."""
+    write_tokenizer(tokenizer(), folder)
+    torch.manual_seed(seed)
+    network = text_encoder.build_network(sizes())
+    network.eval()  # type: ignore[no-untyped-call]  # transformers has no types for it
+    network.requires_grad_(requires_grad=False)
+    loaded = text_encoder.load_tokenizer(folder)
+    return text_encoder.TextEncoder(network, loaded, text_len=TEXT_LEN)
+
+
+class Contexts:
+    """The context of every prompt of some scenes, encoded once; and of no prompt at all."""
+
+    def __init__(self, encoder: text_encoder.TextEncoder, some: Sequence[world.Scene]) -> None:
+        dice = random.Random(0)  # noqa: S311  # words, not secrets
+        rows: list[Tensor] = []
+        places: dict[world.Scene, list[int]] = {}
+        with torch.no_grad():
+            for scene in some:
+                texts = list(world.prompts(scene))
+                texts.append(world.with_unknown_words(dice.choice(texts), dice, UNKNOWN))
+                places[scene] = list(range(len(rows), len(rows) + len(texts)))
+                rows += [encoder.encode(text)[0] for text in texts]
+            self.empty_SD = encoder.encode("")[0]
+        self._rows_NSD = torch.stack(rows)
+        self._places = places
+
+    def choose(
+        self, some: Sequence[world.Scene], dice: random.Random, *, empty_share: float
+    ) -> Tensor:
+        """One way to say each scene, [B, S, D]; some of them say nothing."""
+        chosen = self._rows_NSD[[dice.choice(self._places[scene]) for scene in some]]
+        for row in range(len(chosen)):
+            if dice.random() < empty_share:
+                chosen[row] = self.empty_SD
+        return chosen
