@@ -67,8 +67,10 @@ class LoraSwitcher:
         """Memory that the untouched copies take."""
         return sum(tensor.nbytes for tensor in self._kept.values())
 
-    def apply(self, choices: Sequence[Choice]) -> None:
+    def apply(self, choices: Sequence[Choice]) -> bool:
         """Make the network that of these LoRAs and no others; none restores it bit for bit.
+
+        False: it was already.
 
         The order of the choices does not matter, a strength of 0 leaves a LoRA out. Raises
         CheckpointError before anything is changed.
@@ -77,7 +79,7 @@ class LoraSwitcher:
         self._loras = {stamp: self._read(stamp) for stamp, _ in request}
         request = tuple((stamp, strength) for stamp, strength in request if strength)
         if request == self._applied:
-            return
+            return False
         wanted = {name for stamp, _ in request for name in self._loras[stamp].parameters}
         self._keep(wanted)
         # Until all is done, this is neither the old state nor the new one.
@@ -85,6 +87,7 @@ class LoraSwitcher:
         for name in sorted(self._changed):
             self._set(name, [(self._loras[stamp], strength) for stamp, strength in request])
         self._applied, self._changed = request, frozenset(wanted)
+        return True
 
     def _read(self, stamp: "_Stamp") -> lora.Lora:
         if stamp in self._loras:

@@ -12,12 +12,13 @@ import torch
 from jobs import presets, reports
 from models import checkpoint, layout, memory
 from models import errors as model_errors
-from worker import errors, hashes, host_memory, room, wanted
+from worker import errors, hashes, host_memory, reservations, room, wanted
 from worker.device import Device
 from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
 log = structlog.get_logger()
 
+LOOK_SECONDS = 0.2  # while another process of this host loads
 VAE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -42,23 +43,33 @@ class Components:
     _hasher: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
+    _reserved: reservations.Reservations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reserved = reservations.Reservations(self.home)
 
     def model_for(self, look: presets.Look) -> ResidentModel:
         """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
         key = self._key(look)
-        model = self._warm(key, look)
-        if self._loras.get(key, ()) != look.loras:
-            # Forgotten first: after a failure it is unknown what is merged.
-            self._loras[key] = None
-            try:
-                model.apply_loras(look, self.models_dir)
-            except (model_errors.CheckpointError, OSError) as error:
-                if isinstance(error, model_errors.WeightsChangedError):
-                    self._evict(key)  # the next attempt loads what is there now
-                raise errors.WeightsUnusable(str(error)) from error
-            self._loras[key] = look.loras
-            self.lora_switches += 1
+        try:
+            model = self._warm(key, look)
+            self._switch_loras(key, model, look)
+        finally:
+            self._reserved.release()
         return model
+
+    def _switch_loras(self, key: WeightsKey, model: ResidentModel, look: presets.Look) -> None:
+        """Also where the look is the same: a LoRA's file may have been replaced."""
+        # Forgotten first: after a failure it is unknown what is merged.
+        self._loras[key] = None
+        try:
+            has_changed = model.apply_loras(look, self.models_dir)
+        except (model_errors.CheckpointError, OSError) as error:
+            if isinstance(error, model_errors.WeightsChangedError):
+                self._evict(key)  # the next attempt loads what is there now
+            raise errors.WeightsUnusable(str(error)) from error
+        self._loras[key] = look.loras
+        self.lora_switches += has_changed
 
     def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
         try:
@@ -157,23 +168,41 @@ class Components:
         here = room.Room(
             device=self.device, device_bytes=self.device_bytes, host_bytes=self.host_bytes
         )
-        while True:
-            others = {other: self._shares[other] for other in self._resident if other != key}
-            on_device = here.device_lacks(share, others.values())
-            on_host = here.host_lacks(share, others.values(), held=held)
-            if not on_device and not on_host:
-                break
-            helps = [
-                other
-                for other, its in others.items()
-                if (on_device and its.device_resident) or (on_host and its.host_resident)
-            ]
-            if not helps and on_host:
-                raise self._host_out_of_memory(need, share, lacking_bytes=on_host)
-            if not helps:
-                break
-            self._evict(helps[0])
+        while not self._has_room(key, need, share, held, here):
+            time.sleep(LOOK_SECONDS)
         self._shares[key] = share
+
+    def _has_room(
+        self,
+        key: WeightsKey,
+        need: memory.Need,
+        share: room.Share,
+        held: room.Share | None,
+        here: room.Room,
+    ) -> bool:
+        """Evict until there is, and reserve it. False: look again when others have loaded."""
+        with self._reserved.turn() as pending_bytes:
+            while True:
+                others = {other: self._shares[other] for other in self._resident if other != key}
+                on_device = here.device_lacks(share, others.values())
+                on_host = here.host_lacks(
+                    share, others.values(), held=held, pending_bytes=pending_bytes
+                )
+                if on_host and pending_bytes:
+                    # Partly taken already, so counted twice: no reason to evict or to give up.
+                    return False
+                helps = [
+                    other
+                    for other, its in others.items()
+                    if (on_device and its.device_resident) or (on_host and its.host_resident)
+                ]
+                if not helps and on_host:
+                    raise self._host_out_of_memory(need, share, lacking_bytes=on_host)
+                if not helps:
+                    break
+                self._evict(helps[0])
+            self._reserved.reserve(share.beyond(held))
+        return True
 
     def _need(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> memory.Need:
         if (key, look.id) not in self._needs:

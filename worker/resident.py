@@ -75,9 +75,12 @@ class ResidentModel:
             OrderedDict()
         )
 
-    def apply_loras(self, look: presets.Look, models_dir: Path) -> None:
-        """Make the weights those of this look; without LoRAs they are as loaded, bit for bit."""
-        for name, switcher in self._switchers.items():
+    def apply_loras(self, look: presets.Look, models_dir: Path) -> bool:
+        """Make the weights those of this look; without LoRAs they are as loaded, bit for bit.
+
+        Whether there was something to change.
+        """
+        changed = [
             switcher.apply(
                 [
                     lora_switcher.Choice(path=models_dir / use.path, strength=use.strength)
@@ -85,6 +88,9 @@ class ResidentModel:
                     if use.name in (None, name)
                 ]
             )
+            for name, switcher in self._switchers.items()
+        ]
+        return any(changed)
 
     def encode_text(self, prompt: str) -> Tensor:
         """context_1SD on the device."""

@@ -25,6 +25,10 @@ class Share:
             return self
         return replace(self, host_resident=max(self.host_resident, before.host_resident))
 
+    def beyond(self, held: "Share | None") -> int:
+        """Main memory that a job takes on top of what its model has taken already."""
+        return max(self.host_peak - (held.host_resident if held else 0), 0)
+
 
 def share_of(need: memory.Need, device: Device) -> Share:
     """The one place where an estimate becomes what is accounted for."""
@@ -56,13 +60,23 @@ class Room:
         taken = its.device_peak + sum(other.device_resident for other in others)
         return max(taken - int(total * (1 - wanted.SPARE_SHARE)), 0)
 
-    def host_lacks(self, its: Share, others: Iterable[Share], *, held: Share | None) -> int:
-        """The same of main memory, of which `held` is what this model has taken already."""
-        more = its.host_peak - (held.host_resident if held else 0)
-        if more <= 0:
+    def host_lacks(
+        self,
+        its: Share,
+        others: Iterable[Share],
+        *,
+        held: Share | None,
+        pending_bytes: int = 0,
+    ) -> int:
+        """The same of main memory, of which `held` is what this model has taken already.
+
+        `pending_bytes` are others' that they are about to take.
+        """
+        more = its.beyond(held)
+        if not more:
             return 0
         # Measured, not added up: other processes take from the same memory.
-        lacking = more - (host_memory.now().free_bytes - HOST_SPARE_BYTES)
+        lacking = more - (host_memory.now().free_bytes - pending_bytes - HOST_SPARE_BYTES)
         if self.host_bytes is not None:
             taken = its.host_peak + sum(other.host_resident for other in others)
             lacking = max(lacking, taken - self.host_bytes)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import threading
+from concurrent import futures
 
 import pytest
 import safetensors.torch
@@ -199,6 +201,26 @@ def test_a_lora_on_a_pickle_keeps_copies_and_restores_from_them(warm, look, own_
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
 
 
+def test_a_lora_that_was_replaced_is_applied_anew(warm, look, own_models):
+    """Else the sidecar would name a file that the video was not made with."""
+    asked = look(**WITH_LORA)
+    path = own_models / asked.loras[0].path
+    modulation = warm.model_for(asked).networks.transformer.head.modulation
+    before, hashed = modulation.clone(), warm.lora_hashes(asked)
+    warm.model_for(asked)
+    assert warm.lora_switches == 1
+    tensors = safetensors.torch.load_file(path)
+    tensors["diffusion_model.head.diff_m"] += 1
+    safetensors.torch.save_file(tensors, path)
+    after = warm.model_for(asked).networks.transformer.head.modulation
+    assert torch.allclose(after, before + 1, atol=1e-2)
+    assert warm.lora_hashes(asked) != hashed
+    assert (warm.loads, warm.lora_switches) == (1, 2)
+    path.unlink()
+    with pytest.raises(errors.WeightsUnusable, match="expected the LoRA distill_lora"):
+        warm.model_for(asked)
+
+
 def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, look, own_models):
     """Not merged into by halves: the old ones are gone from the disk."""
     plain = look(base="original")
@@ -290,6 +312,46 @@ def test_what_is_free_is_measured(warm, look, monkeypatch):
     assert warm.report(renders=0).resident == ()  # all that could go went first
     monkeypatch.undo()
     assert warm.model_for(look()) is not first
+
+
+def test_two_processes_that_load_at_once_do_not_count_on_the_same_memory(
+    own_models, tmp_path, cpu, look, monkeypatch
+):
+    """The second waits until the first has taken its part, and measures what is left then."""
+    first, second = (
+        components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
+        for _ in range(2)
+    )
+    one = share_of(first, look()).host_peak
+    enough_for_one = room.HOST_SPARE_BYTES + one + one // 2
+
+    def now():
+        free = enough_for_one - one * (first.loads + second.loads)
+        return host_memory.HostMemory(total_bytes=1 << 40, free_bytes=max(free, 0))
+
+    monkeypatch.setattr(host_memory, "now", now)
+    is_loading, may_go_on = threading.Event(), threading.Event()
+    load = first._load
+
+    def slow_load(*arguments):
+        is_loading.set()
+        assert may_go_on.wait(30)
+        return load(*arguments)
+
+    monkeypatch.setattr(first, "_load", slow_load)
+    with futures.ThreadPoolExecutor(2) as threads:
+        loaded = threads.submit(first.model_for, look())
+        assert is_loading.wait(30)
+        refused = threads.submit(second.model_for, look())
+        with pytest.raises(TimeoutError):
+            refused.result(timeout=3 * components.LOOK_SECONDS)
+        may_go_on.set()
+        loaded.result()
+        with pytest.raises(errors.HostOutOfMemory):
+            refused.result()
+    assert (first.loads, second.loads) == (1, 0)
+    monkeypatch.undo()
+    second.model_for(look())  # nothing is left reserved
 
 
 def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):

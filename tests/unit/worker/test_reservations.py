@@ -1,0 +1,64 @@
+"""What one process is about to take of main memory is no other's to count on."""
+
+import subprocess
+import sys
+
+import pytest
+
+from worker import reservations
+
+HOLD = """
+import pathlib, sys, time
+from worker import reservations
+held = reservations.Reservations(pathlib.Path(sys.argv[1]))
+with held.turn():
+    held.reserve(700)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def pending(tmp_path):
+    """`pending()`: what a process without a reservation of its own sees."""
+
+    def look() -> int:
+        with reservations.Reservations(tmp_path).turn() as pending_bytes:
+            return pending_bytes
+
+    return look
+
+
+def test_reservations_of_others_add_up_and_ones_own_does_not_count(tmp_path, pending):
+    first, second = (reservations.Reservations(tmp_path) for _ in range(2))
+    for each, num_bytes in ((first, 5), (second, 7), (first, 11)):
+        with each.turn():
+            each.reserve(num_bytes)
+    assert pending() == 18
+    with first.turn() as pending_bytes:
+        assert pending_bytes == 7
+    for _ in range(2):
+        first.release()
+    assert pending() == 7
+    second.release()
+    assert pending() == 0
+
+
+def test_a_reservation_ends_with_a_killed_process(tmp_path, pending):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        assert pending() == 700
+        process.kill()
+    assert pending() == 0
+    (folder,) = (tmp_path / "locks").iterdir()
+    assert [path.name for path in folder.iterdir()] == [reservations.TURN]
+
+
+def test_a_home_that_cannot_be_written_costs_the_reservation_alone(tmp_path):
+    (tmp_path / "locks").write_text("a file")
+    held = reservations.Reservations(tmp_path)
+    with held.turn() as pending_bytes:
+        held.reserve(5)
+    held.release()
+    assert pending_bytes == 0
