@@ -4,6 +4,7 @@ The networks have no load hooks; other people's names and shapes are dealt with 
 """
 
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,22 @@ from models import (
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAST_FRAME_TENSOR = "img_emb.emb_pos"  # only models between two frames have it
+LOADER_ERRORS = (
+    # What torch and safetensors raise for damaged files; there is no common class.
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+)
 TIED_EMBEDDING = "encoder.embed_tokens.weight"  # transformers' second name for shared.weight
 
 
@@ -411,6 +428,8 @@ def read_tensors(
     tensors: dict[str, Tensor] = {}
     for path in paths:
         for name, tensor in _read_file(path).items():
+            if not isinstance(name, str):
+                raise errors.UnreadableWeightsError(path, f"{name!r} is no name of a tensor")
             if unused is not None and unused.match(name):
                 continue
             native = (names or {}).get(name, name)
@@ -419,6 +438,8 @@ def read_tensors(
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
                 raise errors.UnreadableWeightsError(path, f"{name} is a {kind}, not a tensor")
+            if tensor.layout is not torch.strided or tensor.is_meta:
+                raise errors.UnreadableWeightsError(path, f"{name} is no plain tensor")
             if tensor.dtype not in dtypes:
                 reason = f"{name} is {tensor.dtype}; quantised weights are not supported here"
                 raise errors.UnreadableWeightsError(path, reason)
@@ -436,7 +457,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         reason = "it is damaged, or holds Python objects, which are never executed"
         raise errors.UnreadableWeightsError(path, reason) from error
-    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+    except LOADER_ERRORS as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(loaded, dict):

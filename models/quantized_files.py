@@ -1,5 +1,6 @@
 """Complete bf16 transformers into 8-bit files in LightX2V's form, one tensor at a time."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from models import checkpoint, errors, layout, quantization, safetensors_files, transformer
 from models.safetensors_files import Entry
 
+PT = {"format": "pt"}  # says whose tensors they are
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,7 +47,7 @@ def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -
         raise errors.QuantizedWeightsError(files.transformer[0], "is quantized already")
     entries = dict(_entries(tensors, scheme))
     squared, relative_errors = {}, {}
-    with safetensors_files.create(target, entries, {"format": "pt"}) as writer:
+    with _folder(target.parent), safetensors_files.create(target, entries, PT) as writer:
         for name, tensor in tensors.items():
             if not quantization.is_block_matrix(name, tuple(tensor.shape)):
                 writer.write(name, _bytes(tensor.to(_kept_dtype(name, tensor))))
@@ -65,6 +67,20 @@ def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -
         relative_errors=relative_errors,
         relative_error=_ratio(*map(sum, zip(*squared.values(), strict=True))),
     )
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Made for the file; after a failure gone again: an empty one would look like a model."""
+    was_there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _entries(

@@ -56,8 +56,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             continue
         try:
             entries[name] = Entry(entry["dtype"], tuple(map(int, entry["shape"])))
-            known = entry["dtype"] in BITS
-        except (KeyError, TypeError, ValueError):
+            known = entry["dtype"] in BITS and min(entries[name].shape, default=0) >= 0
+        except (KeyError, TypeError, ValueError, OverflowError):
             known = False
         if not known:
             raise errors.UnreadableWeightsError(path, f"its header says of {name}: {entry!r}")
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             if not 0 < length <= LONGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.UnreadableWeightsError(path, f"no safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise errors.UnreadableWeightsError(path, "no safetensors header")

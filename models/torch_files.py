@@ -7,6 +7,7 @@ stand-ins for the few names that state dicts are made of; any other name is refu
 import collections
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ STORAGE_DTYPES = {
     "Float8_e4m3fnStorage": "F8_E4M3",
     "Float8_e5m2Storage": "F8_E5M2",
 }
+NO_ARCHIVE = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # encrypted, nested too deeply, or compressed in a way that is not known
+    MemoryError,  # a length that the file only claims
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -36,9 +47,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as stream:
                 content = _Unpickler(stream).load()
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except NO_ARCHIVE as error:
         raise errors.UnreadableWeightsError(path, f"no file of torch.save: {error}") from error
-    except (pickle.UnpicklingError, AttributeError, IndexError, KeyError) as error:
+    except (pickle.UnpicklingError, AttributeError, LookupError, ArithmeticError) as error:
         raise errors.UnreadableWeightsError(path, f"not only tensors: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(e, Entry) for e in content.values()):
         raise errors.UnreadableWeightsError(path, "it holds more than named tensors")

@@ -138,6 +138,34 @@ def test_a_truncated_file_is_named(native_root, name, size):
     assert caught.value.path == path
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"a": torch.eye(2).to_sparse()}, "a is no plain tensor"),
+        ({"a": torch.empty(2, device="meta")}, "a is no plain tensor"),
+        ({5: torch.zeros(2)}, "5 is no name"),
+        ({"a": {"b": torch.zeros(2)}}, "a is a dict"),
+        ([torch.zeros(2)], "it holds a list"),
+    ],
+)
+def test_a_pickle_of_anything_but_named_plain_tensors_is_refused(tmp_path, content, told):
+    path = tmp_path / "x.pt"
+    torch.save(content, path)
+    with pytest.raises(errors.UnreadableWeightsError, match=told):
+        checkpoint.read_tensors([path])
+
+
+def test_a_damaged_pickle_of_the_old_kind_is_named(tmp_path):
+    """torch raises more than its own errors for them."""
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    for end in range(0, len(data), 7):
+        path.write_bytes(data[:end])
+        with pytest.raises(errors.UnreadableWeightsError, match=r"x\.pt"):
+            checkpoint.read_tensors([path])
+
+
 def test_pickled_objects_are_refused_and_not_executed(native_root):
     class Payload:
         def __reduce__(self):

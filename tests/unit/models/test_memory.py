@@ -75,6 +75,43 @@ def test_a_torch_file_with_anything_else_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def pickled_as(path, content, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("x/data.pkl", content)
+
+
+def with_header(path, text):
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "content"),
+    [
+        ("long.pth", pickled_as, b"\x80\x04\x8d" + (1 << 60).to_bytes(8, "little")),
+        ("odd.pth", pickled_as, b"\x80\x02]Q."),
+        ("deep.safetensors", with_header, b"[" * 200_000),
+        ("huge.safetensors", with_header, b'{"a": {"dtype": "F32", "shape": [Infinity]}}'),
+        ("negative.safetensors", with_header, b'{"a": {"dtype": "F32", "shape": [-1]}}'),
+    ],
+)
+def test_headers_that_lie_are_named(tmp_path, name, write, content):
+    path = tmp_path / name
+    write(path, content)
+    read = safetensors_files if path.suffix == ".safetensors" else torch_files
+    with pytest.raises(errors.UnreadableWeightsError, match=name):
+        read.read_header(path)
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path):
+    path = tmp_path / "x.pth"
+    pickled_as(path, bytes(9_000), compression=zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    data[40:44] = b"\xff" * 4
+    path.write_bytes(data)
+    with pytest.raises(errors.UnreadableWeightsError):
+        torch_files.read_header(path)
+
+
 def test_broken_files_are_named(tmp_path):
     path = tmp_path / "x.pth"
     path.write_bytes(b"PK")

@@ -433,6 +433,10 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(
     with pytest.raises(errors.UnreadableWeightsError, match=Q):
         quantized_files.write(files, target, Scheme.FP8)
     assert list(target.parent.iterdir()) == []
+    target = tmp_path / "distill_fp8" / "small.safetensors"
+    with pytest.raises(errors.UnreadableWeightsError, match=Q):
+        quantized_files.write(files, target, Scheme.FP8)
+    assert not target.parent.exists()  # an empty one would be taken for a model without weights
 
 
 def test_what_is_quantized_already_is_not_quantized_again(files, native_root, tmp_path):
