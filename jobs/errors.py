@@ -42,6 +42,12 @@ class PresetError(RushesError):
     exit_code = 2
 
 
+class FileUnusable(RushesError):
+    """A file or folder that a person named: the message names it and what would do."""
+
+    exit_code = 2
+
+
 class NotFound(RushesError):
     """No batch, job or preset of this name."""
 

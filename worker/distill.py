@@ -19,7 +19,6 @@ from torch import Tensor, distributed, nn
 
 from jobs import errors, images, readers, settings
 from models import checkpoint, conditioning, config, config_files, layout
-from models import errors as model_errors
 from models.distillation import (
     adapters,
     checkpointing,
@@ -76,11 +75,11 @@ class Told:
 
 
 def read(path: Path) -> course.Course:
-    """A training's file; errors.RushesError says what is wrong with it."""
+    """A training's file; errors.FileUnusable says what is wrong with it."""
     try:
         return course.read(path)
     except course.CourseError as error:
-        raise errors.RushesError(str(error)) from error
+        raise errors.FileUnusable(str(error)) from error
 
 
 def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) -> cost.Cost:
@@ -96,7 +95,9 @@ def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) ->
             processes=processes,
             dtype=DTYPES[plan.precision],
         )
-    except (model_errors.CheckpointError, OSError, ValueError) as error:
+    except ValueError as error:  # a CheckpointError too
+        raise errors.FileUnusable(str(error)) from error
+    except OSError as error:
         raise errors.RushesError(str(error)) from error
 
 
@@ -119,14 +120,9 @@ def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     try:
         with _processes():
             return _run(plan, known, told)
-    except (
-        model_errors.CheckpointError,
-        saving.SavingError,
-        saving.ResumeError,
-        tuner.DivergedError,
-        OSError,
-        ValueError,
-    ) as error:
+    except (ValueError, saving.ResumeError) as error:  # a CheckpointError too
+        raise errors.FileUnusable(str(error)) from error
+    except (saving.SavingError, tuner.DivergedError, OSError) as error:
         raise errors.RushesError(str(error)) from error
 
 

@@ -161,11 +161,10 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
     try:
         files = parts.FIND_MODEL.load()(folder)
         target = target or folder / _quantized_file(files.transformer[0].name, scheme)
-        target.parent.mkdir(parents=True, exist_ok=True)
         form = parts.QUANTIZATION_SCHEME.load()(scheme)
         report = parts.QUANTIZE.load()(files, target, form)
-    except (ValueError, OSError) as error:
-        raise errors.RushesError(str(error)) from error
+    except (ValueError, FileExistsError) as error:
+        raise errors.FileUnusable(str(error)) from error
     worst = max(report.relative_errors, key=report.relative_errors.__getitem__, default=None)
     if as_json:
         output.emit(

@@ -246,7 +246,7 @@ def test_the_command_trains_and_says_what_to_do_next(write, known, tmp_path):
 
 def test_a_bad_file_is_one_line_and_no_traceback(write, known):
     result = rushes(write(guidence=3))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "unknown key guidence: did you mean guidance?" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
