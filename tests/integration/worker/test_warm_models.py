@@ -1,4 +1,4 @@
-"""A queue of two alternating models on one worker that has room for one: few switches."""
+"""Queues that alternate, on one worker: few loads of models, few switches of LoRAs."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from jobs import dispatch, presets, queues, states
 from jobs.schema import Worker
 from tests.integration.worker.conftest import WORKER
-from worker import components, room, wanted
+from worker import components, room, scratch, wanted
 
 JOBS = 24
 MODELS = ("tiny", "other")
@@ -37,9 +37,29 @@ def runner(host, models):
 
 
 @pytest.fixture
-def next_job(host):
-    """The job of the next message that this worker's Celery would take, or None."""
-    names = [queues.of_model(model) for model in MODELS]
+def render_all(host):
+    """`render_all(runner, jobs, models=...)`: through the real dispatcher; the worker's row."""
+
+    def render(runner, jobs, *, models):
+        taken = [queues.of_model(model) for model in models]
+        dispatcher = dispatch.Dispatcher(host.config, db=host.db)
+        take = taker(host, taken)
+        for number in range(len(jobs)):
+            host.register(queues=tuple(taken))  # as its launcher does
+            dispatcher.tick()
+            job_id = take()
+            assert job_id is not None, f"nothing was sent after {number} jobs"
+            runner.run_attempt(job_id)
+        assert all(host.attempts(job.id)[0].state is states.AttemptState.RENDERED for job in jobs)
+        with host.db.reading() as session:
+            return session.get_one(Worker, WORKER)
+
+    return render
+
+
+def taker(host, names):
+    """Gives the job of the next message that this worker's Celery would take, or None."""
+    names = list(names)
 
     def take():
         for _ in names:
@@ -53,24 +73,53 @@ def next_job(host):
 
 
 def test_two_alternating_models_are_loaded_far_less_often_than_there_are_jobs(
-    host, runner, next_job, capsys
+    host, runner, render_all, capsys
 ):
-    """Through the real dispatcher and renders; the counts are those that `rushes workers` shows."""
+    """The counts are those that `rushes workers` shows."""
     jobs = [host.submit(1, model_path=MODELS[number % 2])[0] for number in range(JOBS)]
-    taken = tuple(queues.of_model(model) for model in MODELS)
-    dispatcher = dispatch.Dispatcher(host.config, db=host.db)
-    rendered = 0
-    while rendered < JOBS:
-        host.register(queues=taken)  # as its launcher does
-        dispatcher.tick()
-        job_id = next_job()
-        assert job_id is not None, f"nothing was sent after {rendered} jobs"
-        runner.run_attempt(job_id)
-        rendered += 1
-    with host.db.reading() as session:
-        row = session.get_one(Worker, WORKER)
+    row = render_all(runner, jobs, models=MODELS)
     with capsys.disabled():
         print(f"\n{row.renders} jobs of two alternating models: {row.loads} loads")  # noqa: T201
     assert row.renders == JOBS
     assert row.loads <= JOBS // 5
-    assert all(host.attempts(job.id)[0].state is states.AttemptState.RENDERED for job in jobs)
+
+
+LORA = "tiny/loras/distill_lora.safetensors"
+LORA_CHANGES = (
+    {"dit_original_ckpt": "tiny/diffusion_pytorch_model.safetensors", "lora_configs": loras}
+    for loras in ([], [{"path": LORA}], [{"path": LORA, "strength": -0.7}])
+)
+
+
+def test_alternating_loras_are_switched_far_less_often_than_there_are_jobs_and_leave_no_trace(
+    host, models, render_all, capsys
+):
+    """Of one model that is loaded once; each video has the bits of a queue of its kind alone."""
+    kinds = [dict(changes) for changes in LORA_CHANGES]
+
+    def worker():
+        return components.Components(
+            models_dir=models, home=host.config.home, device=host.warm.device
+        )
+
+    alone = [host.submit(1, **changes)[0] for changes in kinds]
+    for job in alone:
+        render_all(host.runner(worker()), [job], models=["tiny"])
+    jobs = [host.submit(1, **kinds[number % 3])[0] for number in range(JOBS)]
+    row = render_all(host.runner(worker()), jobs, models=["tiny"])
+    with capsys.disabled():
+        told = f"\n{row.renders} jobs of three alternating LoRAs: {row.lora_switches} switches"
+        print(told)  # noqa: T201
+    assert (row.renders, row.loads) == (JOBS, 1)
+    assert 2 <= row.lora_switches <= JOBS // 4
+    hashes = [latents_of(host, job) for job in alone]
+    assert len(set(hashes)) == 3
+    assert [latents_of(host, job) for job in jobs] == [hashes[n % 3] for n in range(JOBS)]
+
+
+def latents_of(host, job):
+    attempt = host.attempts(job.id)[0]
+    folder = scratch.AttemptFolder(
+        root=host.config.scratch_dir, batch_id=job.batch_id, attempt_id=attempt.id
+    )
+    return json.loads(folder.sidecar.read_bytes())["latents_sha256"]

@@ -5,6 +5,7 @@ Both layouts of a model folder give the same latents, bit for bit: it is the sam
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -14,7 +15,7 @@ import torch
 from hypothesis import strategies
 
 from jobs import presets
-from models import config, layout, lora, quantization, quantized_files
+from models import config, image_encoder, layout, lora, quantization, quantized_files, vae
 from models.tiny import folders, make
 from worker import components, errors, pipeline, room, wanted
 
@@ -315,6 +316,34 @@ def test_a_job_renders_the_same_alone_and_after_any_others(
             hashed = pipeline.latents_sha256(latents_of(look, warm, cpu, colour=colour))
             assert hashed == alone[way, colour if look.needs_image else "white"]
     assert warm.loads <= len(jobs)
+
+
+def test_an_image_is_encoded_once_for_all_jobs_that_begin_with_it(
+    shelf, tmp_path, cpu, monkeypatch
+):
+    """By both networks; another LoRA or list of steps changes nothing of it, another size does."""
+    encoded = Counter()
+
+    def count(network):
+        real = network.encode
+
+        def encode(self, *arguments):
+            encoded[network.__name__] += 1
+            return real(self, *arguments)
+
+        monkeypatch.setattr(network, "encode", encode)
+
+    count(image_encoder.ImageEncoder)
+    count(vae.WanVAE)
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of(("tiny_i2v", {"base": "original", "denoising_step_list": [1000]}))
+    loras = [{"path": "tiny_i2v/loras/distill_lora.safetensors"}]
+    for each in (look, look.with_changes({"loras": loras})):
+        for colour in [*COLOURS] * 3:
+            latents_of(each, warm, cpu, colour=colour)
+    assert encoded == {"ImageEncoder": len(COLOURS), "WanVAE": len(COLOURS)}
+    latents_of(look.with_changes(WIDE), warm, cpu)
+    assert set(encoded.values()) == {len(COLOURS) + 1}
 
 
 @pytest.mark.parametrize("number", [0, 1])
