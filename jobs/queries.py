@@ -68,7 +68,8 @@ def batch_state(batch: Batch) -> states.BatchState:
 
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
     """Newest first; `before` is a batch id, for the next page."""
-    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    statement = select(Batch).where(Batch.forgotten_at.is_(None))
+    statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if before is not None:
         last = find_batch(session, before)
         statement = statement.where(
@@ -88,10 +89,10 @@ def find_batch(session: Session, reference: str) -> Batch:
     matches: Sequence[Batch] = []
     if BATCH_ID_PART.fullmatch(reference):
         exact = session.get(Batch, reference)
-        if exact is not None:
+        if exact is not None and exact.forgotten_at is None:
             return exact
-        begins = Batch.id.like(f"{reference}%")
-        matches = session.scalars(select(Batch).where(begins).order_by(Batch.id).limit(5)).all()
+        begins = select(Batch).where(Batch.id.like(f"{reference}%"), Batch.forgotten_at.is_(None))
+        matches = session.scalars(begins.order_by(Batch.id).limit(5)).all()
     if len(matches) == 1 and len(reference) >= SHORTEST_PART:
         return matches[0]
     if matches:
