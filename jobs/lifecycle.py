@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, presets, retries, schema, states, workers
+from jobs import database, errors, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
@@ -445,7 +445,10 @@ def retry_jobs(
     from_states: Sequence[states.JobState] = (states.JobState.FAILED,),
     job_ids: Sequence[int] | None = None,
 ) -> int:
-    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many."""
+    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many.
+
+    BatchExpired where its results, its input images or its jobs are being deleted as old.
+    """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
     total = 0
     for state in from_states:
@@ -469,6 +472,7 @@ def retry_jobs(
         _count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
         total += reopened
     if total:
+        _check_not_expired(session, batch_id)
         session.execute(
             update(Batch)
             .where(Batch.id == batch_id)
@@ -482,6 +486,18 @@ def retry_jobs(
             )
         )
     return total
+
+
+def _check_not_expired(session: Session, batch_id: str) -> None:
+    """Asked once the batch's count holds its row: who deletes what is old now waits for us."""
+    results, inputs, jobs = session.execute(
+        select(Batch.results_expired_at, Batch.inputs_expired_at, Batch.forgotten_at).where(
+            Batch.id == batch_id
+        )
+    ).one()
+    for what, when in (("results", results), ("input images", inputs), ("jobs", jobs)):
+        if when is not None:
+            raise errors.BatchExpired(batch_id, what=what, when=when)
 
 
 def end_lost_attempts(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, func, or_, select, union_all
+from sqlalchemy.orm import Session, aliased
 
 from jobs import database, errors, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
@@ -68,7 +68,8 @@ def batch_state(batch: Batch) -> states.BatchState:
 
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
     """Newest first; `before` is a batch id, for the next page."""
-    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    statement = select(Batch).where(Batch.forgotten_at.is_(None))
+    statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if before is not None:
         last = find_batch(session, before)
         statement = statement.where(
@@ -88,10 +89,10 @@ def find_batch(session: Session, reference: str) -> Batch:
     matches: Sequence[Batch] = []
     if BATCH_ID_PART.fullmatch(reference):
         exact = session.get(Batch, reference)
-        if exact is not None:
+        if exact is not None and exact.forgotten_at is None:
             return exact
-        begins = Batch.id.like(f"{reference}%")
-        matches = session.scalars(select(Batch).where(begins).order_by(Batch.id).limit(5)).all()
+        begins = select(Batch).where(Batch.id.like(f"{reference}%"), Batch.forgotten_at.is_(None))
+        matches = session.scalars(begins.order_by(Batch.id).limit(5)).all()
     if len(matches) == 1 and len(reference) >= SHORTEST_PART:
         return matches[0]
     if matches:
@@ -129,12 +130,21 @@ def jobs(
     limit: int = 100,
 ) -> Sequence[Job]:
     """In the order of the file; `after` is the position of the last one seen."""
-    statement = select(Job).where(Job.batch_id == batch_id, Job.position > after)
-    if states_wanted:
-        statement = statement.where(Job.state.in_(states_wanted))
-        if states.JobState.QUEUED not in states_wanted:
-            statement = statement.where(schema.HAS_STARTED)
-    return session.scalars(statement.order_by(Job.position).limit(limit)).all()
+    page = select(Job).where(Job.batch_id == batch_id, Job.position > after)
+    page = page.order_by(Job.position).limit(limit)
+    pages = [_in_state(page, state) for state in set(states_wanted)]
+    if len(pages) == 1:
+        page = pages[0]
+    elif pages:
+        # A page of each: of several states at once, a database sorts all that there are.
+        merged = aliased(Job, union_all(*(p.subquery().select() for p in pages)).subquery())
+        page = select(merged).order_by(merged.position).limit(limit)
+    return session.scalars(page).all()
+
+
+def _in_state(page: Select[Job], state: states.JobState) -> Select[Job]:
+    page = page.where(Job.state == state)
+    return page if state is states.JobState.QUEUED else page.where(schema.HAS_STARTED)
 
 
 def attempts(session: Session, job_id: int) -> Sequence[Attempt]:

@@ -112,7 +112,13 @@ class Batch(Base):
     results_lease_until: Mapped[datetime | None]
     """Until then somebody writes its result files."""
     results_expired_at: Mapped[datetime | None]
-    """When its videos and result files were deleted, as old."""
+    """Since then its videos and result files are being deleted, as old; it cannot be reopened."""
+    results_removed_at: Mapped[datetime | None]
+    """When the last of them was gone."""
+    inputs_expired_at: Mapped[datetime | None]
+    """Since then the images that it started from may be gone; it cannot be reopened."""
+    forgotten_at: Mapped[datetime | None]
+    """Since then its rows are being deleted, and nobody is told of it."""
     cancel_requested_at: Mapped[datetime | None]
     paused_at: Mapped[datetime | None]
     deadline_at: Mapped[datetime | None]
@@ -180,12 +186,30 @@ class Job(Base):
         # These two stay empty while a batch is submitted.
         _index("ix_jobs_started", "batch_id", "state", "position", where="state <> 'queued'"),
         _index("ix_jobs_succeeded", "batch_id", "finished_at", where="state = 'succeeded'"),
+        # Which batches start from an image; nothing of it is written for text to video.
+        _index("ix_jobs_image", "image_key", "batch_id", where="image_key IS NOT NULL"),
         {"sqlite_autoincrement": True},
     )
 
 
 HAS_STARTED = Job.state != states.JobState.QUEUED
 """Said beside another state: by this SQLite finds the index of those that have left the queue."""
+
+
+class Input(Base):
+    """Who is at work on an object below `inputs/`: those who submit it, or who deletes it as old.
+
+    Many submits may start from one image, so neither its age nor the jobs that are stored already
+    say whether it is wanted.
+    """
+
+    __tablename__ = "inputs"
+
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    held_at: Mapped[datetime | None]
+    """When a submit last said that it will need it."""
+    condemned_until: Mapped[datetime | None]
+    """Until then it may be deleted at any moment, and no submit may rely on it."""
 
 
 class Attempt(Base):

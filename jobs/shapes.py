@@ -21,6 +21,7 @@ def batch(row: Batch) -> dict[str, Any]:
         "created_at": row.created_at,
         "finished_at": row.finished_at,
         "results_written_at": row.manifest_at,
+        "results_expired_at": row.results_expired_at,
         "cancel_requested_at": row.cancel_requested_at,
         "paused_at": row.paused_at,
         "deadline_at": row.deadline_at,

@@ -276,7 +276,7 @@ def submit(
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
         if file.images is not None:
-            file.images.upload()
+            file.images.upload(db)
         # By itself: in the long transaction, another submit of the same look would wait for its
         # end.
         db.write(_store_looks, file.looks)

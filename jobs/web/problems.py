@@ -88,6 +88,7 @@ _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (errors.PresetError, 422),
     (errors.NotFound, 404),
     (errors.IdempotencyConflict, 409),
+    (errors.BatchExpired, 410),
     (requests.NameTaken, 409),
     (errors.QuotaExceeded, 429),
     (storage.ObjectMissing, 404),

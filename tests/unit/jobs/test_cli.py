@@ -875,6 +875,7 @@ def test_the_documentation_names_every_json_key(farm: Farm, rushes: Rushes) -> N
         "cancel latest",
         "migrate",
         "download latest",
+        "gc",
     )
     for command in commands:
         told = parsed(rushes(*command.split(), "-o", "json"))
