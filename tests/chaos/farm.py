@@ -140,6 +140,11 @@ class Farm:
     dispatchers: list[Process] = field(default_factory=list)
 
     @property
+    def bad_devices(self) -> Path:
+        """Says which simulated devices are broken."""
+        return self.folder / "bad-devices"
+
+    @property
     def secrets(self) -> dict[str, str]:
         """What no log may ever show."""
         return {
@@ -283,6 +288,7 @@ def _environment(farm: Farm, *, home: Path, skew_seconds: float) -> dict[str, st
             "RUSHES_MAX_CRASHES": str(plan.max_crashes),
             "RUSHES_RETRY_SECONDS": str(plan.retry_seconds),
             "RUSHES_SIM_STEP_SECONDS": str(plan.step_seconds),
+            "RUSHES_SIM_BAD_DEVICES": str(farm.bad_devices),
             "RUSHES_GRACE_SECONDS": "2",
             "RUSHES_LOG_FORMAT": "json",
             "LOG_LEVEL": "DEBUG",

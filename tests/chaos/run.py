@@ -32,6 +32,7 @@ class Script:
     jobs: int
     batch_size: int
     poison_jobs: int
+    late_batches: int
     quotas: dict[str, int]
     outage_seconds: tuple[float, float]
     seed: int
@@ -112,6 +113,7 @@ def run(script: Script, folder: Path) -> Verdict:
             batch_size=script.batch_size,
             seed=script.seed,
             poison_jobs=script.poison_jobs,
+            late_batches=script.late_batches,
         )
         nemesis = Nemesis(
             farm=here,
@@ -156,7 +158,7 @@ class Progress:
         self._thread.start()
 
     def done_share(self) -> float:
-        return self._done / self._work.jobs
+        return self._done / self._work.all_jobs
 
     def is_finished(self) -> bool:
         """All is submitted, every batch has ended and its manifest is written."""
@@ -187,7 +189,7 @@ def _judge(
     exit_status: dict[str, int | None],
 ) -> Verdict:
     store = storage.open_store(here.config)
-    world = checker.read(db, store, plan=script.plan, promises=work.promises)
+    world = checker.read(db, store, plan=script.plan, promises=work.promises, pauses=nemesis.pauses)
     wrong = {check.__name__: list(check(world)) for check in checker.CHECKS}
     wrong["snapshots_are_in_order"] = watch.wrong
     wrong["no_log_shows_a_secret"] = checker.secrets_in(here.logs(), here.secrets)
@@ -215,6 +217,8 @@ def _judge(
         "snapshots": watch.looks,
         "moves": sum(map(len, world.moves.values())),
         "zombies_refused": _count_in_logs(here, "superseded"),
+        "workers_taken_out": _count_in_logs(here, '"selftest.started"'),
+        "selftests_failed": _count_in_logs(here, '"selftest.failed"'),
     }
     return Verdict(
         script=script,

@@ -32,7 +32,10 @@ LONG_STRIKES = {
     "store denies": 3,
     "store answers lost": 3,
     "store half open": 2,
+    "store away over a restart": 2,
     "disk full": 3,
+    "device bad": 3,
+    "batch paused": 6,
 }
 SHORT_STRIKES = {
     "kill child": 2,
@@ -53,7 +56,9 @@ SHORT_STRIKES = {
     "store busy": 1,
     "store denies": 1,
     "store answers lost": 1,
+    "store away over a restart": 1,
     "disk full": 1,
+    "batch paused": 1,
 }
 
 
@@ -65,6 +70,7 @@ def long(*, scale: float, seed: int, workers_per_host: int, on_sqlite: bool) -> 
         jobs=jobs,
         batch_size=min(250, jobs // 4),
         poison_jobs=max(2, int(6 * scale)),
+        late_batches=max(1, int(4 * scale)),
         quotas={what: math.ceil(number * scale) for what, number in LONG_STRIKES.items()},
         outage_seconds=(3.0, 25.0),
         seed=seed,
@@ -89,6 +95,7 @@ def short(*, seed: int, on_sqlite: bool = False) -> Script:
         jobs=80,
         batch_size=30,
         poison_jobs=1,
+        late_batches=0,
         quotas=dict(SHORT_STRIKES),
         outage_seconds=(1.0, 3.0),
         seed=seed,

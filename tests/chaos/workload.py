@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
@@ -15,6 +16,8 @@ from worker import simulation
 
 SIZE = "64x64"
 AGAIN_SECONDS = 0.5
+LATE_JOBS = 40
+LATE = timedelta(seconds=12)
 PRESET = {
     "model_path": "simulated",
     "denoising_step_list": [1000, 750, 500, 250],
@@ -37,6 +40,8 @@ class Promise:
     jobs: int
     poison: Mapping[int, str]
     """Position -> what is wrong with it."""
+    has_deadline: bool = False
+    """Too short a one: what is not finished by then is cancelled."""
 
 
 @dataclass
@@ -49,6 +54,8 @@ class Workload:
     batch_size: int
     seed: int
     poison_jobs: int = 0
+    late_batches: int = 0
+    """Beside the others: each as large as LATE_JOBS, with a deadline that it cannot keep."""
     promises: dict[str, Promise] = field(default_factory=dict)
     """By idempotency key."""
     refused: int = 0
@@ -66,8 +73,16 @@ class Workload:
         return not self._thread.is_alive()
 
     @property
-    def batches(self) -> int:
+    def whole_batches(self) -> int:
         return -(-self.jobs // self.batch_size)
+
+    @property
+    def batches(self) -> int:
+        return self.whole_batches + self.late_batches
+
+    @property
+    def all_jobs(self) -> int:
+        return self.jobs + self.late_batches * LATE_JOBS
 
     def _run(self) -> None:
         rng = random.Random(self.seed)
@@ -76,7 +91,10 @@ class Workload:
         preset = presets.load(str(path))
         db, bell = database.connect(self.config), broker.Broker(self.config)
         poisoned = set(rng.sample(range(self.jobs), self.poison_jobs))
-        for number in range(self.batches):
+        for number in range(self.late_batches):
+            if not self._submit(db, preset, f"late-{number}", LATE_JOBS, {}, deadline=LATE):
+                break
+        for number in range(self.whole_batches):
             first = number * self.batch_size
             size = min(self.batch_size, self.jobs - first)
             poison = {
@@ -96,6 +114,8 @@ class Workload:
         key: str,
         size: int,
         poison: Mapping[int, str],
+        *,
+        deadline: timedelta | None = None,
     ) -> bool:
         """Until it is acknowledged. False: told to stop."""
         rows = [
@@ -109,7 +129,7 @@ class Workload:
                 stream=io.BytesIO(data),
                 source="chaos",
                 format="jsonl",
-                options=submission.Options(preset=preset, idempotency_key=key),
+                options=submission.Options(preset=preset, idempotency_key=key, deadline=deadline),
             )
             try:
                 batch_id = submission.submit(db, prompts).batch_id
@@ -117,6 +137,11 @@ class Workload:
                 self.refused += 1
                 self.stop.wait(AGAIN_SECONDS)
             else:
-                self.promises[key] = Promise(batch_id=batch_id, jobs=size, poison=dict(poison))
+                self.promises[key] = Promise(
+                    batch_id=batch_id,
+                    jobs=size,
+                    poison=dict(poison),
+                    has_deadline=deadline is not None,
+                )
                 return True
         return False
