@@ -136,7 +136,7 @@ def nothing_starts_while_paused(world: World) -> Iterator[str]:
                 continue
             for attempt in attempts:
                 if pause.since < attempt.started_at < pause.until:
-                    yield f"attempt {attempt.id} of job {job_id} began while {pause.batch_id} paused"
+                    yield f"attempt {attempt.id} of job {job_id} began in a pause of its batch"
 
 
 def finished_videos_are_not_rendered_again(world: World) -> Iterator[str]:
