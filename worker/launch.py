@@ -54,22 +54,22 @@ class RenderProcess:
     child: supervisor.Child
     left: set[str] = field(default_factory=set)
     """Queues that its Celery was ever told to leave."""
-    trial: trial.Trial | None = None
+    test: trial.Trial | None = None
     """The self-test of its device, while the process is away for it."""
 
     @property
     def is_there(self) -> bool:
-        return self.child.is_alive or self.trial is not None
+        return self.child.is_alive or self.test is not None
 
-    def begin_trial(self) -> None:
+    def begin_test(self) -> None:
         """Its process ends: the device is all the test's, and afterwards a fresh one begins."""
         self.child.kill()
-        self.trial = trial.Trial(self.child.environment)
+        self.test = trial.Trial(self.child.environment)
 
     def end(self) -> None:
         self.child.kill()
-        if self.trial is not None:
-            self.trial.end()
+        if self.test is not None:
+            self.test.end()
 
 
 @dataclass
@@ -140,8 +140,8 @@ class Launcher:
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
-                if renderer.trial is not None:
-                    self._look_at_trial(renderer, renderer.trial)
+                if renderer.test is not None:
+                    self._look_at_test(renderer, renderer.test)
                 elif renderer.child.revive():
                     self._give_up_what_it_held(renderer)
             if time.monotonic() >= next_beat:
@@ -183,19 +183,19 @@ class Launcher:
     def _test_if_due(self, renderer: RenderProcess) -> None:
         with self.db.reading() as session:
             is_due = health.is_due_for_test(session, renderer.name)
-        if not is_due or renderer.trial is not None:
+        if not is_due or renderer.test is not None:
             return
         log.warning("selftest.started", worker=renderer.name)
         try:
-            renderer.begin_trial()
+            renderer.begin_test()
         except OSError as error:
             log.error("process.not_started", name=renderer.name, error=str(error))
 
-    def _look_at_trial(self, renderer: RenderProcess, running: trial.Trial) -> None:
+    def _look_at_test(self, renderer: RenderProcess, running: trial.Trial) -> None:
         verdict = running.verdict()
         if verdict is None:
             return
-        renderer.trial = None
+        renderer.test = None
         facts = {"worker": renderer.name, "seconds": round(verdict.seconds, 1), **verdict.facts}
         if verdict.failure is None:
             log.info("selftest.passed", **facts)
