@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import threading
@@ -37,6 +38,8 @@ class Script:
     outage_seconds: tuple[float, float]
     seed: int
     limit_seconds: float
+    striking_seconds: float = math.inf
+    """Then nothing more is submitted or struck, however much is left, and the rest is rendered."""
 
 
 @dataclass
@@ -123,13 +126,16 @@ def run(script: Script, folder: Path) -> Verdict:
             outage_seconds=script.outage_seconds,
         )
         deadline = began + script.limit_seconds
+        strike_until = min(deadline, began + script.striking_seconds)
         progress = Progress(db, work)
         work.start()
         nemesis.run(
             done_share=progress.done_share,
-            is_over=lambda: time.monotonic() > deadline or progress.is_finished(),
+            is_over=lambda: time.monotonic() > strike_until or progress.is_finished(),
         )
         while time.monotonic() < deadline and not progress.is_finished():
+            if time.monotonic() > strike_until:
+                work.enough.set()
             time.sleep(0.5)
         work.stop.set()
         watch.end()
@@ -162,7 +168,7 @@ class Progress:
 
     def is_finished(self) -> bool:
         """All is submitted, every batch has ended and its manifest is written."""
-        return self._work.is_done and self._written >= self._work.batches
+        return self._work.is_done and self._written >= len(self._work.promises)
 
     def end(self) -> None:
         self._stop.set()

@@ -62,7 +62,9 @@ SHORT_STRIKES = {
 }
 
 
-def long(*, scale: float, seed: int, workers_per_host: int, on_sqlite: bool) -> Script:
+def long(
+    *, scale: float, seed: int, workers_per_host: int, on_sqlite: bool, minutes: float
+) -> Script:
     """With the leases and beats of the defaults."""
     jobs = max(100, int(LONG_JOBS * scale))
     return Script(
@@ -74,7 +76,8 @@ def long(*, scale: float, seed: int, workers_per_host: int, on_sqlite: bool) -> 
         quotas={what: math.ceil(number * scale) for what, number in LONG_STRIKES.items()},
         outage_seconds=(3.0, 25.0),
         seed=seed,
-        limit_seconds=600 + jobs * 1.0,
+        limit_seconds=60 * minutes + 600 + jobs * 1.0,
+        striking_seconds=60 * minutes,
     )
 
 

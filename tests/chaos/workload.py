@@ -1,5 +1,6 @@
 """People who submit batches whatever happens, and remember what they were promised."""
 
+import contextlib
 import io
 import json
 import random
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 
 from jobs import broker, database, presets, settings, submission
+from jobs.schema import Batch
 from worker import simulation
 
 SIZE = "64x64"
@@ -58,8 +61,12 @@ class Workload:
     """Beside the others: each as large as LATE_JOBS, with a deadline that it cannot keep."""
     promises: dict[str, Promise] = field(default_factory=dict)
     """By idempotency key."""
+    most_open: int = 1_000
+    """The next batch comes when fewer jobs are open, as from people who see a full queue."""
     refused: int = 0
     """Submits that were not acknowledged and were tried again with the same key."""
+    enough: threading.Event = field(default_factory=threading.Event)
+    """No further batch; one that is being submitted is, until it is acknowledged."""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -77,10 +84,6 @@ class Workload:
         return -(-self.jobs // self.batch_size)
 
     @property
-    def batches(self) -> int:
-        return self.whole_batches + self.late_batches
-
-    @property
     def all_jobs(self) -> int:
         return self.jobs + self.late_batches * LATE_JOBS
 
@@ -95,6 +98,8 @@ class Workload:
             if not self._submit(db, preset, f"late-{number}", LATE_JOBS, {}, deadline=LATE):
                 break
         for number in range(self.whole_batches):
+            if not self._has_turn(db):
+                break
             first = number * self.batch_size
             size = min(self.batch_size, self.jobs - first)
             poison = {
@@ -106,6 +111,18 @@ class Workload:
                 break
             bell.kick()
         db.close()
+
+    def _has_turn(self, db: database.Database) -> bool:
+        """As soon as not too many jobs are open. False: it is enough."""
+        total = func.coalesce(func.sum(Batch.queued + Batch.running), 0)
+        open_jobs = select(total).where(Batch.finished_at.is_(None))
+        unreachable = (DBAPIError, database.DatabaseUnavailable)
+        while not self.enough.is_set():
+            with contextlib.suppress(*unreachable), db.reading() as session:
+                if session.scalars(open_jobs).one() < self.most_open:
+                    return True
+            self.enough.wait(AGAIN_SECONDS)
+        return False
 
     def _submit(
         self,
