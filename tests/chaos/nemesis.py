@@ -36,7 +36,6 @@ log = structlog.get_logger()
 
 LOOK_SECONDS = 0.1
 LEAST_PAUSE_SECONDS = 0.4
-STUCK_SECONDS = 30.0  # without progress: the next strike comes all the same
 BOMB_MARK = "bomb"
 BUSY_SHARE = 0.8  # of the blows at a worker
 END_SECONDS = 60.0  # for a launcher's drain
@@ -113,6 +112,8 @@ class Nemesis:
     quotas: Counter[str]
     seed: int
     outage_seconds: tuple[float, float]
+    stuck_seconds: float
+    """After so long without progress the next strike comes all the same."""
     strikes: list[Strike] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     pauses: list[Pause] = field(default_factory=list)
@@ -164,7 +165,7 @@ class Nemesis:
             pause = time.monotonic() - struck_at
             done = len(self.strikes) + len(self.skipped)
             is_due = done_share() >= 0.9 * (done + 0.5) / self._planned
-            is_due = (is_due and pause > LEAST_PAUSE_SECONDS) or pause > STUCK_SECONDS
+            is_due = (is_due and pause > LEAST_PAUSE_SECONDS) or pause > self.stuck_seconds
             if self._left() and is_due and self._strike():
                 struck_at = time.monotonic()
             time.sleep(LOOK_SECONDS)

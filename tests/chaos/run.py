@@ -38,6 +38,7 @@ class Script:
     outage_seconds: tuple[float, float]
     seed: int
     limit_seconds: float
+    stuck_seconds: float = 30.0
     striking_seconds: float = math.inf
     """Then nothing more is submitted or struck, however much is left, and the rest is rendered."""
 
@@ -124,6 +125,7 @@ def run(script: Script, folder: Path) -> Verdict:
             quotas=Counter(script.quotas),
             seed=script.seed,
             outage_seconds=script.outage_seconds,
+            stuck_seconds=script.stuck_seconds,
         )
         deadline = began + script.limit_seconds
         strike_until = min(deadline, began + script.striking_seconds)

@@ -77,6 +77,8 @@ def long(
         outage_seconds=(3.0, 25.0),
         seed=seed,
         limit_seconds=60 * minutes + 600 + jobs * 1.0,
+        # A slow machine gets fewer strikes, not more of them for each job.
+        stuck_seconds=180.0,
         striking_seconds=60 * minutes,
     )
 
