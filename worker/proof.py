@@ -19,8 +19,8 @@ PRESET = """{
   "sample_shift": 5, "target_width": 64, "target_height": 64, "target_video_length": 9, "fps": 8
 }"""
 PROMPT, SEED = "a self-test", 1
-TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""Relative error of the latents against fp32 on the processor; noise would have 1.4."""
+TOLERANCES = {torch.float32: 0.02, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""Relative error of the latents against fp32 on the processor, which itself has 0.002 in bf16."""
 PRODUCT_SIZE = {True: 4096, False: 128}  # on a GPU, elsewhere
 PRODUCTS = 100
 MEMORY_SHARE = 0.9  # of what is free on a GPU
