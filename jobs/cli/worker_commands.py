@@ -23,7 +23,10 @@ WORKER_HEADERS = (
 @options.output
 @click.pass_context
 def workers(ctx: click.Context, as_json: bool) -> None:
-    """List the workers and what they render, or test one."""
+    """List the workers, or test one.
+
+    What they render, hold and refuse, and who is taken out.
+    """
     if ctx.invoked_subcommand is None:
         _list(as_json=as_json)
 

@@ -39,7 +39,7 @@ LEAST_PAUSE_SECONDS = 0.4
 BOMB_MARK = "bomb"
 BUSY_SHARE = 0.8  # of the blows at a worker
 END_SECONDS = 60.0  # for a launcher's drain
-LONG_OUTAGES = 3  # of the store: as long as so many others
+LONG_OUTAGES = 2  # of the store: as long as so many others
 BAD_DEVICE_OUTAGES = 2
 RESTART_SECONDS = (0.5, 3.0)  # until somebody starts again what was killed
 
