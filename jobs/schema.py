@@ -19,6 +19,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -278,6 +279,13 @@ class Worker(Base):
     device_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Main memory that its process holds."""
+    suspects: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
+    """Ids of different jobs that failed here in a row, as on a broken machine. See `workers`."""
+    removals: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Times that it was taken out since a job went well."""
+    tested_at: Mapped[datetime | None]
+    test_failure: Mapped[str | None]
+    """What its last self-test found wrong; None: nothing."""
 
 
 class Refusal(Base):
@@ -288,6 +296,8 @@ class Refusal(Base):
     worker: Mapped[str] = mapped_column(String(200), primary_key=True)
     queue: Mapped[str] = mapped_column(String(200), primary_key=True)
     """Empty: of every queue."""
+    needs_test: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """It holds until a self-test has passed; `until` is when the next one may begin."""
     kind: Mapped[states.FailureKind] = mapped_column(_enum(states.FailureKind))
     reason: Mapped[str]
     times: Mapped[int]

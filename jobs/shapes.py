@@ -202,6 +202,10 @@ def worker(live: queries.LiveWorker) -> dict[str, Any]:
         "started_at": row.started_at,
         "heartbeat_at": row.heartbeat_at,
         "restarts": row.restarts,
+        "suspects": row.suspects or [],
+        "test": None
+        if row.tested_at is None
+        else {"at": row.tested_at, "failure": row.test_failure},
         "rendering": None
         if held is None
         else {
@@ -220,6 +224,7 @@ def refusal(held: Refusal) -> dict[str, Any]:
         "queue": held.queue or None,
         "kind": held.kind,
         "reason": held.reason,
+        "needs_test": held.needs_test,
         "times": held.times,
         "since": held.since,
         "until": held.until,

@@ -1,5 +1,7 @@
 """How this worker renders; beside `jobs.settings`, which says where things are."""
 
+from pathlib import Path
+
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -60,6 +62,12 @@ class WorkerSettings(BaseSettings):
         le=600,
         validation_alias=AliasChoices("RUSHES_SIM_STEP_SECONDS"),
         description="A denoising step on a simulated device; other stages keep their proportion.",
+    )
+    sim_bad_devices: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_SIM_BAD_DEVICES"),
+        description="File with a line for each simulated device that is broken: `sim0@host device`,"
+        " or `crash`, `hang`, `internal`.",
     )
     x264_preset: str = Field(
         "medium",

@@ -6,7 +6,18 @@ from typing import Any
 
 import click
 
-from jobs import database, errors, queries, results, settings, shapes, states, storage, watch
+from jobs import (
+    database,
+    errors,
+    queries,
+    results,
+    retries,
+    settings,
+    shapes,
+    states,
+    storage,
+    watch,
+)
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Batch, Job
 
@@ -247,7 +258,9 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
 def _job_state(job: Job) -> str:
     said = output.state(job.state)
     if job.quarantined:
-        said += ", quarantined: its workers died"
+        is_crash = job.failure_kind in retries.CRASHES
+        why = "its workers died" if is_crash else f"it failed on {retries.MAX_MACHINES} workers"
+        said += f", quarantined: {why}"
     if job.cancel_requested and job.state is states.JobState.RUNNING:
         said += ", stops at its next step"
     if job.not_before is not None and job.state is states.JobState.QUEUED:

@@ -44,7 +44,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "token": Lazy("token_commands", "token", "Manage the tokens of the HTTP API."),
         "worker": Lazy("processes", "worker", "Render: one process per device."),
         "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
-        "workers": Lazy("system", "workers", "List the workers and what they render."),
+        "workers": Lazy("worker_commands", "workers", "List the workers, or test one."),
         "gc": Lazy("cleaning", "gc", "Delete what is old, by the settings that say for how long."),
         "migrate": Lazy("system", "migrate_database", "Bring the database to this version."),
         "doctor": Lazy("system", "doctor_command", "Check every part and say what to do."),
