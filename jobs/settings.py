@@ -201,6 +201,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
         description="A stopping worker may finish its job for this long, then gives it back.",
     )
+    prompt_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_PROMPT_CHECK"),
+        description="`module:function` that may refuse a prompt: where prompts are submitted, or "
+        "before they are rendered, or both, by where it is set.",
+    )
     default_preset: str | None = Field(
         None,
         validation_alias=AliasChoices("RUSHES_DEFAULT_PRESET"),

@@ -61,6 +61,11 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_SIM_STEP_SECONDS"),
         description="A denoising step on a simulated device; other stages keep their proportion.",
     )
+    frame_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_FRAME_CHECK"),
+        description="`module:function` that may refuse frames before anything is uploaded.",
+    )
     x264_preset: str = Field(
         "medium",
         pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",
