@@ -23,6 +23,7 @@ from jobs import (
     database,
     errors,
     inputs,
+    outbox,
     presets,
     safety,
     schedules,
@@ -153,6 +154,9 @@ class Clockwork:
                 return None
             _advance(locked, due)
             _record(session, schedule.id, due.fire_at, error=reason)
+            data = {"schedule": schedule.name, "owner": schedule.owner, "reason": reason}
+            data["fire_at"] = due.fire_at.isoformat()
+            outbox.tell(session, outbox.SCHEDULE_FAILED, owner=schedule.owner, data=data)
         log.error("schedule.failed", schedule=schedule.name, reason=reason)
         return ""
 

@@ -255,6 +255,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_WEB_MAX_BYTES"),
         description="Largest request, in bytes.",
     )
+    notify_internal_hosts: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_NOTIFY_INTERNAL_HOSTS"),
+        description="Hosts of your own network that notices may be sent to, with commas.",
+    )
     log_level: str = Field(
         "INFO",
         validation_alias=AliasChoices("LOG_LEVEL"),

@@ -19,6 +19,7 @@ from jobs import (
     bell,
     database,
     errors,
+    metrics,
     presets,
     readers,
     safety,
@@ -50,6 +51,10 @@ class Service:
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
         return storage.open_store(self.config)
+
+    @functools.cached_property
+    def metrics(self) -> metrics.Registry:
+        return metrics.Registry(self.db)
 
     @functools.cached_property
     def prompt_check(self) -> safety.Check | None:
