@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, health, presets, retries, schema, states, workers
+from jobs import database, errors, health, outbox, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
@@ -729,6 +729,7 @@ def _count_moved(
         session.execute(
             update(Batch).where(Batch.id == batch_id).values(finished_at=database.now(session))
         )
+        outbox.batch_ended(session, outbox.BATCH_FINISHED, batch_id)
 
 
 def _end_attempt(

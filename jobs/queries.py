@@ -50,20 +50,7 @@ class LiveWorker:
 
 
 def batch_state(batch: Batch) -> states.BatchState:
-    """The word for a batch's counts."""
-    if batch.queued + batch.running:
-        if batch.cancel_requested_at is not None or batch.expired_at is not None:
-            return states.BatchState.CANCELLING
-        if batch.paused_at is not None:
-            return states.BatchState.PAUSED
-        started = batch.running or batch.queued < batch.total
-        return states.BatchState.RUNNING if started else states.BatchState.QUEUED
-    if batch.succeeded == batch.total:
-        return states.BatchState.SUCCEEDED
-    # What a deadline cut off was not given up on request: some videos that were wanted are missing.
-    if batch.cancelled and not batch.failed and batch.expired_at is None:
-        return states.BatchState.CANCELLED
-    return states.BatchState.PARTIALLY_FAILED if batch.succeeded else states.BatchState.FAILED
+    return batch.state
 
 
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:

@@ -8,7 +8,7 @@ from jobs import states
 LONGEST_WAIT_SECONDS = 600.0
 FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
 
-NEVER_RETRIED = frozenset({states.FailureKind.INPUT})
+NEVER_RETRIED = frozenset({states.FailureKind.INPUT, states.FailureKind.REFUSED})
 CRASHES = frozenset({states.FailureKind.WORKER_LOST})
 OF_MACHINE = CRASHES | {states.FailureKind.DEVICE, states.FailureKind.INTERNAL}
 """What a broken machine does to any job; a broken job does it to any machine."""

@@ -134,6 +134,23 @@ class Batch(Base):
     failed: Mapped[int] = mapped_column(default=0)
     cancelled: Mapped[int] = mapped_column(default=0)
 
+    @property
+    def state(self) -> states.BatchState:
+        """The word for its counts."""
+        if self.queued + self.running:
+            if self.cancel_requested_at is not None or self.expired_at is not None:
+                return states.BatchState.CANCELLING
+            if self.paused_at is not None:
+                return states.BatchState.PAUSED
+            started = self.running or self.queued < self.total
+            return states.BatchState.RUNNING if started else states.BatchState.QUEUED
+        if self.succeeded == self.total:
+            return states.BatchState.SUCCEEDED
+        # What a deadline cut off was not given up on request: videos that were wanted are missing.
+        if self.cancelled and not self.failed and self.expired_at is None:
+            return states.BatchState.CANCELLED
+        return states.BatchState.PARTIALLY_FAILED if self.succeeded else states.BatchState.FAILED
+
     # Neither names a count: those change with every job, and PostgreSQL then leaves indexes alone.
     __table_args__ = (
         _index(
@@ -412,3 +429,45 @@ class ApiRequest(Base):
         UniqueConstraint("api", "owner", "name"),
         {"sqlite_autoincrement": True},
     )
+
+
+class Listener(Base):
+    """Somebody who is told of events."""
+
+    __tablename__ = "listeners"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    url: Mapped[str]
+    """May hold a password: never shown or logged as it is."""
+    secret: Mapped[str | None] = mapped_column(String(100))
+    """Signs its webhooks. None: it is told through apprise."""
+    owner: Mapped[str | None] = mapped_column(String(200))
+    """Whose events; None: everybody's."""
+    events: Mapped[list[str]] = mapped_column(JSON)
+    created_at: Mapped[datetime]
+    stopped_at: Mapped[datetime | None]
+    """When its receiver said that it wants no more."""
+
+
+class Notice(Base):
+    """An event for one listener, written with what it tells of. See `outbox`."""
+
+    __tablename__ = "notices"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(40))
+    """The same in every try: by it a receiver knows a repeated one."""
+    listener_id: Mapped[int] = mapped_column(ForeignKey("listeners.id"), index=True)
+    event: Mapped[str] = mapped_column(String(40))
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    next_try_at: Mapped[datetime | None]
+    """None: delivered, or given up."""
+    tries: Mapped[int] = mapped_column(default=0)
+    delivered_at: Mapped[datetime | None]
+    given_up_at: Mapped[datetime | None]
+    error: Mapped[str | None]
+    """What became of the last try that failed."""
+
+    __table_args__ = (_index("ix_notices_due", "next_try_at", where="next_try_at IS NOT NULL"),)

@@ -202,6 +202,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
         description="A stopping worker may finish its job for this long, then gives it back.",
     )
+    prompt_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_PROMPT_CHECK"),
+        description="`module:function` that may refuse a prompt: where prompts are submitted, or "
+        "before they are rendered, or both, by where it is set.",
+    )
     default_preset: str | None = Field(
         None,
         validation_alias=AliasChoices("RUSHES_DEFAULT_PRESET"),
@@ -319,6 +325,11 @@ class Settings(BaseSettings):
         le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_SCRATCH_DAYS"),
         description="Files in the scratch folder that no attempt needs.",
+    )
+    notify_internal_hosts: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_NOTIFY_INTERNAL_HOSTS"),
+        description="Hosts of your own network that notices may be sent to, with commas.",
     )
     log_level: str = Field(
         "INFO",

@@ -69,6 +69,11 @@ class WorkerSettings(BaseSettings):
         description="File with a line for each simulated device that is broken: `sim0@host device`,"
         " or `crash`, `hang`, `internal`.",
     )
+    frame_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_FRAME_CHECK"),
+        description="`module:function` that may refuse frames before anything is uploaded.",
+    )
     x264_preset: str = Field(
         "medium",
         pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import lifecycle, presets, queues, reports
-from worker import errors, heartbeat, host_memory, scratch, sidecar, video
+from worker import errors, heartbeat, host_memory, provenance, scratch, sidecar, video
 from worker.settings import WorkerSettings
 
 FAULT = "simulate"
@@ -74,8 +74,10 @@ class SimulatedRenderer:
         self._take("decode", DECODE_STEPS)
         heart.reached("mux", 0, 1)
         info, card = _card(look.width, look.height, look.num_frames, look.fps)
+        origin = provenance.Origin.of(claim, source_type=provenance.ALGORITHMIC)
         with scratch.disk_errors():
             folder.video.write_bytes(card + _mark(claim.spec))
+            provenance.mark(folder.video, origin)
         rendering = sidecar.Rendering(
             video=info,
             seconds=self._seconds,

@@ -41,6 +41,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "up": Lazy("processes", "up", "Run everything on this machine."),
         "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
         "web": Lazy("processes", "web", "Serve the HTTP API."),
+        "notify": Lazy("notify_commands", "notify", "Tell others when batches are finished."),
         "token": Lazy("token_commands", "token", "Manage the tokens of the HTTP API."),
         "worker": Lazy("processes", "worker", "Render: one process per device."),
         "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
@@ -82,6 +83,8 @@ OTHER_NAMES = {
     "serve": "web",
     "server": "web",
     "api": "web",
+    "webhook": "notify",
+    "webhooks": "notify",
 }
 """What the same thing is called in other tools."""
 

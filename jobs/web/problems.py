@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
-from jobs import database, errors, requests, storage
+from jobs import database, errors, requests, safety, storage
 from jobs.web import access
 
 log = structlog.get_logger()
@@ -95,6 +95,7 @@ _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (storage.StorageUnavailable, 503),
     (storage.StorageError, 502),
     (database.DatabaseUnavailable, 503),
+    (safety.CheckBroken, 503),
 )
 
 
@@ -124,6 +125,9 @@ async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
         detail = "the file is not there any more" if status == 404 else "the store does not answer"
     if isinstance(error, database.DatabaseUnavailable):
         detail = "the database does not answer"
+    if isinstance(error, safety.CheckBroken):
+        log.error("web.check_broken", path=request.url.path, error=detail)
+        detail = "the safety check does not answer"
     return answer(request, status, detail, headers=headers, **more)
 
 

@@ -15,7 +15,18 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, errors, presets, readers, settings, storage, submission
+from jobs import (
+    bell,
+    database,
+    errors,
+    metrics,
+    presets,
+    readers,
+    safety,
+    settings,
+    storage,
+    submission,
+)
 from jobs.web import images
 
 log = structlog.get_logger()
@@ -40,6 +51,14 @@ class Service:
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
         return storage.open_store(self.config)
+
+    @functools.cached_property
+    def metrics(self) -> metrics.Registry:
+        return metrics.Registry(self.db)
+
+    @functools.cached_property
+    def prompt_check(self) -> safety.Check | None:
+        return submission.prompt_check(self.config)
 
     @functools.cached_property
     def rate(self) -> RateLimitItem | None:
@@ -83,7 +102,12 @@ class Service:
     ) -> submission.Submission:
         """Store a batch and wake the dispatchers. InvalidInput lists every bad line."""
         file = submission.PromptFile(
-            stream=stream, source=source, format=format, options=options, images=found
+            stream=stream,
+            source=source,
+            format=format,
+            options=options,
+            images=found,
+            check=self.prompt_check,
         )
         try:
             made = submission.submit(self.db, file, beside=beside)

@@ -1,7 +1,7 @@
 """workers that are taken out until a self-test has passed
 
 Revision ID: 0009
-Revises: 0007
+Revises: 0008
 """
 
 import sqlalchemy as sa
