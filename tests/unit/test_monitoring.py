@@ -30,7 +30,7 @@ def logged() -> dict[str, str]:
     for package in ("jobs", "worker"):
         for path in (REPOSITORY / package).rglob("*.py"):
             for function in ast.walk(ast.parse(path.read_text())):
-                if not isinstance(function, ast.FunctionDef):
+                if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                     continue
                 for call in ast.walk(function):
                     if isinstance(call, ast.Call) and call.args and _is_of_a_log(call.func):
