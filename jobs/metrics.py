@@ -8,7 +8,7 @@ kept, and a scrape reads the new ones.
 import importlib.metadata
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -79,14 +79,14 @@ class Registry:
         return generate_latest(self._registry)
 
 
-def _gauge(name: str, about: str, values: dict[tuple[str, ...], float], *labels: str) -> Metric:
+def _gauge(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
     family = GaugeMetricFamily(f"rushes_{name}", about, labels=labels)
     for key, value in values.items():
         family.add_metric(key, value)
     return family
 
 
-def _counter(name: str, about: str, values: dict[tuple[str, ...], float], *labels: str) -> Metric:
+def _counter(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
     family = CounterMetricFamily(f"rushes_{name}", about, labels=labels)
     for key, value in values.items():
         family.add_metric(key, value)
@@ -105,7 +105,7 @@ def _jobs(session: Session) -> Iterator[Metric]:
     yield _gauge("jobs", "Jobs by state.", jobs, "state")
     unfinished = session.scalars(select(Batch).where(Batch.finished_at.is_(None))).all()
     batches = Counter((queries.batch_state(batch).value,) for batch in unfinished)
-    yield _gauge("batches_open", "Unfinished batches by state.", dict(batches), "state")
+    yield _gauge("batches_open", "Unfinished batches by state.", batches, "state")
     unwritten = select(func.count()).select_from(Batch)
     unwritten = unwritten.where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
     about = "Finished batches whose result files are not written yet."
@@ -123,9 +123,9 @@ def _queues(session: Session) -> Iterator[Metric]:
     depth: Counter[tuple[str, ...]] = Counter()
     for name, queued in session.execute(waiting):
         depth[name or "",] += queued
-    yield _gauge("queue_jobs", "Queued jobs by queue.", dict(depth), "queue")
+    yield _gauge("queue_jobs", "Queued jobs by queue.", depth, "queue")
     served = {(name,): n for name, n in queries.live_workers_by_queue(session).items()}
-    yield _gauge("queue_workers", "Live workers that take from a queue.", dict(served), "queue")
+    yield _gauge("queue_workers", "Live workers that take from a queue.", served, "queue")
 
 
 def _attempts_now(session: Session) -> Iterator[Metric]:
@@ -158,7 +158,7 @@ def _workers(session: Session) -> Iterator[Metric]:
         for each in live
     )
     by_state = {(state,): counted[state,] for state in ("alive", "refuses", "silent")}
-    yield _gauge("workers", "Workers that have not stopped, by state.", dict(by_state), "state")
+    yield _gauge("workers", "Workers that have not stopped, by state.", by_state, "state")
     busy = sum(each.is_alive and each.attempt is not None for each in live)
     yield _gauge("workers_busy", "Live workers that render.", {(): busy})
     about = "Of a worker's process, since its launcher began."
@@ -225,8 +225,8 @@ def _attempts_ever(sums: Sums) -> Iterator[Metric]:
             succeeded[name] += value
     yield _counter("claims", "Attempts that began.", {(): claims["all"]})
     about = "Attempts that ended; `kind` says what failed."
-    yield _counter("attempts", about, dict(ended), "state", "kind")
-    yield _counter("stage_seconds", "Time spent in a stage of rendering.", dict(stages), "stage")
+    yield _counter("attempts", about, ended, "state", "kind")
+    yield _counter("stage_seconds", "Time spent in a stage of rendering.", stages, "stage")
     buckets = [(str(float(edge)), float(succeeded[f"le:{edge}"])) for edge in BUCKETS]
     yield HistogramMetricFamily(
         "rushes_attempt_seconds",

@@ -6,12 +6,13 @@ of it loses nothing, and any number of notifiers may run.
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -112,9 +113,9 @@ class Notifier:
             log.info("notice.delivered", **facts)
             self._note(delivered, due)
 
-    def _note(self, change: object, due: Due, **values: object) -> None:
+    def _note(self, change: Callable[..., None], due: Due, **values: object) -> None:
         try:
-            self._db.write(change, due, **values)  # type: ignore[arg-type]  # one of the two below
+            self._db.write(change, due, **values)
         except DBAPIError as error:
             # It is sent again: receivers know a message by its id.
             log.warning(
@@ -122,7 +123,7 @@ class Notifier:
             )
 
 
-def _due(session: Session) -> "select[Notice]":
+def _due(session: Session) -> Select[Notice]:
     return (
         select(Notice)
         .join(Listener, Listener.id == Notice.listener_id)

@@ -51,6 +51,13 @@ class CheckBroken(HostFault):
     kind = states.FailureKind.CHECK
 
 
+class NotSigned(HostFault):
+    """The video could not be signed, as this host is told to: certificate, or time stamp server."""
+
+    is_of_all_queues = True
+    kind = states.FailureKind.ENCODING
+
+
 class WeightsUnusable(RenderError):
     """What the job asks for in particular is missing or does not fit: a LoRA, a file it names."""
 

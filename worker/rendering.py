@@ -12,6 +12,7 @@ from models import fusion
 from worker import (
     checks,
     components,
+    credentials,
     device,
     errors,
     heartbeat,
@@ -39,6 +40,7 @@ class Renderer:
     components: components.Components
     compiler: fusion.Compiler | None = None
     safety: checks.Checks = field(default_factory=checks.Checks)
+    credentials: "credentials.Credentials | None" = None
 
     def render(
         self,
@@ -148,6 +150,8 @@ class Renderer:
                 writer.finish()
                 with scratch.disk_errors():
                     provenance.mark(folder.video, origin)
+                    if self.credentials is not None:
+                        self.credentials.sign(folder.video, origin)
                 return video.check(
                     folder.video,
                     width=look.width,
@@ -172,4 +176,5 @@ def make(
         ),
         compiler=compiler,
         safety=asked,
+        credentials=credentials.load(worker_settings),
     )

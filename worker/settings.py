@@ -74,6 +74,27 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_FRAME_CHECK"),
         description="`module:function` that may refuse frames before anything is uploaded.",
     )
+    c2pa_certificate: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_CERTIFICATE"),
+        description="PEM file with the signer's certificate and those above it: signs every video.",
+    )
+    c2pa_key: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_KEY"),
+        description="PEM file with the signer's private key.",
+    )
+    c2pa_algorithm: str = Field(
+        "es256",
+        pattern="^(es256|es384|es512|ps256|ps384|ps512|ed25519)$",
+        validation_alias=AliasChoices("RUSHES_C2PA_ALGORITHM"),
+        description="That of the key.",
+    )
+    c2pa_timestamp_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_TIMESTAMP_URL"),
+        description="Of a time stamp authority: signatures then outlive the certificate.",
+    )
     x264_preset: str = Field(
         "medium",
         pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",

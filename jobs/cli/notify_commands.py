@@ -1,5 +1,6 @@
 """`rushes notify`."""
 
+import sys
 from typing import Any
 
 import click
@@ -56,7 +57,7 @@ def add(name: str, url: str, events: tuple[str, ...], owner: str | None, as_json
     """
     config = settings.load()
     if url == "-":
-        url = click.get_text_stream("stdin").readline().strip()
+        url = sys.stdin.readline().strip()
     listeners.check(config, name=name, url=url, events=events)
     db = connections.open_database(config)
     with db.transaction() as session:

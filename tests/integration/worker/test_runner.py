@@ -540,5 +540,6 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
         "WeightsAbsent": states.FailureKind.WEIGHTS,
         "StoreUnavailable": states.FailureKind.STORAGE,
         "CheckBroken": states.FailureKind.CHECK,
+        "NotSigned": states.FailureKind.ENCODING,
         "DiskUnusable": states.FailureKind.DISK,
     }
