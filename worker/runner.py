@@ -21,7 +21,7 @@ from jobs import (
     states,
     workers,
 )
-from worker import checks, errors, finished, heartbeat, scratch
+from worker import checks, errors, finished, heartbeat, scratch, tracing
 from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
@@ -85,7 +85,8 @@ class Runner:
             root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
         )
         try:
-            self._render(claim, folder)
+            with self._traced(claim):
+                self._render(claim, folder)
         except errors.AttemptEnded as ended:
             folder.remove()
             self._end(claim, ended)
@@ -100,6 +101,15 @@ class Runner:
         finally:
             self._report()
             self.bell.kick()
+
+    def _traced(self, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
+        return tracing.job(
+            "attempt",
+            batch_id=claim.batch_id,
+            job_id=claim.job_id,
+            attempt=claim.number,
+            queue=claim.queue,
+        )
 
     def _claim(self, job_id: int) -> lifecycle.Claim | None:
         claim = self.db.write(
@@ -240,6 +250,8 @@ def make() -> Runner:
     config = settings.load()
     worker_settings = worker_settings_module.load()
     asked = checks.Checks.load(config, worker_settings)
+    if worker_settings.traces:
+        tracing.start(worker=worker_settings.worker_name)
     return Runner(
         config=config,
         worker_settings=worker_settings,

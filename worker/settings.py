@@ -95,6 +95,11 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_C2PA_TIMESTAMP_URL"),
         description="Of a time stamp authority: signatures then outlive the certificate.",
     )
+    traces: bool = Field(
+        False,
+        validation_alias=AliasChoices("RUSHES_TRACES"),
+        description="Send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says.",
+    )
     x264_preset: str = Field(
         "medium",
         pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",

@@ -1,6 +1,7 @@
 """The table of log events is that of the code."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,16 @@ def _strings(node: ast.expr, function: ast.AST) -> Iterator[str]:
                 yield from _strings(line.value, function)
 
 
+@functools.cache
 def logged() -> dict[str, str]:
     """Event -> a file that logs it."""
     found = {}
     for package in ("jobs", "worker"):
         for path in (REPOSITORY / package).rglob("*.py"):
-            for function in ast.walk(ast.parse(path.read_text())):
+            text = path.read_text()
+            if "log = structlog" not in text:
+                continue
+            for function in ast.walk(ast.parse(text)):
                 if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                     continue
                 for call in ast.walk(function):
