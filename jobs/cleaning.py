@@ -46,6 +46,7 @@ class Kind(StrEnum):
     TOKENS = "tokens"
     WORKERS = "workers"
     HISTORY = "history"
+    NOTICES = "notices"
     SCRATCH = "scratch"
 
 
@@ -113,6 +114,7 @@ class Cleaner:
             Kind.TOKENS: self._rows(expiry.old_tokens, "tokens"),
             Kind.WORKERS: self._workers,
             Kind.HISTORY: self._rows(expiry.old_firings, "firings"),
+            Kind.NOTICES: self._rows(expiry.old_notices, "notices"),
             Kind.SCRATCH: self._scratch,
         }
 

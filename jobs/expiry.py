@@ -32,6 +32,7 @@ from jobs.schema import (
     Batch,
     Firing,
     Job,
+    Notice,
     Refusal,
     StoredFile,
     Worker,
@@ -213,7 +214,14 @@ def old_workers(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
 
 
 def old_refusals(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
-    return Refusal, Refusal.until < before
+    """Not of a worker that waits for its self-test: however old, it is not to be trusted yet."""
+    is_there = exists().where(Worker.name == Refusal.worker)
+    return Refusal, (Refusal.until < before) & ~(Refusal.needs_test & is_there)
+
+
+def old_notices(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
+    """Delivered or given up."""
+    return Notice, Notice.next_try_at.is_(None) & (Notice.created_at < before)
 
 
 def old_firings(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:

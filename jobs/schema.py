@@ -263,7 +263,9 @@ class Attempt(Base):
     video_sha256: Mapped[str | None] = mapped_column(String(64))
 
     __table_args__ = (
-        _index("ix_attempts_live", "lease_until", where="state IN ('running', 'rendered')"),
+        # A few rows, so that any order of them will do. It names nothing that a heartbeat changes:
+        # PostgreSQL then writes the row alone.
+        _index("ix_attempts_live", "worker", where="state IN ('running', 'rendered')"),
         {"sqlite_autoincrement": True},
     )
 

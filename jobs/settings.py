@@ -319,6 +319,13 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_KEEP_HISTORY_DAYS"),
         description="What became of the fire times of schedules.",
     )
+    keep_notices_days: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_NOTICES_DAYS"),
+        description="Notices that were delivered or given up.",
+    )
     keep_scratch_days: float = Field(
         30.0,
         ge=0,

@@ -1,4 +1,4 @@
-"""what is deleted as old
+"""what is deleted as old; heartbeats that change no index
 
 Revision ID: 0008
 Revises: 0007
@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("condemned_until", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("key", name="pk_inputs"),
     )
+    _exchange_live("worker")
     has_image = sa.text("image_key IS NOT NULL")
     op.create_index(
         "ix_jobs_image",
@@ -37,6 +38,15 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("ix_jobs_image", "jobs")
+    _exchange_live("lease_until")
     op.drop_table("inputs")
     for name in reversed(MOMENTS):
         op.drop_column("batches", name)
+
+
+def _exchange_live(column: str) -> None:
+    is_live = sa.text("state IN ('running', 'rendered')")
+    op.drop_index("ix_attempts_live", "attempts")
+    op.create_index(
+        "ix_attempts_live", "attempts", [column], sqlite_where=is_live, postgresql_where=is_live
+    )

@@ -42,6 +42,9 @@ from jobs.schema import (
     Batch,
     Firing,
     Job,
+    Listener,
+    Notice,
+    Refusal,
     Schedule,
     StoredFile,
     Worker,
@@ -497,12 +500,31 @@ def add_firings(session: Any, old: datetime) -> None:
     )
 
 
+def add_notices(session: Any, old: datetime) -> None:
+    now = database.now(session)
+    listener = Listener(name="l", url="https://example.org", events=[], created_at=old)
+    session.add(listener)
+    session.flush()
+    for created_at, next_try_at in ((old, None), (old, now), (now, None)):
+        session.add(
+            Notice(
+                message_id="m",
+                listener_id=listener.id,
+                event="batch.finished",
+                body={},
+                created_at=created_at,
+                next_try_at=next_try_at,
+            )
+        )
+
+
 @pytest.mark.parametrize(
     ("kind", "table", "add", "kept"),
     [
         (Kind.TOKENS, ApiToken, add_tokens, 2),
         (Kind.REQUESTS, ApiRequest, add_requests, 1),
         (Kind.HISTORY, Firing, add_firings, 2),
+        (Kind.NOTICES, Notice, add_notices, 2),
     ],
 )
 def test_small_things_go_when_they_are_old(
@@ -528,9 +550,14 @@ def test_workers_that_hold_a_job_stay_however_silent(bucket: Bucket) -> None:
         past = database.now(session) - timedelta(days=31)
         silent = update(Worker).where(Worker.name.in_(["busy@h", "idle@h"]))
         session.execute(silent.values(heartbeat_at=past))
-    assert bucket.clean(Kind.WORKERS)[Kind.WORKERS].counts == {"workers": 1, "refusals": 0}
+        for name, needs_test in (("new@h", True), ("busy@h", False), ("gone@h", True)):
+            kind = states.FailureKind.DEVICE
+            told = {"queue": "", "kind": kind, "reason": "", "times": 1, "since": past}
+            session.add(Refusal(worker=name, until=past, needs_test=needs_test, **told))
+    assert bucket.clean(Kind.WORKERS)[Kind.WORKERS].counts == {"workers": 1, "refusals": 2}
     with bucket.world.db.reading() as session:
         assert set(session.scalars(select(Worker.name))) == {"busy@h", "new@h"}
+        assert session.scalars(select(Refusal.worker)).all() == ["new@h"]  # it waits for its test
 
 
 def test_an_idempotency_key_is_free_again_when_it_is_old(bucket: Bucket) -> None:
