@@ -93,7 +93,7 @@ def _rendering(attempt: Attempt | None) -> str:
 
 @workers.command("test")
 @click.argument("name", metavar="NAME")
-@click.option("--wait/--no-wait", default=True, show_default=True, help="For the result.")
+@click.option("--no-wait", is_flag=True, help="Only ask for it.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -103,7 +103,7 @@ def _rendering(attempt: Attempt | None) -> str:
     help="Wait this long.",
 )
 @options.output
-def test_worker(name: str, wait: bool, timeout: float, as_json: bool) -> int:
+def test_worker(name: str, no_wait: bool, timeout: float, as_json: bool) -> int:
     """Have a worker test its device.
 
     It finishes its job and takes no more until the test has passed: a small render on a fresh
@@ -112,7 +112,7 @@ def test_worker(name: str, wait: bool, timeout: float, as_json: bool) -> int:
     db = connections.open_database(settings.load())
     before = _find(db, name)
     db.write(health.ask_for_test, name)
-    if not wait:
+    if no_wait:
         if as_json:
             output.emit({"worker": name, "tested_at": None, "failure": None})
         else:

@@ -109,5 +109,5 @@ def short(*, seed: int, on_sqlite: bool = False) -> Script:
         quotas=dict(SHORT_STRIKES),
         outage_seconds=(1.0, 3.0),
         seed=seed,
-        limit_seconds=300,
+        limit_seconds=450,
     )

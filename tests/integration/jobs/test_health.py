@@ -82,7 +82,8 @@ def test_lost_attempts_count_as_crashes_of_the_machine(world: World) -> None:
     assert set(out(world)) == {BAD}
 
 
-def test_a_job_that_goes_well_between_ends_the_row(world: World) -> None:
+def test_a_job_that_goes_well_between_ends_the_row(sqlite_world: World) -> None:
+    world = sqlite_world
     world.register(BAD)
     ids = world.job_ids(world.submit(4))
     for job_id in ids[:2]:
@@ -105,8 +106,11 @@ def test_what_is_the_jobs_own_fault_says_nothing_against_a_worker(
     assert out(sqlite_world) == {}
 
 
-def test_one_bad_job_is_quarantined_after_three_workers_and_takes_none_out(world: World) -> None:
+def test_one_bad_job_is_quarantined_after_three_workers_and_takes_none_out(
+    sqlite_world: World,
+) -> None:
     """Nor do several such jobs: what has failed elsewhere too is not held against a worker."""
+    world = sqlite_world
     names = (BAD, GOOD, THIRD)
     for name in names:
         world.register(name)
@@ -119,7 +123,8 @@ def test_one_bad_job_is_quarantined_after_three_workers_and_takes_none_out(world
     assert out(world) == {}
 
 
-def test_the_same_job_again_and_again_takes_no_worker_out(world: World) -> None:
+def test_the_same_job_again_and_again_takes_no_worker_out(sqlite_world: World) -> None:
+    world = sqlite_world
     world.register(BAD)
     job_id = world.only_job(world.submit()).id
     assert [fail_on(world, job_id, BAD) for _ in range(4)] == [states.JobState.QUEUED] * 4
@@ -199,7 +204,8 @@ def test_a_test_that_passes_brings_a_worker_back(world: World) -> None:
     assert row.tested_at is not None
 
 
-def test_a_test_that_fails_is_tried_again_later_and_later(world: World) -> None:
+def test_a_test_that_fails_is_tried_again_later_and_later(sqlite_world: World) -> None:
+    world = sqlite_world
     taken_out(world)
     longest = workers.FIRST_REFUSAL_SECONDS
     for times in range(2, 8):
@@ -218,8 +224,9 @@ def test_a_test_that_fails_is_tried_again_later_and_later(world: World) -> None:
 
 
 def test_one_that_passes_and_fails_three_jobs_again_waits_before_its_next_test(
-    world: World,
+    sqlite_world: World,
 ) -> None:
+    world = sqlite_world
     taken_out(world)
     world.db.write(health.tested, BAD, failure=None)
     for job_id in world.job_ids(world.submit(3)):
