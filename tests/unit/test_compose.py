@@ -38,6 +38,11 @@ NOT_IN_COMPOSE = {  # second names, paths and ports of the host, credentials of 
     "AWS_SESSION_TOKEN",
     "RUSHES_PRESETS_DIR",
     "RUSHES_SCRATCH_DIR",
+    # Files of yours: they come with a volume, in a compose file of your own.
+    "RUSHES_C2PA_CERTIFICATE",
+    "RUSHES_C2PA_KEY",
+    "RUSHES_C2PA_ALGORITHM",
+    "RUSHES_C2PA_TIMESTAMP_URL",
 }
 
 
