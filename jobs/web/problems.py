@@ -22,7 +22,7 @@ MAX_PROBLEMS = 1_000  # told of one request
 AGAIN_SECONDS = 5
 PROBLEM_JSON = "application/problem+json"
 LIGHTX2V_PATHS = ("/v1/tasks", "/v1/service")
-API_PATHS = ("/api", "/v1", "/openapi.json", "/healthz", "/readyz", "/gradio")
+API_PATHS = ("/api", "/v1", "/openapi.json", "/healthz", "/readyz", "/metrics", "/gradio")
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
