@@ -279,6 +279,16 @@ def running_by_owner(session: Session) -> dict[str, int]:
     return {owner: int(number) for owner, number in counted}
 
 
+def open_jobs(session: Session) -> tuple[int, int]:
+    """How many jobs are queued and how many run, from the counts of unfinished batches."""
+    queued, running = session.execute(
+        select(
+            func.coalesce(func.sum(Batch.queued), 0), func.coalesce(func.sum(Batch.running), 0)
+        ).where(Batch.finished_at.is_(None))
+    ).one()
+    return int(queued), int(running)
+
+
 def queues_waited_in(session: Session, batch_id: str) -> list[str]:
     """Queues of the queued jobs of a batch, in order: a seek for each, however many the jobs."""
     found: list[str] = []

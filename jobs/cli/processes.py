@@ -150,7 +150,7 @@ def up(devices: str) -> int:
 @click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
 @click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
 def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:
-    """Serve the HTTP API.
+    """Serve the HTTP API and the page.
 
     On loopback, for one person and without tokens; on any other address with tokens only. Stops on
     SIGTERM and SIGINT.

@@ -28,6 +28,7 @@ from jobs import (
     submission,
 )
 from jobs.web import images
+from jobs.web.history import History
 
 log = structlog.get_logger()
 
@@ -44,6 +45,8 @@ class Service:
     """False: whoever reaches us is the one person who uses this machine."""
     host_names: frozenset[str] | None = None
     """What a Host header may say; None: anything."""
+    history: History = field(default_factory=History)
+    """How long the queue was, since this process began."""
     _limiter: MovingWindowRateLimiter = field(
         default_factory=lambda: MovingWindowRateLimiter(MemoryStorage())
     )
@@ -99,8 +102,13 @@ class Service:
         options: submission.Options,
         found: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
+        fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None,
     ) -> submission.Submission:
-        """Store a batch and wake the dispatchers. InvalidInput lists every bad line."""
+        """Store a batch and wake the dispatchers. InvalidInput lists every bad line.
+
+        `fill` completes each row before it is checked. Its values are no part of the content that
+        an idempotency key is compared by.
+        """
         file = submission.PromptFile(
             stream=stream,
             source=source,
@@ -108,6 +116,7 @@ class Service:
             options=options,
             images=found,
             check=self.prompt_check,
+            fill=fill,
         )
         try:
             made = submission.submit(self.db, file, beside=beside)
