@@ -143,6 +143,7 @@ class Nemesis:
             "postgresql backends ended": ("server", self._end_backends),
             "postgresql half open": ("server", lambda: self._network("postgres", Fault.HALF_OPEN)),
             "redis connections forgotten": ("", lambda: self._forget("redis")),
+            "redis connections cut": ("", self._cut_redis),
             "postgresql connections forgotten": ("", lambda: self._forget("postgres")),
             "postgresql stopped": ("server", self._stop_postgres),
             "messages of strangers": ("", self._send_strange),
@@ -464,6 +465,11 @@ class Nemesis:
                 _send(process, signal.SIGCONT, may_be_gone=True)
 
         return Struck(target="postgresql", seconds=self._past_lease(), mend=wake)
+
+    def _cut_redis(self) -> Struck:
+        """As a proxy's time limit does it: the server is there all the time."""
+        self._proxy("redis").cut()
+        return Struck(target="redis")
 
     def _forget(self, name: str) -> Struck:
         self._proxy(name).forget()

@@ -1,10 +1,12 @@
 """A migration while work is queued and the version before it goes on working."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,22 @@ from tests.integration.jobs.conftest import World
 JOBS = 400
 LONGEST_LOCK_WAIT = "10s"
 """For the statements of the old version. Migrations give way after migrate.LOCK_SECONDS."""
+
+
+LATER = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "later"
+down_revision = "{head}"
+
+def upgrade():
+    for table in ("workers", "jobs", "attempts", "batches"):
+        op.add_column(table, sa.Column("later", sa.Text(), nullable=False, server_default="me"))
+
+def downgrade():
+    pass
+"""
 
 
 def revision_before_head() -> str:
@@ -135,12 +153,19 @@ class OldVersion:
 
 
 @pytest.fixture
-def before(postgres_world: World) -> World:
-    """Queued work at the revision before this one, and two workers."""
+def before(postgres_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Queued work at the revision before this one, two workers, and a next version to come.
+
+    The newest migration may change no table that workers use, the one of the next version does.
+    """
     for name in ("gpu0@here", "gpu1@here"):
         postgres_world.register(name)
     postgres_world.submit(JOBS)
     migrate.downgrade(postgres_world.db, revision=revision_before_head())
+    later = LATER.format(head=migrate.head())
+    shutil.copytree(migrations.FOLDER, tmp_path / "migrations")
+    (tmp_path / "migrations" / "versions" / "9999_later.py").write_text(later)
+    monkeypatch.setattr(migrations, "FOLDER", tmp_path / "migrations")
     return postgres_world
 
 
@@ -151,7 +176,8 @@ def test_the_version_before_works_on_while_the_tables_are_changed(before: World)
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(one.run, stop) for one in old]
         wait_for_rounds(old, 10)
-        assert migrate.upgrade(before.db) == (revision_before_head(), migrate.head())
+        started = migrate.current(before.db)
+        assert migrate.upgrade(before.db) == (started, "later")
         wait_for_rounds(old, 10)
         stop.set()
         done = sum(each.result() for each in running)
@@ -192,7 +218,7 @@ def test_a_table_in_use_is_waited_for_without_holding_others_up(
             while time.monotonic() - began < 1.0:
                 old.write(old.beat)
             assert not upgrade.done()
-        assert upgrade.result(60)[1] == migrate.head()
+        assert upgrade.result(60)[1] == "later"
 
 
 def test_a_table_that_is_never_free_ends_the_migration_with_words(
@@ -200,13 +226,14 @@ def test_a_table_that_is_never_free_ends_the_migration_with_words(
 ) -> None:
     monkeypatch.setattr(migrate, "LOCK_SECONDS", 0.05)
     monkeypatch.setattr(migrate, "TRIES", 2)
+    started = migrate.current(before.db)
     old = OldVersion(before.db, "gpu0@here")
     with before.db.transaction() as session:
         session.execute(select(old.workers)).all()
         with pytest.raises(migrate.TablesBusy, match="pg_stat_activity"):
             migrate.upgrade(before.db)
-    assert migrate.current(before.db) == revision_before_head()
-    assert migrate.upgrade(before.db)[1] == migrate.head()
+    assert migrate.current(before.db) == started
+    assert migrate.upgrade(before.db)[1] == "later"
 
 
 def test_other_failures_of_a_migration_are_not_taken_for_a_lock(

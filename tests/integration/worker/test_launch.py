@@ -435,6 +435,16 @@ def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_la
     until(lambda: consumed(host) == {tiny}, seconds=30)
 
 
+def test_a_worker_whose_subscription_breaks_goes_on_consuming(host, real_launcher, until):
+    """As a proxy's time limit does it, or a failover: Redis itself is there all the time."""
+    tiny = queues.of_model("tiny")
+    until(lambda: consumed(host) == {tiny}, seconds=60)
+    assert host.bell.redis.client_kill_filter(_type="pubsub") > 0
+    host.bell.send_renders(tiny, [4711])
+    until(lambda: host.bell.waiting(tiny) == set(), seconds=60)
+    until(lambda: consumed(host) == {tiny}, seconds=60)
+
+
 def spoiled(message, **changes):
     return json.dumps({**json.loads(message), **changes})
 
