@@ -30,8 +30,6 @@ def train(
     """Train, or go on training, and return the running average of the weights."""
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]  # torch's stub
     matrices, rest = optimizers(network, recipe)
-    for block in network.blocks:
-        block.compile(dynamic=False)
 
     def step(number: int) -> Mapping[str, float]:
         dice = loop.dice(seed, number)
