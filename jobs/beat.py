@@ -32,6 +32,11 @@ class Beat:
         return age is not None and age < self.stale_seconds
 
 
+def of_notifier(config: settings.Settings) -> Beat:
+    stale = max(STALE_SECONDS, 5 * config.tick_seconds)
+    return Beat(path=config.home / "notifier.beat", stale_seconds=stale)
+
+
 def of_dispatcher(config: settings.Settings) -> Beat:
     stale = max(STALE_SECONDS, 5 * config.tick_seconds)
     return Beat(path=config.home / "dispatcher.beat", stale_seconds=stale)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -15,7 +15,13 @@ from sqlalchemy.orm import Session
 from jobs import states
 from jobs.schema import Job
 
+if TYPE_CHECKING:
+    from psycopg import Cursor
+
 ROWS_AT_ONCE = 2_000
+COPIED_AT_ONCE = 25 * ROWS_AT_ONCE
+"""PostgreSQL checks foreign keys at the end of a COPY, in silence and from a list in its memory: of
+a million rows, a busy server was silent for longer than a connection waits for an answer."""
 COLUMNS = (
     "batch_id",
     "position",
@@ -111,15 +117,23 @@ def _copy(connection: Connection, rows: Iterator[tuple[Any, ...]]) -> int:
     statement = f"COPY jobs ({', '.join((*COLUMNS, *CONSTANTS))}) FROM STDIN"
     line_of, stored = _copy_line(CONSTANTS.values()), 0
     try:
-        with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            while chunk := list(islice(rows, ROWS_AT_ONCE)):
-                copy.write("".join(map(line_of, chunk)))
-                stored += len(chunk)
+        with driver.cursor() as cursor:
+            while copied := _copy_some(cursor, statement, map(line_of, rows)):
+                stored += copied
     except psycopg.Error as error:
         raise DBAPIError.instance(
             statement, None, error, psycopg.Error, dialect=connection.dialect
         ) from error
     return stored
+
+
+def _copy_some(cursor: "Cursor[Any]", statement: str, lines: Iterator[str]) -> int:
+    copied = 0
+    with cursor.copy(statement) as copy:
+        while copied < COPIED_AT_ONCE and (chunk := list(islice(lines, ROWS_AT_ONCE))):
+            copy.write("".join(chunk))
+            copied += len(chunk)
+    return copied
 
 
 def _copy_line(constants: Iterable[Any]) -> Callable[[tuple[Any, ...]], str]:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Float,
+    create_engine,
+    event,
+    func,
+    make_url,
+    text,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
@@ -141,6 +151,13 @@ def now(session: Session) -> datetime:
     value = session.scalar(text("SELECT clock_timestamp()"))
     assert isinstance(value, datetime)
     return value.astimezone(UTC)
+
+
+def seconds_between(session: Session, start: Any, end: Any) -> ColumnElement[float]:
+    """Of two columns of times, as the database reckons."""
+    if session.get_bind().dialect.name == "sqlite":
+        return (func.julianday(end) - func.julianday(start)) * 86_400.0
+    return func.date_part("epoch", end - start, type_=Float)
 
 
 def storable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 
 class RushesError(Exception):
@@ -64,6 +65,19 @@ class QuotaExceeded(RushesError):
         super().__init__(
             f"{owner or 'nobody'} has {queued:,} jobs queued and this would add {new:,}: at most "
             f"{most:,} may be (RUSHES_MAX_QUEUED_PER_OWNER); wait, cancel some, or submit fewer"
+        )
+
+
+class BatchExpired(RushesError):
+    """Of an old batch something was deleted that this needs."""
+
+    exit_code = 2
+
+    def __init__(self, batch_id: str, *, what: str, when: datetime) -> None:
+        self.batch_id = batch_id
+        super().__init__(
+            f"batch {batch_id}: its {what} were deleted as old, {when:%Y-%m-%d %H:%M} UTC; "
+            "submit its prompts again to render them again"
         )
 
 

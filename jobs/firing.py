@@ -23,7 +23,9 @@ from jobs import (
     database,
     errors,
     inputs,
+    outbox,
     presets,
+    safety,
     schedules,
     settings,
     states,
@@ -39,6 +41,8 @@ BUSY = timedelta(minutes=2)  # a large file with images; longer, and another dis
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
 MAX_REASON_CHARS = 2_000
 MAX_URL_BYTES = 256 << 20
+LATER = (storage.StorageUnavailable, safety.CheckBroken)
+"""Nobody's prompts are to blame: the fire time is tried again."""
 
 
 class Overtaken(errors.RushesError):
@@ -61,6 +65,7 @@ class Clockwork:
         self._config = config
         self._db = db
         self._clock = clock
+        submission.prompt_check(config)  # one that cannot be loaded is told now
 
     def run(self, stop: threading.Event) -> None:
         """Look every `tick_seconds` until told to stop."""
@@ -69,7 +74,7 @@ class Clockwork:
             try:
                 if self.tick():
                     broker.Broker(self._config).kick()
-            except (DBAPIError, database.DatabaseUnavailable, storage.StorageUnavailable) as error:
+            except (DBAPIError, database.DatabaseUnavailable, *LATER) as error:
                 log.error("schedule.delayed", error=str(error)[:300])
                 pause = min(AGAIN_SECONDS, 5 * pause)
             stop.wait(pause)
@@ -77,15 +82,15 @@ class Clockwork:
     def tick(self) -> int:
         """Everything that is due now; how many batches were made.
 
-        StorageUnavailable: a prompt file could not be read; it is read later. Others went first.
+        One of LATER: a prompt file could not be read or checked now. Others went first.
         """
         made = 0
-        delayed: storage.StorageUnavailable | None = None
+        delayed: errors.RushesError | None = None
         for schedule_id in self._due():
             try:
                 while (batch_id := self._fire_next(schedule_id)) is not None:
                     made += batch_id != ""
-            except storage.StorageUnavailable as error:
+            except LATER as error:
                 delayed = error
         if delayed is not None:
             raise delayed
@@ -135,7 +140,7 @@ class Clockwork:
                 batch_id = submission.submit(self._db, file, beside=record).batch_id
         except (Overtaken, IntegrityError):
             return None  # this fire time has its row already, or will have it in a moment
-        except storage.StorageUnavailable:
+        except LATER:
             raise
         except errors.RushesError as error:
             return self._failed(schedule, due, str(error))
@@ -149,6 +154,9 @@ class Clockwork:
                 return None
             _advance(locked, due)
             _record(session, schedule.id, due.fire_at, error=reason)
+            data = {"schedule": schedule.name, "owner": schedule.owner, "reason": reason}
+            data["fire_at"] = due.fire_at.isoformat()
+            outbox.tell(session, outbox.SCHEDULE_FAILED, owner=schedule.owner, data=data)
         log.error("schedule.failed", schedule=schedule.name, reason=reason)
         return ""
 
@@ -218,6 +226,7 @@ def prompt_file(
                 **schedule.options,
             ),
             images=images,
+            check=submission.prompt_check(config),
             fill=variables.row,
         )
 

@@ -13,9 +13,7 @@ import contextlib
 import hashlib
 import http.client
 import io
-import ipaddress
 import os
-import socket
 import ssl
 import stat
 import struct
@@ -23,12 +21,12 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, settings, storage
+from jobs import errors, outside, settings, storage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,70 +132,6 @@ class FetchedImage:
         return CONTENT_TYPES[self.format]
 
 
-# Addresses of other machines.
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet: not ours, and not a way back to ours."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:  # how networks without IPv4 reach the IPv4 internet
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if any(ip in network for network in _IPV6_SPECIAL):
-            return False
-    elif any(ip in network for network in _IPV4_SPECIAL):
-        return False
-    return ip.is_global and not (
-        ip.is_private
-        or ip.is_loopback
-        or ip.is_link_local
-        or ip.is_multicast
-        or ip.is_reserved
-        or ip.is_unspecified
-    )
-
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_IPV6_SPECIAL = tuple(
-    # Named here because Python's own lists have grown from version to version.
-    ipaddress.IPv6Network(network)
-    for network in (
-        "::/96",  # IPv4-compatible
-        "::ffff:0:0/96",  # IPv4-mapped
-        "64:ff9b:1::/48",  # NAT64 of a local network
-        "2001::/23",  # Teredo, and protocols of their own
-        "2002::/16",  # 6to4
-        "3fff::/20",  # documentation
-        "5f00::/16",  # segment routing
-        "fec0::/10",  # site-local
-    )
-)
-_IPV4_SPECIAL = tuple(
-    ipaddress.IPv4Network(network)
-    for network in ("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15")
-)
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """How hosts are found and trusted. Other values than these are for tests."""
-
-    resolve: Callable[[str, int], list[str]] = _resolve
-    is_allowed: Callable[[str], bool] = is_public
-    tls: Callable[[], ssl.SSLContext] = ssl.create_default_context
-
-
-INTERNET = Network()
-
-
 # Fetching.
 
 
@@ -207,7 +141,7 @@ def fetch(
     base: Path | None,
     config: settings.Settings,
     limits: Limits = LIMITS,
-    network: Network = INTERNET,
+    network: outside.Network = outside.INTERNET,
 ) -> FetchedImage:
     """Get an image from a path, `file://`, `s3://`, `https://` or `data:` and check it.
 
@@ -251,7 +185,7 @@ def _read(
     base: Path | None,
     config: settings.Settings,
     limits: Limits,
-    network: Network,
+    network: outside.Network,
 ) -> bytes:
     if not source.strip() or not source.isprintable():
         raise ImageUnusable(shown, "an image is named by one line of printable text")
@@ -318,7 +252,10 @@ def _within(data: bytes, shown: str, limits: Limits) -> bytes:
 
 
 def _path_of_url(source: str, shown: str) -> Path:
-    parts = _split(source, shown)
+    try:
+        parts = urllib.parse.urlsplit(source)
+    except ValueError:
+        raise ImageUnusable(shown, "is not a valid address") from None
     path = urllib.parse.unquote(parts.path)
     if parts.netloc.lower() not in ("", "localhost") or not path.startswith("/"):
         raise ImageUnusable(shown, "must be file:///absolute/path, with three slashes")
@@ -382,48 +319,14 @@ def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings)
 # https
 
 
-def _split(source: str, shown: str) -> urllib.parse.SplitResult:
-    try:
-        return urllib.parse.urlsplit(source)
-    except ValueError:
-        raise ImageUnusable(shown, "is not a valid address") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where one https address leads."""
-
-    host: str
-    port: int
-    target: str
-    """Path and query, as they are sent."""
-
-    @classmethod
-    def of(cls, source: str, shown: str) -> "_Place":
-        parts = _split(source, shown)
-        try:
-            port = parts.port or 443
-            host = (parts.hostname or "").removesuffix(".")
-            if host and ":" not in host:
-                host = host.encode("idna").decode("ascii")
-        except (ValueError, UnicodeError):
-            raise ImageUnusable(shown, "is not a valid address") from None
-        if not host or "%" in host:
-            raise ImageUnusable(shown, "is not a valid address")
-        if "@" in parts.netloc:
-            raise ImageUnusable(
-                shown, "user and password in an address are not sent: use a presigned address"
-            )
-        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-        query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
-        return cls(host=host, port=port, target=f"{path}?{query}" if query else path)
-
-
-def _from_https(source: str, shown: str, limits: Limits, network: Network) -> bytes:
+def _from_https(source: str, shown: str, limits: Limits, network: outside.Network) -> bytes:
     deadline = time.monotonic() + limits.total_seconds
     tls = network.tls()
     for _ in range(limits.max_redirects + 1):
-        place = _Place.of(source, shown)
+        try:
+            place = outside.Place.of(source)
+        except outside.Refused as error:
+            raise ImageUnusable(shown, str(error)) from None
         found = _get(place, shown, deadline, limits, network, tls)
         if isinstance(found, bytes):
             return found
@@ -443,16 +346,22 @@ def _redirected(source: str, location: str, shown: str) -> str:
 
 
 def _get(
-    place: _Place,
+    place: outside.Place,
     shown: str,
     deadline: float,
     limits: Limits,
-    network: Network,
+    network: outside.Network,
     tls: ssl.SSLContext,
 ) -> bytes | str:
     """The body, or where a redirect leads."""
     addresses = _addresses(place, shown, deadline, network)
-    connection = _Connection(place, addresses, limits=limits, tls=tls)
+    connection = outside.Connection(
+        place,
+        addresses,
+        tls=tls,
+        connect_seconds=limits.connect_seconds,
+        read_seconds=limits.read_seconds,
+    )
     # A server that sends a byte now and then keeps every timeout of a socket from running out.
     watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
     watch.daemon = True
@@ -473,7 +382,7 @@ def _get(
     except (OSError, http.client.HTTPException) as error:
         if connection.is_cut or time.monotonic() >= deadline:
             raise _too_slow(shown, limits) from None
-        reason = _reason(error)
+        reason = outside.reason(error)
         raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
     finally:
         watch.cancel()
@@ -487,84 +396,19 @@ def _too_slow(shown: str, limits: Limits) -> ImageUnreachable:
     )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "it answers too slowly"
-    if isinstance(error, http.client.IncompleteRead) and error.expected:
-        return f"it ends {error.expected:,} bytes early"
-    text = getattr(error, "strerror", None) or type(error).__name__
-    return str(text) if str(text).isprintable() else ascii(text)
-
-
-def _addresses(place: _Place, shown: str, deadline: float, network: Network) -> list[str]:
-    """The host's addresses, all of them public; looked up once, then connected to as they are."""
-    found: list[str] = []
-    problem: list[BaseException] = []
-
-    def look_up() -> None:
-        try:
-            found.extend(network.resolve(place.host, place.port))
-        except (OSError, UnicodeError) as error:
-            problem.append(error)
-
-    # A lookup has no timeout of its own.
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(max(deadline - time.monotonic(), 0))
-    if thread.is_alive():
-        raise ImageUnreachable(shown, f"the name {place.host} is not found in time")
-    if problem or not found:
-        raise ImageUnreachable(shown, f"the name {place.host} is not known")
-    if not all(network.is_allowed(address) for address in found):
+def _addresses(
+    place: outside.Place, shown: str, deadline: float, network: outside.Network
+) -> list[str]:
+    try:
+        return outside.addresses(place, deadline=deadline, network=network)
+    except outside.Unreachable as error:
+        raise ImageUnreachable(shown, str(error)) from None
+    except outside.Refused as error:
         raise ImageUnusable(
             shown,
-            f"{place.host} is not a public address: images are not fetched from this machine or "
-            "its network; give a path, or put the image into the results bucket",
-        )
-    return found[:MAX_ADDRESSES]
-
-
-class _Connection(http.client.HTTPSConnection):
-    """To addresses that were checked before, under the name of their host."""
-
-    def __init__(
-        self, place: _Place, addresses: list[str], *, limits: Limits, tls: ssl.SSLContext
-    ) -> None:
-        super().__init__(place.host, place.port, timeout=limits.read_seconds, context=tls)
-        self._addresses = addresses
-        self._limits = limits
-        self._tls = tls
-        self.is_cut = False
-
-    def connect(self) -> None:
-        plain = self._plain()
-        plain.settimeout(self._limits.read_seconds)
-        # The handshake comes second: `cut` must know the socket while it lasts.
-        self.sock = self._tls.wrap_socket(
-            plain, server_hostname=self.host, do_handshake_on_connect=False
-        )
-        if self.is_cut:
-            raise TimeoutError
-        self.sock.do_handshake()
-
-    def cut(self) -> None:
-        """End it from another thread, wherever it waits."""
-        self.is_cut = True
-        with contextlib.suppress(OSError):
-            if self.sock is not None:
-                # Below TLS, whose own shutdown would change the socket under its reader.
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-    def _plain(self) -> socket.socket:
-        for address in self._addresses[:-1]:
-            with contextlib.suppress(OSError):
-                return self._to(address)
-        return self._to(self._addresses[-1])
-
-    def _to(self, address: str) -> socket.socket:
-        if self.is_cut:
-            raise TimeoutError
-        return socket.create_connection((address, self.port), self._limits.connect_seconds)
+            f"{error}: images are not fetched from this machine or its network; give a path, or "
+            "put the image into the results bucket",
+        ) from None
 
 
 def _answer(response: http.client.HTTPResponse, shown: str, limits: Limits) -> bytes | str:

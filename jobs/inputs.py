@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobs import images, settings, storage
+from jobs import database, holds, images, settings, storage
 
 LONG_SOURCE_CHARS = 200  # data URLs are remembered by their hash
 
@@ -34,10 +34,11 @@ class InputImages:
     _folder: tempfile.TemporaryDirectory[str] | None = None
     """Made for the first of them; `close` removes it."""
 
-    def upload(self) -> None:
+    def upload(self, db: database.Database) -> None:
         """Lay all of them into the store, once the whole file was found good."""
         if self.store is None:
             return
+        holds.hold_all(db, self._fetched)
         for key, image in self._fetched.items():
             data = self._path(image).read_bytes()
             assert images.store_once(self.store, replace(image, data=data)) == key

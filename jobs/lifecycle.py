@@ -2,7 +2,7 @@
 
 An attempt's id is a fence: a change names the attempt that it believes holds the job, and does
 nothing when another one does. Every function is safe to call twice. Order of row locks: all the
-jobs by batch and id, then their batches, then attempts.
+jobs by batch and id, then their batches, then attempts, then workers.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, presets, retries, schema, states, workers
+from jobs import database, errors, health, outbox, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
@@ -67,12 +67,15 @@ def claim(
 ) -> Claim | None:
     """Queued -> running. None: not runnable any more, so a doubled message ends here.
 
-    None also for a job of a batch that is paused or being stopped, beyond its owner's quota, and
-    where this worker takes nothing of the job's queue for now: its message is sent again.
+    None also for a job of a batch that is paused or being stopped, beyond its owner's quota, where
+    this worker takes nothing of the job's queue for now, and where another one is there for a job
+    that failed on this one: its message is sent again.
     """
     now = database.now(session)
     job = session.scalar(select(Job).where(Job.id == job_id, *_runnable(now)).with_for_update())
     if job is None or workers.refuses(session, worker, job.queue):
+        return None
+    if health.is_for_others(session, job, worker, now):
         return None
     tries = select(func.count()).select_from(Attempt).where(Attempt.job_id == job_id)
     attempt = Attempt(
@@ -258,13 +261,51 @@ def fail(
     detail: str | None = None,
 ) -> states.JobState | None:
     """Close the attempt; requeue its job or fail it. None: the attempt did not hold the job."""
+    failed = _fail(session, attempt_id, kind=kind, error=error, budgets=budgets, detail=detail)
+    if failed is None:
+        return None
+    _suspect(session, [failed])
+    return failed.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failed:
+    """What became of a job whose attempt failed, and whether its machine is a suspect."""
+
+    target: states.JobState
+    job_id: int
+    worker: str
+    is_suspect: bool
+    kind: states.FailureKind
+    error: str
+
+
+def _fail(
+    session: Session,
+    attempt_id: int,
+    *,
+    kind: states.FailureKind,
+    error: str,
+    budgets: retries.Budgets,
+    detail: str | None = None,
+) -> _Failed | None:
     job = _held_by(session, attempt_id)
     if job is None:
         return None
+    worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
     is_crash = kind in retries.CRASHES
     errors_so_far = job.error_count + (not is_crash)
     crashes_so_far = job.crash_count + is_crash
-    decision = retries.decide(kind, errors=errors_so_far, crashes=crashes_so_far, budgets=budgets)
+    machines = {name for name, _ in health.failed_on(session, job)}
+    if kind in retries.OF_MACHINE:
+        machines.add(worker)
+    decision = retries.decide(
+        kind,
+        errors=errors_so_far,
+        crashes=crashes_so_far,
+        budgets=budgets,
+        machines=len(machines),
+    )
     now = database.now(session)
     if job.cancel_requested:
         target = states.JobState.CANCELLED
@@ -280,7 +321,9 @@ def fail(
         assert decision is not None
         values |= _requeued(not_before=now + timedelta(seconds=decision.wait_seconds))
     else:
-        values |= {"finished_at": now, "quarantined": is_crash and target is states.JobState.FAILED}
+        is_harmful = is_crash or len(machines) >= retries.MAX_MACHINES
+        is_quarantined = is_harmful and target is states.JobState.FAILED
+        values |= {"finished_at": now, "quarantined": is_quarantined}
     _move(session, job.id, states.JobState.RUNNING, target, holder=attempt_id, **values)
     _end_attempt(
         session,
@@ -290,7 +333,28 @@ def fail(
         error=database.storable(error)[:MAX_ERROR_CHARS],
         error_detail=None if detail is None else database.storable(detail)[-MAX_DETAIL_CHARS:],
     )
-    return target
+    return _Failed(
+        target=target,
+        job_id=job.id,
+        worker=worker,
+        # One that has failed elsewhere too says nothing against this machine.
+        is_suspect=machines == {worker} and kind in retries.OF_MACHINE,
+        kind=kind,
+        error=error,
+    )
+
+
+def _suspect(session: Session, failures: Sequence[_Failed]) -> None:
+    """After everything else: rows of workers come last in the order of locks, by name."""
+    for failed in sorted(failures, key=lambda each: each.worker):
+        if failed.is_suspect:
+            health.suspect(
+                session,
+                failed.worker,
+                job_id=failed.job_id,
+                kind=failed.kind,
+                error=failed.error,
+            )
 
 
 def release(
@@ -445,7 +509,10 @@ def retry_jobs(
     from_states: Sequence[states.JobState] = (states.JobState.FAILED,),
     job_ids: Sequence[int] | None = None,
 ) -> int:
-    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many."""
+    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many.
+
+    BatchExpired where its results, its input images or its jobs are being deleted as old.
+    """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
     total = 0
     for state in from_states:
@@ -469,6 +536,7 @@ def retry_jobs(
         _count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
         total += reopened
     if total:
+        _check_not_expired(session, batch_id)
         session.execute(
             update(Batch)
             .where(Batch.id == batch_id)
@@ -484,6 +552,18 @@ def retry_jobs(
     return total
 
 
+def _check_not_expired(session: Session, batch_id: str) -> None:
+    """Asked once the batch's count holds its row: who deletes what is old now waits for us."""
+    results, inputs, jobs = session.execute(
+        select(Batch.results_expired_at, Batch.inputs_expired_at, Batch.forgotten_at).where(
+            Batch.id == batch_id
+        )
+    ).one()
+    for what, when in (("results", results), ("input images", inputs), ("jobs", jobs)):
+        if when is not None:
+            raise errors.BatchExpired(batch_id, what=what, when=when)
+
+
 def end_lost_attempts(
     session: Session, *, budgets: retries.Budgets, worker: str | None = None
 ) -> list[int]:
@@ -492,17 +572,20 @@ def end_lost_attempts(
     if worker is not None:
         # What is rendered lies on the disk of its host, for the publisher to find.
         is_lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
-    ended = []
+    ended, ids = [], []
     for attempt in _locked_attempts(session, is_lost):
         silent = (database.now(session) - attempt.heartbeat_at).total_seconds()
         where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
         why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
         kind = states.FailureKind.WORKER_LOST
-        if fail(session, attempt.id, kind=kind, error=why, budgets=budgets) is not None:
-            ended.append(attempt.id)
+        failed = _fail(session, attempt.id, kind=kind, error=why, budgets=budgets)
+        if failed is not None:
+            ended.append(failed)
+            ids.append(attempt.id)
         else:
             _end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
-    return ended
+    _suspect(session, ended)
+    return ids
 
 
 def release_worker(session: Session, worker: str, *, reason: str) -> list[int]:
@@ -646,6 +729,7 @@ def _count_moved(
         session.execute(
             update(Batch).where(Batch.id == batch_id).values(finished_at=database.now(session))
         )
+        outbox.batch_ended(session, outbox.BATCH_FINISHED, batch_id)
 
 
 def _end_attempt(

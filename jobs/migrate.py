@@ -1,18 +1,38 @@
 """Brings a database to the tables of this version."""
 
+import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 import migrations
-from jobs import database
+from jobs import database, errors
+
+log = structlog.get_logger()
 
 LOCK = 7_305_114  # any number of migrators may start at once; one works, the others wait
+LOCK_SECONDS = 2.0  # for a table that somebody uses; leases last much longer
+LOCK_NOT_AVAILABLE = "55P03"
+TRIES = 15  # about a minute
+LONGEST_PAUSE_SECONDS = 5.0
+
+
+class TablesBusy(errors.RushesError):
+    """A migration got no hold of a table that somebody uses all the time. Nothing was changed."""
+
+    def __init__(self, reason: str, *, tries: int) -> None:
+        super().__init__(
+            f"the tables were in use at each of {tries} tries ({reason}); nothing was changed. Try "
+            "again, or end the transaction that holds them: pg_stat_activity has its xact_start"
+        )
 
 
 def upgrade(db: database.Database, *, revision: str = "head") -> tuple[str | None, str | None]:
@@ -34,6 +54,24 @@ def head() -> str | None:
 
 
 def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | None, str | None]:
+    """While others work: whoever holds a table is waited for briefly, and asked again later.
+
+    Whoever comes after us for a table that we wait for waits too, so that patience would stop them.
+    """
+    for tries in range(1, TRIES + 1):
+        try:
+            return _try(db, revision, down=down)
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+            if tries == TRIES:
+                raise TablesBusy(str(error.orig).strip(), tries=TRIES) from error
+            log.warning("migrate.gives_way", tries=tries, error=str(error.orig).strip()[:200])
+            time.sleep(random.uniform(0.5, 1) * min(tries, LONGEST_PAUSE_SECONDS))  # noqa: S311
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _try(db: database.Database, revision: str, *, down: bool) -> tuple[str | None, str | None]:
     config = _config()
     with (
         db.engine.connect() as connection,
@@ -43,6 +81,8 @@ def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
         if not db.is_sqlite:
             database.wait_for_ever(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+            limit = f"{LOCK_SECONDS * 1000:.0f}ms"
+            connection.execute(text("SELECT set_config('lock_timeout', :at, true)"), {"at": limit})
         config.attributes["connection"] = connection
         before = MigrationContext.configure(connection).get_current_revision()
         (command.downgrade if down else command.upgrade)(config, revision)

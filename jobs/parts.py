@@ -23,6 +23,7 @@ class Part:
 
 RUN_WORKERS = Part("worker.launch", "run")
 CHECK_WORKERS = Part("worker.launch", "check")
+SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 FIT = Part("worker.wanted", "fits")
 FIND_MODEL = Part("models.layout", "find")
@@ -39,6 +40,7 @@ MAKE_TINY_MODEL = "models.tiny.make"
 ALL = (
     RUN_WORKERS,
     CHECK_WORKERS,
+    SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     FIT,
     FIND_MODEL,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, func, or_, select, union_all
+from sqlalchemy.orm import Session, aliased
 
 from jobs import database, errors, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
@@ -50,25 +50,13 @@ class LiveWorker:
 
 
 def batch_state(batch: Batch) -> states.BatchState:
-    """The word for a batch's counts."""
-    if batch.queued + batch.running:
-        if batch.cancel_requested_at is not None or batch.expired_at is not None:
-            return states.BatchState.CANCELLING
-        if batch.paused_at is not None:
-            return states.BatchState.PAUSED
-        started = batch.running or batch.queued < batch.total
-        return states.BatchState.RUNNING if started else states.BatchState.QUEUED
-    if batch.succeeded == batch.total:
-        return states.BatchState.SUCCEEDED
-    # What a deadline cut off was not given up on request: some videos that were wanted are missing.
-    if batch.cancelled and not batch.failed and batch.expired_at is None:
-        return states.BatchState.CANCELLED
-    return states.BatchState.PARTIALLY_FAILED if batch.succeeded else states.BatchState.FAILED
+    return batch.state
 
 
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
     """Newest first; `before` is a batch id, for the next page."""
-    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    statement = select(Batch).where(Batch.forgotten_at.is_(None))
+    statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if before is not None:
         last = find_batch(session, before)
         statement = statement.where(
@@ -88,10 +76,10 @@ def find_batch(session: Session, reference: str) -> Batch:
     matches: Sequence[Batch] = []
     if BATCH_ID_PART.fullmatch(reference):
         exact = session.get(Batch, reference)
-        if exact is not None:
+        if exact is not None and exact.forgotten_at is None:
             return exact
-        begins = Batch.id.like(f"{reference}%")
-        matches = session.scalars(select(Batch).where(begins).order_by(Batch.id).limit(5)).all()
+        begins = select(Batch).where(Batch.id.like(f"{reference}%"), Batch.forgotten_at.is_(None))
+        matches = session.scalars(begins.order_by(Batch.id).limit(5)).all()
     if len(matches) == 1 and len(reference) >= SHORTEST_PART:
         return matches[0]
     if matches:
@@ -129,12 +117,21 @@ def jobs(
     limit: int = 100,
 ) -> Sequence[Job]:
     """In the order of the file; `after` is the position of the last one seen."""
-    statement = select(Job).where(Job.batch_id == batch_id, Job.position > after)
-    if states_wanted:
-        statement = statement.where(Job.state.in_(states_wanted))
-        if states.JobState.QUEUED not in states_wanted:
-            statement = statement.where(schema.HAS_STARTED)
-    return session.scalars(statement.order_by(Job.position).limit(limit)).all()
+    page = select(Job).where(Job.batch_id == batch_id, Job.position > after)
+    page = page.order_by(Job.position).limit(limit)
+    pages = [_in_state(page, state) for state in set(states_wanted)]
+    if len(pages) == 1:
+        page = pages[0]
+    elif pages:
+        # A page of each: of several states at once, a database sorts all that there are.
+        merged = aliased(Job, union_all(*(p.subquery().select() for p in pages)).subquery())
+        page = select(merged).order_by(merged.position).limit(limit)
+    return session.scalars(page).all()
+
+
+def _in_state(page: Select[Job], state: states.JobState) -> Select[Job]:
+    page = page.where(Job.state == state)
+    return page if state is states.JobState.QUEUED else page.where(schema.HAS_STARTED)
 
 
 def attempts(session: Session, job_id: int) -> Sequence[Attempt]:
@@ -280,6 +277,16 @@ def running_by_owner(session: Session) -> dict[str, int]:
         .group_by(Batch.owner)
     )
     return {owner: int(number) for owner, number in counted}
+
+
+def open_jobs(session: Session) -> tuple[int, int]:
+    """How many jobs are queued and how many run, from the counts of unfinished batches."""
+    queued, running = session.execute(
+        select(
+            func.coalesce(func.sum(Batch.queued), 0), func.coalesce(func.sum(Batch.running), 0)
+        ).where(Batch.finished_at.is_(None))
+    ).one()
+    return int(queued), int(running)
 
 
 def queues_waited_in(session: Session, batch_id: str) -> list[str]:

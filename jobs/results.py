@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Row, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, queries, states, storage
+from jobs import database, outbox, queries, states, storage
 from jobs.schema import Attempt, Batch, Job
 
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
@@ -90,6 +90,8 @@ def _mark_written(session: Session, batch_id: str, finished_at: datetime) -> boo
         .returning(Batch.id)
     )
     if changed.first() is not None:
+        manifest = batch_key(batch_id, MANIFEST)
+        outbox.batch_ended(session, outbox.RESULTS_WRITTEN, batch_id, manifest_key=manifest)
         return True
     # It ended again while we wrote: our files may have replaced newer ones of another dispatcher.
     session.execute(of_batch.values(manifest_at=None, results_lease_until=None))

@@ -8,8 +8,11 @@ from jobs import states
 LONGEST_WAIT_SECONDS = 600.0
 FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
 
-NEVER_RETRIED = frozenset({states.FailureKind.INPUT})
+NEVER_RETRIED = frozenset({states.FailureKind.INPUT, states.FailureKind.REFUSED})
 CRASHES = frozenset({states.FailureKind.WORKER_LOST})
+OF_MACHINE = CRASHES | {states.FailureKind.DEVICE, states.FailureKind.INTERNAL}
+"""What a broken machine does to any job; a broken job does it to any machine."""
+MAX_MACHINES = 3  # that a job may fail on in such a way: then it is to blame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,13 @@ class RetryDecision:
 
 
 def decide(
-    kind: states.FailureKind, *, errors: int, crashes: int, budgets: Budgets
+    kind: states.FailureKind, *, errors: int, crashes: int, budgets: Budgets, machines: int = 0
 ) -> RetryDecision | None:
-    """None: give up. `errors` and `crashes` include the failure that is being decided."""
-    if kind in NEVER_RETRIED:
+    """None: give up. The numbers include the failure that is being decided.
+
+    `machines`: different workers on which the job failed by a kind of OF_MACHINE.
+    """
+    if kind in NEVER_RETRIED or machines >= MAX_MACHINES:
         return None
     if kind in CRASHES:
         # The worker died, the job may be innocent: at once, but not often.

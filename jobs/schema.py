@@ -19,6 +19,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -112,7 +113,13 @@ class Batch(Base):
     results_lease_until: Mapped[datetime | None]
     """Until then somebody writes its result files."""
     results_expired_at: Mapped[datetime | None]
-    """When its videos and result files were deleted, as old."""
+    """Since then its videos and result files are being deleted, as old; it cannot be reopened."""
+    results_removed_at: Mapped[datetime | None]
+    """When the last of them was gone."""
+    inputs_expired_at: Mapped[datetime | None]
+    """Since then the images that it started from may be gone; it cannot be reopened."""
+    forgotten_at: Mapped[datetime | None]
+    """Since then its rows are being deleted, and nobody is told of it."""
     cancel_requested_at: Mapped[datetime | None]
     paused_at: Mapped[datetime | None]
     deadline_at: Mapped[datetime | None]
@@ -126,6 +133,23 @@ class Batch(Base):
     succeeded: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
     cancelled: Mapped[int] = mapped_column(default=0)
+
+    @property
+    def state(self) -> states.BatchState:
+        """The word for its counts."""
+        if self.queued + self.running:
+            if self.cancel_requested_at is not None or self.expired_at is not None:
+                return states.BatchState.CANCELLING
+            if self.paused_at is not None:
+                return states.BatchState.PAUSED
+            started = self.running or self.queued < self.total
+            return states.BatchState.RUNNING if started else states.BatchState.QUEUED
+        if self.succeeded == self.total:
+            return states.BatchState.SUCCEEDED
+        # What a deadline cut off was not given up on request: videos that were wanted are missing.
+        if self.cancelled and not self.failed and self.expired_at is None:
+            return states.BatchState.CANCELLED
+        return states.BatchState.PARTIALLY_FAILED if self.succeeded else states.BatchState.FAILED
 
     # Neither names a count: those change with every job, and PostgreSQL then leaves indexes alone.
     __table_args__ = (
@@ -180,12 +204,30 @@ class Job(Base):
         # These two stay empty while a batch is submitted.
         _index("ix_jobs_started", "batch_id", "state", "position", where="state <> 'queued'"),
         _index("ix_jobs_succeeded", "batch_id", "finished_at", where="state = 'succeeded'"),
+        # Which batches start from an image; nothing of it is written for text to video.
+        _index("ix_jobs_image", "image_key", "batch_id", where="image_key IS NOT NULL"),
         {"sqlite_autoincrement": True},
     )
 
 
 HAS_STARTED = Job.state != states.JobState.QUEUED
 """Said beside another state: by this SQLite finds the index of those that have left the queue."""
+
+
+class Input(Base):
+    """Who is at work on an object below `inputs/`: those who submit it, or who deletes it as old.
+
+    Many submits may start from one image, so neither its age nor the jobs that are stored already
+    say whether it is wanted.
+    """
+
+    __tablename__ = "inputs"
+
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    held_at: Mapped[datetime | None]
+    """When a submit last said that it will need it."""
+    condemned_until: Mapped[datetime | None]
+    """Until then it may be deleted at any moment, and no submit may rely on it."""
 
 
 class Attempt(Base):
@@ -221,7 +263,9 @@ class Attempt(Base):
     video_sha256: Mapped[str | None] = mapped_column(String(64))
 
     __table_args__ = (
-        _index("ix_attempts_live", "lease_until", where="state IN ('running', 'rendered')"),
+        # A few rows, so that any order of them will do. It names nothing that a heartbeat changes:
+        # PostgreSQL then writes the row alone.
+        _index("ix_attempts_live", "worker", where="state IN ('running', 'rendered')"),
         {"sqlite_autoincrement": True},
     )
 
@@ -254,6 +298,13 @@ class Worker(Base):
     device_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Main memory that its process holds."""
+    suspects: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
+    """Ids of different jobs that failed here in a row, as on a broken machine. See `workers`."""
+    removals: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Times that it was taken out since a job went well."""
+    tested_at: Mapped[datetime | None]
+    test_failure: Mapped[str | None]
+    """What its last self-test found wrong; None: nothing."""
 
 
 class Refusal(Base):
@@ -264,6 +315,8 @@ class Refusal(Base):
     worker: Mapped[str] = mapped_column(String(200), primary_key=True)
     queue: Mapped[str] = mapped_column(String(200), primary_key=True)
     """Empty: of every queue."""
+    needs_test: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """It holds until a self-test has passed; `until` is when the next one may begin."""
     kind: Mapped[states.FailureKind] = mapped_column(_enum(states.FailureKind))
     reason: Mapped[str]
     times: Mapped[int]
@@ -378,3 +431,45 @@ class ApiRequest(Base):
         UniqueConstraint("api", "owner", "name"),
         {"sqlite_autoincrement": True},
     )
+
+
+class Listener(Base):
+    """Somebody who is told of events."""
+
+    __tablename__ = "listeners"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    url: Mapped[str]
+    """May hold a password: never shown or logged as it is."""
+    secret: Mapped[str | None] = mapped_column(String(100))
+    """Signs its webhooks. None: it is told through apprise."""
+    owner: Mapped[str | None] = mapped_column(String(200))
+    """Whose events; None: everybody's."""
+    events: Mapped[list[str]] = mapped_column(JSON)
+    created_at: Mapped[datetime]
+    stopped_at: Mapped[datetime | None]
+    """When its receiver said that it wants no more."""
+
+
+class Notice(Base):
+    """An event for one listener, written with what it tells of. See `outbox`."""
+
+    __tablename__ = "notices"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(40))
+    """The same in every try: by it a receiver knows a repeated one."""
+    listener_id: Mapped[int] = mapped_column(ForeignKey("listeners.id"), index=True)
+    event: Mapped[str] = mapped_column(String(40))
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    next_try_at: Mapped[datetime | None]
+    """None: delivered, or given up."""
+    tries: Mapped[int] = mapped_column(default=0)
+    delivered_at: Mapped[datetime | None]
+    given_up_at: Mapped[datetime | None]
+    error: Mapped[str | None]
+    """What became of the last try that failed."""
+
+    __table_args__ = (_index("ix_notices_due", "next_try_at", where="next_try_at IS NOT NULL"),)

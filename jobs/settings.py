@@ -30,6 +30,7 @@ from jobs import errors
 LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, seen as a folder
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_SECONDS = 7 * 24 * 3600
+LONGEST_DAYS = 36_500
 RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -201,6 +202,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_GRACE_SECONDS"),
         description="A stopping worker may finish its job for this long, then gives it back.",
     )
+    prompt_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_PROMPT_CHECK"),
+        description="`module:function` that may refuse a prompt: where prompts are submitted, or "
+        "before they are rendered, or both, by where it is set.",
+    )
     default_preset: str | None = Field(
         None,
         validation_alias=AliasChoices("RUSHES_DEFAULT_PRESET"),
@@ -248,6 +255,88 @@ class Settings(BaseSettings):
         ge=1 << 20,
         validation_alias=AliasChoices("RUSHES_WEB_MAX_BYTES"),
         description="Largest request, in bytes.",
+    )
+    keep_results_days: float | None = Field(
+        None,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_RESULTS_DAYS"),
+        description="Videos and result files of a batch, after its end. Unset: for ever.",
+    )
+    keep_batches_days: float | None = Field(
+        None,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_BATCHES_DAYS"),
+        description="Rows of a batch, its jobs and attempts, after its end. Unset: for ever.",
+    )
+    keep_uploads_days: float | None = Field(
+        None,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_UPLOADS_DAYS"),
+        description="Files that programs uploaded. Unset: for ever.",
+    )
+    keep_inputs_days: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_INPUTS_DAYS"),
+        description="Input images, after the end of the last batch that starts from them.",
+    )
+    keep_keys_days: float = Field(
+        90.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_KEYS_DAYS"),
+        description="Idempotency keys, after the end of their batch.",
+    )
+    keep_requests_days: float = Field(
+        90.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_REQUESTS_DAYS"),
+        description="Deleted and refused requests to the compatible APIs.",
+    )
+    keep_tokens_days: float = Field(
+        90.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_TOKENS_DAYS"),
+        description="Tokens, after they were revoked or ran out.",
+    )
+    keep_workers_days: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_WORKERS_DAYS"),
+        description="Workers that have stopped or fallen silent.",
+    )
+    keep_history_days: float = Field(
+        365.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_HISTORY_DAYS"),
+        description="What became of the fire times of schedules.",
+    )
+    keep_notices_days: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_NOTICES_DAYS"),
+        description="Notices that were delivered or given up.",
+    )
+    keep_scratch_days: float = Field(
+        30.0,
+        ge=0,
+        le=LONGEST_DAYS,
+        validation_alias=AliasChoices("RUSHES_KEEP_SCRATCH_DAYS"),
+        description="Files in the scratch folder that no attempt needs.",
+    )
+    notify_internal_hosts: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_NOTIFY_INTERNAL_HOSTS"),
+        description="Hosts of your own network that notices may be sent to, with commas.",
     )
     log_level: str = Field(
         "INFO",

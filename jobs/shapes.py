@@ -21,6 +21,7 @@ def batch(row: Batch) -> dict[str, Any]:
         "created_at": row.created_at,
         "finished_at": row.finished_at,
         "results_written_at": row.manifest_at,
+        "results_expired_at": row.results_expired_at,
         "cancel_requested_at": row.cancel_requested_at,
         "paused_at": row.paused_at,
         "deadline_at": row.deadline_at,
@@ -201,6 +202,10 @@ def worker(live: queries.LiveWorker) -> dict[str, Any]:
         "started_at": row.started_at,
         "heartbeat_at": row.heartbeat_at,
         "restarts": row.restarts,
+        "suspects": row.suspects or [],
+        "test": None
+        if row.tested_at is None
+        else {"at": row.tested_at, "failure": row.test_failure},
         "rendering": None
         if held is None
         else {
@@ -219,6 +224,7 @@ def refusal(held: Refusal) -> dict[str, Any]:
         "queue": held.queue or None,
         "kind": held.kind,
         "reason": held.reason,
+        "needs_test": held.needs_test,
         "times": held.times,
         "since": held.since,
         "until": held.until,

@@ -219,6 +219,12 @@ def _children(
             log_path=logs / "dispatcher.log",
         ),
         supervisor.Child(
+            name="notifier",
+            command=[*rushes, "notify", "run"],
+            environment=common,
+            log_path=logs / "notifier.log",
+        ),
+        supervisor.Child(
             name="worker",
             command=[*rushes, "worker", "--devices", devices],
             environment=common,

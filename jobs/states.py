@@ -53,6 +53,12 @@ class FailureKind(StrEnum):
     INPUT = "input"
     """The job itself cannot be rendered. The same everywhere, so it is never retried."""
 
+    REFUSED = "refused"
+    """The user's own safety check said no. Never retried."""
+
+    CHECK = "check"
+    """The safety check itself failed, which says nothing about the job."""
+
     WEIGHTS = "weights"
     """Weights are missing or broken on this worker."""
 

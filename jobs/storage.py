@@ -14,8 +14,9 @@ import os
 import re
 import secrets
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -32,6 +33,7 @@ READ_SECONDS = 60
 MAX_TRIES = 3  # inside one call; waiting out an outage is the caller's business
 MAX_LINK_SECONDS = 7 * 24 * 3600  # longest life of a SigV4 link
 CHUNK_BYTES = 1 << 20
+MOST_DELETED_AT_ONCE = 1_000  # what one DeleteObjects takes
 PART_PREFIX = ".rushes-part-"  # unfinished files in a folder store
 RESERVED_PREFIXES = (PART_PREFIX, ".rclone_temp_")  # rclone hides the latter from listings
 
@@ -124,6 +126,16 @@ class ObjectHead:
     sha256: str | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectEntry:
+    """A line of a listing."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
+    """By the clock of the store."""
+
+
 class ObjectStore(Protocol):
     """May be used by several threads at once. Every method raises `StorageError` or its kinds."""
 
@@ -144,11 +156,17 @@ class ObjectStore(Protocol):
 
     def head(self, key: str) -> ObjectHead | None: ...
 
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
+        """Objects whose keys start with the prefix, in order; `b/7` finds `b/77/x` too."""
+
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys that start with the prefix, in order; `batches/7` finds `batches/77/x` too."""
+        """Their keys."""
 
     def delete(self, key: str) -> None:
         """Safe to call twice."""
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """The same for at most MOST_DELETED_AT_ONCE. After an error, some may be gone."""
 
     def presign(self, key: str, *, seconds: int, file_name: str | None = None) -> str:
         """A link for readers without keys; with a file name, browsers save instead of play."""
@@ -218,7 +236,7 @@ class FolderStore:
             return None
         return ObjectHead(key=key, size_bytes=digest.size_bytes, sha256=digest.sha256)
 
-    def list(self, prefix: str = "") -> Iterator[str]:
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
         _check_prefix(prefix)
         top = self._folder / prefix.rpartition("/")[0]
         keys = [
@@ -227,11 +245,30 @@ class FolderStore:
             for name in names
             if not name.startswith(PART_PREFIX)
         ]
-        yield from sorted(key for key in keys if key.startswith(prefix))
+        for key in sorted(key for key in keys if key.startswith(prefix)):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                found = (self._folder / key).stat()
+                yield ObjectEntry(
+                    key=key,
+                    size_bytes=found.st_size,
+                    modified_at=datetime.fromtimestamp(found.st_mtime, UTC),
+                )
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (entry.key for entry in self.entries(prefix))
 
     def delete(self, key: str) -> None:
+        path = self._path(key)
         with contextlib.suppress(ObjectMissing), self._translated(key):
-            self._path(key).unlink()
+            path.unlink()
+        with contextlib.suppress(OSError):  # the first one that still holds something
+            for folder in path.parents[: key.count("/")]:
+                folder.rmdir()
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        assert len(keys) <= MOST_DELETED_AT_ONCE
+        for key in keys:
+            self.delete(key)
 
     def presign(self, key: str, *, seconds: int, file_name: str | None = None) -> str:  # noqa: ARG002
         _check_link_seconds(seconds)
@@ -252,8 +289,11 @@ class FolderStore:
         sent = _digest(source)
         source.seek(0)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(source, target)
+            try:
+                _write_below(source, target)
+            except FileNotFoundError:  # a `delete` took the folder away as empty
+                source.seek(0)
+                _write_below(source, target)
             with target.open("rb") as written:
                 stored = _digest(written)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -332,7 +372,7 @@ class S3Store:
             key=key, size_bytes=answer["ContentLength"], sha256=metadata.get("sha256")
         )
 
-    def list(self, prefix: str = "") -> Iterator[str]:
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
         _check_prefix(prefix)
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix + prefix
@@ -340,11 +380,43 @@ class S3Store:
         with self._translated(prefix):
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield item["Key"].removeprefix(self._prefix)
+                    yield ObjectEntry(
+                        key=item["Key"].removeprefix(self._prefix),
+                        size_bytes=item["Size"],
+                        modified_at=item["LastModified"],
+                    )
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (entry.key for entry in self.entries(prefix))
 
     def delete(self, key: str) -> None:
         with self._translated(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        assert len(keys) <= MOST_DELETED_AT_ONCE
+        if not keys:
+            return
+        names = [{"Key": self._key(key)} for key in keys]
+        try:
+            with self._translated(keys[0]):
+                answer = self._client.delete_objects(
+                    Bucket=self._bucket,
+                    Delete={"Objects": names, "Quiet": True},  # type: ignore[typeddict-item]
+                )
+        except (StorageUnavailable, StorageDenied):
+            raise
+        except StorageError:
+            # Not every store knows this call, or takes the checksum that boto3 sends with it.
+            for key in keys:
+                self.delete(key)
+            return
+        if refused := answer.get("Errors"):
+            told = f"{refused[0].get('Code')}: {refused[0].get('Message')}"
+            address = f"s3://{self._bucket}/{refused[0].get('Key')}"
+            if refused[0].get("Code") in DENIED_CODES:
+                raise StorageDenied(address, f"{told}; allow s3:DeleteObject")
+            raise StorageUnavailable(address, f"{len(refused)} were not deleted: {told}")
 
     def presign(self, key: str, *, seconds: int, file_name: str | None = None) -> str:
         _check_link_seconds(seconds)
@@ -619,6 +691,11 @@ def _write_whole(source: _Readable, target: Path) -> None:
         part.unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+def _write_below(source: _Readable, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(source, target)
 
 
 def _flush_folder(folder: Path) -> None:

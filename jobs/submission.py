@@ -16,7 +16,19 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import bulk, database, errors, inputs, looks, presets, queues, readers, schema
+from jobs import (
+    bulk,
+    database,
+    errors,
+    inputs,
+    looks,
+    presets,
+    queues,
+    readers,
+    safety,
+    schema,
+    settings,
+)
 from jobs.schema import Batch, Owner
 
 LORA_FOLDER = "loras"
@@ -84,6 +96,8 @@ class PromptFile:
     """Those of the rows that were good, by id."""
     images: inputs.InputImages | None = None
     """Where rows' images come from; None: from nowhere."""
+    check: safety.Check | None = None
+    """A user's own, which may refuse a row's prompt."""
     fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None
     """What a schedule does to each row before it is checked; ValueError says what is wrong."""
     _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
@@ -116,6 +130,7 @@ class PromptFile:
         image = self._image(row)
         look = self._look(row, image)
         self._check_custom_id(row)
+        self._check_prompt(row)
         if look.id not in self.looks and len(self.looks) >= MAX_LOOKS:
             raise ValueError(
                 f"a file may ask for {MAX_LOOKS:,} different sizes, lengths and frame rates: "
@@ -193,6 +208,15 @@ class PromptFile:
         if isinstance(found, str):
             raise ValueError(f"image: {found}")
         return found
+
+    def _check_prompt(self, row: readers.PromptRow) -> None:
+        if self.check is None:
+            return
+        asked = safety.Prompt(
+            prompt=row.prompt, negative_prompt=row.negative_prompt, metadata=row.metadata
+        )
+        if (reason := self.check.refusal(asked)) is not None:
+            raise ValueError(f"prompt: {reason}")
 
     def _check_custom_id(self, row: readers.PromptRow) -> None:
         if self.options.repeat > 1 and REPETITION.search(row.custom_id or ""):
@@ -276,7 +300,7 @@ def submit(
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
         if file.images is not None:
-            file.images.upload()
+            file.images.upload(db)
         # By itself: in the long transaction, another submit of the same look would wait for its
         # end.
         db.write(_store_looks, file.looks)
@@ -297,6 +321,11 @@ def submit(
                 raise
             return earlier
     return Submission(batch_id=batch_id, jobs=checked.jobs, is_new=True, plan=checked)
+
+
+def prompt_check(config: settings.Settings) -> safety.Check | None:
+    """That of this process's settings. InvalidInput when it cannot be loaded."""
+    return safety.load(config.prompt_check, setting="RUSHES_PROMPT_CHECK")
 
 
 def check_options(options: Options) -> None:

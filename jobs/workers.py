@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, reports, states
@@ -131,14 +131,14 @@ def refuse(
 ) -> float:
     """This worker takes nothing of a queue (ALL_QUEUES: of any) for so many seconds.
 
-    Each time in a row for twice as long, until `accept`.
+    Each time in a row for twice as long, until `accept`. One that is taken out stays so.
     """
     now = database.now(session)
     row = session.get(Refusal, (name, queue), with_for_update=True)
     times = 1 if row is None else row.times + 1
-    longest = min(FIRST_REFUSAL_SECONDS * 2 ** min(times - 1, 10), LONGEST_REFUSAL_SECONDS)
-    # Workers that lost the same disk do not come back all at once.
-    seconds = random.uniform(longest / 2, longest)  # noqa: S311
+    seconds = wait_seconds(times)
+    if row is not None and row.needs_test:
+        return seconds
     session.merge(
         Refusal(
             worker=name,
@@ -154,15 +154,26 @@ def refuse(
 
 
 def accept(session: Session, name: str, *, queue: str) -> None:
-    """It has rendered a job of this queue: what was wrong is over."""
+    """It has rendered a job of this queue: what was wrong is over, but for what needs a test."""
+    is_suspect = or_(Worker.suspects.is_not(None), Worker.removals > 0)
     session.execute(
-        delete(Refusal).where(Refusal.worker == name, Refusal.queue.in_((queue, ALL_QUEUES)))
+        update(Worker).where(Worker.name == name, is_suspect).values(suspects=None, removals=0)
     )
+    of_queue = Refusal.queue.in_((queue, ALL_QUEUES))
+    session.execute(
+        delete(Refusal).where(Refusal.worker == name, of_queue, Refusal.needs_test.is_(False))
+    )
+
+
+def wait_seconds(times: int) -> float:
+    """Twice as long each time; workers that lost the same disk do not come back all at once."""
+    longest = min(FIRST_REFUSAL_SECONDS * 2 ** min(times - 1, 10), LONGEST_REFUSAL_SECONDS)
+    return random.uniform(longest / 2, longest)  # noqa: S311
 
 
 def refusals(session: Session, *, worker: str | None = None) -> Sequence[Refusal]:
     """Those that still hold, of one worker or of all."""
-    found = select(Refusal).where(Refusal.until > database.now(session))
+    found = select(Refusal).where(or_(Refusal.until > database.now(session), Refusal.needs_test))
     if worker is not None:
         found = found.where(Refusal.worker == worker)
     return session.scalars(found.order_by(Refusal.worker, Refusal.queue)).all()

@@ -91,8 +91,11 @@ def gated_then_normed(
 def normed_heads_rotated(
     x_BLD: Tensor, weight_D: Tensor, cos_LK: Tensor, sin_LK: Tensor, eps: float
 ) -> Tensor:
-    """RMSNorm over the full width, then heads [B, L, N, K], each turned by its token's angles."""
-    normed_BLD = functional.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D, eps)
+    """RMSNorm over the full width, then heads [B, L, N, K], each turned by its token's angles.
+
+    The weight is rounded to the dtype of `x`: a training keeps it in fp32.
+    """
+    normed_BLD = functional.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D.to(x_BLD.dtype), eps)
     heads_BLNK = normed_BLD.view(*normed_BLD.shape[:-1], -1, cos_LK.shape[-1])
     return rope.rotate(heads_BLNK, (cos_LK, sin_LK))
 

@@ -15,6 +15,18 @@ class SpecUnusable(RenderError):
     kind = states.FailureKind.INPUT
 
 
+class Refused(RenderError):
+    """The user's safety check said no to the prompt or to frames. Final."""
+
+    kind = states.FailureKind.REFUSED
+
+
+class CheckBreaksAgain(RenderError):
+    """The user's safety check fails for this job time and again: then it is the job's fault."""
+
+    kind = states.FailureKind.CHECK
+
+
 class NotFinite(RenderError):
     """The networks computed NaN or infinity: the video would be black."""
 
@@ -30,6 +42,20 @@ class WeightsAbsent(HostFault):
     """This host does not have the model: it is gone, incomplete or cannot be read."""
 
     kind = states.FailureKind.WEIGHTS
+
+
+class CheckBroken(HostFault):
+    """The user's safety check failed: a service that it asks is away, or a defect of it."""
+
+    is_of_all_queues = True
+    kind = states.FailureKind.CHECK
+
+
+class NotSigned(HostFault):
+    """The video could not be signed, as this host is told to: certificate, or time stamp server."""
+
+    is_of_all_queues = True
+    kind = states.FailureKind.ENCODING
 
 
 class WeightsUnusable(RenderError):

@@ -24,6 +24,7 @@ from jobs import (
     broker,
     database,
     dispatch,
+    health,
     lifecycle,
     presets,
     queries,
@@ -33,7 +34,7 @@ from jobs import (
     supervisor,
     workers,
 )
-from worker import finished, gpus
+from worker import finished, gpus, trial
 
 log = structlog.get_logger()
 
@@ -53,6 +54,22 @@ class RenderProcess:
     child: supervisor.Child
     left: set[str] = field(default_factory=set)
     """Queues that its Celery was ever told to leave."""
+    test: trial.Trial | None = None
+    """The self-test of its device, while the process is away for it."""
+
+    @property
+    def is_there(self) -> bool:
+        return self.child.is_alive or self.test is not None
+
+    def begin_test(self) -> None:
+        """Its process ends: the device is all the test's, and afterwards a fresh one begins."""
+        self.child.kill()
+        self.test = trial.Trial(self.child.environment)
+
+    def end(self) -> None:
+        self.child.kill()
+        if self.test is not None:
+            self.test.end()
 
 
 @dataclass
@@ -123,7 +140,9 @@ class Launcher:
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
-                if renderer.child.revive():
+                if renderer.test is not None:
+                    self._look_at_test(renderer, renderer.test)
+                elif renderer.child.revive():
                     self._give_up_what_it_held(renderer)
             if time.monotonic() >= next_beat:
                 self._beat()
@@ -132,13 +151,14 @@ class Launcher:
     def _beat(self) -> None:
         try:
             for renderer in self.renderers:
-                if renderer.child.is_alive:
+                if renderer.is_there:
                     self._renew(renderer)
             finished.find_unfinished(self.db, self.bell, self.config)
             if finished.requeue_vanished(self.db, self.config):
                 self.bell.kick()
             for renderer in self.renderers:
                 self._steer(renderer)
+                self._test_if_due(renderer)
         except (DBAPIError, broker.BrokerUnavailable) as error:
             log.warning("launcher.beat_missed", error=str(error)[:300])
 
@@ -159,6 +179,35 @@ class Launcher:
         renderer.left |= leaves
         # Said again at each beat: Celery forgets it when it starts anew, and may not have heard.
         self.bell.steer(renderer.name, leave=sorted(leaves), take=sorted(renderer.left - leaves))
+
+    def _test_if_due(self, renderer: RenderProcess) -> None:
+        with self.db.reading() as session:
+            is_due = health.is_due_for_test(session, renderer.name)
+        if not is_due or renderer.test is not None:
+            return
+        log.warning("selftest.started", worker=renderer.name)
+        try:
+            renderer.begin_test()
+        except OSError as error:
+            log.error("process.not_started", name=renderer.name, error=str(error))
+
+    def _look_at_test(self, renderer: RenderProcess, running: trial.Trial) -> None:
+        verdict = running.verdict()
+        if verdict is None:
+            return
+        renderer.test = None
+        facts = {"worker": renderer.name, "seconds": round(verdict.seconds, 1), **verdict.facts}
+        if verdict.failure is None:
+            log.info("selftest.passed", **facts)
+        else:
+            log.error("selftest.failed", **facts, error=verdict.failure)
+        try:
+            self.db.write(health.tested, renderer.name, failure=verdict.failure)
+        except DBAPIError as error:
+            # It still needs one, and is tested again.
+            log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+        renderer.child.start()
+        self.bell.kick()
 
     def _registration(self, renderer: RenderProcess, *, pid: int) -> workers.Registration:
         return workers.Registration(
@@ -196,7 +245,7 @@ class Launcher:
                 break
             self.hurry.wait(LOOK_SECONDS)
         for renderer in self.renderers:
-            renderer.child.kill()
+            renderer.end()
         if self.lost_name is None:
             self._release()
         self.publisher.send(signal.SIGTERM)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs import presets
 from models import sampling
-from worker import errors, resident
+from worker import errors, resident, tracing
 from worker.device import Device
 
 # B batch (1), C channels, T frames, H height, W width
@@ -30,12 +30,13 @@ class Timings:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.device.synchronize()
-            spent = time.perf_counter() - began
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
+        with tracing.stage(name):
+            try:
+                yield
+            finally:
+                self.device.synchronize()
+                spent = time.perf_counter() - began
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
 
 
 @torch.inference_mode()

@@ -8,7 +8,8 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from jobs import broker, database, lifecycle, results, settings, storage
-from worker import errors, finished, scratch
+from worker import errors, finished, scratch, tracing
+from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
@@ -45,7 +46,9 @@ class Publisher:
         try:
             if not self._is_wanted(folder):
                 return True
-            stored = self._upload(folder)
+            job_id = folder.facts().job_id
+            with tracing.job("upload", batch_id=folder.batch_id, job_id=job_id, tries=tries):
+                stored = self._upload(folder)
             won = self.db.write(lifecycle.succeed, folder.attempt_id, video=stored)
         except errors.DiskUnusable as error:
             finished.give_up(self.db, self.config, folder, error=str(error))
@@ -99,6 +102,8 @@ class Publisher:
 def make() -> Publisher:
     """From the environment of this process. Connects to nothing yet."""
     config = settings.load()
+    if worker_settings_module.load().traces:
+        tracing.start(worker=f"publisher@{config.host_name}")
     return Publisher(
         config=config,
         db=database.connect_service(config),

@@ -1,6 +1,7 @@
 """Celery's way to Redis, for which a message that is none of ours is not the end of the process."""
 
 import base64
+import functools
 import json
 import queue as queues
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import kombu.transport
 import structlog
 from kombu.transport import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from jobs import celery_app
 
@@ -16,10 +19,24 @@ log = structlog.get_logger()
 OURS = "rushes."  # how the names of our queues begin
 TASKS = (celery_app.RENDER_TASK, celery_app.PUBLISH_TASK)
 SHOWN_CHARS = 200
+READ_SECONDS = 5.0  # for the rest of a message that has begun to arrive
 
 
 class Channel(redis.Channel):
-    """Drops what is not JSON."""
+    """Drops what is not JSON, and waits for nothing without end."""
+
+    def _receive_one(self, c: Any) -> Any:
+        """Of what is subscribed to. An error, if the connection breaks: Celery then begins anew.
+
+        Left alone, redis-py makes a broken connection anew within its read, without subscribing
+        again (kombu gave it the connection, so it does not know that it should), and reads on
+        without a time limit: the process lives and consumes nothing any more.
+        """
+        c.connection.retry = Retry(NoBackoff(), 0)
+        c.parse_response = functools.partial(
+            type(c).parse_response, c, block=False, timeout=READ_SECONDS
+        )
+        return super()._receive_one(c)  # type: ignore[no-untyped-call]  # kombu's own
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

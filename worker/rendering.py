@@ -1,7 +1,7 @@
 """A claimed job -> a finished folder, with the networks on this process's device."""
 
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,12 +10,15 @@ from torch import Tensor
 from jobs import images, lifecycle, presets, reports, settings, storage
 from models import fusion
 from worker import (
+    checks,
     components,
+    credentials,
     device,
     errors,
     heartbeat,
     kernels,
     pipeline,
+    provenance,
     resident,
     scratch,
     sidecar,
@@ -36,6 +39,8 @@ class Renderer:
     device: device.Device
     components: components.Components
     compiler: fusion.Compiler | None = None
+    safety: checks.Checks = field(default_factory=checks.Checks)
+    credentials: "credentials.Credentials | None" = None
 
     def render(
         self,
@@ -125,21 +130,28 @@ class Renderer:
         heart: heartbeat.Heartbeat,
     ) -> video.VideoInfo:
         """Decoded chunks go straight into ffmpeg: the mp4 is ready when the last one is."""
-        look = claim.spec.look
+        look, origin = claim.spec.look, provenance.Origin.of(claim)
+        check = self.safety.of_frames(claim)
         with video.Mp4Writer(
             folder.video,
             width=look.width,
             height=look.height,
             fps=look.fps,
             worker_settings=self.worker_settings,
+            comment=origin.comment,
         ) as writer:
             for frames_THWC in pipeline.decode(
                 latents_BCTHW, model, timings=timings, reached=heart.reached
             ):
+                check.look_at(frames_THWC)
                 writer.write(frames_THWC)
             heart.reached("mux", 0, 1)
             with timings.stage("mux"):
                 writer.finish()
+                with scratch.disk_errors():
+                    provenance.mark(folder.video, origin)
+                    if self.credentials is not None:
+                        self.credentials.sign(folder.video, origin)
                 return video.check(
                     folder.video,
                     width=look.width,
@@ -149,7 +161,9 @@ class Renderer:
                 )
 
 
-def make(config: settings.Settings, worker_settings: WorkerSettings) -> Renderer:
+def make(
+    config: settings.Settings, worker_settings: WorkerSettings, asked: checks.Checks
+) -> Renderer:
     """Touches the device for the first time."""
     here = device.current(worker_settings)
     compiler = kernels.set_up(worker_settings, here, cache=config.home / "kernels")
@@ -161,4 +175,6 @@ def make(config: settings.Settings, worker_settings: WorkerSettings) -> Renderer
             models_dir=config.models_dir, home=config.home, device=here
         ),
         compiler=compiler,
+        safety=asked,
+        credentials=credentials.load(worker_settings),
     )

@@ -21,7 +21,7 @@ from jobs import (
     states,
     workers,
 )
-from worker import errors, finished, heartbeat, scratch
+from worker import checks, errors, finished, heartbeat, scratch, tracing
 from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
@@ -65,6 +65,7 @@ class Runner:
     db: database.Database
     bell: broker.Broker
     renderer: Renderer
+    safety: checks.Checks = field(default_factory=checks.Checks)
     tally: Tally = field(default_factory=Tally)
 
     def run_attempt(self, job_id: int) -> None:
@@ -84,7 +85,8 @@ class Runner:
             root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
         )
         try:
-            self._render(claim, folder)
+            with self._traced(claim):
+                self._render(claim, folder)
         except errors.AttemptEnded as ended:
             folder.remove()
             self._end(claim, ended)
@@ -99,6 +101,15 @@ class Runner:
         finally:
             self._report()
             self.bell.kick()
+
+    def _traced(self, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
+        return tracing.job(
+            "attempt",
+            batch_id=claim.batch_id,
+            job_id=claim.job_id,
+            attempt=claim.number,
+            queue=claim.queue,
+        )
 
     def _claim(self, job_id: int) -> lifecycle.Claim | None:
         claim = self.db.write(
@@ -136,6 +147,7 @@ class Runner:
             worker_settings=self.worker_settings,
         )
         with heart:
+            self.safety.look_at_prompt(claim)
             try:
                 self.renderer.render(claim, folder, heart)
                 return
@@ -237,17 +249,23 @@ def make() -> Runner:
     """From the environment of this process. Touches the device for the first time."""
     config = settings.load()
     worker_settings = worker_settings_module.load()
+    asked = checks.Checks.load(config, worker_settings)
+    if worker_settings.traces:
+        tracing.start(worker=worker_settings.worker_name)
     return Runner(
         config=config,
         worker_settings=worker_settings,
         db=database.connect_service(config),
         bell=broker.Broker(config),
-        renderer=_renderer(config, worker_settings),
+        renderer=_renderer(config, worker_settings, asked),
+        safety=asked,
     )
 
 
 def _renderer(
-    config: settings.Settings, worker_settings: worker_settings_module.WorkerSettings
+    config: settings.Settings,
+    worker_settings: worker_settings_module.WorkerSettings,
+    asked: checks.Checks,
 ) -> Renderer:
     # Each on its own: a simulated device needs no torch.
     if worker_settings.device == "sim":
@@ -256,7 +274,7 @@ def _renderer(
         return simulation.SimulatedRenderer(worker_settings)
     from worker import rendering
 
-    return rendering.make(config, worker_settings)
+    return rendering.make(config, worker_settings, asked)
 
 
 def _described(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """How this worker renders; beside `jobs.settings`, which says where things are."""
 
+from pathlib import Path
+
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -60,6 +62,43 @@ class WorkerSettings(BaseSettings):
         le=600,
         validation_alias=AliasChoices("RUSHES_SIM_STEP_SECONDS"),
         description="A denoising step on a simulated device; other stages keep their proportion.",
+    )
+    sim_bad_devices: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_SIM_BAD_DEVICES"),
+        description="File with a line for each simulated device that is broken: `sim0@host device`,"
+        " or `crash`, `hang`, `internal`.",
+    )
+    frame_check: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_FRAME_CHECK"),
+        description="`module:function` that may refuse frames before anything is uploaded.",
+    )
+    c2pa_certificate: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_CERTIFICATE"),
+        description="PEM file with the signer's certificate and those above it: signs every video.",
+    )
+    c2pa_key: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_KEY"),
+        description="PEM file with the signer's private key.",
+    )
+    c2pa_algorithm: str = Field(
+        "es256",
+        pattern="^(es256|es384|es512|ps256|ps384|ps512|ed25519)$",
+        validation_alias=AliasChoices("RUSHES_C2PA_ALGORITHM"),
+        description="That of the key.",
+    )
+    c2pa_timestamp_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("RUSHES_C2PA_TIMESTAMP_URL"),
+        description="Of a time stamp authority: signatures then outlive the certificate.",
+    )
+    traces: bool = Field(
+        False,
+        validation_alias=AliasChoices("RUSHES_TRACES"),
+        description="Send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says.",
     )
     x264_preset: str = Field(
         "medium",

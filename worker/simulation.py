@@ -16,9 +16,10 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs import lifecycle, presets, queues, reports
-from worker import errors, heartbeat, host_memory, scratch, sidecar, video
+from worker import errors, heartbeat, host_memory, provenance, scratch, sidecar, video
 from worker.settings import WorkerSettings
 
 FAULT = "simulate"
@@ -68,12 +69,15 @@ class SimulatedRenderer:
             self._take("denoise", 1.0)
             if step == 0:
                 _go_wrong((claim.meta or {}).get(FAULT), ran_out)
+                _go_wrong(_fault_of_device(self.worker_settings), ran_out)
         heart.reached("decode", 0, 1)
         self._take("decode", DECODE_STEPS)
         heart.reached("mux", 0, 1)
         info, card = _card(look.width, look.height, look.num_frames, look.fps)
+        origin = provenance.Origin.of(claim, source_type=provenance.ALGORITHMIC)
         with scratch.disk_errors():
             folder.video.write_bytes(card + _mark(claim.spec))
+            provenance.mark(folder.video, origin)
         rendering = sidecar.Rendering(
             video=info,
             seconds=self._seconds,
@@ -104,8 +108,25 @@ class SimulatedRenderer:
         self._seconds[stage] = round(self._seconds.get(stage, 0.0) + seconds, 4)
 
 
+def prove(worker_settings: WorkerSettings) -> dict[str, Any]:
+    """The self-test of a simulated device: a broken one does what it does to a job."""
+    _go_wrong(_fault_of_device(worker_settings), None)
+    return {"device": "simulated"}
+
+
+def _fault_of_device(worker_settings: WorkerSettings) -> str | None:
+    """Read each time: a device may break and be mended while its process runs."""
+    path = worker_settings.sim_bad_devices
+    try:
+        lines = [] if path is None else path.read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    words = [line.split() for line in lines]
+    return next((w[1] for w in words if len(w) == 2 and w[0] == worker_settings.worker_name), None)
+
+
 def _go_wrong(fault: str | None, ran_out: str | None) -> None:
-    """What the job's metadata asks for, in the middle of its render."""
+    """What the job's metadata or the device's state asks for, in the middle of a render."""
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "hang":

@@ -44,11 +44,18 @@ class Mp4Writer:
     """ffmpeg, fed chunk by chunk: H.264 yuv420p, BT.709, index at the front."""
 
     def __init__(
-        self, path: Path, *, width: int, height: int, fps: int, worker_settings: WorkerSettings
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        fps: int,
+        worker_settings: WorkerSettings,
+        comment: str = "",
     ) -> None:
         self._path = path
         self._shape = (height, width, 3)
-        command = _encode_command(path, width, height, fps, worker_settings)
+        command = _encode_command(path, width, height, fps, worker_settings, comment)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the writer
         try:
             self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
@@ -169,7 +176,7 @@ def ffmpeg() -> str:
 
 
 def _encode_command(
-    path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings
+    path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings, comment: str
 ) -> list[str]:
     return [
         ffmpeg(),
@@ -181,5 +188,6 @@ def _encode_command(
         *("-c:v", "libx264", "-preset", worker_settings.x264_preset),
         *("-crf", str(worker_settings.x264_crf), "-pix_fmt", "yuv420p"),
         *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-        *("-color_range", "tv", "-movflags", "+faststart", "-f", "mp4", str(path)),
+        *("-color_range", "tv", "-metadata", f"comment={comment}"),
+        *("-movflags", "+faststart", "-f", "mp4", str(path)),
     ]

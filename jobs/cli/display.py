@@ -93,6 +93,8 @@ def refusal_line(refusal: Refusal) -> str:
     """`gpu0@a until 02:10 (3 times in a row): /models/x: ...`"""
     again = f" ({refusal.times} times in a row)" if refusal.times > 1 else ""
     until = output.when(refusal.until)
+    if refusal.needs_test:
+        until = f"its self-test passes, the next one from {until} on"
     return f"{refusal.worker} until {until}{again}: {output.plain(refusal.reason)}"
 
 

@@ -6,7 +6,18 @@ from typing import Any
 
 import click
 
-from jobs import database, errors, queries, results, settings, shapes, states, storage, watch
+from jobs import (
+    database,
+    errors,
+    queries,
+    results,
+    retries,
+    settings,
+    shapes,
+    states,
+    storage,
+    watch,
+)
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Batch, Job
 
@@ -112,7 +123,7 @@ def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
 
 
 def _manifest(batch: Batch, store: storage.ObjectStore | None) -> str | None:
-    if batch.manifest_at is None or store is None:
+    if batch.manifest_at is None or batch.results_expired_at is not None or store is None:
         return None
     return store.address(results.batch_key(batch.id, "manifest.json"))
 
@@ -133,7 +144,7 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
             ("created", output.when(batch.created_at)),
             ("deadline", _deadline_words(batch)),
             ("finished", output.when(batch.finished_at)),
-            ("results", _manifest(batch, store) or ""),
+            ("results", _manifest(batch, store) or _expired_words(batch)),
         ]
     )
     if snapshot.running:
@@ -147,6 +158,11 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
         output.line(f"  and {batch.failed - len(view.failed):,} more failed: --limit shows them")
     if snapshot.idle_queues:
         output.note(f"note: {display.hint_of_idle(snapshot.idle_queues, snapshot.refusals)}")
+
+
+def _expired_words(batch: Batch) -> str:
+    expired_at = batch.results_expired_at
+    return "" if expired_at is None else f"deleted as old, {output.when(expired_at)}"
 
 
 def _deadline_words(batch: Batch) -> str:
@@ -242,7 +258,9 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
 def _job_state(job: Job) -> str:
     said = output.state(job.state)
     if job.quarantined:
-        said += ", quarantined: its workers died"
+        is_crash = job.failure_kind in retries.CRASHES
+        why = "its workers died" if is_crash else f"it failed on {retries.MAX_MACHINES} workers"
+        said += f", quarantined: {why}"
     if job.cancel_requested and job.state is states.JobState.RUNNING:
         said += ", stops at its next step"
     if job.not_before is not None and job.state is states.JobState.QUEUED:

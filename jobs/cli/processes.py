@@ -35,10 +35,10 @@ def dispatcher(check: bool) -> int:
     """
     config = settings.load()
     if check:
-        return _told_beat(beat.of_dispatcher(config))
+        return told_beat(beat.of_dispatcher(config), "dispatcher")
     db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
-    stop = _stop_on_signals()
+    stop = stop_on_signals()
     with db.reading() as session:
         session.connection()  # a wrong DATABASE_URL is told now; later outages are waited out
     writer = result_writer.ResultWriter(config, db=db)
@@ -94,16 +94,16 @@ class _Beating(dispatch.Dispatcher):
         return done
 
 
-def _told_beat(found: beat.Beat) -> int:
+def told_beat(found: beat.Beat, what: str) -> int:
     age = found.age_seconds()
     if age is None:
-        output.note(f"no dispatcher has run here: {found.path} is missing")
+        output.note(f"no {what} has run here: {found.path} is missing")
         return exits.ERROR
     output.line(f"last seen {output.duration(age)} ago")
     return exits.OK if found.is_alive() else exits.ERROR
 
 
-def _stop_on_signals() -> threading.Event:
+def stop_on_signals() -> threading.Event:
     stop = threading.Event()
 
     def ask(_number: int, _frame: FrameType | None) -> None:
@@ -150,7 +150,7 @@ def up(devices: str) -> int:
 @click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
 @click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
 def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:
-    """Serve the HTTP API.
+    """Serve the HTTP API and the page.
 
     On loopback, for one person and without tokens; on any other address with tokens only. Stops on
     SIGTERM and SIGINT.

@@ -41,10 +41,12 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "up": Lazy("processes", "up", "Run everything on this machine."),
         "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
         "web": Lazy("processes", "web", "Serve the HTTP API."),
+        "notify": Lazy("notify_commands", "notify", "Tell others when batches are finished."),
         "token": Lazy("token_commands", "token", "Manage the tokens of the HTTP API."),
         "worker": Lazy("processes", "worker", "Render: one process per device."),
         "dispatcher": Lazy("processes", "dispatcher", "Hand queued jobs to the workers."),
-        "workers": Lazy("system", "workers", "List the workers and what they render."),
+        "workers": Lazy("worker_commands", "workers", "List the workers, or test one."),
+        "gc": Lazy("cleaning", "gc", "Delete what is old, by the settings that say for how long."),
         "migrate": Lazy("system", "migrate_database", "Bring the database to this version."),
         "doctor": Lazy("system", "doctor_command", "Check every part and say what to do."),
     },
@@ -64,6 +66,10 @@ OTHER_NAMES = {
     "priority": "prioritize",
     "suspend": "pause",
     "unpause": "resume",
+    "clean": "gc",
+    "cleanup": "gc",
+    "prune": "gc",
+    "purge": "gc",
     "requeue": "retry",
     "fetch": "download",
     "run": "submit",
@@ -77,6 +83,8 @@ OTHER_NAMES = {
     "serve": "web",
     "server": "web",
     "api": "web",
+    "webhook": "notify",
+    "webhooks": "notify",
 }
 """What the same thing is called in other tools."""
 

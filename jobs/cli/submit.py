@@ -108,6 +108,7 @@ def submit(
             source=source,
             format=format_name or prompt_files.detected(stream, source),
             options=submission.Options(preset=look, **wanted),
+            check=submission.prompt_check(config),
             images=prompt_files.images(config, file, check_only=dry_run)
             if look.look.needs_image
             else None,

@@ -1,83 +1,13 @@
-"""`rushes workers`, `rushes migrate`, `rushes doctor` and `rushes quantize`."""
+"""`rushes migrate`, `rushes doctor` and `rushes quantize`."""
 
 from dataclasses import asdict
-from datetime import datetime
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
 
 import click
 from alembic.util import CommandError
 
-from jobs import database, doctor, errors, logs, migrate, parts, queries, settings, shapes
-from jobs.cli import connections, display, exits, options, output
-from jobs.schema import Attempt, Refusal, Worker
-
-QUEUE_PREFIX = "rushes.render."
-WORKER_HEADERS = (
-    *("WORKER", "STATE", "SEEN", "DEVICE", "MEMORY", "TAKES", "RENDERS"),
-    *("LOADED", "JOBS", "LOADS", "LORA SWITCHES", "RESTARTS"),
-)
-
-
-@click.command()
-@options.output
-def workers(as_json: bool) -> None:
-    """List the workers and what they render."""
-    db = connections.open_database(settings.load())
-    with db.reading() as session:
-        found = queries.live_workers(session)
-        now = database.now(session)
-    if as_json:
-        output.emit({"workers": [shapes.worker(live) for live in found]})
-    elif found:
-        output.table(WORKER_HEADERS, [_worker_row(live, now) for live in found])
-        for refusal in (each for live in found for each in live.refusals):
-            output.note(f"note: {_refused(refusal)}: {display.refusal_line(refusal)}")
-    else:
-        output.note("no workers: start one with `rushes worker`, or everything with `rushes up`")
-
-
-def _worker_row(live: queries.LiveWorker, now: datetime) -> tuple[str, ...]:
-    row = live.worker
-    return (
-        output.plain(row.name),
-        output.state(_state(live)),
-        f"{output.duration(max((now - row.heartbeat_at).total_seconds(), 0))} ago",
-        output.plain(row.device),
-        _memory(row),
-        output.plain(", ".join(queue.removeprefix(QUEUE_PREFIX) for queue in live.takes)),
-        _rendering(live.attempt),
-        output.plain(", ".join(_loaded(model) for model in row.resident or ())),
-        *(str(number) for number in (row.renders, row.loads, row.lora_switches, row.restarts)),
-    )
-
-
-def _state(live: queries.LiveWorker) -> str:
-    if not live.is_alive:
-        return "silent"
-    return "refuses" if live.refusals else "alive"
-
-
-def _refused(refusal: Refusal) -> str:
-    return f"no jobs of {refusal.queue.removeprefix(QUEUE_PREFIX)}" if refusal.queue else "no jobs"
-
-
-def _memory(row: Worker) -> str:
-    """Used of all, of the device; of the process, where the device is the processor."""
-    known = [each for each in (row.device_used_bytes, row.memory_bytes) if each is not None]
-    return " / ".join(output.size(each) for each in known)
-
-
-def _loaded(model: dict[str, Any]) -> str:
-    name = PurePath(str(model["model"])).name
-    return f"{name} + {output.count(len(model['loras']), 'LoRA')}" if model["loras"] else name
-
-
-def _rendering(attempt: Attempt | None) -> str:
-    if attempt is None:
-        return ""
-    step = display.step_of(attempt)
-    return f"job {attempt.job_id}: {attempt.stage or 'start'}" + (f" {step}" if step else "")
+from jobs import database, doctor, errors, logs, migrate, parts, settings
+from jobs.cli import exits, options, output
 
 
 @click.command("migrate")

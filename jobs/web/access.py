@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Form, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from jobs import errors, tokens
 from jobs.tokens import Scope
-from jobs.web import service
+from jobs.web import cookies, service
 
 _bearer = HTTPBearer(auto_error=False, description="A token of `rushes token create`.")
 
@@ -20,6 +20,13 @@ class Unauthorized(errors.RushesError):
 
 class Forbidden(errors.RushesError):
     """A valid token that may not do this."""
+
+
+class StaleForm(Forbidden):
+    """A form that was not made for who sends it: of another site, or from before a login."""
+
+    def __init__(self) -> None:
+        super().__init__("this form is too old: load the page again, then do it once more")
 
 
 class TooManyRequests(errors.RushesError):
@@ -47,6 +54,13 @@ class Principal:
         """The one owner whose things they see; None: everybody's."""
         return None if self.is_admin else self.owner
 
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or self.is_admin
+
+    @property
+    def may_submit(self) -> bool:
+        return self.may(Scope.SUBMIT)
+
     def may_see(self, owner: str) -> bool:
         return self.is_admin or owner == self.owner
 
@@ -58,12 +72,34 @@ def _principal(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
+    """By the token in the header. A browser's cookie counts for what changes nothing."""
+    is_safe = request.method in cookies.SAFE_METHODS
+    if credentials is None and is_safe:
+        return _identified(request, cookies.secret_of(request), may_be_anybody=True)
+    secret = None if credentials is None else credentials.credentials
+    return _identified(request, secret, may_be_anybody=_is_no_token(credentials))
+
+
+def check_form(request: Request, csrf: Annotated[str, Form()] = "") -> None:
+    """StaleForm, unless this browser was given the page with this form."""
+    if not cookies.is_own_form(request, csrf):
+        raise StaleForm
+
+
+def _form_principal(request: Request, _: Annotated[None, Depends(check_form)]) -> Principal:
+    """By the cookie, for a form of one of our pages."""
+    return _identified(request, cookies.secret_of(request), may_be_anybody=True)
+
+
+def _identified(request: Request, secret: str | None, *, may_be_anybody: bool) -> Principal:
     serving = service.of(request)
-    address = request.client.host if request.client else "unknown"
-    found = _of_token(serving, credentials) if credentials is not None else None
-    if found is None and not serving.needs_token and _is_no_token(credentials):
+    found = None if secret is None else of_token(serving, secret)
+    if found is None and not serving.needs_token and may_be_anybody:
         found = Principal(name=LOCAL, owner=serving.config.owner, scopes=frozenset(Scope))
-    _limit(serving, address if found is None or found.name == LOCAL else found.name)
+    if found is None or found.name == LOCAL:
+        limit_address(request)
+    else:
+        _limit(serving, found.name)
     if found is None:
         raise Unauthorized("this needs a valid token: `rushes token create` makes one")
     return found
@@ -74,11 +110,10 @@ def _is_no_token(credentials: HTTPAuthorizationCredentials | None) -> bool:
     return credentials is None or not credentials.credentials.startswith(tokens.PREFIX)
 
 
-def _of_token(
-    serving: service.Service, credentials: HTTPAuthorizationCredentials
-) -> Principal | None:
+def of_token(serving: service.Service, secret: str) -> Principal | None:
+    """Whose token it is, if it is a valid one."""
     with serving.db.reading() as session:
-        row = tokens.authenticate(session, credentials.credentials)
+        row = tokens.authenticate(session, secret)
         is_due = row is not None and tokens.is_due_for_note(row, session)
     if row is None:
         return None
@@ -87,14 +122,27 @@ def _of_token(
     return Principal(name=f"token {row.id}", owner=row.owner, scopes=frozenset(row.scopes))
 
 
+def limit_address(request: Request) -> None:
+    """TooManyRequests, for who is not known by a token."""
+    _limit(service.of(request), request.client.host if request.client else "unknown")
+
+
 def _limit(serving: service.Service, who: str) -> None:
     if wait := serving.seconds_to_wait(who):
         raise TooManyRequests(rate=serving.config.web_rate, wait_seconds=wait)
 
 
-def _needs(scope: Scope) -> Callable[[Principal], Principal]:
-    def check(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
-        if scope not in principal.scopes and not principal.is_admin:
+def visitor(request: Request) -> Principal:
+    """Who looks at a page, by the cookie. Unauthorized."""
+    return _identified(request, cookies.secret_of(request), may_be_anybody=True)
+
+
+Who = Callable[..., Principal]
+
+
+def _needs(scope: Scope, who: Who = _principal) -> Who:
+    def check(principal: Annotated[Principal, Depends(who)]) -> Principal:
+        if not principal.may(scope):
             raise Forbidden(f"{principal.name} has no scope {scope.value}")
         return principal
 
@@ -104,3 +152,8 @@ def _needs(scope: Scope) -> Callable[[Principal], Principal]:
 Reader = Annotated[Principal, Depends(_needs(Scope.READ))]
 Submitter = Annotated[Principal, Depends(_needs(Scope.SUBMIT))]
 Admin = Annotated[Principal, Depends(_needs(Scope.ADMIN))]
+
+Visitor = Annotated[Principal, Depends(_principal)]
+"""Whoever has a valid token, whatever its scopes."""
+FormSubmitter = Annotated[Principal, Depends(_needs(Scope.SUBMIT, _form_principal))]
+FormAdmin = Annotated[Principal, Depends(_needs(Scope.ADMIN, _form_principal))]

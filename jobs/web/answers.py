@@ -136,6 +136,15 @@ class Workers(Answer):
     workers: list[dict[str, Any]]
 
 
+class Load(Answer):
+    queued: int
+    running: int
+    span_seconds: int
+    is_cut: bool
+    spans: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+
+
 class Presets(Answer):
     presets: list[dict[str, Any]]
 

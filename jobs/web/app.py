@@ -1,6 +1,8 @@
-"""The application: every router, the guards before them, errors in the form of each API."""
+"""The application: APIs and pages, the guards before them, errors in the form of each."""
 
 import importlib.metadata
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -9,8 +11,11 @@ from starlette.middleware.cors import CORSMiddleware
 from jobs.web import (
     batches,
     events,
+    gradio_page,
     guards,
+    html,
     lightx2v,
+    load,
     openai_batches,
     openai_files,
     openai_videos,
@@ -19,6 +24,7 @@ from jobs.web import (
     timetable,
     videos,
 )
+from jobs.web.pages import calendar, farm, gallery, login, overview, submitting
 from jobs.web.service import Service
 
 DESCRIPTION = """Beside our own API (`/api/...`) there are those of OpenAI (`/v1/videos`,
@@ -26,7 +32,13 @@ DESCRIPTION = """Beside our own API (`/api/...`) there are those of OpenAI (`/v1
 
 
 def make(service: Service) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.history.kept(service.db):
+            yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="rushes",
         summary="Batches of prompts, rendered into videos.",
         description=DESCRIPTION,
@@ -43,12 +55,22 @@ def make(service: Service) -> FastAPI:
         timetable.router,
         system.router,
         system.health,
+        load.router,
         openai_videos.router,
         openai_files.router,
         openai_batches.router,
         lightx2v.router,
+        login.router,
+        overview.router,
+        gallery.router,
+        submitting.router,
+        calendar.router,
+        farm.router,
     ):
         app.include_router(part)
+    app.mount("/assets", html.assets())
+    if gradio_page.is_there():
+        gradio_page.mount(app, service)
     # For bodies that do not say how long they are; the guards refuse the others.
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.config.web_max_bytes)
     if service.cors_origins:

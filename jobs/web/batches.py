@@ -277,7 +277,7 @@ def result_links(batch_id: str, serving: Serving, principal: access.Reader) -> d
     with serving.db.reading() as session:
         found = finding.batch(session, batch_id, principal)
     names = {"output": results.OUTPUT, "errors": results.ERRORS, "manifest": "manifest.json"}
-    if found.manifest_at is None:
+    if found.manifest_at is None or found.results_expired_at is not None:
         return dict.fromkeys(names)
     return {
         what: serving.store.presign(

@@ -13,7 +13,7 @@ from jobs.web import access
 def batch(session: Session, reference: str, principal: access.Principal) -> Batch:
     """By its whole id. NotFound."""
     found = session.get(Batch, reference) if queries.BATCH_ID_PART.fullmatch(reference) else None
-    if found is None or not principal.may_see(found.owner):
+    if found is None or found.forgotten_at is not None or not principal.may_see(found.owner):
         raise errors.NotFound(f"no batch {reference[:60]!r}")
     return found
 
@@ -22,7 +22,8 @@ def batches(
     session: Session, principal: access.Principal, *, limit: int, cursor: str | None
 ) -> Sequence[Batch]:
     """Newest first; `cursor` is the last batch that was seen."""
-    statement = select(Batch).order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    statement = select(Batch).where(Batch.forgotten_at.is_(None))
+    statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if principal.sees is not None:
         statement = statement.where(Batch.owner == principal.sees)
     if cursor is not None:

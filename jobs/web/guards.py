@@ -6,9 +6,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.web import problems
+from jobs.web import cookies, problems
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -16,6 +15,17 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+GRADIO_PATH = "/gradio"
+GRADIO_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; "
+    "form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
+)
+"""Gradio writes scripts and styles into its pages, and evaluates templates.
+
+Nothing of ours is shown under this policy.
+"""
 
 
 class Guards:
@@ -42,6 +52,8 @@ class Guards:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                if scope["path"].startswith(GRADIO_PATH):
+                    headers.setdefault("Content-Security-Policy", GRADIO_POLICY)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
@@ -70,7 +82,7 @@ class Guards:
                 f"this service is not {name[:100]!r}: ask for localhost, or give the name in "
                 "RUSHES_WEB_NAMES"
             )
-        if method in SAFE_METHODS:
+        if method in cookies.SAFE_METHODS:
             return None
         origin = headers.get("origin")
         if origin is None:

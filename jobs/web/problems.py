@@ -1,19 +1,20 @@
-"""Errors, each API in its own form: problem+json (RFC 9457), OpenAI's, LightX2V's."""
+"""Errors, each API in its own form: problem+json (RFC 9457), OpenAI's, LightX2V's; or a page."""
 
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
-from jobs import database, errors, requests, storage
-from jobs.web import access
+from jobs import database, errors, requests, safety, storage
+from jobs.web import access, html
 
 log = structlog.get_logger()
 
@@ -21,6 +22,7 @@ MAX_PROBLEMS = 1_000  # told of one request
 AGAIN_SECONDS = 5
 PROBLEM_JSON = "application/problem+json"
 LIGHTX2V_PATHS = ("/v1/tasks", "/v1/service")
+API_PATHS = ("/api", "/v1", "/openapi.json", "/healthz", "/readyz", "/metrics", "/gradio")
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -47,15 +49,41 @@ def answer(
     *,
     headers: Mapping[str, str] | None = None,
     **more: Any,
-) -> JSONResponse:
-    """The error in the form of the API that was asked."""
+) -> Response:
+    """The error in the form of the API that was asked; a page for those who look at pages."""
     path = request.url.path
+    if not path.startswith(API_PATHS) and "text/html" in request.headers.get("accept", ""):
+        return _page(request, status, detail, headers, more)
     if path.startswith(LIGHTX2V_PATHS):
         return JSONResponse({"detail": detail}, status, headers)
     if path.startswith("/v1/"):
         return _openai(status, detail, headers, more)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     return JSONResponse(body | {"detail": detail} | more, status, headers, media_type=PROBLEM_JSON)
+
+
+def _page(
+    request: Request,
+    status: int,
+    detail: str,
+    headers: Mapping[str, str] | None,
+    more: Mapping[str, Any],
+) -> Response:
+    if status == 401:
+        login = "/login"
+        if request.method == "GET" and request.url.path != "/":
+            asked = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            login += f"?next={quote(asked, safe='')}"
+        if "hx-request" in request.headers:
+            return Response(status_code=401, headers={"HX-Redirect": login})
+        return RedirectResponse(login, 303)
+    lines = [problem["message"] for problem in more.get("problems", ())]
+    title = HTTPStatus(status).phrase
+    shown = html.page(
+        request, "error.html", status=status, title=title, detail=detail, lines=lines[:20]
+    )
+    shown.headers.update(headers or {})
+    return shown
 
 
 def _openai(
@@ -88,16 +116,18 @@ _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (errors.PresetError, 422),
     (errors.NotFound, 404),
     (errors.IdempotencyConflict, 409),
+    (errors.BatchExpired, 410),
     (requests.NameTaken, 409),
     (errors.QuotaExceeded, 429),
     (storage.ObjectMissing, 404),
     (storage.StorageUnavailable, 503),
     (storage.StorageError, 502),
     (database.DatabaseUnavailable, 503),
+    (safety.CheckBroken, 503),
 )
 
 
-async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_our_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.RushesError)
     status = status_of(error)
     headers = {}
@@ -123,10 +153,13 @@ async def _on_our_error(request: Request, error: Exception) -> JSONResponse:
         detail = "the file is not there any more" if status == 404 else "the store does not answer"
     if isinstance(error, database.DatabaseUnavailable):
         detail = "the database does not answer"
+    if isinstance(error, safety.CheckBroken):
+        log.error("web.check_broken", path=request.url.path, error=detail)
+        detail = "the safety check does not answer"
     return answer(request, status, detail, headers=headers, **more)
 
 
-async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [
         {"line": None, "message": f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}"}
@@ -136,16 +169,16 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
     return answer(request, status, "the request cannot be read", problems=problems)
 
 
-async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return answer(request, error.status_code, str(error.detail), headers=error.headers)
 
 
-async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_database_error(request: Request, error: Exception) -> Response:
     log.error("web.database_failed", path=request.url.path, error=str(error)[:300])
     again = {"Retry-After": str(AGAIN_SECONDS)}
     return answer(request, 503, "the database does not answer", headers=again)
 
 
-async def _on_defect(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001  # logged by the server
+async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001  # logged by the server
     return answer(request, 500, "this is a defect in rushes: its log says more")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from jobs import images, uploads
+from jobs import holds, images, uploads
 from jobs.schema import StoredFile
 from jobs.web import access, service
 
@@ -36,8 +36,9 @@ def keep(
             shutil.copyfileobj(file.file, target, COPY_BYTES)
         with path.open("rb") as source:
             digest = hashlib.file_digest(source, "sha256")
-        kind = file.content_type or "application/octet-stream"
-        stored = uploads.keep(serving.store, path, sha256=digest.hexdigest(), content_type=kind)
+        kind, sha256 = file.content_type or "application/octet-stream", digest.hexdigest()
+        holds.hold_all(serving.db, [uploads.key_of(sha256)])
+        stored = uploads.keep(serving.store, path, sha256=sha256, content_type=kind)
     with serving.db.transaction() as session:
         return uploads.add(
             session,

@@ -56,7 +56,9 @@ def make_service(config: settings.Settings, db: database.Database) -> Service:
                 )
     allowed = names(config.web_names)
     host_names = None if needs_token and not allowed else LOOPBACK_NAMES | allowed
-    return Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
+    serving = Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
+    _ = serving.prompt_check  # one that cannot be loaded is told now
+    return serving
 
 
 def is_loopback(host: str) -> bool:

@@ -15,8 +15,20 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, errors, presets, readers, settings, storage, submission
+from jobs import (
+    bell,
+    database,
+    errors,
+    metrics,
+    presets,
+    readers,
+    safety,
+    settings,
+    storage,
+    submission,
+)
 from jobs.web import images
+from jobs.web.history import History
 
 log = structlog.get_logger()
 
@@ -33,6 +45,8 @@ class Service:
     """False: whoever reaches us is the one person who uses this machine."""
     host_names: frozenset[str] | None = None
     """What a Host header may say; None: anything."""
+    history: History = field(default_factory=History)
+    """How long the queue was, since this process began."""
     _limiter: MovingWindowRateLimiter = field(
         default_factory=lambda: MovingWindowRateLimiter(MemoryStorage())
     )
@@ -40,6 +54,14 @@ class Service:
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
         return storage.open_store(self.config)
+
+    @functools.cached_property
+    def metrics(self) -> metrics.Registry:
+        return metrics.Registry(self.db)
+
+    @functools.cached_property
+    def prompt_check(self) -> safety.Check | None:
+        return submission.prompt_check(self.config)
 
     @functools.cached_property
     def rate(self) -> RateLimitItem | None:
@@ -80,10 +102,21 @@ class Service:
         options: submission.Options,
         found: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
+        fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None,
     ) -> submission.Submission:
-        """Store a batch and wake the dispatchers. InvalidInput lists every bad line."""
+        """Store a batch and wake the dispatchers. InvalidInput lists every bad line.
+
+        `fill` completes each row before it is checked. Its values are no part of the content that
+        an idempotency key is compared by.
+        """
         file = submission.PromptFile(
-            stream=stream, source=source, format=format, options=options, images=found
+            stream=stream,
+            source=source,
+            format=format,
+            options=options,
+            images=found,
+            check=self.prompt_check,
+            fill=fill,
         )
         try:
             made = submission.submit(self.db, file, beside=beside)

@@ -3,6 +3,8 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Response, UploadFile
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -55,6 +57,12 @@ def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]: 
     """The workers that have not stopped for good, and what they render."""
     with serving.db.reading() as session:
         return {"workers": [shapes.worker(live) for live in queries.live_workers(session)]}
+
+
+@health.get("/metrics", include_in_schema=False, response_class=PlainTextResponse)
+def measure(serving: Serving, principal: access.Reader) -> Response:  # noqa: ARG001
+    """For Prometheus. 503 without the database."""
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @health.get("/healthz")

@@ -20,6 +20,7 @@ from models import vae
 from models.causal_conv import CausalConv3d
 from models.tiny import loop, readout, recipes, whole_clip, world
 
+CHROMA = 0.35  # of values in [-1, 1]; grey has none
 PAST_SCALE = 0.02  # kernels start almost without a past, so that single frames teach clips
 
 
@@ -38,14 +39,15 @@ def train(recipe: recipes.Autoencoder, seed: int, *, path: Path, say: loop.Say) 
     def step(number: int) -> Mapping[str, float]:
         phase, place = recipe.phase_at(number)
         dice = loop.dice(seed, number)
-        some = [next(world.stream(dice, scenes, recipe.passing_share)) for _ in range(phase.batch)]
+        share = recipe.passing_share if phase.passing_share is None else phase.passing_share
+        some = [next(world.stream(dice, scenes, share)) for _ in range(phase.batch)]
         first = dice.randint(0, world.NUM_FRAMES - phase.frames)
         clips = world.draw(some, dice, frames=slice(first, first + phase.frames))
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         factor = loop.warm_cosine(place, phase.steps, warmup=50, last=phase.last_rate / phase.rate)
         loop.set_rate(optimizer, phase.rate * factor)
         noise = loop.generator(seed, number) if phase.kl_weight else None
-        error, kl = losses(network, clips, noise)
+        error, kl = losses(network, clips, noise, trains_encoder=phase.part == "both")
         optimizer.zero_grad()
         (error + phase.kl_weight * kl).backward()  # type: ignore[no-untyped-call]  # torch's stub
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -73,10 +75,15 @@ def start(network: vae.WanVAE) -> None:
 
 
 def losses(
-    network: vae.WanVAE, clips_BCTHW: Tensor, noise: torch.Generator | None
+    network: vae.WanVAE,
+    clips_BCTHW: Tensor,
+    noise: torch.Generator | None,
+    *,
+    trains_encoder: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Balanced error of the reconstruction, and the KL divergence per latent number in nats."""
-    mean, log_variance = whole_clip.encode(network, clips_BCTHW)
+    with torch.set_grad_enabled(trains_encoder):
+        mean, log_variance = whole_clip.encode(network, clips_BCTHW)
     latents = mean
     if noise is not None:
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
@@ -89,10 +96,12 @@ def losses(
 
 
 def near_shapes(clips_BCTHW: Tensor) -> Tensor:
-    """True within two pixels of what is not background: [B, T, H, W]."""
-    background = clips_BCTHW.flatten(2).median(2).values[:, :, None, None, None]
-    is_shape = ((clips_BCTHW - background).abs().amax(1) > 0.35).float()
-    return functional.max_pool2d(is_shape, 5, stride=1, padding=2) > 0
+    """True within four pixels of what is coloured: [B, T, H, W].
+
+    That is half a pillar, so all of a shape that passes behind one is near it.
+    """
+    chroma_BTHW = clips_BCTHW.amax(1) - clips_BCTHW.amin(1)
+    return functional.max_pool2d((chroma_BTHW > CHROMA).float(), 9, stride=1, padding=4) > 0
 
 
 @torch.no_grad()

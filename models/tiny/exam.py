@@ -3,6 +3,8 @@
 # B batch, C channels, T frames, H W rows columns, S text tokens, I image tokens, D width
 
 import dataclasses
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ TEACHER_STEPS = tuple(range(1000, 0, -20))  # fifty
 STUDENT_STEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
 BATCH = 40
+FIRST_FRAME_CHANNELS = 4  # of the mask, before the picture's latents
 PROJECTIONS = 256  # random directions of the sliced Wasserstein distance
 
 
@@ -128,10 +131,29 @@ def take(
     steps: Sequence[int],
     guidance: float = 1.0,
 ) -> tuple[Mapping[str, float], Tensor, Tensor]:
-    """Marks, frames and latents."""
+    """Marks, frames and latents; `seconds` is the time of sampling alone, per clip."""
+    began = time.perf_counter()
     latents = answer(network, asked, steps=steps, guidance=guidance)
+    seconds = (time.perf_counter() - began) / len(latents)
     frames = autoencoder.decode(decoder, latents)
-    return mark(frames, latents, asked), frames, latents
+    return {**mark(frames, latents, asked), "seconds": seconds}, frames, latents
+
+
+def diversity(some: Tensor, others: Tensor) -> float:
+    """How far two draws of the same prompts are apart: root mean square, mean of the clips."""
+    return (some - others).flatten(1).square().mean(1).sqrt().mean().item()
+
+
+@torch.no_grad()
+def first_frame(decoder: vae.WanVAE, latents_BCTHW: Tensor, asked: Paper) -> float:
+    """PSNR in dB of first frames to the pictures that were given, both through the autoencoder."""
+    if asked.condition is None:
+        raise ValueError("text-to-video is given no pictures")
+    given_BCTHW = asked.condition[0][:, FIRST_FRAME_CHANNELS:, :1]
+    shown, meant = (
+        autoencoder.decode(decoder, part[:, :, :1]) for part in (latents_BCTHW, given_BCTHW)
+    )
+    return -10 * math.log10((shown - meant).square().mean().item() / 4)
 
 
 def distance(some: Tensor, others: Tensor, *, seed: int = 0) -> float:

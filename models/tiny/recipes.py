@@ -23,6 +23,10 @@ class Phase:
     last_rate: float
     kl_weight: float
     """0: latents are their means, without noise."""
+    part: Literal["both", "decoder"] = "both"
+    """"decoder": latents stay what they are, and clips that are encoded already stay good."""
+    passing_share: float | None = None
+    """Of clips with a pillar; None: the autoencoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,16 @@ def write(shop: workshop.Workshop, folder: Path) -> None:
 
 
 def _write_one(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> None:
+    write_base(shop, folder, with_images=with_images)
+    made = {"student": transformer_files.DISTILLED_FILES[0], "lora": folders.LORA_FILE}
+    for name, relative in made.items():
+        trained = apprentices.train(shop, workshop.named(name, with_images))
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(trained, folder / relative)
+
+
+def write_base(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> None:
+    """A complete model that is not distilled: teacher, autoencoder and encoders, in bf16."""
     shutil.rmtree(folder, ignore_errors=True)
     sizes = shop.recipe.transformer
     folders.write_transformer_config(
@@ -37,11 +47,6 @@ def _write_one(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> N
         for name, tensor in teacher.items()
     }
     folders.save(narrow, folder / f"{layout.TRANSFORMER_STEM}.safetensors")
-    made = {"student": transformer_files.DISTILLED_FILES[0], "lora": folders.LORA_FILE}
-    for name, relative in made.items():
-        trained = apprentices.train(shop, workshop.named(name, with_images))
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(trained, folder / relative)
     folders.write_vae(folder, shop.autoencoder, dtype=torch.bfloat16)
     network = shop.text_encoder.network
     folders.write_text_encoder(folder, network, words.sizes(), dtype=torch.bfloat16)
@@ -72,41 +77,48 @@ def examine(shop: workshop.Workshop) -> None:
 def examine_one(
     folder: Path, *, with_images: bool, count: int = EXAM_CLIPS, sheets: Path | None = None
 ) -> Mapping[str, Mapping[str, float]]:
-    """Marks of the teacher in fifty steps and in four, of the student, and of the LoRA."""
+    """Marks of the teacher in fifty steps and in four, of the student, and of the LoRA.
+
+    Each draws every clip twice, from other noise. Distances are from its second draw to the first
+    of the teacher's fifty steps: the teacher's own is the floor.
+    """
     base = load(folder, with_images=with_images, base=True)
     student = load(folder, with_images=with_images)
     tower = student.image_encoder if isinstance(student, checkpoint.ImageToVideoNetworks) else None
     asked = exam.paper(student.text_encoder, student.vae, count=count, seed=11, tower=tower)
-    again = exam.paper(student.text_encoder, student.vae, count=count, seed=12, tower=tower)
+    again = exam.with_other_noise(asked, seed=12)
     rows: dict[str, dict[str, float]] = {}
     reference: tuple[Tensor, Tensor] | None = None
 
     def sit(
         name: str,
         network: transformer.WanTransformer,
-        paper: exam.Paper,
         steps: Sequence[int],
         guidance: float,
     ) -> None:
         nonlocal reference
-        marks, frames, latents = exam.take(
-            network, student.vae, paper, steps=steps, guidance=guidance
-        )
+        draws = [
+            exam.take(network, student.vae, paper, steps=steps, guidance=guidance)
+            for paper in (asked, again)
+        ]
+        (marks, frames, latents), (other_marks, other_frames, other_latents) = draws
         reference = reference or (frames, latents)
-        rows[name] = dict(marks) | {
-            "swd_pixels": exam.distance(frames, reference[0]),
-            "swd_latents": exam.distance(latents, reference[1]),
+        rows[name] = {mark: (marks[mark] + other_marks[mark]) / 2 for mark in marks} | {
+            "swd_pixels": exam.distance(other_frames, reference[0]),
+            "swd_latents": exam.distance(other_latents, reference[1]),
+            "diversity": exam.diversity(frames, other_frames),
         }
+        if asked.condition is not None:
+            rows[name]["first_frame"] = exam.first_frame(student.vae, latents, asked)
         if sheets is not None:
             save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
 
-    sit("teacher, 50 steps", base.transformer, asked, exam.TEACHER_STEPS, GUIDANCE)
-    sit("the same again", base.transformer, again, exam.TEACHER_STEPS, GUIDANCE)
-    sit("teacher, 4 steps", base.transformer, asked, exam.STUDENT_STEPS, 1.0)
-    sit("student, 4 steps", student.transformer, asked, exam.STUDENT_STEPS, 1.0)
+    sit("teacher, 50 steps", base.transformer, exam.TEACHER_STEPS, GUIDANCE)
+    sit("teacher, 4 steps", base.transformer, exam.STUDENT_STEPS, 1.0)
+    sit("student, 4 steps", student.transformer, exam.STUDENT_STEPS, 1.0)
     choice = lora_switcher.Choice(path=folder / folders.LORA_FILE)
     lora_switcher.LoraSwitcher(base.transformer).apply([choice])
-    sit("LoRA, 4 steps", base.transformer, asked, exam.STUDENT_STEPS, 1.0)
+    sit("LoRA, 4 steps", base.transformer, exam.STUDENT_STEPS, 1.0)
     return rows
 
 

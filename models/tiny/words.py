@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import config, text_encoder
 from models.tiny import world
@@ -21,6 +21,7 @@ from models.tiny import world
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 TEXT_LEN = 24  # rows of context; the longest prompt has 17 words and an end
 UNKNOWN = "<unk>"
+CONTEXT_SHARE = 0.2  # of what random layers would add to a word from the words around it
 
 
 def tokenizer() -> tokenizers.Tokenizer:
@@ -63,10 +64,19 @@ def encoder(seed: int, folder: Path) -> text_encoder.TextEncoder:
     write_tokenizer(tokenizer(), folder)
     torch.manual_seed(seed)
     network = text_encoder.build_network(sizes())
+    keep_words_apart(network)
     network.eval()  # type: ignore[no-untyped-call]  # transformers has no types for it
     network.requires_grad_(requires_grad=False)
     loaded = text_encoder.load_tokenizer(folder)
     return text_encoder.TextEncoder(network, loaded, text_len=TEXT_LEN)
+
+
+@torch.no_grad()
+def keep_words_apart(network: nn.Module) -> None:
+    """Let each row be little more than its word, so that a word means the same in any prompt."""
+    for name, weight in network.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight.mul_(CONTEXT_SHARE)
 
 
 class Contexts:

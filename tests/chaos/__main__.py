@@ -16,6 +16,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="per host; there are two hosts")
     parser.add_argument("--sqlite", action="store_true", help="instead of PostgreSQL")
     parser.add_argument("--short", action="store_true", help="the form inside `make test`")
+    parser.add_argument(
+        "--minutes", type=float, default=600.0, help="then nothing more is submitted or struck"
+    )
     parser.add_argument("--folder", type=Path, help="for logs and report.json; must not exist")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="rushes-chaos-run-"))
@@ -28,6 +31,7 @@ def main() -> int:
             seed=options.seed,
             workers_per_host=options.workers,
             on_sqlite=options.sqlite,
+            minutes=options.minutes,
         )
     verdict = run.run(script, folder.absolute())
     run.tell(verdict)

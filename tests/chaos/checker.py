@@ -19,7 +19,7 @@ from jobs import database, results, states, storage
 from jobs.schema import Attempt, Batch, Job
 from tests.chaos import record
 from tests.chaos.farm import Plan
-from tests.chaos.nemesis import Strike
+from tests.chaos.nemesis import Pause, Strike
 from tests.chaos.workload import Promise
 
 FINAL = {state.value for state in states.FINAL_JOB_STATES}
@@ -39,6 +39,7 @@ class World:
     moves: Mapping[int, Sequence[record.Move]]
     late_writes: Sequence[int]
     store: storage.ObjectStore
+    pauses: Sequence[Pause] = ()
 
 
 def read(
@@ -47,6 +48,7 @@ def read(
     *,
     plan: Plan,
     promises: Mapping[str, Promise],
+    pauses: Sequence[Pause] = (),
 ) -> World:
     attempts: dict[int, list[Attempt]] = defaultdict(list)
     moves: dict[int, list[record.Move]] = defaultdict(list)
@@ -66,6 +68,7 @@ def read(
         moves=moves,
         late_writes=record.late_writes(db),
         store=store,
+        pauses=pauses,
     )
 
 
@@ -87,19 +90,61 @@ def promises_are_kept(world: World) -> Iterator[str]:
 
 
 def nothing_is_lost(world: World) -> Iterator[str]:
-    """Every job has its video, but for those that no worker can survive."""
-    poison = {
-        (promise.batch_id, position)
-        for promise in world.promises.values()
-        for position in promise.poison
-    }
+    """Every job has its video, but for those that no worker can survive, or that were too late."""
+    poison = _poison(world)
+    late = _late_batches(world)
     for job in world.jobs.values():
+        if job.batch_id in late and job.state is states.JobState.CANCELLED:
+            if job.failure_kind is not states.FailureKind.DEADLINE:
+                yield f"job {job.id} is cancelled, and not for its deadline: {job.failure_kind}"
+            continue
         is_poison = (job.batch_id, job.position) in poison
         expected = states.JobState.FAILED if is_poison else states.JobState.SUCCEEDED
         if job.state is not expected:
             yield f"job {job.id} is {job.state}: {job.failure_kind} {job.error}"
         elif is_poison and not job.quarantined:
             yield f"job {job.id} ends its workers and is not quarantined"
+
+
+def _poison(world: World) -> set[tuple[str, int]]:
+    return {
+        (promise.batch_id, position)
+        for promise in world.promises.values()
+        for position in promise.poison
+    }
+
+
+def _late_batches(world: World) -> set[str]:
+    return {promise.batch_id for promise in world.promises.values() if promise.has_deadline}
+
+
+def deadlines_hold(world: World) -> Iterator[str]:
+    """No attempt begins after its batch's deadline, by the database's clock."""
+    deadlines = {batch.id: batch.deadline_at for batch in world.batches}
+    for job_id, attempts in world.attempts.items():
+        deadline = deadlines[world.jobs[job_id].batch_id]
+        for attempt in attempts:
+            if deadline is not None and attempt.started_at >= deadline:
+                yield f"attempt {attempt.id} of job {job_id} began after the deadline"
+
+
+def nothing_starts_while_paused(world: World) -> Iterator[str]:
+    """I9: between the commit of a pause and its end, by the database's clock."""
+    for pause in world.pauses:
+        for job_id, attempts in world.attempts.items():
+            if world.jobs[job_id].batch_id != pause.batch_id:
+                continue
+            for attempt in attempts:
+                if pause.since < attempt.started_at < pause.until:
+                    yield f"attempt {attempt.id} of job {job_id} began in a pause of its batch"
+
+
+def finished_videos_are_not_rendered_again(world: World) -> Iterator[str]:
+    """Whatever the store and the host's processes did meanwhile."""
+    for job_id, attempts in world.attempts.items():
+        finished = [attempt.id for attempt in attempts if attempt.seconds is not None]
+        if len(finished) > 1:
+            yield f"job {job_id} was rendered to its end by attempts {finished}"
 
 
 def nothing_is_committed_twice(world: World) -> Iterator[str]:
@@ -244,6 +289,9 @@ def leases_know_the_database_clock_only(world: World) -> Iterator[str]:
 CHECKS = (
     promises_are_kept,
     nothing_is_lost,
+    deadlines_hold,
+    nothing_starts_while_paused,
+    finished_videos_are_not_rendered_again,
     nothing_is_committed_twice,
     one_live_attempt_per_job,
     states_follow_the_table,
@@ -284,15 +332,11 @@ def snapshot_is_in_order(db: database.Database) -> list[str]:
 
 def extra_executions(world: World, strikes: Sequence[Strike]) -> tuple[int, list[str]]:
     """Attempts beyond the one that each job needs; in words those that no strike explains."""
-    poison = {
-        (promise.batch_id, position)
-        for promise in world.promises.values()
-        for position in promise.poison
-    }
+    poison, late = _poison(world), _late_batches(world)
     number, unexplained = 0, []
     for job_id, attempts in world.attempts.items():
         job = world.jobs[job_id]
-        if (job.batch_id, job.position) in poison:
+        if (job.batch_id, job.position) in poison or job.batch_id in late:
             continue
         for attempt in attempts:
             if attempt.state is states.AttemptState.SUCCEEDED:

@@ -60,7 +60,7 @@ class Process:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
+                [*servers.tied_to_parent(signal.SIGKILL), *self.command],
                 env=self.environment,
                 cwd=self.log.parent,
                 stdin=subprocess.DEVNULL,
@@ -138,6 +138,11 @@ class Farm:
     environment: dict[str, str]
     hosts: list[Host] = field(default_factory=list)
     dispatchers: list[Process] = field(default_factory=list)
+
+    @property
+    def bad_devices(self) -> Path:
+        """Says which simulated devices are broken."""
+        return self.folder / "bad-devices"
 
     @property
     def secrets(self) -> dict[str, str]:
@@ -283,6 +288,7 @@ def _environment(farm: Farm, *, home: Path, skew_seconds: float) -> dict[str, st
             "RUSHES_MAX_CRASHES": str(plan.max_crashes),
             "RUSHES_RETRY_SECONDS": str(plan.retry_seconds),
             "RUSHES_SIM_STEP_SECONDS": str(plan.step_seconds),
+            "RUSHES_SIM_BAD_DEVICES": str(farm.bad_devices),
             "RUSHES_GRACE_SECONDS": "2",
             "RUSHES_LOG_FORMAT": "json",
             "LOG_LEVEL": "DEBUG",

@@ -27,8 +27,8 @@ from celery import Celery
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import celery_app, database, queues, states
-from jobs.schema import Attempt
+from jobs import celery_app, database, lifecycle, queues, states
+from jobs.schema import Attempt, Batch
 from tests.chaos import farm as farms
 from tests.chaos.proxy import Fault, Proxy
 
@@ -36,10 +36,11 @@ log = structlog.get_logger()
 
 LOOK_SECONDS = 0.1
 LEAST_PAUSE_SECONDS = 0.4
-STUCK_SECONDS = 30.0  # without progress: the next strike comes all the same
 BOMB_MARK = "bomb"
 BUSY_SHARE = 0.8  # of the blows at a worker
 END_SECONDS = 60.0  # for a launcher's drain
+LONG_OUTAGES = 2  # of the store: as long as so many others
+BAD_DEVICE_OUTAGES = 2
 RESTART_SECONDS = (0.5, 3.0)  # until somebody starts again what was killed
 
 
@@ -81,6 +82,21 @@ class Struck:
     workers: tuple[str, ...] = ()
     seconds: float = 0.0
     mend: Callable[[], None] | None = None
+    restart: Callable[[], None] | None = None
+    """A host is stopped beside that, and started again much sooner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """When a batch was paused, by the database's clock."""
+
+    batch_id: str
+    since: datetime
+    until: datetime
+
+
+class NotYet(Exception):
+    """It cannot be mended before something else is."""
 
 
 class NothingToStrike(Exception):
@@ -96,8 +112,11 @@ class Nemesis:
     quotas: Counter[str]
     seed: int
     outage_seconds: tuple[float, float]
+    stuck_seconds: float
+    """After so long without progress the next strike comes all the same."""
     strikes: list[Strike] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    pauses: list[Pause] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
@@ -124,6 +143,7 @@ class Nemesis:
             "postgresql backends ended": ("server", self._end_backends),
             "postgresql half open": ("server", lambda: self._network("postgres", Fault.HALF_OPEN)),
             "redis connections forgotten": ("", lambda: self._forget("redis")),
+            "redis connections cut": ("", self._cut_redis),
             "postgresql connections forgotten": ("", lambda: self._forget("postgres")),
             "postgresql stopped": ("server", self._stop_postgres),
             "messages of strangers": ("", self._send_strange),
@@ -131,7 +151,10 @@ class Nemesis:
             "store denies": ("store", lambda: self._network("store", Fault.DENIED)),
             "store answers lost": ("store", lambda: self._network("store", Fault.LOST_ANSWER)),
             "store half open": ("store", lambda: self._network("store", Fault.HALF_OPEN)),
+            "store away over a restart": ("store", self._away_over_restart),
             "disk full": ("disk", self._fill_disk),
+            "device bad": ("device", self._break_device),
+            "batch paused": ("batch", self._pause_batch),
         }
         assert set(self.quotas) <= set(self._actions)
 
@@ -143,16 +166,16 @@ class Nemesis:
             pause = time.monotonic() - struck_at
             done = len(self.strikes) + len(self.skipped)
             is_due = done_share() >= 0.9 * (done + 0.5) / self._planned
-            is_due = (is_due and pause > LEAST_PAUSE_SECONDS) or pause > STUCK_SECONDS
+            is_due = (is_due and pause > LEAST_PAUSE_SECONDS) or pause > self.stuck_seconds
             if self._left() and is_due and self._strike():
                 struck_at = time.monotonic()
             time.sleep(LOOK_SECONDS)
         self.mend_all()
 
     def mend_all(self) -> None:
-        for _, _, strike, resource, mend in sorted(self._mends, key=lambda item: item[:2]):
-            self._end(strike, resource, mend)
-        self._mends.clear()
+        deadline = time.monotonic() + END_SECONDS
+        while self._mends and time.monotonic() < deadline:
+            self._mend_next()
 
     def _left(self) -> list[str]:
         return [what for what, number in self.quotas.items() if number > 0]
@@ -178,22 +201,32 @@ class Nemesis:
         self.strikes.append(strike)
         log.info("strike", what=what, target=struck.target, seconds=round(struck.seconds, 1))
         if struck.mend is not None:
-            if resource:
-                self._busy.add(resource)
-            due = time.monotonic() + struck.seconds
-            item = (due, next(self._numbers), strike, resource, struck.mend)
-            heapq.heappush(self._mends, item)
+            self._mend_later(struck.seconds, strike, resource, struck.mend)
+        if struck.restart is not None:
+            self._mend_later(self._rng.uniform(*RESTART_SECONDS), strike, "host", struck.restart)
         return True
 
     def _mend_due(self) -> None:
         while self._mends and self._mends[0][0] <= time.monotonic():
-            _, _, strike, resource, mend = heapq.heappop(self._mends)
-            self._end(strike, resource, mend)
+            self._mend_next()
 
-    def _end(self, strike: Strike, resource: str, mend: Callable[[], None]) -> None:
-        mend()
+    def _mend_next(self) -> None:
+        _, _, strike, resource, mend = heapq.heappop(self._mends)
+        try:
+            mend()
+        except NotYet:
+            self._mend_later(LEAST_PAUSE_SECONDS, strike, resource, mend)
+            return
         strike.until = datetime.now(UTC)
         self._busy.discard(resource)
+
+    def _mend_later(
+        self, seconds: float, strike: Strike, resource: str, mend: Callable[[], None]
+    ) -> None:
+        if resource:
+            self._busy.add(resource)
+        item = (time.monotonic() + seconds, next(self._numbers), strike, resource, mend)
+        heapq.heappush(self._mends, item)
 
     # Processes
 
@@ -276,13 +309,50 @@ class Nemesis:
         return self._until_restart(process, ())
 
     def _until_restart(self, process: farms.Process, workers: tuple[str, ...]) -> Struck:
-        def start() -> None:
-            assert process.process is not None
-            process.process.wait(END_SECONDS)
-            process.start()
-
         seconds = self._rng.uniform(*RESTART_SECONDS)
+        start = lambda: _start_again(process)  # noqa: E731
         return Struck(target=process.name, workers=workers, seconds=seconds, mend=start)
+
+    def _break_device(self) -> Struck:
+        """Whatever it renders fails, and its self-test too, until it is mended."""
+        name, _ = self._parent()
+        fault = self._rng.choice(("device", "internal", "crash"))
+        self.farm.bad_devices.write_text(f"{name} {fault}\n")
+        mend = lambda: self.farm.bad_devices.unlink(missing_ok=True)  # noqa: E731
+        seconds = BAD_DEVICE_OUTAGES * self._outage()
+        return Struck(target=f"{name}: {fault}", workers=(name,), seconds=seconds, mend=mend)
+
+    # Batches
+
+    def _pause_batch(self) -> Struck:
+        if "server" in self._busy:
+            raise NothingToStrike
+        try:
+            with self.db.reading() as session:
+                running = select(Batch.id).where(Batch.finished_at.is_(None), Batch.queued > 0)
+                batch_id = self._rng.choice(session.scalars(running.order_by(Batch.id)).all())
+            if not self.db.write(lifecycle.pause_batch, batch_id):
+                raise NothingToStrike
+            since = self._now()
+        except (SQLAlchemyError, IndexError):
+            raise NothingToStrike from None
+        until: list[datetime] = []
+
+        def resume() -> None:
+            if "server" in self._busy:
+                raise NotYet  # only we can mend it
+            try:
+                until.append(self._now())
+                self.db.write(lifecycle.resume_batch, batch_id)
+            except SQLAlchemyError:
+                raise NotYet from None
+            self.pauses.append(Pause(batch_id=batch_id, since=since, until=until[0]))
+
+        return Struck(target=batch_id, seconds=self._outage(), mend=resume)
+
+    def _now(self) -> datetime:
+        with self.db.reading() as session:
+            return database.now(session)
 
     def _stop_child(self) -> Struck:
         """The zombie: it sleeps until its lease is over, then goes on as if nothing had been."""
@@ -396,6 +466,11 @@ class Nemesis:
 
         return Struck(target="postgresql", seconds=self._past_lease(), mend=wake)
 
+    def _cut_redis(self) -> Struck:
+        """As a proxy's time limit does it: the server is there all the time."""
+        self._proxy("redis").cut()
+        return Struck(target="redis")
+
     def _forget(self, name: str) -> Struck:
         self._proxy(name).forget()
         return Struck(target=name)
@@ -420,6 +495,22 @@ class Nemesis:
 
         return Struck(target=name, seconds=self._outage(), mend=mend)
 
+    def _away_over_restart(self) -> Struck:
+        """Finished videos pile up, and the processes that know of them end."""
+        if "host" in self._busy:
+            raise NothingToStrike
+        host = self._rng.choice(self._live_hosts())
+        names = tuple(host.render_parents())
+        away = self._network("store", Fault.BUSY)
+        os.kill(host.launcher.pid, signal.SIGTERM)
+        return Struck(
+            target=host.name,
+            workers=names,
+            seconds=LONG_OUTAGES * away.seconds + RESTART_SECONDS[1],
+            mend=away.mend,
+            restart=lambda: _start_again(host.launcher),
+        )
+
     def _fill_disk(self) -> Struck:
         hosts = [host for host in self.farm.hosts if host.is_small_disk]
         if not hosts:
@@ -433,6 +524,12 @@ class Nemesis:
         names = tuple(host.render_parents())
         mend = lambda: filler.unlink(missing_ok=True)  # noqa: E731
         return Struck(target=host.name, workers=names, seconds=self._outage(), mend=mend)
+
+
+def _start_again(process: farms.Process) -> None:
+    assert process.process is not None
+    process.process.wait(END_SECONDS)
+    process.start()
 
 
 def _send(process: psutil.Process, number: signal.Signals, *, may_be_gone: bool = False) -> None:

@@ -86,6 +86,14 @@ class Proxy:
         """From now on nothing comes through the connections of now; new ones are good."""
         self._network.loop.call_soon_threadsafe(self._forget)
 
+    def cut(self) -> None:
+        """The connections of now break; new ones are good at once."""
+        self._network.loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        for writer in self._open:
+            writer.transport.abort()
+
     def _forget(self) -> None:
         self._forgotten = self._opened
 
@@ -95,8 +103,7 @@ class Proxy:
             self._passable.clear()
         elif was is Fault.HALF_OPEN or fault is Fault.CUT:
             # A connection that was forgotten on the way does not come back to life.
-            for writer in self._open:
-                writer.transport.abort()
+            self._abort()
         if fault is not Fault.HALF_OPEN:
             self._passable.set()
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from jobs import database
+from jobs.schema import Attempt
 
 TABLE = """
 CREATE TABLE chaos_moves (
@@ -99,6 +100,4 @@ def late_writes(db: database.Database) -> list[int]:
 def since(db: database.Database, when: datetime) -> datetime | None:
     """When the first job was claimed after this moment."""
     with db.reading() as session:
-        return session.scalar(
-            text("SELECT min(started_at) FROM attempts WHERE started_at > :when"), {"when": when}
-        )
+        return session.scalar(select(func.min(Attempt.started_at)).where(Attempt.started_at > when))

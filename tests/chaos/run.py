@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import threading
@@ -32,10 +33,14 @@ class Script:
     jobs: int
     batch_size: int
     poison_jobs: int
+    late_batches: int
     quotas: dict[str, int]
     outage_seconds: tuple[float, float]
     seed: int
     limit_seconds: float
+    stuck_seconds: float = 30.0
+    striking_seconds: float = math.inf
+    """Then nothing more is submitted or struck, however much is left, and the rest is rendered."""
 
 
 @dataclass
@@ -112,6 +117,7 @@ def run(script: Script, folder: Path) -> Verdict:
             batch_size=script.batch_size,
             seed=script.seed,
             poison_jobs=script.poison_jobs,
+            late_batches=script.late_batches,
         )
         nemesis = Nemesis(
             farm=here,
@@ -119,15 +125,19 @@ def run(script: Script, folder: Path) -> Verdict:
             quotas=Counter(script.quotas),
             seed=script.seed,
             outage_seconds=script.outage_seconds,
+            stuck_seconds=script.stuck_seconds,
         )
         deadline = began + script.limit_seconds
+        strike_until = min(deadline, began + script.striking_seconds)
         progress = Progress(db, work)
         work.start()
         nemesis.run(
             done_share=progress.done_share,
-            is_over=lambda: time.monotonic() > deadline or progress.is_finished(),
+            is_over=lambda: time.monotonic() > strike_until or progress.is_finished(),
         )
         while time.monotonic() < deadline and not progress.is_finished():
+            if time.monotonic() > strike_until:
+                work.enough.set()
             time.sleep(0.5)
         work.stop.set()
         watch.end()
@@ -156,11 +166,11 @@ class Progress:
         self._thread.start()
 
     def done_share(self) -> float:
-        return self._done / self._work.jobs
+        return self._done / self._work.all_jobs
 
     def is_finished(self) -> bool:
         """All is submitted, every batch has ended and its manifest is written."""
-        return self._work.is_done and self._written >= self._work.batches
+        return self._work.is_done and self._written >= len(self._work.promises)
 
     def end(self) -> None:
         self._stop.set()
@@ -187,7 +197,7 @@ def _judge(
     exit_status: dict[str, int | None],
 ) -> Verdict:
     store = storage.open_store(here.config)
-    world = checker.read(db, store, plan=script.plan, promises=work.promises)
+    world = checker.read(db, store, plan=script.plan, promises=work.promises, pauses=nemesis.pauses)
     wrong = {check.__name__: list(check(world)) for check in checker.CHECKS}
     wrong["snapshots_are_in_order"] = watch.wrong
     wrong["no_log_shows_a_secret"] = checker.secrets_in(here.logs(), here.secrets)
@@ -215,6 +225,8 @@ def _judge(
         "snapshots": watch.looks,
         "moves": sum(map(len, world.moves.values())),
         "zombies_refused": _count_in_logs(here, "superseded"),
+        "workers_taken_out": _count_in_logs(here, '"selftest.started"'),
+        "selftests_failed": _count_in_logs(here, '"selftest.failed"'),
     }
     return Verdict(
         script=script,

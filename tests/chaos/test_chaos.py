@@ -5,7 +5,7 @@ import pytest
 from tests.chaos import run, scripts
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_farm_that_is_struck_loses_nothing_and_commits_nothing_twice(tmp_path):
     """Kills, zombies, drains, lost servers, a full disk, wrong clocks: each at least once."""
     verdict = run.run(scripts.short(seed=5), tmp_path)

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from jobs import database, lifecycle, migrate, results, states, storage
 from jobs.schema import Attempt, Job
 from tests.chaos import checker, farm, record
-from tests.chaos.nemesis import Strike
+from tests.chaos.nemesis import Pause, Strike
 from tests.chaos.workload import Promise
 from tests.integration.jobs.conftest import World
 
@@ -34,6 +34,7 @@ class Night:
         self.commit(self.claim(self.second))
         assert results.write(db, self.store, self.batch_id)
         self.promises = {"night": Promise(batch_id=self.batch_id, jobs=2, poison={})}
+        self.pauses: list[Pause] = []
 
     def claim(self, job_id: int) -> int:
         claim = self.db.write(
@@ -68,7 +69,9 @@ class Night:
         return results.video_key(self.batch_id, self.first, self.winner.id)
 
     def wrong(self) -> dict[str, list[str]]:
-        seen = checker.read(self.db, self.store, plan=PLAN, promises=self.promises)
+        seen = checker.read(
+            self.db, self.store, plan=PLAN, promises=self.promises, pauses=self.pauses
+        )
         found = {check.__name__: list(check(seen)) for check in checker.CHECKS}
         return {name: lines for name, lines in found.items() if lines}
 
@@ -148,6 +151,22 @@ def cut_the_output(night: Night) -> None:
     night.store.put_bytes(first_line, key, content_type=results.JSONL)
 
 
+def start_in_a_pause(night: Night) -> None:
+    around = timedelta(seconds=1)
+    at = night.winner.started_at
+    night.pauses.append(Pause(batch_id=night.batch_id, since=at - around, until=at + around))
+
+
+def start_after_the_deadline(night: Night) -> None:
+    past = "UPDATE batches SET deadline_at = '2020-01-01 00:00:00.000000'"
+    night.change(past, night.batch_id)
+
+
+def render_to_the_end_twice(night: Night) -> None:
+    for attempt_id in (night.failed, night.world.job(night.second).attempt_id):
+        night.change("UPDATE attempts SET seconds = '{}'", attempt_id)
+
+
 @pytest.mark.parametrize(
     ("harm", "check"),
     [
@@ -166,6 +185,9 @@ def cut_the_output(night: Night) -> None:
         (charge_wrongly, checker.budgets_are_charged_rightly),
         (lose_the_manifest, checker.manifests_are_complete),
         (cut_the_output, checker.manifests_are_complete),
+        (start_in_a_pause, checker.nothing_starts_while_paused),
+        (start_after_the_deadline, checker.deadlines_hold),
+        (render_to_the_end_twice, checker.finished_videos_are_not_rendered_again),
     ],
 )
 def test_each_harm_is_found(

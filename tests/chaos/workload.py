@@ -1,20 +1,26 @@
 """People who submit batches whatever happens, and remember what they were promised."""
 
+import contextlib
 import io
 import json
 import random
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
+from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 
 from jobs import broker, database, presets, settings, submission
+from jobs.schema import Batch
 from worker import simulation
 
 SIZE = "64x64"
 AGAIN_SECONDS = 0.5
+LATE_JOBS = 40
+LATE = timedelta(seconds=12)
 PRESET = {
     "model_path": "simulated",
     "denoising_step_list": [1000, 750, 500, 250],
@@ -37,6 +43,8 @@ class Promise:
     jobs: int
     poison: Mapping[int, str]
     """Position -> what is wrong with it."""
+    has_deadline: bool = False
+    """Too short a one: what is not finished by then is cancelled."""
 
 
 @dataclass
@@ -49,10 +57,16 @@ class Workload:
     batch_size: int
     seed: int
     poison_jobs: int = 0
+    late_batches: int = 0
+    """Beside the others: each as large as LATE_JOBS, with a deadline that it cannot keep."""
     promises: dict[str, Promise] = field(default_factory=dict)
     """By idempotency key."""
+    most_open: int = 1_000
+    """The next batch comes when fewer jobs are open, as from people who see a full queue."""
     refused: int = 0
     """Submits that were not acknowledged and were tried again with the same key."""
+    enough: threading.Event = field(default_factory=threading.Event)
+    """No further batch; one that is being submitted is, until it is acknowledged."""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -66,8 +80,12 @@ class Workload:
         return not self._thread.is_alive()
 
     @property
-    def batches(self) -> int:
+    def whole_batches(self) -> int:
         return -(-self.jobs // self.batch_size)
+
+    @property
+    def all_jobs(self) -> int:
+        return self.jobs + self.late_batches * LATE_JOBS
 
     def _run(self) -> None:
         rng = random.Random(self.seed)
@@ -76,7 +94,12 @@ class Workload:
         preset = presets.load(str(path))
         db, bell = database.connect(self.config), broker.Broker(self.config)
         poisoned = set(rng.sample(range(self.jobs), self.poison_jobs))
-        for number in range(self.batches):
+        for number in range(self.late_batches):
+            if not self._submit(db, preset, f"late-{number}", LATE_JOBS, {}, deadline=LATE):
+                break
+        for number in range(self.whole_batches):
+            if not self._has_turn(db):
+                break
             first = number * self.batch_size
             size = min(self.batch_size, self.jobs - first)
             poison = {
@@ -89,6 +112,18 @@ class Workload:
             bell.kick()
         db.close()
 
+    def _has_turn(self, db: database.Database) -> bool:
+        """As soon as not too many jobs are open. False: it is enough."""
+        total = func.coalesce(func.sum(Batch.queued + Batch.running), 0)
+        open_jobs = select(total).where(Batch.finished_at.is_(None))
+        unreachable = (DBAPIError, database.DatabaseUnavailable)
+        while not self.enough.is_set():
+            with contextlib.suppress(*unreachable), db.reading() as session:
+                if session.scalars(open_jobs).one() < self.most_open:
+                    return True
+            self.enough.wait(AGAIN_SECONDS)
+        return False
+
     def _submit(
         self,
         db: database.Database,
@@ -96,6 +131,8 @@ class Workload:
         key: str,
         size: int,
         poison: Mapping[int, str],
+        *,
+        deadline: timedelta | None = None,
     ) -> bool:
         """Until it is acknowledged. False: told to stop."""
         rows = [
@@ -109,7 +146,7 @@ class Workload:
                 stream=io.BytesIO(data),
                 source="chaos",
                 format="jsonl",
-                options=submission.Options(preset=preset, idempotency_key=key),
+                options=submission.Options(preset=preset, idempotency_key=key, deadline=deadline),
             )
             try:
                 batch_id = submission.submit(db, prompts).batch_id
@@ -117,6 +154,11 @@ class Workload:
                 self.refused += 1
                 self.stop.wait(AGAIN_SECONDS)
             else:
-                self.promises[key] = Promise(batch_id=batch_id, jobs=size, poison=dict(poison))
+                self.promises[key] = Promise(
+                    batch_id=batch_id,
+                    jobs=size,
+                    poison=dict(poison),
+                    has_deadline=deadline is not None,
+                )
                 return True
         return False

@@ -22,6 +22,7 @@ from jobs import (
     inputs,
     presets,
     queries,
+    servers,
     settings,
     states,
     storage,
@@ -172,7 +173,8 @@ def start_farm(home: Path, *, devices: str = "cpu:2", **environment: str) -> Far
     home.mkdir(parents=True, exist_ok=True)
     with (home / "up.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "up", "--devices", devices],
+            # Killed tests run no fixture's end.
+            [*servers.tied_to_parent(), sys.executable, "-m", "jobs", "up", "--devices", devices],
             env=clean_environment(home) | environment,
             cwd=home,
             stdout=log,

@@ -11,9 +11,11 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from jobs import errors, servers, settings, storage
 
@@ -113,6 +115,47 @@ def test_delete_is_safe_to_call_twice(store):
     store.delete("a/b")
     assert store.head("a/b") is None
     assert list(store.list()) == []
+
+
+def test_entries_tell_size_and_age_in_the_order_of_the_keys(store):
+    began = datetime.now(UTC) - timedelta(seconds=2)  # some stores count whole seconds
+    store.put_bytes(b"12345", "a/c", content_type="text/plain")
+    store.put_bytes(b"1", "a/b", content_type="text/plain")
+    entries = list(store.entries("a/"))
+    assert [(entry.key, entry.size_bytes) for entry in entries] == [("a/b", 1), ("a/c", 5)]
+    assert all(began < entry.modified_at <= datetime.now(UTC) for entry in entries)
+
+
+def test_many_are_deleted_at_once_and_nothing_else_is(store):
+    keys = [f"a/{number:02}/x y+ü" for number in range(20)]
+    for key in (*keys, "a/21", "b"):
+        store.put_bytes(b"x", key, content_type="text/plain")
+    store.delete_many([])
+    for _ in range(2):
+        store.delete_many([*keys, "a/none"])
+        assert list(store.list()) == ["a/21", "b"]
+
+
+def test_a_folder_store_keeps_no_empty_folders(folder_store, tmp_path):
+    folder_store.put_bytes(b"x", "a/b/c", content_type="text/plain")
+    folder_store.put_bytes(b"x", "a/d", content_type="text/plain")
+    folder_store.delete("a/b/c")
+    assert sorted(path.name for path in tmp_path.glob("results/**/*")) == ["a", "d"]
+    folder_store.delete("a/d")
+    assert list((tmp_path / "results").iterdir()) == []
+    folder_store.put_bytes(b"x", "a/d", content_type="text/plain")
+
+
+def test_a_store_without_the_call_for_many_is_asked_one_by_one(s3_store, monkeypatch):
+    for key in ("a", "b"):
+        s3_store.put_bytes(b"x", key, content_type="text/plain")
+
+    def refuse(**_):
+        raise ClientError({"Error": {"Code": "NotImplemented"}}, "DeleteObjects")
+
+    monkeypatch.setattr(s3_store._client, "delete_objects", refuse)
+    s3_store.delete_many(["a", "b"])
+    assert list(s3_store.list()) == []
 
 
 def test_a_fresh_store_checks_out_and_stays_empty(store):

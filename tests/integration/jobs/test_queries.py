@@ -360,3 +360,27 @@ def test_why_jobs_wait_is_told_when_every_worker_refuses_them(world: World) -> N
     assert "bad\\0 folder" in hint
     world.register("gpu0@b")
     assert watch.look(world.db, batch_id).refusals == ()
+
+
+def test_jobs_of_several_states_come_page_by_page_in_the_order_of_the_file(world: World) -> None:
+    batch_id = world.submit(9)
+    ids = world.job_ids(batch_id)
+    for number in (0, 4, 8):
+        world.fail(world.claimed(ids[number]), states.FailureKind.INPUT)
+    for number in (1, 5):
+        world.cancel_job(ids[number])
+    world.claimed(ids[2])
+    seen: list[int] = []
+    wanted = (states.JobState.FAILED, states.JobState.CANCELLED, states.JobState.FAILED)
+    with world.db.reading() as session:
+        while page := queries.jobs(
+            session,
+            batch_id,
+            states_wanted=wanted,
+            after=seen[-1] if seen else -1,
+            limit=2,
+        ):
+            seen += [job.position for job in page]
+        mixed = queries.jobs(session, batch_id, states_wanted=tuple(states.JobState))
+    assert seen == [0, 1, 4, 5, 8]
+    assert [job.position for job in mixed] == list(range(9))

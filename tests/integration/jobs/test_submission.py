@@ -267,6 +267,18 @@ def test_what_copy_would_take_for_a_sign_arrives_as_it_was(world: World) -> None
     world.check()
 
 
+@pytest.mark.parametrize("number", [3, 4, 5, 8])
+def test_rows_are_copied_in_pieces_none_missing_and_none_twice(
+    postgres_world: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(bulk, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(bulk, "COPIED_AT_ONCE", 4)
+    jobs = postgres_world.jobs(postgres_world.submit(number))
+    assert [(job.position, job.prompt) for job in jobs] == [
+        (position, f"prompt {position}") for position in range(number)
+    ]
+
+
 def test_a_connection_that_breaks_while_jobs_are_stored_is_an_outage_of_the_database(
     postgres_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,14 +18,16 @@ from jobs import (
     broker,
     celery_app,
     errors,
+    health,
     queries,
     queues,
+    servers,
     settings,
     states,
     supervisor,
     workers,
 )
-from worker import gpus, launch, redis_transport
+from worker import gpus, launch, redis_transport, trial
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -360,10 +362,46 @@ def test_check_tells_whether_a_worker_of_this_host_lives(host, launcher):
     assert launch.check(host.config) == 1
 
 
+def test_a_self_test_has_the_device_to_itself_and_ends_with_the_launcher(
+    host, launcher, running, until, monkeypatch
+):
+    monkeypatch.setattr(trial, "COMMAND", SLEEP)
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.1)
+    made = launcher()
+    running(made)
+    host.db.write(health.ask_for_test, "cpu0@here")
+    renderer = made.renderers[0]
+    until(lambda: renderer.test is not None)
+    process = renderer.test._process
+    assert not renderer.child.is_alive
+    seen_at = registered(host)["cpu0@here"].heartbeat_at
+    until(lambda: registered(host)["cpu0@here"].heartbeat_at > seen_at)  # it is no silent worker
+    made.stop.set()
+    until(lambda: process.poll() is not None)
+
+
+def test_after_a_good_self_test_a_fresh_process_renders(
+    host, launcher, running, until, monkeypatch
+):
+    verdict = """print('{"failure": null, "facts": {}}')"""
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", verdict))
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.1)
+    made = launcher()
+    running(made)
+    before = made.renderers[0].child.pid
+    host.db.write(health.ask_for_test, "cpu0@here")
+    until(lambda: registered(host)["cpu0@here"].tested_at is not None)
+    until(lambda: made.renderers[0].child.is_alive)
+    assert made.renderers[0].child.pid != before
+    with host.db.reading() as session:
+        assert workers.refusals(session) == []
+
+
 @pytest.fixture
 def real_launcher(host, until):
     """`rushes worker` itself, with Celery."""
     command = [sys.executable, "-m", "jobs", "worker", "--devices", "cpu"]
+    command = [*servers.tied_to_parent(), *command]
     with (host.config.home / "worker.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     family = []
@@ -395,6 +433,16 @@ def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_la
     until(lambda: consumed(host) == set(), seconds=30)
     host.db.write(workers.accept, "cpu0@here", queue=tiny)
     until(lambda: consumed(host) == {tiny}, seconds=30)
+
+
+def test_a_worker_whose_subscription_breaks_goes_on_consuming(host, real_launcher, until):
+    """As a proxy's time limit does it, or a failover: Redis itself is there all the time."""
+    tiny = queues.of_model("tiny")
+    until(lambda: consumed(host) == {tiny}, seconds=60)
+    assert host.bell.redis.client_kill_filter(_type="pubsub") > 0
+    host.bell.send_renders(tiny, [4711])
+    until(lambda: host.bell.waiting(tiny) == set(), seconds=60)
+    until(lambda: consumed(host) == {tiny}, seconds=60)
 
 
 def spoiled(message, **changes):

@@ -524,6 +524,8 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
     kinds = {cls.__name__: cls.kind for cls in errors.RenderError.__subclasses__()}
     assert kinds == {
         "SpecUnusable": states.FailureKind.INPUT,
+        "Refused": states.FailureKind.REFUSED,
+        "CheckBreaksAgain": states.FailureKind.CHECK,
         "NotFinite": states.FailureKind.INTERNAL,
         "HostFault": states.FailureKind.INTERNAL,
         "WeightsUnusable": states.FailureKind.WEIGHTS,
@@ -537,5 +539,7 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
     assert faults == {
         "WeightsAbsent": states.FailureKind.WEIGHTS,
         "StoreUnavailable": states.FailureKind.STORAGE,
+        "CheckBroken": states.FailureKind.CHECK,
+        "NotSigned": states.FailureKind.ENCODING,
         "DiskUnusable": states.FailureKind.DISK,
     }

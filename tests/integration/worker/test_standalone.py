@@ -165,7 +165,7 @@ class Farms:
         with self.log.open("ab") as log:
             self.started = [
                 subprocess.Popen(
-                    UP,
+                    [*servers.tied_to_parent(), *UP],
                     env=environment | {"RUSHES_HOME": str(home), "RUSHES_GRACE_SECONDS": "5"},
                     cwd=home,
                     stdout=log,

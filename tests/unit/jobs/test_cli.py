@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from jobs import (
     cli,
     database,
+    health,
     lifecycle,
     migrate,
     queries,
@@ -29,7 +30,7 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import exits, root
+from jobs.cli import exits, root, worker_commands
 
 GOOD = (
     '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
@@ -729,6 +730,76 @@ def test_workers_tell_what_they_hold_and_what_they_refuse(rushes: Rushes, farm: 
     assert "/models/tiny: gone" in rushes("show", "latest").stderr
 
 
+def take_out(farm: Farm, name: str = "gpu0@host") -> None:
+    """Three jobs fail on it."""
+    for number in range(3):
+        farm.db.write(
+            health.suspect, name, job_id=number, kind=states.FailureKind.DEVICE, error="Xid 79"
+        )
+
+
+def test_a_worker_that_was_taken_out_is_told_with_the_reason(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    take_out(farm)
+    result = rushes("workers")
+    assert " out " in result.stdout
+    assert "until its self-test passes" in result.stderr
+    assert "Xid 79" in result.stderr
+    (row,) = parsed(rushes("workers", "-o", "json"))["workers"]
+    assert (row["suspects"], row["test"], row["takes"]) == ([0, 1, 2], None, [])
+    assert row["refuses"][0]["needs_test"] is True
+    farm.db.write(health.tested, "gpu0@host", failure="NaN")
+    (row,) = parsed(rushes("workers", "-o", "json"))["workers"]
+    assert row["test"]["failure"] == "NaN"
+    assert "self-test failed: NaN" in rushes("workers").stderr
+
+
+def test_readmit_brings_a_worker_back_without_a_test(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    take_out(farm)
+    assert "takes jobs again" in rushes("workers", "readmit", "gpu0@host").stdout
+    assert " alive " in rushes("workers").stdout
+    told = parsed(rushes("workers", "readmit", "gpu0@host", "-o", "json"))
+    assert told == {"worker": "gpu0@host", "changed": False}
+
+
+@pytest.mark.parametrize(("failure", "code"), [(None, exits.OK), ("NaN", exits.ERROR)])
+def test_a_test_is_asked_for_and_its_verdict_waited_for(
+    rushes: Rushes, farm: Farm, monkeypatch: pytest.MonkeyPatch, failure: str | None, code: int
+) -> None:
+    farm.live_worker()
+
+    def launcher_has_tested(_seconds: float) -> None:
+        with farm.db.reading() as session:
+            assert health.is_due_for_test(session, "gpu0@host")
+        farm.db.write(health.tested, "gpu0@host", failure=failure)
+
+    monkeypatch.setattr(worker_commands.time, "sleep", launcher_has_tested)
+    result = rushes("workers", "test", "gpu0@host")
+    assert result.exit_code == code
+    assert (failure or "passed") in result.stdout
+
+
+def test_a_test_that_nobody_runs_is_waited_for_no_longer_than_asked(
+    rushes: Rushes, farm: Farm
+) -> None:
+    farm.live_worker()
+    result = rushes("workers", "test", "gpu0@host", "--timeout", "0.1")
+    assert result.exit_code == exits.ERROR
+    assert "no result of its self-test" in result.stderr
+    assert "when its job is done" in rushes("workers", "test", "gpu0@host", "--no-wait").stdout
+
+
+@pytest.mark.parametrize("command", ["test", "readmit"])
+def test_a_worker_that_is_not_there_is_told_with_those_that_are(
+    rushes: Rushes, farm: Farm, command: str
+) -> None:
+    farm.live_worker()
+    result = rushes("workers", command, "gpu9@host")
+    assert result.exit_code == exits.USAGE
+    assert "there are: gpu0@host" in result.stderr
+
+
 def test_workers_are_listed_with_what_they_render(farm: Farm, rushes: Rushes) -> None:
     assert "no workers" in rushes("workers").stderr
     farm.live_worker()
@@ -875,6 +946,7 @@ def test_the_documentation_names_every_json_key(farm: Farm, rushes: Rushes) -> N
         "cancel latest",
         "migrate",
         "download latest",
+        "gc",
     )
     for command in commands:
         told = parsed(rushes(*command.split(), "-o", "json"))

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageCms
 
-from jobs import images, settings, storage
+from jobs import images, outside, settings, storage
 
 QUICK = images.Limits(connect_seconds=1, read_seconds=0.4, total_seconds=1.5)
 
@@ -285,7 +285,7 @@ Handler = Callable[[http.server.BaseHTTPRequestHandler], None]
 @dataclass
 class Server:
     port: int
-    network: images.Network
+    network: outside.Network
     pages: dict[str, Handler]
     asked: list[http.server.BaseHTTPRequestHandler] = field(default_factory=list)
     looked_up: list[str] = field(default_factory=list)
@@ -343,7 +343,7 @@ def server(certificate) -> Iterator[Server]:
     trust = str(certificate / "certificate")
     made = Server(
         port=site.server_port,
-        network=images.Network(
+        network=outside.Network(
             resolve=resolve,
             is_allowed=lambda address: address == "127.0.0.1",
             tls=lambda: ssl.create_default_context(cafile=trust),
@@ -443,10 +443,10 @@ class TestHttps:
     )
     def test_each_redirect_is_checked_like_the_first_address(self, fetch, server, location, part):
         def resolve(host: str, port: int) -> list[str]:
-            return ["127.0.0.1"] if host == "images.test" else images._resolve(host, port)
+            return ["127.0.0.1"] if host == "images.test" else outside._resolve(host, port)
 
         def is_allowed(address: str) -> bool:
-            return (address == "127.0.0.1" and not redirected) or images.is_public(address)
+            return (address == "127.0.0.1" and not redirected) or outside.is_public(address)
 
         redirected: list[bool] = []
 
@@ -455,14 +455,14 @@ class TestHttps:
             page(b"", status=302, Location=location)(request)
 
         server.pages["/1"] = redirect
-        network = images.Network(resolve=resolve, is_allowed=is_allowed, tls=server.network.tls)
+        network = outside.Network(resolve=resolve, is_allowed=is_allowed, tls=server.network.tls)
         with pytest.raises(images.ImageUnusable) as caught:
             fetch(server.url("/1"), network=network, limits=QUICK)
         assert part in str(caught.value)
         assert "secret" not in str(caught.value)
 
     def test_a_host_with_one_private_address_is_refused(self, refusal, server):
-        network = images.Network(
+        network = outside.Network(
             resolve=lambda host, port: ["127.0.0.1", "10.0.0.1"],
             is_allowed=server.network.is_allowed,
             tls=server.network.tls,
@@ -471,7 +471,7 @@ class TestHttps:
         assert server.asked == []
 
     def test_the_next_address_is_tried(self, fetch, server):
-        network = images.Network(
+        network = outside.Network(
             resolve=lambda host, port: ["127.0.0.2", "127.0.0.1"],
             is_allowed=lambda address: True,
             tls=server.network.tls,
@@ -486,7 +486,7 @@ class TestHttps:
         assert part in refusal(server.url("/a.png", host), network=server.network)
 
     def test_a_certificate_of_nobody_is_refused(self, refusal, server):
-        network = images.Network(
+        network = outside.Network(
             resolve=server.network.resolve, is_allowed=server.network.is_allowed
         )
         message = refusal(server.url("/a.png"), network=network)
@@ -631,7 +631,7 @@ class TestHttps:
             fetch(f"https://images.test:{port}/", network=server.network)
 
     def test_a_slow_lookup_is_not_waited_for(self, fetch):
-        network = images.Network(resolve=lambda host, port: time.sleep(5) or [])
+        network = outside.Network(resolve=lambda host, port: time.sleep(5) or [])
         limits = images.Limits(total_seconds=0.3)
         with pytest.raises(images.ImageUnreachable, match=r"the name a.test is not found in time"):
             fetch("https://a.test/", network=network, limits=limits)
@@ -641,7 +641,7 @@ class TestHttps:
             raise socket.gaierror(-2, "Name or service not known")
 
         with pytest.raises(images.ImageUnreachable, match=r"the name a.test is not known"):
-            fetch("https://a.test/", network=images.Network(resolve=resolve))
+            fetch("https://a.test/", network=outside.Network(resolve=resolve))
 
     @pytest.mark.parametrize(
         "source",
@@ -680,7 +680,7 @@ def test_no_message_tells_a_secret(fetch, source):
         raise socket.gaierror(-2, "Name or service not known")
 
     with pytest.raises(images.ImageError) as caught:
-        fetch(source, network=images.Network(resolve=resolve))
+        fetch(source, network=outside.Network(resolve=resolve))
     for text in (str(caught.value), repr(caught.value), caught.value.source):
         assert "s3cr3t" not in text
         assert "pa55word" not in text
@@ -708,12 +708,12 @@ PUBLIC = [
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_addresses_that_are_not_the_internets(address):
-    assert not images.is_public(address)
+    assert not outside.is_public(address)
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_addresses_of_the_internet(address):
-    assert images.is_public(address)
+    assert outside.is_public(address)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from jobs import retries, settings, states
 from jobs.states import FailureKind
 
 BUDGETS = retries.Budgets(max_errors=3, max_crashes=2, retry_seconds=10.0)
-ERRORS = [kind for kind in FailureKind if kind not in (FailureKind.INPUT, FailureKind.WORKER_LOST)]
+FINAL = (FailureKind.INPUT, FailureKind.REFUSED)
+ERRORS = [kind for kind in FailureKind if kind not in (*FINAL, FailureKind.WORKER_LOST)]
 
 
 def decide(kind: FailureKind, *, errors: int = 0, crashes: int = 0) -> retries.RetryDecision | None:
@@ -25,8 +26,9 @@ def test_an_error_is_retried_until_the_budget_is_spent(kind: FailureKind) -> Non
     ]
 
 
-def test_bad_input_is_never_retried() -> None:
-    assert decide(FailureKind.INPUT, errors=1) is None
+@pytest.mark.parametrize("kind", FINAL)
+def test_what_cannot_heal_is_never_retried(kind: FailureKind) -> None:
+    assert decide(kind, errors=1) is None
 
 
 def test_a_crash_is_retried_at_once_but_once() -> None:

@@ -101,7 +101,7 @@ def test_every_setting_can_come_from_a_file(
         "web_max_bytes": "2000000",
         "web_require_token": "True",
     }
-    kinds = {float: "17", int: "17", int | None: "17", Path: "/some/where"}
+    kinds = {float: "17", int: "17", int | None: "17", float | None: "17", Path: "/some/where"}
     info = settings.Settings.model_fields[field]
     value = samples.get(field) or kinds.get(info.annotation or str, "/other")  # type: ignore[call-overload]
     held = tmp_path / "held"

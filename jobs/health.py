@@ -1,0 +1,152 @@
+"""Which workers are trusted: those on which job after job fails are taken out and tested.
+
+A failure of the machine's kind (`retries.OF_MACHINE`) is the machine's fault or the job's. The job
+is tried elsewhere: what fails there too says nothing against this machine. Different jobs that fail
+in a row on one machine, and on no other before, take it out.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from jobs import database, retries, states, workers
+from jobs.schema import Attempt, Job, Refusal, Worker
+
+MAX_SUSPECTS = 3  # different jobs in a row
+ELSEWHERE_SECONDS = 600.0  # a worker leaves a job that failed on it to others for this long
+MAX_REASON_CHARS = 1_000
+
+
+def suspect(
+    session: Session, name: str, *, job_id: int, kind: states.FailureKind, error: str
+) -> bool:
+    """A job failed here as on a broken machine. True: one too many in a row, it is taken out.
+
+    It then takes no jobs until a self-test has passed, which its launcher runs: at once the first
+    time, after a growing wait when it was taken out before and no job has gone well since.
+    """
+    row = session.get(Worker, name, with_for_update=True)
+    if row is None or job_id in (row.suspects or ()):
+        return False
+    row.suspects = [*(row.suspects or ()), job_id][-MAX_SUSPECTS:]
+    is_out = session.scalar(
+        select(Refusal.needs_test).where(
+            Refusal.worker == name, Refusal.queue == workers.ALL_QUEUES
+        )
+    )
+    if len(row.suspects) < MAX_SUSPECTS or is_out:
+        return False
+    row.removals += 1
+    jobs = ", ".join(map(str, row.suspects))
+    reason = f"{MAX_SUSPECTS} different jobs in a row failed on it ({jobs}); the last: {error}"
+    wait_seconds = workers.wait_seconds(row.removals - 1) if row.removals > 1 else 0.0
+    _take_out(session, name, kind=kind, reason=reason, wait_seconds=wait_seconds)
+    return True
+
+
+def ask_for_test(session: Session, name: str) -> None:
+    """It takes no more jobs, and its self-test begins as soon as it holds none."""
+    held = session.get(Refusal, (name, workers.ALL_QUEUES), with_for_update=True)
+    if held is not None and held.needs_test:
+        held.until = database.now(session)
+        return
+    kind, reason = states.FailureKind.DEVICE, "a self-test was asked for"
+    _take_out(session, name, kind=kind, reason=reason, wait_seconds=0.0)
+
+
+def readmit(session: Session, name: str) -> bool:
+    """It takes jobs again. False: it was not taken out."""
+    session.execute(update(Worker).where(Worker.name == name).values(suspects=None))
+    ended = session.execute(
+        delete(Refusal).where(Refusal.worker == name, Refusal.needs_test).returning(Refusal.queue)
+    ).all()
+    return bool(ended)
+
+
+def tested(session: Session, name: str, *, failure: str | None) -> None:
+    """Its self-test has ended: it comes back, or waits for the next one."""
+    failure = None if failure is None else database.storable(failure)
+    now = database.now(session)
+    session.execute(
+        update(Worker).where(Worker.name == name).values(tested_at=now, test_failure=failure)
+    )
+    if failure is None:
+        readmit(session, name)
+        return
+    held = session.get(Refusal, (name, workers.ALL_QUEUES), with_for_update=True)
+    if held is None or not held.needs_test:
+        return  # somebody has readmitted it meanwhile
+    held.times += 1
+    held.reason = f"its self-test failed: {failure}"
+    held.until = now + timedelta(seconds=workers.wait_seconds(held.times - 1))
+
+
+def is_due_for_test(session: Session, name: str) -> bool:
+    """It needs a self-test, the wait for it is over, and it renders nothing."""
+    held = session.get(Refusal, (name, workers.ALL_QUEUES))
+    if held is None or not held.needs_test or held.until > database.now(session):
+        return False
+    renders = select(Attempt.id).where(
+        Attempt.worker == name, Attempt.state == states.AttemptState.RUNNING
+    )
+    return session.scalar(renders.limit(1)) is None
+
+
+def _take_out(
+    session: Session, name: str, *, kind: states.FailureKind, reason: str, wait_seconds: float
+) -> None:
+    now = database.now(session)
+    session.merge(
+        Refusal(
+            worker=name,
+            queue=workers.ALL_QUEUES,
+            needs_test=True,
+            kind=kind,
+            reason=database.storable(reason)[:MAX_REASON_CHARS],
+            times=1,
+            since=now,
+            until=now + timedelta(seconds=wait_seconds),
+        )
+    )
+
+
+def _others_take(session: Session, name: str, queue: str) -> bool:
+    """Another worker that is alive takes jobs of this queue now."""
+    alive_since = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS)
+    refused = {(held.worker, held.queue) for held in workers.refusals(session)}
+    there = session.execute(
+        select(Worker.name, Worker.queues)
+        .where(Worker.stopped_at.is_(None), Worker.heartbeat_at >= alive_since)
+        .where(Worker.name != name)
+    )
+    return any(
+        queue in queues and not refused & {(other, queue), (other, workers.ALL_QUEUES)}
+        for other, queues in there
+    )
+
+
+def failed_on(session: Session, job: Job) -> Sequence[tuple[str, datetime]]:
+    """Workers on which it failed as on a broken machine, and when, since its budgets were fresh."""
+    ended = (
+        select(Attempt.worker, Attempt.finished_at, Attempt.failure_kind)
+        .where(Attempt.job_id == job.id)
+        .where(Attempt.state.in_((states.AttemptState.FAILED, states.AttemptState.LOST)))
+        .order_by(Attempt.id.desc())
+        .limit(job.error_count + job.crash_count)
+    )
+    return [
+        (worker, when)
+        for worker, when, kind in session.execute(ended)
+        if kind in retries.OF_MACHINE and when is not None
+    ]
+
+
+def is_for_others(session: Session, job: Job, worker: str, now: datetime) -> bool:
+    """It failed here a while ago, and another worker may show whether that was its own fault."""
+    if not job.error_count + job.crash_count:
+        return False
+    since = now - timedelta(seconds=ELSEWHERE_SECONDS)
+    failed_here = any(name == worker and when > since for name, when in failed_on(session, job))
+    return failed_here and _others_take(session, worker, job.queue)

@@ -1,0 +1,126 @@
+"""Who is told of events: by a signed webhook, or by a service that the library apprise knows."""
+
+import base64
+import secrets
+import urllib.parse
+from collections.abc import Sequence
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from jobs import database, errors, outbox, settings
+from jobs.schema import Listener, Notice
+
+SECRET_BYTES = 32  # Standard Webhooks asks for 24 to 64
+SECRET_PREFIX = "whsec_"  # noqa: S105  # how every such secret begins
+WEBHOOK_SCHEMES = ("https", "http")
+
+
+def is_webhook(url: str) -> bool:
+    """Else apprise knows what to do with it: `slack://...`, `mailto://...`."""
+    return urllib.parse.urlsplit(url).scheme.lower() in WEBHOOK_SCHEMES
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret in it: scheme and, for webhooks, host."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}/..." if is_webhook(url) else f"{parts.scheme}://..."
+
+
+def internal_hosts(config: settings.Settings) -> frozenset[str]:
+    """Hosts of our own network that notices may be sent to."""
+    text = config.notify_internal_hosts or ""
+    return frozenset(part.strip().lower() for part in text.split(",") if part.strip())
+
+
+def check(config: settings.Settings, *, name: str, url: str, events: Sequence[str]) -> None:
+    """InvalidInput says what is wrong with a new listener."""
+    problems = []
+    if not name.isprintable() or not 1 <= len(name) <= 200:
+        problems.append("NAME must be 1 to 200 printable characters")
+    if unknown := sorted(set(events) - set(outbox.EVENTS)):
+        problems.append(f"--event: no {', '.join(unknown)}; there are {', '.join(outbox.EVENTS)}")
+    problem = _problem_of_address(config, url)
+    if problem:
+        problems.append(f"URL {problem}")
+    if problems:
+        raise errors.InvalidInput(
+            "listener", [errors.Problem(line=None, message=text) for text in problems]
+        )
+
+
+def _problem_of_address(config: settings.Settings, url: str) -> str | None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "is not a valid address"
+    if not parts.scheme or "://" not in url or not url.isprintable():
+        return "must be https://host/path, or an address that apprise knows, such as slack://..."
+    if is_webhook(url):
+        host = (parts.hostname or "").lower()
+        if parts.scheme.lower() == "http" and host not in internal_hosts(config):
+            return "must be https: http is for hosts in RUSHES_NOTIFY_INTERNAL_HOSTS"
+        return None if host and "@" not in parts.netloc else "must have a host, and no password"
+    try:
+        import apprise
+    except ImportError:
+        return "needs the library apprise: pip install 'rushes[notify]'"
+    return None if apprise.Apprise().add(url) else "is none that apprise knows, or incomplete"
+
+
+def add(
+    session: Session, *, name: str, url: str, owner: str | None, events: Sequence[str]
+) -> Listener:
+    """A new one; webhooks get a secret. InvalidInput when the name is taken."""
+    secret = None
+    if is_webhook(url):
+        secret = SECRET_PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+    row = Listener(
+        name=name,
+        url=url,
+        secret=secret,
+        owner=owner,
+        events=list(dict.fromkeys(events)),
+        created_at=database.now(session),
+    )
+    session.add(row)
+    try:
+        session.flush()
+    except IntegrityError:
+        problem = errors.Problem(line=None, message=f"there is a listener {name!r} already")
+        raise errors.InvalidInput("listener", [problem]) from None
+    return row
+
+
+def every(session: Session) -> Sequence[Listener]:
+    return session.scalars(select(Listener).order_by(Listener.name)).all()
+
+
+def find(session: Session, name: str) -> Listener:
+    row = session.scalar(select(Listener).where(Listener.name == name))
+    if row is None:
+        raise errors.NotFound(f"no listener {name!r}: `rushes notify list` shows them")
+    return row
+
+
+def remove(session: Session, name: str) -> int:
+    """With its notices; how many of them were still to be sent."""
+    row = find(session, name)
+    mine = Notice.listener_id == row.id
+    waiting = select(func.count()).select_from(Notice).where(mine, Notice.next_try_at.is_not(None))
+    number = session.scalar(waiting) or 0
+    session.execute(delete(Notice).where(mine))
+    session.delete(row)
+    return number
+
+
+def notices(session: Session, *, limit: int) -> Sequence[tuple[Notice, str]]:
+    """The newest ones with the names of their listeners, newest first."""
+    rows = session.execute(
+        select(Notice, Listener.name)
+        .join(Listener, Listener.id == Notice.listener_id)
+        .order_by(Notice.id.desc())
+        .limit(limit)
+    ).all()
+    return [(row[0], row[1]) for row in rows]

@@ -1,0 +1,236 @@
+"""The farm in numbers for Prometheus, read from the database at each scrape.
+
+Nothing is counted in a process of ours, so no restart and no forked child loses a count, and every
+web service tells the same. Attempts never change once they have ended: sums over the old ones are
+kept, and a scrape reads the new ones.
+"""
+
+import importlib.metadata
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from sqlalchemy import case, func, select
+from sqlalchemy.orm import Session
+
+from jobs import database, queries, states
+from jobs.schema import Attempt, Batch, Firing, Job, Notice
+
+STAGES = ("load", "text", "image", "denoise", "decode", "mux")
+"""Of a render; what an attempt's `seconds` names."""
+BUCKETS = (1, 5, 15, 30, 60, 120, 300, 600, 1_200, 3_600, 7_200)  # seconds
+LATECOMERS = 2_000
+"""The newest attempts are read each time: a claim may commit after one with a higher id."""
+
+Sums = Counter[tuple[str, ...]]
+
+
+class Farm(Collector):
+    """What a scrape is answered with. Safe to ask from several threads."""
+
+    def __init__(self, db: database.Database) -> None:
+        self._db = db
+        self._settled_to = 0
+        self._settled: Sums = Counter()
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """Raises what the database raises: no numbers are better than wrong ones."""
+        with self._db.reading() as session:
+            yield from _build()
+            yield from _jobs(session)
+            yield from _queues(session)
+            yield from _attempts_now(session)
+            yield from _workers(session)
+            yield from _firings(session)
+            yield from _notices(session)
+            yield from _attempts_ever(self._ended_attempts(session))
+
+    def _ended_attempts(self, session: Session) -> Sums:
+        with self._lock:
+            newest = session.scalar(select(func.max(Attempt.id))) or 0
+            live = Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+            oldest_live = session.scalar(select(func.min(Attempt.id)).where(live))
+            settled_to = max(min(newest - LATECOMERS, (oldest_live or newest) - 1), 0)
+            if settled_to > self._settled_to:
+                self._settled += _sums(session, after=self._settled_to, until=settled_to)
+                self._settled_to = settled_to
+            return self._settled + _sums(session, after=self._settled_to, until=newest)
+
+
+class Registry:
+    """Prometheus's text form of one farm."""
+
+    def __init__(self, db: database.Database) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(Farm(db))
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+def _gauge(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
+    family = GaugeMetricFamily(f"rushes_{name}", about, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _counter(name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
+    family = CounterMetricFamily(f"rushes_{name}", about, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def _build() -> Iterator[Metric]:
+    version = importlib.metadata.version("rushes")
+    yield _gauge("build_info", "The version of rushes.", {(version,): 1}, "version")
+
+
+def _jobs(session: Session) -> Iterator[Metric]:
+    names = [state.value for state in states.JobState]
+    counts = session.execute(select(*(func.sum(getattr(Batch, name)) for name in names))).one()
+    jobs = {(name,): int(count or 0) for name, count in zip(names, counts, strict=True)}
+    yield _gauge("jobs", "Jobs by state.", jobs, "state")
+    unfinished = session.scalars(select(Batch).where(Batch.finished_at.is_(None))).all()
+    batches = Counter((queries.batch_state(batch).value,) for batch in unfinished)
+    yield _gauge("batches_open", "Unfinished batches by state.", batches, "state")
+    unwritten = select(func.count()).select_from(Batch)
+    unwritten = unwritten.where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
+    about = "Finished batches whose result files are not written yet."
+    yield _gauge("batches_without_results", about, {(): session.scalar(unwritten) or 0})
+
+
+def _queues(session: Session) -> Iterator[Metric]:
+    # A batch has one preset, so one model, so one queue: a seek for each, however many its jobs.
+    queue = (
+        select(func.min(Job.queue))
+        .where(Job.batch_id == Batch.id, Job.state == states.JobState.QUEUED)
+        .scalar_subquery()
+    )
+    waiting = select(queue, Batch.queued).where(Batch.finished_at.is_(None), Batch.queued > 0)
+    depth: Counter[tuple[str, ...]] = Counter()
+    for name, queued in session.execute(waiting):
+        depth[name or "",] += queued
+    yield _gauge("queue_jobs", "Queued jobs by queue.", depth, "queue")
+    served = {(name,): n for name, n in queries.live_workers_by_queue(session).items()}
+    yield _gauge("queue_workers", "Live workers that take from a queue.", served, "queue")
+
+
+def _attempts_now(session: Session) -> Iterator[Metric]:
+    now = database.now(session)
+    by_stage = session.execute(
+        select(Attempt.stage, func.count())
+        .where(Attempt.state == states.AttemptState.RUNNING)
+        .group_by(Attempt.stage)
+    ).all()
+    running = {(stage or "start",): float(number) for stage, number in by_stage}
+    yield _gauge("attempts_running", "What is rendered now, by stage.", running, "stage")
+    backlog, oldest = session.execute(
+        select(func.count(), func.min(Attempt.started_at)).where(
+            Attempt.state == states.AttemptState.RENDERED
+        )
+    ).one()
+    yield _gauge("uploads_waiting", "Finished videos that wait for the store.", {(): backlog})
+    about = "Since the attempt of the longest waiting one began."
+    yield _gauge("uploads_oldest_seconds", about, {(): _age(now, oldest)})
+
+
+def _age(now: datetime, then: datetime | None) -> float:
+    return 0.0 if then is None else max((now - then).total_seconds(), 0.0)
+
+
+def _workers(session: Session) -> Iterator[Metric]:
+    live = queries.live_workers(session)
+    counted = Counter(
+        ("silent" if not each.is_alive else "refuses" if each.refusals else "alive",)
+        for each in live
+    )
+    by_state = {(state,): counted[state,] for state in ("alive", "refuses", "silent")}
+    yield _gauge("workers", "Workers that have not stopped, by state.", by_state, "state")
+    busy = sum(each.is_alive and each.attempt is not None for each in live)
+    yield _gauge("workers_busy", "Live workers that render.", {(): busy})
+    about = "Of a worker's process, since its launcher began."
+    restarts = {(each.worker.name,): float(each.worker.restarts) for each in live}
+    yield _gauge("worker_restarts", about, restarts, "worker")
+    used = {(each.worker.name,): float(each.worker.device_used_bytes or 0) for each in live}
+    yield _gauge("worker_device_used_bytes", "Device memory in use.", used, "worker")
+    there = {(each.worker.name,): float(each.worker.memory_bytes or 0) for each in live}
+    yield _gauge("worker_device_bytes", "Device memory there is.", there, "worker")
+
+
+def _firings(session: Session) -> Iterator[Metric]:
+    counted = session.execute(select(Firing.state, func.count()).group_by(Firing.state)).all()
+    firings = {(state.value,): 0.0 for state in states.FiringState}
+    firings |= {(state.value,): float(number) for state, number in counted}
+    yield _counter("schedule_firings", "Fire times of schedules, by outcome.", firings, "state")
+
+
+def _notices(session: Session) -> Iterator[Metric]:
+    ended = select(
+        func.count(Notice.next_try_at),
+        func.count(Notice.delivered_at),
+        func.count(Notice.given_up_at),
+    )
+    numbers = session.execute(ended).one()
+    names = ("waits", "delivered", "given_up")
+    notices = {(name,): float(number) for name, number in zip(names, numbers, strict=True)}
+    yield _gauge("notices", "Events for others to be told of, by state.", notices, "state")
+
+
+def _sums(session: Session, *, after: int, until: int) -> Sums:
+    """Over the attempts with these ids; live ones count as claimed alone."""
+    seconds = database.seconds_between(session, Attempt.started_at, Attempt.finished_at)
+    columns: dict[str, Any] = {
+        "count": func.count(),
+        "seconds": func.sum(seconds),
+        **{f"le:{edge}": func.sum(case((seconds <= edge, 1), else_=0)) for edge in BUCKETS},
+        **{f"stage:{name}": func.sum(Attempt.seconds[name].as_float()) for name in STAGES},
+    }
+    rows = session.execute(
+        select(Attempt.state, Attempt.failure_kind, *columns.values())
+        .where(Attempt.id > after, Attempt.id <= until)
+        .group_by(Attempt.state, Attempt.failure_kind)
+    )
+    sums: Sums = Counter()
+    for state, kind, *values in rows:
+        for name, value in zip(columns, values, strict=True):
+            if value:
+                sums[state.value, kind.value if kind else "", name] += value
+    return sums
+
+
+def _attempts_ever(sums: Sums) -> Iterator[Metric]:
+    claims, ended, stages = Counter[str](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    succeeded = Counter[str]()
+    for (state, kind, name), value in sums.items():
+        if name == "count":
+            claims["all"] += value
+            if state not in states.LIVE_ATTEMPT_STATES:
+                ended[state, kind] += value
+        elif name.startswith("stage:"):
+            stages[name.removeprefix("stage:"),] += value
+        if state == states.AttemptState.SUCCEEDED:
+            succeeded[name] += value
+    yield _counter("claims", "Attempts that began.", {(): claims["all"]})
+    about = "Attempts that ended; `kind` says what failed."
+    yield _counter("attempts", about, ended, "state", "kind")
+    yield _counter("stage_seconds", "Time spent in a stage of rendering.", stages, "stage")
+    buckets = [(str(float(edge)), float(succeeded[f"le:{edge}"])) for edge in BUCKETS]
+    yield HistogramMetricFamily(
+        "rushes_attempt_seconds",
+        "From the claim to the verified upload, of attempts that succeeded.",
+        buckets=[*buckets, ("+Inf", float(succeeded["count"]))],
+        sum_value=float(succeeded["seconds"]),
+    )

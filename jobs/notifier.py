@@ -1,0 +1,200 @@
+"""Sends the notices of the outbox. A process of its own: a slow receiver holds up no job.
+
+A try is written down before it is made, with the time of the next one: whoever dies in the middle
+of it loses nothing, and any number of notifiers may run.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent import futures
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+from sqlalchemy import Select, select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from jobs import beat, couriers, database, listeners, settings
+from jobs.schema import Listener, Notice
+
+log = structlog.get_logger()
+
+AT_ONCE = 8
+PER_LISTENER = 2  # of those: a receiver that hangs leaves the others their share
+LOOKED_AT = 100
+WAITS_SECONDS = (60, 300, 1_800, 7_200, 18_000, 36_000, 50_400)  # as Standard Webhooks advises
+"""After each try but the last; the first is longer than any try takes."""
+AGAIN_SECONDS = 30.0  # after the database failed
+MAX_ERROR_CHARS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """A notice whose next try is ours to make."""
+
+    notice_id: int
+    listener_id: int
+    tries: int
+    """With this one."""
+    letter: couriers.Letter
+
+    @property
+    def is_last(self) -> bool:
+        return self.tries > len(WAITS_SECONDS)
+
+
+class Notifier:
+    """Looks for due notices and sends them, several at once."""
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        *,
+        db: database.Database,
+        courier: couriers.Courier | None = None,
+    ) -> None:
+        self._config = config
+        self._db = db
+        hosts = listeners.internal_hosts(config)
+        self._courier = courier or couriers.Courier(internal_hosts=hosts)
+        self._pool = futures.ThreadPoolExecutor(AT_ONCE, thread_name_prefix="notice")
+        self._busy: dict[futures.Future[None], int] = {}
+
+    def run(self, stop: threading.Event) -> None:
+        """Until told to stop; tries that are under way are then waited for."""
+        sign = beat.of_notifier(self._config)
+        while not stop.is_set():
+            try:
+                self.tick()
+                sign.touch()
+            except (DBAPIError, database.DatabaseUnavailable) as error:
+                log.error("notify.database_unavailable", error=str(error)[:300])
+                stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
+                continue
+            stop.wait(self._config.tick_seconds)
+        self.close()
+
+    def tick(self) -> int:
+        """Begin with what is due and has room; how many that were."""
+        self._busy = {future: who for future, who in self._busy.items() if not future.done()}
+        room = AT_ONCE - len(self._busy)
+        if not room:
+            return 0
+        with self._db.reading() as session:  # mostly in vain, and so without a lock
+            if session.scalar(_due(session).limit(1)) is None:
+                return 0
+        taken = self._db.write(take, room=room, busy=Counter(self._busy.values()))
+        for due in taken:
+            self._busy[self._pool.submit(self._try, due)] = due.listener_id
+        return len(taken)
+
+    def close(self) -> None:
+        """Wait for the tries that are under way."""
+        self._pool.shutdown(wait=True)
+
+    def wait(self) -> None:
+        """For the tries that have begun."""
+        futures.wait(self._busy)
+
+    def _try(self, due: Due) -> None:
+        facts = {"message_id": due.letter.message_id, "tries": due.tries}
+        try:
+            self._courier.deliver(due.letter)
+        except couriers.NotDelivered as error:
+            is_gone = isinstance(error, couriers.Gone)
+            log.warning("notice.not_delivered", **facts, error=str(error))
+            self._note(failed, due, error=str(error), is_gone=is_gone)
+        except Exception as error:  # of a library that sends for us: no notice may end the others
+            log.error("notice.not_delivered", **facts, error=type(error).__name__)
+            self._note(failed, due, error=type(error).__name__, is_gone=False)
+        else:
+            log.info("notice.delivered", **facts)
+            self._note(delivered, due)
+
+    def _note(self, change: Callable[..., None], due: Due, **values: object) -> None:
+        try:
+            self._db.write(change, due, **values)
+        except DBAPIError as error:
+            # It is sent again: receivers know a message by its id.
+            log.warning(
+                "notice.not_noted", message_id=due.letter.message_id, error=str(error)[:200]
+            )
+
+
+def _due(session: Session) -> Select[Notice]:
+    return (
+        select(Notice)
+        .join(Listener, Listener.id == Notice.listener_id)
+        .where(Notice.next_try_at <= database.now(session), Listener.stopped_at.is_(None))
+        .order_by(Notice.next_try_at)
+    )
+
+
+def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
+    """The next tries, written down as made. `busy`: tries under way by listener."""
+    busy = Counter(busy)
+    full = [listener_id for listener_id, number in busy.items() if number >= PER_LISTENER]
+    rows = session.scalars(
+        _due(session)
+        .where(Notice.listener_id.not_in(full))
+        .limit(LOOKED_AT)
+        .with_for_update(skip_locked=True, of=Notice)
+    ).all()
+    now = database.now(session)
+    taken: list[Due] = []
+    for notice in rows:
+        if len(taken) == room or busy[notice.listener_id] >= PER_LISTENER:
+            continue
+        busy[notice.listener_id] += 1
+        listener = session.get_one(Listener, notice.listener_id)
+        # Also after the last one, so that a try that is never heard of again is made again.
+        wait = WAITS_SECONDS[min(notice.tries, len(WAITS_SECONDS) - 1)]
+        notice.tries += 1
+        notice.next_try_at = now + timedelta(seconds=wait)
+        letter = couriers.Letter(
+            url=listener.url,
+            secret=listener.secret,
+            message_id=notice.message_id,
+            body=notice.body,
+        )
+        taken.append(
+            Due(
+                notice_id=notice.id,
+                listener_id=notice.listener_id,
+                tries=notice.tries,
+                letter=letter,
+            )
+        )
+    return taken
+
+
+def delivered(session: Session, due: Due) -> None:
+    session.execute(
+        update(Notice)
+        .where(Notice.id == due.notice_id)
+        .values(delivered_at=database.now(session), next_try_at=None, error=None)
+    )
+
+
+def failed(session: Session, due: Due, *, error: str, is_gone: bool) -> None:
+    """Written down; given up after the last try, and all of a listener's when it is gone."""
+    now = database.now(session)
+    told = {"error": database.storable(error)[:MAX_ERROR_CHARS]}
+    given_up = {"next_try_at": None, "given_up_at": now}
+    if is_gone:
+        session.execute(
+            update(Listener).where(Listener.id == due.listener_id).values(stopped_at=now)
+        )
+        session.execute(
+            update(Notice)
+            .where(Notice.listener_id == due.listener_id, Notice.next_try_at.is_not(None))
+            .values(told | given_up)
+        )
+        return
+    session.execute(
+        update(Notice)
+        .where(Notice.id == due.notice_id)
+        .values(told | (given_up if due.is_last else {}))
+    )

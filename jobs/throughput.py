@@ -1,0 +1,75 @@
+"""How much the farm finished lately, from the newest attempts."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from jobs import database, states
+from jobs.schema import Attempt
+
+NEWEST_ATTEMPTS = 20_000  # looked at: a chart must not become work for the database
+BAD = (states.AttemptState.FAILED, states.AttemptState.LOST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What ended in some seconds."""
+
+    since: datetime
+    succeeded: int
+    failed: int
+    """Attempts that failed or were lost; their jobs may have been tried again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Spans of equal length, the oldest first; the last one ends now."""
+
+    spans: Sequence[Span]
+    span_seconds: float
+    is_cut: bool
+    """There were more attempts than were looked at: the oldest spans lack some."""
+
+
+def lately(session: Session, *, span_seconds: float, spans: int) -> Throughput:
+    """The last `spans` spans, by the database's clock."""
+    now = database.now(session)
+    begin = now - timedelta(seconds=span_seconds * spans)
+    newest = session.scalar(select(func.max(Attempt.id))) or 0
+    rows = session.execute(
+        select(Attempt.state, Attempt.finished_at)
+        .where(Attempt.id > newest - NEWEST_ATTEMPTS, Attempt.finished_at > begin)
+        .where(Attempt.state.in_((states.AttemptState.SUCCEEDED, *BAD)))
+    ).all()
+    counted: Counter[tuple[int, bool]] = Counter()
+    for state, finished_at in rows:
+        assert finished_at is not None
+        number = int((finished_at - begin).total_seconds() / span_seconds)
+        counted[min(number, spans - 1), state in BAD] += 1
+    return Throughput(
+        spans=[
+            Span(
+                since=begin + timedelta(seconds=span_seconds * number),
+                succeeded=counted[number, False],
+                failed=counted[number, True],
+            )
+            for number in range(spans)
+        ],
+        span_seconds=span_seconds,
+        is_cut=_is_cut(session, newest, begin),
+    )
+
+
+def _is_cut(session: Session, newest: int, begin: datetime) -> bool:
+    """Whether the newest of those that were not looked at ended within the time."""
+    left_out = session.scalar(
+        select(Attempt.finished_at)
+        .where(Attempt.id <= newest - NEWEST_ATTEMPTS)
+        .order_by(Attempt.id.desc())
+        .limit(1)
+    )
+    return left_out is not None and left_out > begin

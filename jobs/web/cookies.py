@@ -1,0 +1,58 @@
+"""What a browser keeps: its token, and a key that its forms are made with."""
+
+import hashlib
+import hmac
+import secrets
+
+from fastapi import Request, Response
+
+TOKEN = "rushes_token"  # noqa: S105  # a name
+FORM_KEY = "rushes_form"
+KEPT_SECONDS = 30 * 24 * 3600  # a token may end earlier by itself
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def secret_of(request: Request) -> str | None:
+    """The token of a person who has logged in."""
+    return request.cookies.get(TOKEN)
+
+
+def log_in(request: Request, response: Response, secret: str) -> None:
+    _set(request, response, TOKEN, secret)
+
+
+def log_out(response: Response) -> None:
+    response.delete_cookie(TOKEN)
+
+
+def form_key(request: Request) -> str:
+    """The browser's key, a new one for a browser that has none."""
+    return request.cookies.get(FORM_KEY) or secrets.token_urlsafe(32)
+
+
+def keep_form_key(request: Request, response: Response, key: str) -> None:
+    if request.cookies.get(FORM_KEY) != key:
+        _set(request, response, FORM_KEY, key)
+
+
+def csrf(request: Request, key: str) -> str:
+    """What a form must carry: made of both cookies, which no other site and no script can read."""
+    return hmac.new(key.encode(), (secret_of(request) or "").encode(), hashlib.sha256).hexdigest()
+
+
+def is_own_form(request: Request, given: str) -> bool:
+    key = request.cookies.get(FORM_KEY)
+    return key is not None and hmac.compare_digest(
+        csrf(request, key).encode(), given.encode(errors="replace")
+    )
+
+
+def _set(request: Request, response: Response, name: str, value: str) -> None:
+    response.set_cookie(
+        name,
+        value,
+        max_age=KEPT_SECONDS,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )

@@ -1,0 +1,62 @@
+"""How long the queue was: looked at now and then by this process, and kept in its memory."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+from starlette.concurrency import run_in_threadpool
+
+from jobs import database, queries
+
+log = structlog.get_logger()
+
+EVERY_SECONDS = 15.0
+SHORTEST = timedelta(seconds=EVERY_SECONDS / 2)  # visitors ask more often
+KEPT = 24 * 3600 // 15  # a day
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What was open at a moment of the database's clock."""
+
+    at: datetime
+    queued: int
+    running: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """Oldest first. A restart begins a new one."""
+
+    samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
+
+    def look(self, db: database.Database) -> Sample:
+        """What is open now; remembered if the last one is old enough."""
+        with db.reading() as session:
+            queued, running = queries.open_jobs(session)
+            sample = Sample(at=database.now(session), queued=queued, running=running)
+        if not self.samples or sample.at - self.samples[-1].at >= SHORTEST:
+            self.samples.append(sample)
+        return sample
+
+    @asynccontextmanager
+    async def kept(self, db: database.Database) -> AsyncIterator[None]:
+        """While a service runs. Where the database is away, there is a gap."""
+        keeper = asyncio.create_task(self._keep(db))
+        try:
+            yield
+        finally:
+            keeper.cancel()
+
+    async def _keep(self, db: database.Database) -> None:
+        while True:
+            try:
+                await run_in_threadpool(self.look, db)
+            except (DBAPIError, database.DatabaseUnavailable) as error:
+                log.warning("web.queue_not_seen", error=str(error)[:200])
+            await asyncio.sleep(EVERY_SECONDS)

@@ -1,0 +1,167 @@
+"""Templates -> pages: words for numbers and times, headers, the key of a browser's forms."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import jinja2
+from fastapi import Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from jobs.web import cookies
+
+HERE = Path(__file__).parent
+HEADERS = {
+    # All scripts and styles are files of ours: nothing inline, nothing from other sites.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; media-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    # With no-referrer, browsers send `Origin: null` with forms: nobody could tell whose they are.
+    "Referrer-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,500}")
+NOTES = {
+    "cancelled": "Cancelled: what waited will not be rendered, what runs stops at its next step.",
+    "retried": "Queued again, with the same seeds and settings.",
+    "nothing-retried": "There was nothing to queue again.",
+    "paused": "Paused: nothing of it starts; what runs goes on.",
+    "resumed": "It goes on.",
+    "moved": "Its place in the queue is changed.",
+    "unchanged": "Nothing was changed: it is in that state already, or it is finished.",
+    "submitted": "Submitted.",
+    "again": "These were submitted before: here is their batch.",
+    "added": "The schedule is added.",
+    "removed": "The schedule is removed; its batches stay.",
+    "login": "You are logged in.",
+    "logout": "You are logged out.",
+}
+"""What a page may be asked to say after something was done, by the word in its address."""
+
+
+class Assets(StaticFiles):
+    """Scripts and styles: the same for everybody, so browsers may keep them for an hour."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "public, max-age=3600"
+        return response
+
+
+def assets() -> Assets:
+    return Assets(directory=HERE / "assets")
+
+
+def page(
+    request: Request, template: str, *, who: Any = None, status: int = 200, **context: Any
+) -> HTMLResponse:
+    """A whole page; `who` decides which links and buttons there are."""
+    key = cookies.form_key(request)
+    text = _ENVIRONMENT.get_template(template).render(
+        context
+        | {
+            "who": who,
+            "path": request.url.path,
+            "note": NOTES.get(request.query_params.get("did", "")),
+            "csrf": cookies.csrf(request, key),
+            "now": datetime.now(UTC),
+            "is_logged_in": cookies.secret_of(request) is not None,
+        }
+    )
+    response = HTMLResponse(text, status, HEADERS)
+    cookies.keep_form_key(request, response, key)
+    return response
+
+
+def go(path: str, *, did: str | None = None) -> RedirectResponse:
+    """To one of our pages, after something was done."""
+    if did is not None:
+        path += ("&" if "?" in path else "?") + urlencode({"did": did})
+    return RedirectResponse(path, 303)
+
+
+def address(path: str, **query: object) -> str:
+    """With those of the query that are something."""
+    told = _query(query)
+    return f"{path}?{told}" if told else path
+
+
+def own_path(given: str, *, otherwise: str) -> str:
+    """The path of one of our pages, which came with a request: never one of another site."""
+    return given if OWN_PATH.fullmatch(given) else otherwise
+
+
+# Words.
+
+
+def ago(moment: datetime | None, now: datetime) -> str:
+    """3 min ago, in 2 h."""
+    if moment is None:
+        return "never"
+    seconds = (now - moment).total_seconds()
+    if abs(seconds) < 5:
+        return "now"
+    return f"{duration(seconds)} ago" if seconds > 0 else f"in {duration(-seconds)}"
+
+
+def duration(seconds: float | None) -> str:
+    """In the largest unit of which there are two: 90 s, 2 min."""
+    if seconds is None:
+        return "?"
+    if seconds < 10:
+        return f"{seconds:.1f} s".replace(".0 ", " ")
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def moment(value: datetime | None) -> str:
+    return "" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def memory(number: int | None) -> str:
+    """As the makers of graphics cards count: in units of 1024."""
+    if number is None:
+        return "?"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
+
+
+def plain(value: object) -> str:
+    """partially_failed -> partially failed."""
+    return str(value).replace("_", " ")
+
+
+def _query(given: Mapping[str, object]) -> str:
+    return urlencode({key: value for key, value in given.items() if value is not None}, doseq=True)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "ago": ago,
+        "duration": duration,
+        "moment": moment,
+        "memory": memory,
+        "plain": plain,
+        "path": lambda text: quote(str(text), safe=""),
+        "query": _query,
+        "number": lambda value: f"{value:,}",
+    }
+    return environment
+
+
+_ENVIRONMENT = _environment()

@@ -1,0 +1,1 @@
+"""The page for people: the functions of our API, as HTML that needs no other site."""

@@ -1,0 +1,213 @@
+"""The page: schedules."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+
+from jobs import cron, errors
+from jobs.web import access, html, service, timetable
+from jobs.web.batches import Serving
+from jobs.web.pages import complaints, submitting
+from jobs.web.pages.complaints import Complaints
+from jobs.web.pages.submitting import Text
+from jobs.web.timetable import Name
+
+router = APIRouter(prefix="/schedules", include_in_schema=False)
+
+ROWS = 50
+HISTORY = 50
+WORDS = (
+    (re.compile(r"\bname\b"), "name"),
+    (re.compile(r"zone"), "zone"),
+    (re.compile(r"catch_up"), "catch_up"),
+    (re.compile(r"--repeat|^repeat"), "repeat"),
+    (re.compile(r"--priority|^priority"), "priority"),
+    (re.compile(r"^list|\blists?\b"), "lists"),
+)
+"""What a message speaks of, and its field; the first that fits counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What came with the form, as it was typed."""
+
+    name: Text = ""
+    preset: Text = ""
+    cron: Text = ""
+    zone: Text = "UTC"
+    prompts: Text = ""
+    lists: Text = ""
+    repeat: Text = "1"
+    priority: Text = "0"
+    misfire: Text = "run_once"
+    catch_up: Text = "3"
+    overlap: Text = "queue"
+
+
+@router.get("")
+def list_schedules(
+    request: Request,
+    serving: Serving,
+    who: access.Reader,
+    after: Annotated[str, Query(max_length=200)] = "",
+) -> Response:
+    """By name."""
+    return _list(request, serving, who, after=after, given=Given(), found={})
+
+
+def _list(
+    request: Request,
+    serving: service.Service,
+    who: access.Principal,
+    *,
+    after: str = "",
+    given: Given,
+    found: dict[str, list[str]],
+) -> Response:
+    every = timetable.list_schedules(serving, who)["schedules"]
+    rows = [row for row in every if row["name"] > after]
+    following = rows[ROWS - 1]["name"] if len(rows) > ROWS else None
+    texts = dataclasses.asdict(given)
+    return html.page(
+        request,
+        "schedules.html",
+        who=who,
+        status=422 if found else 200,
+        schedules=rows[:ROWS],
+        next_url=html.address("/schedules", after=following) if following else None,
+        first_url="/schedules" if after else None,
+        presets=submitting.preset_choices(serving, who) if who.is_admin else [],
+        given=texts | {"preset": given.preset or serving.config.default_preset or ""},
+        errors=found,
+    )
+
+
+@router.post("")
+def add(
+    request: Request,
+    serving: Serving,
+    who: access.FormAdmin,
+    given: Annotated[Given, Depends()],
+) -> Response:
+    found = Complaints()
+    try:
+        _add(serving, who, given, found)
+    except complaints.TOLD as error:
+        _complain(error, found)
+    if found:
+        return _list(request, serving, who, given=given, found=found.by_field)
+    return html.go(_path(given.name.strip()), did="added")
+
+
+def _add(serving: service.Service, who: access.Principal, given: Given, found: Complaints) -> None:
+    lines = [line.strip() for line in given.prompts.splitlines() if line.strip()]
+    if not lines:
+        found.add("prompts", "Type a prompt: each line is a video of every batch.")
+    if not given.name.strip():
+        found.add("name", "Give the schedule a name.")
+    try:
+        cron.parse(given.cron.strip(), given.zone.strip())
+    except ValueError as error:
+        found.add("zone" if "zone" in str(error) else "cron", str(error))
+    numbers = {
+        name: found.whole(name, getattr(given, name)) for name in ("repeat", "priority", "catch_up")
+    }
+    lists = _lists(given.lists, found)
+    if found:
+        return
+    try:
+        new = timetable.NewSchedule.model_validate(
+            numbers
+            | {
+                "name": given.name.strip(),
+                "cron": given.cron.strip(),
+                "zone": given.zone.strip(),
+                "preset": given.preset,
+                "prompts": [{"prompt": line} for line in lines],
+                "misfire": given.misfire,
+                "overlap": given.overlap,
+                "lists": lists,
+            }
+        )
+    except ValidationError as error:
+        for detail in error.errors():
+            found.add(str(detail["loc"][0]), f"{detail['loc'][0]}: {detail['msg']}")
+        return
+    timetable.add(new, serving, who)
+
+
+def _lists(text: str, found: Complaints) -> dict[str, list[str]]:
+    """style=noir,anime, a list per line."""
+    lists: dict[str, list[str]] = {}
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        name, equals, items = line.partition("=")
+        if not equals or not name.strip():
+            found.add("lists", f"{line[:60]!r} is no list: write it as style=noir,anime")
+        lists[name.strip()] = [item.strip() for item in items.split(",") if item.strip()]
+    return lists
+
+
+def _complain(error: errors.RushesError, found: Complaints) -> None:
+    if not isinstance(error, errors.InvalidInput):
+        found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
+        return
+    for problem in error.problems[: complaints.MOST_LINES]:
+        if problem.line is not None or error.source.startswith("prompts"):
+            found.add("prompts", str(problem))
+        else:
+            fits = (field for word, field in WORDS if word.search(problem.message))
+            found.add(next(fits, ""), problem.message)
+
+
+@router.get("/{name}")
+def show(name: Name, request: Request, serving: Serving, who: access.Reader) -> Response:
+    row = timetable.show(name, serving, who)
+    zone = cron.parse(row["cron"], row["zone"]).zone
+    return html.page(
+        request,
+        "schedule.html",
+        who=who,
+        row=row,
+        coming=[
+            (moment, f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}") for moment in row["coming"]
+        ],
+        firings=timetable.history(name, serving, who, limit=HISTORY)["firings"],
+        most=HISTORY,
+    )
+
+
+@router.post("/{name}/pause")
+def pause(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
+    return _changed(name, "paused", timetable.pause(name, serving, who))
+
+
+@router.post("/{name}/resume")
+def resume(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
+    return _changed(name, "resumed", timetable.resume(name, serving, who))
+
+
+@router.post("/{name}/run")
+def run_now(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
+    """To the batch that was made."""
+    batch_id = timetable.run_now(name, serving, who)["batch_id"]
+    return html.go(f"/batches/{batch_id}", did="submitted")
+
+
+@router.post("/{name}/remove")
+def remove(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
+    timetable.remove(name, serving, who)
+    return html.go("/schedules", did="removed")
+
+
+def _changed(name: str, did: str, told: dict[str, Any]) -> Response:
+    return html.go(_path(name), did=did if told["changed"] else "unchanged")
+
+
+def _path(name: str) -> str:
+    return f"/schedules/{quote(name, safe='')}"

@@ -1,0 +1,61 @@
+"""What is wrong with a form, each thing at its field."""
+
+from dataclasses import dataclass, field
+
+from jobs import errors
+
+TOLD = (
+    errors.InvalidInput,
+    errors.PresetError,
+    errors.NotFound,
+    errors.QuotaExceeded,
+    errors.IdempotencyConflict,
+)
+"""Errors of a person's own making: the form is shown again with them."""
+MOST_LINES = 20
+
+
+@dataclass
+class Complaints:
+    """Sentences by the field that they speak of; "" is the form as a whole."""
+
+    by_field: dict[str, list[str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.by_field)
+
+    def add(self, name: str, text: str) -> None:
+        """Once, however often it is found."""
+        texts = self.by_field.setdefault(name, [])
+        if text not in texts:
+            texts.append(text)
+
+    def add_error(self, error: errors.RushesError, *, at: str) -> None:
+        if not isinstance(error, errors.InvalidInput):
+            self.add(at, str(error))
+            return
+        for problem in error.problems[:MOST_LINES]:
+            self.add(at, str(problem))
+        if len(error.problems) > MOST_LINES:
+            self.add(at, f"… and {len(error.problems) - MOST_LINES:,} more.")
+
+    def whole(self, name: str, text: str) -> int | None:
+        """The number in a field; None, and a complaint, when there is none."""
+        found = number(text)
+        if type(found) is not int:
+            self.add(name, f"This must be a whole number, got {text[:40]!r}.")
+            return None
+        return found
+
+
+def number(text: str) -> int | float | str | None:
+    """As prompt files have it; what is none stays a text, and None is an empty field."""
+    text = text.strip()
+    if not text:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text[:400])
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,214 @@
+"""The page: single jobs, finished videos, and two of them side by side."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from sqlalchemy.orm import Session
+
+from jobs import errors, queries, states
+from jobs.schema import Batch, Job
+from jobs.web import access, finding, html, videos
+from jobs.web.batches import Serving
+from jobs.web.videos import JobId
+
+router = APIRouter(include_in_schema=False)
+
+CARDS = 12
+BATCHES_AT_ONCE = 50
+MOST_BATCHES = 500  # looked at for one page; those without videos take no time to speak of
+MOST_COMPARED = 4
+NEIGHBOURS = 24  # repetitions of a prompt stand beside each other in their batch
+
+
+@router.get("/jobs/{job_id}")
+def show(job_id: JobId, request: Request, serving: Serving, who: access.Reader) -> Response:
+    job = videos.show(job_id, serving, who)
+    with serving.db.reading() as session:
+        siblings = _siblings(session, job)
+    return html.page(
+        request,
+        "job.html",
+        who=who,
+        job=job,
+        last=job["attempts"][-1] if job["attempts"] else None,
+        is_final=job["state"] in states.FINAL_JOB_STATES,
+        settings=settings_of(job, job["look"]),
+        siblings=siblings,
+    )
+
+
+def _siblings(session: Session, job: Mapping[str, Any]) -> list[Job]:
+    after = job["position"] - NEIGHBOURS - 1
+    near = queries.jobs(session, job["batch_id"], after=after, limit=2 * NEIGHBOURS + 1)
+    return [row for row in near if row.prompt == job["prompt"] and row.id != job["job_id"]]
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel(job_id: JobId, serving: Serving, who: access.FormSubmitter) -> Response:
+    found = videos.cancel(job_id, serving, who)
+    return html.go(f"/jobs/{job_id}", did="cancelled" if any(found.values()) else "unchanged")
+
+
+@router.post("/jobs/{job_id}/retry")
+def retry(job_id: JobId, serving: Serving, who: access.FormSubmitter) -> Response:
+    retried = videos.retry(job_id, serving, who)["retried"]
+    return html.go(f"/jobs/{job_id}", did="retried" if retried else "nothing-retried")
+
+
+@router.get("/gallery")
+def gallery(
+    request: Request,
+    serving: Serving,
+    who: access.Reader,
+    batch: Annotated[str | None, Query(max_length=50)] = None,
+    cursor: Annotated[str | None, Query(max_length=80)] = None,
+) -> Response:
+    """Batches newest first, in each its finished videos in the order of the file."""
+    with serving.db.reading() as session:
+        place = _Place.read(session, who, batch, cursor)
+        cards, following = _cards(session, who, place)
+        only = finding.batch(session, batch, who) if batch else None
+    return html.page(
+        request,
+        "gallery.html",
+        who=who,
+        batch=only,
+        cards=cards,
+        next_url=html.address("/gallery", batch=batch, cursor=following) if following else None,
+        first_url=html.address("/gallery", batch=batch) if cursor else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """After which video of which batch a page begins."""
+
+    first: Batch | None
+    """None: the newest."""
+    position: int
+    is_alone: bool
+    """Only this batch is shown."""
+
+    @classmethod
+    def read(
+        cls, session: Session, who: access.Principal, batch: str | None, cursor: str | None
+    ) -> "_Place":
+        """NotFound for a cursor of no batch."""
+        batch_id, _, position = (cursor or "").partition(":")
+        named = batch_id or batch
+        is_number = position.isdecimal() and len(position) < 10
+        return cls(
+            first=finding.batch(session, named, who) if named else None,
+            position=int(position) if is_number else -1,
+            is_alone=batch is not None,
+        )
+
+
+def _cards(
+    session: Session, who: access.Principal, place: _Place
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The videos of a page, and the cursor of the next one."""
+    cards: list[dict[str, Any]] = []
+    for number, (batch, after) in enumerate(_batches(session, who, place)):
+        if number >= MOST_BATCHES:
+            return cards, f"{batch.id}:{after if after >= 0 else ''}"
+        if not batch.succeeded:
+            continue
+        wanted = [states.JobState.SUCCEEDED]
+        most = CARDS - len(cards) + 1
+        found = queries.jobs(session, batch.id, states_wanted=wanted, after=after, limit=most)
+        for job in found:
+            if len(cards) == CARDS:
+                return cards, cursor_after(cards[-1])
+            cards.append(_card(session, job, batch))
+    return cards, None
+
+
+def cursor_after(card: Mapping[str, Any]) -> str:
+    return f"{card['batch_id']}:{card['position']}"
+
+
+def _batches(session: Session, who: access.Principal, place: _Place) -> Iterator[tuple[Batch, int]]:
+    """Each with the position after which its videos are wanted."""
+    if place.first is not None:
+        yield place.first, place.position
+        if place.is_alone:
+            return
+    cursor = None if place.first is None else place.first.id
+    while found := finding.batches(session, who, limit=BATCHES_AT_ONCE, cursor=cursor):
+        for batch in found:
+            yield batch, -1
+        cursor = found[-1].id
+
+
+def _card(session: Session, job: Job, batch: Batch) -> dict[str, Any]:
+    shape = {"seed": job.seed, "preset": batch.preset, "worker": None, "attempts": []}
+    return {
+        "job_id": job.id,
+        "batch_id": batch.id,
+        "position": job.position,
+        "custom_id": job.custom_id,
+        "prompt": job.prompt,
+        "settings": settings_of(shape, queries.look(session, job)),
+        "is_deleted": batch.results_expired_at is not None,
+    }
+
+
+@router.get("/compare")
+def compare(
+    request: Request,
+    serving: Serving,
+    who: access.Reader,
+    job: Annotated[list[int], Query()] = [],  # noqa: B006  # FastAPI copies it
+) -> Response:
+    wanted = list(dict.fromkeys(job))
+    problem = None
+    if not 2 <= len(wanted) <= MOST_COMPARED:
+        problem = f"Choose 2 to {MOST_COMPARED} videos to compare, not {len(wanted)}."
+        wanted = []
+    shown = [_compared(videos.show(job_id, serving, who)) for job_id in wanted]
+    return html.page(
+        request,
+        "compare.html",
+        who=who,
+        status=200 if problem is None else 422,
+        problem=problem,
+        shown=shown,
+        different=_different([each["settings"] for each in shown]),
+    )
+
+
+def _compared(job: dict[str, Any]) -> dict[str, Any]:
+    if job["video"] is None:
+        raise errors.NotFound(f"job {job['job_id']} has no video: it is {job['state']}")
+    return job | {"settings": [("prompt", job["prompt"]), *settings_of(job, job["look"])]}
+
+
+def _different(settings: Sequence[Sequence[tuple[str, object]]]) -> set[str]:
+    """The words whose values are not the same everywhere."""
+    tables = [dict(each) for each in settings]
+    words = {word for table in tables for word in table}
+    return {word for word in words if len({str(table.get(word)) for table in tables}) > 1}
+
+
+def settings_of(job: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What made a video, beside its prompt, in words."""
+    loras = [
+        f"{PurePosixPath(lora['path']).stem} ({lora.get('strength', 1):g})"
+        for lora in look.get("loras", ())
+    ]
+    frames, fps = look["num_frames"], look["fps"]
+    found: list[tuple[str, object]] = [
+        ("seed", job["seed"]),
+        ("size", f"{look['width']}x{look['height']}"),
+        ("length", f"{frames} frames, {frames / fps:.1f} s"),
+        ("steps", len(look["denoising_step_list"])),
+        ("model", look["model_path"]),
+    ]
+    if loras:
+        found.append(("LoRA", ", ".join(loras)))
+    return found

@@ -1,0 +1,136 @@
+"""The page: batches, what can be done with them, and their jobs."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, Query, Request
+from fastapi.responses import Response
+from sqlalchemy.orm import Session
+
+from jobs import errors, queries, readers, states
+from jobs.web import access, batches, finding, html
+from jobs.web.batches import Serving
+
+router = APIRouter(prefix="/batches", include_in_schema=False)
+
+BATCHES = 25
+JOBS = 50
+Back = Annotated[str, Form()]
+
+
+@router.get("")
+def list_batches(
+    request: Request,
+    serving: Serving,
+    who: access.Reader,
+    cursor: Annotated[str | None, Query(max_length=50)] = None,
+) -> Response:
+    """Newest first."""
+    found = batches.list_batches(serving, who, limit=BATCHES, cursor=cursor)
+    following = found["next_cursor"]
+    return html.page(
+        request,
+        "batches.html",
+        who=who,
+        batches=found["batches"],
+        here="/batches" + (f"?cursor={cursor}" if cursor else ""),
+        next_url=f"/batches?cursor={following}" if following else None,
+        first_url="/batches" if cursor else None,
+    )
+
+
+@router.get("/{batch_id}")
+def show(
+    batch_id: str,
+    request: Request,
+    serving: Serving,
+    who: access.Reader,
+    state: states.JobState | None = None,
+    cursor: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
+) -> Response:
+    batch = batches.show(batch_id, serving, who)
+    wanted = [] if state is None else [state]
+    found = batches.list_jobs(batch_id, serving, who, state=wanted, limit=JOBS, cursor=cursor)
+    base = f"/batches/{batch_id}"
+    following = found["next_cursor"]
+    here = {"state": state, "cursor": cursor if cursor >= 0 else None}
+    chosen = html.address(base, state=state)
+    return html.page(
+        request,
+        "batch.html",
+        who=who,
+        batch=batch,
+        jobs=found["jobs"],
+        state=state,
+        results=batches.result_links(batch_id, serving, who),
+        here=html.address(base, **here),
+        next_url=html.address(base, state=state, cursor=following) if following else None,
+        first_url=chosen if cursor >= 0 else None,
+    )
+
+
+@router.post("/{batch_id}/cancel")
+def cancel(batch_id: str, serving: Serving, who: access.FormSubmitter) -> Response:
+    # Not by the numbers of the answer: a dispatcher may be faster, and count them for itself.
+    with serving.db.reading() as session:
+        was_open = finding.batch(session, batch_id, who).finished_at is None
+    batches.cancel(batch_id, serving, who)
+    return html.go(f"/batches/{batch_id}", did="cancelled" if was_open else "unchanged")
+
+
+@router.post("/{batch_id}/pause")
+def pause(batch_id: str, serving: Serving, who: access.FormSubmitter) -> Response:
+    changed = batches.pause(batch_id, serving, who)["changed"]
+    return html.go(f"/batches/{batch_id}", did="paused" if changed else "unchanged")
+
+
+@router.post("/{batch_id}/resume")
+def resume(batch_id: str, serving: Serving, who: access.FormSubmitter) -> Response:
+    changed = batches.resume(batch_id, serving, who)["changed"]
+    return html.go(f"/batches/{batch_id}", did="resumed" if changed else "unchanged")
+
+
+@router.post("/{batch_id}/retry")
+def retry(
+    batch_id: str,
+    serving: Serving,
+    who: access.FormSubmitter,
+    states: Annotated[Literal["failed", "cancelled"], Form()] = "failed",
+) -> Response:
+    wanted = batches.Retry(states=[states])
+    retried = batches.retry(batch_id, serving, who, wanted)["retried"]
+    return html.go(f"/batches/{batch_id}", did="retried" if retried else "nothing-retried")
+
+
+@router.post("/{batch_id}/priority")
+def prioritize(
+    batch_id: str,
+    serving: Serving,
+    who: access.FormSubmitter,
+    to: Annotated[str, Form()],
+    back: Back = "",
+) -> Response:
+    """To a number, one up or down, or before all that waits."""
+    with serving.db.reading() as session:
+        wanted = _priority(session, to, finding.batch(session, batch_id, who).id)
+    new = batches.Priority(priority=wanted)
+    changed = batches.prioritize(batch_id, new, serving, who)["changed"]
+    after = html.own_path(back, otherwise=f"/batches/{batch_id}")
+    return html.go(after, did="moved" if changed else "unchanged")
+
+
+def _priority(session: Session, to: str, batch_id: str) -> int:
+    most = readers.MAX_PRIORITY
+    if to == "first":
+        wanted = queries.highest_priority(session) + 1
+    elif to in ("up", "down"):
+        row = queries.find_batch(session, batch_id)
+        wanted = row.priority + row.boost + (1 if to == "up" else -1)
+    else:
+        try:
+            wanted = int(to)
+        except ValueError:
+            wanted = most + 1
+        if not -most <= wanted <= most:
+            told = f"must be a whole number from -{most} to {most}, got {to[:20]!r}"
+            raise errors.InvalidInput("priority", [errors.Problem(line=None, message=told)])
+    return min(max(wanted, -most), most)

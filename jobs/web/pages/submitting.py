@@ -1,0 +1,297 @@
+"""The page: the form that submits prompts."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
+from fastapi.responses import Response
+
+from jobs import errors, images, readers, submission
+from jobs.web import access, batches, html, service, system
+from jobs.web.batches import Serving
+from jobs.web.pages import complaints
+from jobs.web.pages.complaints import Complaints
+
+router = APIRouter(prefix="/submit", include_in_schema=False)
+
+KEY = re.compile(r"[\w-]{8,64}", re.ASCII)
+DEFAULTS = {"repeat": "1", "priority": "0", "strength": "1"}
+MORE = ("fps", "lora", "strength", "name", "priority")
+FIELD_OF = {
+    "width": "size",
+    "height": "size",
+    "num_frames": "seconds",
+    "loras": "lora",
+    "LoRA": "lora",
+    "--repeat": "repeat",
+    "--priority": "priority",
+    "--name": "name",
+}
+"""Words that a message begins with, and the field of the form that they speak of."""
+FIELDS = ("prompts", "file", "preset", "image", "seed", "repeat", "size", "seconds", *MORE)
+
+Text = Annotated[str, Form()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What came with the form, as it was typed."""
+
+    key: Text = ""
+    prompts: Text = ""
+    preset: Text = ""
+    seed: Text = ""
+    repeat: Text = "1"
+    size: Text = ""
+    seconds: Text = ""
+    fps: Text = ""
+    lora: Text = ""
+    strength: Text = "1"
+    name: Text = ""
+    priority: Text = "0"
+    skip_invalid: Annotated[bool, Form()] = False
+    file: Annotated[UploadFile | None, File()] = None
+    image: Annotated[UploadFile | None, File()] = None
+
+    @property
+    def has_file(self) -> bool:
+        return self.file is not None and bool(self.file.filename)
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """For the form again: browsers do not let us choose the files."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in kept.items() if name not in ("file", "image")}
+
+
+@router.get("")
+def ask(request: Request, serving: Serving, who: access.Submitter, preset: str = "") -> Response:
+    chosen = preset or serving.config.default_preset or ""
+    return _form(request, serving, who, given=DEFAULTS | {"preset": chosen}, found={})
+
+
+@router.post("")
+def submit(
+    request: Request,
+    serving: Serving,
+    who: access.FormSubmitter,
+    given: Annotated[Given, Depends()],
+) -> Response:
+    """All of it is stored, or nothing; what is wrong is told at its field."""
+    found = Complaints()
+    made = None
+    try:
+        made = _submitted(serving, who, given, found)
+    except complaints.TOLD as error:
+        found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
+    if made is None:
+        return _form(request, serving, who, given=given.texts, found=found.by_field)
+    return html.go(f"/batches/{made.batch_id}", did="submitted" if made.is_new else "again")
+
+
+def _form(
+    request: Request,
+    serving: service.Service,
+    who: access.Principal,
+    *,
+    given: dict[str, Any],
+    found: dict[str, list[str]],
+) -> Response:
+    blank = dict.fromkeys(FIELDS, "") | {"skip_invalid": False}
+    return html.page(
+        request,
+        "submit.html",
+        who=who,
+        status=422 if found else 200,
+        given=blank | given,
+        errors=found,
+        key=secrets.token_urlsafe(16),
+        presets=preset_choices(serving, who),
+        more_is_open=any(found.get(name) for name in MORE),
+    )
+
+
+def preset_choices(serving: service.Service, who: access.Principal) -> list[dict[str, Any]]:
+    """Each with what it means, in a line."""
+    return [
+        preset | {"hint": _hint(preset)} for preset in system.list_presets(serving, who)["presets"]
+    ]
+
+
+def _hint(preset: dict[str, Any]) -> str:
+    look = preset["look"]
+    words = f"{look['width']}x{look['height']}, {look['num_frames'] / look['fps']:.1f} s"
+    kind = "image to video" if preset["needs_image"] else "text to video"
+    steps = len(look["denoising_step_list"])
+    told = f"{kind}, {words}, {steps} steps, model {look['model_path']}"
+    return f"{preset['description']} ({told})" if preset["description"] else told
+
+
+def _submitted(
+    serving: service.Service, who: access.Principal, given: Given, found: Complaints
+) -> submission.Submission | None:
+    """None: something is wrong, and `found` says what."""
+    if given.has_file and given.prompts.strip():
+        found.add("file", "There are prompts above and a file: keep one of them.")
+    elif not given.has_file and not given.prompts.strip():
+        found.add("prompts", "Type a prompt, or choose a file.")
+    settings = _settings(given, found)
+    repeat = found.whole("repeat", given.repeat or "1")
+    priority = found.whole("priority", given.priority or "0")
+    preset = serving.preset(given.preset)
+    pictures = batches.images_for(serving, who)
+    with_image = _image(given, pictures, found)
+    options = submission.Options(
+        preset=preset,
+        name=given.name.strip() or None,
+        repeat=1 if repeat is None else repeat,
+        priority=0 if priority is None else priority,
+    )
+    default = _checked(settings | with_image, options, given, pictures, found)
+    if found or default is None:
+        pictures.close()
+        return None
+    return _stored(serving, who, given, options, default, pictures, found)
+
+
+def _settings(given: Given, found: Complaints) -> dict[str, Any]:
+    """What rows that say nothing of it get, as a row of a prompt file says it."""
+    settings: dict[str, Any] = {
+        "seed": complaints.number(given.seed),
+        "size": given.size.strip().lower().replace("\N{MULTIPLICATION SIGN}", "x") or None,
+        "seconds": complaints.number(given.seconds),
+        "fps": complaints.number(given.fps),
+    }
+    names = [name.strip() for name in given.lora.split(",") if name.strip()]
+    strength = complaints.number(given.strength or "1")
+    if isinstance(strength, str):
+        found.add("strength", f"The strength must be a number such as 0.8, got {strength!r}.")
+        strength = 1
+    if names:
+        settings["lora"] = [
+            {"path" if "/" in name else "name": name, "strength": strength} for name in names
+        ]
+    return settings
+
+
+def _image(given: Given, pictures: Any, found: Complaints) -> dict[str, str]:
+    if given.image is None or not given.image.filename:
+        return {}
+    data = given.image.file.read(images.LIMITS.max_bytes + 1)
+    try:
+        images.examine(data, given.image.filename)
+    except images.ImageError as error:
+        found.add("image", f"{given.image.filename}: {error.problem}")
+        return {}
+    return {"image": pictures.give(data)}
+
+
+def _checked(
+    settings: dict[str, Any],
+    options: submission.Options,
+    given: Given,
+    pictures: Any,
+    found: Complaints,
+) -> readers.PromptRow | None:
+    """The settings alone, checked as a prompt file of one row: what is wrong belongs to a field."""
+    row = {key: value for key, value in settings.items() if value is not None} | {"prompt": "x"}
+    probe = submission.PromptFile(
+        stream=io.BytesIO(json.dumps(row).encode()),
+        source="settings",
+        format="jsonl",
+        options=options,
+        images=pictures,
+    )
+    kept: list[readers.PromptRow] = []
+    try:
+        submission.plan(probe, keep=lambda order: kept.append(order.row))
+    except errors.InvalidInput as error:
+        for problem in error.problems:
+            for message in problem.message.split("; "):
+                # The rows of a file may name their own images.
+                if not (given.has_file and message.startswith("image is missing")):
+                    found.add(_field(message), message)
+        if not found:
+            return next(_read(row), None)
+    return kept[0] if kept else None
+
+
+def _read(row: dict[str, Any]) -> Any:
+    lines = io.BytesIO(json.dumps(row).encode())
+    return (
+        item for item in readers.read(lines, format="jsonl") if isinstance(item, readers.PromptRow)
+    )
+
+
+def _field(message: str) -> str:
+    word = re.split(r"[ :.]", message, maxsplit=1)[0]
+    field = FIELD_OF.get(word, word)
+    return field if field in FIELDS else ""
+
+
+def _stored(
+    serving: service.Service,
+    who: access.Principal,
+    given: Given,
+    options: submission.Options,
+    default: readers.PromptRow,
+    pictures: Any,
+    found: Complaints,
+) -> submission.Submission | None:
+    stream, source, format = io.BytesIO(given.prompts.encode("utf-8", "replace")), "prompts", "text"
+    if given.has_file:
+        assert given.file is not None
+        stream, source = given.file.file, given.file.filename or "file"  # type: ignore[assignment]
+        format = readers.detect_format(source, stream.read(batches.HEAD_BYTES))
+    try:
+        return serving.submit(
+            stream,
+            source=source,
+            format=format,  # type: ignore[arg-type]
+            options=batches.options(
+                serving,
+                options.preset,
+                who,
+                key=_key(given, default),
+                name=options.name,
+                repeat=options.repeat,
+                priority=options.priority,
+                skip_invalid=given.skip_invalid and given.has_file,
+            ),
+            found=pictures,
+            fill=_filler(default),
+        )
+    except errors.InvalidInput as error:
+        found.add_error(error, at="file" if given.has_file else "prompts")
+        return None
+
+
+def _key(given: Given, default: readers.PromptRow) -> str | None:
+    """Of this form with these settings: sent twice, it makes one batch."""
+    if not KEY.fullmatch(given.key):
+        return None
+    told = repr((given.texts, default))
+    return f"page-{given.key}-{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def _filler(default: readers.PromptRow) -> Callable[[readers.PromptRow], readers.PromptRow]:
+    """Gives a row what it does not say itself; of a size or a length all or nothing."""
+
+    def fill(row: readers.PromptRow) -> readers.PromptRow:
+        values: dict[str, Any] = {}
+        for names in (("width", "height"), ("seconds", "num_frames"), ("fps",), ("seed",)):
+            if all(getattr(row, name) is None for name in names):
+                values |= {name: getattr(default, name) for name in names}
+        for name in ("image", "lora"):
+            if getattr(row, name) is None:
+                values[name] = getattr(default, name)
+        return dataclasses.replace(row, **values)
+
+    return fill

@@ -1,0 +1,272 @@
+"""Which workers are trusted: three different jobs in a row take one out, a test brings it back."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import update
+
+from jobs import database, health, lifecycle, queries, retries, states, workers
+from jobs.schema import Attempt, Refusal
+from jobs.schema import Worker as WorkerRow
+from tests.integration.jobs.conftest import QUEUE, World
+
+BAD, GOOD, THIRD = "gpu0@a", "gpu0@b", "gpu0@c"
+KIND = states.FailureKind
+PATIENT = retries.Budgets(max_errors=50, max_crashes=50, retry_seconds=0.0)
+
+
+def fail_on(world: World, job_id: int, worker: str, kind: KIND = KIND.DEVICE) -> states.JobState:
+    """One attempt of this job at this worker, and how its job is left."""
+    world.make_runnable()
+    attempt_id = world.claimed(job_id, worker=worker)
+    state = world.fail(attempt_id, kind, budgets=PATIENT, error="fell off the bus")
+    assert state is not None
+    return state
+
+
+def out(world: World) -> dict[str, Refusal]:
+    with world.db.reading() as session:
+        return {held.worker: held for held in workers.refusals(session) if held.needs_test}
+
+
+def takes(world: World, name: str) -> tuple[str, ...]:
+    with world.db.reading() as session:
+        live = {each.worker.name: each for each in queries.live_workers(session)}
+    return live[name].takes
+
+
+def taken_out(world: World) -> list[int]:
+    """Three jobs that failed on BAD; GOOD is there too."""
+    world.register(BAD)
+    world.register(GOOD)
+    ids = world.job_ids(world.submit(5))
+    for job_id in ids[:3]:
+        fail_on(world, job_id, BAD)
+    return ids
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_MACHINE))
+def test_three_different_jobs_in_a_row_take_a_worker_out(sqlite_world: World, kind: KIND) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    ids = world.job_ids(world.submit(3))
+    for job_id in ids[:2]:
+        fail_on(world, job_id, BAD, kind)
+    assert out(world) == {}
+    fail_on(world, ids[2], BAD, kind)
+    assert out(world)[BAD].kind is kind
+
+
+def test_one_that_is_out_claims_nothing_and_its_jobs_go_elsewhere_for_one_attempt_each(
+    world: World,
+) -> None:
+    ids = taken_out(world)
+    reason = out(world)[BAD].reason
+    assert "3 different jobs" in reason
+    assert "fell off the bus" in reason
+    assert takes(world, BAD) == ()
+    world.make_runnable()
+    assert world.claim(ids[3], worker=BAD) is None
+    for job_id in ids:
+        assert world.succeed(world.claimed(job_id, worker=GOOD))
+    assert [world.job(job_id).error_count for job_id in ids] == [1, 1, 1, 0, 0]
+    world.check()
+
+
+def test_lost_attempts_count_as_crashes_of_the_machine(world: World) -> None:
+    world.register(BAD)
+    for job_id in world.job_ids(world.submit(3)):
+        world.expire(world.claimed(job_id, worker=BAD))
+    assert len(world.end_lost()) == 3
+    assert set(out(world)) == {BAD}
+
+
+def test_a_job_that_goes_well_between_ends_the_row(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    ids = world.job_ids(world.submit(4))
+    for job_id in ids[:2]:
+        fail_on(world, job_id, BAD)
+    world.db.write(workers.accept, BAD, queue=QUEUE)
+    for job_id in ids[2:]:
+        fail_on(world, job_id, BAD)
+    assert out(world) == {}
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(set(states.FailureKind) - retries.OF_MACHINE - {KIND.DEADLINE})
+)
+def test_what_is_the_jobs_own_fault_says_nothing_against_a_worker(
+    sqlite_world: World, kind: KIND
+) -> None:
+    sqlite_world.register(BAD)
+    for job_id in sqlite_world.job_ids(sqlite_world.submit(4)):
+        fail_on(sqlite_world, job_id, BAD, kind)
+    assert out(sqlite_world) == {}
+
+
+def test_one_bad_job_is_quarantined_after_three_workers_and_takes_none_out(
+    sqlite_world: World,
+) -> None:
+    """Nor do several such jobs: what has failed elsewhere too is not held against a worker."""
+    world = sqlite_world
+    names = (BAD, GOOD, THIRD)
+    for name in names:
+        world.register(name)
+    ids = world.job_ids(world.submit(3))
+    for job_id in ids:
+        ends = [fail_on(world, job_id, name, KIND.INTERNAL) for name in names]
+        assert ends == [states.JobState.QUEUED, states.JobState.QUEUED, states.JobState.FAILED]
+        assert world.job(job_id).quarantined
+        world.db.write(workers.accept, BAD, queue=QUEUE)  # which was the first one each time
+    assert out(world) == {}
+
+
+def test_the_same_job_again_and_again_takes_no_worker_out(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    job_id = world.only_job(world.submit()).id
+    assert [fail_on(world, job_id, BAD) for _ in range(4)] == [states.JobState.QUEUED] * 4
+    assert out(world) == {}
+
+
+def test_a_job_is_left_to_others_by_the_worker_on_which_it_failed(world: World) -> None:
+    world.register(BAD)
+    job_id = world.only_job(world.submit()).id
+    fail_on(world, job_id, BAD)
+    world.make_runnable()
+    world.register(GOOD)
+    assert world.claim(job_id, worker=BAD) is None
+    assert world.claim(job_id, worker=GOOD) is not None
+
+
+def others_are_silent(world: World) -> None:
+    world.silence(GOOD)
+
+
+def others_refuse(world: World) -> None:
+    kind = states.FailureKind.WEIGHTS
+    world.db.write(workers.refuse, GOOD, queue=QUEUE, kind=kind, reason="gone")
+
+
+def others_had_their_time(world: World) -> None:
+    with world.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=health.ELSEWHERE_SECONDS + 1)
+        session.execute(update(Attempt).values(finished_at=past))
+
+
+def it_was_asked_for_anew(world: World) -> None:
+    """With fresh budgets nothing is held against anybody."""
+    batch_id = world.job(1).batch_id
+    world.db.write(
+        lifecycle.fail, world.claimed(1, worker=GOOD), kind=KIND.INPUT, error="", budgets=PATIENT
+    )
+    assert world.retry(batch_id) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [others_are_silent, others_refuse, others_had_their_time, it_was_asked_for_anew]
+)
+def test_a_job_comes_back_where_it_failed_when_nobody_else_takes_it(
+    sqlite_world: World, change: Callable[[World], None]
+) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    world.register(GOOD)
+    job_id = world.only_job(world.submit()).id
+    fail_on(world, job_id, BAD)
+    world.make_runnable()
+    assert world.claim(job_id, worker=BAD) is None
+    change(world)
+    assert world.claim(job_id, worker=BAD) is not None
+
+
+def due(world: World) -> bool:
+    with world.db.reading() as session:
+        return health.is_due_for_test(session, BAD)
+
+
+def make_due(world: World) -> None:
+    with world.db.transaction() as session:
+        session.execute(update(Refusal).values(until=database.now(session)))
+
+
+def test_a_test_that_passes_brings_a_worker_back(world: World) -> None:
+    taken_out(world)
+    assert due(world)
+    world.db.write(health.tested, BAD, failure=None)
+    assert out(world) == {}
+    assert takes(world, BAD) == (QUEUE,)
+    with world.db.reading() as session:
+        row = session.get_one(WorkerRow, BAD)
+    assert (row.suspects, row.test_failure) == (None, None)
+    assert row.tested_at is not None
+
+
+def test_a_test_that_fails_is_tried_again_later_and_later(sqlite_world: World) -> None:
+    world = sqlite_world
+    taken_out(world)
+    longest = workers.FIRST_REFUSAL_SECONDS
+    for times in range(2, 8):
+        world.db.write(health.tested, BAD, failure="NaN")
+        assert not due(world)
+        held = out(world)[BAD]
+        assert (held.times, held.reason) == (times, "its self-test failed: NaN")
+        with world.db.reading() as session:
+            wait = (held.until - database.now(session)).total_seconds()
+        assert longest / 2 - 5 <= wait <= longest
+        assert takes(world, BAD) == ()
+        make_due(world)
+        assert due(world)
+        assert takes(world, BAD) == ()  # the end of the wait is not the end of the refusal
+        longest = min(2 * longest, workers.LONGEST_REFUSAL_SECONDS)
+
+
+def test_one_that_passes_and_fails_three_jobs_again_waits_before_its_next_test(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    taken_out(world)
+    world.db.write(health.tested, BAD, failure=None)
+    for job_id in world.job_ids(world.submit(3)):
+        fail_on(world, job_id, BAD)
+    assert BAD in out(world)
+    assert not due(world)
+    world.db.write(health.tested, BAD, failure=None)
+    world.db.write(workers.accept, BAD, queue=QUEUE)  # a job has gone well: a new story
+    for job_id in world.job_ids(world.submit(3)):
+        fail_on(world, job_id, BAD)
+    assert due(world)
+
+
+def test_a_test_that_was_asked_for_begins_when_the_worker_is_idle(world: World) -> None:
+    world.register(BAD)
+    first, second = world.job_ids(world.submit(2))
+    attempt_id = world.claimed(first, worker=BAD)
+    world.db.write(health.ask_for_test, BAD)
+    assert not due(world)
+    assert world.claim(second, worker=BAD) is None
+    world.rendered(attempt_id)
+    world.db.write(workers.accept, BAD, queue=QUEUE)
+    assert due(world), "a job that goes well is no test"
+
+
+def test_a_full_disk_or_another_failure_does_not_end_the_need_of_a_test(world: World) -> None:
+    ids = taken_out(world)
+    before = out(world)[BAD].reason
+    world.db.write(
+        workers.refuse, BAD, queue=workers.ALL_QUEUES, kind=KIND.DISK, reason="a full disk"
+    )
+    world.db.write(health.suspect, BAD, job_id=ids[4], kind=KIND.DEVICE, error="late news")
+    assert out(world)[BAD].reason == before
+    assert due(world)
+
+
+def test_an_operator_may_readmit_without_a_test(world: World) -> None:
+    taken_out(world)
+    assert world.db.write(health.readmit, BAD)
+    assert takes(world, BAD) == (QUEUE,)
+    assert not world.db.write(health.readmit, BAD)
+    world.db.write(health.tested, BAD, failure="too late to matter")
+    assert takes(world, BAD) == (QUEUE,)

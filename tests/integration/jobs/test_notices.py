@@ -1,0 +1,285 @@
+"""Who asked is told once of what happened, and nobody of what did not."""
+
+import http.server
+import json
+import threading
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+import standardwebhooks
+from sqlalchemy import select, update
+
+from jobs import couriers, database, listeners, notifier, outbox, settings
+from jobs.schema import Listener, Notice
+
+LOCAL = frozenset({"127.0.0.1"})
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """Keeps what it is sent; `answers` are its next statuses, `gate` holds it up."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.letters, self.answers = [], []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/hook?key=hidden-key"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.letters.append((dict(self.headers), body))
+        self.server.gate.wait(10)
+        self.send_response(self.server.answers.pop(0) if self.server.answers else 204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def make_receiver():
+    made = []
+
+    def make():
+        server = Receiver()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.gate.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def receiver(make_receiver):
+    return make_receiver()
+
+
+def listen(world, url, *, name="night shift", owner=None, events=(outbox.BATCH_FINISHED,)):
+    with world.db.transaction() as session:
+        return listeners.add(session, name=name, url=url, owner=owner, events=events)
+
+
+def finish(world, **options):
+    """A batch that ends, some of it well."""
+    batch_id = world.submit(2, **options)
+    first, second = world.job_ids(batch_id)
+    world.succeed(world.claimed(first))
+    world.cancel_job(second)
+    return batch_id
+
+
+def notices(world):
+    with world.db.reading() as session:
+        return session.scalars(select(Notice).order_by(Notice.id)).all()
+
+
+def make_due(world):
+    with world.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=1)
+        waiting = Notice.next_try_at.is_not(None)
+        session.execute(update(Notice).where(waiting).values(next_try_at=past))
+
+
+@pytest.fixture
+def sender(sqlite_world):
+    """Makes one round of tries and waits for them; only this machine counts as our network."""
+    made = notifier.Notifier(
+        settings.load(), db=sqlite_world.db, courier=couriers.Courier(internal_hosts=LOCAL)
+    )
+
+    def send():
+        begun = made.tick()
+        made.wait()
+        return begun
+
+    yield send
+    made.close()
+
+
+def test_the_end_of_a_batch_and_its_notices_are_one_change(world):
+    listen(world, "https://hooks.test/")
+    batch_id = finish(world)
+    (notice,) = notices(world)
+    data = notice.body["data"]
+    assert (notice.body["type"], data["batch_id"]) == ("batch.finished", batch_id)
+    assert data["state"] == "cancelled"
+    assert data["counts"] == {"total": 2, "succeeded": 1, "failed": 0, "cancelled": 1}
+    job_id = world.only_job(world.submit()).id
+    attempt_id = world.claimed(job_id)
+
+    def undone(session):
+        from jobs import lifecycle
+        from tests.integration.jobs.conftest import VIDEO
+
+        lifecycle.succeed(session, attempt_id, video=VIDEO)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        world.db.write(undone)
+    assert len(notices(world)) == 1
+    world.succeed(attempt_id)
+    assert len(notices(world)) == 2
+
+
+def test_a_batch_that_is_taken_up_again_ends_again(sqlite_world):
+    listen(sqlite_world, "https://hooks.test/")
+    batch_id = finish(sqlite_world)
+    sqlite_world.db.write(outbox.batch_ended, outbox.RESULTS_WRITTEN, batch_id)
+    assert len(notices(sqlite_world)) == 1, "it was not asked for"
+    from jobs.states import JobState
+
+    sqlite_world.retry(batch_id, JobState.CANCELLED)
+    sqlite_world.cancel_batch(batch_id)
+    first, second = notices(sqlite_world)
+    assert first.message_id != second.message_id
+
+
+def test_an_owner_hears_of_their_own_things_alone(sqlite_world):
+    listen(sqlite_world, "https://hooks.test/", owner="ann")
+    finish(sqlite_world, owner="bob")
+    assert notices(sqlite_world) == []
+    finish(sqlite_world, owner="ann")
+    assert len(notices(sqlite_world)) == 1
+
+
+def test_a_notice_is_taken_by_one_of_two_notifiers(world):
+    listen(world, "https://hooks.test/")
+    finish(world)
+    with world.db.transaction() as session:
+        (due,) = notifier.take(session, room=8, busy=Counter())
+    assert due.tries == 1
+    with world.db.transaction() as session:
+        assert notifier.take(session, room=8, busy=Counter()) == []
+
+
+def test_a_webhook_is_signed_as_the_standard_says(sqlite_world, receiver, sender, caplog, capfd):
+    row = listen(sqlite_world, receiver.url)
+    batch_id = finish(sqlite_world)
+    assert sender() == 1
+    ((headers, body),) = receiver.letters
+    told = standardwebhooks.Webhook(row.secret).verify(body, headers)
+    assert told["data"]["batch_id"] == batch_id
+    (notice,) = notices(sqlite_world)
+    assert headers["webhook-id"] == notice.message_id
+    assert notice.delivered_at is not None
+    assert sender() == 0
+    told = caplog.text + "".join(capfd.readouterr())
+    assert "notice.delivered" in told
+    assert row.secret not in told
+    assert "hidden-key" not in told
+
+
+def test_a_receiver_that_fails_is_asked_again_by_the_same_id_and_then_no_more(
+    sqlite_world, receiver, sender
+):
+    listen(sqlite_world, receiver.url)
+    finish(sqlite_world)
+    receiver.answers = [500, 301] + [503] * 20
+    sender()
+    (notice,) = notices(sqlite_world)
+    assert notice.error == "the receiver answered 500"
+    assert notice.next_try_at - notice.created_at > timedelta(seconds=50)
+    assert sender() == 0, "not due yet"
+    for _ in range(len(notifier.WAITS_SECONDS) + 3):
+        make_due(sqlite_world)
+        sender()
+    assert len(receiver.letters) == len(notifier.WAITS_SECONDS) + 1
+    assert {headers["webhook-id"] for headers, _ in receiver.letters} == {notice.message_id}
+    (notice,) = notices(sqlite_world)
+    assert (notice.next_try_at, notice.delivered_at) == (None, None)
+    assert notice.given_up_at is not None
+
+
+def test_a_receiver_that_is_gone_is_told_no_more(sqlite_world, receiver, sender):
+    listen(sqlite_world, receiver.url)
+    finish(sqlite_world)
+    finish(sqlite_world)
+    receiver.answers = [410, 410]
+    sender()
+    finish(sqlite_world)
+    assert sender() == 0
+    assert all(notice.given_up_at for notice in notices(sqlite_world))
+    with sqlite_world.db.reading() as session:
+        assert session.scalar(select(Listener.stopped_at)) is not None
+
+
+def test_a_receiver_that_hangs_holds_up_no_other(sqlite_world, make_receiver):
+    slow, quick = make_receiver(), make_receiver()
+    slow.gate.clear()
+    listen(sqlite_world, slow.url, name="slow")
+    for _ in range(4):
+        finish(sqlite_world)
+    made = notifier.Notifier(
+        settings.load(), db=sqlite_world.db, courier=couriers.Courier(internal_hosts=LOCAL)
+    )
+    assert made.tick() == notifier.PER_LISTENER
+    listen(sqlite_world, quick.url, name="quick")
+    finish(sqlite_world)
+    assert made.tick() == 1
+    for _ in range(500):
+        if quick.letters:
+            break
+        threading.Event().wait(0.02)
+    assert len(quick.letters) == 1
+    assert len(slow.letters) <= notifier.PER_LISTENER
+    slow.gate.set()
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://127.0.0.1:1/x", "127.0.0.1 is not a public address"),
+        ("https://169.254.169.254/latest", "169.254.169.254 is not a public address"),
+        ("http://example.com/x", "example.com is asked without encryption"),
+    ],
+)
+def test_our_own_network_is_not_reached_unless_it_is_named(url, why):
+    letter = couriers.Letter(url=url, secret="whsec_" + "A" * 32, message_id="m", body={})
+    with pytest.raises(couriers.NotDelivered, match=why):
+        couriers.Courier().deliver(letter)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of apprise's own plugins
+def test_other_services_are_told_in_words_through_apprise(sqlite_world, receiver, sender, caplog):
+    pytest.importorskip("apprise")
+    url = f"json://user:hidden-password@127.0.0.1:{receiver.server_port}/"
+    listen(sqlite_world, url)
+    batch_id = finish(sqlite_world, name="trailer")
+    receiver.answers = [500]
+    sender()
+    make_due(sqlite_world)
+    sender()
+    told = json.loads(receiver.letters[-1][1])
+    assert told["title"] == f"rushes: batch {batch_id} (trailer) cancelled"
+    assert "1 succeeded" in told["message"]
+    (notice,) = notices(sqlite_world)
+    assert notice.delivered_at is not None
+    assert "hidden-password" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "events", "why"),
+    [
+        ("http://hooks.test/", [], "must be https"),
+        ("https://me:pw@hooks.test/", [], "no password"),
+        ("hooks.test", [], "must be https://host/path"),
+        ("nobody-knows://this", [], "none that apprise knows"),
+        ("https://hooks.test/", ["batch.began"], "no batch.began; there are batch.finished"),
+    ],
+)
+def test_a_listener_that_could_never_be_told_is_refused(url, events, why):
+    with pytest.raises(Exception, match=why):
+        listeners.check(settings.load(), name="n", url=url, events=events)

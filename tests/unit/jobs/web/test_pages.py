@@ -1,0 +1,402 @@
+"""The pages without a browser: who may see what, what forms do, and how they tell what is wrong."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from jobs import queries, states, tokens
+from tests.unit.jobs.web.conftest import Web
+
+HTML = {"Accept": "text/html"}
+PAGES = ("/batches", "/submit", "/gallery", "/schedules", "/farm")
+
+
+@dataclass
+class Browser:
+    """Keeps cookies, and sends forms with what they were given with."""
+
+    client: TestClient
+
+    def get(self, path: str) -> Any:
+        return self.client.get(path, headers=HTML)
+
+    def post(self, path: str, data: dict[str, Any], *, of: str = "/login", **more: Any) -> Any:
+        found = re.search(r'name="csrf" value="(\w+)"', self.get(of).text)
+        assert found
+        return self.client.post(path, data={"csrf": found[1]} | data, headers=HTML, **more)
+
+    def log_in(self, secret: str) -> Any:
+        return self.post("/login", {"token": secret})
+
+
+@pytest.fixture
+def browser(web: Web) -> Browser:
+    return Browser(web.client)
+
+
+@pytest.fixture
+def guarded(make_web: Callable[..., Web]) -> Web:
+    return make_web(web_require_token=True)
+
+
+def visitor(web: Web, owner: str, *scopes: str) -> Browser:
+    """Somebody with a browser of their own, logged in."""
+    secret = web.token(owner, *scopes)["Authorization"].removeprefix("Bearer ")
+    browser = Browser(TestClient(web.client.app, base_url=str(web.client.base_url)))
+    assert browser.log_in(secret).status_code == 200
+    return browser
+
+
+def errors_of(text: str) -> dict[str, str]:
+    """Field -> what stands beside it."""
+    return dict(re.findall(r'<p class="error" id="(\w+)-error">([^<]+)</p>', text))
+
+
+def batches_of(web: Web) -> list[Any]:
+    with web.db.reading() as session:
+        return list(queries.batches(session, limit=100))
+
+
+def test_each_page_is_there_and_needs_nothing_from_elsewhere(browser: Browser) -> None:
+    for path in PAGES:
+        answer = browser.get(path)
+        assert answer.status_code == 200, path
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        policy = answer.headers["content-security-policy"]
+        assert "unsafe" not in policy
+        assert "default-src 'none'" in policy
+        assert not re.search(r'<script(?! src)|<style| style="| on\w+="|https?://', answer.text)
+
+
+def test_the_start_leads_to_the_batches(browser: Browser) -> None:
+    assert browser.get("/").url.path == "/batches"
+
+
+def test_prompts_become_a_batch(web: Web, browser: Browser) -> None:
+    form = {"prompts": "a cat\n\na dog\n", "preset": "tiny", "seed": "7", "repeat": "2"}
+    more = {"size": "32X32", "seconds": "1", "lora": "film, noir", "strength": "0.5"}
+    answer = browser.post("/submit", form | more | {"name": "pets"}, of="/submit")
+    assert answer.url.path.startswith("/batches/")
+    assert "Submitted." in answer.text
+    (batch,) = batches_of(web)
+    assert (batch.name, batch.total) == ("pets", 4)
+    with web.db.reading() as session:
+        jobs = queries.jobs(session, batch.id)
+        look = queries.look(session, jobs[0])
+    assert [(job.prompt, job.seed) for job in jobs] == [
+        ("a cat", 7), ("a cat", 8), ("a dog", 7), ("a dog", 8),
+    ]  # fmt: skip
+    assert (look["width"], look["height"], look["num_frames"]) == (32, 32, 9)
+    assert [lora["strength"] for lora in look["loras"]] == [0.5, 0.5]
+
+
+def test_what_a_row_of_a_file_says_goes_before_the_form(web: Web, browser: Browser) -> None:
+    rows = b'{"prompt": "a", "seed": 3, "num_frames": 5}\n{"prompt": "b"}\n'
+    form = {"preset": "tiny", "seed": "5", "seconds": "2"}
+    browser.post("/submit", form, of="/submit", files={"file": ("p.jsonl", rows)})
+    with web.db.reading() as session:
+        jobs = queries.jobs(session, batches_of(web)[0].id)
+        frames = [queries.look(session, job)["num_frames"] for job in jobs]
+    assert [job.seed for job in jobs] == [3, 5]
+    assert frames == [5, 17]
+
+
+def test_an_image_is_the_first_frame_of_every_prompt(
+    web: Web, browser: Browser, image: bytes
+) -> None:
+    form = {"preset": "tiny_i2v", "prompts": "it moves\nit rests"}
+    browser.post("/submit", form, of="/submit", files={"image": ("red.png", image)})
+    with web.db.reading() as session:
+        jobs = queries.jobs(session, batches_of(web)[0].id)
+    assert len({job.image_key for job in jobs}) == 1
+    assert web.serving.store.read_bytes(jobs[0].image_key) == image
+
+
+WRONG = [
+    ({"prompts": " "}, "prompts", "Type a prompt"),
+    ({"prompts": "a\x00b"}, "prompts", "NUL"),
+    ({"preset": "nothing"}, "preset", "no preset"),
+    ({"seed": "-1"}, "seed", "seed must"),
+    ({"seed": "x"}, "seed", "seed must"),
+    ({"repeat": "0"}, "repeat", "must be 1 to"),
+    ({"repeat": "two"}, "repeat", "whole number"),
+    ({"size": "33x32"}, "size", "multiple of 16"),
+    ({"size": "large"}, "size", "size must"),
+    ({"seconds": "400"}, "seconds", "at most"),
+    ({"fps": "0"}, "fps", "fps must"),
+    ({"lora": "../../secret"}, "lora", "below the models folder"),
+    ({"lora": "/etc/x"}, "lora", "below the models folder"),
+    ({"lora": "film", "strength": "11"}, "lora", "strength"),
+    ({"strength": "strong"}, "strength", "must be a number"),
+    ({"priority": "101"}, "priority", "-100 to 100"),
+    ({"name": "x" * 201}, "name", "1 to 200"),
+    ({"preset": "tiny_i2v"}, "image", "image is missing"),
+]
+"""What is typed into a form that is right beside it, the field that is to blame, words about it."""
+
+
+def test_what_is_wrong_is_told_at_its_field_and_nothing_is_stored(
+    web: Web, browser: Browser
+) -> None:
+    for given, field, words in WRONG:
+        form = {"prompts": "a cat", "preset": "tiny"} | given
+        answer = browser.post("/submit", form, of="/submit")
+        assert answer.status_code == 422, given
+        assert words in errors_of(answer.text)[field], given
+        assert re.search(rf'<\w+ id="{field}"[^>]*aria-invalid="true"', answer.text), given
+    assert batches_of(web) == []
+
+
+def test_bad_lines_of_a_file_are_told_by_their_number(web: Web, browser: Browser) -> None:
+    rows = b'{"prompt": "a"}\n{"promt": "b"}\n'
+    files = {"file": ("p.jsonl", rows)}
+    answer = browser.post("/submit", {"preset": "tiny"}, of="/submit", files=files)
+    assert "line 2" in errors_of(answer.text)["file"]
+    assert batches_of(web) == []
+    skipping = {"preset": "tiny", "skip_invalid": "true"}
+    browser.post("/submit", skipping, of="/submit", files=files)
+    assert batches_of(web)[0].total == 1
+
+
+def test_a_broken_image_is_told_at_its_field(web: Web, browser: Browser) -> None:
+    form = {"preset": "tiny_i2v", "prompts": "a"}
+    answer = browser.post("/submit", form, of="/submit", files={"image": ("x.png", b"text")})
+    assert "x.png" in errors_of(answer.text)["image"]
+    assert batches_of(web) == []
+
+
+def test_a_form_that_is_sent_twice_makes_one_batch(web: Web, browser: Browser) -> None:
+    form = {"prompts": "a cat", "preset": "tiny", "key": "k" * 20}
+    first = browser.post("/submit", form, of="/submit")
+    assert browser.post("/submit", form, of="/submit").url.path == first.url.path
+    browser.post("/submit", form | {"seed": "1"}, of="/submit")
+    assert len(batches_of(web)) == 2
+
+
+def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(3)
+    base = f"/batches/{batch_id}"
+
+    def press(verb: str, **data: str) -> str:
+        return str(browser.post(f"{base}/{verb}", data, of=base).text)
+
+    assert "Paused" in press("pause")
+    assert "It goes on" in press("resume")
+    assert "Its place in the queue" in press("priority", to="first")
+    assert batches_of(web)[0].boost == 1
+    press("priority", to="down")
+    assert batches_of(web)[0].boost == 0
+    assert "from -100 to 100" in press("priority", to="900")
+    web.fail(web.job_id(batch_id), error="it broke in the middle")
+    assert "it broke in the middle" in browser.get(base).text
+    assert "Queued again" in press("retry", states="failed")
+    assert "Cancelled" in press("cancel")
+    assert batches_of(web)[0].cancelled == 3
+    job = f"/jobs/{web.job_id(batch_id)}"
+    assert "Queued again" in browser.post(f"{job}/retry", {}, of=job).text
+    assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
+
+
+def test_the_gallery_leads_through_every_video_once(web: Web, browser: Browser) -> None:
+    made = [web.submit(count) for count in (9, 1, 8)]
+    wanted = []
+    for batch_id, count in zip(made, (9, 0, 8), strict=True):
+        wanted.append([web.job_id(batch_id, number) for number in range(count)])
+        for job_id in wanted[-1]:
+            web.succeed(job_id)
+    found, path = [], "/gallery"
+    while path:
+        text = browser.get(path).text
+        found += [int(number) for number in re.findall(r'src="/api/jobs/(\d+)/video"', text)]
+        following = re.search(r'rel="next" href="([^"]+)"', text)
+        path = following[1].replace("&amp;", "&") if following else ""
+    assert found == wanted[2] + wanted[1] + wanted[0]
+    alone = browser.get(f"/gallery?batch={made[0]}").text
+    assert len(re.findall("<video", alone)) == 9
+
+
+def test_what_differs_between_two_videos_is_marked(web: Web, browser: Browser) -> None:
+    batch_id = web.submit([{"prompt": "a cat", "seed": 1}], repeat=2)
+    ids = [web.job_id(batch_id, number) for number in range(2)]
+    for job_id in ids:
+        web.succeed(job_id)
+    text = browser.get(f"/compare?job={ids[0]}&job={ids[1]}").text
+    assert re.findall(r'class="differs"><dt>(\w+)</dt>', text) == ["seed", "seed"]
+    assert f"/compare?job={ids[0]}&amp;job={ids[1]}" in browser.get(f"/jobs/{ids[0]}").text
+    assert browser.get(f"/compare?job={ids[0]}").status_code == 422
+
+
+def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser) -> None:
+    form = {"name": "every night", "preset": "tiny", "cron": "30 2 * * *", "zone": "Europe/Berlin",
+            "prompts": "a {{style}} cat", "lists": "style=noir,anime"}  # fmt: skip
+    text = browser.post("/schedules", form, of="/schedules").text
+    assert text.count("<time") == 5
+    base = "/schedules/every%20night"
+    assert "It is paused." in browser.post(f"{base}/pause", {}, of=base).text
+    assert "It goes on." in browser.post(f"{base}/resume", {}, of=base).text
+    assert browser.post(f"{base}/run", {}, of=base).url.path.startswith("/batches/")
+    with web.db.reading() as session:
+        assert queries.jobs(session, batches_of(web)[0].id)[0].prompt == "a noir cat"
+    assert "every night" not in browser.post(f"{base}/remove", {}, of=base).text.split("Add one")[0]
+
+
+WRONG_SCHEDULES = [
+    ({"name": ""}, "name"),
+    ({"name": "a/b"}, "name"),
+    ({"cron": "99 * * * *"}, "cron"),
+    ({"zone": "Europe/Berln"}, "zone"),
+    ({"prompts": ""}, "prompts"),
+    ({"prompts": "a {{stlye}}"}, "prompts"),
+    ({"lists": "style"}, "lists"),
+    ({"repeat": "x"}, "repeat"),
+    ({"priority": "101"}, "priority"),
+    ({"preset": "nothing"}, "preset"),
+    ({"misfire": "never"}, "misfire"),
+]
+
+
+def test_a_bad_schedule_is_told_at_its_field(browser: Browser) -> None:
+    for given, field in WRONG_SCHEDULES:
+        form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a"} | given
+        answer = browser.post("/schedules", form, of="/schedules")
+        assert answer.status_code == 422, given
+        assert field in errors_of(answer.text), (given, errors_of(answer.text))
+
+
+def test_without_a_login_every_page_asks_for_it_and_comes_back(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    for path in (*PAGES, "/batches/x", "/jobs/1", "/compare?job=1&job=2", "/schedules/x"):
+        assert browser.get(path).url.path == "/login", path
+    login = browser.get("/batches?cursor=x")
+    assert 'name="next" value="/batches?cursor=x"' in login.text
+    secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
+    answer = browser.post("/login", {"token": secret, "next": "/farm"})
+    assert answer.url.path == "/farm"
+    kept = answer.history[0].headers["set-cookie"]
+    assert "HttpOnly" in kept
+    assert "SameSite=strict" in kept
+    assert (
+        browser.post("/login", {"token": secret, "next": "//evil.example"}).url.path == "/batches"
+    )
+    assert "Log out" in browser.get("/farm").text
+    browser.post("/logout", {}, of="/farm")
+    assert browser.get("/farm").url.path == "/login"
+
+
+def test_what_is_no_token_logs_nobody_in(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    for token in ("", "x", "rushes_x", "é"):
+        answer = browser.post("/login", {"token": token})
+        assert answer.status_code == 401
+        assert "no valid token" in errors_of(answer.text)["token"]
+    assert browser.get("/farm").url.path == "/login"
+
+
+def test_a_form_without_its_key_changes_nothing(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    browser.get("/batches")
+    for csrf in ("", "x", "0" * 64):
+        answer = web.client.post(f"/batches/{batch_id}/cancel", data={"csrf": csrf}, headers=HTML)
+        assert answer.status_code == 403
+        assert "too old" in answer.text
+    assert batches_of(web)[0].queued == 1
+
+
+def test_a_form_of_before_the_login_is_refused_after_it(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    old = re.search(r'name="csrf" value="(\w+)"', browser.get("/login").text)
+    browser.log_in(guarded.token("ann")["Authorization"].removeprefix("Bearer "))
+    form = {"csrf": old[1], "prompts": "a", "preset": "tiny"}
+    assert guarded.client.post("/submit", data=form, headers=HTML).status_code == 403
+
+
+def test_a_cookie_alone_changes_nothing_through_the_api(guarded: Web) -> None:
+    ann = visitor(guarded, "ann")
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
+    assert ann.client.get("/api/batches").status_code == 200
+    assert ann.client.post("/api/batches", json=new).status_code == 401
+
+
+def test_owners_see_their_own_and_readers_get_no_buttons(guarded: Web) -> None:
+    ann, ben = visitor(guarded, "ann"), visitor(guarded, "ben")
+    reader, admin = visitor(guarded, "ann", "read"), visitor(guarded, "", "admin")
+    batch_id = guarded.submit(headers=guarded.token("ann"), name="anns")
+    job_id = guarded.job_id(batch_id)
+    attempt_id = guarded.claim(job_id)
+    base, job = f"/batches/{batch_id}", f"/jobs/{job_id}"
+    for path in (base, job):
+        assert "Cancel" in ann.get(path).text
+        assert "Cancel" in admin.get(path).text
+        assert "Cancel" not in reader.get(path).text
+        assert ben.get(path).status_code == 404
+    assert "anns" not in ben.get("/batches").text
+    assert reader.post(f"{base}/cancel", {}, of="/batches").status_code == 403
+    assert ben.post(f"{base}/cancel", {}, of="/batches").status_code == 404
+    assert reader.get("/submit").status_code == 403
+    assert "Add one" not in ann.get("/schedules").text
+    guarded.succeed(job_id, attempt_id)
+    assert f"/api/jobs/{job_id}/video" in ann.get("/gallery").text
+    assert f"/api/jobs/{job_id}/video" not in ben.get("/gallery").text
+    assert ben.get(f"/compare?job={job_id}&job={job_id + 1}").status_code == 404
+
+
+def test_a_revoked_token_ends_the_login(guarded: Web) -> None:
+    ann = visitor(guarded, "ann")
+    with guarded.db.transaction() as session:
+        tokens.revoke(session, tokens.every(session)[-1].id)
+    assert ann.get("/farm").url.path == "/login"
+
+
+def test_a_fragment_for_somebody_logged_out_leads_to_the_login(guarded: Web) -> None:
+    answer = guarded.client.get("/farm", headers=HTML | {"HX-Request": "true"})
+    assert answer.status_code == 401
+    assert answer.headers["hx-redirect"] == "/login?next=%2Ffarm"
+
+
+def test_errors_are_pages_for_people_and_documents_for_programs(web: Web) -> None:
+    page = web.client.get("/jobs/99", headers=HTML)
+    assert (page.status_code, page.headers["content-type"]) == (404, "text/html; charset=utf-8")
+    for path in ("/api/jobs/99", "/jobs/99"):
+        answer = web.client.get(path)
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_what_people_typed_is_shown_as_text(web: Web, browser: Browser) -> None:
+    bad = '<script>alert(1)</script>"><img src=x>'
+    batch_id = web.submit([{"prompt": bad, "custom_id": bad[:25]}], name=bad)
+    job_id = web.job_id(batch_id)
+    web.succeed(job_id)
+    for path in ("/batches", f"/batches/{batch_id}", f"/jobs/{job_id}", "/gallery"):
+        text = browser.get(path).text
+        assert "<script>alert" not in text
+        assert "<img" not in text
+        assert "&lt;script&gt;" in text
+
+
+def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(4)
+    web.succeed(web.job_id(batch_id))
+    web.fail(web.job_id(batch_id, 1))
+    load = web.client.get("/api/load").json()
+    assert (load["queued"], load["running"]) == (2, 0)
+    assert load["spans"][-1]["succeeded"] + load["spans"][-2]["succeeded"] == 1
+    assert load["spans"][-1]["failed"] + load["spans"][-2]["failed"] == 1
+    assert not load["is_cut"]
+    text = browser.get("/farm").text
+    assert "1 videos and 1 failed attempts" in text
+
+
+def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(120)
+    text = browser.get(f"/batches/{batch_id}").text
+    assert text.count('<tr id="job-') == 50
+    following = re.search(r'rel="next" href="([^"]+)"', text)[1].replace("&amp;", "&")
+    assert "#51" not in text
+    assert "p50" in browser.get(following).text
+    with web.db.reading() as session:
+        assert queries.open_jobs(session) == (120, 0)
+    assert browser.get(f"/batches/{batch_id}?state={states.JobState.FAILED}").text.count("<tr") == 0

@@ -1,0 +1,65 @@
+"""The table of log events is that of the code."""
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
+EVENT = re.compile(r"[a-z_]+\.[a-z_]+")
+
+
+def _strings(node: ast.expr, function: ast.AST) -> Iterator[str]:
+    """What an expression may be: a string, one of two, or a name that is given one nearby."""
+    if isinstance(node, ast.Constant):
+        yield str(node.value)
+    elif isinstance(node, ast.IfExp):
+        yield from _strings(node.body, function)
+        yield from _strings(node.orelse, function)
+    elif isinstance(node, ast.Name):
+        for line in ast.walk(function):
+            is_it = isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)
+            if is_it and line.targets[0].id == node.id:
+                yield from _strings(line.value, function)
+
+
+@functools.cache
+def logged() -> dict[str, str]:
+    """Event -> a file that logs it."""
+    found = {}
+    for package in ("jobs", "worker"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            text = path.read_text()
+            if "log = structlog" not in text:
+                continue
+            for function in ast.walk(ast.parse(text)):
+                if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                for call in ast.walk(function):
+                    if isinstance(call, ast.Call) and call.args and _is_of_a_log(call.func):
+                        names = list(_strings(call.args[0], function))
+                        assert names, f"{path}:{call.lineno}: which event is this?"
+                        found |= dict.fromkeys(names, str(path))
+    return found
+
+
+def _is_of_a_log(called: ast.expr) -> bool:
+    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+        return called.value.id == "log" and called.attr in LEVELS
+    return isinstance(called, ast.Name) and called.id == "report"
+
+
+def documented() -> set[str]:
+    text = (REPOSITORY / "docs/monitoring.md").read_text().split("\n## Logs", 1)[1]
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_each_event_that_is_logged_stands_in_the_table_and_no_other():
+    assert documented() == set(logged())
+
+
+def test_an_event_has_a_noun_and_what_became_of_it():
+    assert all(EVENT.fullmatch(name) for name in logged())
