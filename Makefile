@@ -24,7 +24,7 @@ demo: setup ## start everything on this machine, render examples/prompts.jsonl, 
 
 test: setup lint ## lint, then every test that needs no GPU
 	@# Two processes on two cores: more threads in each would wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 unit: setup ## the quick tests only: no servers, no processes
 	$(BIN)/python -m pytest tests/unit

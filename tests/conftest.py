@@ -38,15 +38,6 @@ FOREIGN_PREFIXES = ("AWS_", "CELERY_", "RUSHES_", "S3_", "PG", "HF_")
 OUR_NAMES = {name for names in settings.environment_names().values() for name in names}
 
 
-SLOWEST = ("tests/integration/test_end_to_end.py", "tests/chaos/", "tests/integration/")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first: else one process would end with it alone."""
-    items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in SLOWEST])
-
-
 @pytest.fixture(autouse=True)
 def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees a developer's settings, `.env`, AWS profile or running `rushes up`."""
