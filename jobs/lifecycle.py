@@ -293,44 +293,22 @@ def _fail(
     if job is None:
         return None
     worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
-    is_crash = kind in retries.CRASHES
-    errors_so_far = job.error_count + (not is_crash)
-    crashes_so_far = job.crash_count + is_crash
     machines = {name for name, _ in health.failed_on(session, job)}
     if kind in retries.OF_MACHINE:
         machines.add(worker)
-    decision = retries.decide(
-        kind,
-        errors=errors_so_far,
-        crashes=crashes_so_far,
-        budgets=budgets,
-        machines=len(machines),
-    )
     now = database.now(session)
-    if job.cancel_requested:
-        target = states.JobState.CANCELLED
-    else:
-        target = states.JobState.FAILED if decision is None else states.JobState.QUEUED
-    values: dict[str, Any] = {
-        "error_count": errors_so_far,
-        "crash_count": crashes_so_far,
-        "failure_kind": kind,
-        "error": database.storable(error)[:MAX_ERROR_CHARS],
-    }
-    if target is states.JobState.QUEUED:
-        assert decision is not None
-        values |= _requeued(not_before=now + timedelta(seconds=decision.wait_seconds))
-    else:
-        is_harmful = is_crash or len(machines) >= retries.MAX_MACHINES
-        is_quarantined = is_harmful and target is states.JobState.FAILED
-        values |= {"finished_at": now, "quarantined": is_quarantined}
+    target, values = _after_failure(
+        job, kind=kind, machines=len(machines), budgets=budgets, now=now
+    )
+    told = database.storable(error)[:MAX_ERROR_CHARS]
+    values |= {"failure_kind": kind, "error": told}
     _move(session, job.id, states.JobState.RUNNING, target, holder=attempt_id, **values)
     _end_attempt(
         session,
         attempt_id,
-        states.AttemptState.LOST if is_crash else states.AttemptState.FAILED,
+        states.AttemptState.LOST if kind in retries.CRASHES else states.AttemptState.FAILED,
         failure_kind=kind,
-        error=database.storable(error)[:MAX_ERROR_CHARS],
+        error=told,
         error_detail=None if detail is None else database.storable(detail)[-MAX_DETAIL_CHARS:],
     )
     return _Failed(
@@ -342,6 +320,31 @@ def _fail(
         kind=kind,
         error=error,
     )
+
+
+def _after_failure(
+    job: Job, *, kind: states.FailureKind, machines: int, budgets: retries.Budgets, now: datetime
+) -> tuple[states.JobState, dict[str, Any]]:
+    """The job's next state, and the columns that go with it."""
+    is_crash = kind in retries.CRASHES
+    spent = {
+        "error_count": job.error_count + (not is_crash),
+        "crash_count": job.crash_count + is_crash,
+    }
+    decision = retries.decide(
+        kind,
+        errors=spent["error_count"],
+        crashes=spent["crash_count"],
+        budgets=budgets,
+        machines=machines,
+    )
+    if decision is not None and not job.cancel_requested:
+        not_before = now + timedelta(seconds=decision.wait_seconds)
+        return states.JobState.QUEUED, spent | _requeued(not_before=not_before)
+    target = states.JobState.CANCELLED if job.cancel_requested else states.JobState.FAILED
+    is_harmful = is_crash or machines >= retries.MAX_MACHINES
+    is_quarantined = is_harmful and target is states.JobState.FAILED
+    return target, spent | {"finished_at": now, "quarantined": is_quarantined}
 
 
 def _suspect(session: Session, failures: Sequence[_Failed]) -> None:

@@ -104,7 +104,7 @@ def _jobs(session: Session) -> Iterator[Metric]:
     jobs = {(name,): int(count or 0) for name, count in zip(names, counts, strict=True)}
     yield _gauge("jobs", "Jobs by state.", jobs, "state")
     unfinished = session.scalars(select(Batch).where(Batch.finished_at.is_(None))).all()
-    batches = Counter((queries.batch_state(batch).value,) for batch in unfinished)
+    batches = Counter((batch.state.value,) for batch in unfinished)
     yield _gauge("batches_open", "Unfinished batches by state.", batches, "state")
     unwritten = select(func.count()).select_from(Batch)
     unwritten = unwritten.where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))

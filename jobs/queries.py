@@ -49,10 +49,6 @@ class LiveWorker:
         return tuple(queue for queue in self.worker.queues if queue not in refused)
 
 
-def batch_state(batch: Batch) -> states.BatchState:
-    return batch.state
-
-
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
     """Newest first; `before` is a batch id, for the next page."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
@@ -198,7 +194,7 @@ def progress(session: Session, batch_id: str) -> Progress:
     open_jobs = batch.queued + batch.running
     return Progress(
         batch=batch,
-        state=batch_state(batch),
+        state=batch.state,
         rate_per_minute=rate,
         seconds_left=open_jobs / rate * 60 if rate and open_jobs else None,
     )

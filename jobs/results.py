@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Row, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, outbox, queries, states, storage
+from jobs import database, outbox, states, storage
 from jobs.schema import Attempt, Batch, Job
 
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
@@ -109,7 +109,7 @@ def _manifest(batch: Batch) -> dict[str, Any]:
         "name": batch.name,
         "owner": batch.owner,
         "preset": batch.preset,
-        "state": queries.batch_state(batch),
+        "state": batch.state,
         "created_at": batch.created_at.isoformat(),
         "finished_at": batch.finished_at.isoformat(),
         "expired_at": None if batch.expired_at is None else batch.expired_at.isoformat(),

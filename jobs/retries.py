@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jobs import states
 
 LONGEST_WAIT_SECONDS = 600.0
+MAX_DOUBLINGS = 1_000  # what a float can hold
 FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
 
 NEVER_RETRIED = frozenset({states.FailureKind.INPUT, states.FailureKind.REFUSED})
@@ -45,11 +46,18 @@ def decide(
         return RetryDecision(wait_seconds=0.0) if crashes < budgets.max_crashes else None
     if errors >= budgets.max_errors:
         return None
-    longest = min(budgets.retry_seconds * 2 ** (errors - 1), LONGEST_WAIT_SECONDS)
-    return RetryDecision(wait_seconds=random.uniform(longest / 2, longest))  # noqa: S311
+    return RetryDecision(wait_seconds=growing_wait(budgets.retry_seconds, errors))
 
 
 def wait_after_release(attempt_number: int) -> float:
     """Seconds until a job that its host gave back is tried again: longer each time, no budget."""
-    longest = min(FIRST_RELEASE_SECONDS * 2 ** min(attempt_number - 1, 10), LONGEST_WAIT_SECONDS)
+    return growing_wait(FIRST_RELEASE_SECONDS, attempt_number)
+
+
+def growing_wait(first_seconds: float, times: int) -> float:
+    """Twice as long each time, up to LONGEST_WAIT_SECONDS; up to half less, by chance.
+
+    What failed together, as of one lost disk, then does not come back all at once.
+    """
+    longest = min(first_seconds * 2.0 ** min(times - 1, MAX_DOUBLINGS), LONGEST_WAIT_SECONDS)
     return random.uniform(longest / 2, longest)  # noqa: S311

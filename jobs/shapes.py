@@ -17,7 +17,7 @@ def batch(row: Batch) -> dict[str, Any]:
         "preset": row.preset,
         "priority": row.priority + row.boost,
         "idempotency_key": row.idempotency_key,
-        "state": queries.batch_state(row),
+        "state": row.state,
         "created_at": row.created_at,
         "finished_at": row.finished_at,
         "results_written_at": row.manifest_at,

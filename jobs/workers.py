@@ -1,6 +1,5 @@
 """The register of render processes: kept by their launchers, filled in by themselves."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -8,14 +7,13 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, reports, states
+from jobs import database, errors, reports, retries, states
 from jobs.schema import Refusal, Worker
 
 MIN_FREE_BYTES = 64 << 20  # with less on its scratch disk, a few videos, a worker takes no jobs
 ALIVE_SECONDS = 30.0  # three missed beats of the launcher
 BEAT_SECONDS = 10.0
 FIRST_REFUSAL_SECONDS = 30.0
-LONGEST_REFUSAL_SECONDS = 600.0
 ALL_QUEUES = ""
 
 
@@ -166,9 +164,8 @@ def accept(session: Session, name: str, *, queue: str) -> None:
 
 
 def wait_seconds(times: int) -> float:
-    """Twice as long each time; workers that lost the same disk do not come back all at once."""
-    longest = min(FIRST_REFUSAL_SECONDS * 2 ** min(times - 1, 10), LONGEST_REFUSAL_SECONDS)
-    return random.uniform(longest / 2, longest)  # noqa: S311
+    """Until a worker that refused for the n-th time in a row is asked again."""
+    return retries.growing_wait(FIRST_REFUSAL_SECONDS, times)
 
 
 def refusals(session: Session, *, worker: str | None = None) -> Sequence[Refusal]:

@@ -45,7 +45,7 @@ def list_batches(limit: int, before: str | None, as_json: bool) -> None:
 def _list_row(row: Batch) -> tuple[str, ...]:
     return (
         row.id,
-        output.state(queries.batch_state(row)),
+        output.state(row.state),
         str(row.total),
         str(row.succeeded),
         str(row.failed),

@@ -246,7 +246,7 @@ def _changed(
     changed = serving.db.write(change, batch_id)
     serving.wake(changed)
     with serving.db.reading() as session:
-        state = queries.batch_state(finding.batch(session, batch_id, principal))
+        state = finding.batch(session, batch_id, principal).state
     return {"name": batch_id, "state": state, "changed": changed}
 
 

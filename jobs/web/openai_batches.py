@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from jobs import cancelling, errors, queries, readers, requests, states, uploads
+from jobs import cancelling, errors, readers, requests, states, uploads
 from jobs.schema import ApiRequest, Batch, StoredFile
 from jobs.web import access, answers, openai_files, openai_videos, service
 from jobs.web.batches import Serving, images_for, options
@@ -201,7 +201,7 @@ def _shape(session: Session, row: ApiRequest) -> dict[str, Any]:
 
 
 def _running_shape(batch: Batch) -> dict[str, Any]:
-    status = STATUSES.get(queries.batch_state(batch), "in_progress")
+    status = STATUSES.get(batch.state, "in_progress")
     ended = openai_videos.seconds(batch.finished_at)
     without_video = batch.failed + batch.cancelled
     return {

@@ -220,7 +220,7 @@ def test_a_test_that_fails_is_tried_again_later_and_later(sqlite_world: World) -
         make_due(world)
         assert due(world)
         assert takes(world, BAD) == ()  # the end of the wait is not the end of the refusal
-        longest = min(2 * longest, workers.LONGEST_REFUSAL_SECONDS)
+        longest = min(2 * longest, retries.LONGEST_WAIT_SECONDS)
 
 
 def test_one_that_passes_and_fails_three_jobs_again_waits_before_its_next_test(

@@ -109,7 +109,7 @@ def test_a_paused_batch_is_not_sent_and_a_message_on_its_way_is_refused(world: W
     assert sent(world) == []
     assert world.claim(second) is None
     assert world.job(second).state is JobState.QUEUED
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.PAUSED
+    assert world.batch(batch_id).state is BatchState.PAUSED
     assert world.succeed(attempt_id)
     assert world.db.write(lifecycle.resume_batch, batch_id)
     assert not world.db.write(lifecycle.resume_batch, batch_id)
@@ -175,14 +175,14 @@ def test_a_large_batch_is_cancelled_in_steps_and_the_dispatcher_goes_on_with_it(
     batch_id = world.submit(10)
     assert world.cancel_batch(batch_id) == (4, 0)
     world.check()
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.CANCELLING
+    assert world.batch(batch_id).state is BatchState.CANCELLING
     with world.db.reading() as session:
         assert queries.batches_to_stop(session) == ([batch_id], [])
     assert world.cancel_batch(batch_id) == (4, 0)
     assert world.cancel_batch(batch_id) == (2, 0)
     with world.db.reading() as session:
         assert queries.batches_to_stop(session) == ([], [])
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.CANCELLED
+    assert world.batch(batch_id).state is BatchState.CANCELLED
     world.check()
 
 
@@ -209,7 +209,7 @@ def test_a_deadline_keeps_what_is_finished_and_gives_the_rest_up_with_a_reason(
     assert world.db.write(lifecycle.expire_batch, batch_id) == (2, 1)
     assert world.heartbeat(attempt_id) is lifecycle.Verdict.CANCELLED
     assert world.cancel_attempt(attempt_id)
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.PARTIALLY_FAILED
+    assert world.batch(batch_id).state is BatchState.PARTIALLY_FAILED
     for job in world.jobs(batch_id)[1:]:
         assert (job.state, job.failure_kind) == (JobState.CANCELLED, states.FailureKind.DEADLINE)
         assert job.error is not None
@@ -223,7 +223,7 @@ def test_a_batch_without_any_video_at_its_deadline_has_failed(world: World) -> N
     batch_id = world.submit(2)
     pass_deadline(world, batch_id)
     world.db.write(lifecycle.expire_batch, batch_id)
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.FAILED
+    assert world.batch(batch_id).state is BatchState.FAILED
 
 
 def test_a_commit_that_wins_the_race_against_the_deadline_stays(world: World) -> None:
@@ -233,7 +233,7 @@ def test_a_commit_that_wins_the_race_against_the_deadline_stays(world: World) ->
     assert world.db.write(lifecycle.expire_batch, batch_id) == (0, 1)
     assert world.succeed(attempt_id)
     assert world.only_job(batch_id).error is None
-    assert queries.batch_state(world.batch(batch_id)) is BatchState.SUCCEEDED
+    assert world.batch(batch_id).state is BatchState.SUCCEEDED
 
 
 def test_a_retry_after_the_deadline_has_no_deadline(world: World) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import database, errors, queries, states, watch, workers
+from jobs import database, errors, queries, retries, states, watch, workers
 from jobs.cli import display
 from jobs.schema import Batch, Job
 from jobs.states import BatchState
@@ -145,7 +145,7 @@ def _batch(**values: Any) -> Batch:
     ],
 )
 def test_the_counts_of_a_batch_have_one_word(counts: dict[str, int], state: BatchState) -> None:
-    assert queries.batch_state(_batch(**counts)) is state
+    assert _batch(**counts).state is state
 
 
 RENDER_SECONDS = 15
@@ -336,7 +336,7 @@ def test_a_refusal_ends_by_itself_and_is_longer_the_next_time(world: World) -> N
             assert held.times == times
             held.until = database.now(session)
         assert takes(world) == {"gpu0@a": (QUEUE,)}
-        longest = min(2 * longest, workers.LONGEST_REFUSAL_SECONDS)
+        longest = min(2 * longest, retries.LONGEST_WAIT_SECONDS)
 
 
 def test_a_worker_claims_nothing_that_it_refuses_and_others_do(world: World) -> None:
