@@ -1,13 +1,13 @@
 """A model whose weights are loaded: LoRAs, text, image condition, denoising, decoding."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import structlog
 import torch
@@ -29,6 +29,29 @@ from models import (
 log = structlog.get_logger()
 
 MAX_CONDITIONS = 64  # some 20 MB each at 480p, on the host
+MAX_CONTEXTS = 64  # 4 MB each, on the host
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """What was made for the keys that were asked for last."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[Key, Value] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +94,9 @@ class ResidentModel:
             )
             for name, network in self._transformers().items()
         }
-        self._conditions: OrderedDict[tuple[str, conditioning.Target], conditioning.Condition] = (
-            OrderedDict()
+        self._contexts: Recent[str, Tensor] = Recent(MAX_CONTEXTS)
+        self._conditions: Recent[tuple[str, conditioning.Target], conditioning.Condition] = Recent(
+            MAX_CONDITIONS
         )
 
     def apply_loras(self, look: presets.Look, models_dir: Path) -> bool:
@@ -93,9 +117,8 @@ class ResidentModel:
         return any(changed)
 
     def encode_text(self, prompt: str) -> Tensor:
-        """context_1SD on the device."""
-        with self._placement.using(self.networks.text_encoder):
-            return self.networks.text_encoder.encode(prompt).to(self.device)
+        """context_1SD on the device; kept for other seeds of the same prompt."""
+        return self._contexts.get(prompt, lambda: self._encode_text(prompt)).to(self.device)
 
     def knows_image(self, image_key: str, look: presets.Look) -> bool:
         """Its condition is at hand: the image itself is not needed."""
@@ -105,14 +128,13 @@ class ResidentModel:
         self, image_key: str, image_HWC: Tensor | None, look: presets.Look
     ) -> conditioning.Condition:
         """What the first frame adds; kept for other prompts and seeds of the same image."""
-        key = (image_key, _target(look))
-        if key not in self._conditions:
+        target = _target(look)
+
+        def encode() -> conditioning.Condition:
             assert image_HWC is not None, "knows_image said so"
-            self._conditions[key] = self._encode_image(image_HWC, key[1])
-            if len(self._conditions) > MAX_CONDITIONS:
-                self._conditions.popitem(last=False)
-        self._conditions.move_to_end(key)
-        return self._conditions[key]
+            return self._encode_image(image_HWC, target)
+
+        return self._conditions.get((image_key, target), encode)
 
     def decode_chunks(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
         """Frames in [-1, 1], one and then four at a time."""
@@ -145,6 +167,10 @@ class ResidentModel:
         if isinstance(self.networks, checkpoint.TwoExpertNetworks):
             found["low_noise_model"] = self.networks.low_noise_transformer
         return found
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        with self._placement.using(self.networks.text_encoder):
+            return self.networks.text_encoder.encode(prompt).cpu()
 
     def _encode_image(
         self, image_HWC: Tensor, target: conditioning.Target

@@ -15,9 +15,18 @@ import torch
 from hypothesis import strategies
 
 from jobs import presets
-from models import config, image_encoder, layout, lora, quantization, quantized_files, vae
+from models import (
+    config,
+    image_encoder,
+    layout,
+    lora,
+    quantization,
+    quantized_files,
+    text_encoder,
+    vae,
+)
 from models.tiny import folders, make
-from worker import components, errors, pipeline, room, wanted
+from worker import components, errors, pipeline, resident, room, wanted
 
 NATIVE = "diffusion_pytorch_model.safetensors"
 NAMES = [preset.name for preset in presets.available() if isinstance(preset, presets.Preset)]
@@ -344,6 +353,28 @@ def test_an_image_is_encoded_once_for_all_jobs_that_begin_with_it(
     assert encoded == {"ImageEncoder": len(COLOURS), "WanVAE": len(COLOURS)}
     latents_of(look.with_changes(WIDE), warm, cpu)
     assert set(encoded.values()) == {len(COLOURS) + 1}
+
+
+def test_a_prompt_is_encoded_once_for_all_its_seeds_while_it_is_one_of_the_last(
+    shelf, tmp_path, cpu, monkeypatch
+):
+    prompts = []
+    encode = text_encoder.TextEncoder.encode
+
+    def count(self, prompt):
+        prompts.append(prompt)
+        return encode(self, prompt)
+
+    monkeypatch.setattr(text_encoder.TextEncoder, "encode", count)
+    monkeypatch.setattr(resident, "MAX_CONTEXTS", 2)
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    model = warm.model_for(look_of(("tiny", {})))
+    first = model.encode_text("a")
+    assert torch.equal(model.encode_text("a"), first)
+    for prompt in ("b", "a", "c", "a", "b"):
+        model.encode_text(prompt)
+    assert prompts == ["a", "b", "c", "b"]
+    assert torch.equal(model.encode_text("a"), first)
 
 
 @pytest.mark.parametrize("number", [0, 1])
