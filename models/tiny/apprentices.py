@@ -1,9 +1,12 @@
-"""Distil the tiny teachers to four steps without guidance, by the trainer that real models use."""
+"""Distil the tiny teachers to four steps without guidance, by the trainer that real models use.
+
+Both kinds of student begin with `reflow`.
+"""
 
 from pathlib import Path
 
 from models.distillation import examples, export, method, roles, saving, trainer
-from models.tiny import loop, recipes, workshop, world
+from models.tiny import loop, recipes, reflow, workshop, world
 
 SAVE_EVERY = 20  # updates
 
@@ -20,9 +23,10 @@ def train(shop: workshop.Workshop, name: str) -> Path:
         return output / relative
     how = settings(recipe, shop.recipe.seed)
     teacher = shop.teacher(with_images=with_images)
-    train = trainer.Trainer(
-        how, nets=roles.of_teacher(teacher, how), data=lessons(shop, with_images=with_images)
-    )
+    nets = roles.of_teacher(teacher, how)
+    data = lessons(shop, with_images=with_images)
+    begin(shop, nets, how, recipe.reflow, data=data, name=name)
+    train = trainer.Trainer(how, nets=nets, data=data)
     for found in saving.complete(output)[-1:]:
         saving.load(train, found)
     while train.updates < recipe.updates:
@@ -35,6 +39,35 @@ def train(shop: workshop.Workshop, name: str) -> Path:
             shop.say(f"{name}  {update.number}/{recipe.updates}  {numbers}  {pace}")
     export.write(train, output)
     return output / relative
+
+
+def begin(
+    shop: workshop.Workshop,
+    nets: roles.Roles,
+    how: method.Method,
+    recipe: recipes.Reflow,
+    *,
+    data: examples.Examples,
+    name: str,
+) -> None:
+    """Bring the student to where its updates begin."""
+    answers = reflow.answers(
+        nets.teacher,
+        how,
+        recipe,
+        data=data,
+        path=shop.folder / f"{workshop.named('answers', name.endswith('_i2v'))}.pt",
+        say=shop.say,
+    )
+    reflow.train(
+        nets.student,
+        how,
+        recipe,
+        data=data,
+        answers_NCTHW=answers,
+        path=shop.folder / name / "reflow.pt",
+        say=shop.say,
+    )
 
 
 def settings(recipe: recipes.Student, seed: int) -> method.Method:

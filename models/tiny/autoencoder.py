@@ -47,7 +47,9 @@ def train(recipe: recipes.Autoencoder, seed: int, *, path: Path, say: loop.Say) 
         factor = loop.warm_cosine(place, phase.steps, warmup=50, last=phase.last_rate / phase.rate)
         loop.set_rate(optimizer, phase.rate * factor)
         noise = loop.generator(seed, number) if phase.kl_weight else None
-        error, kl = losses(network, clips, noise, trains_encoder=phase.part == "both")
+        error, kl = losses(
+            network, clips, noise, trains_encoder=phase.part == "both", blur=phase.blur
+        )
         optimizer.zero_grad()
         (error + phase.kl_weight * kl).backward()  # type: ignore[no-untyped-call]  # torch's stub
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -80,6 +82,7 @@ def losses(
     noise: torch.Generator | None,
     *,
     trains_encoder: bool = True,
+    blur: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Balanced error of the reconstruction, and the KL divergence per latent number in nats."""
     with torch.set_grad_enabled(trains_encoder):
@@ -87,12 +90,20 @@ def losses(
     latents = mean
     if noise is not None:
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
+        latents = latents + blurring(mean, blur, noise)
     difference = (whole_clip.decode(network, latents) - clips_BCTHW).abs()
     error_BTHW = (difference + 2 * difference.square()).mean(1)
     near = near_shapes(clips_BCTHW)
     balanced = 0.5 * error_BTHW[near].mean() + 0.5 * error_BTHW[~near].mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return balanced, kl
+
+
+def blurring(latents_BCTHW: Tensor, most: float, noise: torch.Generator) -> Tensor:
+    """Noise of a random share, up to `most`, of each channel's spread; a share for each clip."""
+    spread = latents_BCTHW.detach().std((0, 2, 3, 4), keepdim=True)
+    share = most * torch.rand((len(latents_BCTHW), 1, 1, 1, 1), generator=noise)
+    return share * spread * torch.randn(latents_BCTHW.shape, generator=noise)
 
 
 def near_shapes(clips_BCTHW: Tensor) -> Tensor:

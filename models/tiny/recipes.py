@@ -27,6 +27,8 @@ class Phase:
     """"decoder": latents stay what they are, and clips that are encoded already stay good."""
     passing_share: float | None = None
     """Of clips with a pillar; None: the autoencoder's."""
+    blur: float = 0.0
+    """Most noise that is added to latents, in their own spread: generated ones are never exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +99,22 @@ class Transformer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reflow:
+    """How a student begins: from `pairs` of noise and what the teacher makes of it."""
+
+    pairs: int
+    teacher_steps: int
+    steps: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Student:
     """Distillation to four steps; `rank` goes with weights "lora"."""
 
     weights: Literal["full", "lora"]
+    reflow: Reflow
     rank: int | None = None
     updates: int
     batch: int
@@ -134,6 +148,10 @@ def load(path: Path = DEFAULT) -> Recipe:
         transformer=Transformer(**values["transformer"]),
         text_to_video=Teacher(**values["text_to_video"]),
         image_to_video=Teacher(**values["image_to_video"]),
-        student=Student(**values["student"]),
-        lora=Student(**values["lora"]),
+        student=_student(values["student"]),
+        lora=_student(values["lora"]),
     )
+
+
+def _student(values: dict[str, Any]) -> Student:
+    return Student(**{**values, "reflow": Reflow(**values["reflow"])})
