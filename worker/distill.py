@@ -26,6 +26,7 @@ from models.distillation import (
     course,
     encoding,
     export,
+    pairs,
     precision,
     processes,
     progress,
@@ -68,7 +69,7 @@ class Told:
     """What the command line is told on the way; in the first process only."""
 
     on_stage: Callable[[str], None]
-    on_encoded: Callable[[int, int], None]
+    on_part: Callable[[int, int], None]
     on_update: Callable[[trainer.Update, int], None]
     """(update, of how many)"""
     on_note: Callable[[str], None]
@@ -92,6 +93,8 @@ def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) ->
             shape,
             plan.how,
             student_updates=plan.student_updates,
+            answers=plan.regression_pairs,
+            answer_steps=plan.regression_steps,
             processes=processes,
             dtype=DTYPES[plan.precision],
         )
@@ -134,7 +137,9 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     quiet.on_stage(f"encoding {len(raw):,} prompts")
     data = _encoded(plan, files, raw, here, quiet)
     quiet.on_stage("loading the networks")
-    train = _trainer(plan, files, data, here)
+    nets = _networks(plan, files, here)
+    answered = _answers(plan, nets, data, here, quiet)
+    train = trainer.Trainer(plan.how, nets=nets, data=data, device=here, answered=answered)
     _resume(train, plan, quiet)
     quiet.on_stage("training")
     probes = _Probes(plan, files, here, quiet)
@@ -157,7 +162,7 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
 
 _QUIET = Told(
     on_stage=lambda _stage: None,
-    on_encoded=lambda _done, _count: None,
+    on_part=lambda _done, _count: None,
     on_update=lambda _update, _count: None,
     on_note=lambda _text: None,
 )
@@ -246,7 +251,7 @@ def _encoded(
         ),
         load=lambda: checkpoint.load_surroundings(files, device=here, dtype=DTYPES[plan.precision]),
     )
-    paths = encoder.encode([*raw, encoding.Raw(prompt=plan.negative_prompt)], told.on_encoded)
+    paths = encoder.encode([*raw, encoding.Raw(prompt=plan.negative_prompt)], told.on_part)
     if here.type == "cuda":
         torch.cuda.empty_cache()
     text_len = checkpoint.transformer_sizes(files).text_len
@@ -277,12 +282,7 @@ def _stamp(files: layout.ModelFiles) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _trainer(
-    plan: course.Course,
-    files: layout.ModelFiles,
-    data: encoding.StoredExamples,
-    here: torch.device,
-) -> trainer.Trainer:
+def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device) -> roles.Roles:
     """Networks are read to the host one by one, and each is moved or spread before the next."""
     dtype = DTYPES[plan.precision]
 
@@ -305,8 +305,33 @@ def _trainer(
             network.to(here)
 
     teacher = checkpoint.load_transformer(files, device="cpu", dtype=dtype)
-    nets = roles.of_teacher(teacher, plan.how, start=start, prepare=prepare)
-    return trainer.Trainer(plan.how, nets=nets, data=data, device=here)
+    return roles.of_teacher(teacher, plan.how, start=start, prepare=prepare)
+
+
+def _answers(
+    plan: course.Course,
+    nets: roles.Roles,
+    data: encoding.StoredExamples,
+    here: torch.device,
+    told: Told,
+) -> pairs.Pairs | None:
+    """This process's share of what the teacher is asked before the training."""
+    if plan.how.regression is None:
+        return None
+    rank, count = processes.rank(), processes.count()
+    each = -(-plan.regression_pairs // count)
+    told.on_stage(f"asking the teacher {plan.regression_pairs:,} times")
+    return pairs.make(
+        nets.teacher,
+        plan.how,
+        data=data,
+        numbers=range(rank, rank + each * count, count),
+        steps=plan.regression_steps,
+        batch=plan.how.batch,
+        path=plan.output / "answers" / f"{rank}_of_{count}.pt",
+        report=told.on_part,
+        device=here,
+    )
 
 
 def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:

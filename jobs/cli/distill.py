@@ -135,7 +135,7 @@ def _told_by_bar(progress: "Progress") -> Told:
     def on_stage(stage: str) -> None:
         progress.update(task, description=stage, facts="")
 
-    def on_encoded(done: int, count: int) -> None:
+    def on_part(done: int, count: int) -> None:
         progress.update(task, completed=done, total=count)
 
     def on_update(update: Any, count: int) -> None:
@@ -146,7 +146,7 @@ def _told_by_bar(progress: "Progress") -> Told:
 
     return {
         "on_stage": on_stage,
-        "on_encoded": on_encoded,
+        "on_part": on_part,
         "on_update": on_update,
         "on_note": on_note,
     }
@@ -162,9 +162,9 @@ def _told_by_lines() -> Told:
         told_at = time.monotonic()
         return True
 
-    def on_encoded(done: int, count: int) -> None:
+    def on_part(done: int, count: int) -> None:
         if is_time():
-            output.note(f"{done} of {count} encoded")
+            output.note(f"{done} of {count}")
 
     def on_update(update: Any, count: int) -> None:
         if is_time() or update.number == count:
@@ -172,7 +172,7 @@ def _told_by_lines() -> Told:
 
     return {
         "on_stage": output.note,
-        "on_encoded": on_encoded,
+        "on_part": on_part,
         "on_update": on_update,
         "on_note": output.note,
     }

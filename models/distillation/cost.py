@@ -42,7 +42,7 @@ class Cost:
     seconds_per_update: Mapping[str, float]
     """By effective TFLOP/s."""
     hours: Mapping[str, float]
-    """Of the whole training."""
+    """Of the whole training, with the teacher's answers."""
 
     @property
     def device_bytes(self) -> int:
@@ -55,15 +55,21 @@ def estimate(
     how: method.Method,
     *,
     student_updates: int,
+    answers: int = 0,
+    answer_steps: int = 0,
     processes: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Cost:
-    """Count one process's share of a training with so many equal processes."""
+    """Count one process's share of a training with so many equal processes.
+
+    `answers`: those that `how.regression` takes.
+    """
     nets = _networks(sizes, how, dtype)
     inputs = _inputs(sizes, latent_shape, how.batch)
     flops = count_flops(nets.teacher.network, inputs) / how.batch
     forwards = forwards_per_update(how)
     per_update = forwards * flops * how.batch * how.accumulate
+    of_answers = answers / processes * answer_steps * _teacher_forwards(how) * flops
     seconds = {str(rate): per_update / (rate * 1e12) for rate in EFFECTIVE_TFLOPS}
     return Cost(
         parameters=_count(nets.teacher.network),
@@ -81,7 +87,10 @@ def estimate(
         activation_bytes=count_activations(nets, how, inputs),
         processes=processes,
         seconds_per_update=seconds,
-        hours={rate: each * student_updates / 3600 for rate, each in seconds.items()},
+        hours={
+            rate: (each * student_updates + of_answers / (float(rate) * 1e12)) / 3600
+            for rate, each in seconds.items()
+        },
     )
 
 
@@ -91,10 +100,15 @@ def forwards_per_update(how: method.Method) -> float:
     again = float(how.gradient_checkpointing)
     of_student = BACKWARD_FORWARDS[how.student.weights] + again
     of_critic = BACKWARD_FORWARDS[how.critic.weights] + again
-    teacher = 1 if how.guidance == 1 else 2
-    student = rollout + 1 + teacher + of_student + (of_critic if how.sgmd is not None else 0)
+    student = rollout + 1 + _teacher_forwards(how) + of_student
+    student += of_critic if how.sgmd is not None else 0
+    student += 1 + of_student if how.regression is not None else 0
     critic = rollout + 1 + of_critic
     return student + how.ratio * critic
+
+
+def _teacher_forwards(how: method.Method) -> int:
+    return 1 if how.guidance == 1 else 2
 
 
 def count_flops(network: nn.Module, inputs: tuple[Tensor, ...]) -> float:

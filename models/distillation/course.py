@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import json5
 
+from models import sampling
 from models.distillation import method
 
 MAX_FILE_BYTES = 65_536  # json5 needs seconds for more
@@ -49,6 +50,10 @@ class Course:
     task: Task = "t2v"
     student_start: Path | None = None
     """A transformer to begin with instead of the teacher's; full weights only."""
+    regression_pairs: int = 0
+    """How many of the teacher's answers `regression` takes; they are made first, and kept."""
+    regression_steps: int = 50
+    """Of each answer."""
     negative_prompt: str = NEGATIVE_PROMPT
     target_width: int = 832
     target_height: int = 480
@@ -76,10 +81,19 @@ class Course:
             raise ValueError(f"target_video_length must be 4n+1, such as 81, got {frames}")
         for name, least in (
             ("fps", 1), ("student_updates", 1), ("save_every", 1), ("keep", 1), ("probe_every", 0),
-            ("probes", 1),
+            ("probes", 1), ("regression_pairs", 0), ("regression_steps", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if (self.how.regression is None) != (self.regression_pairs == 0):
+            raise ValueError(
+                "regression, a weight such as 1, and regression_pairs, such as 1000, go together"
+            )
+        if self.regression_steps > sampling.TABLE_LENGTH:
+            most = sampling.TABLE_LENGTH
+            raise ValueError(
+                f"regression_steps must be at most {most}, got {self.regression_steps}"
+            )
         if self.student_start is not None and self.how.student.weights != "full":
             raise ValueError("student_start is for full weights: a LoRA starts from the teacher")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SAMPLE, _EXIT, _ORDER, _WEIGHTS = range(4)  # what a number is for
+_SAMPLE, _EXIT, _ORDER, _WEIGHTS, _PAIR = range(5)  # what a number is for
 
 
 def _generators(count: int, seed: int, *place: int) -> list[torch.Generator]:
@@ -76,3 +76,8 @@ def examples_of(seed: int, place: Place, num_examples: int) -> list[int]:
 def for_weights(seed: int, number: int) -> torch.Generator:
     """For the first values of LoRA number `number`."""
     return _generator(seed, _WEIGHTS, number)
+
+
+def for_pair(seed: int, number: int) -> torch.Generator:
+    """For the noise that the teacher answers."""
+    return _generator(seed, _PAIR, number)

@@ -101,6 +101,8 @@ class Method:
     """After each student update the critic becomes ida * critic + (1 - ida) * student."""
     sgmd: float | None = None
     """Score gradient matching instead of DMD, with this weight of its correction term."""
+    regression: float | None = None
+    """Weight of the error to the teacher's own answers, as DMD has it beside its gradient."""
     seed: int = 0
     gradient_checkpointing: bool = True
 
@@ -123,6 +125,8 @@ class Method:
         self._check_terms()
 
     def _check_terms(self) -> None:
+        if self.regression is not None:
+            _require(_positive(self.regression), "regression", "be positive", self.regression)
         if self.ida is not None and "lora" in (self.student.weights, self.critic.weights):
             # Mixing the factors of two LoRAs does not mix what they do.
             raise ValueError("ida mixes the weights of student and critic: both must be 'full'")

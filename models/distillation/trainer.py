@@ -16,6 +16,7 @@ from models.distillation import (
     examples,
     losses,
     method,
+    pairs,
     processes,
     roles,
     rollout,
@@ -71,8 +72,12 @@ class Trainer:
         nets: roles.Roles,
         data: examples.Examples,
         device: torch.device | str = "cpu",
+        answered: pairs.Pairs | None = None,
     ) -> None:
+        """`answered` goes with `how.regression`."""
+        assert (answered is None) == (how.regression is None)
         self.how = how
+        self.answered = answered
         self.nets = nets
         self.data = data
         self.device = torch.device(device)
@@ -147,6 +152,8 @@ class Trainer:
             with torch.no_grad():
                 p_real = self._predict_guided(noisy, sigma, micro.batch)
             loss = losses.sgmd(x0_BCTHW, p_fake, p_real, sigma, self.how.sgmd)
+        if self.answered is not None and self.how.regression is not None:
+            loss = loss + self.how.regression * self._error_to(self.answered, micro)
         facts = {
             "student_loss": float(loss.detach()),
             "score_gap": float((p_fake.detach() - p_real).abs().mean()),
@@ -154,6 +161,17 @@ class Trainer:
             "exit_step": float(exit_step),
         }
         return loss, facts
+
+    def _error_to(self, answered: pairs.Pairs, micro: _Micro) -> Tensor:
+        """Of the student's velocity on the straight line from a noise to the teacher's answer."""
+        places = micro.drawn.integers(len(answered)).tolist()
+        batch, noise, answers = answered.take(places, self.data, self.device)
+        levels = torch.tensor(self._levels.sigmas)[micro.drawn.integers(len(self._levels))]
+        sigma_B = levels.to(self.device)
+        noisy = sampling.mix(answers, noise, sigma_B.view(-1, 1, 1, 1, 1))
+        student = self.nets.student
+        velocity = student.velocity(noisy, sigma_B, batch.context_BSG, batch.condition)
+        return losses.flow(velocity, answers, noise)
 
     def _critic_loss(self, micro: _Micro) -> Tensor:
         with torch.no_grad():

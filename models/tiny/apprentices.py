@@ -5,8 +5,8 @@ Both kinds of student begin with `reflow`.
 
 from pathlib import Path
 
-from models.distillation import examples, export, method, roles, saving, trainer
-from models.tiny import loop, recipes, reflow, workshop, world
+from models.distillation import examples, export, method, pairs, roles, saving, trainer
+from models.tiny import exam, loop, recipes, reflow, workshop, world
 
 SAVE_EVERY = 20  # updates
 
@@ -25,8 +25,26 @@ def train(shop: workshop.Workshop, name: str) -> Path:
     teacher = shop.teacher(with_images=with_images)
     nets = roles.of_teacher(teacher, how)
     data = lessons(shop, with_images=with_images)
-    begin(shop, nets, how, recipe.reflow, data=data, name=name)
-    train = trainer.Trainer(how, nets=nets, data=data)
+    answered = pairs.make(
+        nets.teacher,
+        how,
+        data=data,
+        numbers=range(recipe.reflow.pairs),
+        steps=recipe.reflow.teacher_steps,
+        batch=exam.BATCH,
+        path=shop.folder / f"{workshop.named('answers', with_images)}.pt",
+        report=lambda done, count: shop.say(f"answers  {done}/{count}"),
+    )
+    reflow.train(
+        nets.student,
+        how,
+        recipe.reflow,
+        data=data,
+        answered=answered,
+        path=output / "reflow.pt",
+        say=shop.say,
+    )
+    train = trainer.Trainer(how, nets=nets, data=data, answered=answered)
     for found in saving.complete(output)[-1:]:
         saving.load(train, found)
     while train.updates < recipe.updates:
@@ -41,35 +59,6 @@ def train(shop: workshop.Workshop, name: str) -> Path:
     return output / relative
 
 
-def begin(
-    shop: workshop.Workshop,
-    nets: roles.Roles,
-    how: method.Method,
-    recipe: recipes.Reflow,
-    *,
-    data: examples.Examples,
-    name: str,
-) -> None:
-    """Bring the student to where its updates begin."""
-    answers = reflow.answers(
-        nets.teacher,
-        how,
-        recipe,
-        data=data,
-        path=shop.folder / f"{workshop.named('answers', name.endswith('_i2v'))}.pt",
-        say=shop.say,
-    )
-    reflow.train(
-        nets.student,
-        how,
-        recipe,
-        data=data,
-        answers_NCTHW=answers,
-        path=shop.folder / name / "reflow.pt",
-        say=shop.say,
-    )
-
-
 def settings(recipe: recipes.Student, seed: int) -> method.Method:
     student = {"learning_rate": recipe.rate, "betas": (0.0, 0.999), "weight_decay": 0.01}
     critic = student | {"learning_rate": recipe.critic_rate}
@@ -79,6 +68,7 @@ def settings(recipe: recipes.Student, seed: int) -> method.Method:
         student=method.student_tuning(recipe.weights, **student),
         critic=method.critic_tuning("full", **critic),
         guidance=recipe.guidance,
+        regression=recipe.regression,
         ratio=recipe.ratio,
         batch=recipe.batch,
         ema=recipe.ema,

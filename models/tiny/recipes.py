@@ -122,6 +122,7 @@ class Student:
     critic_rate: float
     ratio: int
     guidance: float
+    regression: float
     ema: float
 
 

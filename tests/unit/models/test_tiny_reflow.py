@@ -1,10 +1,12 @@
 """How a tiny student begins: the teacher's answers, and straight lines to them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from models import sampling
-from models.distillation import examples, method, roles
+from models.distillation import examples, method, pairs, roles, trainer
 from models.tiny import loop, recipes, reflow, teacher, words
 
 SMALL = recipes.Transformer(dim=32, ffn_dim=48, num_heads=2, num_layers=1)
@@ -28,8 +30,17 @@ def begun(weights):
     return roles.of_teacher(network.eval(), how), how
 
 
-def answers(nets, how, data, path):
-    return reflow.answers(nets.teacher, how, RECIPE, data=data, path=path, say=lambda line: None)
+def answers(nets, how, data, path, *, batch=6):
+    return pairs.make(
+        nets.teacher,
+        how,
+        data=data,
+        numbers=range(RECIPE.pairs),
+        steps=RECIPE.teacher_steps,
+        batch=batch,
+        path=path,
+        report=lambda done, count: None,
+    )
 
 
 def train(nets, how, data, answered, path):
@@ -38,7 +49,7 @@ def train(nets, how, data, answered, path):
         how,
         RECIPE,
         data=data,
-        answers_NCTHW=answered,
+        answered=answered,
         path=path,
         say=lambda line: None,
     )
@@ -46,18 +57,18 @@ def train(nets, how, data, answered, path):
 
 def error(nets, how, data, answered):
     """Of what the student sees in pure noise."""
-    noise = reflow.noise_for(how.seed, range(6), SHAPE)
-    batch = data.batch(range(6), torch.device("cpu"))
+    batch, noise, answers_ = answered.take(range(6), data, torch.device("cpu"))
     with torch.no_grad():
         velocity = nets.student.velocity(noise, torch.ones(6), batch.context_BSG, None)
-    return (noise - velocity - answered).square().mean()
+    return (noise - velocity - answers_).square().mean()
 
 
-def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path, monkeypatch):
+def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path):
     nets, how = begun("full")
-    whole = answers(nets, how, data, tmp_path / "whole.pt")
-    monkeypatch.setattr(reflow, "BATCH", 2)
-    torch.testing.assert_close(answers(nets, how, data, tmp_path / "pairs.pt"), whole)
+    made = answers(nets, how, data, tmp_path / "whole.pt")
+    whole = made.answers_NCTHW
+    two = answers(nets, how, data, tmp_path / "two.pt", batch=2)
+    torch.testing.assert_close(two.answers_NCTHW, whole)
     batch = data.batch([3], torch.device("cpu"))
 
     def velocity(latents, timestep):
@@ -68,7 +79,7 @@ def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path, mon
         return untold + 2 * (told - untold)
 
     levels = sampling.noise_levels(range(1000, 0, -100), 5.0)
-    noise = reflow.noise_for(how.seed, range(3, 4), SHAPE)
+    _, noise, _ = made.take([3], data, torch.device("cpu"))
     alone = sampling.denoise(velocity, noise, levels, step_rule="euler")
     torch.testing.assert_close(whole[3:4], alone)
 
@@ -80,7 +91,39 @@ def test_a_student_comes_nearer_to_the_answers_and_the_teacher_stays(weights, da
     before = error(nets, how, data, answered)
     train(nets, how, data, answered, tmp_path / "reflow.pt")
     assert error(nets, how, data, answered) < 0.9 * before
-    assert torch.equal(answers(nets, how, data, tmp_path / "again.pt"), answered)
+    again = answers(nets, how, data, tmp_path / "again.pt")
+    assert torch.equal(again.answers_NCTHW, answered.answers_NCTHW)
+
+
+def test_answers_are_kept_and_those_to_other_questions_refused(data, tmp_path):
+    nets, how = begun("full")
+    made = answers(nets, how, data, tmp_path / "answers.pt")
+    with torch.no_grad():
+        nets.teacher.network.head.head.weight.zero_()  # would answer otherwise now
+    kept = answers(nets, how, data, tmp_path / "answers.pt")
+    assert torch.equal(kept.answers_NCTHW, made.answers_NCTHW)
+    with pytest.raises(ValueError, match="remove it"):
+        answers(nets, dataclasses.replace(how, guidance=3.0), data, tmp_path / "answers.pt")
+
+
+def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
+    """The very same updates with a large weight of it end nearer."""
+    errors = []
+    for weight in (1e-9, 30.0):
+        nets, how = begun("full")
+        how = dataclasses.replace(
+            how,
+            regression=weight,
+            student=method.student_tuning("full", learning_rate=3e-3),
+            ratio=1,
+            guidance=2.0,
+        )
+        answered = answers(nets, how, data, tmp_path / "answers.pt")
+        train = trainer.Trainer(how, nets=nets, data=data, answered=answered)
+        for _ in range(12):
+            train.step()
+        errors.append(error(nets, how, data, answered))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_a_beginning_that_was_stopped_goes_on_to_the_same_numbers(data, tmp_path, monkeypatch):

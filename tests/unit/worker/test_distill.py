@@ -39,6 +39,8 @@ LORA = {
     "critic": {"weights": "lora", "rank": 2, "learning_rate": 1e-2},
 }
 
+REGRESSION = {"regression": 1, "regression_pairs": 5, "regression_steps": 4}
+
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory):
@@ -78,7 +80,7 @@ def run(known):
         notes = []
         told = distill.Told(
             on_stage=notes.append,
-            on_encoded=lambda _done, _count: None,
+            on_part=lambda _done, _count: None,
             on_update=on_update,
             on_note=notes.append,
         )
@@ -138,16 +140,17 @@ def test_a_lora_for_images_is_trained_exported_and_rendered(write, run, known, c
     assert rendered(done.preset, known, cpu, image=image).isfinite().all()
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(write, run, tmp_path):
-    straight, _ = run(write(output="straight", student_updates=3))
+@pytest.mark.parametrize("terms", [{}, REGRESSION])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(write, run, tmp_path, terms):
+    straight, _ = run(write(output="straight", student_updates=3, **terms))
 
     def stop(update, _count):
         if update.number == 1:
             signal_self()
 
-    stopped, _ = run(write(output="stopped", student_updates=3), on_update=stop)
+    stopped, _ = run(write(output="stopped", student_updates=3, **terms), on_update=stop)
     assert stopped == distill.Done(updates=1, weights=None, preset=None)
-    resumed, notes = run(write(output="stopped", student_updates=3))
+    resumed, notes = run(write(output="stopped", student_updates=3, **terms))
     assert any("going on from" in note for note in notes)
     assert resumed.weights.read_bytes() == straight.weights.read_bytes()
     with (tmp_path / "stopped" / "metrics.csv").open() as stream:
@@ -208,6 +211,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
         ({"task": "i2v", "model": "tiny_i2v"}, "image is missing"),
         ({"student_start": "gone.safetensors"}, "gone.safetensors"),
         ({"student": {"weights": "lora", "targets": ["qq"]}}, "'qq' is none"),
+        ({"regression": 1}, "regression_pairs, such as 1000, go together"),
     ],
 )
 def test_what_cannot_be_trained_says_why(write, run, tmp_path, changes, told):

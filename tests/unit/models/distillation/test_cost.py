@@ -41,6 +41,7 @@ def test_forwards_are_counted_as_they_are_run():
     assert cost.forwards_per_update(method.Method()) == 8.5 + 5 * 6.5
     assert cost.forwards_per_update(method.Method(gradient_checkpointing=False)) == 35
     assert cost.forwards_per_update(method.Method(guidance=1)) == 40
+    assert cost.forwards_per_update(method.Method(regression=1.0)) == 8.5 + 4 + 5 * 6.5
     assert cost.forwards_per_update(LORA) == 7.5 + 5 * 5.5
 
 
