@@ -401,13 +401,21 @@ def cancel_attempt(session: Session, attempt_id: int) -> bool:
     return True
 
 
-def request_cancel(session: Session, batch_id: str) -> None:
-    """From now on no job of it starts. `cancel_batch` then stops what is there."""
-    session.execute(
-        update(Batch)
-        .where(Batch.id == batch_id, Batch.finished_at.is_(None))
-        .values(cancel_requested_at=func.coalesce(Batch.cancel_requested_at, database.now(session)))
+def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
+    """From now on no job of it starts. `cancel_batch` then stops what is there.
+
+    How many wait and how many run at this moment: all that this request will stop, whoever does
+    it. (0, 0) if that was asked for before.
+    """
+    asked = update(Batch).where(
+        Batch.id == batch_id, Batch.finished_at.is_(None), Batch.cancel_requested_at.is_(None)
     )
+    found = session.execute(
+        asked.values(cancel_requested_at=database.now(session)).returning(
+            Batch.queued, Batch.running
+        )
+    ).one_or_none()
+    return (0, 0) if found is None else (found.queued, found.running)
 
 
 def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:

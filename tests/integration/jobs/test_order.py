@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from jobs import database, dispatch, errors, lifecycle, queries, states
+from jobs import cancelling, database, dispatch, errors, lifecycle, queries, states
 from jobs.schema import Batch, Job
 from jobs.states import BatchState, JobState
 from tests.integration.jobs.conftest import QUEUE, World
@@ -184,6 +184,27 @@ def test_a_large_batch_is_cancelled_in_steps_and_the_dispatcher_goes_on_with_it(
         assert queries.batches_to_stop(session) == ([], [])
     assert world.batch(batch_id).state is BatchState.CANCELLED
     world.check()
+
+
+def test_who_cancels_hears_of_all_that_stops_even_if_the_dispatcher_is_faster(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = world.submit(3)
+    attempt_id = world.claimed(world.job_ids(batch_id)[0])
+    write = world.db.write
+
+    def write_as_a_dispatcher_looks(change: Any, *given: Any) -> Any:
+        found = write(change, *given)
+        if change is lifecycle.request_cancel:
+            assert write(lifecycle.cancel_batch, batch_id) == (2, 1)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.db, "write", write_as_a_dispatcher_looks)
+        assert cancelling.cancel_batch(world.db, batch_id) == (2, 1)
+    assert cancelling.cancel_batch(world.db, batch_id) == (0, 0)
+    assert world.cancel_attempt(attempt_id)
+    assert world.batch(batch_id).state is BatchState.CANCELLED
 
 
 def pass_deadline(world: World, batch_id: str) -> None:
