@@ -3,6 +3,7 @@
 import json
 import secrets
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from jobs import cancelling, errors, readers, requests, states, uploads
+from jobs import cancelling, errors, readers, requests, uploads
 from jobs.schema import ApiRequest, Batch, StoredFile
 from jobs.web import access, answers, openai_files, openai_videos, service
 from jobs.web.batches import Serving, images_for, options
@@ -19,13 +20,8 @@ router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], responses=answers.OPEN
 
 API = "batches"
 MAX_ERRORS = 1_000
-STATUSES = {
-    states.BatchState.CANCELLING: "cancelling",
-    states.BatchState.CANCELLED: "cancelled",
-    states.BatchState.SUCCEEDED: "completed",
-    states.BatchState.PARTIALLY_FAILED: "completed",
-    states.BatchState.FAILED: "completed",
-}
+WINDOWS = {"24h": timedelta(hours=24)}
+"""What is not finished by then is not rendered, as OpenAI has it."""
 
 
 class NewBatch(BaseModel):
@@ -40,8 +36,8 @@ def create(new: NewBatch, serving: Serving, principal: access.Submitter) -> dict
     """A batch of an uploaded file. One with bad lines is `failed`; `errors` names them."""
     if new.endpoint != readers.VIDEOS_URL:
         raise service.invalid("endpoint", f"must be {readers.VIDEOS_URL}")
-    if new.completion_window != "24h":
-        raise service.invalid("completion_window", "must be 24h")
+    if new.completion_window not in WINDOWS:
+        raise service.invalid("completion_window", f"must be {' or '.join(WINDOWS)}")
     with serving.db.reading() as session:
         file = uploads.find(session, new.input_file_id, owner=principal.sees)
     try:
@@ -71,7 +67,9 @@ def _submitted(
                 rows,
                 source=file.name,
                 format="jsonl",
-                options=options(serving, preset, principal),
+                options=options(
+                    serving, preset, principal, deadline=WINDOWS[new.completion_window]
+                ),
                 found=images_for(serving, principal),
                 beside=beside,
             )
@@ -197,11 +195,22 @@ def _shape(session: Session, row: ApiRequest) -> dict[str, Any]:
             "errors": {"object": "list", "data": row.body.get("errors", [])},
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
         }
-    return common | _running_shape(batch)
+    return common | _stored_shape(batch)
 
 
-def _running_shape(batch: Batch) -> dict[str, Any]:
-    status = STATUSES.get(batch.state, "in_progress")
+def _status(batch: Batch) -> str:
+    """OpenAI's word. Jobs that were cancelled one by one leave their batch `completed`."""
+    if batch.finished_at is None:
+        if batch.cancel_requested_at is not None:
+            return "cancelling"
+        return "in_progress" if batch.expired_at is None else "finalizing"
+    if batch.cancelled and batch.cancel_requested_at is not None:
+        return "cancelled"
+    return "expired" if batch.cancelled and batch.expired_at is not None else "completed"
+
+
+def _stored_shape(batch: Batch) -> dict[str, Any]:
+    status = _status(batch)
     ended = openai_videos.seconds(batch.finished_at)
     without_video = batch.failed + batch.cancelled
     return {
@@ -210,6 +219,9 @@ def _running_shape(batch: Batch) -> dict[str, Any]:
         "completed_at": ended if status == "completed" else None,
         "cancelled_at": ended if status == "cancelled" else None,
         "cancelling_at": openai_videos.seconds(batch.cancel_requested_at),
+        "expires_at": openai_videos.seconds(batch.deadline_at),
+        "finalizing_at": openai_videos.seconds(batch.expired_at),
+        "expired_at": ended if status == "expired" else None,
         "output_file_id": openai_files.result_file_id(batch.id, openai_files.OUTPUT)
         if ended and batch.succeeded
         else None,

@@ -325,6 +325,8 @@ def progress(job: Job, attempt: Attempt | None) -> int:
 
 def _error(job: Job) -> dict[str, str] | None:
     if job.state is states.JobState.CANCELLED:
+        if job.failure_kind is states.FailureKind.DEADLINE:
+            return {"code": "batch_expired", "message": job.error or ""}
         return {"code": "cancelled", "message": "it was cancelled"}
     if job.state is states.JobState.FAILED:
         return {"code": str(job.failure_kind), "message": job.error or ""}

@@ -4,11 +4,14 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import openai
 import pytest
 
+from jobs import lifecycle
+from jobs.schema import Batch
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -161,6 +164,37 @@ def test_a_batch_from_its_file_to_its_result_files(live: Live, client: openai.Op
     assert json.loads(failed)["error"] == {"code": "input", "message": "it broke"}
     size = client.files.retrieve(done.output_file_id).bytes
     assert size == len(client.files.content(done.output_file_id).read())
+
+
+def test_a_batch_that_is_not_finished_in_its_window_expires_and_keeps_what_is(
+    live: Live, client: openai.OpenAI
+) -> None:
+    data = lines(*({"prompt": f"p{n}"} for n in range(3)))
+    file = client.files.create(file=("b.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.expires_at - made.created_at == 24 * 3600
+    batch_id = live.web.client.get("/api/batches").json()["batches"][0]["batch_id"]
+    live.web.succeed(live.web.job_id(batch_id, 0))
+    attempt_id = live.web.claim(live.web.job_id(batch_id, 1))
+    with live.web.db.transaction() as session:
+        session.get(Batch, batch_id).deadline_at -= timedelta(hours=24)
+    live.web.db.write(lifecycle.expire_batch, batch_id)
+    assert client.batches.retrieve(made.id).status == "finalizing"
+    assert live.web.db.write(lifecycle.cancel_attempt, attempt_id)
+    ended = client.batches.retrieve(made.id)
+    assert (ended.status, ended.completed_at) == ("expired", None)
+    assert ended.expired_at >= ended.finalizing_at >= ended.expires_at
+    counts = ended.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (3, 1, 2)
+    (kept,) = client.files.content(ended.output_file_id).text.splitlines()
+    assert json.loads(kept)["custom_id"] == "c0"
+    cut = [json.loads(x) for x in client.files.content(ended.error_file_id).text.splitlines()]
+    assert [(line["custom_id"], line["error"]["code"]) for line in cut] == [
+        ("c1", "batch_expired"),
+        ("c2", "batch_expired"),
+    ]
 
 
 def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.OpenAI) -> None:
