@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-WIDTH, HEIGHT = 720, 180
-LEFT, TOP, BOTTOM = 48, 8, 22  # room for the numbers and the times
+WIDTH, HEIGHT = 720, 240
+LEFT, TOP, BOTTOM = 72, 14, 32  # room for numbers and times, also in the large type of phones
 MOST_POINTS = 240
 GAP_SECONDS = 120.0  # longer between two samples: nobody looked
 
@@ -94,9 +94,9 @@ def lines(samples: Sequence[Mapping[str, Any]]) -> Chart:
         f"{first.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         ticks=_ticks(top),
         marks=[
-            (LEFT + 20, _clock(first)),
+            (LEFT + 32, _clock(first)),
             ((LEFT + WIDTH) / 2, _clock(middle)),
-            (WIDTH - 24, _clock(last)),
+            (WIDTH - 36, _clock(last)),
         ],
         lines=[" ".join(points) for points in parts],
     )
