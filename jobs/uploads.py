@@ -1,10 +1,14 @@
-"""Files that people uploaded: a row each, their bytes in the results store under their hash."""
+"""Files that people uploaded: a row each, their bytes in the results store.
+
+Images lie under their hash, where jobs start from them. Everything else has an object of its own,
+so that deleting it can take nothing from another upload of the same bytes.
+"""
 
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, storage
@@ -13,16 +17,29 @@ from jobs.schema import StoredFile
 MAX_NAME_CHARS = 200
 
 
-def key_of(sha256: str) -> str:
-    """Where the bytes lie; input images lie there too."""
+IMAGE = "vision"
+"""The purpose of an image that jobs may start from."""
+
+
+def new_id() -> str:
+    return f"file-{secrets.token_hex(12)}"
+
+
+def shared_key(sha256: str) -> str:
+    """Where an image lies, whoever sent it."""
     return f"inputs/{sha256[:2]}/{sha256}"
 
 
-def keep(
+def own_key(file_id: str) -> str:
+    """Where the bytes of this upload lie, and of no other."""
+    return f"inputs/files/{file_id}"
+
+
+def keep_shared(
     store: storage.ObjectStore, path: Path, *, sha256: str, content_type: str
 ) -> storage.StoredObject:
-    """Lay a file into the store, unless it is there already."""
-    key = key_of(sha256)
+    """Lay an image into the store, unless it is there already. Hold its key before."""
+    key = shared_key(sha256)
     head = store.head(key)
     if head is not None and head.size_bytes == path.stat().st_size:
         return storage.StoredObject(key=key, size_bytes=head.size_bytes, sha256=sha256)
@@ -30,11 +47,17 @@ def keep(
 
 
 def add(
-    session: Session, stored: storage.StoredObject, *, owner: str, purpose: str, name: str
+    session: Session,
+    stored: storage.StoredObject,
+    *,
+    file_id: str,
+    owner: str,
+    purpose: str,
+    name: str,
 ) -> StoredFile:
     shown = "".join(char if char.isprintable() else "_" for char in name)[:MAX_NAME_CHARS]
     row = StoredFile(
-        id=f"file-{secrets.token_hex(12)}",
+        id=file_id,
         owner=owner,
         purpose=purpose,
         name=shown or "file",
@@ -81,8 +104,5 @@ def every(
     ).all()
 
 
-def remove(session: Session, row: StoredFile) -> bool:
-    """Forget it. True when no other upload has these bytes; jobs may still have them."""
-    session.execute(delete(StoredFile).where(StoredFile.id == row.id))
-    others = select(func.count()).select_from(StoredFile).where(StoredFile.key == row.key)
-    return session.scalar(others) == 0
+def remove(session: Session, file_id: str) -> None:
+    session.execute(delete(StoredFile).where(StoredFile.id == file_id))

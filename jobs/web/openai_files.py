@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/files", tags=["OpenAI"], responses=answers.OPENAI
 
 OUTPUT, ERRORS = "output", "errors"
 RESULT_FILE = re.compile(r"file-([0-9a-z-]{1,20})_(output|errors)")
-PURPOSES = ("batch", "vision", "user_data")
+PURPOSES = ("batch", uploads.IMAGE, "user_data")
 ROWS_AT_ONCE = 500
 
 
@@ -31,7 +31,7 @@ def create(
     """A prompt file (purpose `batch`) or an image (`vision`)."""
     if purpose not in PURPOSES:
         raise service.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
-    if purpose == "vision":
+    if purpose == uploads.IMAGE:
         receiving.image(file)
     return _shape(receiving.keep(serving_, principal, file, purpose=purpose))
 
@@ -94,12 +94,13 @@ def content(
 
 @router.delete("/{file_id}")
 def delete(file_id: str, serving_: Serving, principal: access.Submitter) -> dict[str, Any]:
-    """Forget an upload. Its bytes stay while they may be the image of a job."""
-    with serving_.db.transaction() as session:
+    """Forget an upload. The bytes of an image stay while they may be that of a job."""
+    with serving_.db.reading() as session:
         row = uploads.find(session, file_id, owner=principal.sees)
-        is_last = uploads.remove(session, row)
-    if is_last and row.purpose == "batch":
+    # Before the row: who hears that the store is away asks again.
+    if row.key == uploads.own_key(row.id):
         serving_.store.delete(row.key)
+    serving_.db.write(uploads.remove, row.id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from jobs import holds, images, uploads
+from jobs import holds, images, storage, uploads
 from jobs.schema import StoredFile
 from jobs.web import access, service
 
@@ -29,21 +29,28 @@ def keep(
 ) -> StoredFile:
     """The row of a file that is in the store now."""
     file.file.seek(0)
-
+    kind, file_id = file.content_type or "application/octet-stream", uploads.new_id()
     with tempfile.TemporaryDirectory(prefix="rushes-upload-") as folder:
         path = Path(folder, "file")
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target, COPY_BYTES)
-        with path.open("rb") as source:
-            digest = hashlib.file_digest(source, "sha256")
-        kind, sha256 = file.content_type or "application/octet-stream", digest.hexdigest()
-        holds.hold_all(serving.db, [uploads.key_of(sha256)])
-        stored = uploads.keep(serving.store, path, sha256=sha256, content_type=kind)
+        if purpose == uploads.IMAGE:
+            stored = _keep_image(serving, path, content_type=kind)
+        else:
+            stored = serving.store.put_file(path, uploads.own_key(file_id), content_type=kind)
     with serving.db.transaction() as session:
         return uploads.add(
             session,
             stored,
+            file_id=file_id,
             owner=principal.owner,
             purpose=purpose,
             name=file.filename or "file",
         )
+
+
+def _keep_image(serving: service.Service, path: Path, *, content_type: str) -> storage.StoredObject:
+    with path.open("rb") as source:
+        sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+    holds.hold_all(serving.db, [uploads.shared_key(sha256)])
+    return uploads.keep_shared(serving.store, path, sha256=sha256, content_type=content_type)

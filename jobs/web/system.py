@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, database, errors, presets, queries, shapes
+from jobs import broker, database, errors, presets, queries, shapes, uploads
 from jobs.web import access, answers, images, receiving
 from jobs.web.batches import Serving
 
@@ -24,7 +24,7 @@ def upload_image(
 ) -> dict[str, Any]:
     """Keep an image; rows of a batch name it by what `image` says here."""
     receiving.image(file)
-    row = receiving.keep(serving, principal, file, purpose="vision")
+    row = receiving.keep(serving, principal, file, purpose=uploads.IMAGE)
     return {
         "upload_id": row.id,
         "image": f"{images.UPLOAD}{row.id}",

@@ -348,7 +348,8 @@ def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
     uploaded, scheduled, free = keys
     with bucket.world.db.transaction() as session:
         stored = storage.StoredObject(key=uploaded, size_bytes=1, sha256="0" * 64)
-        uploads.add(session, stored, owner="", purpose="vision", name="a.png")
+        names = {"owner": "", "purpose": "vision", "name": "a.png"}
+        uploads.add(session, stored, file_id=uploads.new_id(), **names)
         prompts = f'{{"prompt": "p", "image": "s3://rushes/{scheduled}"}}'
         session.add(schedule(session, prompts=prompts))
     assert bucket.clean(Kind.INPUTS)[Kind.INPUTS].counts == {"objects": 1}

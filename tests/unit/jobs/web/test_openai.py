@@ -256,6 +256,23 @@ def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
     assert client.files.content(made[1]).read() == lines({"prompt": "1"})
 
 
+def test_deleting_a_file_takes_nothing_from_others_with_the_same_bytes(
+    live: Live, client: openai.OpenAI, image: bytes
+) -> None:
+    """Nor from an image of the same bytes, which a job may start from."""
+    store = live.web.serving.store
+    first, second = (
+        client.files.create(file=("a.jsonl", image), purpose=purpose)  # type: ignore[arg-type]
+        for purpose in ("batch", "vision")
+    )
+    third = client.files.create(file=("a.jsonl", image), purpose="batch")
+    assert client.files.delete(first.id).deleted
+    assert client.files.delete(second.id).deleted
+    assert client.files.content(third.id).read() == image
+    assert client.files.delete(third.id).deleted
+    assert [store.read_bytes(key) for key in store.list("inputs")] == [image]
+
+
 def test_tokens_are_api_keys(live: Live) -> None:
     secret = live.web.token("ann", "read")["Authorization"].removeprefix("Bearer ")
     with openai.OpenAI(base_url=f"{live.url}/v1", api_key=secret, max_retries=0) as reader:
