@@ -1,5 +1,9 @@
 """With traces asked for, every attempt at a job and its upload are spans of one trace."""
 
+import gzip
+import http.server
+import threading
+
 import pytest
 
 from jobs import lifecycle
@@ -45,3 +49,62 @@ def test_a_failed_attempt_says_so(host, spans, monkeypatch):
     (span,) = spans()
     assert span.status.is_ok is False
     assert "needs a real device" in span.status.description
+
+
+class Collector(http.server.HTTPServer):
+    """Takes spans as OpenTelemetry's own collector does: OTLP in protobuf over HTTP."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests = []
+
+    def spans(self):
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        for _, body in self.requests:
+            message = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+            for resource in message.resource_spans:
+                names = {each.key: each.value.string_value for each in resource.resource.attributes}
+                yield from ((names, span) for scope in resource.scope_spans for span in scope.spans)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.requests.append(((self.path, self.headers["Content-Type"]), body))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-protobuf")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def collector():
+    server = Collector()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_spans_reach_a_collector_over_http(host, collector, monkeypatch, until):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    tracing.start(worker="cpu0@here")
+    (job,) = host.submit()
+    host.runner().run_attempt(job.id)
+    until(lambda: any(span.name == "attempt" for _, span in collector.spans()))
+    tracing.end()
+    assert {told for told, _ in collector.requests} == {("/v1/traces", "application/x-protobuf")}
+    found = list(collector.spans())
+    names, attempt = next((names, span) for names, span in found if span.name == "attempt")
+    assert (names["service.name"], names["service.instance.id"]) == ("rushes", "cpu0@here")
+    facts = {each.key: each.value for each in attempt.attributes}
+    assert facts["rushes.job_id"].int_value == job.id
+    inside = {span.name for _, span in found if span.parent_span_id == attempt.span_id}
+    assert inside == {"load", "text", "denoise", "decode", "mux"}
+    assert {span.trace_id for _, span in found} == {attempt.trace_id}
