@@ -221,7 +221,7 @@ class PromptFile:
     def _check_custom_id(self, row: readers.PromptRow) -> None:
         if self.options.repeat > 1 and REPETITION.search(row.custom_id or ""):
             raise ValueError(
-                f"custom_id {row.custom_id!r}: with --repeat the ends #2, #3, ... are given to "
+                f"custom_id {row.custom_id!r}: with repeat the ends #2, #3, ... are given to "
                 "the repetitions; choose another custom_id"
             )
 
@@ -333,13 +333,13 @@ def check_options(options: Options) -> None:
     problems = []
     most = readers.MAX_PRIORITY
     if not -most <= options.priority <= most:
-        problems.append(f"--priority must be -{most} to {most}, got {options.priority}")
+        problems.append(f"priority must be -{most} to {most}, got {options.priority}")
     if not 1 <= options.repeat <= MAX_REPEAT:
-        problems.append(f"--repeat must be 1 to {MAX_REPEAT:,}, got {options.repeat}")
+        problems.append(f"repeat must be 1 to {MAX_REPEAT:,}, got {options.repeat}")
     for option, value, longest in (
-        ("--name", options.name, 200),
-        ("--idempotency-key", options.idempotency_key, 200),
-        ("--owner", options.owner or None, 200),
+        ("name", options.name, 200),
+        ("idempotency key", options.idempotency_key, 200),
+        ("owner", options.owner or None, 200),
     ):
         if value is not None and (not value.isprintable() or not 1 <= len(value) <= longest):
             problems.append(f"{option} must be 1 to {longest} printable characters")

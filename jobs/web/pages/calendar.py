@@ -26,8 +26,8 @@ WORDS = (
     (re.compile(r"\bname\b"), "name"),
     (re.compile(r"zone"), "zone"),
     (re.compile(r"catch_up"), "catch_up"),
-    (re.compile(r"--repeat|^repeat"), "repeat"),
-    (re.compile(r"--priority|^priority"), "priority"),
+    (re.compile(r"^repeat"), "repeat"),
+    (re.compile(r"^priority"), "priority"),
     (re.compile(r"^list|\blists?\b"), "lists"),
 )
 """What a message speaks of, and its field; the first that fits counts."""

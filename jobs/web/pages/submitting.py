@@ -30,9 +30,6 @@ FIELD_OF = {
     "num_frames": "seconds",
     "loras": "lora",
     "LoRA": "lora",
-    "--repeat": "repeat",
-    "--priority": "priority",
-    "--name": "name",
 }
 """Words that a message begins with, and the field of the form that they speak of."""
 FIELDS = ("prompts", "file", "preset", "image", "seed", "repeat", "size", "seconds", *MORE)

@@ -119,7 +119,7 @@ def test_a_seed_counted_past_the_widest_begins_at_0(world: World) -> None:
 def test_a_custom_id_that_looks_like_a_repetition_is_refused_with_repeat(world: World) -> None:
     rows = [{"prompt": "a", "custom_id": "x#2"}]
     assert world.submit(rows)
-    with pytest.raises(errors.InvalidInput, match="--repeat"):
+    with pytest.raises(errors.InvalidInput, match="repeat"):
         world.submit(rows, repeat=2)
 
 
@@ -354,17 +354,17 @@ def test_editing_a_preset_changes_no_queued_job(world: World) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"priority": 101}, "--priority must be -100 to 100, got 101"),
-        ({"priority": -101}, "--priority"),
-        ({"repeat": 0}, "--repeat must be 1 to 10,000, got 0"),
-        ({"repeat": 10_001}, "--repeat"),
-        ({"name": ""}, "--name must be 1 to 200 printable characters"),
-        ({"name": "x" * 201}, "--name"),
-        ({"name": "two\nlines"}, "--name"),
-        ({"name": "nul\0"}, "--name"),
-        ({"name": "half \udcff"}, "--name"),
-        ({"idempotency_key": "x" * 201}, "--idempotency-key"),
-        ({"idempotency_key": "\0"}, "--idempotency-key"),
+        ({"priority": 101}, "priority must be -100 to 100, got 101"),
+        ({"priority": -101}, "priority"),
+        ({"repeat": 0}, "repeat must be 1 to 10,000, got 0"),
+        ({"repeat": 10_001}, "repeat"),
+        ({"name": ""}, "name must be 1 to 200 printable characters"),
+        ({"name": "x" * 201}, "name"),
+        ({"name": "two\nlines"}, "name"),
+        ({"name": "nul\0"}, "name"),
+        ({"name": "half \udcff"}, "name"),
+        ({"idempotency_key": "x" * 201}, "idempotency key"),
+        ({"idempotency_key": "\0"}, "idempotency key"),
     ],
 )
 def test_an_option_out_of_bounds_is_named(options: dict[str, Any], message: str) -> None:

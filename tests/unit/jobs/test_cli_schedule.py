@@ -63,7 +63,7 @@ def test_a_schedule_from_its_first_day_to_its_last(rushes: Rushes) -> None:
         (("--cron", "99 2 * * *"), "bad minute"),
         (("--file", "none.txt"), "No such file"),
         (("--file", "s3://bucket"), "must be s3://bucket/key"),
-        (("--priority", "1000"), "--priority must be"),
+        (("--priority", "1000"), "priority must be"),
     ],
 )
 def test_what_is_wrong_is_told_and_nothing_is_stored(
