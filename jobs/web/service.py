@@ -3,16 +3,13 @@
 import functools
 import io
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import structlog
 from fastapi import Request
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from limits import parse
 from sqlalchemy.orm import Session
 
 from jobs import (
@@ -27,7 +24,7 @@ from jobs import (
     storage,
     submission,
 )
-from jobs.web import images
+from jobs.web import images, rates
 from jobs.web.history import History
 
 log = structlog.get_logger()
@@ -47,9 +44,6 @@ class Service:
     """What a Host header may say; None: anything."""
     history: History = field(default_factory=History)
     """How long the queue was, since this process began."""
-    _limiter: MovingWindowRateLimiter = field(
-        default_factory=lambda: MovingWindowRateLimiter(MemoryStorage())
-    )
 
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
@@ -64,8 +58,11 @@ class Service:
         return submission.prompt_check(self.config)
 
     @functools.cached_property
-    def rate(self) -> RateLimitItem | None:
-        return None if self.config.web_rate == "off" else parse(self.config.web_rate)
+    def _limiter(self) -> rates.Limiter | None:
+        if self.config.web_rate == "off":
+            return None
+        url = self.config.broker_url.get_secret_value()
+        return rates.Limiter(parse(self.config.web_rate), redis_url=url)
 
     @functools.cached_property
     def cors_origins(self) -> frozenset[str]:
@@ -73,10 +70,7 @@ class Service:
 
     def seconds_to_wait(self, who: str) -> float:
         """0: this request counts and may be served."""
-        if self.rate is None or self._limiter.hit(self.rate, who):
-            return 0.0
-        reset = self._limiter.get_window_stats(self.rate, who).reset_time
-        return max(reset - time.time(), 1.0)
+        return 0.0 if self._limiter is None else self._limiter.seconds_to_wait(who)
 
     def preset(self, name: str) -> presets.Preset:
         """By name alone: what comes over the network must not read files of this machine."""

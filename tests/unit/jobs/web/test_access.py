@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import redis
 
 from jobs import database, migrate, settings, tokens
 from jobs.web import server
@@ -198,6 +199,30 @@ def test_too_many_requests_are_told_when_to_come_again(make_web: MakeWeb) -> Non
     assert web.client.get("/api/batches", headers=ben).status_code == 200
     assert web.client.get("/healthz").status_code == 200
     assert web.client.get("/v1/videos", headers=ann).json()["error"]["type"] == "rate_limit_error"
+
+
+def test_several_processes_count_together_and_alone_when_redis_is_gone(
+    make_web: MakeWeb, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", clean_redis_url)
+    one, two = (make_web(web_rate="4/minute", web_require_token=True) for _ in range(2))
+    ann = one.token("ann")
+
+    def asked(times: int) -> list[int]:
+        webs = [(one, two)[n % 2] for n in range(times)]
+        return [web.client.get("/api/batches", headers=ann).status_code for web in webs]
+
+    assert asked(6) == [200] * 4 + [429] * 2
+    with redis.Redis.from_url(clean_redis_url) as client:
+        client.flushall()
+    assert asked(6) == [200] * 4 + [429] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(redis.Connection, "send_packed_command", _cut)
+        assert asked(10) == [200] * 8 + [429] * 2
+
+
+def _cut(*_: object, **__: object) -> None:
+    raise redis.ConnectionError("cut")
 
 
 def test_guessing_tokens_is_limited_too(make_web: MakeWeb) -> None:

@@ -1,0 +1,51 @@
+"""How often somebody may ask: counted in Redis by all processes together, without it by each."""
+
+import time
+
+import redis
+import structlog
+from limits import RateLimitItem
+from limits.storage import MemoryStorage, RedisStorage
+from limits.strategies import MovingWindowRateLimiter
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+log = structlog.get_logger()
+
+KEY_PREFIX = "rushes.rate"
+ANSWER_SECONDS = 0.25  # a request waits for this before it is served
+AWAY_SECONDS = 10.0  # without asking again
+
+
+class Limiter:
+    """Redis may come, go and forget: then each process counts alone, and nobody is locked out."""
+
+    def __init__(self, rate: RateLimitItem, *, redis_url: str) -> None:
+        self._rate = rate
+        pool = redis.ConnectionPool.from_url(
+            redis_url,
+            socket_connect_timeout=ANSWER_SECONDS,
+            socket_timeout=ANSWER_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._shared = MovingWindowRateLimiter(
+            RedisStorage(redis_url, connection_pool=pool, key_prefix=KEY_PREFIX)
+        )
+        self._own = MovingWindowRateLimiter(MemoryStorage())
+        self._ask_from = 0.0  # of the monotonic clock
+
+    def seconds_to_wait(self, who: str) -> float:
+        """0: this request counts and may be served."""
+        if time.monotonic() >= self._ask_from:
+            try:
+                return self._wait(self._shared, who)
+            except (redis.RedisError, OSError) as error:
+                self._ask_from = time.monotonic() + AWAY_SECONDS
+                log.warning("web.rates_not_shared", error=str(error)[:200])
+        return self._wait(self._own, who)
+
+    def _wait(self, limiter: MovingWindowRateLimiter, who: str) -> float:
+        if limiter.hit(self._rate, who):
+            return 0.0
+        reset = limiter.get_window_stats(self._rate, who).reset_time
+        return max(reset - time.time(), 1.0)
