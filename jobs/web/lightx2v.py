@@ -221,6 +221,7 @@ def task_status(task_id: str, serving: Serving, principal: access.Reader) -> dic
         return _status(row, _job(session, row))
 
 
+@router.head("/tasks/{task_id}/result", include_in_schema=False)
 @router.get("/tasks/{task_id}/result", response_class=Response)
 def task_result(
     task_id: str, request: Request, serving: Serving, principal: access.Reader

@@ -71,6 +71,7 @@ def retrieve(file_id: str, serving_: Serving, principal: access.Reader) -> dict[
         return _shape(uploads.find(session, file_id, owner=principal.sees))
 
 
+@router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content", response_class=Response)
 def content(
     file_id: str, request: Request, serving_: Serving, principal: access.Reader

@@ -82,7 +82,7 @@ async def _asked(request: Request) -> Asked:
     if kind.startswith("application/json"):
         try:
             body = await request.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise service.invalid("body", "is not JSON") from None
         if not isinstance(body, dict):
             raise service.invalid("body", "must be an object")
@@ -211,6 +211,7 @@ def retrieve(video_id: str, serving: Serving, principal: access.Reader) -> dict[
         return shape(session, _find(session, video_id, principal))
 
 
+@router.head("/videos/{video_id}/content", include_in_schema=False)
 @router.get("/videos/{video_id}/content", response_class=Response)
 def content(
     video_id: str,

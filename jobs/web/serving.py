@@ -8,7 +8,7 @@ from fastapi.responses import Response, StreamingResponse
 from jobs import storage
 from jobs.web import problems
 
-RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+RANGE = re.compile(r"bytes=(\d{0,30})-(\d{0,30})", re.IGNORECASE)
 
 
 def respond(
@@ -21,7 +21,10 @@ def respond(
     content_type: str,
     file_name: str | None = None,
 ) -> Response:
-    """200, 206, 304 or 416. Objects never change, so that they may be kept by their hash."""
+    """200, 206, 304 or 416; to HEAD without the bytes.
+
+    Objects never change, so that they may be kept by their hash.
+    """
     tag = f'"{sha256}"'
     headers = {
         "Accept-Ranges": "bytes",
@@ -42,18 +45,17 @@ def respond(
     if wanted is not None:
         headers["Content-Range"] = f"bytes {first}-{last}/{size_bytes}"
     headers["Content-Length"] = str(last - first + 1)
-    return StreamingResponse(
-        store.stream(key, first=first, last=last) if size_bytes else iter(()),
-        status_code=206 if wanted is not None else 200,
-        headers=headers,
-        media_type=content_type,
-    )
+    status = 206 if wanted is not None else 200
+    if request.method == "HEAD" or not size_bytes:
+        return Response(status_code=status, headers=headers, media_type=content_type)
+    content = store.stream(key, first=first, last=last)
+    return StreamingResponse(content, status_code=status, headers=headers, media_type=content_type)
 
 
 def _range(text: str, size_bytes: int) -> tuple[int, int] | None:
     """First and last byte; None: the whole. (-1, -1): there is nothing of it."""
     match = RANGE.fullmatch(text.strip())
-    if match is None or match[0] == "bytes=-":
+    if match is None or not (match[1] or match[2]):
         return None  # several ranges, or another unit: RFC 9110 lets us send all
     if not match[1]:
         count = min(int(match[2]), size_bytes)

@@ -54,6 +54,7 @@ def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[
     return {"retried": retried}
 
 
+@router.head("/{job_id}/video", include_in_schema=False)
 @router.get(
     "/{job_id}/video",
     response_class=Response,

@@ -49,6 +49,16 @@ function explainPreset() {
   explain();
 }
 
+// A video that the store does not have any more. Errors of media do not bubble.
+document.addEventListener("error", (event) => {
+  const video = event.target;
+  if (!(video instanceof HTMLVideoElement)) return;
+  const told = document.createElement("p");
+  told.className = "empty";
+  told.textContent = "This video cannot be played: it may have been deleted.";
+  video.replaceWith(told);
+}, true);
+
 // Videos side by side, at the same moment.
 function playTogether() {
   const panel = document.getElementById("together");

@@ -126,6 +126,12 @@ def test_errors_are_those_that_the_client_knows(
     assert list(client.videos.list()) == []
 
 
+def test_a_body_nested_too_deeply_is_no_json_to_us(live: Live) -> None:
+    nested = {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}
+    answer = live.web.client.post("/v1/videos", **nested)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "body: is not JSON")
+
+
 def lines(*bodies: dict[str, Any]) -> bytes:
     return b"".join(
         json.dumps(
