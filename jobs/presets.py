@@ -4,9 +4,11 @@ Which keys such a file may have stands in `preset_keys`, what they mean in `pres
 """
 
 import difflib
+import functools
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +35,8 @@ __all__ = [
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 MAX_FILE_BYTES = 65_536  # json5 needs seconds for more, and a preset has 30 lines
+MAX_KEPT = 1_000  # presets in memory, a few kB each
+SETTLED_SECONDS = 2.0  # a file that changes twice in a tick of its disk's clock looks the same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +211,22 @@ def _not_found(name: str, files: _Files, *, names_only: bool) -> str:
 
 def read(path: Path, *, name: str | None = None) -> Preset:
     """Read one preset file; PresetError names the file, each wrong key and what would do."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        _refuse(path, [f"cannot be read: {error.strerror}"])
+    if time.time() - found.st_mtime < SETTLED_SECONDS:
+        return _read(path, name)
+    return _kept(path, name, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=MAX_KEPT)
+def _kept(path: Path, name: str | None, _stamp: tuple[int, int, int]) -> Preset:
+    """A page that lists all presets would read each file each time it is shown."""
+    return _read(path, name)
+
+
+def _read(path: Path, name: str | None) -> Preset:
     fields = _parse(path)
     reading = preset_values.read(fields, name=path.stem)
     if reading.look is None or reading.problems:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -1023,6 +1025,23 @@ class TestRefusals:
         path = tmp_path_factory.getbasetemp() / "any.json"
         path.write_bytes(content)
         assert is_preset_or_told(path)
+
+
+def test_a_file_is_read_again_when_it_was_changed(tmp_path, monkeypatch):
+    """Whether it has been as it is for long, or for so short that its time tells nothing."""
+    path = tmp_path / "own.json"
+    reads = []
+    parse = presets._parse
+    monkeypatch.setattr(presets, "_parse", lambda path: reads.append(path) or parse(path))
+    for age in (3_600, 0):
+        for number, fps in enumerate((8, 9)):  # the same number of bytes
+            path.write_text(
+                (ROOT / "configs" / "tiny.json").read_text().replace('"fps": 8', f'"fps": {fps}')
+            )
+            settled = time.time() - age + number
+            os.utime(path, (settled, settled))
+            assert [presets.read(path).look.fps for _ in range(3)] == [fps] * 3
+    assert len(reads) == 2 + 6
 
 
 def test_each_key_has_one_meaning():
