@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from jobs import cron, errors, firing, schedules, settings, states, storage
-from jobs.schema import Batch, Firing, Job, Schedule
+from jobs import cron, errors, firing, listeners, outbox, schedules, settings, states, storage
+from jobs.schema import Batch, Firing, Job, Listener, Notice, Schedule
 from tests.integration.jobs.conftest import PRESET, World
 
 ZONES = ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe")
@@ -224,6 +224,25 @@ def test_prompts_that_cannot_be_used_are_a_failed_firing_and_the_rule_goes_on(
     assert "did you mean prompt" in farm.firings()[0].reason
     assert farm.batches() == 0
     assert farm.schedule().next_fire_at > farm.now
+
+
+def test_who_asked_is_told_of_a_fire_time_that_made_no_batch(sqlite_farm: Farm) -> None:
+    farm = sqlite_farm
+    with farm.world.db.transaction() as session:
+        for name, owner in (("anns", "ann"), ("bens", "ben"), ("everybodys", None)):
+            url, events = "https://hooks.example/x", (outbox.SCHEDULE_FAILED,)
+            listeners.add(session, name=name, url=url, owner=owner, events=events)
+    farm.add(prompts='{"promt": "x"}\n', format="jsonl", owner="ann")
+    farm.add("good", owner="ann")
+    farm.tick(START + timedelta(hours=2))
+    with farm.world.db.reading() as session:
+        told = session.execute(select(Listener.name, Notice.body).join(Notice)).all()
+    assert sorted(name for name, _ in told) == ["anns", "everybodys"]
+    for _, body in told:
+        assert body["type"] == "schedule.failed"
+        assert body["data"]["fire_at"] == "2026-01-01T01:30:00+00:00"
+        assert (body["data"]["schedule"], body["data"]["owner"]) == ("night", "ann")
+        assert "did you mean prompt" in body["data"]["reason"]
 
 
 def test_a_prompt_file_in_a_bucket_is_read_anew_and_waited_for(
