@@ -9,9 +9,12 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 WORKDIR /opt/rushes
 
+# Optional parts that the image carries. `gradio` cannot be one of them: it needs an older pillow.
+ARG EXTRAS="c2pa notify traces"
+
 # The large layer first: it stays the same until the requirements change.
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/requirements.txt \
+RUN python -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" ${EXTRAS} > /tmp/requirements.txt \
     && pip install --constraint constraints.txt --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 

@@ -3,6 +3,8 @@
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -266,6 +268,21 @@ def test_the_image_does_not_run_as_root():
     dockerfile = (REPOSITORY / "Dockerfile").read_text("utf-8")
     assert re.findall(r"^USER (\w+)$", dockerfile, re.MULTILINE)[-1] == "rushes"
     assert 'ENTRYPOINT ["rushes"]' in dockerfile
+
+
+def test_the_extras_of_the_image_are_there_and_pinned():
+    dockerfile = (REPOSITORY / "Dockerfile").read_text("utf-8")
+    asked = re.search(r'^ARG EXTRAS="(.+)"$', dockerfile, re.MULTILINE)[1].split()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needed = [need for extra in asked for need in project["optional-dependencies"][extra]]
+    pinned = re.findall(r"^([\w.-]+)==", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    assert {re.match(r"[\w-]+", need)[0] for need in needed} <= set(pinned)
+    # As the image reads them.
+    program = re.search(r'python -c "(import sys, tomllib.+?)" \$\{EXTRAS\}', dockerfile)[1]
+    listed = subprocess.run(
+        [sys.executable, "-c", program, *asked], cwd=REPOSITORY, capture_output=True, check=True
+    )
+    assert listed.stdout.decode().splitlines() == project["dependencies"] + needed
 
 
 def test_everything_that_the_image_needs_gets_past_the_ignore_file():
