@@ -1,6 +1,7 @@
 """Each fire time makes its batch once, whoever looks and however late, as the policies say."""
 
 import itertools
+import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,49 @@ def test_what_was_missed_is_made_up_for_as_the_policy_says(
     # The next night is on time again.
     farm.tick(START + 10 * DAY + timedelta(hours=1, minutes=31))
     assert farm.states() == [*expected, MADE]
+
+
+@pytest.mark.parametrize("zone", ZONES)
+@pytest.mark.parametrize(
+    ("misfire", "catch_up"), [("skip", 1), ("run_once", 1), ("catch_up", 3), ("catch_up", 12)]
+)
+def test_over_a_year_of_outages_each_fire_time_is_made_or_skipped_once(
+    zone: str, misfire: str, catch_up: int
+) -> None:
+    """Outages begin and end anywhere, on the days of clock changes too."""
+    new = schedules.NewSchedule(
+        name="night",
+        cron="30 2,14 * * *",
+        zone=zone,
+        preset=PRESET,
+        format="text",
+        prompts="a cat\n",
+        misfire=states.Misfire(misfire),
+        catch_up=catch_up,
+    )
+    schedule, dice = schedules.draft(new, now=START), random.Random(zone)
+    now, covered, made_late = START, [], Counter[datetime]()
+    while now < START + 365 * DAY:
+        now += timedelta(minutes=dice.choice((4, 700, 721, 4_000, 20_000)))
+        while schedule.next_fire_at <= now:
+            first = schedule.next_fire_at
+            due = schedules.decide(schedule, now, has_open_batch=False)
+            assert due.skipped is not None or due.fire_at == first
+            covered.append((first, due.fire_at))
+            if due.skipped is None and due.fire_at < now - schedules.LATE:
+                made_late[now] += 1
+            if misfire == "skip":
+                assert due.skipped or due.fire_at >= now - schedules.LATE
+            schedule.next_fire_at = due.next_fire_at
+    most = max(made_late.values(), default=0)
+    assert (
+        most > 3 if catch_up == 12 else most == {"skip": 0, "run_once": 1, "catch_up": 3}[misfire]
+    )
+    # Each decision begins where the one before it ended: nothing twice, nothing left out.
+    rule = schedules.rule_of(schedule)
+    assert covered[0][0] == rule.next(START)
+    for (_, last), (first, _) in itertools.pairwise(covered):
+        assert rule.next(last) == first
 
 
 def test_a_restart_of_five_minutes_misses_nothing(sqlite_farm: Farm) -> None:
