@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit chaos audit lint format types imports up clean
+.PHONY: help setup demo test unit chaos cables audit lint format types imports up clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ unit: setup ## the quick tests only: no servers, no processes
 
 chaos: setup ## an hour of kills and outages on simulated devices; CHAOS="--scale 0.1 --seed 7" for less
 	$(BIN)/python -m tests.chaos $(CHAOS)
+
+cables: setup ## two hosts in network namespaces, one cut off and back: a minute, on Linux
+	RUSHES_TEST_CABLES=1 $(BIN)/python -m pytest tests/chaos/test_cables.py --log-cli-level=INFO
 
 audit: ## known weaknesses of the pinned packages; asks PyPI's advisory service
 	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.9")

@@ -19,6 +19,7 @@ import psutil
 import psycopg
 
 from jobs import database, migrate, servers, settings
+from tests.chaos.cables import Cables, laid
 from tests.chaos.proxy import HttpProxy, Network, Proxy
 from tests.conftest import DURABLE, PostgresServer
 
@@ -55,12 +56,15 @@ class Process:
     command: list[str]
     environment: dict[str, str]
     log: Path
+    within: list[str] = field(default_factory=list)
+    """What the command begins with, to run in a namespace."""
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*servers.tied_to_parent(signal.SIGKILL), *self.command],
+                # To enter a namespace would break the tie.
+                [*self.within, *servers.tied_to_parent(signal.SIGKILL), *self.command],
                 env=self.environment,
                 cwd=self.log.parent,
                 stdin=subprocess.DEVNULL,
@@ -138,6 +142,7 @@ class Farm:
     environment: dict[str, str]
     hosts: list[Host] = field(default_factory=list)
     dispatchers: list[Process] = field(default_factory=list)
+    cables: Cables | None = None
 
     @property
     def bad_devices(self) -> Path:
@@ -198,8 +203,11 @@ class Farm:
 
 
 @contextlib.contextmanager
-def running(plan: Plan, folder: Path) -> Iterator[Farm]:
-    """Servers, tables, dispatchers and hosts; all of it is gone at the end."""
+def running(plan: Plan, folder: Path, *, on_cables: bool = False) -> Iterator[Farm]:
+    """Servers, tables, dispatchers and hosts; all of it is gone at the end.
+
+    `on_cables`: each host in a network namespace of its own.
+    """
     with contextlib.ExitStack() as stack:
         network = Network()
         stack.callback(network.close)
@@ -210,6 +218,9 @@ def running(plan: Plan, folder: Path) -> Iterator[Farm]:
             farm.dispatchers.append(_dispatcher(farm, number))
         for number in range(plan.hosts):
             farm.hosts.append(_host(farm, number, stack))
+        if on_cables:
+            farm.cables = stack.enter_context(laid(plan.hosts))
+            _plug_in(farm, farm.cables)
         for process in [*farm.dispatchers, *(host.launcher for host in farm.hosts)]:
             process.start()
         yield farm
@@ -332,6 +343,20 @@ def _host(farm: Farm, number: int, stack: contextlib.ExitStack) -> Host:
         log=farm.folder / f"{name}.log",
     )
     return Host(name=name, launcher=launcher, scratch=scratch, is_small_disk=is_small)
+
+
+def _plug_in(farm: Farm, cables: Cables) -> None:
+    """Hosts reach the servers through their cables, past the proxies of this machine."""
+    assert farm.postgres_proxy is not None
+    ports = [farm.postgres_proxy.port, farm.redis_proxy.port, farm.s3_proxy.port]
+    doors = {port: cables.proxy(farm.network, port).port for port in ports}
+    for number, host in enumerate(farm.hosts):
+        host.launcher.within = cables.hosts[number].enter
+        for name, value in host.launcher.environment.items():
+            for port, door in doors.items():
+                there = f"{cables.address_for(number)}:{door}"
+                value = value.replace(f"127.0.0.1:{port}", there)
+            host.launcher.environment[name] = value
 
 
 def _mount(folder: Path) -> bool:

@@ -5,6 +5,7 @@ One event loop in a thread serves all proxies; `fault` may be set from any threa
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Awaitable
 from enum import StrEnum
@@ -59,8 +60,10 @@ class Network:
 class Proxy:
     """Listens on a port of 127.0.0.1 and passes bytes on, unless told otherwise."""
 
-    def __init__(self, network: Network, target: Path | int) -> None:
-        """`target`: a Unix socket, or a port of 127.0.0.1."""
+    def __init__(
+        self, network: Network, target: Path | int, *, listening: socket.socket | None = None
+    ) -> None:
+        """`target`: a Unix socket, or a port of 127.0.0.1. `listening`: instead of a port here."""
         self._target = target
         self._network = network
         self._open: set[asyncio.StreamWriter] = set()
@@ -69,7 +72,8 @@ class Proxy:
         self._fault = Fault.NONE
         self._passable = asyncio.Event()
         self._passable.set()
-        starting = asyncio.start_server(self._serve, "127.0.0.1", 0, limit=MAX_HEAD_BYTES)
+        listening = listening or socket.create_server(("127.0.0.1", 0))
+        starting = asyncio.start_server(self._serve, sock=listening, limit=MAX_HEAD_BYTES)
         server = asyncio.run_coroutine_threadsafe(starting, network.loop).result(10)
         network.servers.append(server)
         self.port: int = server.sockets[0].getsockname()[1]
