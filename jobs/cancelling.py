@@ -1,6 +1,15 @@
-"""Cancelling a batch of any size, as the command line and the web service do it."""
+"""Cancelling a job, or a batch of any size, as the command line and the web service do it."""
 
-from jobs import database, lifecycle
+from jobs import database, lifecycle, states
+from jobs.schema import Job
+
+
+def cancel_job(db: database.Database, job: Job) -> tuple[int, int]:
+    """One of them is 1: it is cancelled, or runs and was asked to stop. (0, 0): it had ended."""
+    if job.state in states.FINAL_JOB_STATES:
+        return 0, 0
+    state = db.write(lifecycle.cancel_job, job.id)
+    return int(state is states.JobState.CANCELLED), int(state is states.JobState.RUNNING)
 
 
 def cancel_batch(db: database.Database, batch_id: str) -> tuple[int, int]:

@@ -38,14 +38,8 @@ def _cancel_batch(db: database.Database, batch: Batch) -> dict[str, Any]:
 
 
 def _cancel_job(db: database.Database, job: Job) -> dict[str, Any]:
-    was_final = job.state in states.FINAL_JOB_STATES
-    state = db.write(lifecycle.cancel_job, job.id)
-    return {
-        "batch_id": job.batch_id,
-        "job_id": job.id,
-        "cancelled": int(state is states.JobState.CANCELLED and not was_final),
-        "stopping": int(state is states.JobState.RUNNING),
-    }
+    cancelled, asked = cancelling.cancel_job(db, job)
+    return {"batch_id": job.batch_id, "job_id": job.id, "cancelled": cancelled, "stopping": asked}
 
 
 def _cancel_words(outcome: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from jobs import errors, lifecycle, queries, shapes, states
+from jobs import cancelling, errors, lifecycle, queries, shapes, states
 from jobs.schema import Attempt, Batch
 from jobs.web import access, answers, finding, serving
 from jobs.web.batches import Serving
@@ -31,12 +31,9 @@ def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str,
 def cancel(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, int]:
     """Now if it waits, at its next step if it runs."""
     with service.db.reading() as session:
-        was_final = finding.job(session, job_id, principal).state in states.FINAL_JOB_STATES
-    state = service.db.write(lifecycle.cancel_job, job_id)
-    return {
-        "cancelled": int(state is states.JobState.CANCELLED and not was_final),
-        "stopping": int(state is states.JobState.RUNNING),
-    }
+        job = finding.job(session, job_id, principal)
+    cancelled, stopping = cancelling.cancel_job(service.db, job)
+    return {"cancelled": cancelled, "stopping": stopping}
 
 
 @router.post("/{job_id}/retry", response_model=answers.Retried)
