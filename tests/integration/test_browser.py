@@ -106,7 +106,9 @@ def submit(page: Page, prompts: str, **fields: str) -> str:
     return page.url.split("/batches/")[1].partition("?")[0]
 
 
-def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
+def test_a_batch_is_submitted_followed_and_played(
+    page: Page, browser: Browser, address: str
+) -> None:
     submit(page, "a cat boxes", Seed="7", Videos_per_prompt="2")
     expect(page.locator("#counts")).to_contain_text("0 of 2 done", timeout=WAIT_MILLISECONDS)
     running = page.locator("ul.running")
@@ -143,6 +145,12 @@ def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
     # Asked from outside: the page's policy lets nobody evaluate text inside it.
     all_run = "[...document.querySelectorAll('video')].every((video) => video.currentTime > 0.2)"
     until(lambda: page.evaluate(all_run), bool, seconds=WAIT_MILLISECONDS / 1000)
+    with browser.new_context(base_url=address) as context:
+        window = context.new_page()
+        window.route("**/api/jobs/*/video", lambda asked: asked.fulfill(status=404))
+        window.goto("/gallery")
+        gone = window.get_by_text("it may have been deleted")
+        expect(gone.first).to_be_visible(timeout=WAIT_MILLISECONDS)
 
 
 def test_a_running_batch_is_cancelled(page: Page) -> None:

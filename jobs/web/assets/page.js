@@ -49,15 +49,19 @@ function explainPreset() {
   explain();
 }
 
-// A video that the store does not have any more. Errors of media do not bubble.
-document.addEventListener("error", (event) => {
-  const video = event.target;
-  if (!(video instanceof HTMLVideoElement)) return;
+// A video that the store does not have any more.
+function tellThatGone(video) {
   const told = document.createElement("p");
   told.className = "empty";
   told.textContent = "This video cannot be played: it may have been deleted.";
   video.replaceWith(told);
+}
+
+// Errors of media do not bubble; those of before this script ran are found by their state.
+document.addEventListener("error", (event) => {
+  if (event.target instanceof HTMLVideoElement) tellThatGone(event.target);
 }, true);
+for (const video of document.querySelectorAll("video")) if (video.error) tellThatGone(video);
 
 // Videos side by side, at the same moment.
 function playTogether() {
