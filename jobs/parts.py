@@ -28,6 +28,7 @@ FIND_WEIGHTS = Part("worker.wanted", "find")
 FIT = Part("worker.wanted", "fits")
 FIND_MODEL = Part("models.layout", "find")
 QUANTIZE = Part("models.quantized_files", "write", loads_torch=True)
+QUANTIZED_PLACE = Part("models.quantized_files", "target_for", loads_torch=True)
 QUANTIZATION_SCHEME = Part("models.quantization", "Scheme", loads_torch=True)
 READ_TRAINING = Part("worker.distill", "read", loads_torch=True)
 TRAIN = Part("worker.distill", "run", loads_torch=True)
@@ -45,6 +46,7 @@ ALL = (
     FIT,
     FIND_MODEL,
     QUANTIZE,
+    QUANTIZED_PLACE,
     QUANTIZATION_SCHEME,
     READ_TRAINING,
     TRAIN,

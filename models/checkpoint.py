@@ -304,7 +304,7 @@ def _load_transformer(
     *,
     low_noise: bool = False,
 ) -> transformer.WanTransformer:
-    paths = files.low_noise_transformer if low_noise else files.transformer
+    paths = files.experts[low_noise]
     with torch.device("meta"):
         network = transformer.WanTransformer(sizes)
     tensors = _read_transformer(paths, network)
@@ -315,12 +315,11 @@ def _load_transformer(
     return network
 
 
-def read_transformer(files: layout.ModelFiles) -> dict[str, Tensor]:
-    """The transformer's tensors under native names as they are stored, mapped, not yet read."""
-    _check_number_of_transformers(files, 1)
+def read_transformer(files: layout.ModelFiles, *, low_noise: bool = False) -> dict[str, Tensor]:
+    """A transformer's tensors under native names as they are stored, mapped, not yet read."""
     with torch.device("meta"):
         network = transformer.WanTransformer(_read_sizes(files).transformer)
-    return _read_transformer(files.transformer, network)
+    return _read_transformer(files.experts[low_noise], network)
 
 
 def _read_transformer(

@@ -3,7 +3,8 @@
 Two layouts are known. Native (Wan2.1 as released, LightX2V):
 
     config.json
-    distill_models/distill_model.safetensors | .pt     the distilled transformer, used if there;
+    distill_models/distill_model.safetensors | .pt     the distilled transformer, used if there,
+    wan2.1_..._lightx2v_4step.safetensors              also under its published name;
     distill_fp8/ or distill_int8/                      else its only 8-bit copy
     diffusion_pytorch_model.safetensors                else one file,
     diffusion_pytorch_model.safetensors.index.json     or shards listed by this index
@@ -89,6 +90,11 @@ class ModelFiles:
     low_noise_config: Path | None = None
 
     @property
+    def experts(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        """The files of the transformer for high noise, or of the only one; those for low noise."""
+        return self.transformer, self.low_noise_transformer
+
+    @property
     def weights(self) -> tuple[Path, ...]:
         transformers = self.transformer + self.low_noise_transformer
         return transformers + self.vae + self.text_encoder + self.image_encoder
@@ -143,6 +149,14 @@ class _Asked:
     low_noise: Path | None
     base: bool
     task: Task | None
+
+
+def is_distilled(files: ModelFiles) -> bool:
+    """Whether the folder says so of its transformer: `base` would find another one, or none."""
+    try:
+        return find(files.root, base=True).experts != files.experts
+    except errors.CheckpointError:
+        return True
 
 
 def transformer_sizes(files: ModelFiles, path: Path) -> config.TransformerConfig:

@@ -8,10 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import checkpoint, errors, layout, quantization, safetensors_files, transformer
+from models import (
+    checkpoint,
+    errors,
+    layout,
+    quantization,
+    safetensors_files,
+    transformer,
+    transformer_files,
+)
 from models.safetensors_files import Entry
 
 PT = {"format": "pt"}  # says whose tensors they are
+EXPERT_FILE = f"{layout.TRANSFORMER_STEM}.safetensors"
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -27,10 +36,11 @@ class Report:
     """What quantizing did to the weights: |quantized - original| / |original|."""
 
     path: Path
+    """The file; of a model with two transformers the folder of both."""
     scheme: quantization.Scheme
     num_bytes: int
     relative_errors: Mapping[str, float]
-    """By name, of the quantized weights only."""
+    """By name, of the quantized weights only; of two transformers behind the expert's name."""
     relative_error: float
     """Of all of them together."""
 
@@ -38,35 +48,71 @@ class Report:
 def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -> Report:
     """Quantize a model folder's transformer into one native safetensors file.
 
+    Of a model with two, `target` is a folder: it gets one of each expert's name with a file in it.
     Only the matrices of the blocks become 8-bit; the rest is kept in bf16, or in fp32 where the
     network computes in fp32 and the source has it. Raises FileExistsError for a target that is
     there, and CheckpointError for a source that cannot be read or is quantized already.
     """
-    tensors = checkpoint.read_transformer(files)
+    targets = _targets(files, target)
+    if there := [path for path in targets if path.exists()]:
+        raise FileExistsError(f"{there[0]} exists already; nothing was written")
+    squared: dict[str, tuple[float, float]] = {}
+    with contextlib.ExitStack() as made:
+        for number, path in enumerate(targets):
+            tensors = checkpoint.read_transformer(files, low_noise=number == 1)
+            made.enter_context(_folder(path.parent.parent))
+            made.enter_context(_folder(path.parent))
+            found = _write(tensors, path, scheme, source=files.experts[number][0])
+            made.enter_context(_gone_after_failure(path))  # of a pair, one alone is no model
+            prefix = f"{path.parent.name}." if len(targets) > 1 else ""
+            squared |= {f"{prefix}{name}": value for name, value in found.items()}
+    return Report(
+        path=target,
+        scheme=scheme,
+        num_bytes=sum(path.stat().st_size for path in targets),
+        relative_errors={name: _ratio(*value) for name, value in squared.items()},
+        relative_error=_ratio(*map(sum, zip(*squared.values(), strict=True))),
+    )
+
+
+def target_for(files: layout.ModelFiles, scheme: quantization.Scheme) -> Path:
+    """Where a preset with `dit_quantized` looks that names no file.
+
+    What is not distilled lies apart: only presets that bring a distilling LoRA look there.
+    """
+    is_distilled = layout.is_distilled(files)
+    folder = files.root / (f"distill_{scheme.value}" if is_distilled else scheme.value)
+    if files.low_noise_transformer:
+        return folder
+    stem = "distill_model" if is_distilled else layout.TRANSFORMER_STEM
+    return folder / f"{stem}.safetensors"
+
+
+def _targets(files: layout.ModelFiles, target: Path) -> list[Path]:
+    if not files.low_noise_transformer:
+        return [target]
+    return [target / name / EXPERT_FILE for name in transformer_files.EXPERTS]
+
+
+def _write(
+    tensors: Mapping[str, Tensor], target: Path, scheme: quantization.Scheme, *, source: Path
+) -> dict[str, tuple[float, float]]:
+    """One transformer; squared error and squared original of each quantized matrix."""
     if any(tensor.dtype in quantization.CODE_DTYPES for tensor in tensors.values()):
-        raise errors.QuantizedWeightsError(files.transformer[0], "is quantized already")
-    entries = dict(_entries(tensors, scheme))
-    squared, relative_errors = {}, {}
-    with _folder(target.parent), safetensors_files.create(target, entries, PT) as writer:
+        raise errors.QuantizedWeightsError(source, "is quantized already")
+    entries, squared = dict(_entries(tensors, scheme)), {}
+    with safetensors_files.create(target, entries, PT) as writer:
         for name, tensor in tensors.items():
             if not quantization.is_block_matrix(name, tuple(tensor.shape)):
                 writer.write(name, _bytes(tensor.to(_kept_dtype(name, tensor))))
                 continue
             if not bool(torch.isfinite(tensor).all()):
-                raise errors.UnreadableWeightsError(files.transformer[0], f"{name} is not finite")
+                raise errors.UnreadableWeightsError(source, f"{name} is not finite")
             codes, scale = quantization.quantize(tensor, scheme)
             writer.write(name, _bytes(codes))
             writer.write(_scale_name(name), _bytes(scale))
             squared[name] = _squared(tensor, codes, scale)
-    for name, (error, original) in squared.items():
-        relative_errors[name] = _ratio(error, original)
-    return Report(
-        path=target,
-        scheme=scheme,
-        num_bytes=target.stat().st_size,
-        relative_errors=relative_errors,
-        relative_error=_ratio(*map(sum, zip(*squared.values(), strict=True))),
-    )
+    return squared
 
 
 @contextlib.contextmanager
@@ -80,6 +126,15 @@ def _folder(folder: Path) -> Iterator[None]:
         if not was_there:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _gone_after_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink()
         raise
 
 

@@ -68,13 +68,15 @@ def in_folder(folder: Path) -> Files:
 def distilled(root: Path) -> Files | None:
     """The distilled transformer of a model folder; None: it has only a base model.
 
-    A complete one in bf16 comes before 8-bit copies, which the same repository may ship beside it.
+    A file comes before 8-bit copies in folders, which the same repository may ship beside it, and
+    which `rushes quantize` makes of it.
     """
     for relative in DISTILLED_FILES:
         if (root / relative).is_file():
             return ((root / relative),)
-    found = [*_published(root), *_published(root / "distill_models")]
-    found += [root / folder for folder in QUANTIZED_FOLDERS if (root / folder).is_dir()]
+    published = [*_published(root), *_published(root / "distill_models")]
+    copies = [root / folder for folder in QUANTIZED_FOLDERS if (root / folder).is_dir()]
+    found = published or copies
     if len(found) > 1:
         raise errors.AmbiguousFilesError(root, "distilled transformer", found)
     return named(found[0]) if found else None

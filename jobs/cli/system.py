@@ -1,5 +1,6 @@
 """`rushes migrate`, `rushes doctor` and `rushes quantize`."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,25 +77,26 @@ def _print_check(check: doctor.Check) -> None:
     "--to",
     "target",
     type=click.Path(path_type=Path),
-    help="Default: in MODEL, the folder distill_SCHEME (SCHEME, if it is not distilled).",
+    help="File, or of a model with two a folder. Default: where presets look in MODEL.",
 )
 @options.output
 def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> None:
-    """Write a model's transformer with 8-bit weights.
+    """Write a model's transformer with 8-bit weights; of a model with two, both.
 
     MODEL is a folder, or the name of one in RUSHES_MODELS_DIR. Tells how far the new weights are
-    from the old ones. Reads one tensor at a time.
+    from the old ones, and what a preset says to use them. Reads one tensor at a time.
     """
     config = settings.load()
     folder = Path(model) if Path(model).is_dir() else config.models_dir / model
     output.note(f"reading {folder}")
     try:
         files = parts.FIND_MODEL.load()(folder)
-        target = target or folder / _quantized_file(files.transformer[0].name, scheme)
         form = parts.QUANTIZATION_SCHEME.load()(scheme)
+        target = target or parts.QUANTIZED_PLACE.load()(files, form)
         report = parts.QUANTIZE.load()(files, target, form)
     except (ValueError, FileExistsError) as error:
         raise errors.FileUnusable(str(error)) from error
+    keys = _preset_keys(report.path, config.models_dir, has_two=bool(files.low_noise_transformer))
     worst = max(report.relative_errors, key=report.relative_errors.__getitem__, default=None)
     if as_json:
         output.emit(
@@ -104,6 +106,7 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
                 "bytes": report.num_bytes,
                 "relative_error": report.relative_error,
                 "relative_errors": dict(report.relative_errors),
+                "preset": keys,
             }
         )
         return
@@ -113,10 +116,17 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
         f"{report.relative_error:.2%}"
         + (f", of the worst {report.relative_errors[worst]:.2%} ({worst})" if worst else "")
     )
+    told = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in keys.items())
+    output.line(f"in a preset: {told}")
 
 
-def _quantized_file(source: str, scheme: str) -> str:
-    """Only what was distilled may lie where distilled weights are looked for."""
-    if source.startswith("distill_model"):
-        return f"distill_{scheme}/distill_model.safetensors"
-    return f"{scheme}/diffusion_pytorch_model.safetensors"
+def _preset_keys(path: Path, models_dir: Path, *, has_two: bool) -> dict[str, object]:
+    """What makes a preset render with these weights, wherever they lie."""
+    path, models_dir = path.resolve(), models_dir.resolve()
+    named = str(path.relative_to(models_dir) if path.is_relative_to(models_dir) else path)
+    if not has_two:
+        return {"dit_quantized": True, "dit_quantized_ckpt": named}
+    sides = {
+        f"{side}_noise_quantized_ckpt": f"{named}/{side}_noise_model" for side in ("high", "low")
+    }
+    return {"dit_quantized": True, **sides}

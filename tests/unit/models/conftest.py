@@ -12,6 +12,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from models import config
 from models.tiny import make
 
+DIT = "diffusion_pytorch_model.safetensors"
 DISTILLED = ("distill_models", "loras")
 
 
@@ -27,6 +28,20 @@ def native_root(complete_tiny_model, tmp_path):
     return shutil.copytree(
         complete_tiny_model, tmp_path / "tiny", ignore=shutil.ignore_patterns(*DISTILLED)
     )
+
+
+@pytest.fixture
+def experts_root(native_root):
+    """The tiny model as Wan2.2 is laid out; the two transformers differ by a tensor."""
+    for name, seed in (("high_noise_model", 1), ("low_noise_model", 2)):
+        folder = native_root / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((native_root / "config.json").read_bytes())
+        dit = make.random_transformer(config.TINY, torch.Generator().manual_seed(seed))
+        safetensors.torch.save_file(dit.state_dict(), folder / DIT)
+    (native_root / "config.json").unlink()
+    (native_root / DIT).unlink()
+    return native_root
 
 
 @pytest.fixture

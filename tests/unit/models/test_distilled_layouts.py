@@ -93,6 +93,13 @@ def test_a_published_split_is_known_by_its_name(native_root):
     assert len(layout.find(native_root).transformer) == 2
 
 
+def test_a_published_file_comes_before_the_8_bit_copies_made_of_it(native_root):
+    touch(native_root, PUBLISHED[0])
+    for copy in ("distill_fp8", "distill_int8"):
+        touch(native_root / copy, "distill_model.safetensors")
+    assert layout.find(native_root).transformer == (native_root / PUBLISHED[0],)
+
+
 def test_two_published_files_are_ambiguous_and_listed(native_root):
     touch(native_root, *PUBLISHED[:2])
     with pytest.raises(errors.AmbiguousFilesError) as caught:
@@ -201,20 +208,6 @@ def test_a_config_beside_8_bit_weights_may_add_keys_but_not_contradict(
 
 
 # Wan2.2: two transformers
-
-
-@pytest.fixture
-def experts_root(native_root):
-    """The tiny model as Wan2.2 is laid out; the two transformers differ by a tensor."""
-    for name, seed in (("high_noise_model", 1), ("low_noise_model", 2)):
-        folder = native_root / name
-        folder.mkdir()
-        (folder / "config.json").write_bytes((native_root / "config.json").read_bytes())
-        dit = make.random_transformer(config.TINY, torch.Generator().manual_seed(seed))
-        safetensors.torch.save_file(dit.state_dict(), folder / DIT)
-    (native_root / "config.json").unlink()
-    (native_root / DIT).unlink()
-    return native_root
 
 
 def load_experts(root, **options):
