@@ -89,6 +89,12 @@ class LoraSwitcher:
         self._applied, self._changed = request, frozenset(wanted)
         return True
 
+    def check(self) -> None:
+        """Raises CheckpointError where a file that was applied is gone or is another one now."""
+        for stamp, _ in self._applied or ():
+            if _stamp(stamp.path) != stamp:
+                raise errors.WeightsChangedError(stamp.path)
+
     def _read(self, stamp: "_Stamp") -> lora.Lora:
         if stamp in self._loras:
             return self._loras[stamp]

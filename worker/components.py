@@ -65,7 +65,11 @@ class Components:
         try:
             has_changed = model.apply_loras(look, self.models_dir)
         except (model_errors.CheckpointError, OSError) as error:
-            if isinstance(error, model_errors.WeightsChangedError):
+            if wanted.is_gone(look, self.models_dir):
+                # What is loaded stays: jobs without a LoRA go on, and the folder may come back.
+                gone = f"{key.root} was there when its model was loaded, and is gone"
+                raise errors.WeightsAbsent(gone) from error
+            if getattr(error, "path", None) in model.files.weights:
                 self._evict(key)  # the next attempt loads what is there now
             raise errors.WeightsUnusable(str(error)) from error
         self._loras[key] = look.loras
@@ -131,18 +135,19 @@ class Components:
             model.hashes = self._hasher.submit(self._hash, model.files)  # for the next video
             return None
 
-    def lora_hashes(self, look: presets.Look) -> dict[str, str] | None:
-        """SHA-256 per LoRA file of this look."""
+    def lora_hashes(self, look: presets.Look, model: ResidentModel) -> dict[str, str] | None:
+        """SHA-256 per LoRA file that the model has. None: one of them was replaced since."""
+        cache = self.home / hashes.HASHES_FILE
         try:
-            return {
-                use.path: hashes.of_file(
-                    self.models_dir / use.path, cache=self.home / hashes.HASHES_FILE
-                )
+            found = {
+                use.path: hashes.of_file(self.models_dir / use.path, cache=cache)
                 for use in look.loras
             }
-        except OSError as error:
+            model.check_loras()  # after reading: these are the files that were merged
+        except (model_errors.CheckpointError, OSError) as error:
             log.warning("weight_hashes.unknown", error=str(error))
             return None
+        return found
 
     def _key(self, look: presets.Look) -> WeightsKey:
         transformer, low_noise = wanted.transformer_files(look, self.models_dir)

@@ -83,7 +83,7 @@ class Renderer:
                 device=self.device.description() | kernels.description(self.compiler),
                 latents_sha256=latents_sha256,
                 weights_sha256=self.components.weight_hashes(model),
-                loras_sha256=self.components.lora_hashes(claim.spec.look),
+                loras_sha256=self.components.lora_hashes(claim.spec.look, model),
             )
             folder.finish(sidecar.of(claim, folder, rendering))
 

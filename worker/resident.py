@@ -116,6 +116,11 @@ class ResidentModel:
         ]
         return any(changed)
 
+    def check_loras(self) -> None:
+        """Raises CheckpointError where a LoRA's file is another one than when it was applied."""
+        for switcher in self._switchers.values():
+            switcher.check()
+
     def encode_text(self, prompt: str) -> Tensor:
         """context_1SD on the device; kept for other seeds of the same prompt."""
         return self._contexts.get(prompt, lambda: self._encode_text(prompt)).to(self.device)

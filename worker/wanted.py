@@ -73,6 +73,11 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
     return False
 
 
+def is_gone(look: presets.Look, models_dir: Path) -> bool:
+    """Whether the model's folder is not there (any more): unmounted, or moved away."""
+    return not (models_dir / look.model_path).is_dir()
+
+
 def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
     """The files that this look renders with; CheckpointError says what is missing."""
     first, low = transformer_files(look, models_dir)

@@ -61,7 +61,7 @@ class Prepared:
     def weight_hashes(self, _model: resident.ResidentModel) -> dict[str, str]:
         return self.hashes()
 
-    def lora_hashes(self, _look: presets.Look) -> dict[str, str]:
+    def lora_hashes(self, _look: presets.Look, _model: object) -> dict[str, str]:
         return {}
 
 

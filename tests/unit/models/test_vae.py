@@ -138,3 +138,18 @@ def test_training_computes_the_same_and_reaches_every_parameter(network):
     without = [name for name, p in trained.named_parameters() if p.grad is None]
     assert without == []
     assert all(p.grad.isfinite().all() for p in trained.parameters())
+
+
+def test_latents_are_brought_to_their_scale_before_they_are_rounded():
+    network = vae.WanVAE(config.VAEConfig(base_dim=4, num_res_blocks=1)).bfloat16()
+    seen = []
+    network.conv2.register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
+    latents = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        list(network.decode_chunks(latents))
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1, 1)
+        for values in (network.config.latent_mean, network.config.latent_std)
+    )
+    assert torch.equal(seen[0], (latents * std + mean).bfloat16())
+    assert not torch.equal(seen[0], (latents.bfloat16() * std + mean).bfloat16())

@@ -205,16 +205,18 @@ def test_a_lora_that_was_replaced_is_applied_anew(warm, look, own_models):
     """Else the sidecar would name a file that the video was not made with."""
     asked = look(**WITH_LORA)
     path = own_models / asked.loras[0].path
-    modulation = warm.model_for(asked).networks.transformer.head.modulation
-    before, hashed = modulation.clone(), warm.lora_hashes(asked)
+    model = warm.model_for(asked)
+    modulation = model.networks.transformer.head.modulation
+    before, hashed = modulation.clone(), warm.lora_hashes(asked, model)
     warm.model_for(asked)
     assert warm.lora_switches == 1
     tensors = safetensors.torch.load_file(path)
     tensors["diffusion_model.head.diff_m"] += 1
     safetensors.torch.save_file(tensors, path)
+    assert warm.lora_hashes(asked, model) is None  # of what was merged it is not known any more
     after = warm.model_for(asked).networks.transformer.head.modulation
     assert torch.allclose(after, before + 1, atol=1e-2)
-    assert warm.lora_hashes(asked) != hashed
+    assert warm.lora_hashes(asked, model) not in (None, hashed)
     assert (warm.loads, warm.lora_switches) == (1, 2)
     path.unlink()
     with pytest.raises(errors.WeightsUnusable, match="expected the LoRA distill_lora"):
@@ -352,6 +354,31 @@ def test_two_processes_that_load_at_once_do_not_count_on_the_same_memory(
     assert (first.loads, second.loads) == (1, 0)
     monkeypatch.undo()
     second.model_for(look())  # nothing is left reserved
+
+
+def test_a_folder_that_goes_away_costs_a_job_with_a_lora_nothing(warm, look, own_models):
+    """Its model is warm, so the LoRA is the first to be missed; that is no fault of the job."""
+    asked = look(**WITH_LORA)
+    warm.model_for(asked)
+    away = (own_models / "tiny").rename(own_models / "away")
+    with pytest.raises(errors.WeightsAbsent, match=r"tiny was there .* and is gone"):
+        warm.model_for(asked)
+    away.rename(own_models / "tiny")
+    warm.model_for(asked)
+    assert warm.loads == 1
+
+
+def test_weights_that_vanished_are_loaded_anew_when_they_are_back(warm, look, own_models):
+    path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
+    for asked in (look(**WITH_LORA), look(base="original")):
+        warm.model_for(asked)
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(errors.WeightsUnusable, match="cannot be read"):
+        warm.model_for(look(**WITH_LORA))
+    path.write_bytes(content)
+    warm.model_for(look(**WITH_LORA))
+    assert warm.loads == 2
 
 
 def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
