@@ -80,14 +80,23 @@ def is_gone(look: presets.Look, models_dir: Path) -> bool:
 
 def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
     """The files that this look renders with; CheckpointError says what is missing."""
+    root = models_dir / look.model_path
     first, low = transformer_files(look, models_dir)
-    return layout.find(
-        models_dir / look.model_path,
+    files = layout.find(
+        root,
         transformer_file=first,
         low_noise_file=low,
         base=look.base == "original",
         task=TASKS[look.task],
     )
+    if files.low_noise_transformer and look.boundary_step_index is None:
+        # Else the first of them would be asked at every step.
+        problem = "has two transformers, and the preset no boundary_step_index: 2 is for 4 steps"
+        raise model_errors.CheckpointError(f"{root}: {problem}")
+    if look.boundary_step_index is not None and not files.low_noise_transformer:
+        problem = "has one transformer, and the preset a boundary_step_index between two"
+        raise model_errors.CheckpointError(f"{root}: {problem}")
+    return files
 
 
 def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> memory.Need:

@@ -391,6 +391,18 @@ def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
             warm.model_for(look(**asks))
 
 
+def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, own_models):
+    with pytest.raises(errors.WeightsUnusable, match="one transformer, and the preset a boundary"):
+        warm.model_for(look(boundary_step_index=2))
+    root = own_models / "other"
+    for name in ("high_noise_model", "low_noise_model"):
+        (root / name).mkdir()
+        shutil.copy(root / "diffusion_pytorch_model.safetensors", root / name)
+    with pytest.raises(errors.WeightsUnusable, match="two transformers, and the preset no bound"):
+        warm.model_for(look(model_path="other"))
+    assert warm.model_for(look(model_path="other", boundary_step_index=2))
+
+
 def share_of(warm, look):
     files = layout.find(warm.models_dir / look.model_path)
     need = wanted.needed(look, files, wanted.mode_of(look))
