@@ -458,6 +458,7 @@ def style_lora(tmp_path, name="style.safetensors", seed=0, rank=4):
         {
             f"{prefix}.0.self_attn.q.lora_down.weight": torch.randn(rank, 64) / 8,
             f"{prefix}.0.self_attn.q.lora_up.weight": torch.randn(64, rank) / 8,
+            f"{prefix}.0.self_attn.q.alpha": torch.tensor(2.0),
             f"{prefix}.0.self_attn.q.diff_b": torch.randn(64) / 8,
             f"{prefix}.1.ffn.2.diff": torch.randn(64, 128) / 8,
             f"{prefix}.1.diff_m": torch.randn(1, 6, 64) / 8,
