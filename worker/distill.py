@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +138,7 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     data = _encoded(plan, files, raw, here, quiet)
     quiet.on_stage("loading the networks")
     nets = _networks(plan, files, here)
-    answered = _answers(plan, nets, data, here, quiet)
+    answered = _answers(plan, files, nets, data, here, quiet)
     train = trainer.Trainer(plan.how, nets=nets, data=data, device=here, answered=answered)
     _resume(train, plan, quiet)
     quiet.on_stage("training")
@@ -242,7 +242,7 @@ def _encoded(
 ) -> encoding.StoredExamples:
     encoder = encoding.Encoder(
         folder=plan.output / "examples",
-        model=_stamp(files),
+        model=_stamp((*files.text_encoder, *files.vae, *files.image_encoder)),
         target=conditioning.Target(
             width=plan.target_width,
             height=plan.target_height,
@@ -275,10 +275,9 @@ def _latent_shape(plan: course.Course, sizes: config.VAEConfig) -> tuple[int, in
     )
 
 
-def _stamp(files: layout.ModelFiles) -> str:
-    """Names the encoders by size and time, so that other ones are not taken for them."""
-    read = (*files.text_encoder, *files.vae, *files.image_encoder)
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+def _stamp(paths: Sequence[Path]) -> str:
+    """Names files by size and time, so that other ones are not taken for them."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -310,28 +309,26 @@ def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device)
 
 def _answers(
     plan: course.Course,
+    files: layout.ModelFiles,
     nets: roles.Roles,
     data: encoding.StoredExamples,
     here: torch.device,
     told: Told,
 ) -> pairs.Pairs | None:
-    """This process's share of what the teacher is asked before the training."""
+    """What the teacher is asked before the training."""
     if plan.how.regression is None:
         return None
-    rank, count = processes.rank(), processes.count()
-    each = -(-plan.regression_pairs // count)
-    told.on_stage(f"asking the teacher {plan.regression_pairs:,} times")
-    return pairs.make(
-        nets.teacher,
-        plan.how,
-        data=data,
-        numbers=range(rank, rank + each * count, count),
+    wanted = pairs.Pairs(
+        folder=plan.output / "answers",
+        teacher=_stamp(files.transformer),
+        how=plan.how,
         steps=plan.regression_steps,
-        batch=plan.how.batch,
-        path=plan.output / "answers" / f"{rank}_of_{count}.pt",
-        report=told.on_part,
-        device=here,
+        count=plan.regression_pairs,
     )
+    told.on_stage(f"asking the teacher {plan.regression_pairs:,} times")
+    batch = plan.how.batch
+    pairs.ask(nets.teacher, wanted, data=data, batch=batch, report=told.on_part, device=here)
+    return wanted
 
 
 def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from models import checkpoint, conditioning
-from models.distillation import examples, processes
+from models.distillation import examples, processes, tensor_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Encoder:
         nets = self.load() if mine else None
         for number, (path, each) in enumerate(mine, 1):
             assert nets is not None
-            _save(self._tensors(each, nets), path)
+            tensor_files.save(self._tensors(each, nets), path)
             on_done(number, len(mine))
         processes.wait()
         return paths
@@ -96,7 +94,7 @@ class StoredExamples:
     ) -> None:
         self._paths = list(paths)
         self._text_len = text_len
-        self._negative_SG = self._context(_load(negative))
+        self._negative_SG = self._context(tensor_files.load(negative))
         self.latent_shape = latent_shape
 
     def __len__(self) -> int:
@@ -104,7 +102,7 @@ class StoredExamples:
 
     def batch(self, places: Sequence[int], device: torch.device) -> examples.Batch:
         """Raises OSError for files that are gone or damaged."""
-        read = [_load(self._paths[place]) for place in places]
+        read = [tensor_files.load(self._paths[place]) for place in places]
         context_BSG = torch.stack([self._context(tensors) for tensors in read]).to(device)
         condition = None
         if "y" in read[0]:
@@ -119,25 +117,3 @@ class StoredExamples:
     def _context(self, tensors: dict[str, Tensor]) -> Tensor:
         context_PG = tensors["context"]
         return functional.pad(context_PG, (0, 0, 0, self._text_len - len(context_PG)))
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    part = path.with_name(f".{path.name}.{processes.rank()}.part")
-    try:
-        safetensors.torch.save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part
-        )
-        part.replace(path)
-    except safetensors.SafetensorError as error:  # the library's word for a full disk, too
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        problem = f"{path} cannot be read: {error}. Remove it; the next start makes it again"
-        raise OSError(problem) from error
-    return tensors

@@ -4,18 +4,27 @@ DMD (arXiv 2311.18828) keeps its student near such pairs by a regression term; C
 and Self-Forcing (2506.08009) start theirs from them.
 """
 
-# N pairs, B batch, C latent channels, T H W latent frames, rows, columns
+# B batch, C latent channels, T H W latent frames, rows, columns
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models import sampling
-from models.distillation import draws, examples, losses, method, roles
+from models.distillation import (
+    draws,
+    examples,
+    losses,
+    method,
+    processes,
+    roles,
+    tensor_files,
+)
 
 Report = Callable[[int, int], None]
 """(done, of how many)"""
@@ -23,79 +32,80 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Those of one process. Number k of the training goes with example k, modulo their number."""
+    """Pairs 0 to count - 1, a file each; number k goes with example k, modulo their number."""
 
-    seed: int
-    numbers: Sequence[int]
-    answers_NCTHW: Tensor  # noqa: N815  # named by its axes, as everywhere
-    """Clean latents, fp32, on the CPU."""
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+    folder: Path
+    teacher: str
+    """Names its weights, so that another one's answers are not taken for its own."""
+    how: method.Method
+    steps: int
+    """Of Euler's rule, for one answer."""
+    count: int
 
     def take(
-        self, places: Sequence[int], data: examples.Examples, device: torch.device
+        self, numbers: Sequence[int], data: examples.Examples, device: torch.device
     ) -> tuple[examples.Batch, Tensor, Tensor]:
-        """Examples, noise and answers [B, C, T, H, W]; places are from 0 to len - 1."""
-        numbers = [self.numbers[place] for place in places]
-        noise = noise_for(self.seed, numbers, data.latent_shape).to(device)
-        answers = self.answers_NCTHW[list(places)].to(device)
-        return _examples(numbers, data, device), noise, answers
+        """Examples, noise and answers [B, C, T, H, W]. Raises OSError for files that are gone."""
+        answers = [tensor_files.load(self.path(number))["latents"] for number in numbers]
+        return (
+            self.examples(numbers, data, device),
+            self.noise(numbers, data.latent_shape, device),
+            torch.stack(answers).to(device),
+        )
 
+    def path(self, number: int) -> Path:
+        how = self.how
+        asked = [self.teacher, how.seed, how.guidance, how.sample_shift, self.steps, number]
+        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+        return self.folder / f"{name}.safetensors"
 
-def noise_for(seed: int, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """[B, C, T, H, W]: each pair has its own, whatever the batch."""
-    return torch.stack(
-        [torch.randn(*shape, generator=draws.for_pair(seed, number)) for number in numbers]
-    )
+    def noise(self, numbers: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+        """[B, C, T, H, W]: each pair has its own, whatever the batch."""
+        seed = self.how.seed
+        drawn = [torch.randn(*shape, generator=draws.for_pair(seed, each)) for each in numbers]
+        return torch.stack(drawn).to(device)
 
-
-def _examples(
-    numbers: Sequence[int], data: examples.Examples, device: torch.device
-) -> examples.Batch:
-    return data.batch([number % len(data) for number in numbers], device)
+    def examples(
+        self, numbers: Sequence[int], data: examples.Examples, device: torch.device
+    ) -> examples.Batch:
+        return data.batch([number % len(data) for number in numbers], device)
 
 
 @torch.no_grad()
-def make(
+def ask(
     teacher: roles.Role,
-    how: method.Method,
+    wanted: Pairs,
     *,
     data: examples.Examples,
-    numbers: Sequence[int],
-    steps: int,
     batch: int,
-    path: Path,
     report: Report,
     device: torch.device | str = "cpu",
-) -> Pairs:
-    """Ask the teacher in `steps` Euler steps, or read from `path` what it answered before.
+) -> None:
+    """Make the answers that are not there; called by every process, each makes its share."""
+    here = torch.device(device)
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    missing = [number for number in range(wanted.count) if not wanted.path(number).exists()]
+    processes.wait()  # before the first of them is written
+    stride = sampling.TABLE_LENGTH // wanted.steps
+    steps = range(sampling.TABLE_LENGTH, 0, -stride)
+    levels = sampling.noise_levels(steps, wanted.how.sample_shift)
+    for some in _shares(missing, batch):
+        report(wanted.count - len(missing), wanted.count)
+        velocity = _guided(teacher, wanted.examples(some, data, here), wanted.how.guidance)
+        noise = wanted.noise(some, data.latent_shape, here)
+        answers = sampling.denoise(velocity, noise, levels, step_rule="euler")
+        for number, latents in zip(some, answers, strict=True):
+            tensor_files.save({"latents": latents}, wanted.path(number))
+        del missing[: len(some) * processes.count()]
+    report(wanted.count, wanted.count)
+    processes.wait()
 
-    Processes that share a teacher ask for equally many. Raises ValueError where `path` holds
-    answers to other questions.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"seed": how.seed, "guidance": how.guidance, "steps": steps, "numbers": list(numbers)}
-    if path.exists():
-        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if kept["asked"] != asked or kept["answers"].shape[1:] != data.latent_shape:
-            raise ValueError(f"{path} holds answers to other questions; remove it")
-        return Pairs(seed=how.seed, numbers=numbers, answers_NCTHW=kept["answers"])
-    stride = sampling.TABLE_LENGTH // steps
-    levels = sampling.noise_levels(range(sampling.TABLE_LENGTH, 0, -stride), how.sample_shift)
-    parts = []
-    for first in range(0, len(numbers), batch):
-        report(first, len(numbers))
-        some = numbers[first : first + batch]
-        noise = noise_for(how.seed, some, data.latent_shape).to(device)
-        velocity = _guided(teacher, _examples(some, data, torch.device(device)), how.guidance)
-        parts.append(sampling.denoise(velocity, noise, levels, step_rule="euler").cpu())
-    report(len(numbers), len(numbers))
-    answers = torch.cat(parts)
-    partial = path.with_suffix(".partial")
-    torch.save({"asked": asked, "answers": answers}, partial)
-    partial.replace(path)
-    return Pairs(seed=how.seed, numbers=numbers, answers_NCTHW=answers)
+
+def _shares(numbers: Sequence[int], batch: int) -> list[list[int]]:
+    """This process's batches: as many as every other has, since they may share the networks."""
+    rank, count = processes.rank(), processes.count()
+    own = [numbers[place % len(numbers)] for place in range(rank, len(numbers) + rank, count)]
+    return [own[first : first + batch] for first in range(0, len(own), batch)]
 
 
 def _guided(teacher: roles.Role, asked: examples.Batch, guidance: float) -> sampling.VelocityFn:

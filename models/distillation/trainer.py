@@ -164,8 +164,8 @@ class Trainer:
 
     def _error_to(self, answered: pairs.Pairs, micro: _Micro) -> Tensor:
         """Of the student's velocity on the straight line from a noise to the teacher's answer."""
-        places = micro.drawn.integers(len(answered)).tolist()
-        batch, noise, answers = answered.take(places, self.data, self.device)
+        numbers = micro.drawn.integers(answered.count).tolist()
+        batch, noise, answers = answered.take(numbers, self.data, self.device)
         levels = torch.tensor(self._levels.sigmas)[micro.drawn.integers(len(self._levels))]
         sigma_B = levels.to(self.device)
         noisy = sampling.mix(answers, noise, sigma_B.view(-1, 1, 1, 1, 1))

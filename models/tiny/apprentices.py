@@ -25,14 +25,18 @@ def train(shop: workshop.Workshop, name: str) -> Path:
     teacher = shop.teacher(with_images=with_images)
     nets = roles.of_teacher(teacher, how)
     data = lessons(shop, with_images=with_images)
-    answered = pairs.make(
-        nets.teacher,
-        how,
-        data=data,
-        numbers=range(recipe.reflow.pairs),
+    answered = pairs.Pairs(
+        folder=shop.folder / workshop.named("answers", with_images),
+        teacher=workshop.named("teacher", with_images),
+        how=how,
         steps=recipe.reflow.teacher_steps,
+        count=recipe.reflow.pairs,
+    )
+    pairs.ask(
+        nets.teacher,
+        answered,
+        data=data,
         batch=exam.BATCH,
-        path=shop.folder / f"{workshop.named('answers', with_images)}.pt",
         report=lambda done, count: shop.say(f"answers  {done}/{count}"),
     )
     reflow.train(

@@ -43,7 +43,7 @@ def train(
 
     def step(number: int) -> Mapping[str, float]:
         generator = loop.generator(how.seed, number)
-        rows = torch.randint(len(answered), (recipe.batch,), generator=generator).tolist()
+        rows = torch.randint(answered.count, (recipe.batch,), generator=generator).tolist()
         sigma_B = sigmas[torch.randint(len(sigmas), (recipe.batch,), generator=generator)]
         batch, noise, clean = answered.take(rows, data, torch.device("cpu"))
         noisy = sampling.mix(clean, noise, sigma_B.view(-1, 1, 1, 1, 1))

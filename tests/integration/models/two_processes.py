@@ -18,6 +18,7 @@ from models.distillation import (
     examples,
     export,
     method,
+    pairs,
     processes,
     roles,
     saving,
@@ -34,7 +35,7 @@ RATE = 1e-3
 UPDATES = 3
 
 
-def build(weights: str, dtype: torch.dtype, **changes) -> trainer.Trainer:
+def build(folder: Path, weights: str, dtype: torch.dtype, **changes) -> trainer.Trainer:
     how = method.Method(
         student=method.student_tuning(weights, learning_rate=RATE, rank=4),
         critic=method.critic_tuning(weights, learning_rate=RATE, rank=4),
@@ -53,16 +54,23 @@ def build(weights: str, dtype: torch.dtype, **changes) -> trainer.Trainer:
         torch.randn(1, 6, 16, generator=generator),
         latent_shape=(16, 2, 4, 4),
     )
-    return trainer.Trainer(how, nets=roles.of_teacher(teacher, how, prepare=prepare), data=data)
+    nets = roles.of_teacher(teacher, how, prepare=prepare)
+    answered = None
+    if how.regression is not None:
+        wanted = {"folder": folder / "answers", "teacher": "a", "steps": 4, "count": 5}
+        answered = pairs.Pairs(how=how, **wanted)
+        told = {"batch": how.batch, "report": lambda done, count: None}
+        pairs.ask(nets.teacher, answered, data=data, **told)
+    return trainer.Trainer(how, nets=nets, data=data, answered=answered)
 
 
 def run(folder: Path, weights: str, dtype: torch.dtype, **changes) -> None:
     """Train, save, go on; then go on from what was saved, and export."""
-    train = build(weights, dtype, **changes)
+    train = build(folder, weights, dtype, **changes)
     updates = [train.step() for _ in range(UPDATES)]
     saving.save(train, folder)
     straight = train.step()
-    resumed = build(weights, dtype, **changes)
+    resumed = build(folder, weights, dtype, **changes)
     saving.load(resumed, saving.complete(folder)[-1])
     assert resumed.step().student_loss == straight.student_loss
     export.write(resumed, folder)

@@ -30,17 +30,16 @@ def begun(weights):
     return roles.of_teacher(network.eval(), how), how
 
 
-def answers(nets, how, data, path, *, batch=6):
-    return pairs.make(
-        nets.teacher,
-        how,
-        data=data,
-        numbers=range(RECIPE.pairs),
-        steps=RECIPE.teacher_steps,
-        batch=batch,
-        path=path,
-        report=lambda done, count: None,
+def answers(nets, how, data, folder, *, batch=6):
+    wanted = pairs.Pairs(
+        folder=folder, teacher="a", how=how, steps=RECIPE.teacher_steps, count=RECIPE.pairs
     )
+    pairs.ask(nets.teacher, wanted, data=data, batch=batch, report=lambda done, count: None)
+    return wanted
+
+
+def latents(answered, data):
+    return answered.take(range(6), data, torch.device("cpu"))[2]
 
 
 def train(nets, how, data, answered, path):
@@ -65,10 +64,10 @@ def error(nets, how, data, answered):
 
 def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path):
     nets, how = begun("full")
-    made = answers(nets, how, data, tmp_path / "whole.pt")
-    whole = made.answers_NCTHW
-    two = answers(nets, how, data, tmp_path / "two.pt", batch=2)
-    torch.testing.assert_close(two.answers_NCTHW, whole)
+    made = answers(nets, how, data, tmp_path / "whole")
+    whole = latents(made, data)
+    two = answers(nets, how, data, tmp_path / "two", batch=2)
+    torch.testing.assert_close(latents(two, data), whole)
     batch = data.batch([3], torch.device("cpu"))
 
     def velocity(latents, timestep):
@@ -87,23 +86,27 @@ def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path):
 @pytest.mark.parametrize("weights", ["full", "lora"])
 def test_a_student_comes_nearer_to_the_answers_and_the_teacher_stays(weights, data, tmp_path):
     nets, how = begun(weights)
-    answered = answers(nets, how, data, tmp_path / "answers.pt")
+    answered = answers(nets, how, data, tmp_path / "answers")
     before = error(nets, how, data, answered)
     train(nets, how, data, answered, tmp_path / "reflow.pt")
     assert error(nets, how, data, answered) < 0.9 * before
-    again = answers(nets, how, data, tmp_path / "again.pt")
-    assert torch.equal(again.answers_NCTHW, answered.answers_NCTHW)
+    again = answers(nets, how, data, tmp_path / "again")
+    assert torch.equal(latents(again, data), latents(answered, data))
 
 
-def test_answers_are_kept_and_those_to_other_questions_refused(data, tmp_path):
+def test_answers_are_made_once_and_those_to_other_questions_are_others(data, tmp_path):
     nets, how = begun("full")
-    made = answers(nets, how, data, tmp_path / "answers.pt")
-    with torch.no_grad():
-        nets.teacher.network.head.head.weight.zero_()  # would answer otherwise now
-    kept = answers(nets, how, data, tmp_path / "answers.pt")
-    assert torch.equal(kept.answers_NCTHW, made.answers_NCTHW)
-    with pytest.raises(ValueError, match="remove it"):
-        answers(nets, dataclasses.replace(how, guidance=3.0), data, tmp_path / "answers.pt")
+    made = answers(nets, how, data, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert len(files) == 6
+    lost = made.path(4)
+    lost.unlink()
+    answers(nets, how, data, tmp_path)
+    kept = {path: path.stat().st_mtime_ns for path in files if path != lost}
+    assert lost.exists()
+    assert kept == {path: time for path, time in files.items() if path != lost}
+    other = answers(nets, dataclasses.replace(how, guidance=3.0), data, tmp_path)
+    assert not torch.equal(latents(other, data), latents(made, data))
 
 
 def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
@@ -118,7 +121,7 @@ def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
             ratio=1,
             guidance=2.0,
         )
-        answered = answers(nets, how, data, tmp_path / "answers.pt")
+        answered = answers(nets, how, data, tmp_path / "answers")
         train = trainer.Trainer(how, nets=nets, data=data, answered=answered)
         for _ in range(12):
             train.step()
@@ -128,7 +131,7 @@ def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
 
 def test_a_beginning_that_was_stopped_goes_on_to_the_same_numbers(data, tmp_path, monkeypatch):
     nets, how = begun("lora")
-    answered = answers(nets, how, data, tmp_path / "answers.pt")
+    answered = answers(nets, how, data, tmp_path / "answers")
     train(nets, how, data, answered, tmp_path / "straight.pt")
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     flow = reflow.losses.flow
