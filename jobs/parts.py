@@ -26,6 +26,7 @@ CHECK_WORKERS = Part("worker.launch", "check")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 FIT = Part("worker.wanted", "fits")
+COPY_TINY_MODEL = Part("models.tiny.shipped", "copy")
 FIND_MODEL = Part("models.layout", "find")
 QUANTIZE = Part("models.quantized_files", "write", loads_torch=True)
 QUANTIZED_PLACE = Part("models.quantized_files", "target_for", loads_torch=True)
@@ -35,15 +36,13 @@ TRAIN = Part("worker.distill", "run", loads_torch=True)
 TRAINING_COST = Part("worker.distill", "cost_of", loads_torch=True)
 TRAINING_LISTENER = Part("worker.distill", "Told", loads_torch=True)
 
-MAKE_TINY_MODEL = "models.tiny.make"
-"""A module that is run as a program of its own."""
-
 ALL = (
     RUN_WORKERS,
     CHECK_WORKERS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     FIT,
+    COPY_TINY_MODEL,
     FIND_MODEL,
     QUANTIZE,
     QUANTIZED_PLACE,

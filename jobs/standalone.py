@@ -40,10 +40,9 @@ ADDRESSES = frozenset(
     }
 )
 """Settings that say where things are; the store's come together or not at all."""
-TINY_MODELS = {"tiny": "t2v", "tiny_i2v": "i2v"}
+TINY_MODELS = ("tiny", "tiny_i2v")
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
-READY_SECONDS = 120.0
 LOCK = "up.lock"  # in RUSHES_HOME; held while `rushes up` runs
 
 S = TypeVar("S", bound=servers.LocalServer)
@@ -133,7 +132,7 @@ def running(
         before, after = migrate.upgrade(db)
         if before != after:
             say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")
-        make_tiny_models(here, say)
+        place_tiny_models(here, say)
         children = _children(here, devices, environment)
         if with_web:
             port = _web_port(here)
@@ -159,25 +158,17 @@ def watch(farm: Farm, stop: threading.Event) -> None:
             child.revive()
 
 
-def make_tiny_models(config: settings.Settings, say: Callable[[str], None]) -> None:
-    """The demo's models, in processes of their own: this one never loads torch."""
-    makers = []
-    for name, task in TINY_MODELS.items():
+def place_tiny_models(config: settings.Settings, say: Callable[[str], None]) -> None:
+    """The demo's models, copied from the package where the folder has none of these names."""
+    copy = parts.COPY_TINY_MODEL.load()
+    for name in TINY_MODELS:
         folder = config.models_dir / name
-        if (folder / "config.json").exists():
-            continue
-        say(f"model     making {name} (random weights) in {folder}")
-        maker = supervisor.Child(
-            name=f"make-{name}",
-            command=[sys.executable, "-m", parts.MAKE_TINY_MODEL, str(folder), "--task", task],
-            log_path=config.home / "logs" / f"make-{name}.log",
-        )
-        maker.start()
-        makers.append((maker, folder))
-    for maker, folder in makers:
-        if not maker.wait(READY_SECONDS) or not (folder / "config.json").exists():
-            maker.kill()
-            raise errors.RushesError(f"{folder} could not be made; see {maker.log_path}")
+        try:
+            is_new = copy(name, folder)
+        except OSError as error:
+            raise errors.RushesError(f"{folder} could not be written: {error}") from error
+        if is_new:
+            say(f"model     {name}, trained, copied to {folder}")
 
 
 def _start_servers(

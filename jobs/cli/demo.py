@@ -112,7 +112,6 @@ def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> 
     output.line(f"\na link to the first, {when}:\n  {link}")
     if link.startswith("http") and not _opens(link):
         output.note("note: the link does not open from here; look at S3_PUBLIC_ENDPOINT_URL")
-    output.line("\nThe tiny model has random weights: its videos are coloured noise, on purpose.")
 
 
 def _local_folder(farm: standalone.Farm) -> Path | None:

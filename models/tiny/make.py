@@ -1,8 +1,8 @@
 """Write a tiny model: `python -m models.tiny.make FOLDER [--task t2v|i2v] [--seed 0]`.
 
 Its weights are random, so its pictures are noise that changes with prompt, seed and frame; it is
-for the demo and for tests that need a whole model's shapes. The same seed gives the same bytes.
-`train` makes models that draw pictures.
+for tests that need a whole model's shapes. The same seed gives the same bytes. The models that draw
+pictures are in `shipped`.
 """
 
 import argparse

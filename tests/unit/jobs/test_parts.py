@@ -1,6 +1,5 @@
 """`jobs` reaches what stands above it by one list of names, and each of them is there."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -20,10 +19,6 @@ def test_every_part_is_there(part):
 
 def test_every_part_is_in_the_list():
     assert set(parts.ALL) == {each for each in vars(parts).values() if type(each) is parts.Part}
-
-
-def test_what_is_run_as_a_program_is_there():
-    assert importlib.util.find_spec(parts.MAKE_TINY_MODEL) is not None
 
 
 def test_no_other_module_reaches_for_them():

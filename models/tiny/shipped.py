@@ -1,0 +1,28 @@
+"""The trained tiny models that come with the package. Nothing here loads torch."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("weights")
+NAMES = ("tiny", "tiny_i2v")
+
+
+def copy(name: str, folder: Path) -> bool:
+    """Copy one of NAMES to `folder`, all or nothing; False where there is a model already.
+
+    Raises OSError where it cannot be written.
+    """
+    if (folder / "config.json").exists():
+        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        shutil.copytree(FOLDER / name, scratch / name)
+        (scratch / name).replace(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True

@@ -1,0 +1,109 @@
+"""The trained models that ship: whole, small, and they draw what they are told.
+
+Bounds are a few standard errors below what docs/tiny-world.md tells of many more clips.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from models import lora_switcher, safetensors_files
+from models.tiny import exam, folders, readout, shipment, shipped, world
+
+COUNT = 24
+BOUNDS: dict[str, dict[str, float]] = {}
+RED_CIRCLES = 0
+FIRST_FRAME_PSNR = 0.0
+
+
+@functools.cache
+def networks(name, *, base=False):
+    return shipment.load(shipped.FOLDER / name, with_images=name == "tiny_i2v", base=base)
+
+
+@functools.cache
+def asked(name):
+    found = networks(name)
+    tower = getattr(found, "image_encoder", None)
+    return exam.paper(found.text_encoder, found.vae, count=COUNT, seed=21, tower=tower)
+
+
+def marks(name, network):
+    return exam.take(network, networks(name).vae, asked(name), steps=exam.STUDENT_STEPS)[0]
+
+
+def test_all_of_it_is_smaller_than_25_megabytes():
+    assert sum(path.stat().st_size for path in shipped.FOLDER.rglob("*")) < 25_000_000
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+@pytest.mark.parametrize("base", [False, True])
+def test_every_key_is_used_and_none_is_missing(name, base):
+    """The loader refuses anything else."""
+    found = networks(name, base=base)
+    assert sum(weight.numel() for weight in found.transformer.parameters()) > 1_000_000
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_the_student_draws_what_it_was_not_trained_on_in_four_forwards(name):
+    calls = []
+    network = networks(name).transformer
+    hook = network.register_forward_hook(lambda *_: calls.append(1))
+    found = marks(name, network)
+    hook.remove()
+    assert len(calls) == 4
+    for factor, least in BOUNDS[name].items():
+        assert found[factor] >= least, (factor, found)
+
+
+@pytest.mark.parametrize("name", shipped.NAMES)
+def test_the_lora_makes_a_student_of_the_teacher(name):
+    teacher = networks(name, base=True).transformer
+    switcher = lora_switcher.LoraSwitcher(teacher)
+    before = marks(name, teacher)
+    switcher.apply([lora_switcher.Choice(path=shipped.FOLDER / name / folders.LORA_FILE)])
+    after = marks(name, teacher)
+    switcher.apply([])
+    assert after["all"] >= max(before["all"] + 0.1, BOUNDS[name]["all"] - 0.1), (before, after)
+
+
+def test_a_red_circle_moves_right():
+    """The first prompt of the demo, eight seeds."""
+    found = networks("tiny")
+    scene = world.Scene(
+        colour="red", shape="circle", direction="right", background="dark", speed="quickly"
+    )
+    context = found.text_encoder.encode("a red circle moves right").expand(8, -1, -1)
+    noise = asked("tiny").noise_BCTHW[:8]
+    paper = exam.Paper(
+        scenes=[scene] * 8, context_BSD=context, empty_SD=context[0], noise_BCTHW=noise
+    )
+    frames = exam.take(found.transformer, found.vae, paper, steps=exam.STUDENT_STEPS)[1]
+    agreed = [reading.agrees(scene) for reading in readout.read(frames)]
+    said = ("colour", "shape", "direction", "consistent")
+    assert sum(all(each[name] for name in said) for each in agreed) >= RED_CIRCLES
+
+
+@torch.no_grad()
+def test_a_video_starts_with_its_picture():
+    found = networks("tiny_i2v")
+    dice_scenes = asked("tiny_i2v").scenes
+    latents = exam.answer(found.transformer, asked("tiny_i2v"), steps=exam.STUDENT_STEPS)
+    y = asked("tiny_i2v").condition[0]
+    shown = next(found.vae.decode_chunks(latents))[:, :, 0]
+    given = next(found.vae.decode_chunks(y[:, 4:]))[:, :, 0]
+    assert len(shown) == len(dice_scenes)
+    assert psnr(shown, given) > FIRST_FRAME_PSNR
+
+
+def psnr(some, others):
+    return -10 * math.log10((some - others).square().mean().item() / 4)
+
+
+def test_the_student_says_how_to_render_it():
+    path = shipped.FOLDER / "tiny" / "distill_models" / "distill_model.safetensors"
+    metadata = safetensors_files.read_metadata(path)
+    assert metadata["denoising_step_list"] == "[1000, 750, 500, 250]"
+    assert metadata["step_rule"] == "euler"
