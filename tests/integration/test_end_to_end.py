@@ -250,10 +250,10 @@ def test_a_store_outage_delays_and_renders_nothing_again(start, until):
 
 
 def test_all_ways_of_the_family_render(farm, tmp_path):
-    """Text or image, complete model or LoRA; a LoRA merged at run time is the complete model."""
+    """Text or image, complete model or LoRA: four students, four videos."""
     image = tmp_path / "frame.png"
     Image.new("RGB", (90, 60), (200, 30, 30)).save(image)
-    text, pictured = {"prompt": "a red square", "seed": 5}, {"image": str(image)}
+    text, pictured = {"prompt": "a red circle moves right", "seed": 5}, {"image": str(image)}
     hashes = {}
     for preset, row in [
         ("tiny", text),
@@ -267,11 +267,9 @@ def test_all_ways_of_the_family_render(farm, tmp_path):
         told = farm.sidecar(job)
         hashes[preset] = told["latents_sha256"]
         if "image" in row:
-            assert (told["width"], told["height"]) == (64, 48)  # the image's aspect, whole tokens
+            assert (told["width"], told["height"]) == (48, 32)  # the image's aspect, whole tokens
             assert farm.store.head(told["image_key"]).size_bytes == image.stat().st_size
-    assert hashes["tiny"] == hashes["tiny_lora"]
-    assert hashes["tiny_i2v"] == hashes["tiny_i2v_lora"]
-    assert hashes["tiny"] != hashes["tiny_i2v"]
+    assert len(set(hashes.values())) == 4
 
 
 def test_memory_modes_change_nothing_but_memory(farm, tmp_path):

@@ -20,9 +20,11 @@ def test_a_model_is_copied_to_the_last_byte(tmp_path, name):
 
 
 def test_a_model_that_is_there_stays(tmp_path):
-    (tmp_path / "config.json").write_text("mine")
-    assert not shipped.copy("tiny", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("mine")
+    assert not shipped.copy("tiny", folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -32,5 +34,5 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copytree", fail)
     with pytest.raises(OSError, match="disk full"):
-        shipped.copy("tiny", tmp_path / "tiny")
-    assert list(tmp_path.iterdir()) == []
+        shipped.copy("tiny", tmp_path / "models" / "tiny")
+    assert list((tmp_path / "models").iterdir()) == []

@@ -128,7 +128,7 @@ def test_one_request_leaves_nothing_for_the_next(live: Live) -> None:
         requests.post(f"{live.url}/v1/tasks/video/", json=message, timeout=9)
     newest = live.web.client.get("/api/batches").json()["batches"][0]["batch_id"]
     look = live.web.client.get(f"/api/jobs/{live.web.job_id(newest)}").json()["look"]
-    assert (look["num_frames"], look["height"], look["width"]) == (17, 64, 64)
+    assert (look["num_frames"], look["height"], look["width"]) == (17, 48, 48)
 
 
 @pytest.mark.parametrize(
