@@ -13,9 +13,12 @@ from models import lora_switcher, safetensors_files
 from models.tiny import exam, folders, readout, shipment, shipped, world
 
 COUNT = 24
-BOUNDS: dict[str, dict[str, float]] = {}
-RED_CIRCLES = 0
-FIRST_FRAME_PSNR = 0.0
+BOUNDS = {
+    "tiny": {"colour": 0.85, "shape": 0.8, "direction": 0.85, "background": 1.0, "all": 0.5},
+    "tiny_i2v": {"colour": 0.85, "shape": 0.85, "direction": 0.9, "background": 1.0, "all": 0.6},
+}
+RED_CIRCLES = 5  # of eight
+FIRST_FRAME_PSNR = 23.0  # dB
 
 
 @functools.cache
@@ -66,7 +69,9 @@ def test_the_lora_makes_a_student_of_the_teacher(name):
     switcher.apply([lora_switcher.Choice(path=shipped.FOLDER / name / folders.LORA_FILE)])
     after = marks(name, teacher)
     switcher.apply([])
-    assert after["all"] >= max(before["all"] + 0.1, BOUNDS[name]["all"] - 0.1), (before, after)
+    assert after["all"] >= BOUNDS[name]["all"], after
+    if name == "tiny":  # a picture says so much that the teacher needs no guidance
+        assert after["all"] >= before["all"] + 0.1, (before, after)
 
 
 def test_a_red_circle_moves_right():
