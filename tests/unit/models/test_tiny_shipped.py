@@ -1,6 +1,6 @@
 """The trained models that ship: whole, small, and they draw what they are told.
 
-Bounds are a few standard errors below what docs/tiny-world.md tells of many more clips.
+Bounds are a clip or two below the least of five seeds of scenes and noise, student and LoRA.
 """
 
 import functools
@@ -14,11 +14,11 @@ from models.tiny import exam, folders, readout, shipment, shipped, world
 
 COUNT = 24
 BOUNDS = {
-    "tiny": {"colour": 0.85, "shape": 0.8, "direction": 0.85, "background": 1.0, "all": 0.5},
-    "tiny_i2v": {"colour": 0.85, "shape": 0.85, "direction": 0.9, "background": 1.0, "all": 0.6},
+    "tiny": {"colour": 0.83, "shape": 0.83, "direction": 0.9, "background": 1.0, "all": 0.55},
+    "tiny_i2v": {"colour": 0.9, "shape": 0.9, "direction": 0.9, "background": 1.0, "all": 0.7},
 }
 RED_CIRCLES = 5  # of eight
-FIRST_FRAME_PSNR = 23.0  # dB
+FIRST_FRAME_PSNR = 23.5  # dB
 
 
 @functools.cache
