@@ -65,7 +65,7 @@ class NotSigned(HostFault):
 
 
 class WeightsUnusable(RenderError):
-    """What the job asks for in particular is missing, broken or of another model: a file it names."""
+    """A file that the job asks for in particular is missing, broken or of another model."""
 
     kind = states.FailureKind.WEIGHTS
 
