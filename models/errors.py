@@ -92,7 +92,15 @@ class WeightsMismatchError(CheckpointError):
         return problems
 
 
-class LoraMismatchError(CheckpointError):
+class UnfitLoraError(CheckpointError):
+    """A LoRA is of no use to this network, although nothing is wrong with the copy of its file."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+
+
+class LoraMismatchError(UnfitLoraError):
     """A LoRA file does not fit the network, or is not understood to its last key."""
 
     def __init__(
@@ -106,14 +114,13 @@ class LoraMismatchError(CheckpointError):
         wrong_shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
         hint: str = "",
     ) -> None:
-        self.path = path
         self.matched = matched
         self.unused = tuple(unused)
         self.incomplete = tuple(incomplete)
         self.not_finite = tuple(not_finite)
         self.wrong_shapes = dict(wrong_shapes or {})
         problems = "; ".join(self._problems())
-        super().__init__(f"{path}: {problems}" + (f". {hint}" if hint else ""))
+        super().__init__(path, problems + (f". {hint}" if hint else ""))
 
     def _problems(self) -> list[str]:
         problems = [f"{self.matched} keys match the network"]

@@ -68,8 +68,9 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     """Read a file for a network with these native parameters, to its last key.
 
     An alpha of 0 counts as none, as in kohya's trainer and in LightX2V: the scale is then 1. Raises
-    UnreadableWeightsError, and LoraMismatchError for a key that is not understood, a shape that
-    does not fit, half a pair, or a number that is none.
+    UnreadableWeightsError for a broken file, LoraMismatchError for a key that is not understood, a
+    shape that does not fit, half a pair or a number that is none, and UnfitLoraError for what no
+    network here can use.
     """
     tensors = _tensors(path)
     names = lora_keys.Names(shapes)
@@ -94,7 +95,7 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        raise errors.UnreadableWeightsError(path, "LoRA files are read as .safetensors only")
+        raise errors.UnfitLoraError(path, "LoRA files are read as .safetensors only")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path, device="cpu")
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
@@ -102,7 +103,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise errors.UnreadableWeightsError(path, reason) from error
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not key.endswith(".alpha"):
-            raise errors.UnreadableWeightsError(path, f"{key} is {tensor.dtype}")
+            problem = f"{key} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+            raise errors.UnfitLoraError(path, problem)
     return tensors
 
 
@@ -154,7 +156,7 @@ def _scale_rule(path: Path) -> Callable[[int], float]:
         return lambda _rank: 1.0
     if settings.get("alpha_pattern"):
         problem = "gives single layers an alpha of their own (alpha_pattern), which is not read"
-        raise errors.UnreadableWeightsError(path, problem)
+        raise errors.UnfitLoraError(path, problem)
     root = bool(settings.get("use_rslora"))
     return lambda rank: float(alpha) / (math.sqrt(rank) if root else rank)  # type: ignore[arg-type]
 

@@ -7,14 +7,13 @@ networks; the workspace of a kernel and the allocator's gaps come on top and are
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from models import config, config_files, layout, safetensors_files, torch_files, weight_names
 from models.safetensors_files import Entry
-
-# L tokens of the video, D width, F width of the feed-forward net, S text tokens
 
 DEVICE_CONTEXT_BYTES = 700 * 2**20  # CUDA's own, cuBLAS and cuDNN with their kernels loaded
 COMPUTE_BYTES = 2  # bf16
@@ -30,7 +29,7 @@ WIDE_IN_VAE = re.compile(r"encoder\.|conv1\.|quant_conv\.")
 """Of encoding, which is in fp32; by native and by diffusers' names, see `vae.parameter_dtype`."""
 
 # Bytes per token and width amid a block in bf16, counted: around self-attention, with the rotation
-# of k in fp32; around the feed-forward net, without its two tensors of width F.
+# of k in fp32; around the feed-forward net, without its two tensors of its own width.
 ATTENTION_BYTES_PER_WIDTH = 20
 FEED_FORWARD_BYTES_PER_WIDTH = 6
 # Elements per pixel and base width (96) amid the decoder's and the encoder's stage of full size,
@@ -48,7 +47,7 @@ class Offload(enum.Enum):
     MODEL = "model"
     """On the host; each network comes for its part of a render and leaves whole."""
     BLOCK = "block"
-    """As MODEL, but of the transformer only two blocks are on the device at a time."""
+    """As MODEL, but of a transformer only two blocks are on the device at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +99,14 @@ class _Weights:
     text_encoder: int
     image_encoder: int
     vae: int
-    transformers: int
-    largest_block: int
+    transformers: tuple[int, ...]
+    """Two with Wan2.2; of these a step computes with one."""
     blocks: tuple[int, ...]
     """Of all transformers."""
-    num_transformers: int
 
     @property
-    def outside_blocks(self) -> int:
-        return self.transformers - sum(self.blocks)
+    def all_transformers(self) -> int:
+        return sum(self.transformers)
 
 
 def needed(
@@ -159,11 +157,12 @@ def needed(
 def _resident(weights: _Weights, mode: Mode) -> dict[str, int]:
     """What is on the device through all stages."""
     if mode.offload is Offload.BLOCK:
-        blocks = 2 * weights.largest_block * weights.num_transformers
-        return {"transformer outside its blocks": weights.outside_blocks, "two blocks": blocks}
+        outside = weights.all_transformers - sum(weights.blocks)
+        two_blocks = 2 * max(weights.blocks, default=0) * len(weights.transformers)
+        return {"transformer outside its blocks": outside, "two blocks": two_blocks}
     if mode.offload is Offload.MODEL:
         return {}
-    found = {"transformer": weights.transformers}
+    found = {"transformer": weights.all_transformers}
     if not mode.park_encoders:
         found |= {"image encoder": weights.image_encoder, "autoencoder": weights.vae}
         if not mode.text_encoder_on_cpu:
@@ -182,7 +181,7 @@ def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
     if not mode.text_encoder_on_cpu:
         found["text"] = {"text encoder": weights.text_encoder}
     if mode.offload is Offload.MODEL:
-        found["denoise"] = {"transformer": weights.transformers}
+        found["denoise"] = {"transformer": max(weights.transformers)}
     return found
 
 
@@ -194,12 +193,12 @@ def _host(weights: _Weights, mode: Mode, *, keeps_copies: bool) -> dict[str, int
     if parks:
         found |= {"autoencoder": weights.vae, "image encoder": weights.image_encoder}
     if mode.offload is Offload.MODEL:
-        found["transformer"] = weights.transformers
+        found["transformer"] = weights.all_transformers
     if mode.offload is Offload.BLOCK:
         # torch rounds each pinned allocation up to a power of two.
         found["transformer blocks"] = sum(_power_of_two(count) for count in weights.blocks)
     if keeps_copies:
-        found["weights without LoRA"] = weights.transformers
+        found["weights without LoRA"] = weights.all_transformers
     return {name: count for name, count in found.items() if count}
 
 
@@ -209,24 +208,21 @@ def _power_of_two(count: int) -> int:
 
 def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     blocks: list[int] = []
-    transformers = 0
-    for paths in (files.transformer, files.low_noise_transformer):
-        by_block: dict[str, int] = {}
+    transformers: list[int] = []
+    for paths in filter(None, (files.transformer, files.low_noise_transformer)):
+        by_block: Counter[str] = Counter()
         for name, entry in headers(paths).items():
             match = re.match(r"blocks\.(\d+)\.", name)
-            count = _transformer_bytes(name, entry)
-            transformers += count
-            if match:
-                by_block[match[1]] = by_block.get(match[1], 0) + count
+            by_block[match[1] if match else ""] += _transformer_bytes(name, entry)
+        transformers.append(by_block.total())
+        del by_block[""]
         blocks += by_block.values()
     return _Weights(
         text_encoder=_elements(headers(files.text_encoder)) * COMPUTE_BYTES,
         image_encoder=_elements(_used_of_clip(files.image_encoder)) * COMPUTE_BYTES,
         vae=_vae_bytes(headers(files.vae), vae_bytes),
-        transformers=transformers,
-        largest_block=max(blocks, default=0),
+        transformers=tuple(transformers),
         blocks=tuple(blocks),
-        num_transformers=2 if files.low_noise_transformer else 1,
     )
 
 

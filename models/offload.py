@@ -1,7 +1,6 @@
 """Weights that live on the host and come to the device for their use: less memory, same numbers."""
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,7 +124,7 @@ class CudaCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        new_event: Any = torch.cuda.Event
+        new_event: Any = torch.cuda.Event  # torch leaves both without types
         new_stream: Any = torch.cuda.Stream
         self._stream = new_stream(device)
         self._full = [new_event() for _ in range(NUM_BUFFERS)]
@@ -172,20 +171,12 @@ class BlockStreamer:
         is_cuda = device.type == "cuda"
         self._copier = copier or (CudaCopier(device) if is_cuda else DirectCopier())
         self._held: list[int | None] = [None] * NUM_BUFFERS
-        self._handles = list(
-            itertools.chain.from_iterable(
-                self._hooks(index, block) for index, block in enumerate(network.blocks)
-            )
-        )
+        for index, block in enumerate(network.blocks):
+            self._hook(index, block)
 
-    def close(self) -> None:
-        """Leave an ordinary network behind, its blocks on the host."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _hooks(self, index: int, block: nn.Module) -> Iterator[Any]:
-        yield block.register_forward_pre_hook(lambda *_: self._before(index))
-        yield block.register_forward_hook(lambda *_: self._after(index), always_call=True)
+    def _hook(self, index: int, block: nn.Module) -> None:
+        block.register_forward_pre_hook(lambda *_: self._before(index))
+        block.register_forward_hook(lambda *_: self._after(index), always_call=True)
 
     def _before(self, index: int) -> None:
         if index == 0:

@@ -64,6 +64,8 @@ class Components:
         self._loras[key] = None
         try:
             has_changed = model.apply_loras(look, self.models_dir)
+        except model_errors.UnfitLoraError as error:
+            raise errors.LoraUnfit(str(error)) from error
         except (model_errors.CheckpointError, OSError) as error:
             if wanted.is_gone(look, self.models_dir):
                 # What is loaded stays: jobs without a LoRA go on, and the folder may come back.

@@ -15,6 +15,12 @@ class SpecUnusable(RenderError):
     kind = states.FailureKind.INPUT
 
 
+class LoraUnfit(RenderError):
+    """A LoRA that the job asks for can be read, and does not fit its model. Final."""
+
+    kind = states.FailureKind.INPUT
+
+
 class Refused(RenderError):
     """The user's safety check said no to the prompt or to frames. Final."""
 
@@ -59,7 +65,7 @@ class NotSigned(HostFault):
 
 
 class WeightsUnusable(RenderError):
-    """What the job asks for in particular is missing or does not fit: a LoRA, a file it names."""
+    """A file that the job asks for in particular is missing, broken or of another model."""
 
     kind = states.FailureKind.WEIGHTS
 

@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+import safetensors.torch
 import torch
 from sqlalchemy import select, update
 
@@ -254,6 +255,23 @@ def test_a_broken_encoder_is_named(failure_of, monkeypatch):
     _, attempt = failure_of()
     assert attempt.failure_kind is states.FailureKind.ENCODING
     assert "ffmpeg ended with 1" in attempt.error
+
+
+def test_a_lora_that_cannot_fit_fails_its_job_at_once_and_one_that_cannot_be_read_does_not(
+    host, failure_of, tmp_path
+):
+    """The first is the same everywhere; of the second another host may have a good copy."""
+    path = tmp_path / "style.safetensors"
+    pair = {f"lora_te_fc1.lora_{half}.weight": torch.zeros(2, 2) for half in ("down", "up")}
+    safetensors.torch.save_file(pair, path)
+    asked = {"lora_path": str(path)}
+    job, attempt = failure_of(job=host.submit(**asked)[0])
+    assert (job.state, job.failure_kind) == (states.JobState.FAILED, states.FailureKind.INPUT)
+    assert f"{path}: 0 keys match the network; 2 keys do not (lora_te_fc1" in attempt.error
+    path.write_bytes(path.read_bytes()[:-1])
+    job, attempt = failure_of(job=host.submit(**asked)[0])
+    assert (job.state, attempt.failure_kind) == (states.JobState.QUEUED, states.FailureKind.WEIGHTS)
+    assert f"{path}: cannot be read as weights" in attempt.error
 
 
 def test_a_disk_that_fills_up_gives_the_job_back(host):
@@ -524,6 +542,7 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
     kinds = {cls.__name__: cls.kind for cls in errors.RenderError.__subclasses__()}
     assert kinds == {
         "SpecUnusable": states.FailureKind.INPUT,
+        "LoraUnfit": states.FailureKind.INPUT,
         "Refused": states.FailureKind.REFUSED,
         "CheckBreaksAgain": states.FailureKind.CHECK,
         "NotFinite": states.FailureKind.INTERNAL,

@@ -224,7 +224,7 @@ def test_peft_settings_in_the_header_or_beside_the_file_give_the_scale(network, 
     beside.write_text(json.dumps({"lora_alpha": 8, "use_rslora": True}))
     assert read(path, network).pairs[name].scale == 4  # 8 / sqrt(4)
     beside.write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {"q": 1}}))
-    with pytest.raises(errors.UnreadableWeightsError, match="alpha_pattern"):
+    with pytest.raises(errors.UnfitLoraError, match="alpha_pattern"):
         read(path, network)
 
 
@@ -520,16 +520,17 @@ def test_numbers_that_are_none_are_refused(network, save, value):
 
 
 def test_a_file_that_is_no_safetensors_is_named(network, tmp_path):
-    for name in ("lora.safetensors", "lora.pt"):
+    of_file = {"lora.safetensors": errors.UnreadableWeightsError, "lora.pt": errors.UnfitLoraError}
+    for name, error in of_file.items():
         (tmp_path / name).write_bytes(b"no weights")
-        with pytest.raises(errors.UnreadableWeightsError) as caught:
+        with pytest.raises(error) as caught:
             read(tmp_path / name, network)
         assert caught.value.path == tmp_path / name
 
 
 def test_integer_tensors_are_refused(network, save):
     tensors = {key: tensor.to(torch.int8) for key, tensor in one_pair().items()}
-    with pytest.raises(errors.UnreadableWeightsError, match=r"torch\.int8"):
+    with pytest.raises(errors.UnfitLoraError, match=r"torch\.int8"):
         read(save(tensors), network)
 
 

@@ -234,6 +234,16 @@ def test_options_take_from_the_device_what_they_say(files):
     assert ratio == pytest.approx(480 * 832 / 256**2)
 
 
+def test_two_transformers_wait_together_and_come_one_at_a_time(files):
+    """As `resident.Denoiser` has it: the second comes when the first has gone."""
+    pair = dataclasses.replace(files, low_noise_transformer=files.transformer)
+    for offload, on_device, on_host in ((Offload.NONE, 2, 0), (Offload.MODEL, 1, 2)):
+        one = resident(files)["transformer"]
+        need = memory.needed(pair, **VIDEO, mode=Mode(offload=offload))
+        assert need.stages["denoise"]["transformer"] == on_device * one
+        assert need.host.get("transformer", 0) == on_host * one
+
+
 def test_only_weights_that_cannot_be_read_again_are_copied_for_a_lora(files, tmp_path):
     assert memory.needed(files, **VIDEO, switches_loras=True).host == {}
     pickled = tmp_path / "distill_model.pt"

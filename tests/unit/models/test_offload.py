@@ -184,7 +184,7 @@ def test_a_block_waits_for_its_own_copy_and_no_other(four_blocks):
 
 def test_a_block_computes_in_a_buffer_and_rests_at_home(four_blocks):
     network = load(four_blocks).transformer
-    streamer = offload.BlockStreamer(network, CPU)
+    offload.BlockStreamer(network, CPU)
     at_home = [block.modulation.data_ptr() for block in network.blocks]
     seen = []
     for block in network.blocks:
@@ -194,11 +194,6 @@ def test_a_block_computes_in_a_buffer_and_rests_at_home(four_blocks):
     assert seen[0] == seen[2] != seen[1] == seen[3]
     assert not set(seen) & set(at_home)
     assert [block.modulation.data_ptr() for block in network.blocks] == at_home
-    streamer.close()
-    seen.clear()
-    with torch.inference_mode():
-        network(torch.randn(1, 16, 1, 2, 2), torch.tensor([1.0]), torch.randn(1, 512, 32))
-    assert seen == at_home
 
 
 def test_a_forward_that_was_broken_off_leaves_no_trace(four_blocks):

@@ -391,6 +391,28 @@ def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
             warm.model_for(look(**asks))
 
 
+def test_a_lora_that_cannot_fit_is_told_apart_from_one_that_cannot_be_read(warm, look, own_models):
+    """And nothing of it stays in the weights."""
+    path = own_models / "style.safetensors"
+    asked = look(base="original", loras=[{"path": path.name}])
+    network = warm.model_for(look(base="original")).networks.transformer
+    before = [parameter.clone() for parameter in network.parameters()]
+    real = safetensors.torch.load_file(own_models / look(**WITH_LORA).loras[0].path)
+    for tensors, counts in (
+        ({"other": torch.zeros(1)}, r"0 keys match the network; 1 keys do not \(other\)"),
+        (real | {"other": torch.zeros(1)}, rf"{len(real)} keys match the network; 1 keys do not"),
+        ({name: tensor.int() for name, tensor in real.items()}, r"torch\.int32, expected float16"),
+    ):
+        safetensors.torch.save_file(tensors, path)
+        with pytest.raises(errors.LoraUnfit, match=counts):
+            warm.model_for(asked)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(errors.WeightsUnusable, match="cannot be read as weights"):
+        warm.model_for(asked)
+    assert all(map(torch.equal, network.parameters(), before))
+    assert warm.loads == 1
+
+
 def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, own_models):
     with pytest.raises(errors.WeightsUnusable, match="one transformer, and the preset a boundary"):
         warm.model_for(look(boundary_step_index=2))

@@ -316,7 +316,7 @@ def test_a_job_renders_the_same_alone_and_after_any_others(
     for way, colour, ends in jobs:
         look = look_of(WAYS[way])
         if ends == "refused":
-            with pytest.raises(errors.WeightsUnusable, match="image-to-video"):
+            with pytest.raises(errors.LoraUnfit, match="image-to-video"):
                 warm.model_for(look_of(UNFIT))
         elif ends == "stopped":
             with pytest.raises(Stopped):
