@@ -294,7 +294,7 @@ def service_status(serving: Serving, principal: access.Reader) -> dict[str, Any]
 
 
 @router.get("/service/metadata")
-def service_metadata(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def service_metadata(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Of the preset for requests without an image."""
     preset = serving.default_preset(with_image=False)
     with serving.db.reading() as session:

@@ -255,7 +255,7 @@ def _mark_deleted(session: Session, job: Job) -> None:
 
 
 @router.get("/models")
-def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The presets."""
     found = presets.available(serving.config.presets_dir)
     data = [
