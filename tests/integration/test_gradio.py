@@ -9,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from jobs import presets
 from tests.integration import browsing
 from tests.integration.conftest import Farm, start_farm, stop_farm
 
@@ -52,7 +53,8 @@ def test_one_prompt_is_followed_and_its_video_played(page: Page) -> None:
     step = told.inner_text()
     expect(told).not_to_have_text(step, timeout=browsing.WAIT_MILLISECONDS)
     expect(told).to_contain_text("succeeded", timeout=browsing.WAIT_MILLISECONDS)
-    assert _played(page) == [64, 64]
+    look = presets.load("tiny").look
+    assert _played(page) == [look.width, look.height]
     found = Axe().run(page).response["violations"]
     serious = [each for each in found if each["impact"] in browsing.SERIOUS]
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []
