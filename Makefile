@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit chaos cables audit lint format types imports up clean
+.PHONY: help setup demo test unit chaos cables audit gradio lint format types imports up clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,14 @@ chaos: setup ## an hour of kills and outages on simulated devices; CHAOS="--scal
 cables: setup ## two hosts in network namespaces, one cut off and back: a minute, on Linux
 	RUSHES_TEST_CABLES=1 $(BIN)/python -m pytest tests/chaos/test_cables.py --log-cli-level=INFO
 
+.venv-gradio/.installed: pyproject.toml constraints.txt
+	test -x .venv-gradio/bin/python || $(PYTHON) -m venv .venv-gradio
+	.venv-gradio/bin/python -m pip install --quiet --disable-pip-version-check --constraint <(grep -v '^pillow==' constraints.txt) --editable ".[gradio,local]" axe-playwright-python playwright pytest pytest-timeout
+	touch $@
+
+gradio: .venv-gradio/.installed ## the Gradio page in Chromium, with an older pillow in .venv-gradio: a minute
+	OMP_NUM_THREADS=1 .venv-gradio/bin/python -m pytest tests/integration/test_gradio.py
+
 audit: ## known weaknesses of the pinned packages; asks PyPI's advisory service
 	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.9")
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
@@ -53,4 +61,4 @@ up: setup ## Redis, S3, database, dispatcher and workers on this machine, until 
 	$(BIN)/rushes up
 
 clean: ## remove the virtual environment and local state (.rushes)
-	rm -rf $(VENV) .venv-audit .rushes
+	rm -rf $(VENV) .venv-audit .venv-gradio .rushes

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import structlog
 from sqlalchemy import or_, select
@@ -120,7 +119,8 @@ class Clockwork:
             due = schedules.decide(schedule, now, has_open_batch=is_open)
             if due.skipped is not None:
                 _advance(schedule, due)
-                _record(session, schedule_id, due.fire_at, reason=due.skipped)
+                state = states.FiringState.SKIPPED
+                _record(session, schedule_id, due.fire_at, state=state, reason=due.skipped)
                 log.warning("schedule.skipped", schedule=schedule.name, reason=due.skipped)
                 return ""
             schedule.busy_until = now + BUSY
@@ -153,7 +153,8 @@ class Clockwork:
             if locked is None or not _is_as_planned(locked, schedule):
                 return None
             _advance(locked, due)
-            _record(session, schedule.id, due.fire_at, error=reason)
+            state = states.FiringState.FAILED
+            _record(session, schedule.id, due.fire_at, state=state, reason=reason)
             data = {"schedule": schedule.name, "owner": schedule.owner, "reason": reason}
             data["fire_at"] = due.fire_at.isoformat()
             outbox.tell(session, outbox.SCHEDULE_FAILED, owner=schedule.owner, data=data)
@@ -261,19 +262,25 @@ def _prompts(config: settings.Settings, schedule: Schedule) -> bytes:
     return read_url(config, schedule.prompts_url)
 
 
-def _record(session: Session, schedule_id: int, fire_at: datetime, **what: Any) -> None:
-    reason = what.pop("reason", None)
-    state = states.FiringState.MADE if reason is None else states.FiringState.SKIPPED
-    if (error := what.pop("error", None)) is not None:
-        state, reason = states.FiringState.FAILED, error
+def _record(
+    session: Session,
+    schedule_id: int,
+    fire_at: datetime,
+    *,
+    state: states.FiringState = states.FiringState.MADE,
+    reason: str | None = None,
+    batch_id: str | None = None,
+    is_manual: bool = False,
+) -> None:
     session.add(
         Firing(
             schedule_id=schedule_id,
             fire_at=fire_at,
             state=state,
             reason=None if reason is None else reason[:MAX_REASON_CHARS].replace("\0", ""),
+            batch_id=batch_id,
+            is_manual=is_manual,
             created_at=database.now(session),
-            **what,
         )
     )
     session.flush()

@@ -8,7 +8,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs import database, errors
-from jobs.schema import ApiRequest
+from jobs.schema import ApiRequest, Batch, Job
+
+VIDEOS = "videos"  # OpenAI's, in which every job is a video
 
 
 class NameTaken(errors.RushesError):
@@ -85,3 +87,17 @@ def page(
 def delete(session: Session, row: ApiRequest) -> datetime:
     row.deleted_at = database.now(session)
     return row.deleted_at
+
+
+def video_name(job_id: int) -> str:
+    return f"video_{job_id}"
+
+
+def video_deleted_at(session: Session, job: Job) -> datetime | None:
+    """Since when the video of a job that succeeded is gone: with its batch, or by OpenAI's API."""
+    batch = session.get_one(Batch, job.batch_id)
+    row = get(session, api=VIDEOS, owner=batch.owner, name=video_name(job.id))
+    asked = None if row is None else row.deleted_at
+    if asked is not None and job.finished_at is not None and asked < job.finished_at:
+        asked = None  # it was rendered again, or finished before the cancel was heard
+    return asked or batch.results_expired_at

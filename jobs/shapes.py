@@ -100,6 +100,7 @@ def job(
     look: dict[str, Any],
     attempts: list[dict[str, Any]],
     video: dict[str, Any] | None,
+    video_deleted_at: datetime | None,
 ) -> dict[str, Any]:
     return {
         "job_id": row.id,
@@ -125,6 +126,7 @@ def job(
         "crashes": row.crash_count,
         "error": error(row),
         "video": video,
+        "video_deleted_at": video_deleted_at,
         "attempts": attempts,
     }
 

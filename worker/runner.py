@@ -242,6 +242,7 @@ class Runner:
         if kind is states.FailureKind.DEVICE:
             # This process can no longer use its device; its parent starts a fresh one.
             self.bell.kick()
+            tracing.end()
             os._exit(DEVICE_LOST)
 
 

@@ -11,7 +11,7 @@ from celery import signals
 from celery.exceptions import SecurityWarning
 
 from jobs import celery_app, database, dispatch, lifecycle, logs, settings
-from worker import redis_transport
+from worker import redis_transport, tracing
 from worker import settings as worker_settings
 
 if TYPE_CHECKING:
@@ -71,3 +71,9 @@ def _begin(**_: object) -> None:
         # Celery would go on with a child that cannot render; the launcher starts a fresh pair.
         log.critical("worker.cannot_start", worker=name, error=str(error), exc_info=True)
         os.killpg(0, signal.SIGKILL)
+
+
+@signals.worker_process_shutdown.connect
+def _end(**_: object) -> None:
+    """Celery's children leave by `os._exit`, without the exit handlers of their libraries."""
+    tracing.end()

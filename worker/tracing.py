@@ -7,13 +7,17 @@ into one trace without a word to each other. Where spans go is said by OpenTelem
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from jobs import errors
 
+LAST_SPANS_SECONDS = 5.0  # a collector that does not answer may not hold up a stop for longer
+
 _tracer: Any = None  # of this process; None: off
+_provider: Any = None
 
 
 def start(*, worker: str) -> None:
@@ -34,17 +38,21 @@ def begin(processor: Any, *, worker: str) -> None:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
 
-    global _tracer
+    global _tracer, _provider
     names = {"service.name": "rushes", "service.instance.id": worker}
-    provider = TracerProvider(resource=Resource.create(names))
-    provider.add_span_processor(processor)
-    _tracer = provider.get_tracer("rushes")
+    _provider = TracerProvider(resource=Resource.create(names))
+    _provider.add_span_processor(processor)
+    _tracer = _provider.get_tracer("rushes")
 
 
 def end() -> None:
-    """Off again."""
-    global _tracer
-    _tracer = None
+    """Send what is not sent yet, and off again. Takes LAST_SPANS_SECONDS at most."""
+    global _tracer, _provider
+    if _provider is not None:
+        last = threading.Thread(target=_provider.shutdown, name="last-spans", daemon=True)
+        last.start()
+        last.join(LAST_SPANS_SECONDS)
+    _tracer = _provider = None
 
 
 @contextmanager

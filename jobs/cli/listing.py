@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from jobs import (
     database,
     errors,
     queries,
+    requests,
     results,
     retries,
     settings,
@@ -201,16 +203,19 @@ class JobView:
     look: dict[str, Any]
     attempts: Sequence[Attempt]
     winner: Attempt | None
+    video_deleted_at: datetime | None
 
 
 def _read_job(db: database.Database, job: Job) -> JobView:
     with db.reading() as session:
+        winner = queries.winning_attempt(session, job)
         return JobView(
             job=job,
             boost=session.get_one(Batch, job.batch_id).boost,
             look=queries.look(session, job),
             attempts=queries.attempts(session, job.id),
-            winner=queries.winning_attempt(session, job),
+            winner=winner,
+            video_deleted_at=requests.video_deleted_at(session, job) if winner else None,
         )
 
 
@@ -221,14 +226,21 @@ def _emit_job(view: JobView, store: storage.ObjectStore | None) -> None:
             boost=view.boost,
             look=view.look,
             attempts=[shapes.attempt(attempt) for attempt in view.attempts],
-            video=None if store is None else shapes.video(store, view.winner),
+            video=_video(view, store),
+            video_deleted_at=view.video_deleted_at,
         )
     )
 
 
+def _video(view: JobView, store: storage.ObjectStore | None) -> dict[str, Any] | None:
+    if store is None or view.video_deleted_at is not None:
+        return None
+    return shapes.video(store, view.winner)
+
+
 def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
     job = view.job
-    video = None if store is None else shapes.video(store, view.winner)
+    video = _video(view, store)
     output.facts(
         [
             ("job", str(job.id)),
@@ -246,6 +258,7 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
             ("finished", output.when(job.finished_at)),
             ("error", f"{job.failure_kind}: {output.plain(job.error or '')}" if job.error else ""),
             ("video", video["url"] if video else ""),
+            ("deleted", output.when(view.video_deleted_at)),
             ("link", video["link"] or "" if video and video["link"] != video["url"] else ""),
         ]
     )

@@ -78,6 +78,7 @@ class Job(JobLine):
     batch_id: str
     look: dict[str, Any]
     video: dict[str, Any] | None
+    video_deleted_at: datetime | None
     attempts: list[dict[str, Any]]
 
 

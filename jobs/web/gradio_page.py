@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.routing import Mount
 
 from jobs import errors, presets, queries, states
-from jobs.web import access, batches, service, videos
+from jobs.web import access, batches, html, service, videos
 
 PATH = "/gradio"
 LOOK_SECONDS = 1.0
@@ -35,6 +35,8 @@ def mount(app: FastAPI, serving: service.Service) -> None:
         path=PATH,
         auth_dependency=_name,
         footer_links=[],
+        favicon_path=str(html.HERE / "assets" / "icon.svg"),
+        theme=_theme(gradio),
         enable_monitoring=False,
         max_file_size=serving.config.web_max_bytes,
     )
@@ -42,6 +44,18 @@ def mount(app: FastAPI, serving: service.Service) -> None:
     assert isinstance(mounted, Mount)
     assert isinstance(mounted.app, FastAPI)
     mounted.app.state.service = serving
+
+
+def _theme(gradio: Any) -> Any:
+    """Gradio's own, but for its buttons and its pale words, which are hard to read."""
+    dark, darker = "*primary_700", "*primary_800"
+    return gradio.themes.Default(primary_hue="blue").set(
+        button_primary_background_fill=dark,
+        button_primary_background_fill_dark=dark,
+        button_primary_background_fill_hover=darker,
+        button_primary_background_fill_hover_dark=darker,
+        body_text_color_subdued="*neutral_600",
+    )
 
 
 def _name(request: Request) -> str | None:
@@ -79,6 +93,9 @@ def _handler(gradio: Any, serving: service.Service) -> Callable[..., Told]:
             if not who.may_submit:
                 raise access.Forbidden(f"{who.name} has no scope submit")
             yield from _follow(serving, who, _submit(serving, who, prompt, preset, seed, image))
+        except errors.InvalidInput as error:
+            told = "; ".join(problem.message for problem in error.problems)  # all of one prompt
+            raise gradio.Error(told, print_exception=False) from None
         except errors.RushesError as error:
             raise gradio.Error(str(error), print_exception=False) from None
 

@@ -57,8 +57,10 @@ class VideoTask(BaseModel):
     image_path: str | None = Field(None, description="https:// address, data URL or base64.")
     save_result_path: str | None = Field(None, max_length=1_000)
     seed: int | None = None
-    target_video_length: int | None = None
-    target_shape: list[int] | None = None
+    target_video_length: int | None = Field(None, description="Frames.")
+    num_frames: int | None = Field(None, description="The same, as they call it since 2026.")
+    target_shape: list[int] | None = Field(None, description="Height and width.")
+    size: list[int] | None = Field(None, description="The same, as they call it since 2026.")
     lora_name: str | None = None
     lora_strength: float = 1.0
     last_frame_path: str | None = None
@@ -93,6 +95,7 @@ def create_by_form(
     save_result_path: Annotated[str, Form(max_length=1_000)] = "",
     seed: Annotated[int | None, Form()] = None,
     target_video_length: Annotated[int | None, Form()] = None,
+    num_frames: Annotated[int | None, Form()] = None,
 ) -> dict[str, Any]:
     """The same with the image as a file."""
     for name, file in (("last_frame_file", last_frame_file), ("audio_file", audio_file)):
@@ -108,6 +111,7 @@ def create_by_form(
         save_result_path=save_result_path or None,
         seed=seed,
         target_video_length=target_video_length,
+        num_frames=num_frames,
     )
     return _submit(task, image, found, serving, principal)
 
@@ -155,17 +159,25 @@ def _row(task: VideoTask, image: str | None) -> dict[str, Any]:
         if getattr(task, name):
             raise HTTPException(400, f"{name}: no model here has a use for it")
     row: dict[str, Any] = {"prompt": task.prompt, "seed": task.seed, "image": image}
-    row["num_frames"] = task.target_video_length
+    row["num_frames"] = _one(task, "target_video_length", "num_frames")
     if task.negative_prompt:
         row["negative_prompt"] = task.negative_prompt
-    if task.target_shape:
-        if len(task.target_shape) != 2:
-            raise HTTPException(400, "target_shape: must be [height, width]")
-        row["height"], row["width"] = task.target_shape
+    if shape := _one(task, "target_shape", "size"):
+        if len(shape) != 2:
+            raise HTTPException(400, "target_shape or size: must be [height, width]")
+        row["height"], row["width"] = shape
     if task.lora_name:
         name = task.lora_name.removesuffix(".safetensors")
         row["lora"] = [{"name": name, "strength": task.lora_strength}]
     return row
+
+
+def _one(task: VideoTask, old: str, new: str) -> Any:
+    """What is asked for under its older or its newer name."""
+    given = [value for name in (old, new) if (value := getattr(task, name)) not in (None, [])]
+    if len(given) == 2 and given[0] != given[1]:
+        raise HTTPException(400, f"{new}: {old} says something else")
+    return given[0] if given else None
 
 
 def _image(text: str, found: images.WebImages) -> str:
@@ -282,7 +294,7 @@ def service_status(serving: Serving, principal: access.Reader) -> dict[str, Any]
 
 
 @router.get("/service/metadata")
-def service_metadata(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def service_metadata(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Of the preset for requests without an image."""
     preset = serving.default_preset(with_image=False)
     with serving.db.reading() as session:

@@ -17,7 +17,7 @@ HOUR = 3_600
 @router.get("/load", response_model=answers.Load)
 def show(
     serving: Serving,
-    principal: access.Reader,  # noqa: ARG001
+    principal: access.Reader,
     span_seconds: Annotated[int, Query(ge=10, le=24 * HOUR)] = 300,
     spans: Annotated[int, Query(ge=1, le=MOST_SPANS)] = 24,
 ) -> dict[str, Any]:

@@ -20,11 +20,9 @@ from jobs.web.batches import Serving, images_for, options
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
 
-API = "videos"
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
 NUMBERS = ("seed", "num_frames", "fps", "priority")
-PREFIX = "video_"
 REFERENCE = "input_reference"
 STATUSES = {
     states.JobState.QUEUED: "queued",
@@ -122,9 +120,9 @@ def create(
         job_id = session.scalars(select(Job.id).where(Job.batch_id == batch_id)).one()
         requests.add(
             session,
-            api=API,
+            api=requests.VIDEOS,
             owner=principal.owner,
-            name=f"{PREFIX}{job_id}",
+            name=requests.video_name(job_id),
             batch_id=batch_id,
             body={"model": asked_model},
         )
@@ -180,7 +178,7 @@ def list_videos(
     with serving.db.reading() as session:
         rows = requests.page(
             session,
-            api=API,
+            api=requests.VIDEOS,
             owner=principal.sees,
             after=after,
             limit=limit + 1,
@@ -246,16 +244,18 @@ def delete(video_id: str, serving: Serving, principal: access.Submitter) -> dict
 
 
 def _mark_deleted(session: Session, job: Job) -> None:
-    name = f"{PREFIX}{job.id}"
+    name = requests.video_name(job.id)
     owner = session.get_one(Batch, job.batch_id).owner
-    row = requests.get(session, api=API, owner=owner, name=name)
+    row = requests.get(session, api=requests.VIDEOS, owner=owner, name=name)
     if row is None:  # of another API's batch
-        row = requests.add(session, api=API, owner=owner, name=name, batch_id=job.batch_id, body={})
+        row = requests.add(
+            session, api=requests.VIDEOS, owner=owner, name=name, batch_id=job.batch_id, body={}
+        )
     requests.delete(session, row)
 
 
 @router.get("/models")
-def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The presets."""
     found = presets.available(serving.config.presets_dir)
     data = [
@@ -267,15 +267,15 @@ def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:  
 
 
 def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
-    number = video_id.removeprefix(PREFIX)
-    if not video_id.startswith(PREFIX) or not re.fullmatch(r"[0-9]{1,18}", number):
+    number = re.fullmatch(r"video_([0-9]{1,18})", video_id)
+    if number is None:
         raise errors.NotFound(f"no video {video_id[:60]!r}")
     try:
-        job = finding.job(session, int(number), principal)
+        job = finding.job(session, int(number[1]), principal)
     except errors.NotFound:
         raise errors.NotFound(f"no video {video_id!r}") from None
     owner = session.get_one(Batch, job.batch_id).owner
-    row = requests.get(session, api=API, owner=owner, name=video_id)
+    row = requests.get(session, api=requests.VIDEOS, owner=owner, name=video_id)
     if row is not None and row.deleted_at is not None:
         raise errors.NotFound(f"no video {video_id!r}: it was deleted")
     return job
@@ -284,11 +284,13 @@ def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
 def shape(session: Session, job: Job) -> dict[str, Any]:
     """OpenAI's video object of a job."""
     batch = session.get_one(Batch, job.batch_id)
-    request = requests.get(session, api=API, owner=batch.owner, name=f"{PREFIX}{job.id}")
+    request = requests.get(
+        session, api=requests.VIDEOS, owner=batch.owner, name=requests.video_name(job.id)
+    )
     attempt = session.get(Attempt, job.attempt_id) if job.attempt_id is not None else None
     look = queries.look(session, job)
     return {
-        "id": f"{PREFIX}{job.id}",
+        "id": requests.video_name(job.id),
         "object": "video",
         "status": STATUSES[job.state],
         "progress": progress(job, attempt),

@@ -180,5 +180,5 @@ async def _on_database_error(request: Request, error: Exception) -> Response:
     return answer(request, 503, "the database does not answer", headers=again)
 
 
-async def _on_defect(request: Request, error: Exception) -> Response:  # noqa: ARG001  # logged by the server
+async def _on_defect(request: Request, error: Exception) -> Response:  # logged by the server
     return answer(request, 500, "this is a defect in rushes: its log says more")

@@ -34,7 +34,7 @@ def upload_image(
 
 
 @router.get("/presets", tags=["system"], response_model=answers.Presets)
-def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """What a batch may name as its preset."""
     found = presets.available(serving.config.presets_dir)
     return {
@@ -53,14 +53,14 @@ def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]: 
 
 
 @router.get("/workers", tags=["system"], response_model=answers.Workers)
-def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]:  # noqa: ARG001
+def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The workers that have not stopped for good, and what they render."""
     with serving.db.reading() as session:
         return {"workers": [shapes.worker(live) for live in queries.live_workers(session)]}
 
 
 @health.get("/metrics", include_in_schema=False, response_class=PlainTextResponse)
-def measure(serving: Serving, principal: access.Reader) -> Response:  # noqa: ARG001
+def measure(serving: Serving, principal: access.Reader) -> Response:
     """For Prometheus. 503 without the database."""
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 

@@ -87,20 +87,20 @@ def history(
 
 
 @router.post("/{name}/pause", response_model=answers.Changed)
-def pause(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:  # noqa: ARG001
+def pause(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:
     changed = serving.db.write(schedules.pause, name)
     return {"name": name, "state": "paused", "changed": changed}
 
 
 @router.post("/{name}/resume", response_model=answers.Changed)
-def resume(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:  # noqa: ARG001
+def resume(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:
     """From now on; what fell into the pause is not made up for."""
     changed = serving.db.write(schedules.resume, name)
     return {"name": name, "state": "active", "changed": changed}
 
 
 @router.post("/{name}/run", status_code=201, response_model=answers.Fired)
-def run_now(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:  # noqa: ARG001
+def run_now(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:
     """Make its next batch at once."""
     batch_id = firing.fire_now(serving.config, serving.db, name)
     serving.wake(1)
@@ -108,6 +108,6 @@ def run_now(name: Name, serving: Serving, principal: access.Admin) -> dict[str, 
 
 
 @router.delete("/{name}", status_code=204)
-def remove(name: Name, serving: Serving, principal: access.Admin) -> None:  # noqa: ARG001
+def remove(name: Name, serving: Serving, principal: access.Admin) -> None:
     """With its history; its batches stay."""
     serving.db.write(schedules.remove, name)

@@ -1,15 +1,27 @@
 """Our own API: single jobs and their videos."""
 
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from jobs import cancelling, errors, lifecycle, queries, shapes, states
+from jobs import cancelling, errors, lifecycle, queries, requests, shapes, states
 from jobs.schema import Attempt, Batch
 from jobs.web import access, answers, finding, serving
 from jobs.web.batches import Serving
 
 router = APIRouter(prefix="/api/jobs", tags=["jobs"], responses=answers.PROBLEMS)
+
+
+class NoVideo(errors.NotFound):
+    """There is none yet, never will be, or not any more."""
+
+    def __init__(self, job_id: int, state: str, *, deleted_at: datetime | None) -> None:
+        why = (
+            f"it is {state}" if deleted_at is None else f"it was deleted at {deleted_at:%F %T} UTC"
+        )
+        super().__init__(f"job {job_id} has no video: {why}")
+
 
 JobId = Annotated[int, Path(ge=1, lt=2**63)]
 
@@ -22,9 +34,16 @@ def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str,
         look = queries.look(session, row)
         attempts = [shapes.attempt(attempt) for attempt in queries.attempts(session, job_id)]
         winner = queries.winning_attempt(session, row)
+        deleted_at = requests.video_deleted_at(session, row) if winner else None
         boost = session.get_one(Batch, row.batch_id).boost
-    video = shapes.video(service.store, winner)
-    return shapes.job(row, boost=boost, look=look, attempts=attempts, video=video)
+    return shapes.job(
+        row,
+        boost=boost,
+        look=look,
+        attempts=attempts,
+        video=shapes.video(service.store, winner) if deleted_at is None else None,
+        video_deleted_at=deleted_at,
+    )
 
 
 @router.post("/{job_id}/cancel", response_model=answers.Cancelled)
@@ -62,8 +81,9 @@ def video(job_id: JobId, request: Request, service: Serving, principal: access.R
     with service.db.reading() as session:
         row = finding.job(session, job_id, principal)
         winner = queries.winning_attempt(session, row)
-    if winner is None:
-        raise errors.NotFound(f"job {job_id} has no video: it is {row.state}")
+        deleted_at = requests.video_deleted_at(session, row) if winner else None
+    if winner is None or deleted_at is not None:
+        raise NoVideo(job_id, row.state, deleted_at=deleted_at)
     return video_of(request, service, winner, name=f"{row.batch_id}-{row.position:05}.mp4")
 
 

@@ -4,20 +4,18 @@ Debian's package `chromium`, driven by Playwright; without it these tests are sk
 """
 
 import os
-import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from tests.integration.conftest import START_SECONDS, Farm, start_farm, stop_farm, until
+from tests.integration import browsing
+from tests.integration.browsing import CHROMIUM, SERIOUS, WAIT_MILLISECONDS
+from tests.integration.conftest import Farm, start_farm, stop_farm, until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
     # Playwright's own loop and pipes are closed when the interpreter ends.
@@ -27,9 +25,7 @@ pytestmark = [
 PRESET = """{"model_path": "simulated", "denoising_step_list": [1000, 750, 500, 250],
  "target_video_length": 17, "target_width": 160, "target_height": 96, "fps": 8}"""
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-SERIOUS = ("serious", "critical")
 SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
-WAIT_MILLISECONDS = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +46,13 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-dev-shm-usage",
-                "--autoplay-policy=no-user-gesture-required",
-            ],
-        )
+    with browsing.started() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
 def address(farm: Farm) -> str:
-    lines = (farm.home / "up.log").read_text().splitlines()
-    found = next(line.split()[1] for line in lines if line.startswith("web "))
-    until(lambda: _answers(found), bool, seconds=START_SECONDS)
-    return found
-
-
-def _answers(address: str) -> bool:
-    try:
-        port = urlsplit(address).port
-        socket.create_connection(("127.0.0.1", port or 80)).close()
-    except OSError:
-        return False
-    return True
+    return browsing.address_of(farm)
 
 
 @pytest.fixture

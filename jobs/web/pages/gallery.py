@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
-from jobs import errors, queries, states
+from jobs import queries, requests, states
 from jobs.schema import Batch, Job
 from jobs.web import access, finding, html, videos
 from jobs.web.batches import Serving
@@ -154,7 +154,7 @@ def _card(session: Session, job: Job, batch: Batch) -> dict[str, Any]:
         "custom_id": job.custom_id,
         "prompt": job.prompt,
         "settings": settings_of(shape, queries.look(session, job)),
-        "is_deleted": batch.results_expired_at is not None,
+        "is_deleted": requests.video_deleted_at(session, job) is not None,
     }
 
 
@@ -184,7 +184,7 @@ def compare(
 
 def _compared(job: dict[str, Any]) -> dict[str, Any]:
     if job["video"] is None:
-        raise errors.NotFound(f"job {job['job_id']} has no video: it is {job['state']}")
+        raise videos.NoVideo(job["job_id"], job["state"], deleted_at=job["video_deleted_at"])
     return job | {"settings": [("prompt", job["prompt"]), *settings_of(job, job["look"])]}
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from fastapi.responses import Response
@@ -242,16 +242,18 @@ def _stored(
     pictures: Any,
     found: Complaints,
 ) -> submission.Submission | None:
-    stream, source, format = io.BytesIO(given.prompts.encode("utf-8", "replace")), "prompts", "text"
+    stream: BinaryIO = io.BytesIO(given.prompts.encode("utf-8", "replace"))
+    source = "prompts"
+    format: readers.Format = "text"
     if given.has_file:
         assert given.file is not None
-        stream, source = given.file.file, given.file.filename or "file"  # type: ignore[assignment]
+        stream, source = given.file.file, given.file.filename or "file"
         format = readers.detect_format(source, stream.read(batches.HEAD_BYTES))
     try:
         return serving.submit(
             stream,
             source=source,
-            format=format,  # type: ignore[arg-type]
+            format=format,
             options=batches.options(
                 serving,
                 options.preset,

@@ -2,12 +2,15 @@
 
 import gzip
 import http.server
+import socket
 import threading
+import time
 
 import pytest
+from celery import signals
 
 from jobs import lifecycle
-from worker import scratch, simulation, tracing
+from worker import scratch, simulation, tasks, tracing  # noqa: F401  # tasks hears Celery's signals
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace.export")
 
@@ -108,3 +111,27 @@ def test_spans_reach_a_collector_over_http(host, collector, monkeypatch, until):
     inside = {span.name for _, span in found if span.parent_span_id == attempt.span_id}
     assert inside == {"load", "text", "denoise", "decode", "mux"}
     assert {span.trace_id for _, span in found} == {attempt.trace_id}
+
+
+def test_the_last_spans_are_sent_when_a_process_ends(host, collector, monkeypatch):
+    """Spans are sent in batches every five seconds: those of the last ones wait."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    tracing.start(worker="cpu0@here")
+    (job,) = host.submit()
+    host.runner().run_attempt(job.id)
+    assert "attempt" not in {span.name for _, span in collector.spans()}
+    signals.worker_process_shutdown.send(sender="cpu0@here", pid=0, exitcode=0)
+    assert "attempt" in {span.name for _, span in collector.spans()}
+
+
+def test_a_collector_that_does_not_answer_holds_up_no_end(host, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and that is all
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(tracing, "LAST_SPANS_SECONDS", 0.2)
+        tracing.start(worker="cpu0@here")
+        with tracing.job("attempt", batch_id="b", job_id=1):
+            pass
+        began = time.monotonic()
+        tracing.end()
+        assert time.monotonic() - began < 5  # the exporter alone would wait for ten

@@ -23,12 +23,14 @@ def job_of(live: Live, task_id: str) -> int:
 def test_a_script_that_posts_waits_and_fetches(live: Live) -> None:
     message = {
         "prompt": "Two cats box on a stage.",
-        "negative_prompt": "",
+        "negative_prompt": "静态，细节模糊不清，字幕，倒着走",  # noqa: RUF001  # Wan's is Chinese
         "image_path": "",
         "seed": 42,
         "save_result_path": "./cat_boxing.mp4",
         "infer_steps": 4,
         "target_fps": 16,
+        "use_prompt_enhancer": True,
+        "save_video_path": "./older_name.mp4",
     }
     made = requests.post(f"{live.url}/v1/tasks/video/", json=message, timeout=9).json()
     assert made["task_status"] == "pending"
@@ -132,11 +134,25 @@ def test_one_request_leaves_nothing_for_the_next(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
+    ("frames", "shape"), [("target_video_length", "target_shape"), ("num_frames", "size")]
+)
+def test_length_and_size_by_their_older_and_newer_names(
+    live: Live, frames: str, shape: str
+) -> None:
+    message = {"prompt": "x", frames: 9, shape: [32, 48]}
+    made = requests.post(f"{live.url}/v1/tasks/video/", json=message, timeout=9).json()
+    look = live.web.client.get(f"/api/jobs/{job_of(live, made['task_id'])}").json()["look"]
+    assert (look["num_frames"], look["height"], look["width"]) == (9, 32, 48)
+
+
+@pytest.mark.parametrize(
     ("message", "status", "told"),
     [
         ({"prompt": ""}, 400, "prompt"),
         ({"prompt": "x", "target_video_length": 10}, 400, "num_frames"),
+        ({"prompt": "x", "num_frames": 0}, 400, "num_frames"),
         ({"prompt": "x", "target_shape": [64]}, 400, "height, width"),
+        ({"prompt": "x", "target_video_length": 9, "num_frames": 17}, 400, "says something else"),
         ({"prompt": "x", "image_path": "/etc/passwd"}, 400, "not read"),
         ({"prompt": "x", "image_path": "aGVsbG8="}, 400, "image"),
         ({"prompt": "x", "audio_path": "a.wav"}, 400, "no model here"),

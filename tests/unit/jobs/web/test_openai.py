@@ -102,6 +102,35 @@ def test_a_deleted_video_is_gone_and_stops(live: Live, client: openai.OpenAI) ->
     assert list(live.web.serving.store.list("videos")) == []
 
 
+def test_our_own_api_and_page_tell_of_a_deleted_video(live: Live, client: openai.OpenAI) -> None:
+    video = client.videos.create(prompt="a")
+    job_id, own = job_of(video), live.web.client
+    live.web.succeed(job_id)
+    assert own.get(f"/api/jobs/{job_id}").json()["video_deleted_at"] is None
+    client.videos.delete(video.id)
+    told = own.get(f"/api/jobs/{job_id}").json()
+    assert (told["state"], told["video"]) == ("succeeded", None)
+    assert told["video_deleted_at"] >= told["finished_at"]
+    answer = own.get(f"/api/jobs/{job_id}/video")
+    assert (answer.status_code, "deleted at" in answer.json()["detail"]) == (404, True)
+    for path in (f"/jobs/{job_id}", "/gallery"):
+        page = own.get(path).text
+        assert "<video" not in page
+        assert "deleted" in page.lower()
+
+
+def test_a_deleted_video_that_was_rendered_again_is_there(
+    live: Live, client: openai.OpenAI
+) -> None:
+    video = client.videos.create(prompt="a")
+    job_id, own = job_of(video), live.web.client
+    client.videos.delete(video.id)
+    assert own.post(f"/api/jobs/{job_id}/retry").json() == {"retried": 1}
+    live.web.succeed(job_id)
+    assert own.get(f"/api/jobs/{job_id}").json()["video_deleted_at"] is None
+    assert own.get(f"/api/jobs/{job_id}/video").content == VIDEO
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "told"),
     [
