@@ -1,0 +1,389 @@
+"""What a GPU does with our networks: `python -m benchmarks.gpu [--out FILE] [--only PART ...]`.
+
+Weights are random and made on the device. Each time is told with its floor: the operations at the
+rate that a large bf16 product reached here, or the bytes at the rate that a copy reached. A line of
+JSON per part is written to FILE as soon as it is known; a part that fails says so, and the next one
+begins. All of it fits ten minutes on one H100.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import attention, config, fusion, offload, quantization, text_encoder, transformer, vae
+
+DEVICE = torch.device("cuda")
+BF16 = torch.bfloat16
+LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
+TOKENS_480P = 32_760
+CONTEXT = (1, 512, 4096)
+REPEATS = 5
+
+
+class Report:
+    """Facts by part, on the terminal and in a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def add(self, part: str, facts: dict[str, Any]) -> None:
+        self.facts[part] = facts
+        line = json.dumps({"part": part, **facts})
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+
+
+def seconds(work: Callable[[], object], *, repeats: int = REPEATS) -> dict[str, float]:
+    """Median and spread, after one call that is not counted."""
+    work()
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+@contextmanager
+def emptied() -> Iterator[None]:
+    """The device is empty before and after; its peak is counted from here."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def peak_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+@torch.inference_mode(mode=False)  # weights that a mode may move
+def random_transformer(sizes: config.TransformerConfig) -> transformer.WanTransformer:
+    with torch.device("meta"):
+        network = transformer.WanTransformer(sizes)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(transformer.parameter_dtype(name, BF16))
+    return filled(network)
+
+
+@torch.inference_mode(mode=False)
+def filled(network: Any) -> Any:
+    """On the device, with weights that keep signals at their size."""
+    network = network.to_empty(device=DEVICE)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            else:
+                tensor.fill_(1.0 if "norm" in name or "gamma" in name else 0.0)
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(1, *latents, device=DEVICE)
+    return x, torch.tensor([937.5], device=DEVICE), torch.randn(*CONTEXT, device=DEVICE, dtype=BF16)
+
+
+def flops(network: nn.Module, *arguments: Tensor) -> float:
+    with FlopCounterMode(display=False) as counter:
+        network(*arguments)
+    return float(counter.get_total_flops())
+
+
+def relative(some: Tensor, other: Tensor) -> float:
+    return float((some.float() - other.float()).norm() / other.float().norm())
+
+
+def machine(_: Report) -> dict[str, Any]:
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    choice = attention.choose(attention.this_machine())
+    attention.use(attention.TorchKernels(choice.backends))
+    return {
+        "device": torch.cuda.get_device_name(),
+        "memory_gb": torch.cuda.mem_get_info()[1] / 1e9,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "attention": [backend.name for backend in choice.backends],
+        "warning": choice.warning,
+    }
+
+
+def ceilings(_: Report) -> dict[str, Any]:
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    matmul = seconds(lambda: a @ b)["least"]
+    source = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
+    copy = seconds(source.clone)["least"]
+    pinned = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
+    pageable = torch.empty(2**30, dtype=torch.uint8)
+    target = source[: 2**30]
+    return {
+        "matmul_tflops": 2 * 8192**3 / matmul / 1e12,
+        "copy_gb_per_s": 2 * 2**32 / copy / 1e9,
+        "pinned_gb_per_s": 2**30 / seconds(lambda: target.copy_(pinned))["least"] / 1e9,
+        "pageable_gb_per_s": 2**30 / seconds(lambda: target.copy_(pageable))["least"] / 1e9,
+    }
+
+
+def fp8(_: Report) -> dict[str, Any]:
+    """One feed-forward matrix of 14B: torch's scaled product against bf16 and its own emulation."""
+    torch.manual_seed(0)
+    x = torch.randn(1, TOKENS_480P, 5120, device=DEVICE, dtype=BF16)
+    weight = torch.randn(13824, 5120, device=DEVICE) * 5120**-0.5
+    codes, scale = quantization.quantize(weight, quantization.Scheme.FP8)
+    narrow = weight.to(BF16)
+    y = quantization.fp8_linear(x, codes, scale, None)
+    some = x[:, :512].float()
+    x_scale = some.abs().amax(-1, keepdim=True) / 448
+    x_codes = (some / x_scale).to(torch.float8_e4m3fn).float()
+    emulated = (x_codes @ codes.float().t()) * x_scale * scale.t()
+    in_fp8 = seconds(lambda: quantization.fp8_linear(x, codes, scale, None))
+    in_bf16 = seconds(lambda: nn.functional.linear(x, narrow))
+    return {
+        "can": quantization.has_fp8_matmul(torch.device("cuda", 0)),
+        "error_to_emulation": relative(y[:, :512], emulated),
+        "error_to_bf16": relative(y, nn.functional.linear(x, narrow)),
+        "fp8": in_fp8,
+        "bf16": in_bf16,
+        "times_as_fast": in_bf16["seconds"] / in_fp8["seconds"],
+    }
+
+
+def dit(report: Report, sizes: config.TransformerConfig, repeats: int) -> dict[str, Any]:
+    with emptied(), torch.inference_mode():
+        network = random_transformer(sizes)
+        arguments = inputs()
+        fusion.run_with(fusion.eagerly)
+        eager_y = network(*arguments)
+        eager = seconds(lambda: network(*arguments), repeats=repeats)
+        eager_peak = peak_gb()
+        failures: list[str] = []
+        compiler = fusion.Compiler(on_failure=lambda error: failures.append(str(error)[:300]))
+        fusion.run_with(compiler)
+        began = time.perf_counter()
+        compiled_y = network(*arguments)
+        torch.cuda.synchronize()
+        compiling = time.perf_counter() - began
+        compiled = seconds(lambda: network(*arguments), repeats=repeats)
+        fusion.run_with(fusion.eagerly)
+        count = flops(network, *arguments)
+        floor = count / (report.facts["ceilings"]["matmul_tflops"] * 1e12)
+        return {
+            "pflop": count / 1e15,
+            "floor_seconds": floor,
+            "eager": eager,
+            "compiled": compiled,
+            "compile_seconds": compiling,
+            "failures": failures,
+            "compiled_to_eager": relative(compiled_y, eager_y),
+            "share_of_floor": floor / min(eager["seconds"], compiled["seconds"]),
+            "kernels": attention.names(),
+            "peak_gb": eager_peak,
+        }
+
+
+def dit_1_3b(report: Report) -> dict[str, Any]:
+    return dit(report, config.WAN_T2V_1_3B, REPEATS)
+
+
+def dit_14b(report: Report) -> dict[str, Any]:
+    return dit(report, config.WAN_T2V_14B, 3)
+
+
+def blocks(_: Report) -> dict[str, Any]:
+    """1.3B with its blocks streamed from pinned memory: the same numbers, less memory."""
+    with emptied(), torch.inference_mode():
+        fusion.run_with(fusion.eagerly)
+        network = random_transformer(config.WAN_T2V_1_3B)
+        arguments = inputs()
+        resident_y = network(*arguments)
+        torch.cuda.reset_peak_memory_stats()
+        resident = seconds(lambda: network(*arguments), repeats=3)
+        resident_peak = peak_gb()
+        offload.BlockStreamer(network.cpu(), DEVICE)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        streamed_y = network(*arguments)
+        streamed = seconds(lambda: network(*arguments), repeats=3)
+        return {
+            "equal": torch.equal(streamed_y, resident_y),
+            "resident": resident,
+            "streamed": streamed,
+            "resident_peak_gb": resident_peak,
+            "streamed_peak_gb": peak_gb(),
+        }
+
+
+def autoencoder(_: Report) -> dict[str, Any]:
+    """81 frames of 832x480 from latents, in bf16, as the worker decodes."""
+    with emptied(), torch.inference_mode():
+        network = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+        vae.to_channels_last(network)
+        latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
+        failures: list[str] = []
+        fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
+        compiled = seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
+        fusion.run_with(fusion.eagerly)
+        torch.cuda.reset_peak_memory_stats()
+        eager = seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
+        return {"compiled": compiled, "eager": eager, "peak_gb": peak_gb(), "failures": failures}
+
+
+def text(_: Report) -> dict[str, Any]:
+    """One prompt of 512 tokens through UMT5-XXL."""
+    with emptied(), torch.inference_mode():
+        with torch.device("meta"):
+            network = text_encoder.build_network(config.UMT5_XXL)
+        network = filled(network.to(BF16))
+        ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
+        mask = torch.ones_like(ids)
+        return {
+            **seconds(lambda: network(input_ids=ids, attention_mask=mask)),
+            "peak_gb": peak_gb(),
+        }
+
+
+def against_diffusers(_: Report) -> dict[str, Any]:
+    """1.3B at 480p in turns, one process, the same attention kernels for both."""
+    import diffusers
+
+    with emptied(), torch.inference_mode():
+        sizes = config.WAN_T2V_1_3B
+        ours = random_transformer(sizes)
+        with torch.device("meta"):
+            theirs = diffusers.WanTransformer3DModel(
+                num_attention_heads=sizes.num_heads,
+                attention_head_dim=128,
+                ffn_dim=sizes.ffn_dim,
+                num_layers=sizes.num_layers,
+            )
+        theirs = filled(theirs.to(BF16))
+        # Rope's tables are no parameters, so they were lost on `meta`.
+        theirs.rope = type(theirs.rope)(128, (1, 2, 2), 1024).to(DEVICE)
+        x, time_, context = inputs()
+        backends = list(attention.choose(attention.this_machine()).backends)
+        fusion.run_with(fusion.Compiler(on_failure=lambda _: None))
+
+        def run_theirs() -> object:
+            with sdpa_kernel(backends or list(SDPBackend.__members__.values()), set_priority=True):
+                return theirs(x.to(BF16), time_, context, return_dict=False)
+
+        ratios, pairs = [], []
+        for _ in range(4):
+            one = seconds(lambda: ours(x, time_, context), repeats=1)["seconds"]
+            two = seconds(run_theirs, repeats=1)["seconds"]
+            pairs.append((one, two))
+            ratios.append(two / one)
+        fusion.run_with(fusion.eagerly)
+        return {"pairs": pairs, "times_as_fast": statistics.median(ratios), "ratios": ratios}
+
+
+def out_of_memory(_: Report) -> dict[str, Any]:
+    """A real one in the worker's own path; then the same latents in each smaller mode."""
+    from jobs import presets
+    from models.tiny import shipped
+    from worker import components, device, errors, pipeline, settings
+
+    here = device.current(settings.WorkerSettings())
+    look = presets.load("tiny").look.with_changes({"width": 320, "height": 320, "num_frames": 81})
+    spec = presets.RenderSpec(
+        look=look, prompt="a red circle moves right", negative_prompt=None, seed=1, image_key=None
+    )
+    with tempfile.TemporaryDirectory() as home, emptied():
+        warm = components.Components(models_dir=shipped.FOLDER, home=Path(home), device=here)
+
+        def render() -> Tensor:
+            with here.faults():
+                return pipeline.make_latents(
+                    spec,
+                    warm.model_for(look),
+                    device=here,
+                    timings=pipeline.Timings(device=here),
+                    reached=lambda *_: None,
+                )
+
+        resident = render()
+        modes, told = [str(warm.mode_of(look))], []
+        torch.cuda.empty_cache()
+        room = torch.cuda.memory_allocated() + 2**22
+        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+        try:
+            render()
+        except errors.DeviceOutOfMemory as error:
+            told.append(str(error)[:200])
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        while (mode := warm.step_down(look)) is not None:
+            modes.append(str(mode))
+            told.append(f"equal to the first: {torch.equal(render(), resident)}")
+        return {"told": told, "modes": modes}
+
+
+PARTS: dict[str, Callable[[Report], dict[str, Any]]] = {
+    "machine": machine,
+    "ceilings": ceilings,
+    "fp8": fp8,
+    "blocks": blocks,
+    "dit_14b": dit_14b,
+    "autoencoder": autoencoder,
+    "text": text,
+    "dit_1_3b": dit_1_3b,
+    "against_diffusers": against_diffusers,
+    "out_of_memory": out_of_memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "inductor"))
+    report = Report(options.out)
+    for name, part in PARTS.items():
+        if options.only and name not in ("machine", "ceilings", *options.only):
+            continue
+        began = time.perf_counter()
+        try:
+            facts = part(report)
+        except Exception as error:  # the others are worth having
+            facts = {"error": f"{type(error).__name__}: {error}"[:600]}
+        report.add(name, {**facts, "took_seconds": round(time.perf_counter() - began, 1)})
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
