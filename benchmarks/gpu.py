@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import attention, config, fusion, offload, quantization, text_encoder, transformer, vae
+from models import (
+    attention,
+    config,
+    fusion,
+    offload,
+    quantization,
+    sampling,
+    text_encoder,
+    transformer,
+    vae,
+)
+from worker import pipeline
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -248,8 +259,9 @@ def blocks(_: Report) -> dict[str, Any]:
 def autoencoder(_: Report) -> dict[str, Any]:
     """81 frames of 832x480 from latents, in bf16, as the worker decodes."""
     with emptied(), torch.inference_mode():
-        network = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
-        vae.to_channels_last(network)
+        with torch.inference_mode(mode=False):
+            network = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+            vae.to_channels_last(network)
         latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
         failures: list[str] = []
         fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
@@ -258,6 +270,56 @@ def autoencoder(_: Report) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         eager = seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
         return {"compiled": compiled, "eager": eager, "peak_gb": peak_gb(), "failures": failures}
+
+
+def whole_14b(_: Report) -> dict[str, Any]:
+    """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
+    with emptied():
+        with torch.device("meta"):
+            encoder = text_encoder.build_network(config.UMT5_XXL)
+        encoder = filled(encoder.to(BF16))
+        decoder = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+        vae.to_channels_last(decoder)
+        network = random_transformer(config.WAN_T2V_14B)
+        failures: list[str] = []
+        fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
+        levels = sampling.noise_levels((1000, 750, 500, 250), 5.0)
+        ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
+        stages: dict[str, list[float]] = {"text": [], "denoise": [], "decode": []}
+
+        @contextmanager
+        def stage(name: str) -> Iterator[None]:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            yield
+            torch.cuda.synchronize()
+            stages[name].append(time.perf_counter() - began)
+
+        with torch.inference_mode():
+            for seed in range(4):
+                with stage("text"):
+                    context = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+                noise, _ = sampling.initial_noise(seed, LATENTS_480P, DEVICE)
+                with stage("denoise"):
+                    latents = sampling.denoise(
+                        lambda x, t, context=context: network(x, t, context),
+                        noise,
+                        levels,
+                        step_rule="euler",
+                    )
+                with stage("decode"):
+                    for chunk in decoder.decode_chunks(latents):
+                        pipeline.to_uint8(chunk)
+        fusion.run_with(fusion.eagerly)
+        warm = {name: statistics.median(times[1:]) for name, times in stages.items()}
+        return {
+            "first": {name: times[0] for name, times in stages.items()},
+            **warm,
+            "seconds": sum(warm.values()),
+            "videos_per_hour": 3600 / sum(warm.values()),
+            "peak_gb": peak_gb(),
+            "failures": failures,
+        }
 
 
 def text(_: Report) -> dict[str, Any]:
@@ -356,6 +418,7 @@ PARTS: dict[str, Callable[[Report], dict[str, Any]]] = {
     "blocks": blocks,
     "dit_14b": dit_14b,
     "autoencoder": autoencoder,
+    "whole_14b": whole_14b,
     "text": text,
     "dit_1_3b": dit_1_3b,
     "against_diffusers": against_diffusers,

@@ -64,7 +64,7 @@ class Device:
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
-            torch.accelerator.empty_host_cache()  # pinned
+            _empty_host_cache()
 
     def description(self) -> dict[str, Any]:
         """For the sidecar: what exactly rendered this video."""
@@ -114,6 +114,14 @@ def current(worker_settings: WorkerSettings) -> Device:
         dtype = "bfloat16" if is_cuda else "float32"
     name = torch.cuda.get_device_name(torch_device) if is_cuda else f"CPU {platform.machine()}"
     return Device(torch_device=torch_device, dtype=DTYPES[dtype], name=name)
+
+
+def _empty_host_cache() -> None:
+    """Give pinned memory back; torch 2.11 has no public name for it."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None)
+    empty = empty or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def _first_line(error: BaseException) -> str:
