@@ -41,6 +41,7 @@ from worker import pipeline
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
 LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
+LATENTS_720P = (16, 21, 90, 160)
 TOKENS_480P = 32_760
 CONTEXT = (1, 512, 4096)
 REPEATS = 5
@@ -131,7 +132,7 @@ def relative(some: Tensor, other: Tensor) -> float:
     return float((some.float() - other.float()).norm() / other.float().norm())
 
 
-def machine(_: Report) -> dict[str, Any]:
+def machine(_report: Report) -> dict[str, Any]:
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
         capture_output=True, text=True, check=False,
@@ -150,7 +151,7 @@ def machine(_: Report) -> dict[str, Any]:
     }
 
 
-def ceilings(_: Report) -> dict[str, Any]:
+def ceilings(_report: Report) -> dict[str, Any]:
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
     matmul = seconds(lambda: a @ b)["least"]
     source = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
@@ -166,7 +167,7 @@ def ceilings(_: Report) -> dict[str, Any]:
     }
 
 
-def fp8(_: Report) -> dict[str, Any]:
+def fp8(_report: Report) -> dict[str, Any]:
     """One feed-forward matrix of 14B: torch's scaled product against bf16 and its own emulation."""
     torch.manual_seed(0)
     x = torch.randn(1, TOKENS_480P, 5120, device=DEVICE, dtype=BF16)
@@ -190,10 +191,15 @@ def fp8(_: Report) -> dict[str, Any]:
     }
 
 
-def dit(report: Report, sizes: config.TransformerConfig, repeats: int) -> dict[str, Any]:
+def dit(
+    report: Report,
+    sizes: config.TransformerConfig,
+    repeats: int,
+    latents: tuple[int, ...] = LATENTS_480P,
+) -> dict[str, Any]:
     with emptied(), torch.inference_mode():
         network = random_transformer(sizes)
-        arguments = inputs()
+        arguments = inputs(latents)
         fusion.run_with(fusion.eagerly)
         eager_y = network(*arguments)
         eager = seconds(lambda: network(*arguments), repeats=repeats)
@@ -231,7 +237,11 @@ def dit_14b(report: Report) -> dict[str, Any]:
     return dit(report, config.WAN_T2V_14B, 3)
 
 
-def blocks(_: Report) -> dict[str, Any]:
+def dit_14b_720p(report: Report) -> dict[str, Any]:
+    return dit(report, config.WAN_T2V_14B, 1, LATENTS_720P)
+
+
+def blocks(_report: Report) -> dict[str, Any]:
     """1.3B with its blocks streamed from pinned memory: the same numbers, less memory."""
     with emptied(), torch.inference_mode():
         fusion.run_with(fusion.eagerly)
@@ -256,7 +266,7 @@ def blocks(_: Report) -> dict[str, Any]:
         }
 
 
-def autoencoder(_: Report) -> dict[str, Any]:
+def autoencoder(_report: Report) -> dict[str, Any]:
     """81 frames of 832x480 from latents, in bf16, as the worker decodes."""
     with emptied(), torch.inference_mode():
         with torch.inference_mode(mode=False):
@@ -272,7 +282,7 @@ def autoencoder(_: Report) -> dict[str, Any]:
         return {"compiled": compiled, "eager": eager, "peak_gb": peak_gb(), "failures": failures}
 
 
-def whole_14b(_: Report) -> dict[str, Any]:
+def whole_14b(_report: Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
         with torch.device("meta"):
@@ -322,7 +332,7 @@ def whole_14b(_: Report) -> dict[str, Any]:
         }
 
 
-def text(_: Report) -> dict[str, Any]:
+def text(_report: Report) -> dict[str, Any]:
     """One prompt of 512 tokens through UMT5-XXL."""
     with emptied(), torch.inference_mode():
         with torch.device("meta"):
@@ -336,7 +346,7 @@ def text(_: Report) -> dict[str, Any]:
         }
 
 
-def against_diffusers(_: Report) -> dict[str, Any]:
+def against_diffusers(_report: Report) -> dict[str, Any]:
     """1.3B at 480p in turns, one process, the same attention kernels for both."""
     import diffusers
 
@@ -371,7 +381,39 @@ def against_diffusers(_: Report) -> dict[str, Any]:
         return {"pairs": pairs, "times_as_fast": statistics.median(ratios), "ratios": ratios}
 
 
-def out_of_memory(_: Report) -> dict[str, Any]:
+def autoencoder_against_diffusers(_report: Report) -> dict[str, Any]:
+    """Decoding 81 frames of 832x480 in bf16, in turns, and what each holds at most."""
+    import diffusers
+
+    with emptied():
+        ours = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+        vae.to_channels_last(ours)
+        theirs = diffusers.AutoencoderKLWan().to(device=DEVICE, dtype=BF16).eval()
+        theirs.requires_grad_(requires_grad=False)
+        latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
+
+        def run_ours() -> None:
+            for _chunk in ours.decode_chunks(latents):
+                pass
+
+        def run_theirs() -> None:
+            theirs.decode(latents.to(BF16), return_dict=False)
+
+        peaks, pairs = [], []
+        with torch.inference_mode():
+            for run in (run_ours, run_theirs):
+                run()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                peaks.append(peak_gb())
+            for _ in range(3):
+                pairs.append([seconds(run, repeats=1)["seconds"] for run in (run_ours, run_theirs)])
+        ratios = [two / one for one, two in pairs]
+        return {"pairs": pairs, "times_as_fast": statistics.median(ratios), "peaks_gb": peaks}
+
+
+def out_of_memory(_report: Report) -> dict[str, Any]:
     """A real one in the worker's own path; then the same latents in each smaller mode."""
     from jobs import presets
     from models.tiny import shipped
@@ -423,6 +465,8 @@ PARTS: dict[str, Callable[[Report], dict[str, Any]]] = {
     "dit_1_3b": dit_1_3b,
     "against_diffusers": against_diffusers,
     "out_of_memory": out_of_memory,
+    "autoencoder_against_diffusers": autoencoder_against_diffusers,
+    "dit_14b_720p": dit_14b_720p,
 }
 
 
