@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, database, lifecycle, results, settings, storage
+from jobs import broker, database, lifecycle, results, retries, settings, storage
 from worker import errors, finished, scratch, tracing
 from worker import settings as worker_settings_module
 
@@ -15,6 +15,13 @@ log = structlog.get_logger()
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
+
+
+def wait_seconds(tries: int) -> float:
+    """After so many tries that failed; a store may be away for days."""
+    doublings = 2.0 ** min(tries, retries.MAX_DOUBLINGS)
+    longest = min(FIRST_WAIT_SECONDS * doublings, LONGEST_WAIT_SECONDS)
+    return random.uniform(longest / 2, longest)  # noqa: S311
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +44,7 @@ class Publisher:
     def _until_done(self, folder: scratch.AttemptFolder) -> None:
         tries = 0
         while not self._try(folder, tries):
-            longest = min(FIRST_WAIT_SECONDS * 2**tries, LONGEST_WAIT_SECONDS)
-            time.sleep(random.uniform(longest / 2, longest))  # noqa: S311
+            time.sleep(wait_seconds(tries))
             tries += 1
 
     def _try(self, folder: scratch.AttemptFolder, tries: int) -> bool:

@@ -238,3 +238,9 @@ def test_a_publisher_is_made_while_nothing_answers(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x" * 16)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x" * 16)
     assert publisher.make().store.url == "s3://bucket"
+
+
+def test_a_store_may_be_away_for_weeks():
+    assert publisher.wait_seconds(0) <= publisher.FIRST_WAIT_SECONDS
+    longest = publisher.LONGEST_WAIT_SECONDS
+    assert longest / 2 <= publisher.wait_seconds(100_000) <= longest

@@ -671,7 +671,7 @@ def test_presets_are_listed_and_shown(rushes: Rushes) -> None:
     shown = rushes("presets", "show", "wan_t2v_distill_4step_cfg").stdout
     assert "sample_guide_scale  distilled models render without CFG" in shown
     told = parsed(rushes("presets", "show", "tiny", "-o", "json"))
-    assert told["look"]["width"] == 64
+    assert told["look"]["width"] == 48
 
 
 def test_a_broken_preset_is_told_and_fails_the_list(

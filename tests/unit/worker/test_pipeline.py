@@ -72,7 +72,7 @@ def test_frames_have_the_count_size_and_type_that_the_encoder_takes(
 
 def test_every_stage_has_its_seconds(model, cpu, spec):
     timings = pipeline.Timings(device=cpu)
-    job = spec()
+    job = spec(prompt="not encoded before")
     latents = pipeline.make_latents(
         job, model, device=cpu, timings=timings, reached=lambda *_: None
     )

@@ -187,7 +187,7 @@ def test_children_end_with_a_parent_that_was_killed(tmp_path):
     """)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         child = psutil.Process(int(parent.stdout.readline()))
-        until(lambda: "time.sleep(600)" in child.cmdline()[-1])
+        until(lambda: "time.sleep(600)" in "".join(child.cmdline()))
         parent.kill()
     until(lambda: is_gone(child))
 
