@@ -320,7 +320,7 @@ def _answers(
         return None
     wanted = pairs.Pairs(
         folder=plan.output / "answers",
-        teacher=_stamp(files.transformer),
+        made_from=_stamp((*files.transformer, *data.files)),
         how=plan.how,
         steps=plan.regression_steps,
         count=plan.regression_pairs,

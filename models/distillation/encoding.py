@@ -92,6 +92,7 @@ class StoredExamples:
         text_len: int,
         latent_shape: tuple[int, int, int, int],
     ) -> None:
+        self.files = (*paths, negative)
         self._paths = list(paths)
         self._text_len = text_len
         self._negative_SG = self._context(tensor_files.load(negative))

@@ -35,8 +35,8 @@ class Pairs:
     """Pairs 0 to count - 1, a file each; number k goes with example k, modulo their number."""
 
     folder: Path
-    teacher: str
-    """Names its weights, so that another one's answers are not taken for its own."""
+    made_from: str
+    """Names the teacher's weights and the examples: answers to others are other files."""
     how: method.Method
     steps: int
     """Of Euler's rule, for one answer."""
@@ -55,7 +55,7 @@ class Pairs:
 
     def path(self, number: int) -> Path:
         how = self.how
-        asked = [self.teacher, how.seed, how.guidance, how.sample_shift, self.steps, number]
+        asked = [self.made_from, how.seed, how.guidance, how.sample_shift, self.steps, number]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
         return self.folder / f"{name}.safetensors"
 
@@ -89,14 +89,15 @@ def ask(
     stride = sampling.TABLE_LENGTH // wanted.steps
     steps = range(sampling.TABLE_LENGTH, 0, -stride)
     levels = sampling.noise_levels(steps, wanted.how.sample_shift)
+    done = wanted.count - len(missing)
     for some in _shares(missing, batch):
-        report(wanted.count - len(missing), wanted.count)
+        report(done, wanted.count)
         velocity = _guided(teacher, wanted.examples(some, data, here), wanted.how.guidance)
         noise = wanted.noise(some, data.latent_shape, here)
         answers = sampling.denoise(velocity, noise, levels, step_rule="euler")
         for number, latents in zip(some, answers, strict=True):
             tensor_files.save({"latents": latents}, wanted.path(number))
-        del missing[: len(some) * processes.count()]
+        done += len(some) * processes.count()
     report(wanted.count, wanted.count)
     processes.wait()
 

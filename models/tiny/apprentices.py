@@ -27,7 +27,7 @@ def train(shop: workshop.Workshop, name: str) -> Path:
     data = lessons(shop, with_images=with_images)
     answered = pairs.Pairs(
         folder=shop.folder / workshop.named("answers", with_images),
-        teacher=workshop.named("teacher", with_images),
+        made_from=workshop.named("teacher", with_images),
         how=how,
         steps=recipe.reflow.teacher_steps,
         count=recipe.reflow.pairs,

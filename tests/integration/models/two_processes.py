@@ -57,7 +57,7 @@ def build(folder: Path, weights: str, dtype: torch.dtype, **changes) -> trainer.
     nets = roles.of_teacher(teacher, how, prepare=prepare)
     answered = None
     if how.regression is not None:
-        wanted = {"folder": folder / "answers", "teacher": "a", "steps": 4, "count": 5}
+        wanted = {"folder": folder / "answers", "made_from": "a", "steps": 4, "count": 5}
         answered = pairs.Pairs(how=how, **wanted)
         told = {"batch": how.batch, "report": lambda done, count: None}
         pairs.ask(nets.teacher, answered, data=data, **told)

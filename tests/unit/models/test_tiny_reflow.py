@@ -32,7 +32,7 @@ def begun(weights):
 
 def answers(nets, how, data, folder, *, batch=6):
     wanted = pairs.Pairs(
-        folder=folder, teacher="a", how=how, steps=RECIPE.teacher_steps, count=RECIPE.pairs
+        folder=folder, made_from="a", how=how, steps=RECIPE.teacher_steps, count=RECIPE.pairs
     )
     pairs.ask(nets.teacher, wanted, data=data, batch=batch, report=lambda done, count: None)
     return wanted

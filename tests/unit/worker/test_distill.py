@@ -176,6 +176,17 @@ def test_prompts_are_encoded_once(write, run, tmp_path, monkeypatch):
     assert sorted((tmp_path / "out" / "examples").iterdir()) == files
 
 
+def test_other_prompts_get_other_answers(write, run, tmp_path):
+    path = write(student_updates=1, **REGRESSION)
+    run(path)
+    answers = set((tmp_path / "out" / "answers").iterdir())
+    assert len(answers) == REGRESSION["regression_pairs"]
+    (tmp_path / "prompts.txt").write_text("a yellow ring\n")
+    (tmp_path / "again.json").write_text(path.read_text().replace('_updates": 1', '_updates": 2'))
+    run(tmp_path / "again.json")
+    assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
     write, run, monkeypatch
 ):
