@@ -54,10 +54,12 @@ def wait_after_release(attempt_number: int) -> float:
     return growing_wait(FIRST_RELEASE_SECONDS, attempt_number)
 
 
-def growing_wait(first_seconds: float, times: int) -> float:
-    """Twice as long each time, up to LONGEST_WAIT_SECONDS; up to half less, by chance.
+def growing_wait(
+    first_seconds: float, times: int, *, longest_seconds: float = LONGEST_WAIT_SECONDS
+) -> float:
+    """Twice as long each time, up to `longest_seconds`; up to half less, by chance.
 
     What failed together, as of one lost disk, then does not come back all at once.
     """
-    longest = min(first_seconds * 2.0 ** min(times - 1, MAX_DOUBLINGS), LONGEST_WAIT_SECONDS)
+    longest = min(first_seconds * 2.0 ** min(times - 1, MAX_DOUBLINGS), longest_seconds)
     return random.uniform(longest / 2, longest)  # noqa: S311

@@ -1,6 +1,5 @@
 """A finished mp4 into the bucket, then `succeed`. Nothing is rendered again, come what may."""
 
-import random
 import time
 from dataclasses import dataclass
 
@@ -19,9 +18,7 @@ LONGEST_WAIT_SECONDS = 60.0
 
 def wait_seconds(tries: int) -> float:
     """After so many tries that failed; a store may be away for days."""
-    doublings = 2.0 ** min(tries, retries.MAX_DOUBLINGS)
-    longest = min(FIRST_WAIT_SECONDS * doublings, LONGEST_WAIT_SECONDS)
-    return random.uniform(longest / 2, longest)  # noqa: S311
+    return retries.growing_wait(FIRST_WAIT_SECONDS, tries + 1, longest_seconds=LONGEST_WAIT_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from models import checkpoint, layout, lora_switcher, transformer, transformer_files
-from models.tiny import apprentices, exam, folders, readout, words, workshop
+from models.tiny import apprentices, exam, folders, readout, shipped, words, workshop
 
-NAMES = {False: "tiny", True: "tiny_i2v"}
+NAMES = dict(zip((False, True), shipped.NAMES, strict=True))  # by whether with images
 GUIDANCE = 2.0  # of the teacher: more of it makes shapes move faster than they should
 EXAM_CLIPS = 120
 SHEET_CLIPS = 12

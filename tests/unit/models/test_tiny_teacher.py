@@ -1,11 +1,10 @@
 """The trained tiny model that is not distilled: whole, small, and it draws what it is told."""
 
 import functools
-from pathlib import Path
 
-from models.tiny import exam, shipment
+from models.tiny import exam, shipment, shipped
 
-FOLDER = Path(shipment.__file__).with_name("weights") / "tiny"
+FOLDER = shipped.FOLDER / "tiny"
 STEPS = tuple(range(1000, 0, -50))
 LEAST = {"colour": 0.9, "shape": 0.85, "direction": 0.9, "background": 1.0, "all": 0.65}
 """Over 240 clips of held-back scenes, in fifty steps: 1.00, .99, 1.00, 1.00 and .86."""
