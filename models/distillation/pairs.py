@@ -111,6 +111,8 @@ def _shares(numbers: Sequence[int], batch: int) -> list[list[int]]:
 
 def _guided(teacher: roles.Role, asked: examples.Batch, guidance: float) -> sampling.VelocityFn:
     told = teacher.at(asked.context_BSG, asked.condition)
+    if guidance == 1:
+        return told
     untold = teacher.at(asked.negative_BSG, asked.condition)
 
     def velocity(latents_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def losses(
     latents = mean
     if noise is not None:
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
-        latents = latents + blurring(mean, blur, noise)
+        if blur:
+            latents = latents + blurring(mean, blur, noise)
     difference = (whole_clip.decode(network, latents) - clips_BCTHW).abs()
     error_BTHW = (difference + 2 * difference.square()).mean(1)
     near = near_shapes(clips_BCTHW)
