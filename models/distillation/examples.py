@@ -19,6 +19,10 @@ class Condition:
     """Mask and latents, fp32; see `models.conditioning`."""
     image_tokens_BIG: Tensor | None  # noqa: N815
 
+    def __getitem__(self, rows: Tensor) -> "Condition":
+        tokens = self.image_tokens_BIG
+        return Condition(self.y_BCTHW[rows], None if tokens is None else tokens[rows])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -28,6 +32,11 @@ class Batch:
     negative_BSG: Tensor  # noqa: N815
     """What guidance leads away from, for each of them."""
     condition: Condition | None
+
+    def __getitem__(self, rows: Tensor) -> "Batch":
+        """Some of them. `rows`: int64 [B]."""
+        condition = None if self.condition is None else self.condition[rows]
+        return Batch(self.context_BSG[rows], self.negative_BSG[rows], condition)
 
 
 class Examples(Protocol):

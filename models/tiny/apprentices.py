@@ -3,25 +3,55 @@
 Both kinds of student begin with `reflow`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.distillation import examples, export, method, pairs, roles, saving, trainer
-from models.tiny import exam, loop, recipes, reflow, workshop, world
+from models.tiny import loop, recipes, reflow, workshop, world
 
 SAVE_EVERY = 20  # updates
+ANSWER_BATCH = 200
 
 NAMES = ("student", "lora", "student_i2v", "lora_i2v")
 
 
-def train(shop: workshop.Workshop, name: str) -> Path:
-    """Train `name` of NAMES, or go on training; the file that the renderer takes."""
-    with_images = name.endswith("_i2v")
+@dataclass(frozen=True, kw_only=True)
+class Apprentice:
+    """One student or LoRA: who it is, how it is trained and where it is kept."""
+
+    name: str
+    with_images: bool
+    recipe: recipes.Student
+    how: method.Method
+    output: Path
+    start: Path
+    """What `reflow` made; it may be another's with the same seed."""
+
+    @property
+    def file(self) -> Path:
+        """What the renderer takes."""
+        is_full = self.how.student.weights == "full"
+        return self.output / (export.FULL_FILE if is_full else export.LORA_FILE)
+
+
+def named(shop: workshop.Workshop, name: str) -> Apprentice:
+    """`name`: one of NAMES."""
     recipe = shop.recipe.student if name.startswith("student") else shop.recipe.lora
-    output = shop.folder / name
-    relative = export.FULL_FILE if recipe.weights == "full" else export.LORA_FILE
-    if (output / relative).exists():
-        return output / relative
-    how = settings(recipe, shop.recipe.seed)
+    return Apprentice(
+        name=name,
+        with_images=name.endswith("_i2v"),
+        recipe=recipe,
+        how=settings(recipe, shop.recipe.seed),
+        output=shop.folder / name,
+        start=shop.folder / name / "reflow.pt",
+    )
+
+
+def train(shop: workshop.Workshop, who: Apprentice) -> Path:
+    """Train it, or go on training; the file that the renderer takes."""
+    if who.file.exists():
+        return who.file
+    recipe, how, with_images = who.recipe, who.how, who.with_images
     teacher = shop.teacher(with_images=with_images)
     nets = roles.of_teacher(teacher, how)
     data = lessons(shop, with_images=with_images)
@@ -36,7 +66,8 @@ def train(shop: workshop.Workshop, name: str) -> Path:
         nets.teacher,
         answered,
         data=data,
-        batch=exam.BATCH,
+        batch=ANSWER_BATCH,
+        device=shop.device,
         report=lambda done, count: shop.say(f"answers  {done}/{count}"),
     )
     reflow.train(
@@ -45,22 +76,24 @@ def train(shop: workshop.Workshop, name: str) -> Path:
         recipe.reflow,
         data=data,
         answered=answered,
-        path=output / "reflow.pt",
+        path=who.start,
         say=shop.say,
+        device=shop.device,
     )
-    train = trainer.Trainer(how, nets=nets, data=data, answered=answered)
-    for found in saving.complete(output)[-1:]:
+    kept = None if how.regression is None else answered
+    train = trainer.Trainer(how, nets=nets, data=data, answered=kept, device=shop.device)
+    for found in saving.complete(who.output)[-1:]:
         saving.load(train, found)
     while train.updates < recipe.updates:
         update = train.step()
         if update.number % SAVE_EVERY == 0 or update.number == recipe.updates:
-            saving.save(train, output)
+            saving.save(train, who.output)
             left = (recipe.updates - update.number) * update.seconds / 60
             numbers = f"latent std {update.latent_std:.3f}  gap {update.score_gap:.3f}"
             pace = f"{update.seconds:.2f} s/update  {left:.1f} min left"
-            shop.say(f"{name}  {update.number}/{recipe.updates}  {numbers}  {pace}")
-    export.write(train, output)
-    return output / relative
+            shop.say(f"{who.name}  {update.number}/{recipe.updates}  {numbers}  {pace}")
+    export.write(train, who.output)
+    return who.file
 
 
 def settings(recipe: recipes.Student, seed: int) -> method.Method:

@@ -24,12 +24,20 @@ CHROMA = 0.35  # of values in [-1, 1]; grey has none
 PAST_SCALE = 0.02  # kernels start almost without a past, so that single frames teach clips
 
 
-def train(recipe: recipes.Autoencoder, seed: int, *, path: Path, say: loop.Say) -> vae.WanVAE:
+def train(
+    recipe: recipes.Autoencoder,
+    seed: int,
+    *,
+    path: Path,
+    say: loop.Say,
+    device: torch.device | str = "cpu",
+) -> vae.WanVAE:
     """Train, or go on training; latents are normalised by their own statistics at the end."""
     torch.manual_seed(seed)
     network = vae.WanVAE(recipe.sizes)
     start(network)
     vae.to_channels_last(network)
+    network.to(device)
     optimizer = torch.optim.AdamW(
         network.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -43,10 +51,10 @@ def train(recipe: recipes.Autoencoder, seed: int, *, path: Path, say: loop.Say) 
         some = [next(world.stream(dice, scenes, share)) for _ in range(phase.batch)]
         first = dice.randint(0, world.NUM_FRAMES - phase.frames)
         clips = world.draw(some, dice, frames=slice(first, first + phase.frames))
-        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        clips = clips.to(device, memory_format=torch.channels_last_3d)
         factor = loop.warm_cosine(place, phase.steps, warmup=50, last=phase.last_rate / phase.rate)
         loop.set_rate(optimizer, phase.rate * factor)
-        noise = loop.generator(seed, number) if phase.kl_weight else None
+        noise = loop.generator(seed, number, device) if phase.kl_weight else None
         error, kl = losses(
             network, clips, noise, trains_encoder=phase.part == "both", blur=phase.blur
         )
@@ -89,7 +97,7 @@ def losses(
         mean, log_variance = whole_clip.encode(network, clips_BCTHW)
     latents = mean
     if noise is not None:
-        latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
+        latents = sampled(mean, log_variance, noise)
         if blur:
             latents = latents + blurring(mean, blur, noise)
     difference = (whole_clip.decode(network, latents) - clips_BCTHW).abs()
@@ -100,11 +108,17 @@ def losses(
     return balanced, kl
 
 
+def sampled(mean: Tensor, log_variance: Tensor, noise: torch.Generator) -> Tensor:
+    drawn = torch.randn(mean.shape, generator=noise, device=mean.device)
+    return mean + (0.5 * log_variance).exp() * drawn
+
+
 def blurring(latents_BCTHW: Tensor, most: float, noise: torch.Generator) -> Tensor:
     """Noise of a random share, up to `most`, of each channel's spread; a share for each clip."""
     spread = latents_BCTHW.detach().std((0, 2, 3, 4), keepdim=True)
-    share = most * torch.rand((len(latents_BCTHW), 1, 1, 1, 1), generator=noise)
-    return share * spread * torch.randn(latents_BCTHW.shape, generator=noise)
+    device = latents_BCTHW.device
+    share = most * torch.rand((len(latents_BCTHW), 1, 1, 1, 1), generator=noise, device=device)
+    return share * spread * torch.randn(latents_BCTHW.shape, generator=noise, device=device)
 
 
 def near_shapes(clips_BCTHW: Tensor) -> Tensor:
@@ -122,13 +136,14 @@ def normalised(network: vae.WanVAE, seed: int, *, clips: int = 256) -> vae.WanVA
 
     Of sampled ones, not of their means: a channel that carries little is then not blown up.
     """
-    dice, noise = loop.dice(seed, -1), loop.generator(seed, -1)
+    device = network.conv1.weight.device
+    dice, noise = loop.dice(seed, -1), loop.generator(seed, -1, device)
     scenes = world.trained(world.scenes())
     kept = []
     for _ in range(clips // 16):
         some = [next(world.stream(dice, scenes, 0.3)) for _ in range(16)]
-        mean, log_variance = whole_clip.encode(network, world.draw(some, dice))
-        kept.append(mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise))
+        mean, log_variance = whole_clip.encode(network, world.draw(some, dice).to(device))
+        kept.append(sampled(mean, log_variance, noise))
     latents = torch.cat(kept).transpose(0, 1).flatten(1)
     network.config = dataclasses.replace(
         network.config,

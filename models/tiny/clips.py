@@ -26,12 +26,17 @@ class Clips:
     y: Tensor
     tokens: Tensor
 
-    def take(self, rows: Sequence[int]) -> tuple[list[world.Scene], Tensor, Tensor, Tensor]:
-        """Scenes, latents, y and image tokens of these rows, in fp32."""
+    def take(
+        self, rows: Sequence[int], device: torch.device
+    ) -> tuple[list[world.Scene], Tensor, Tensor, Tensor]:
+        """Scenes, latents, y and image tokens of these rows, in fp32 on the device."""
         index = torch.tensor(rows)
-        y = self.y[index].float() if len(self.y) else self.y
-        tokens = self.tokens[index].float() if len(self.tokens) else self.tokens
-        return [self.scenes[row] for row in rows], self.latents[index].float(), y, tokens
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[index].to(device).float() if len(tensor) else tensor
+
+        scenes = [self.scenes[row] for row in rows]
+        return scenes, of(self.latents), of(self.y), of(self.tokens)
 
 
 def image_tower(seed: int) -> image_encoder.ImageEncoder:
@@ -78,14 +83,15 @@ def _encode(
     say: loop.Say,
 ) -> dict[str, Tensor]:
     dice: random.Random = loop.dice(seed, -3)
+    device = network.conv1.weight.device
     latents, ys, tokens = [], [], []
     for first in range(0, len(scenes), BATCH):
-        frames = world.draw(scenes[first : first + BATCH], dice)
-        latents.append(network.encode(frames).bfloat16())
+        frames = world.draw(scenes[first : first + BATCH], dice).to(device)
+        latents.append(network.encode(frames).bfloat16().cpu())
         if tower is not None:
             y, image = condition(network, tower, frames[:, :, 0])
-            ys.append(y.bfloat16())
-            tokens.append(image.bfloat16())
+            ys.append(y.bfloat16().cpu())
+            tokens.append(image.bfloat16().cpu())
         if first % (25 * BATCH) == 0:
             say(f"clips  {first}/{len(scenes)}")
     none = torch.zeros(0)

@@ -52,7 +52,7 @@ def save(some: dict[str, Tensor], path: Path) -> None:
 
 def tensors(network: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     state = network.state_dict()
-    return {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ def dice(seed: int, step: int) -> random.Random:
     return random.Random(f"{seed}/{step}")  # noqa: S311  # pictures, not secrets
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(dice(seed, step).getrandbits(63))
+def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(dice(seed, step).getrandbits(63))
 
 
 def run(

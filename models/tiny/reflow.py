@@ -31,6 +31,7 @@ def train(
     answered: pairs.Pairs,
     path: Path,
     say: loop.Say,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Train the role's weights, or go on training; they end as their running average."""
     weights = nn.ParameterList(student.trained.values())
@@ -40,12 +41,14 @@ def train(
     )
     levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
     sigmas = torch.tensor(levels.sigmas)
+    here = torch.device(device)
+    all_batch, all_noise, all_clean = answered.take(range(answered.count), data, here)
 
     def step(number: int) -> Mapping[str, float]:
         generator = loop.generator(how.seed, number)
-        rows = torch.randint(answered.count, (recipe.batch,), generator=generator).tolist()
-        sigma_B = sigmas[torch.randint(len(sigmas), (recipe.batch,), generator=generator)]
-        batch, noise, clean = answered.take(rows, data, torch.device("cpu"))
+        rows = torch.randint(answered.count, (recipe.batch,), generator=generator).to(here)
+        sigma_B = sigmas[torch.randint(len(sigmas), (recipe.batch,), generator=generator)].to(here)
+        batch, noise, clean = all_batch[rows], all_noise[rows], all_clean[rows]
         noisy = sampling.mix(clean, noise, sigma_B.view(-1, 1, 1, 1, 1))
         told = student.velocity(noisy, sigma_B, batch.context_BSG, batch.condition)
         loss = losses.flow(told, clean, noise)

@@ -29,7 +29,8 @@ def _write_one(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> N
     write_base(shop, folder, with_images=with_images)
     made = {"student": transformer_files.DISTILLED_FILES[0], "lora": folders.LORA_FILE}
     for name, relative in made.items():
-        trained = apprentices.train(shop, workshop.named(name, with_images))
+        apprentice = apprentices.named(shop, workshop.named(name, with_images))
+        trained = apprentices.train(shop, apprentice)
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(trained, folder / relative)
 
@@ -43,7 +44,7 @@ def write_base(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> N
     )
     teacher = shop.teacher(with_images=with_images).state_dict()
     narrow = {
-        name: tensor.to(transformer.parameter_dtype(name, torch.bfloat16)).contiguous()
+        name: tensor.to("cpu", transformer.parameter_dtype(name, torch.bfloat16)).contiguous()
         for name, tensor in teacher.items()
     }
     folders.save(narrow, folder / f"{layout.TRANSFORMER_STEM}.safetensors")

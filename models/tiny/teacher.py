@@ -30,17 +30,18 @@ def train(
     """Train, or go on training, and return the running average of the weights."""
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]  # torch's stub
     matrices, rest = optimizers(network, recipe)
+    device = network.patch_embedding.weight.device
 
     def step(number: int) -> Mapping[str, float]:
         dice = loop.dice(seed, number)
         rows = [dice.randrange(len(data.scenes)) for _ in range(recipe.batch)]
-        scenes, latents, y, tokens = data.take(rows)
-        context = contexts.choose(scenes, dice, empty_share=recipe.empty_share)
+        scenes, latents, y, tokens = data.take(rows, device)
+        context = contexts.choose(scenes, dice, empty_share=recipe.empty_share).to(device)
         factor = loop.warm_cosine(number, recipe.steps, warmup=recipe.warmup)
         loop.set_rate(matrices, recipe.matrix_rate * factor)
         loop.set_rate(rest, recipe.rate * factor)
         condition = (y, tokens) if len(y) else None
-        generator = loop.generator(seed, number)
+        generator = loop.generator(seed, number, device)
         error = flow_loss(network, latents, context, condition, recipe.shift, generator)
         network.zero_grad()
         error.backward()  # type: ignore[no-untyped-call]  # torch's stub
@@ -86,8 +87,9 @@ def flow_loss(
     generator: torch.Generator,
 ) -> Tensor:
     """Mean squared error of the velocity eps - x0 at noise levels that are shifted upwards."""
-    noise = torch.randn(clean_BCTHW.shape, generator=generator)
-    u = torch.rand(len(clean_BCTHW), generator=generator)
+    device = clean_BCTHW.device
+    noise = torch.randn(clean_BCTHW.shape, generator=generator, device=device)
+    u = torch.rand(len(clean_BCTHW), generator=generator, device=device)
     sigma_B = shift * u / (1 + (shift - 1) * u)
     sigma = sigma_B.view(-1, 1, 1, 1, 1)
     noisy = (1 - sigma) * clean_BCTHW + sigma * noise

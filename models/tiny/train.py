@@ -30,13 +30,41 @@ def stages(shop: workshop.Workshop) -> dict[str, Callable[[], object]]:
         "clips": lambda: (shop.clips(with_images=False), shop.clips(with_images=True)),
         "teacher": lambda: shop.teacher(with_images=False),
         "teacher_i2v": lambda: shop.teacher(with_images=True),
-        "student": lambda: apprentices.train(shop, "student"),
-        "lora": lambda: apprentices.train(shop, "lora"),
-        "student_i2v": lambda: apprentices.train(shop, "student_i2v"),
-        "lora_i2v": lambda: apprentices.train(shop, "lora_i2v"),
+        "student": lambda: _apprentice(shop, "student"),
+        "lora": lambda: _apprentice(shop, "lora"),
+        "student_i2v": lambda: _apprentice(shop, "student_i2v"),
+        "lora_i2v": lambda: _apprentice(shop, "lora_i2v"),
         "export": lambda: shipment.write(shop, shop.folder / "weights"),
         "exam": lambda: shipment.examine(shop),
     }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `opened` reads."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--recipe", type=Path, default=recipes.DEFAULT)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cuda: minutes instead of hours")
+
+
+def opened(parser: argparse.ArgumentParser, options: argparse.Namespace) -> workshop.Workshop:
+    """The folder, with a recipe and a device; ends the program for a device that is not there."""
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    torch.set_num_threads(options.threads)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"{(time.monotonic() - began) / 60:6.1f} min  {line}\n")
+        sys.stdout.flush()
+
+    return workshop.Workshop(options.folder, recipes.load(options.recipe), say, options.device)
+
+
+def _apprentice(shop: workshop.Workshop, name: str) -> Path:
+    return apprentices.train(shop, apprentices.named(shop, name))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,20 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--recipe", type=Path, default=recipes.DEFAULT)
+    add_options(parser)
     parser.add_argument("--until", metavar="STAGE", help="the last stage to do")
     parser.add_argument("--only", metavar="STAGE", help="this one, with what it needs")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    began = time.monotonic()
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{(time.monotonic() - began) / 60:6.1f} min  {line}\n")
-        sys.stdout.flush()
-
-    shop = workshop.Workshop(options.folder, recipes.load(options.recipe), say)
+    shop = opened(parser, options)
     todo = stages(shop)
     for asked in (options.until, options.only):
         if asked is not None and asked not in todo:

@@ -3,17 +3,29 @@
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from models import image_encoder, text_encoder, transformer, vae
 from models.tiny import autoencoder, clips, loop, recipes, teacher, words, world
 
 
 class Workshop:
-    """Networks of one folder; each is trained, or read, when it is first asked for."""
+    """Networks of one folder; each is trained, or read, when it is first asked for.
 
-    def __init__(self, folder: Path, recipe: recipes.Recipe, say: loop.Say) -> None:
+    All but the text encoder are on the device.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: recipes.Recipe,
+        say: loop.Say,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.folder = folder
         self.recipe = recipe
         self.say = say
+        self.device = torch.device(device)
 
     @cached_property
     def autoencoder(self) -> vae.WanVAE:
@@ -22,6 +34,7 @@ class Workshop:
             self.recipe.seed,
             path=self.folder / "autoencoder.pt",
             say=self.say,
+            device=self.device,
         )
 
     @cached_property
@@ -30,7 +43,7 @@ class Workshop:
 
     @cached_property
     def image_tower(self) -> image_encoder.ImageEncoder:
-        return clips.image_tower(self.recipe.seed)
+        return clips.image_tower(self.recipe.seed).to(self.device)
 
     @cached_property
     def contexts(self) -> words.Contexts:
@@ -57,7 +70,7 @@ class Workshop:
         else:
             start = teacher.new(sizes.text_to_video, self.recipe.seed)
         return teacher.train(
-            start,
+            start.to(self.device),
             self.recipe.image_to_video if with_images else self.recipe.text_to_video,
             self.recipe.seed,
             data=self.clips(with_images=with_images),
