@@ -122,6 +122,11 @@ class Trainer:
         for micro in self._micros(action=0):
             loss, facts = self._student_loss(micro)
             (loss / self.how.accumulate).backward()  # type: ignore[no-untyped-call]  # torch's own
+            if self.answered is not None and self.how.regression is not None:
+                # After the other term's activations are gone.
+                error = self.how.regression * self._error_to(self.answered, micro)
+                (error / self.how.accumulate).backward()  # type: ignore[no-untyped-call]
+                facts["student_loss"] += float(error.detach())
             for name, value in facts.items():
                 total[name] = total.get(name, 0.0) + value / self.how.accumulate
         self.critic.forget()  # SGMD's loss passes through it
@@ -152,8 +157,6 @@ class Trainer:
             with torch.no_grad():
                 p_real = self._predict_guided(noisy, sigma, micro.batch)
             loss = losses.sgmd(x0_BCTHW, p_fake, p_real, sigma, self.how.sgmd)
-        if self.answered is not None and self.how.regression is not None:
-            loss = loss + self.how.regression * self._error_to(self.answered, micro)
         facts = {
             "student_loss": float(loss.detach()),
             "score_gap": float((p_fake.detach() - p_real).abs().mean()),

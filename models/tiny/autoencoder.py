@@ -109,8 +109,8 @@ def losses(
 
 
 def sampled(mean: Tensor, log_variance: Tensor, noise: torch.Generator) -> Tensor:
-    drawn = torch.randn(mean.shape, generator=noise, device=mean.device)
-    return mean + (0.5 * log_variance).exp() * drawn
+    drawn = torch.randn(mean.shape, generator=noise, device=noise.device)
+    return mean + (0.5 * log_variance).exp() * drawn.to(mean.device)
 
 
 def blurring(latents_BCTHW: Tensor, most: float, noise: torch.Generator) -> Tensor:
@@ -137,7 +137,7 @@ def normalised(network: vae.WanVAE, seed: int, *, clips: int = 256) -> vae.WanVA
     Of sampled ones, not of their means: a channel that carries little is then not blown up.
     """
     device = network.conv1.weight.device
-    dice, noise = loop.dice(seed, -1), loop.generator(seed, -1, device)
+    dice, noise = loop.dice(seed, -1), loop.generator(seed, -1)
     scenes = world.trained(world.scenes())
     kept = []
     for _ in range(clips // 16):
