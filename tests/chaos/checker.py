@@ -9,7 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.chaos.nemesis import Pause, Strike
 from tests.chaos.workload import Promise
 
 FINAL = {state.value for state in states.FINAL_JOB_STATES}
+DATABASE_AWAY = ("postgresql stopped", "postgresql restarted")
 LEASE_SLACK_SECONDS = 0.01  # rounding of the database
 
 
@@ -361,7 +362,7 @@ def _explains(strike: Strike, attempt: Attempt) -> bool:
 
 
 def detection_seconds(world: World, strikes: Sequence[Strike]) -> list[float]:
-    """From a kill to the moment at which the database knew."""
+    """From a kill to the moment at which the database knew, while it was there to be told."""
     found = []
     for attempts in world.attempts.values():
         for attempt in attempts:
@@ -375,8 +376,18 @@ def detection_seconds(world: World, strikes: Sequence[Strike]) -> list[float]:
                 and attempt.started_at <= strike.at <= attempt.finished_at
             ]
             if blows:
-                found.append((attempt.finished_at - min(blows)).total_seconds())
+                found.append(seconds_with_database(strikes, min(blows), attempt.finished_at))
     return found
+
+
+def seconds_with_database(strikes: Sequence[Strike], begin: datetime, end: datetime) -> float:
+    """From `begin` to `end`, without the time in which PostgreSQL was stopped or restarted."""
+    seconds, place = 0.0, begin
+    for strike in sorted(strikes, key=lambda strike: strike.at):
+        if strike.what in DATABASE_AWAY and strike.until > place:
+            seconds += max(0.0, (min(strike.at, end) - place).total_seconds())
+            place = min(strike.until, end)
+    return seconds + (end - place).total_seconds()
 
 
 def secrets_in(paths: Iterable[Path], secrets: Mapping[str, str]) -> list[str]:

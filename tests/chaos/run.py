@@ -241,13 +241,13 @@ def _judge(
 
 
 def _after_redis(db: database.Database, strikes: list[Strike]) -> list[float]:
-    """From an empty Redis that answers to the next claim."""
+    """From an empty Redis that answers to the next claim, while the database was there."""
     found = []
     for strike in strikes:
         if strike.what in REDIS_LOSSES:
             claimed = record.since(db, strike.until)
             if claimed is not None:
-                found.append((claimed - strike.until).total_seconds())
+                found.append(checker.seconds_with_database(strikes, strike.until, claimed))
     return found
 
 

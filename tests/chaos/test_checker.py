@@ -217,6 +217,23 @@ def test_an_execution_more_is_explained_by_a_strike_at_its_worker_alone(night: N
     assert (number, len(unexplained)) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("begin", "end", "seconds"), [(0, 5, 5), (0, 20, 10), (12, 15, 0), (15, 40, 20), (30, 40, 10)]
+)
+def test_time_without_a_database_is_nobodys_delay(begin: int, end: int, seconds: float) -> None:
+    now = datetime.now(UTC)
+
+    def at(second: int) -> datetime:
+        return now + timedelta(seconds=second)
+
+    strikes = [
+        Strike(what="postgresql restarted", target="", at=at(14), until=at(20)),
+        Strike(what="postgresql stopped", target="", at=at(10), until=at(18)),
+        Strike(what="redis stopped", target="", at=at(0), until=at(40)),
+    ]
+    assert checker.seconds_with_database(strikes, at(begin), at(end)) == seconds
+
+
 def test_a_secret_in_a_log_is_found(tmp_path: Path) -> None:
     log = tmp_path / "host.log"
     log.write_text("connecting to redis://:hush@127.0.0.1")
