@@ -98,6 +98,8 @@ def drain(arguments: argparse.Namespace, usage: "Usage") -> list[float]:
             assert worker.returncode == 0
             found += json.loads(told)
     usage.stop()
+    if not found:
+        raise SystemExit(f"no worker got a job in {arguments.seconds:g} s: give it more --seconds")
     return found
 
 
