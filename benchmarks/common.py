@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import psycopg
 
+from benchmarks import hardware
 from jobs import database, migrate, presets, settings, submission
 from tests.conftest import PostgresServer
 
@@ -100,17 +101,10 @@ def fill(url: str, number: int) -> str:
 
 
 def machine() -> str:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     memory = psutil.virtual_memory().total / 2**30
     return (
-        f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}; "
+        f"{hardware.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"load {os.getloadavg()[0]:.1f}; "
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
         f"PostgreSQL {postgres_version()}, psycopg {psycopg.__version__}"
     )

@@ -7,12 +7,10 @@ begins. All of it fits ten minutes on one H100.
 """
 
 import argparse
+import functools
 import gc
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import measuring
 from models import (
     attention,
     config,
@@ -44,37 +42,6 @@ LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
 LATENTS_720P = (16, 21, 90, 160)
 TOKENS_480P = 32_760
 CONTEXT = (1, 512, 4096)
-REPEATS = 5
-
-
-class Report:
-    """Facts by part, on the terminal and in a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.facts: dict[str, dict[str, Any]] = {}
-
-    def add(self, part: str, facts: dict[str, Any]) -> None:
-        self.facts[part] = facts
-        line = json.dumps({"part": part, **facts})
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
-
-
-def seconds(work: Callable[[], object], *, repeats: int = REPEATS) -> dict[str, float]:
-    """Median and spread, after one call that is not counted."""
-    work()
-    found = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(found), "least": min(found), "most": max(found)}
 
 
 @contextmanager
@@ -128,46 +95,25 @@ def flops(network: nn.Module, *arguments: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def relative(some: Tensor, other: Tensor) -> float:
-    return float((some.float() - other.float()).norm() / other.float().norm())
-
-
-def machine(_report: Report) -> dict[str, Any]:
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    choice = attention.choose(attention.this_machine())
-    attention.use(attention.TorchKernels(choice.backends))
-    return {
-        "device": torch.cuda.get_device_name(),
-        "memory_gb": torch.cuda.mem_get_info()[1] / 1e9,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "attention": [backend.name for backend in choice.backends],
-        "warning": choice.warning,
-    }
-
-
-def ceilings(_report: Report) -> dict[str, Any]:
+def ceilings(_report: measuring.Report) -> dict[str, Any]:
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
-    matmul = seconds(lambda: a @ b)["least"]
+    matmul = measuring.seconds(lambda: a @ b)["least"]
     source = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
-    copy = seconds(source.clone)["least"]
+    copy = measuring.seconds(source.clone)["least"]
     pinned = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
     pageable = torch.empty(2**30, dtype=torch.uint8)
     target = source[: 2**30]
     return {
         "matmul_tflops": 2 * 8192**3 / matmul / 1e12,
         "copy_gb_per_s": 2 * 2**32 / copy / 1e9,
-        "pinned_gb_per_s": 2**30 / seconds(lambda: target.copy_(pinned))["least"] / 1e9,
-        "pageable_gb_per_s": 2**30 / seconds(lambda: target.copy_(pageable))["least"] / 1e9,
+        "pinned_gb_per_s": 2**30 / measuring.seconds(lambda: target.copy_(pinned))["least"] / 1e9,
+        "pageable_gb_per_s": 2**30
+        / measuring.seconds(lambda: target.copy_(pageable))["least"]
+        / 1e9,
     }
 
 
-def fp8(_report: Report) -> dict[str, Any]:
+def fp8(_report: measuring.Report) -> dict[str, Any]:
     """One feed-forward matrix of 14B: torch's scaled product against bf16 and its own emulation."""
     torch.manual_seed(0)
     x = torch.randn(1, TOKENS_480P, 5120, device=DEVICE, dtype=BF16)
@@ -179,12 +125,12 @@ def fp8(_report: Report) -> dict[str, Any]:
     x_scale = some.abs().amax(-1, keepdim=True) / 448
     x_codes = (some / x_scale).to(torch.float8_e4m3fn).float()
     emulated = (x_codes @ codes.float().t()) * x_scale * scale.t()
-    in_fp8 = seconds(lambda: quantization.fp8_linear(x, codes, scale, None))
-    in_bf16 = seconds(lambda: nn.functional.linear(x, narrow))
+    in_fp8 = measuring.seconds(lambda: quantization.fp8_linear(x, codes, scale, None))
+    in_bf16 = measuring.seconds(lambda: nn.functional.linear(x, narrow))
     return {
         "can": quantization.has_fp8_matmul(torch.device("cuda", 0)),
-        "error_to_emulation": relative(y[:, :512], emulated),
-        "error_to_bf16": relative(y, nn.functional.linear(x, narrow)),
+        "error_to_emulation": measuring.relative(y[:, :512], emulated),
+        "error_to_bf16": measuring.relative(y, nn.functional.linear(x, narrow)),
         "fp8": in_fp8,
         "bf16": in_bf16,
         "times_as_fast": in_bf16["seconds"] / in_fp8["seconds"],
@@ -192,7 +138,7 @@ def fp8(_report: Report) -> dict[str, Any]:
 
 
 def dit(
-    report: Report,
+    report: measuring.Report,
     sizes: config.TransformerConfig,
     repeats: int,
     latents: tuple[int, ...] = LATENTS_480P,
@@ -202,7 +148,7 @@ def dit(
         arguments = inputs(latents)
         fusion.run_with(fusion.eagerly)
         eager_y = network(*arguments)
-        eager = seconds(lambda: network(*arguments), repeats=repeats)
+        eager = measuring.seconds(lambda: network(*arguments), repeats=repeats)
         eager_peak = peak_gb()
         failures: list[str] = []
         compiler = fusion.Compiler(on_failure=lambda error: failures.append(str(error)[:300]))
@@ -211,7 +157,7 @@ def dit(
         compiled_y = network(*arguments)
         torch.cuda.synchronize()
         compiling = time.perf_counter() - began
-        compiled = seconds(lambda: network(*arguments), repeats=repeats)
+        compiled = measuring.seconds(lambda: network(*arguments), repeats=repeats)
         fusion.run_with(fusion.eagerly)
         count = flops(network, *arguments)
         floor = count / (report.facts["ceilings"]["matmul_tflops"] * 1e12)
@@ -222,26 +168,26 @@ def dit(
             "compiled": compiled,
             "compile_seconds": compiling,
             "failures": failures,
-            "compiled_to_eager": relative(compiled_y, eager_y),
+            "compiled_to_eager": measuring.relative(compiled_y, eager_y),
             "share_of_floor": floor / min(eager["seconds"], compiled["seconds"]),
             "kernels": attention.names(),
             "peak_gb": eager_peak,
         }
 
 
-def dit_1_3b(report: Report) -> dict[str, Any]:
-    return dit(report, config.WAN_T2V_1_3B, REPEATS)
+def dit_1_3b(report: measuring.Report) -> dict[str, Any]:
+    return dit(report, config.WAN_T2V_1_3B, measuring.REPEATS)
 
 
-def dit_14b(report: Report) -> dict[str, Any]:
+def dit_14b(report: measuring.Report) -> dict[str, Any]:
     return dit(report, config.WAN_T2V_14B, 3)
 
 
-def dit_14b_720p(report: Report) -> dict[str, Any]:
+def dit_14b_720p(report: measuring.Report) -> dict[str, Any]:
     return dit(report, config.WAN_T2V_14B, 1, LATENTS_720P)
 
 
-def blocks(_report: Report) -> dict[str, Any]:
+def blocks(_report: measuring.Report) -> dict[str, Any]:
     """1.3B with its blocks streamed from pinned memory: the same numbers, less memory."""
     with emptied(), torch.inference_mode():
         fusion.run_with(fusion.eagerly)
@@ -249,14 +195,14 @@ def blocks(_report: Report) -> dict[str, Any]:
         arguments = inputs()
         resident_y = network(*arguments)
         torch.cuda.reset_peak_memory_stats()
-        resident = seconds(lambda: network(*arguments), repeats=3)
+        resident = measuring.seconds(lambda: network(*arguments), repeats=3)
         resident_peak = peak_gb()
         offload.BlockStreamer(network.cpu(), DEVICE)
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         streamed_y = network(*arguments)
-        streamed = seconds(lambda: network(*arguments), repeats=3)
+        streamed = measuring.seconds(lambda: network(*arguments), repeats=3)
         return {
             "equal": torch.equal(streamed_y, resident_y),
             "resident": resident,
@@ -266,7 +212,7 @@ def blocks(_report: Report) -> dict[str, Any]:
         }
 
 
-def autoencoder(_report: Report) -> dict[str, Any]:
+def autoencoder(_report: measuring.Report) -> dict[str, Any]:
     """81 frames of 832x480 from latents, in bf16, as the worker decodes."""
     with emptied(), torch.inference_mode():
         with torch.inference_mode(mode=False):
@@ -275,14 +221,14 @@ def autoencoder(_report: Report) -> dict[str, Any]:
         latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
         failures: list[str] = []
         fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
-        compiled = seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
+        compiled = measuring.seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
         fusion.run_with(fusion.eagerly)
         torch.cuda.reset_peak_memory_stats()
-        eager = seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
+        eager = measuring.seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
         return {"compiled": compiled, "eager": eager, "peak_gb": peak_gb(), "failures": failures}
 
 
-def whole_14b(_report: Report) -> dict[str, Any]:
+def whole_14b(_report: measuring.Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
         with torch.device("meta"):
@@ -332,7 +278,7 @@ def whole_14b(_report: Report) -> dict[str, Any]:
         }
 
 
-def text(_report: Report) -> dict[str, Any]:
+def text(_report: measuring.Report) -> dict[str, Any]:
     """One prompt of 512 tokens through UMT5-XXL."""
     with emptied(), torch.inference_mode():
         with torch.device("meta"):
@@ -341,79 +287,12 @@ def text(_report: Report) -> dict[str, Any]:
         ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
         mask = torch.ones_like(ids)
         return {
-            **seconds(lambda: network(input_ids=ids, attention_mask=mask)),
+            **measuring.seconds(lambda: network(input_ids=ids, attention_mask=mask)),
             "peak_gb": peak_gb(),
         }
 
 
-def against_diffusers(_report: Report) -> dict[str, Any]:
-    """1.3B at 480p in turns, one process, the same attention kernels for both."""
-    import diffusers
-
-    with emptied(), torch.inference_mode():
-        sizes = config.WAN_T2V_1_3B
-        ours = random_transformer(sizes)
-        with torch.device("meta"):
-            theirs = diffusers.WanTransformer3DModel(
-                num_attention_heads=sizes.num_heads,
-                attention_head_dim=128,
-                ffn_dim=sizes.ffn_dim,
-                num_layers=sizes.num_layers,
-            )
-        theirs = filled(theirs.to(BF16))
-        # Rope's tables are no parameters, so they were lost on `meta`.
-        theirs.rope = type(theirs.rope)(128, (1, 2, 2), 1024).to(DEVICE)
-        x, time_, context = inputs()
-        backends = list(attention.choose(attention.this_machine()).backends)
-        fusion.run_with(fusion.Compiler(on_failure=lambda _: None))
-
-        def run_theirs() -> object:
-            with sdpa_kernel(backends or list(SDPBackend.__members__.values()), set_priority=True):
-                return theirs(x.to(BF16), time_, context, return_dict=False)
-
-        ratios, pairs = [], []
-        for _ in range(4):
-            one = seconds(lambda: ours(x, time_, context), repeats=1)["seconds"]
-            two = seconds(run_theirs, repeats=1)["seconds"]
-            pairs.append((one, two))
-            ratios.append(two / one)
-        fusion.run_with(fusion.eagerly)
-        return {"pairs": pairs, "times_as_fast": statistics.median(ratios), "ratios": ratios}
-
-
-def autoencoder_against_diffusers(_report: Report) -> dict[str, Any]:
-    """Decoding 81 frames of 832x480 in bf16, in turns, and what each holds at most."""
-    import diffusers
-
-    with emptied():
-        ours = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
-        vae.to_channels_last(ours)
-        theirs = diffusers.AutoencoderKLWan().to(device=DEVICE, dtype=BF16).eval()
-        theirs.requires_grad_(requires_grad=False)
-        latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
-
-        def run_ours() -> None:
-            for _chunk in ours.decode_chunks(latents):
-                pass
-
-        def run_theirs() -> None:
-            theirs.decode(latents.to(BF16), return_dict=False)
-
-        peaks, pairs = [], []
-        with torch.inference_mode():
-            for run in (run_ours, run_theirs):
-                run()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                run()
-                peaks.append(peak_gb())
-            for _ in range(3):
-                pairs.append([seconds(run, repeats=1)["seconds"] for run in (run_ours, run_theirs)])
-        ratios = [two / one for one, two in pairs]
-        return {"pairs": pairs, "times_as_fast": statistics.median(ratios), "peaks_gb": peaks}
-
-
-def out_of_memory(_report: Report) -> dict[str, Any]:
+def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
     """A real one in the worker's own path; then the same latents in each smaller mode."""
     from jobs import presets
     from models.tiny import shipped
@@ -453,8 +332,8 @@ def out_of_memory(_report: Report) -> dict[str, Any]:
         return {"told": told, "modes": modes}
 
 
-PARTS: dict[str, Callable[[Report], dict[str, Any]]] = {
-    "machine": machine,
+PARTS: dict[str, Callable[[measuring.Report], dict[str, Any]]] = {
+    "machine": lambda _report: measuring.machine(),
     "ceilings": ceilings,
     "fp8": fp8,
     "blocks": blocks,
@@ -463,9 +342,7 @@ PARTS: dict[str, Callable[[Report], dict[str, Any]]] = {
     "whole_14b": whole_14b,
     "text": text,
     "dit_1_3b": dit_1_3b,
-    "against_diffusers": against_diffusers,
     "out_of_memory": out_of_memory,
-    "autoencoder_against_diffusers": autoencoder_against_diffusers,
     "dit_14b_720p": dit_14b_720p,
 }
 
@@ -478,18 +355,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "inductor"))
-    report = Report(options.out)
-    for name, part in PARTS.items():
-        if options.only and name not in ("machine", "ceilings", *options.only):
-            continue
-        began = time.perf_counter()
-        try:
-            facts = part(report)
-        except Exception as error:  # the others are worth having
-            facts = {"error": f"{type(error).__name__}: {error}"[:600]}
-        report.add(name, {**facts, "took_seconds": round(time.perf_counter() - began, 1)})
-        gc.collect()
-        torch.cuda.empty_cache()
+    report = measuring.Report(options.out)
+    measuring.run_parts(
+        report,
+        {name: functools.partial(part, report) for name, part in PARTS.items()},
+        only=None if options.only is None else {"machine", "ceilings", *options.only},
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers import image_processor as diffusers_images
 from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from torch import nn
 
+from benchmarks import reference as diffusers
 from models import config, sampling, transformer, vae, weight_names
 
 DIT = config.TransformerConfig(
@@ -40,14 +40,6 @@ class Sinusoid64(nn.Module):
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
-class FourSteps(FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler at the levels of the distilled models: (1, .75, .5, .25) shifted by 5."""
-
-    def set_timesteps(self, num_inference_steps, device):
-        assert num_inference_steps == 4
-        super().set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], device=device)
-
-
 class Widened:
     """torch or numpy, whose fp32 is fp64."""
 
@@ -76,21 +68,6 @@ def randomise(network, seed=0):
 def cast(network, dtype):
     """nn.Module's own `.to`: diffusers' logs a warning on each call."""
     return nn.Module.to(network, dtype)
-
-
-def diffusers_transformer(sizes):
-    return WanTransformer3DModel(
-        num_attention_heads=sizes.num_heads,
-        attention_head_dim=sizes.head_dim,
-        in_channels=sizes.in_dim,
-        out_channels=sizes.out_dim,
-        text_dim=sizes.text_dim,
-        freq_dim=sizes.freq_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=sizes.num_layers,
-        image_dim=sizes.image_dim,
-        added_kv_proj_dim=sizes.dim if sizes.image_dim else None,
-    )
 
 
 def renamed(reference, ours, names):
@@ -126,7 +103,7 @@ def pipelines_in_fp64(in_fp64, in_default_fp64, monkeypatch):
 @pytest.fixture
 def four_steps():
     """`four_steps()`: diffusers' scheduler at the levels of the distilled models."""
-    return lambda: FourSteps(shift=5.0)
+    return lambda: diffusers.FourSteps(shift=5.0)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +118,7 @@ def transformer_pair():
     """(reference, ours) with equal weights: `transformer_pair(torch.float64)`."""
 
     def build(dtype, *, sizes=DIT, exact_time=True, seed=0):
-        reference = cast(randomise(diffusers_transformer(sizes), seed), dtype)
+        reference = cast(randomise(diffusers.transformer(sizes), seed), dtype)
         # The cast rounded the RoPE tables as well; diffusers keeps them when it loads a checkpoint.
         reference.rope = type(reference.rope)(sizes.head_dim, sizes.patch_size, 1024)
         if exact_time:
@@ -158,14 +135,7 @@ def vae_pair():
     """(reference, ours) with equal weights: `vae_pair(torch.float64)`."""
 
     def build(dtype, *, sizes=VAE):
-        reference = AutoencoderKLWan(
-            base_dim=sizes.base_dim,
-            z_dim=sizes.z_dim,
-            dim_mult=list(sizes.dim_mult),
-            num_res_blocks=sizes.num_res_blocks,
-            temperal_downsample=list(sizes.temporal_downsample),
-        )
-        reference = cast(randomise(reference), dtype)
+        reference = cast(randomise(diffusers.autoencoder(sizes)), dtype)
         ours = vae.WanVAE(sizes).to(dtype)
         names = weight_names.vae_from_diffusers(
             ours.state_dict(), num_res_blocks=sizes.num_res_blocks

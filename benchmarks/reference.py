@@ -1,0 +1,87 @@
+"""diffusers' networks, at any size: what ours are compared with in tests and benchmarks."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from benchmarks import scales
+from models import config, text_encoder
+from models.tiny import make
+
+
+class FourSteps(FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler at the levels of the distilled models: (1, .75, .5, .25) shifted by 5."""
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        assert num_inference_steps == 4
+        super().set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], device=device)
+
+
+def transformer(sizes: config.TransformerConfig) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.head_dim,
+        in_channels=sizes.in_dim,
+        out_channels=sizes.out_dim,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        image_dim=sizes.image_dim,
+        added_kv_proj_dim=sizes.dim if sizes.image_dim else None,
+    )
+
+
+def autoencoder(sizes: config.VAEConfig) -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=sizes.base_dim,
+        z_dim=sizes.z_dim,
+        dim_mult=list(sizes.dim_mult),
+        num_res_blocks=sizes.num_res_blocks,
+        temperal_downsample=list(sizes.temporal_downsample),
+    )
+
+
+def write(folder: Path, sizes: scales.Sizes, *, dtype: torch.dtype, device: torch.device) -> Path:
+    """A model folder in diffusers' layout, with random weights: both sides load it."""
+    torch.manual_seed(0)
+    with device:
+        networks = {
+            "transformer": transformer(sizes.transformer),
+            "vae": autoencoder(sizes.vae),
+            "text_encoder": text_encoder.build_network(sizes.text_encoder),
+        }
+    for name, network in networks.items():
+        torch.nn.Module.to(network, dtype).save_pretrained(folder / name)
+    make.write_tokenizer(folder / "tokenizer")
+    (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    return folder
+
+
+def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanPipeline:
+    """diffusers' pipeline of a folder, with the four steps of the distilled models."""
+    parts = {
+        "transformer": WanTransformer3DModel,
+        "vae": AutoencoderKLWan,
+        "text_encoder": transformers.UMT5EncoderModel,
+    }
+    loaded = {
+        name: kind.from_pretrained(folder / name, dtype=dtype)
+        if name == "text_encoder"
+        else kind.from_pretrained(folder / name, torch_dtype=dtype)
+        for name, kind in parts.items()
+    }
+    pipeline = WanPipeline(
+        tokenizer=text_encoder.load_tokenizer(folder / "tokenizer"),
+        scheduler=FourSteps(shift=5.0),
+        **loaded,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
