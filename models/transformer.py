@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import attention, config, fusion, rope
+from models import attention, config, fusion, rope, sequence_parallel
 
 # Small parameters that a bf16 network keeps in fp32, as official Wan does.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "norm3.", "head.")
@@ -118,10 +118,14 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    def __init__(self, sizes: config.TransformerConfig) -> None:
+        super().__init__(sizes)
+        self.tokens: sequence_parallel.Tokens = sequence_parallel.AllTokens()
+
     def forward(self, x_BLD: Tensor, rotation: rope.Rotation) -> Tensor:
         q_BLNK = self._turned(self.q(x_BLD), self.norm_q, rotation)
         k_BLNK = self._turned(self.k(x_BLD), self.norm_k, rotation)
-        out_BLNK = attention.attend(q_BLNK, k_BLNK, self.heads(self.v(x_BLD)))
+        out_BLNK = self.tokens.attend(q_BLNK, k_BLNK, self.heads(self.v(x_BLD)))
         projected: Tensor = self.o(out_BLNK.flatten(2))
         return projected
 
@@ -253,6 +257,18 @@ class WanTransformer(nn.Module):
         self.head = Head(sizes)
         if sizes.image_dim:
             self.img_emb = ImageEmbedding(sizes.image_dim, dim)
+        self.tokens: sequence_parallel.Tokens = sequence_parallel.AllTokens()
+
+    def share(self, tokens: sequence_parallel.Tokens) -> None:
+        """Compute each forward together with other processes from now on.
+
+        Raises ValueError where the heads cannot be shared by so many.
+        """
+        tokens.check(self.config.num_heads)
+        self.tokens = tokens
+        for part in self.modules():
+            if isinstance(part, SelfAttention):
+                part.tokens = tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,9 +294,11 @@ class WanTransformer(nn.Module):
         text_BSD = self.text_embedding(context_BSG.to(self.dtype))
         image_BID = None if image_BIG is None else self.img_emb(image_BIG).to(self.dtype)
         rotation = rope.table(grid, self.config.head_dim, x_BLD.device, widened(self.dtype))
+        x_BLD, rotation = self.tokens.split(x_BLD, rotation)
         for block in self.blocks:
             x_BLD = block(x_BLD, time_B6D, text_BSD, image_BID, rotation)
-        return unpatchify(self.head(x_BLD, time_BD), grid, self.config)
+        patches_BLD = self.tokens.join(self.head(x_BLD, time_BD))
+        return unpatchify(patches_BLD, grid, self.config)
 
     def _patchify(self, latents_BCTHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """A token per patch, and how many there are along each axis."""
