@@ -35,6 +35,7 @@ READ_TRAINING = Part("worker.distill", "read", loads_torch=True)
 TRAIN = Part("worker.distill", "run", loads_torch=True)
 TRAINING_COST = Part("worker.distill", "cost_of", loads_torch=True)
 TRAINING_LISTENER = Part("worker.distill", "Told", loads_torch=True)
+RENDER_ALONE = Part("worker.alone", "render", loads_torch=True)
 
 ALL = (
     RUN_WORKERS,
@@ -51,4 +52,5 @@ ALL = (
     TRAIN,
     TRAINING_COST,
     TRAINING_LISTENER,
+    RENDER_ALONE,
 )

@@ -360,6 +360,15 @@ def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | N
     return Submission(batch_id=batch.id, jobs=batch.total, is_new=False, plan=checked)
 
 
+def new_batch_id(now: datetime) -> str:
+    """Unique in the world, and in the order of days."""
+    return f"{now:%y%m%d}-" + "".join(secrets.choice(BATCH_ID_ALPHABET) for _ in range(8))
+
+
+def drawn_seed() -> int:
+    return secrets.randbits(SEED_BITS)
+
+
 def _store(
     session: Session, options: Options, kept: Iterable[tuple[Any, ...]], checked: Plan
 ) -> str:
@@ -367,7 +376,7 @@ def _store(
     deadline = options.deadline
     if options.max_queued is not None:
         _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
-    batch_id = f"{now:%y%m%d}-" + "".join(secrets.choice(BATCH_ID_ALPHABET) for _ in range(8))
+    batch_id = new_batch_id(now)
     session.add(
         Batch(
             id=batch_id,
@@ -460,9 +469,7 @@ def _jobs(
                 negative,
                 image_key,
                 # A repetition keeps the prompt's seed, counted on: a drawn one is drawn anew.
-                secrets.randbits(SEED_BITS)
-                if seed is None
-                else (seed + repetition) % (presets.MAX_SEED + 1),
+                drawn_seed() if seed is None else (seed + repetition) % (presets.MAX_SEED + 1),
                 meta,
                 rank,
                 queue_of[model_path],

@@ -5,7 +5,6 @@ One process, or several started by torchrun; then each sees one GPU and holds it
 
 import hashlib
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from jobs import errors, images, readers, settings
 from models import checkpoint, conditioning, config, config_files, layout
@@ -37,7 +36,7 @@ from models.distillation import (
     tuner,
 )
 from models.vae import WanVAE
-from worker import device, pipeline, video
+from worker import device, group, pipeline, video
 from worker import settings as worker_settings_module
 
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
@@ -121,7 +120,7 @@ def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     Raises RushesError for whatever a person can put right.
     """
     try:
-        with _processes():
+        with group.joined():
             return _run(plan, known, told)
     except (ValueError, saving.ResumeError) as error:  # a CheckpointError too
         raise errors.FileUnusable(str(error)) from error
@@ -166,23 +165,6 @@ _QUIET = Told(
     on_update=lambda _update, _count: None,
     on_note=lambda _text: None,
 )
-
-
-@contextmanager
-def _processes() -> Iterator[None]:
-    """The group that torchrun started this process for, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("nccl")
-    else:
-        distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def _device() -> torch.device:

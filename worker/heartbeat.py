@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +25,13 @@ def _end_process() -> None:
     """A device that hangs would hold this process for ever; its parent starts a fresh one."""
     faulthandler.dump_traceback()
     os._exit(STALLED)
+
+
+class Progress(Protocol):
+    """Hears where a render is."""
+
+    def reached(self, stage: str, step: int, steps: int) -> None:
+        """Between steps; what it raises ends the render."""
 
 
 class Heartbeat:

@@ -23,8 +23,11 @@ from models import (
     offload,
     pristine,
     sampling,
+    sequence_parallel,
+    transformer,
     vae_tiling,
 )
+from worker import errors
 
 log = structlog.get_logger()
 
@@ -121,6 +124,14 @@ class ResidentModel:
         for switcher in self._switchers.values():
             switcher.check()
 
+    def share(self, tokens: sequence_parallel.Tokens) -> None:
+        """Denoise together with other processes from now on, or alone. SpecUnusable: it cannot."""
+        try:
+            for network in self._transformers().values():
+                network.share(tokens)
+        except ValueError as error:
+            raise errors.SpecUnusable(str(error)) from error
+
     def encode_text(self, prompt: str) -> Tensor:
         """context_1SD on the device; kept for other seeds of the same prompt."""
         return self._contexts.get(prompt, lambda: self._encode_text(prompt)).to(self.device)
@@ -167,8 +178,8 @@ class ResidentModel:
         stack.enter_context(self._placement.using(network))
         return stack
 
-    def _transformers(self) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {"high_noise_model": self.networks.transformer}
+    def _transformers(self) -> dict[str, transformer.WanTransformer]:
+        found = {"high_noise_model": self.networks.transformer}
         if isinstance(self.networks, checkpoint.TwoExpertNetworks):
             found["low_noise_model"] = self.networks.low_noise_transformer
         return found

@@ -36,7 +36,7 @@ class Renderer(Protocol):
         self,
         claim: lifecycle.Claim,
         folder: scratch.AttemptFolder,
-        heart: heartbeat.Heartbeat,
+        heart: heartbeat.Progress,
         *,
         ran_out: str | None = None,
     ) -> None:
@@ -148,17 +148,7 @@ class Runner:
         )
         with heart:
             self.safety.look_at_prompt(claim)
-            try:
-                self.renderer.render(claim, folder, heart)
-                return
-            except errors.DeviceOutOfMemory as error:
-                ran_out = str(error)
-            # Outside of the handler: the exception holds on to every tensor of the failed try.
-            lower = self.renderer.step_down(claim.spec.look)
-            if lower is None:
-                raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
-            log.warning("memory.stepped_down", job_id=claim.job_id, mode=lower, error=ran_out)
-            self.renderer.render(claim, folder, heart, ran_out=ran_out)
+            render(self.renderer, claim, folder, heart)
 
     def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
         """Leave the finished video to this host's publisher; the device is free from here on."""
@@ -244,6 +234,29 @@ class Runner:
             self.bell.kick()
             tracing.end()
             os._exit(DEVICE_LOST)
+
+
+def render(
+    renderer: Renderer,
+    claim: lifecycle.Claim,
+    folder: scratch.AttemptFolder,
+    heart: heartbeat.Progress,
+) -> None:
+    """Leave a finished video in the folder; out of memory, try once more with less on the device.
+
+    DeviceOutOfMemory: there is no less, or it did not help.
+    """
+    try:
+        renderer.render(claim, folder, heart)
+        return
+    except errors.DeviceOutOfMemory as error:
+        ran_out = str(error)
+    # Outside of the handler: the exception holds on to every tensor of the failed try.
+    lower = renderer.step_down(claim.spec.look)
+    if lower is None:
+        raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
+    log.warning("memory.stepped_down", job_id=claim.job_id, mode=lower, error=ran_out)
+    renderer.render(claim, folder, heart, ran_out=ran_out)
 
 
 def make() -> Runner:

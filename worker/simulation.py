@@ -44,7 +44,7 @@ class SimulatedRenderer:
         self,
         claim: lifecycle.Claim,
         folder: scratch.AttemptFolder,
-        heart: heartbeat.Heartbeat,
+        heart: heartbeat.Progress,
         *,
         ran_out: str | None = None,
     ) -> None:

@@ -38,6 +38,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "presets": Lazy("preset_commands", "presets", "List the presets, or show one."),
     },
     "Machines": {
+        "render": Lazy("render", "render", "Render the prompts of a file here and now."),
         "up": Lazy("processes", "up", "Run everything on this machine."),
         "demo": Lazy("processes", "demo", "Render a few tiny videos, to see that all works."),
         "web": Lazy("processes", "web", "Serve the HTTP API."),

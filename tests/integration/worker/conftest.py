@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -132,10 +133,12 @@ class Host:
             db=self.db,
             bell=self.bell,
             renderer=rendering.Renderer(
-                config=changes.get("config", self.config),
                 worker_settings=self.worker_settings,
                 device=self.warm.device,
                 components=networks or self.warm,
+                read_image=functools.partial(
+                    rendering.read_stored, changes.get("config", self.config)
+                ),
             ),
         )
         return dataclasses.replace(made, **changes)

@@ -1,0 +1,119 @@
+"""`rushes render`."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from jobs import errors, logs, parts, readers, settings, submission, unqueued
+from jobs.cli import exits, options, output, prompt_files
+
+NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
+
+
+@click.command()
+@click.argument("file", metavar="FILE|-")
+@click.option("--preset", metavar="NAME|FILE", help="The look: `rushes presets` lists them.")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the videos; made if it is not there.",
+)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(get_args(readers.Format)),
+    help="Default: by the file's name, else by how it begins.",
+)
+@options.output
+def render(
+    file: str,
+    preset: str | None,
+    target: Path,
+    format_name: readers.Format | None,
+    as_json: bool,
+) -> int:
+    """Render the prompts of a file here and now, without queue, database and store.
+
+    Several GPUs render each video together, sooner than one would:
+    torchrun --standalone --nproc-per-node N --no-python rushes render ...
+    """
+    config = settings.load()
+    logs.configure(config, level="WARNING")
+    if _is_beside_the_first():
+        _run(NOTHING, target, config, on_video=lambda _name, _video: None)
+        return exits.OK
+    look = prompt_files.preset(preset, config)
+    with prompt_files.opened(file) as (stream, source):
+        orders = unqueued.read(
+            submission.PromptFile(
+                stream=stream,
+                source=source,
+                format=format_name or prompt_files.detected(stream, source),
+                options=submission.Options(preset=look),
+                check=submission.prompt_check(config),
+                images=prompt_files.images(config, file, check_only=True)
+                if look.look.needs_image
+                else None,
+            )
+        )
+    for text in orders.notes:
+        output.note(f"note: {text}")
+    _make_folder(target)
+    videos: list[dict[str, object]] = []
+
+    def on_video(name: str, video: Path) -> None:
+        videos.append({"file": str(video), "custom_id": orders.claims[name].custom_id})
+        if not as_json:
+            output.line(str(video))
+
+    with _sigterm_as_ctrl_c():
+        _run(orders, target, config, on_video=on_video)
+    if as_json:
+        output.emit({"videos": videos})
+    return exits.OK
+
+
+def _is_beside_the_first() -> bool:
+    """One of several that torchrun started: the first one tells it what to do."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def _run(
+    orders: unqueued.Orders,
+    target: Path,
+    config: settings.Settings,
+    *,
+    on_video: Callable[[str, Path], None],
+) -> None:
+    parts.RENDER_ALONE.load()(
+        orders.claims,
+        target,
+        config,
+        read_image=orders.read_image,
+        on_begin=lambda name: output.note(f"rendering {name}"),
+        on_video=on_video,
+    )
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What is unfinished is removed also when torchrun ends this process for another's failure."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.FileUnusable(f"{target}: cannot be made: {error.strerror}") from None

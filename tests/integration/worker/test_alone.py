@@ -1,0 +1,191 @@
+"""`rushes render`: videos without queue, database and store, by one process or by several."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from jobs import cli, unqueued
+from models import config, sequence_parallel
+from models.tiny import make
+from worker import errors, pipeline
+
+RENDER = [sys.executable, "-W", "ignore", "-m", "jobs", "render"]
+TORCHRUN = [
+    *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "2", "--no-python"),
+]
+ROWS = [
+    {"custom_id": "first", "prompt": "a red circle moves", "seed": 3, "image": "first.png"},
+    {"prompt": "a blue square", "seed": 4, "image": "first.png"},
+]
+PRESET = {
+    "model_cls": "wan2.1_distill",
+    "task": "i2v",
+    "model_path": "tiny_i2v",
+    "denoising_step_list": [1000, 750, 500, 250],
+    "sample_shift": 5,
+    "resize_mode": "fixed_shape",
+    "target_width": 48,
+    "target_height": 32,
+    "target_video_length": 9,
+    "fps": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A home with a model, a preset, prompts and their image; nothing else is there."""
+    folder = tmp_path_factory.mktemp("alone")
+    make.make(folder / "home/models/tiny_i2v", task=make.TASKS["i2v"])
+    (folder / "preset.json").write_text(json.dumps(PRESET))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pixels = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "first.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rushes(world):
+    """`rushes("render", ...)` in this process."""
+
+    def run(*arguments: str) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(world)
+            patch.setenv("RUSHES_HOME", str(world / "home"))
+            result = CliRunner().invoke(cli.main, [*arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(rushes):
+    """What one process says."""
+    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", "alone")
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def together(world):
+    """What two processes say that torchrun starts."""
+    environment = {
+        **os.environ,
+        "RUSHES_HOME": str(world / "home"),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [*TORCHRUN, *RENDER, "prompts.jsonl", "--preset", "preset.json", "--to", "together"]
+    done = subprocess.run(
+        command, cwd=world, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def frames(video: Path) -> np.ndarray:
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    command = [ffmpeg, "-v", "error", "-i", str(video), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return np.frombuffer(shown, np.uint8).reshape(9, 32, 48, 3).astype(int)
+
+
+def test_each_prompt_becomes_a_video_with_its_sidecar(world, alone):
+    """And nothing else is left, neither in the folder nor of a database."""
+    assert alone.splitlines() == ["alone/first.mp4", "alone/00001.mp4"]
+    names = {path.name for path in (world / "alone").iterdir()}
+    assert names == {"first.mp4", "first.json", "00001.mp4", "00001.json"}
+    sidecar = json.loads((world / "alone/first.json").read_text())
+    assert (sidecar["custom_id"], sidecar["seed"]) == ("first", 3)
+    assert "devices_per_video" not in sidecar
+    assert not (world / "home/rushes.db").exists()
+
+
+def test_two_processes_make_the_same_videos(world, alone, together):
+    """The image reaches both; the second one says nothing and leaves nothing."""
+    assert together.splitlines() == ["together/first.mp4", "together/00001.mp4"]
+    for name in ("first", "00001"):
+        one, two = (frames(world / folder / f"{name}.mp4") for folder in ("alone", "together"))
+        assert abs(one - two).max() <= 2, "more than rounding and its coding"
+        sidecar = json.loads((world / f"together/{name}.json").read_text())
+        assert sidecar["devices_per_video"] == 2
+    assert one.std() > 10, "a video in which a difference would show"
+
+
+def test_what_is_there_is_not_made_again(world, rushes, alone):
+    """Whatever it shows: only its name is looked at."""
+    first = world / "alone/first.mp4"
+    first.write_bytes(b"mine")
+    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", "alone")
+    assert result.stdout.splitlines() == alone.splitlines()
+    assert "rendering" not in result.stderr
+    assert first.read_bytes() == b"mine"
+
+
+def test_what_fails_leaves_nothing_half_made(world, rushes, monkeypatch):
+    """And what was finished before it stays."""
+    decode = pipeline.decode
+
+    def decode_once(*arguments, **others):
+        monkeypatch.setattr(pipeline, "decode", fail)
+        return decode(*arguments, **others)
+
+    def fail(*_, **__):
+        raise errors.NotFinite("NaN")
+
+    monkeypatch.setattr(pipeline, "decode", decode_once)
+    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", "half")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: NaN"
+    assert {path.name for path in (world / "half").iterdir()} == {"first.mp4", "first.json"}
+
+
+def test_an_image_that_was_changed_meanwhile_is_refused(world, rushes, monkeypatch):
+    """It might ask for a video of another size than the one that was checked."""
+    monkeypatch.setattr(unqueued.Orders, "read_image", changing(world, unqueued.Orders.read_image))
+    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", "changed")
+    assert result.exit_code == 1
+    assert "was changed since the prompts were read" in result.stderr
+    assert not list((world / "changed").iterdir())
+
+
+def changing(world, read_image):
+    def read(orders, key):
+        path = world / "first.png"
+        original = path.read_bytes()
+        Image.new("RGB", (60, 40)).save(path)
+        try:
+            return read_image(orders, key)
+        finally:
+            path.write_bytes(original)
+
+    return read
+
+
+def test_bad_lines_are_told_before_anything_is_made(world, rushes):
+    (world / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"promt": "x"}\n')
+    result = rushes("render", "bad.jsonl", "--preset", "preset.json", "--to", "never")
+    assert result.exit_code == 2
+    assert "bad.jsonl:1: image is missing" in result.stderr
+    assert 'bad.jsonl:2: unknown key "promt"' in result.stderr
+    assert not (world / "never").exists()
+
+
+def test_processes_that_the_heads_cannot_be_shared_by_are_refused(world, monkeypatch):
+    """Before the first step, and with numbers that would do."""
+    tokens = sequence_parallel.SharedTokens.__new__(sequence_parallel.SharedTokens)
+    tokens.num_processes = 3
+    network = make.random_transformer(config.TINY, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="2 heads cannot be shared by 3 processes; 1, 2 could"):
+        network.share(tokens)
+    assert network.tokens.num_processes == 1

@@ -1,0 +1,37 @@
+"""The processes that torchrun has started for one piece of work, one per GPU."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+
+def is_first() -> bool:
+    """Also where there is no other one."""
+    return not are_many() or int(os.environ.get("RANK", "0")) == 0
+
+
+def are_many() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def joined(*, patience: datetime.timedelta | None = None) -> Iterator[None]:
+    """torch.distributed is ready inside, if torchrun has started several; its own GPU is current.
+
+    Who waits for another one in vain gives up after `patience`; None: as torch likes.
+    """
+    if not are_many():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl", timeout=patience)
+    else:
+        distributed.init_process_group("gloo", timeout=patience)
+    yield
+    # Not after a failure: it might wait for the others, who wait for what this one did not send.
+    distributed.destroy_process_group()
