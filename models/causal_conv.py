@@ -2,23 +2,29 @@
 
 # B batch, C channels, T frames, H W rows columns, P frames from before the chunk
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+PIECE_BYTES = 2**24  # of what only lies between two kernels: a GPU's cache holds it
 
 
 class FrameCache:
     """The last input frames of each causal convolution, from one chunk of a video to the next.
 
-    One cache belongs to one pass over one video. What lies before the first frame is zero. What a
-    convolution sees, its past and the chunk, is put together in one buffer that all of them share,
-    channels last; where gradients are wanted each gets tensors of its own.
+    One cache belongs to one pass over one video. What lies before the first frame is zero. `rows`
+    are convolutions that will be given one frame in turn, of one size, in this order: the frames of
+    each row lie in one buffer, which is what makes large frames affordable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Iterable[Sequence["CausalConv3d"]] = ()) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()
-        self._buffer: Tensor | None = None
+        self._belts: dict[nn.Module, _Belt] = {}
+        for row in rows:
+            self._belts |= dict.fromkeys(row, _Belt(row))
 
     def starts(self, layer: nn.Module) -> bool:
         """True the first time a layer asks: the first chunk has one frame and no stride in time."""
@@ -28,62 +34,132 @@ class FrameCache:
         return True
 
     def remember(self, layer: nn.Module, x_BCTHW: Tensor, num_frames: int) -> None:
-        # A clone: a view would keep the whole chunk in memory, or change with the shared buffer.
+        # A clone: a view would keep the whole chunk in memory.
         self._frames[layer] = x_BCTHW[:, :, -num_frames:].clone()
 
     def with_past(
-        self,
-        layer: nn.Module,
-        x_BCTHW: Tensor,
-        num_frames: int,
-        *,
-        norm: nn.Module | None,
-        trains: bool,
+        self, layer: "CausalConv3d", x_BCTHW: Tensor, *, norm: nn.Module | None, trains: bool
     ) -> Tensor:
-        """The layer's last `num_frames` input frames, then `x`; remembers its new last ones.
+        """The layer's last input frames, then `x`, or SiLU(norm(x)); remembers its new last ones.
 
-        With `norm` it is SiLU(norm(x)) that the layer sees. Good until the next call, unless it
-        trains.
+        Channels last. Where gradients are wanted nothing is written over; else the frames of a
+        layer that is in a row are good until the next call.
         """
-        past_BCPHW = self._frames.get(layer)
         if trains:
-            x_BCTHW = x_BCTHW if norm is None else functional.silu(norm(x_BCTHW))
-            if past_BCPHW is None:
-                joined_BCTHW = functional.pad(x_BCTHW, (0, 0, 0, 0, num_frames, 0))
-            else:
-                joined_BCTHW = torch.cat([past_BCPHW, x_BCTHW], dim=2)
+            return self._joined(layer, x_BCTHW if norm is None else functional.silu(norm(x_BCTHW)))
+        if layer in self._belts:
+            seen_BCTHW = self._belts[layer].advance(layer, x_BCTHW)
         else:
-            joined_BCTHW = self._window(x_BCTHW, num_frames)
-            if past_BCPHW is None:
-                joined_BCTHW[:, :, :num_frames].zero_()
-            else:
-                joined_BCTHW[:, :, :num_frames].copy_(past_BCPHW)
-            chunk_BCTHW = joined_BCTHW[:, :, num_frames:]
-            if norm is None:
-                chunk_BCTHW.copy_(x_BCTHW)
-            else:
-                torch.ops.aten.silu.out(norm(x_BCTHW), out=chunk_BCTHW)
-        self.remember(layer, joined_BCTHW, num_frames)
+            seen_BCTHW = self._window(x_BCTHW, self._frames.get(layer), layer.num_past_frames)
+        chunk_BCTHW = seen_BCTHW[:, :, layer.num_past_frames :]
+        if norm is None:
+            chunk_BCTHW.copy_(x_BCTHW)
+        else:
+            _write_activated(norm, x_BCTHW, chunk_BCTHW)
+        if layer not in self._belts:
+            self.remember(layer, seen_BCTHW, layer.num_past_frames)
+        return seen_BCTHW
+
+    def add_up(self, layer: "CausalConv3d", parts_KBOHW: Tensor) -> Tensor:
+        """This frame's output [B, O, H, W]: its own part and what earlier frames had for it.
+
+        `parts` are what the frame adds to outputs to come, the last of these first, its own last.
+        Those of others are kept, which for few output channels is far less than frames are.
+        """
+        own, *others = reversed(parts_KBOHW.unbind())
+        waiting = self._frames.get(layer)
+        if waiting is None:
+            waiting = torch.zeros_like(parts_KBOHW[1:])
+        ours, *theirs = waiting.unbind()
+        # Of the output furthest off nothing is known yet.
+        theirs.append(torch.zeros_like(ours))
+        self._frames[layer] = torch.stack(
+            [part + before for part, before in zip(others, theirs, strict=True)]
+        )
+        return own + ours
+
+    def _joined(self, layer: "CausalConv3d", x_BCTHW: Tensor) -> Tensor:
+        past_BCPHW = self._frames.get(layer)
+        if past_BCPHW is None:
+            joined_BCTHW = functional.pad(x_BCTHW, (0, 0, 0, 0, layer.num_past_frames, 0))
+        else:
+            joined_BCTHW = torch.cat([past_BCPHW, x_BCTHW], dim=2)
+        self.remember(layer, joined_BCTHW, layer.num_past_frames)
         return joined_BCTHW
 
-    def _window(self, x_BCTHW: Tensor, num_frames: int) -> Tensor:
-        batch, channels, frames, height, width = x_BCTHW.shape
-        shape = (batch, frames + num_frames, height, width, channels)
-        size = torch.Size(shape).numel()
-        if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = None  # let go first: both need not fit
-            self._buffer = x_BCTHW.new_empty(size)
-        return self._buffer[:size].view(shape).permute(0, 4, 1, 2, 3)
+    def _window(self, x_BCTHW: Tensor, past_BCPHW: Tensor | None, num_past: int) -> Tensor:
+        """The past, and room for the chunk."""
+        window_BCTHW = _room_for(x_BCTHW, num_past + x_BCTHW.shape[2])
+        if past_BCPHW is None:
+            window_BCTHW[:, :, :num_past].zero_()
+        else:
+            window_BCTHW[:, :, :num_past].copy_(past_BCPHW)
+        return window_BCTHW
+
+
+class _Belt:
+    """The past of convolutions that take turns, in a buffer with a single place to spare.
+
+        | past of the last | ... | past of the second | past of the first | free |
+
+    The first one's new frame goes into the free place, right behind its past. Its oldest frame is
+    not needed any more, and that place is right behind the past of the second; and so on. After the
+    last one's turn the free place is in front, and everything moves towards it by one.
+    """
+
+    def __init__(self, layers: Sequence["CausalConv3d"]) -> None:
+        (self._num_past,) = {layer.num_past_frames for layer in layers}
+        self._turns = {layer: turn for turn, layer in enumerate(layers)}
+        self._next_turn = 0
+        self._places_BCTHW: Tensor | None = None
+
+    def advance(self, layer: "CausalConv3d", frame_BC1HW: Tensor) -> Tensor:
+        """The layer's past and room for its new frame."""
+        turn, past = self._turns[layer], self._num_past
+        assert frame_BC1HW.shape[2] == 1, "one frame at a time"
+        assert turn == self._next_turn, "in this order"
+        self._next_turn = (turn + 1) % len(self._turns)
+        num_places = past * len(self._turns) + 1
+        if self._places_BCTHW is None:
+            self._places_BCTHW = _room_for(frame_BC1HW, num_places).zero_()
+        elif turn == 0:
+            for place in range(num_places - 1):
+                self._places_BCTHW[:, :, place].copy_(self._places_BCTHW[:, :, place + 1])
+        end = num_places - past * turn
+        return self._places_BCTHW[:, :, end - past - 1 : end]
+
+
+def frames_like(x: Tensor, shape_BCTHW: tuple[int, int, int, int, int]) -> Tensor:
+    """Room for frames of another shape, channels last."""
+    batch, channels, frames, height, width = shape_BCTHW
+    return x.new_empty(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+def _room_for(x_BCTHW: Tensor, num_frames: int) -> Tensor:
+    batch, channels, _, height, width = x_BCTHW.shape
+    return frames_like(x_BCTHW, (batch, channels, num_frames, height, width))
+
+
+def _write_activated(norm: nn.Module, x_BCTHW: Tensor, out_BCTHW: Tensor) -> None:
+    """SiLU(norm(x)) to where it is wanted, piece by piece: no whole frame lies between the two."""
+    for frame, target in zip(
+        *(torch.split(x, 1, dim=2) for x in (x_BCTHW, out_BCTHW)), strict=True
+    ):
+        num_rows = max(1, PIECE_BYTES // (frame.nbytes // frame.shape[3]))
+        pieces = (torch.split(x, num_rows, dim=3) for x in (frame, target))
+        for piece, room in zip(*pieces, strict=True):
+            torch.ops.aten.silu.out(norm(piece), out=room)
 
 
 class Chunked(nn.Module):
     """A module that is given a video chunk by chunk: `forward(x_BCTHW, cache)`."""
 
 
-class CausalConv3d(nn.Conv3d, Chunked):
+class CausalConv3d(nn.Conv3d):
     """Conv3d whose window ends at the frame it computes; rows and columns are padded to keep size.
 
-    It needs `kernel - stride` frames from before the chunk, which the cache keeps.
+    It needs `kernel - stride` frames from before the chunk, which the cache keeps. `see` puts them
+    before the chunk, and the layer itself convolves what is seen.
     """
 
     def __init__(
@@ -98,16 +174,18 @@ class CausalConv3d(nn.Conv3d, Chunked):
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
         self.num_past_frames = kernel_size[0] - stride[0]
 
-    # A convolution by its weights, not by its call: it needs the past frames as well.
-    def forward(  # type: ignore[override]
+    def trains(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+
+    def see(self, x_BCTHW: Tensor, cache: FrameCache, *, norm: nn.Module | None = None) -> Tensor:
+        """The past and the chunk, or with `norm` SiLU(norm(chunk)). No need to keep the chunk."""
+        if self.num_past_frames:
+            return cache.with_past(self, x_BCTHW, norm=norm, trains=self.trains(x_BCTHW))
+        return x_BCTHW if norm is None else functional.silu(norm(x_BCTHW))
+
+    def of_chunk(
         self, x_BCTHW: Tensor, cache: FrameCache, *, norm: nn.Module | None = None
     ) -> Tensor:
-        """Convolve the chunk, or with `norm` SiLU(norm(chunk)), which is not kept meanwhile."""
-        if self.num_past_frames:
-            trains = torch.is_grad_enabled() and (
-                x_BCTHW.requires_grad or self.weight.requires_grad
-            )
-            x_BCTHW = cache.with_past(self, x_BCTHW, self.num_past_frames, norm=norm, trains=trains)
-        elif norm is not None:
-            x_BCTHW = functional.silu(norm(x_BCTHW))
-        return super().forward(x_BCTHW)
+        """Convolve the chunk, or with `norm` SiLU(norm(chunk))."""
+        convolved: Tensor = self(self.see(x_BCTHW, cache, norm=norm))
+        return convolved

@@ -71,6 +71,8 @@ class VAEConfig:
         _require_positive(self, "base_dim z_dim num_res_blocks")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError("temporal_downsample needs one entry less than dim_mult")
+        if not any(self.temporal_downsample):
+            raise ValueError("temporal_downsample must be true somewhere: videos have latents")
         if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
             raise ValueError(f"latent mean and std need {self.z_dim} entries each")
         if min(self.latent_std) <= 0:

@@ -32,10 +32,10 @@ WIDE_IN_VAE = re.compile(r"encoder\.|conv1\.|quant_conv\.")
 # of k in fp32; around the feed-forward net, without its two tensors of its own width.
 ATTENTION_BYTES_PER_WIDTH = 20
 FEED_FORWARD_BYTES_PER_WIDTH = 6
-# Elements per pixel and base width (96) amid the decoder's and the encoder's stage of full size,
-# with the frames that all convolutions remember; counted.
-DECODE_ELEMENTS_PER_PIXEL = 45
-ENCODE_ELEMENTS_PER_PIXEL = 37
+# Elements per pixel and base width (96) amid a frame in the decoder's and the encoder's stage of
+# full size, with the frames that all convolutions remember; counted.
+DECODE_ELEMENTS_PER_PIXEL = 28
+ENCODE_ELEMENTS_PER_PIXEL = 20
 TILE_PIXELS = 256
 
 

@@ -6,7 +6,8 @@ It works chunk by chunk: the first frame alone, then as many frames as one laten
 # B batch, C channels (RGB or latent), T frames, H W rows columns, F = B * T frames as a batch
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import einops
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import config
-from models.causal_conv import CausalConv3d, Chunked, FrameCache
+from models.causal_conv import PIECE_BYTES, CausalConv3d, Chunked, FrameCache, frames_like
 
 TINY_SQUARE = 1e-24  # keeps an all-zero vector at zero; far below fp32 rounding of any other
 
@@ -48,11 +49,12 @@ class ResidualBlock(Chunked):
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if needs_shortcut else None
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        skipped = x if self.shortcut is None else self.shortcut(x, cache)
-        norm, _silu, conv, next_norm, _silu, _dropout, next_conv = self.residual
-        x = conv(x, cache, norm=norm)
-        x = next_conv(x, cache, norm=next_norm)
-        return x.add_(skipped)  # a tensor less; no gradient needs the sum's first part
+        skipped = x if self.shortcut is None else self.shortcut(x)
+        norm, _silu, conv, next_norm, _silu, _dropout, next_conv = _parts(self.residual)
+        # Nothing holds what the first one computed while the second computes.
+        seen = next_conv.see(conv.of_chunk(x, cache, norm=norm), cache, norm=next_norm)
+        convolved: Tensor = next_conv(seen)
+        return convolved.add_(skipped)  # a tensor less; no gradient needs the sum's first part
 
 
 class AttentionBlock(nn.Module):
@@ -83,14 +85,18 @@ class Downsample(Chunked):
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        x = as_video(self.resample(as_images(x)), batch=x.shape[0])
+        return self.in_time(self.in_space(x), cache)
+
+    def in_space(self, x: Tensor) -> Tensor:
+        return as_video(self.resample(as_images(x)), batch=x.shape[0])
+
+    def in_time(self, x: Tensor, cache: FrameCache) -> Tensor:
         if self.time_conv is None:
             return x
         if cache.starts(self):
             cache.remember(self.time_conv, x, self.time_conv.num_past_frames)
             return x
-        halved: Tensor = self.time_conv(x, cache)
-        return halved
+        return self.time_conv.of_chunk(x, cache)
 
 
 class Upsample(Chunked):
@@ -105,13 +111,39 @@ class Upsample(Chunked):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        if self.time_conv is not None and not cache.starts(self):
-            x = _interleaved(self.time_conv(x, cache))
-        return as_video(self.resample(as_images(x)), batch=x.shape[0])
+        return self.in_space(self.in_time(x, cache))
+
+    def in_time(self, x: Tensor, cache: FrameCache) -> Tensor:
+        if self.time_conv is None or cache.starts(self):
+            return x
+        return _interleaved(self.time_conv.of_chunk(x, cache))
+
+    def in_space(self, x: Tensor) -> Tensor:
+        """Band by band, as what is enlarged but not convolved yet is the largest of all tensors."""
+        images_FCHW = as_images(x)
+        height, width = images_FCHW.shape[2:]
+        step = max(1, PIECE_BYTES // (4 * images_FCHW.nbytes // height))
+        if step >= height:
+            return as_video(self.resample(images_FCHW), batch=x.shape[0])
+        batch, channels, frames, *_ = x.shape
+        enlarged = frames_like(x, (batch, channels // 2, frames, 2 * height, 2 * width))
+        bands = _in_bands(self._enlarged_rows, images_FCHW, step)
+        for start, band in zip(range(0, 2 * height, 2 * step), bands, strict=True):
+            as_images(enlarged)[:, :, start : start + 2 * step].copy_(band)
+        return enlarged
+
+    def _enlarged_rows(self, band_FCHW: Tensor) -> Tensor:
+        enlarge, conv = _parts(self.resample)
+        # Of the rows above and below, twice as many as the convolution sees.
+        rows_FCHW = enlarge(band_FCHW)[:, :, 1:-1]
+        return functional.conv2d(rows_FCHW, conv.weight, conv.bias, padding=(0, 1))
 
 
 class Encoder(Chunked):
-    """Frames to mean and log-variance of the latents: [B, 3, T, H, W] -> [B, 2 * z_dim, ...]."""
+    """Frames to mean and log-variance of the latents: [B, 3, T, H, W] -> [B, 2 * z_dim, ...].
+
+    Until some layer makes fewer of them, frames are large and go through the layers one by one.
+    """
 
     def __init__(self, sizes: config.VAEConfig) -> None:
         super().__init__()
@@ -125,16 +157,34 @@ class Encoder(Chunked):
         self.downsamples = nn.Sequential(*layers)
         self.middle = _middle(dims[-1])
         self.head = _head(dims[-1], 2 * sizes.z_dim)
+        self.halves_time_at = _changes_of_time(layers)[0]
+
+    @property
+    def rows(self) -> list[list[CausalConv3d]]:
+        """Convolutions that are given one frame, as `FrameCache` asks."""
+        return _rows([self.conv1, *_parts(self.downsamples)[: self.halves_time_at]])
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        x = self.conv1(x, cache)
-        x = run(self.downsamples, x, cache)
+        x = torch.cat([self._large(frame, cache) for frame in torch.split(x, 1, dim=2)], dim=2)
+        x = _parts(self.downsamples)[self.halves_time_at].in_time(x, cache)
+        x = run(_parts(self.downsamples)[self.halves_time_at + 1 :], x, cache)
         x = run(self.middle, x, cache)
         return _finish(self.head, x, cache)
 
+    def _large(self, frame: Tensor, cache: FrameCache) -> Tensor:
+        *layers, halving = _parts(self.downsamples)[: self.halves_time_at + 1]
+        x = self.conv1.of_chunk(frame, cache)
+        for layer in layers:  # not `run`, whose caller would keep the first x
+            x = layer(x, cache)
+        shrunk: Tensor = halving.in_space(x)
+        return shrunk
+
 
 class Decoder(Chunked):
-    """Latents to frames: [B, z_dim, T, H, W] -> [B, 3, ...]."""
+    """Latents to frames: [B, z_dim, T, H, W] -> [B, 3, ...].
+
+    From where there are as many as there will be, frames go through the layers one by one.
+    """
 
     def __init__(self, sizes: config.VAEConfig) -> None:
         super().__init__()
@@ -151,12 +201,56 @@ class Decoder(Chunked):
                 layers.append(Upsample(out_dim, in_time=in_time[stage]))
         self.upsamples = nn.Sequential(*layers)
         self.head = _head(dims[-1], 3)
+        self.doubles_time_at = _changes_of_time(layers)[-1]
+
+    @property
+    def rows(self) -> list[list[CausalConv3d]]:
+        """Convolutions that are given one frame, as `FrameCache` asks."""
+        return _rows(self._large_layers)
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
-        x = self.conv1(x, cache)
+        x = self.conv1.of_chunk(x, cache)
         x = run(self.middle, x, cache)
-        x = run(self.upsamples, x, cache)
-        return _finish(self.head, x, cache)
+        x = run(_parts(self.upsamples)[: self.doubles_time_at], x, cache)
+        doubling, large = _parts(self.upsamples)[self.doubles_time_at], self._large_layers
+        waiting = [frame.clone() for frame in torch.split(doubling.in_time(x, cache), 1, dim=2)]
+        done = []
+        while waiting:
+            x = doubling.in_space(waiting.pop(0))
+            for layer in large:  # not `run`, whose caller would keep the first x
+                x = layer(x, cache)
+            done.append(self._paint(x, cache))
+        return torch.cat(done, dim=2)
+
+    def _paint(self, frame: Tensor, cache: FrameCache) -> Tensor:
+        """The head, with its last convolution taken apart by the frames that it sees.
+
+        What a frame adds to three pictures is kept instead of the frame. Sums are at least fp32.
+        """
+        norm, _silu, conv = _parts(self.head)
+        if conv.trains(frame):
+            return _finish(self.head, frame, cache)
+        images_FCHW = as_images(frame)
+        weight = einops.rearrange(_at_least_fp32(conv.weight), "o c k h w -> (k o) c h w")
+        num_parts = weight.shape[0]
+        # Tensor cores take output channels by four, else a GPU would lay everything out anew.
+        weight = functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -num_parts % 4))
+
+        def parts_of(band_FCHW: Tensor) -> Tensor:
+            activated = functional.silu(norm(band_FCHW))
+            return functional.conv2d(_at_least_fp32(activated), weight, padding=(0, 1))
+
+        step = max(1, PIECE_BYTES // (images_FCHW.nbytes // images_FCHW.shape[2]))
+        parts = torch.cat(list(_in_bands(parts_of, images_FCHW, step)), dim=2)
+        parts = einops.rearrange(
+            parts[:, :num_parts], "f (k o) h w -> k f o h w", k=conv.kernel_size[0]
+        )
+        added_FOHW = cache.add_up(conv, parts) + _at_least_fp32(conv.bias)[:, None, None]
+        return added_FOHW.to(frame.dtype).unsqueeze(2)
+
+    @property
+    def _large_layers(self) -> list[nn.Module]:
+        return _parts(self.upsamples)[self.doubles_time_at + 1 :]
 
 
 class WanVAE(nn.Module):
@@ -204,9 +298,9 @@ class WanVAE(nn.Module):
             [1] + [stride] * (num_frames // stride),
             dim=2,
         )
-        cache = FrameCache()
+        cache = FrameCache(self.encoder.rows)
         # The last layer by chunk too: its kernel may round otherwise for another number of frames.
-        encoded = [self.conv1(self.encoder(chunk, cache), cache) for chunk in chunks]
+        encoded = [self.conv1(self.encoder(chunk, cache)) for chunk in chunks]
         mean, _log_variance = _at_least_fp32(torch.cat(encoded, dim=2)).chunk(2, dim=1)
         offset, scale = self._statistics(mean)
         return (mean - offset) / scale
@@ -219,9 +313,9 @@ class WanVAE(nn.Module):
         latents_BCTHW = _at_least_fp32(latents_BCTHW)
         offset, scale = self._statistics(latents_BCTHW)
         raw_BCTHW = _channels_last((latents_BCTHW * scale + offset).to(self.dtype))
-        cache = FrameCache()
+        cache = FrameCache(self.decoder.rows)
         for latent_frame in torch.split(raw_BCTHW, 1, dim=2):
-            frames = self.decoder(self.conv2(latent_frame, cache), cache)
+            frames = self.decoder(self.conv2(latent_frame), cache)
             yield frames.clamp(-1.0, 1.0)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +347,7 @@ def to_channels_last(network: WanVAE) -> None:
             layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
 
 
-def run(layers: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
+def run(layers: Iterable[nn.Module], x: Tensor, cache: FrameCache) -> Tensor:
     """Apply layers in order, handing the cache to those that see the video in chunks."""
     for layer in layers:
         x = layer(x, cache) if isinstance(layer, Chunked) else layer(x)
@@ -295,10 +389,51 @@ def _interleaved(pairs_BCTHW: Tensor) -> Tensor:
 
 
 def _finish(head: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
-    norm, _silu, conv = head
-    finished: Tensor = conv(x, cache, norm=norm)
+    norm, _silu, conv = _parts(head)
+    finished: Tensor = conv.of_chunk(x, cache, norm=norm)
     return finished
 
 
 def _head(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(RMSNorm(in_dim, 3), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)))
+
+
+def _changes_of_time(layers: list[nn.Module]) -> list[int]:
+    """Where among the layers the number of frames changes."""
+    return [
+        index
+        for index, layer in enumerate(layers)
+        if isinstance(layer, Downsample | Upsample) and layer.time_conv is not None
+    ]
+
+
+def _parts(layers: nn.Sequential) -> list[Any]:
+    """Its layers, of which we know what they are."""
+    return list(layers)
+
+
+def _in_bands(
+    work: Callable[[Tensor], Tensor], images_FCHW: Tensor, num_rows: int
+) -> Iterator[Tensor]:
+    """Work on rows part by part, each with the row above and below; zeros beyond the edges."""
+    height = images_FCHW.shape[2]
+    for start in range(0, height, num_rows):
+        end = start + num_rows
+        band = images_FCHW[:, :, max(0, start - 1) : end + 1]
+        if start == 0 or end >= height:
+            band = functional.pad(band, (0, 0, int(start == 0), int(end >= height)))
+        yield work(band)
+
+
+def _rows(layers: Iterable[nn.Module]) -> list[list[CausalConv3d]]:
+    """The convolutions with a past, those together that follow each other with equal inputs."""
+    rows: list[list[CausalConv3d]] = [[]]
+    for layer in layers:
+        if isinstance(layer, Downsample | Upsample):
+            rows.append([])
+        for conv in layer.modules():
+            if isinstance(conv, CausalConv3d) and conv.num_past_frames:
+                if rows[-1] and rows[-1][-1].in_channels != conv.in_channels:
+                    rows.append([])
+                rows[-1].append(conv)
+    return [row for row in rows if row]

@@ -16,7 +16,7 @@ from models.causal_conv import CausalConv3d, Chunked, FrameCache
 
 def encode(network: vae.WanVAE, frames_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the latents, not normalised, of frames in [-1, 1]."""
-    encoded = network.conv1(_encoder(network.encoder, frames_BCTHW), FrameCache())
+    encoded = network.conv1(_encoder(network.encoder, frames_BCTHW))
     mean, log_variance = encoded.chunk(2, dim=1)
     return mean, log_variance.clamp(-30.0, 20.0)
 
@@ -24,12 +24,12 @@ def encode(network: vae.WanVAE, frames_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
 def decode(network: vae.WanVAE, latents_BCTHW: Tensor) -> Tensor:
     """Frames of latents that are not normalised; what leaves [-1, 1] stays."""
     decoder = network.decoder
-    x = decoder.conv1(network.conv2(latents_BCTHW, FrameCache()), FrameCache())
+    x = decoder.conv1.of_chunk(network.conv2(latents_BCTHW), FrameCache())
     return _run(decoder.head, _run(decoder.upsamples, _run(decoder.middle, x)))
 
 
 def _encoder(encoder: vae.Encoder, frames_BCTHW: Tensor) -> Tensor:
-    x = encoder.conv1(frames_BCTHW, FrameCache())
+    x = encoder.conv1.of_chunk(frames_BCTHW, FrameCache())
     return _run(encoder.head, _run(encoder.middle, _run(encoder.downsamples, x)))
 
 
@@ -39,6 +39,8 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
             x = _downsample(layer, x)
         elif isinstance(layer, vae.Upsample):
             x = _upsample(layer, x)
+        elif isinstance(layer, CausalConv3d):
+            x = layer.of_chunk(x, FrameCache())
         else:
             x = layer(x, FrameCache()) if isinstance(layer, Chunked) else layer(x)
     return x
@@ -49,7 +51,7 @@ def _downsample(layer: vae.Downsample, x_BCTHW: Tensor) -> Tensor:
     if layer.time_conv is None or x_BCTHW.shape[2] == 1:
         return x_BCTHW
     first = x_BCTHW[:, :, :1]
-    return torch.cat([first, _plain(layer.time_conv, x_BCTHW)], dim=2)
+    return torch.cat([first, layer.time_conv(x_BCTHW)], dim=2)
 
 
 def _upsample(layer: vae.Upsample, x_BCTHW: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def _upsample(layer: vae.Upsample, x_BCTHW: Tensor) -> Tensor:
         first, rest = x_BCTHW[:, :, :1], x_BCTHW[:, :, 1:]
         # The chunked form forgets the first frame here: what lies before the second is zero.
         padded = functional.pad(rest, (0, 0, 0, 0, layer.time_conv.num_past_frames, 0))
-        doubled = _plain(layer.time_conv, padded)
+        doubled = layer.time_conv(padded)
         pairs = einops.rearrange(doubled, "b (two c) t h w -> b c (t two) h w", two=2)
         x_BCTHW = torch.cat([first, pairs], dim=2)
     return _each_frame(layer.resample, x_BCTHW)
@@ -65,8 +67,3 @@ def _upsample(layer: vae.Upsample, x_BCTHW: Tensor) -> Tensor:
 
 def _each_frame(layers: nn.Sequential, x_BCTHW: Tensor) -> Tensor:
     return vae.as_video(layers(vae.as_images(x_BCTHW)), batch=x_BCTHW.shape[0])
-
-
-def _plain(layer: CausalConv3d, x_BCTHW: Tensor) -> Tensor:
-    """The convolution itself, without frames from before."""
-    return nn.Conv3d.forward(layer, x_BCTHW)

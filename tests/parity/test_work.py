@@ -36,9 +36,11 @@ def test_a_forward_at_480p(sizes, terms):
 
 
 def test_decoding_a_video_at_480p():
-    """275.4 TFLOP, as counted on diffusers' AutoencoderKLWan."""
+    """275.4 TFLOP, as counted on diffusers' AutoencoderKLWan; each chunk but the first is equal."""
     with torch.device("meta"):
         network = vae.WanVAE(config.WAN_VAE).requires_grad_(False)
-        latents = torch.randn(1, 16, 21, 60, 104)
-        flops = count(lambda: list(network.decode_chunks(latents)))
-    assert flops == pytest.approx(275.4e12, rel=1e-3)
+        two, three = (
+            count(lambda: list(network.decode_chunks(torch.randn(1, 16, length, 60, 104))))  # noqa: B023
+            for length in (2, 3)
+        )
+    assert two + 19 * (three - two) == pytest.approx(275.4e12, rel=1e-3)

@@ -8,13 +8,9 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks import holding
 from models import (
-    attention,
     checkpoint,
     config,
     errors,
@@ -267,48 +263,12 @@ def test_no_torch_is_loaded_to_say_it(native_root):
 # Activations, counted on `meta`
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it held together; `given` ones do not count."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.peak = 0
-        self._live = {t.untyped_storage()._cdata: (StorageWeakRef(t.untyped_storage()), 0)
-                      for t in given}  # fmt: skip
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak = max(self.peak, sum(count for _, count in self._live.values()))
-        return out
-
-
 def peak(network, run, *inputs):
-    with torch.inference_mode(), LiveBytes(*network.parameters(), *inputs) as live:
-        run(*inputs)
-    return live.peak
-
-
-@pytest.fixture
-def kernels_of_a_gpu(monkeypatch):
-    """On `meta` scores would be made whole and norms taken apart, which no kernel on a GPU does."""
-    apart = functional.rms_norm
-
-    def rms_norm(x, shape, weight, eps):
-        return torch.empty_like(x) if weight.dtype == x.dtype else apart(x, shape, weight, eps)
-
-    monkeypatch.setattr(functional, "rms_norm", rms_norm)
-    like_q = lambda q, k, v: torch.empty_like(q)  # noqa: E731
-    monkeypatch.setattr(attention, "attend", like_q)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", like_q)
+    return holding.peak(lambda: run(*inputs), given=[*network.parameters(), *inputs])
 
 
 @pytest.mark.parametrize("sizes", [config.WAN_T2V_1_3B, config.WAN_T2V_14B], ids=["1.3B", "14B"])
-def test_denoising_holds_what_is_estimated(kernels_of_a_gpu, sizes):
+def test_denoising_holds_what_is_estimated(sizes):
     with torch.device("meta"):
         network = transformer.WanTransformer(dataclasses.replace(sizes, num_layers=2))
         for name, parameter in network.named_parameters():
@@ -321,7 +281,7 @@ def test_denoising_holds_what_is_estimated(kernels_of_a_gpu, sizes):
 
 
 @pytest.mark.parametrize("part", ["decode", "encode"])
-def test_the_autoencoder_holds_what_is_estimated(kernels_of_a_gpu, part):
+def test_the_autoencoder_holds_what_is_estimated(part):
     with torch.device("meta"):
         network = vae.WanVAE(config.WAN_VAE)
         vae.to_channels_last(network)

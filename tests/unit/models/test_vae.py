@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from models import config, vae
+from models import causal_conv, config, vae
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,33 @@ def test_a_chunk_depends_on_the_past_only(network):
     assert torch.equal(whole[:, :, :5], start)
     encoded = network.encode(whole)
     assert torch.equal(encoded[:, :, :2], network.encode(whole[:, :, :5]))
+
+
+def test_frames_come_in_pieces_without_a_trace(network, monkeypatch):
+    """Large ones are normed and enlarged piece by piece, to the bit as in one."""
+    latents = torch.randn(2, 16, 3, 4, 3)
+    whole = torch.cat(list(network.decode_chunks(latents)), dim=2)
+    encoded = network.encode(whole)
+    for module in (causal_conv, vae):
+        monkeypatch.setattr(module, "PIECE_BYTES", 4 * 2 * 4 * 24 * 5)
+    pieces = torch.cat(list(network.decode_chunks(latents)), dim=2)
+    assert torch.equal(pieces, whole)
+    assert torch.equal(network.encode(whole), encoded)
+
+
+def test_convolutions_in_a_row_see_what_they_would_see_alone():
+    """One buffer holds the frames of all of them."""
+    convs = [causal_conv.CausalConv3d(4, 4, (3, 3, 3)) for _ in range(3)]
+    together, alone = causal_conv.FrameCache([convs]), causal_conv.FrameCache()
+    with torch.inference_mode():
+        for _ in range(5):
+            for conv in convs:
+                frame = torch.randn(2, 4, 1, 5, 6)
+                seen = conv.see(frame, together)
+                assert seen.shape == (2, 4, 3, 5, 6)
+                assert torch.equal(seen, conv.see(frame, alone))
+        with pytest.raises(AssertionError, match="in this order"):
+            convs[2].see(frame, together)
 
 
 def test_stopping_between_chunks_leaves_nothing_behind(network):
