@@ -5,6 +5,7 @@ which has then decided what is one kernel. A kernel's bytes are Inductor's own c
 its `metrics.num_bytes_accessed`): each buffer that it reads and each that it writes, once, as large
 as it is; what is used up inside a kernel counts nothing. That a chain is one kernel on a GPU too is
 taken from here, not seen: Triton's scheduler joins reductions with what follows by the same rules.
+One rule is a processor's alone, to keep what is costly to compute twice, and is switched off.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
+from torch._inductor import ir
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def kernels(function: Callable[..., Any], args: Sequence[Any]) -> list[Kernel]:
         torch.no_grad(),
         FakeTensorMode(),
         mock.patch.object(GraphLowering, "compile_to_module", stop),
+        mock.patch.object(ir, "is_cpu", return_value=False),
         inductor.patch(force_disable_caches=True),
     ):
         tensors = [_fake(value) for value in args if isinstance(value, Tensor)]
@@ -67,10 +71,11 @@ def _fake(like: Tensor) -> Tensor:
 
 
 def _of_tensors(function: Callable[..., Any], args: Sequence[Any]) -> Callable[..., Any]:
-    """With the other arguments filled in."""
+    """With the other arguments filled in; results of any shape as one list."""
 
-    def call(*tensors: Tensor) -> Any:
+    def call(*tensors: Tensor) -> list[Any]:
         rest = iter(tensors)
-        return function(*(next(rest) if isinstance(value, Tensor) else value for value in args))
+        filled = (next(rest) if isinstance(value, Tensor) else value for value in args)
+        return [leaf for leaf in tree_leaves(function(*filled)) if isinstance(leaf, Tensor)]
 
     return call

@@ -24,7 +24,7 @@ from benchmarks import lowering
 from models import fusion
 
 CONVOLUTIONS = (functional.conv2d, functional.conv3d)
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_mm")
+PRODUCTS = ("mm", "bmm", "addmm", "_addmm_activation", "baddbmm", "convolution", "_scaled_mm_v2")
 NO_MOVES = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach")
 OVERWRITING = ("copy_", "zero_", "fill_")  # do not read what they write to
 

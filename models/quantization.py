@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import errors, transformer
+from models import errors, fp8, transformer
 
 CHANNEL_SCALE = ".weight_scale"
 TENSOR_SCALE = ".scale_weight"
 MARKER = "scaled_fp8"
 QUANTIZED_PARTS = ("self_attn", "cross_attn", "ffn")
-FP8_MATMUL_CAPABILITY = (8, 9)  # Ada and Hopper are the first with fp8 tensor cores
-FP8_MATMUL_MULTIPLE = 16  # of both features, which torch's kernel asks for
 
 
 class Scheme(enum.Enum):
@@ -43,7 +41,7 @@ class Scheme(enum.Enum):
 
     @property
     def largest(self) -> float:
-        return {Scheme.FP8: 448.0, Scheme.INT8: 127.0}[self]
+        return {Scheme.FP8: fp8.LARGEST, Scheme.INT8: 127.0}[self]
 
 
 CODE_DTYPES = tuple(scheme.dtype for scheme in Scheme)
@@ -58,7 +56,7 @@ class Matmul(enum.Enum):
     """In the input's dtype, the weight made whole for the moment."""
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(fp8.Linear):
     """A Linear with 8-bit weights. A LoRA runs beside them: y += (x down^T) up^T + x dense^T."""
 
     weight_scale: Tensor
@@ -81,17 +79,23 @@ class QuantizedLinear(nn.Module):
         for name in ("lora_down", "lora_up", "lora_dense"):
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x_BLI: Tensor) -> Tensor:
-        if self.is_wide:
-            x_BLI = transformer.widen(x_BLI)
-        if self._computes_in_fp8(x_BLI):
-            self.last_matmul = Matmul.FP8
-            y_BLO = fp8_linear(x_BLI, self.weight, self.weight_scale, self.bias)
-        else:
-            self.last_matmul = Matmul.DEQUANTIZED
-            weight_OI = dequantize(self.weight, self.weight_scale, x_BLI.dtype)
-            bias_O = None if self.bias is None else self.bias.to(x_BLI.dtype)
-            y_BLO = functional.linear(x_BLI, weight_OI, bias_O)
+    def forward(self, x: fp8.Tokens) -> Tensor:
+        if isinstance(x, Tensor) and self.computes_in_fp8(x):
+            x = fp8.coded(x, fp8.Form.BOTH if self.has_lora else fp8.Form.CODES)
+        if isinstance(x, Tensor):
+            return self._dequantized(transformer.widen(x) if self.is_wide else x)
+        self.last_matmul = Matmul.FP8
+        y_BLO = fp8.product(x, self.weight, self.weight_scale, self.bias)
+        if not self.has_lora:
+            return y_BLO
+        assert x.whole is not None, "a LoRA computes with the tokens themselves"
+        return y_BLO + self._lora(x.whole)
+
+    def _dequantized(self, x_BLI: Tensor) -> Tensor:
+        self.last_matmul = Matmul.DEQUANTIZED
+        weight_OI = dequantize(self.weight, self.weight_scale, x_BLI.dtype)
+        bias_O = None if self.bias is None else self.bias.to(x_BLI.dtype)
+        y_BLO = functional.linear(x_BLI, weight_OI, bias_O)
         return y_BLO + self._lora(x_BLI) if self.has_lora else y_BLO
 
     @property
@@ -99,49 +103,24 @@ class QuantizedLinear(nn.Module):
         return self.lora_down is not None or self.lora_dense is not None
 
     def _lora(self, x_BLI: Tensor) -> Tensor:
-        total = x_BLI.new_zeros(())
+        parts = []
         if self.lora_down is not None and self.lora_up is not None:
             x_BLR = functional.linear(x_BLI, self.lora_down.to(x_BLI.dtype))
-            total = total + functional.linear(x_BLR, self.lora_up.to(x_BLI.dtype))
+            parts.append(functional.linear(x_BLR, self.lora_up.to(x_BLI.dtype)))
         if self.lora_dense is not None:
-            total = total + functional.linear(x_BLI, self.lora_dense.to(x_BLI.dtype))
-        return total
+            parts.append(functional.linear(x_BLI, self.lora_dense.to(x_BLI.dtype)))
+        return functools.reduce(torch.add, parts)
 
-    def _computes_in_fp8(self, x: Tensor) -> bool:
+    def computes_in_fp8(self, x_BLI: Tensor) -> bool:
         features = (self.in_features, self.out_features)
         return (
             self.may_use_fp8_matmul
             and self.scheme is Scheme.FP8
-            and x.dtype == torch.bfloat16
-            and not any(count % FP8_MATMUL_MULTIPLE for count in features)
-            and has_fp8_matmul(x.device)
+            and x_BLI.dtype == torch.bfloat16
+            and not self.is_wide
+            and not any(count % fp8.MULTIPLE for count in features)
+            and fp8.has_product(x_BLI.device)
         )
-
-
-@functools.cache
-def has_fp8_matmul(device: torch.device) -> bool:
-    """Whether the device multiplies fp8 matrices; elsewhere weights are dequantized first."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= FP8_MATMUL_CAPABILITY
-
-
-def fp8_linear(x_BLI: Tensor, codes_OI: Tensor, scale_O1: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b in bf16, by an fp8 product: the input gets one scale per token on the way."""
-    x_MI = x_BLI.flatten(0, -2)
-    scale_M1 = _scales(x_MI, Scheme.FP8)
-    row_wise = functional.ScalingType.RowWise
-    y_MO: Tensor = functional.scaled_mm(
-        encode(x_MI, scale_M1, Scheme.FP8),
-        codes_OI.t(),
-        scale_M1,
-        row_wise,
-        scale_O1.expand(codes_OI.shape[0], 1).t().contiguous(),
-        row_wise,
-        bias=None if bias_O is None else bias_O.to(torch.bfloat16),
-        output_dtype=torch.bfloat16,
-    )
-    return y_MO.view(*x_BLI.shape[:-1], -1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,21 +131,15 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Codes [out, in] and scales [out, 1] in fp32: each row's largest value takes the last code."""
-    scale_O1 = _scales(weight_OI, scheme)
+    scale_O1 = fp8.row_scale(weight_OI, scheme.largest)
     return encode(weight_OI, scale_O1, scheme), scale_O1
 
 
 def encode(values: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    scaled = values.float() / scale
-    if scheme is Scheme.INT8:
-        scaled = scaled.round()
-    return scaled.clamp(-scheme.largest, scheme.largest).to(scheme.dtype)
-
-
-def _scales(rows: Tensor, scheme: Scheme) -> Tensor:
-    largest = rows.abs().amax(dim=-1, keepdim=True).float()
-    # A row of zeros has codes of zero under any scale.
-    return torch.where(largest > 0, largest / scheme.largest, 1.0)
+    if scheme is Scheme.FP8:
+        return fp8.encode(values, scale)
+    codes = (values.float() / scale).round()
+    return codes.clamp(-scheme.largest, scheme.largest).to(scheme.dtype)
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:

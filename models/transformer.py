@@ -7,15 +7,18 @@ attention and the stream of tokens between blocks, which is rounded once per res
 """
 
 # B batch, C latent channels, T H W latent frames rows columns, L tokens, S text tokens,
-# I image tokens, D width, N heads, K head dim, G text or image width before its embedding
+# I image tokens, D width, F width inside the feed-forward net, N heads, K head dim, G text or
+# image width before its embedding
 # 6: shift, scale, gate of self-attention, then of the feed-forward net; 2: shift, scale of the head
+
+from typing import TypeGuard
 
 import einops
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import attention, config, fusion, rope, sequence_parallel
+from models import attention, config, fp8, fusion, rope, sequence_parallel
 
 # Small parameters that a bf16 network keeps in fp32, as official Wan does.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "norm3.", "head.")
@@ -52,21 +55,38 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(widen(x), self.normalized_shape, weight, bias, self.eps)
 
 
-@fusion.chain
-def modulated(x_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
-    """LayerNorm, scaled and shifted by the time; in the dtype of `x`."""
+def _modulated(x_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
     normed_BLD = functional.layer_norm(widen(x_BLD), x_BLD.shape[-1:], eps=eps)
     return torch.addcmul(shift_B1D, normed_BLD, 1 + scale_B1D).to(x_BLD.dtype)
 
 
 @fusion.chain
+def modulated(
+    x_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float, form: fp8.Form
+) -> fp8.Tokens:
+    """LayerNorm, scaled and shifted by the time; in the dtype of `x`."""
+    return fp8.in_form(_modulated(x_BLD, scale_B1D, shift_B1D, eps), form)
+
+
+@fusion.chain
 def added_then_modulated(
-    x_BLD: Tensor, y_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    scale_B1D: Tensor,
+    shift_B1D: Tensor,
+    eps: float,
+    form: fp8.Form,
+) -> tuple[Tensor, fp8.Tokens]:
     """x + y, and that modulated."""
     x_BLD = x_BLD + y_BLD
+    return x_BLD, fp8.in_form(_modulated(x_BLD, scale_B1D, shift_B1D, eps), form)
+
+
+@fusion.chain
+def modulated_widely(x_BLD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor, eps: float) -> Tensor:
+    """LayerNorm, scaled and shifted by the time; at least fp32."""
     normed_BLD = functional.layer_norm(widen(x_BLD), x_BLD.shape[-1:], eps=eps)
-    return x_BLD, torch.addcmul(shift_B1D, normed_BLD, 1 + scale_B1D).to(x_BLD.dtype)
+    return normed_BLD * (1 + scale_B1D) + shift_B1D
 
 
 @fusion.chain
@@ -77,14 +97,41 @@ def gated(x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor) -> Tensor:
 
 @fusion.chain
 def gated_then_normed(
-    x_BLD: Tensor, y_BLD: Tensor, gate_B1D: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_B1D: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    form: fp8.Form,
+) -> tuple[Tensor, fp8.Tokens]:
     """x + y * gate, and its LayerNorm."""
     x_BLD = torch.addcmul(x_BLD, y_BLD, gate_B1D).to(x_BLD.dtype)
     normed_BLD = functional.layer_norm(
         widen(x_BLD), x_BLD.shape[-1:], widen(weight_D), widen(bias_D), eps
     )
-    return x_BLD, normed_BLD.to(x_BLD.dtype)
+    return x_BLD, fp8.in_form(normed_BLD.to(x_BLD.dtype), form)
+
+
+def has_gelu_in_product(layer: nn.Module, x_BLD: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether cuBLAS can apply GELU to what it writes; torch has no gradient of that."""
+    return (
+        type(layer) is nn.Linear  # what a subclass does beside its product would be left out
+        and x_BLD.is_cuda
+        and x_BLD.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+    )
+
+
+def product_then_gelu(layer: nn.Linear, x_BLD: Tensor) -> Tensor:
+    """GELU, tanh's approximation, of the layer: rounded once, and no pass over the widest tokens.
+
+    The operation is torch's for its compiler, and takes the approximation on CUDA only.
+    """
+    y_MF = torch._addmm_activation(
+        layer.bias, x_BLD.flatten(0, -2), layer.weight.t(), use_gelu=True
+    )
+    return y_MF.view(*x_BLD.shape[:-1], -1)
 
 
 @fusion.chain
@@ -122,7 +169,11 @@ class SelfAttention(Attention):
         super().__init__(sizes)
         self.tokens: sequence_parallel.Tokens = sequence_parallel.AllTokens()
 
-    def forward(self, x_BLD: Tensor, rotation: rope.Rotation) -> Tensor:
+    def form(self, like_BLD: Tensor) -> fp8.Form:
+        """In which `forward` wants its tokens."""
+        return fp8.wanted(like_BLD, self.q, self.k, self.v)
+
+    def forward(self, x_BLD: fp8.Tokens, rotation: rope.Rotation) -> Tensor:
         q_BLNK = self._turned(self.q(x_BLD), self.norm_q, rotation)
         k_BLNK = self._turned(self.k(x_BLD), self.norm_k, rotation)
         out_BLNK = self.tokens.attend(q_BLNK, k_BLNK, self.heads(self.v(x_BLD)))
@@ -137,11 +188,15 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attends to every text row, padding included: the network was trained without a mask."""
 
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, _image_BID: Tensor | None) -> Tensor:
+    def form(self, like_BLD: Tensor) -> fp8.Form:
+        """In which `forward` wants its tokens."""
+        return fp8.wanted(like_BLD, self.q)
+
+    def forward(self, x_BLD: fp8.Tokens, text_BSD: Tensor, _image_BID: Tensor | None) -> Tensor:
         projected: Tensor = self.o(self.attend_to_text(self.query(x_BLD), text_BSD).flatten(2))
         return projected
 
-    def query(self, x_BLD: Tensor) -> Tensor:
+    def query(self, x_BLD: fp8.Tokens) -> Tensor:
         return self.heads(self.norm_q(self.q(x_BLD)))
 
     def attend_to_text(self, q_BLNK: Tensor, text_BSD: Tensor) -> Tensor:
@@ -158,7 +213,7 @@ class ImageCrossAttention(CrossAttention):
         self.v_img = nn.Linear(sizes.dim, sizes.dim)
         self.norm_k_img = nn.RMSNorm(sizes.dim, eps=sizes.eps)
 
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, image_BID: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: fp8.Tokens, text_BSD: Tensor, image_BID: Tensor | None) -> Tensor:
         assert image_BID is not None
         q_BLNK = self.query(x_BLD)
         k_BINK = self.heads(self.norm_k_img(self.k_img(image_BID)))
@@ -194,12 +249,35 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             widen(self.modulation) + time_B6D
         ).chunk(6, dim=1)
-        norm = self.norm3
-        y_BLD = self.self_attn(modulated(x_BLD, scale, shift, self.eps), rotation)
-        x_BLD, y_BLD = gated_then_normed(x_BLD, y_BLD, gate, norm.weight, norm.bias, norm.eps)
-        y_BLD = self.cross_attn(y_BLD, text_BSD, image_BID)
-        x_BLD, y_BLD = added_then_modulated(x_BLD, y_BLD, ffn_scale, ffn_shift, self.eps)
-        return gated(x_BLD, self.ffn(y_BLD), ffn_gate)
+        norm, attends, reads = self.norm3, self.self_attn, self.cross_attn
+        # One name for what goes from layer to layer: what has been used is not kept.
+        y = modulated(x_BLD, scale, shift, self.eps, attends.form(x_BLD))
+        y = attends(y, rotation)
+        x_BLD, y = gated_then_normed(
+            x_BLD, y, gate, norm.weight, norm.bias, norm.eps, reads.form(x_BLD)
+        )
+        y = reads(y, text_BSD, image_BID)
+        form = fp8.wanted(x_BLD, self.ffn[0])
+        x_BLD, y = added_then_modulated(x_BLD, y, ffn_scale, ffn_shift, self.eps, form)
+        return gated(x_BLD, self._feed_forward(y), ffn_gate)
+
+    def _feed_forward(self, y: fp8.Tokens) -> Tensor:
+        widening, gelu, narrowing = self.ffn
+        if isinstance(y, Tensor) and has_gelu_in_product(widening, y):
+            y = product_then_gelu(widening, y)
+        else:
+            y = _activated(widening(y), gelu, narrowing)
+        narrowed_BLD: Tensor = narrowing(y)
+        return narrowed_BLD
+
+
+def _activated(hidden_BLF: Tensor, gelu: nn.Module, narrowing: nn.Module) -> fp8.Tokens:
+    """In the form that the layer after it wants."""
+    form = fp8.wanted(hidden_BLF, narrowing)
+    if form is not fp8.Form.WHOLE:
+        return fp8.gelu_coded(hidden_BLF, form)
+    activated: Tensor = gelu(hidden_BLF)
+    return activated
 
 
 class Head(nn.Module):
@@ -214,7 +292,7 @@ class Head(nn.Module):
 
     def forward(self, x_BLD: Tensor, time_BD: Tensor) -> Tensor:
         shift, scale = (widen(self.modulation) + time_BD.unsqueeze(1)).chunk(2, dim=1)
-        patches: Tensor = self.head(self.norm(x_BLD) * (1 + scale) + shift)
+        patches: Tensor = self.head(modulated_widely(x_BLD, scale, shift, self.norm.eps))
         return patches
 
 

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from torch._dynamo import utils
 
-from models import config, fusion, lora_switcher, offload, transformer
+from models import config, fp8, fusion, lora_switcher, offload, quantization, transformer
 from models.lora_switcher import Choice
 
 
@@ -41,7 +41,7 @@ def test_compiled_chains_compute_the_same(network, compiled):
     with fusion.running_with(fusion.eagerly):
         expected = network(*inputs())
     assert torch.allclose(network(*inputs()), expected, rtol=1e-5, atol=1e-6)
-    assert compiled.num_shapes == 5, "one for each chain"
+    assert compiled.num_shapes == 6, "one for each chain"
 
 
 def test_nothing_is_compiled_twice(network, compiled, tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_nothing_is_compiled_twice(network, compiled, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(fusion, "BACKEND", "aot_eager")
     found = network(*inputs())
-    assert num_graphs() == compiled.num_shapes == 5
+    assert num_graphs() == compiled.num_shapes == 6
 
     delta = torch.full_like(network.blocks[1].self_attn.q.weight, 0.01)
     safetensors.torch.save_file({"blocks.1.self_attn.q.diff": delta}, tmp_path / "l.safetensors")
@@ -62,12 +62,44 @@ def test_nothing_is_compiled_twice(network, compiled, tmp_path, monkeypatch):
     offload.BlockStreamer(network, torch.device("cpu"))
     assert torch.equal(network(*inputs()), found)
     network(*inputs(seed=1))
-    assert num_graphs() == 5
+    assert num_graphs() == 6
 
     network(*inputs(height=8))
-    assert num_graphs() == 10, "a size of its own"
+    assert num_graphs() == 12, "a size of its own"
     assert torch.equal(network(*inputs()), found)
-    assert num_graphs() == 10
+    assert num_graphs() == 12
+
+
+def test_tokens_for_fp8_are_compiled_once_as_well(compiled, monkeypatch):
+    """A LoRA, which also wants the tokens whole, is a second form; a third there is not."""
+    monkeypatch.setattr(fusion, "BACKEND", "aot_eager")
+    monkeypatch.setattr(fp8, "has_product", lambda _: True)
+    torch.manual_seed(0)
+    network = transformer.WanTransformer(config.TINY).requires_grad_(False).bfloat16()
+    for name, layer in list(network.named_modules()):
+        if name.startswith("blocks.") and isinstance(layer, torch.nn.Linear):
+            codes, scale = quantization.quantize(layer.weight, quantization.Scheme.FP8)
+            quantized = quantization.QuantizedLinear(layer, quantization.Scheme.FP8, scale.shape)
+            quantized.load_state_dict(
+                {"weight": codes, "weight_scale": scale, "bias": layer.bias}, assign=True
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, quantized)
+    with fusion.running_with(fusion.eagerly):
+        expected = network(*inputs())
+    assert torch.equal(network(*inputs()), expected), "this backend rounds as without it"
+    # Those of any network, of which one is for bf16 alone; GELU; and o's and the text's tokens.
+    assert num_graphs() == compiled.num_shapes == 6 + 1 + 2
+    for _ in range(2):
+        for layer in quantization.quantized_layers(network).values():
+            layer.lora_down = torch.zeros(2, layer.in_features)
+            layer.lora_up = torch.zeros(layer.out_features, 2)
+        assert torch.equal(network(*inputs(seed=1)), network(*inputs(seed=1)))
+        assert num_graphs() == 9 + 6
+        for layer in quantization.quantized_layers(network).values():
+            layer.lora_down = layer.lora_up = None
+        assert torch.equal(network(*inputs()), expected)
+    assert num_graphs() == 9 + 6
 
 
 def test_a_chain_that_cannot_be_compiled_is_told_once_and_runs_eagerly():

@@ -10,6 +10,7 @@ from torch.nn import functional
 from models import (
     checkpoint,
     errors,
+    fp8,
     layout,
     lora_switcher,
     quantization,
@@ -221,7 +222,7 @@ def fp8_layer(dtype=torch.bfloat16, in_features=64, out_features=48, scheme=Sche
 @pytest.fixture
 def fp8_device(monkeypatch):
     """This device multiplies fp8: torch's kernel also runs on a CPU, slowly."""
-    monkeypatch.setattr(quantization, "has_fp8_matmul", lambda device: True)
+    monkeypatch.setattr(fp8, "has_product", lambda device: True)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -277,13 +278,48 @@ def test_fp8_products_can_be_switched_off(fp8_device):
         assert quantization.last_matmuls(network) == {matmul: 1}
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_layers_share_the_codes_of_their_tokens(
+    fp8_device, tensors, load, forward, tmp_path, monkeypatch, with_lora
+):
+    """To the bit what each computes that codes its own; q, k and v of the video are one coding."""
+    network = load(lightx2v(tensors, Scheme.FP8), torch.bfloat16)
+    if with_lora:
+        switcher = lora_switcher.LoraSwitcher(network)
+        switcher.apply([lora_switcher.Choice(path=style_lora(tmp_path))])
+    codings = []
+    encode = fp8.encode
+    monkeypatch.setattr(fp8, "encode", lambda *x: codings.append(x) or encode(*x))
+    shared = forward(network)
+    assert quantization.last_matmuls(network) == Counter({Matmul.FP8: 20})
+    # Each block: the video's q, k, v; both o; the text's k and v; q; both of the feed-forward net.
+    assert len(codings) == 2 * (1 + 2 + 2 + 1 + 2)
+
+    monkeypatch.setattr(fp8, "wanted", lambda *_: fp8.Form.WHOLE)
+    alone = forward(network)
+    assert len(codings) == 16 + 20
+    assert torch.equal(shared, alone)
+
+
+def test_sums_in_fp8_are_kept_in_the_tensor_cores(fp8_device, monkeypatch):
+    """Else Hopper is slower than in bf16; a CPU does not mind, so the argument is looked at."""
+    asked = []
+    scaled_mm = functional.scaled_mm
+    monkeypatch.setattr(
+        functional, "scaled_mm", lambda *x, **more: asked.append(more) or scaled_mm(*x, **more)
+    )
+    layer, _ = fp8_layer()
+    layer(torch.randn(1, 5, 64).bfloat16())
+    assert [each["use_fast_accum"] for each in asked] == [True]
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)],
 )
 def test_fp8_products_need_ada_or_later(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    policy = quantization.has_fp8_matmul.__wrapped__
+    policy = fp8.has_product.__wrapped__
     assert policy(torch.device("cuda", 0)) is expected
     assert policy(torch.device("cpu")) is False
 

@@ -91,3 +91,30 @@ def test_dimensions_that_make_no_network_are_refused(change, says):
         config.TransformerConfig(
             **{"dim": 24, "ffn_dim": 8, "num_heads": 2, "num_layers": 1} | change
         )
+
+
+def test_gelu_in_a_product_is_that_after_it(network, monkeypatch):
+    """On CUDA torch's operation takes tanh's approximation, on a CPU not; the rest is the same."""
+    monkeypatch.setattr(transformer, "has_gelu_in_product", lambda *_: True)
+    layer, x = network.blocks[0].ffn[0], torch.randn(2, 3, 24)
+    exact = torch.nn.functional.gelu(layer(x))
+    torch.testing.assert_close(transformer.product_then_gelu(layer, x), exact)
+    inputs = torch.randn(1, 16, 1, 2, 2), torch.tensor([900.0]), torch.randn(1, 6, 8)
+    inside = network(*inputs)
+    monkeypatch.undo()
+    torch.testing.assert_close(inside, network(*inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_gelu_stays_outside_where_its_gradient_or_a_subclass_would_be_lost(network):
+    """Nor is it asked of a CPU."""
+    layer, x = network.blocks[0].ffn[0], torch.randn(1, 3, 24)
+    with torch.inference_mode():
+        assert not transformer.has_gelu_in_product(layer, x.bfloat16())
+
+    class OnCuda:
+        is_cuda, dtype = True, torch.bfloat16
+
+    with torch.inference_mode():
+        assert transformer.has_gelu_in_product(layer, OnCuda())
+        assert not transformer.has_gelu_in_product(transformer.WideLinear(24, 32), OnCuda())
+    assert not transformer.has_gelu_in_product(layer, OnCuda())
