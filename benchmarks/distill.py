@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks import gpu
+from benchmarks import gpu_common as gpu
 from models import attention, config, transformer
 from models.distillation import adapters, checkpointing, cost, examples, method, precision, roles
 from models.distillation.trainer import Trainer

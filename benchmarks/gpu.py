@@ -19,80 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from benchmarks import measuring
-from models import (
-    attention,
-    config,
-    fusion,
-    offload,
-    quantization,
-    sampling,
-    text_encoder,
-    transformer,
-    vae,
+from benchmarks import gpu_fp8, gpu_peers, measuring
+from benchmarks.gpu_common import (
+    BF16,
+    DEVICE,
+    LATENTS_480P,
+    LATENTS_720P,
+    emptied,
+    filled,
+    flops,
+    inputs,
+    peak_gb,
+    random_transformer,
 )
+from models import attention, config, fusion, offload, sampling, text_encoder, vae
 from worker import pipeline
-
-DEVICE = torch.device("cuda")
-BF16 = torch.bfloat16
-LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
-LATENTS_720P = (16, 21, 90, 160)
-TOKENS_480P = 32_760
-CONTEXT = (1, 512, 4096)
-
-
-@contextmanager
-def emptied() -> Iterator[None]:
-    """The device is empty before and after; its peak is counted from here."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def peak_gb() -> float:
-    return torch.cuda.max_memory_allocated() / 1e9
-
-
-@torch.inference_mode(mode=False)  # weights that a mode may move
-def random_transformer(sizes: config.TransformerConfig) -> transformer.WanTransformer:
-    with torch.device("meta"):
-        network = transformer.WanTransformer(sizes)
-    for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(transformer.parameter_dtype(name, BF16))
-    return filled(network)
-
-
-@torch.inference_mode(mode=False)
-def filled(network: Any) -> Any:
-    """On the device, with weights that keep signals at their size."""
-    network = network.to_empty(device=DEVICE)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            else:
-                tensor.fill_(1.0 if "norm" in name or "gamma" in name else 0.0)
-    return network.eval().requires_grad_(requires_grad=False)
-
-
-def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(1, *latents, device=DEVICE)
-    return x, torch.tensor([937.5], device=DEVICE), torch.randn(*CONTEXT, device=DEVICE, dtype=BF16)
-
-
-def flops(network: nn.Module, *arguments: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter:
-        network(*arguments)
-    return float(counter.get_total_flops())
 
 
 def ceilings(_report: measuring.Report) -> dict[str, Any]:
@@ -110,30 +53,6 @@ def ceilings(_report: measuring.Report) -> dict[str, Any]:
         "pageable_gb_per_s": 2**30
         / measuring.seconds(lambda: target.copy_(pageable))["least"]
         / 1e9,
-    }
-
-
-def fp8(_report: measuring.Report) -> dict[str, Any]:
-    """One feed-forward matrix of 14B: torch's scaled product against bf16 and its own emulation."""
-    torch.manual_seed(0)
-    x = torch.randn(1, TOKENS_480P, 5120, device=DEVICE, dtype=BF16)
-    weight = torch.randn(13824, 5120, device=DEVICE) * 5120**-0.5
-    codes, scale = quantization.quantize(weight, quantization.Scheme.FP8)
-    narrow = weight.to(BF16)
-    y = quantization.fp8_linear(x, codes, scale, None)
-    some = x[:, :512].float()
-    x_scale = some.abs().amax(-1, keepdim=True) / 448
-    x_codes = (some / x_scale).to(torch.float8_e4m3fn).float()
-    emulated = (x_codes @ codes.float().t()) * x_scale * scale.t()
-    in_fp8 = measuring.seconds(lambda: quantization.fp8_linear(x, codes, scale, None))
-    in_bf16 = measuring.seconds(lambda: nn.functional.linear(x, narrow))
-    return {
-        "can": quantization.has_fp8_matmul(torch.device("cuda", 0)),
-        "error_to_emulation": measuring.relative(y[:, :512], emulated),
-        "error_to_bf16": measuring.relative(y, nn.functional.linear(x, narrow)),
-        "fp8": in_fp8,
-        "bf16": in_bf16,
-        "times_as_fast": in_bf16["seconds"] / in_fp8["seconds"],
     }
 
 
@@ -335,7 +254,10 @@ def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
 PARTS: dict[str, Callable[[measuring.Report], dict[str, Any]]] = {
     "machine": lambda _report: measuring.machine(),
     "ceilings": ceilings,
-    "fp8": fp8,
+    "autoencoder_against_diffusers": gpu_peers.autoencoders,
+    "against_diffusers": gpu_peers.transformers,
+    "fp8": gpu_fp8.products,
+    "fp8_14b": gpu_fp8.forward_14b,
     "blocks": blocks,
     "dit_14b": dit_14b,
     "autoencoder": autoencoder,
