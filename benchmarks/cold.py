@@ -27,7 +27,7 @@ def ours(_models_dir: Path, moments: Moments) -> None:
     """As a render process does it, without Celery."""
     from benchmarks import scales
     from jobs import settings
-    from worker import checks, pipeline, rendering
+    from worker import checks, pipeline, rendering, stopwatch
     from worker.settings import WorkerSettings
 
     moments.reach("code")
@@ -37,7 +37,7 @@ def ours(_models_dir: Path, moments: Moments) -> None:
     model = renderer.components.model_for(spec.look)
     moments.reach("model")
     model.networks.transformer.register_forward_pre_hook(lambda *_: moments.reach("step"))
-    timings = pipeline.Timings(device=here)
+    timings = stopwatch.Timings(here.synchronize)
     latents = pipeline.make_latents(
         spec, model, device=here, timings=timings, reached=lambda *_: None
     )

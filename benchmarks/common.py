@@ -25,7 +25,7 @@ from tests.conftest import PostgresServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET = REPOSITORY / "configs" / "tiny.json"
-DURABLE = {"shared_buffers": "256MB", "max_connections": "200", "max_wal_size": "4GB"}
+DURABLE = {"shared_buffers": "256MB", "max_connections": "400", "max_wal_size": "4GB"}
 """PostgreSQL as it comes, with fsync; room as on a small server."""
 TEXT = "a red circle moves slowly right over dark water while the camera follows it closely"
 

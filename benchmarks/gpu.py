@@ -215,7 +215,7 @@ def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
     """A real one in the worker's own path; then the same latents in each smaller mode."""
     from jobs import presets
     from models.tiny import shipped
-    from worker import components, device, errors, pipeline, settings
+    from worker import components, device, errors, pipeline, settings, stopwatch
 
     here = device.current(settings.WorkerSettings())
     look = presets.load("tiny").look.with_changes({"width": 320, "height": 320, "num_frames": 81})
@@ -231,7 +231,7 @@ def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
                     spec,
                     warm.model_for(look),
                     device=here,
-                    timings=pipeline.Timings(device=here),
+                    timings=stopwatch.Timings(here.synchronize),
                     reached=lambda *_: None,
                 )
 

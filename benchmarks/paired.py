@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import measuring, reference, scales
 from models import fusion, sampling
-from worker import components, device, pipeline, resident
+from worker import components, device, pipeline, resident, stopwatch
 from worker.settings import WorkerSettings
 
 
@@ -131,7 +131,7 @@ class Both:
 
     def _rendered_by_us(self) -> Tensor:
         spec = scales.spec(self.scale, next(self.our_prompts))
-        timings = pipeline.Timings(device=self.here)
+        timings = stopwatch.Timings(self.here.synchronize)
         latents = pipeline.make_latents(
             spec, self.ours, device=self.here, timings=timings, reached=_go_on
         )

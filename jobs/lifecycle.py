@@ -21,6 +21,7 @@ from jobs.schema import Attempt, Batch, Job, Owner
 MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
+SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
 STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
 
 
@@ -578,30 +579,46 @@ def _check_not_expired(session: Session, batch_id: str) -> None:
 def end_lost_attempts(
     session: Session, *, budgets: retries.Budgets, worker: str | None = None
 ) -> list[int]:
-    """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held."""
+    """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held.
+
+    Of those of a dead worker the newest one was on the device. One before it was only being
+    finished: it goes back at no cost, unless it is there for the third time.
+    """
     is_lost = Attempt.lease_until < database.now(session)
     if worker is not None:
         # What is rendered lies on the disk of its host, for the publisher to find.
         is_lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
     ended, ids = [], []
-    for attempt in _locked_attempts(session, is_lost):
+    lost = _locked_attempts(session, is_lost)
+    newest = max((attempt.id for attempt in lost), default=None)
+    for attempt in lost:
         silent = (database.now(session) - attempt.heartbeat_at).total_seconds()
         where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
         why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
-        kind = states.FailureKind.WORKER_LOST
-        failed = _fail(session, attempt.id, kind=kind, error=why, budgets=budgets)
-        if failed is not None:
-            ended.append(failed)
-            ids.append(attempt.id)
+        if worker is not None and attempt.id != newest and attempt.number <= SPARED_TRIES:
+            if release(session, attempt.id, reason=f"{why} with the next job"):
+                continue
         else:
-            _end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
+            kind = states.FailureKind.WORKER_LOST
+            failed = _fail(session, attempt.id, kind=kind, error=why, budgets=budgets)
+            if failed is not None:
+                ended.append(failed)
+                ids.append(attempt.id)
+                continue
+        _end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
     _suspect(session, ended)
     return ids
 
 
-def release_worker(session: Session, worker: str, *, reason: str) -> list[int]:
-    """Give back everything that a stopped worker still held, at no cost to the jobs."""
+def release_worker(
+    session: Session, worker: str, *, reason: str, keep: Sequence[int] = ()
+) -> list[int]:
+    """Give back everything that a stopped worker still held, at no cost to the jobs.
+
+    `keep` are attempts that it does work on.
+    """
     is_held = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
+    is_held &= Attempt.id.not_in(keep)
     held = _locked_attempts(session, is_held)
     return [attempt.id for attempt in held if release(session, attempt.id, reason=reason)]
 

@@ -207,7 +207,8 @@ def live_workers(session: Session) -> list[LiveWorker]:
         select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.name)
     ).all()
     held = session.scalars(
-        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING)
+        # The newest last: one before it may be in its last second, off the device.
+        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING).order_by(Attempt.id)
     ).all()
     by_worker = {attempt.worker: attempt for attempt in held}
     refused = workers.refusals(session)

@@ -19,7 +19,7 @@ from torch import distributed
 from jobs import errors as jobs_errors
 from jobs import lifecycle, presets, settings
 from models import sequence_parallel
-from worker import checks, errors, group, pipeline, rendering, runner, scratch
+from worker import checks, errors, group, rendering, runner, scratch, stopwatch
 from worker import settings as worker_settings_module
 
 PATIENCE = datetime.timedelta(hours=1)  # for one that reads its weights from a slow disk
@@ -118,15 +118,16 @@ def _make(renderer: rendering.Renderer, claim: lifecycle.Claim, video: Path) -> 
         )
         if group.are_many():
             # Out of memory, the others cannot step down with it: they are amidst the same step.
-            renderer.render(claim, folder, _Unwatched())
+            left = renderer.render(claim, folder, _Unwatched())
         else:
-            runner.render(renderer, claim, folder, _Unwatched())
+            left = runner.render(renderer, claim, folder, _Unwatched())
+        left()
         folder.sidecar.replace(video.with_suffix(".json"))
         folder.video.replace(video)
 
 
 def _follow(renderer: rendering.Renderer) -> None:
-    timings = pipeline.Timings(device=renderer.device)
+    timings = stopwatch.Timings(renderer.device.synchronize)
     while (work := _told_by_first()) is not None:
         with renderer.device.faults():
             _with_image(renderer, work.image).make_latents(work.spec, timings, _Unwatched().reached)

@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -128,13 +128,18 @@ class Components:
             self._lower_modes[look.id] = lower
         return lower
 
-    def weight_hashes(self, model: ResidentModel) -> dict[str, str] | None:
+    def hashing(self, model: ResidentModel) -> "Future[dict[str, str]]":
+        """Of its weights, under way or done; begun anew where they could not be read before."""
+        if model.hashes.done() and model.hashes.exception() is not None:
+            model.hashes = self._hasher.submit(self._hash, model.files)
+        return model.hashes
+
+    def weight_hashes(self, hashing: "Future[dict[str, str]]") -> dict[str, str] | None:
         """SHA-256 per weight file; waits until they are known. None: they could not be read."""
         try:
-            return model.hashes.result()
+            return hashing.result()
         except OSError as error:
             log.warning("weight_hashes.unknown", error=str(error))
-            model.hashes = self._hasher.submit(self._hash, model.files)  # for the next video
             return None
 
     def lora_hashes(self, look: presets.Look, model: ResidentModel) -> dict[str, str] | None:

@@ -21,7 +21,7 @@ REPORT_SECONDS = 0.5  # between two reports of progress; decode chunks can come 
 STALLED = 70  # exit status, for the logs
 
 
-def _end_process() -> None:
+def end_process() -> None:
     """A device that hangs would hold this process for ever; its parent starts a fresh one."""
     faulthandler.dump_traceback()
     os._exit(STALLED)
@@ -48,7 +48,7 @@ class Heartbeat:
         *,
         lease_seconds: float,
         worker_settings: WorkerSettings,
-        on_stall: Callable[[], None] = _end_process,
+        on_stall: Callable[[], None] = end_process,
     ) -> None:
         self._db = db
         self._attempt_id = attempt_id

@@ -1,17 +1,14 @@
 """RenderSpec -> frames, in pure order: text, noise, steps, decoding. No database, no broker."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from jobs import presets
 from models import sampling
-from worker import errors, resident, tracing
+from worker import errors, resident, stopwatch
 from worker.device import Device
 
 # B batch (1), C channels, T frames, H height, W width
@@ -20,36 +17,21 @@ Reached = Callable[[str, int, int], None]
 """(stage, step, steps): called between steps; what it raises ends the render."""
 
 
-@dataclass
-class Timings:
-    """Seconds per stage of one job, with the device's work included."""
-
-    device: Device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        with tracing.stage(name):
-            try:
-                yield
-            finally:
-                self.device.synchronize()
-                spent = time.perf_counter() - began
-                self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
-
-
 @torch.inference_mode()
 def make_latents(
     spec: presets.RenderSpec,
     model: resident.ResidentModel,
     *,
     device: Device,
-    timings: Timings,
+    timings: stopwatch.Timings,
     reached: Reached,
-    image_HWC: Tensor | None = None,
+    image: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Encode prompt and image and denoise: clean latents_BCTHW in fp32."""
+    """Encode prompt and image and denoise: clean latents_BCTHW in fp32.
+
+    `image` gives image_HWC when the text is encoded: it may be on its way until then. Not called
+    where the model knows its condition.
+    """
     look = spec.look
     try:
         levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
@@ -64,6 +46,10 @@ def make_latents(
     condition = None
     if spec.image_key is not None:
         reached("image", 0, 1)
+        image_HWC = None
+        if image is not None and not model.knows_image(spec.image_key, look):
+            with timings.stage("load"):
+                image_HWC = image()
         with timings.stage("image"):
             condition = model.condition(spec.image_key, image_HWC, look)
     noise_BCTHW, generator = sampling.initial_noise(spec.seed, shape, device.torch_device)
@@ -91,7 +77,7 @@ def decode(
     latents_BCTHW: Tensor,
     model: resident.ResidentModel,
     *,
-    timings: Timings,
+    timings: stopwatch.Timings,
     reached: Reached,
 ) -> Iterator[Tensor]:
     """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded."""

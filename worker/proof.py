@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jobs import presets
 from models.tiny import make
-from worker import components, device, errors, pipeline
+from worker import components, device, errors, pipeline, stopwatch
 
 # M, N rows and columns
 
@@ -70,7 +70,7 @@ def _render(
 ) -> list[tuple[Tensor, Tensor]]:
     """latents_BCTHW in fp32 and frames_THWC, on the processor."""
     model = components.Components(models_dir=folder, home=folder, device=here).model_for(spec.look)
-    timings = pipeline.Timings(device=here)
+    timings = stopwatch.Timings(here.synchronize)
     rendered = []
     for _ in range(times):
         latents_BCTHW = pipeline.make_latents(

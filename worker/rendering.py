@@ -1,8 +1,9 @@
 """A claimed job -> a finished folder, with the networks on this process's device."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from jobs import images, lifecycle, presets, reports, settings, storage
 from models import fusion, sequence_parallel
 from worker import (
+    behind,
     checks,
     components,
     credentials,
@@ -25,6 +27,7 @@ from worker import (
     resident,
     scratch,
     sidecar,
+    stopwatch,
     video,
     wanted,
 )
@@ -47,6 +50,9 @@ class Renderer:
     compiler: fusion.Compiler | None = None
     safety: checks.Checks = field(default_factory=checks.Checks)
     credentials: "credentials.Credentials | None" = None
+    fetcher: futures.ThreadPoolExecutor = field(
+        default_factory=lambda: futures.ThreadPoolExecutor(1, thread_name_prefix="fetcher")
+    )
 
     def render(
         self,
@@ -55,35 +61,90 @@ class Renderer:
         heart: heartbeat.Progress,
         *,
         ran_out: str | None = None,
-    ) -> None:
-        """Leave a finished video in the folder. DeviceOutOfMemory: step down, then try again."""
-        timings = pipeline.Timings(device=self.device)
-        with self.device.faults():
+    ) -> Callable[[], None]:
+        """All that the device does. What is left leaves a finished video in the folder.
+
+        DeviceOutOfMemory: step down, then try again.
+        """
+        timings = stopwatch.Timings(self.device.synchronize)
+        with self.device.faults(), ExitStack() as parts:
             folder.make()
             self.device.reset_peak_memory()
             model, latents_BCTHW = self.make_latents(claim.spec, timings, heart.reached)
-            info = self._make_mp4(claim, folder, latents_BCTHW, model, timings, heart)
-            latents_sha256 = pipeline.latents_sha256(latents_BCTHW)
-            while not model.hashes.done():
-                # Of the weights: minutes the first time, and no stall of ours.
-                heart.reached("hash", 0, 1)
-                futures.wait([model.hashes], timeout=HASH_LOOK_SECONDS)
-            rendering = sidecar.Rendering(
-                video=info,
-                seconds=timings.seconds,
-                worker=self.worker_settings.worker_name,
+            encoder = parts.enter_context(self._encoder(claim, folder))
+            for frames_THWC in pipeline.decode(
+                latents_BCTHW, model, timings=timings, reached=heart.reached
+            ):
+                encoder.take(frames_THWC)
+            # Nothing of the device, nor of a model that the next job may replace, is kept.
+            left = Unfinished(
+                claim=claim,
+                folder=folder,
+                heart=heart,
+                timings=timings,
+                clean_latents=latents_BCTHW.float().cpu(),
                 memory=wanted.told(model.key.mode),
                 ran_out=ran_out,
                 peak_memory_bytes=self.device.peak_memory_bytes(),
                 device=self._description(),
-                latents_sha256=latents_sha256,
-                weights_sha256=self.components.weight_hashes(model),
+                hashing=self.components.hashing(model),
                 loras_sha256=self.components.lora_hashes(claim.spec.look, model),
             )
-            folder.finish(sidecar.of(claim, folder, rendering))
+            return functools.partial(self._finish, left, encoder, parts.pop_all())
+
+    def _finish(self, left: "Unfinished", encoder: "Encoder", parts: ExitStack) -> None:
+        """What needs no device: in a thread, while the next job is rendered."""
+        with parts:
+            left.heart.reached("mux", 0, 1)
+            with left.timings.stage("mux"):
+                info = encoder.finish(self.credentials)
+        latents_sha256 = pipeline.latents_sha256(left.clean_latents)
+        while not left.hashing.done():
+            # Of the weights: minutes the first time, and no stall of ours.
+            left.heart.reached("hash", 0, 1)
+            futures.wait([left.hashing], timeout=HASH_LOOK_SECONDS)
+        rendering = sidecar.Rendering(
+            video=info,
+            timings=left.timings,
+            worker=self.worker_settings.worker_name,
+            memory=left.memory,
+            ran_out=left.ran_out,
+            peak_memory_bytes=left.peak_memory_bytes,
+            device=left.device,
+            latents_sha256=latents_sha256,
+            weights_sha256=self.components.weight_hashes(left.hashing),
+            loras_sha256=left.loras_sha256,
+        )
+        left.folder.finish(sidecar.of(left.claim, left.folder, rendering))
+
+    @contextmanager
+    def _encoder(
+        self, claim: lifecycle.Claim, folder: scratch.AttemptFolder
+    ) -> Iterator["Encoder"]:
+        look, origin = claim.spec.look, provenance.Origin.of(claim)
+        with (
+            # Outermost: when ffmpeg has been killed, no write waits for it any more.
+            behind.Behind("frames") as beside,
+            video.Mp4Writer(
+                folder.video,
+                width=look.width,
+                height=look.height,
+                fps=look.fps,
+                worker_settings=self.worker_settings,
+                comment=origin.comment,
+            ) as writer,
+        ):
+            yield Encoder(
+                folder=folder,
+                look=look,
+                origin=origin,
+                check=self.safety.of_frames(claim),
+                writer=writer,
+                beside=beside,
+            )
 
     def make_latents(
-        self, spec: presets.RenderSpec, timings: pipeline.Timings, reached: pipeline.Reached
+        self, spec: presets.RenderSpec, timings: stopwatch.Timings, reached: pipeline.Reached
     ) -> tuple[resident.ResidentModel, Tensor]:
         """The model, loaded if need be, and the video's clean latents.
 
@@ -93,14 +154,13 @@ class Renderer:
         with timings.stage("load"):
             model = self.components.model_for(spec.look)
             model.share(self.tokens)
-            image_HWC = self._image(spec, model)
         return model, pipeline.make_latents(
             spec,
             model,
             device=self.device,
             timings=timings,
             reached=reached,
-            image_HWC=image_HWC,
+            image=self._image(spec, model),
         )
 
     def step_down(self, look: presets.Look) -> str | None:
@@ -117,55 +177,73 @@ class Renderer:
             facts["devices_per_video"] = self.tokens.num_processes
         return facts
 
-    def _image(self, spec: presets.RenderSpec, model: resident.ResidentModel) -> Tensor | None:
-        """The first frame as it was submitted, unless its condition is at hand."""
+    def _image(
+        self, spec: presets.RenderSpec, model: resident.ResidentModel
+    ) -> Callable[[], Tensor] | None:
+        """The first frame as it was submitted, fetched while the text is encoded."""
         if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
             return None
+        return self.fetcher.submit(self._fetched, spec.image_key).result
+
+    def _fetched(self, key: str) -> Tensor:
         try:
-            image = images.decode_rgb(self.read_image(spec.image_key))
+            image = images.decode_rgb(self.read_image(key))
         except images.ImageError as error:
-            raise errors.ImageLost(f"{spec.image_key} in the results store: {error}") from error
+            raise errors.ImageLost(f"{key} in the results store: {error}") from error
         return torch.from_numpy(np.array(image))
 
-    def _make_mp4(
-        self,
-        claim: lifecycle.Claim,
-        folder: scratch.AttemptFolder,
-        latents_BCTHW: Tensor,
-        model: resident.ResidentModel,
-        timings: pipeline.Timings,
-        heart: heartbeat.Progress,
-    ) -> video.VideoInfo:
-        """Decoded chunks go straight into ffmpeg: the mp4 is ready when the last one is."""
-        look, origin = claim.spec.look, provenance.Origin.of(claim)
-        check = self.safety.of_frames(claim)
-        with video.Mp4Writer(
-            folder.video,
-            width=look.width,
-            height=look.height,
-            fps=look.fps,
-            worker_settings=self.worker_settings,
-            comment=origin.comment,
-        ) as writer:
-            for frames_THWC in pipeline.decode(
-                latents_BCTHW, model, timings=timings, reached=heart.reached
-            ):
-                check.look_at(frames_THWC)
-                writer.write(frames_THWC)
-            heart.reached("mux", 0, 1)
-            with timings.stage("mux"):
-                writer.finish()
-                with scratch.disk_errors():
-                    provenance.mark(folder.video, origin)
-                    if self.credentials is not None:
-                        self.credentials.sign(folder.video, origin)
-                return video.check(
-                    folder.video,
-                    width=look.width,
-                    height=look.height,
-                    num_frames=look.num_frames,
-                    fps=look.fps,
-                )
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A render whose frames are on their way into the mp4, and what its sidecar will tell."""
+
+    claim: lifecycle.Claim
+    folder: scratch.AttemptFolder
+    heart: heartbeat.Progress
+    timings: stopwatch.Timings
+    clean_latents: Tensor
+    """BCTHW in fp32, on the host."""
+    memory: str
+    ran_out: str | None
+    peak_memory_bytes: int | None
+    device: dict[str, Any]
+    hashing: "futures.Future[dict[str, str]]"
+    """Of the weights."""
+    loras_sha256: dict[str, str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Frames go straight into ffmpeg, in a thread: the device decodes the next ones meanwhile."""
+
+    folder: scratch.AttemptFolder
+    look: presets.Look
+    origin: provenance.Origin
+    check: checks.FrameCheck
+    writer: video.Mp4Writer
+    beside: behind.Behind
+
+    def take(self, frames_THWC: Tensor) -> None:
+        """Returns at once. Raises what went wrong with earlier frames."""
+        self.beside.check()
+        self.beside.do(functools.partial(self._look_and_write, frames_THWC))
+
+    def _look_and_write(self, frames_THWC: Tensor) -> None:
+        self.check.look_at(frames_THWC)
+        self.writer.write(frames_THWC)
+
+    def finish(self, signs: "credentials.Credentials | None") -> video.VideoInfo:
+        """A whole, marked and checked mp4."""
+        self.beside.wait()
+        self.writer.finish()
+        look, path = self.look, self.folder.video
+        with scratch.disk_errors():
+            provenance.mark(path, self.origin)
+            if signs is not None:
+                signs.sign(path, self.origin)
+        return video.check(
+            path, width=look.width, height=look.height, num_frames=look.num_frames, fps=look.fps
+        )
 
 
 def make(
@@ -174,30 +252,31 @@ def make(
     """Touches the device for the first time."""
     here = device.current(worker_settings)
     compiler = kernels.set_up(worker_settings, here, cache=config.home / "kernels")
+    # Opened once: a client of S3 takes 0.1 s to make.
+    store = functools.cache(functools.partial(storage.open_store, config))
     return Renderer(
         worker_settings=worker_settings,
         device=here,
         components=components.Components(
             models_dir=config.models_dir, home=config.home, device=here
         ),
-        read_image=functools.partial(read_stored, config),
+        read_image=functools.partial(read_stored, store),
         compiler=compiler,
         safety=asked,
         credentials=credentials.load(worker_settings),
     )
 
 
-def read_stored(config: settings.Settings, key: str) -> bytes:
+def read_stored(store: Callable[[], storage.ObjectStore], key: str) -> bytes:
     """From the results store. ImageLost, or StoreUnavailable where the store is to blame."""
-    store = storage.open_store(config)
     try:
         try:
-            return store.read_bytes(key)
+            return store().read_bytes(key)
         except storage.ObjectMissing as error:
-            store.check()
-            if next(iter(store.list()), None) is None:
+            store().check()
+            if next(iter(store().list()), None) is None:
                 # Else a disk that is not mounted would end every job for good.
-                empty = f"{error}; {store.url} holds nothing at all"
+                empty = f"{error}; {store().url} holds nothing at all"
                 raise errors.StoreUnavailable(empty) from error
             raise errors.ImageLost(str(error)) from error
     except storage.StorageError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,12 +22,16 @@ from jobs import (
     states,
     workers,
 )
-from worker import checks, errors, finished, heartbeat, scratch, tracing
+from worker import behind, checks, errors, finished, heartbeat, scratch, tracing
 from worker import settings as worker_settings_module
 
 log = structlog.get_logger()
 
 DEVICE_LOST = 71  # exit status, for the logs
+LAST_TAIL_SECONDS = 60.0  # for the finished frames of one job when the device fails the next
+
+Left = Callable[[], None]
+"""What is left of a render when the device is free; to be called once, in any thread."""
 
 
 class Renderer(Protocol):
@@ -39,8 +44,11 @@ class Renderer(Protocol):
         heart: heartbeat.Progress,
         *,
         ran_out: str | None = None,
-    ) -> None:
-        """Leave a finished video in the folder. DeviceOutOfMemory: step down, then try again."""
+    ) -> Left:
+        """All that the device does. What is left leaves a finished video in the folder.
+
+        DeviceOutOfMemory: step down, then try again.
+        """
 
     def step_down(self, look: presets.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
@@ -54,6 +62,8 @@ class Tally:
     """What this process has done since it began."""
 
     renders: int = 0
+    held: set[int] = field(default_factory=set)
+    """Attempts that it works on: one on the device, and the tail of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +77,14 @@ class Runner:
     renderer: Renderer
     safety: checks.Checks = field(default_factory=checks.Checks)
     tally: Tally = field(default_factory=Tally)
+    tail: behind.Behind = field(default_factory=lambda: behind.Behind("tail"))
+    """The end of one job, beside the beginning of the next."""
 
     def run_attempt(self, job_id: int) -> None:
-        """Render this job if it may still start. Every way it ends is written to its row."""
+        """Render this job if it may still start. Every way it ends is written to its row.
+
+        Returns when the device is free: the mp4 is finished and handed over by the tail.
+        """
         try:
             if self._lacks_room():
                 return
@@ -81,12 +96,29 @@ class Runner:
             return
         log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
         self.tally.renders += 1
+        self.tally.held.add(claim.attempt_id)
         folder = scratch.AttemptFolder(
             root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
         )
+        with contextlib.ExitStack() as parts:
+            parts.enter_context(self._ending(claim, folder))
+            heart = parts.enter_context(self._heart(claim))
+            with self._traced("attempt", claim):
+                left = self._render(claim, folder, heart)
+            rest = parts.pop_all()
+            self.tail.do(lambda: self._finish(claim, left, rest))
+        # A host that cannot keep up holds up its device: one tail beside the next job, not many.
+        self.tail.wait(leave=1)
+
+    def _finish(self, claim: lifecycle.Claim, left: Left, rest: contextlib.ExitStack) -> None:
+        with rest, self._traced("finish", claim):
+            left()
+
+    @contextlib.contextmanager
+    def _ending(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> Iterator[None]:
+        """However it ends, in whichever thread."""
         try:
-            with self._traced(claim):
-                self._render(claim, folder)
+            yield
         except errors.AttemptEnded as ended:
             folder.remove()
             self._end(claim, ended)
@@ -99,12 +131,42 @@ class Runner:
         else:
             self._hand_over(claim, folder)
         finally:
+            self.tally.held.discard(claim.attempt_id)
             self._report()
             self.bell.kick()
 
-    def _traced(self, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
+    def _heart(self, claim: lifecycle.Claim) -> heartbeat.Heartbeat:
+        return heartbeat.Heartbeat(
+            self.db,
+            claim.attempt_id,
+            lease_seconds=self.config.lease_seconds,
+            worker_settings=self.worker_settings,
+            on_stall=lambda: self._stalled(claim),
+        )
+
+    def _stalled(self, claim: lifecycle.Claim) -> None:
+        """Said before this process ends, or the blame would be the newest attempt's."""
+        seconds = self.worker_settings.stall_seconds
+        try:
+            self.db.write(
+                lifecycle.fail,
+                claim.attempt_id,
+                kind=states.FailureKind.WORKER_LOST,
+                error=f"no progress for {seconds:.0f} s: its process was ended",
+                budgets=dispatch.budgets(self.config),
+            )
+            self.db.write(
+                lifecycle.release_worker,
+                self.worker_settings.worker_name,
+                reason=f"its process was ended, because job {claim.job_id} beside it stood still",
+            )
+        except DBAPIError as unreachable:
+            log.warning("attempt.not_told", error=str(unreachable)[:300])
+        heartbeat.end_process()
+
+    def _traced(self, name: str, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
         return tracing.job(
-            "attempt",
+            name,
             batch_id=claim.batch_id,
             job_id=claim.job_id,
             attempt=claim.number,
@@ -121,11 +183,12 @@ class Runner:
         )
         if claim is None:
             # Perhaps by ourselves, a moment ago, on a connection that broke before we heard of
-            # it. We render nothing now: whatever runs under our name is forgotten.
+            # it. We render nothing now: what runs under our name unknown to us is forgotten.
             released = self.db.write(
                 lifecycle.release_worker,
                 self.worker_settings.worker_name,
                 reason="its worker did not hear that it had claimed the job",
+                keep=tuple(self.tally.held),
             )
             log.info("claim.refused", job_id=job_id, released=released)
         return claim
@@ -139,16 +202,11 @@ class Runner:
         self._refuse(workers.ALL_QUEUES, states.FailureKind.DISK, reason)
         return True
 
-    def _render(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
-        heart = heartbeat.Heartbeat(
-            self.db,
-            claim.attempt_id,
-            lease_seconds=self.config.lease_seconds,
-            worker_settings=self.worker_settings,
-        )
-        with heart:
-            self.safety.look_at_prompt(claim)
-            render(self.renderer, claim, folder, heart)
+    def _render(
+        self, claim: lifecycle.Claim, folder: scratch.AttemptFolder, heart: heartbeat.Heartbeat
+    ) -> Left:
+        self.safety.look_at_prompt(claim)
+        return render(self.renderer, claim, folder, heart)
 
     def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
         """Leave the finished video to this host's publisher; the device is free from here on."""
@@ -232,8 +290,11 @@ class Runner:
         if kind is states.FailureKind.DEVICE:
             # This process can no longer use its device; its parent starts a fresh one.
             self.bell.kick()
-            tracing.end()
-            os._exit(DEVICE_LOST)
+            try:
+                self.tail.wait(seconds=LAST_TAIL_SECONDS)
+            finally:
+                tracing.end()
+                os._exit(DEVICE_LOST)
 
 
 def render(
@@ -241,14 +302,13 @@ def render(
     claim: lifecycle.Claim,
     folder: scratch.AttemptFolder,
     heart: heartbeat.Progress,
-) -> None:
-    """Leave a finished video in the folder; out of memory, try once more with less on the device.
+) -> Left:
+    """All that the device does; out of memory, it is tried once more with less on the device.
 
     DeviceOutOfMemory: there is no less, or it did not help.
     """
     try:
-        renderer.render(claim, folder, heart)
-        return
+        return renderer.render(claim, folder, heart)
     except errors.DeviceOutOfMemory as error:
         ran_out = str(error)
     # Outside of the handler: the exception holds on to every tensor of the failed try.
@@ -256,7 +316,7 @@ def render(
     if lower is None:
         raise errors.DeviceOutOfMemory(f"{ran_out}; there is no smaller memory mode")
     log.warning("memory.stepped_down", job_id=claim.job_id, mode=lower, error=ran_out)
-    renderer.render(claim, folder, heart, ran_out=ran_out)
+    return renderer.render(claim, folder, heart, ran_out=ran_out)
 
 
 def make() -> Runner:

@@ -63,6 +63,12 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_SIM_STEP_SECONDS"),
         description="A denoising step on a simulated device; other stages keep their proportion.",
     )
+    sim_encodes: bool = Field(
+        False,
+        validation_alias=AliasChoices("RUSHES_SIM_ENCODES"),
+        description="Encode and check each video of a simulated device, as those of a real one are;"
+        " otherwise one test card per size serves all.",
+    )
     sim_bad_devices: Path | None = Field(
         None,
         validation_alias=AliasChoices("RUSHES_SIM_BAD_DEVICES"),

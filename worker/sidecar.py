@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import lifecycle
-from worker import scratch
+from worker import scratch, stopwatch
 from worker.video import VideoInfo
 
 
@@ -14,7 +14,7 @@ class Rendering:
     """What a finished render leaves to tell, beside the job itself."""
 
     video: VideoInfo
-    seconds: dict[str, float]
+    timings: stopwatch.Timings
     worker: str
     memory: str
     """How the weights were placed."""
@@ -62,6 +62,7 @@ def of(
         "rushes": importlib.metadata.version("rushes"),
         **rendering.device,
         "worker": rendering.worker,
-        "seconds": rendering.seconds,
+        "seconds": rendering.timings.seconds,
+        **rendering.timings.on_device(),
         "peak_memory_bytes": rendering.peak_memory_bytes,
     }

@@ -14,12 +14,13 @@ import struct
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs import lifecycle, presets, queues, reports
-from worker import errors, heartbeat, host_memory, provenance, scratch, sidecar, video
+from worker import errors, heartbeat, host_memory, provenance, scratch, sidecar, stopwatch, video
 from worker.settings import WorkerSettings
 
 FAULT = "simulate"
@@ -38,7 +39,6 @@ class SimulatedRenderer:
     worker_settings: WorkerSettings
     _loaded: str | None = None
     _loads: int = 0
-    _seconds: dict[str, float] = field(default_factory=dict)
 
     def render(
         self,
@@ -47,40 +47,51 @@ class SimulatedRenderer:
         heart: heartbeat.Progress,
         *,
         ran_out: str | None = None,
-    ) -> None:
-        """Leave a video in the folder: a test card of the look's size, equal for equal seeds."""
+    ) -> Callable[[], None]:
+        """What is left leaves a test card in the folder: of the look's size, the seed's own."""
         look = claim.spec.look
         if not queues.is_simulated(look.model_path):
             raise errors.WeightsAbsent(
                 f"this worker only simulates; {look.model_path} needs a real device"
             )
-        self._seconds = {}
+        timings = stopwatch.Timings()
         folder.make()
         heart.reached("load", 0, 1)
         if self._loaded != look.weights:
-            self._take("load", LOAD_STEPS)
+            self._take(timings, "load", LOAD_STEPS)
             self._loaded = look.weights
             self._loads += 1
         heart.reached("text", 0, 1)
-        self._take("text", TEXT_STEPS)
+        self._take(timings, "text", TEXT_STEPS)
         steps = len(look.denoising_step_list)
         for step in range(steps):
             heart.reached("denoise", step, steps)
-            self._take("denoise", 1.0)
+            self._take(timings, "denoise", 1.0)
             if step == 0:
                 _go_wrong((claim.meta or {}).get(FAULT), ran_out)
                 _go_wrong(_fault_of_device(self.worker_settings), ran_out)
         heart.reached("decode", 0, 1)
-        self._take("decode", DECODE_STEPS)
+        self._take(timings, "decode", DECODE_STEPS)
+        return functools.partial(self._finish, claim, folder, heart, timings, ran_out)
+
+    def _finish(
+        self,
+        claim: lifecycle.Claim,
+        folder: scratch.AttemptFolder,
+        heart: heartbeat.Progress,
+        timings: stopwatch.Timings,
+        ran_out: str | None,
+    ) -> None:
         heart.reached("mux", 0, 1)
-        info, card = _card(look.width, look.height, look.num_frames, look.fps)
+        with timings.stage("mux"):
+            info, card = self._card(claim.spec.look)
         origin = provenance.Origin.of(claim, source_type=provenance.ALGORITHMIC)
         with scratch.disk_errors():
             folder.video.write_bytes(card + _mark(claim.spec))
             provenance.mark(folder.video, origin)
         rendering = sidecar.Rendering(
             video=info,
-            seconds=self._seconds,
+            timings=timings,
             worker=self.worker_settings.worker_name,
             memory="simulated",
             ran_out=ran_out,
@@ -102,10 +113,15 @@ class SimulatedRenderer:
             host_used_bytes=host_memory.process_bytes(),
         )
 
-    def _take(self, stage: str, steps: float) -> None:
-        seconds = steps * self.worker_settings.sim_step_seconds
-        time.sleep(seconds)
-        self._seconds[stage] = round(self._seconds.get(stage, 0.0) + seconds, 4)
+    def _card(self, look: presets.Look) -> tuple[video.VideoInfo, bytes]:
+        size = (look.width, look.height, look.num_frames, look.fps)
+        if self.worker_settings.sim_encodes:
+            return _encode_card(*size, video.x264_options(self.worker_settings))
+        return _card(*size)
+
+    def _take(self, timings: stopwatch.Timings, stage: str, steps: float) -> None:
+        with timings.stage(stage):
+            time.sleep(steps * self.worker_settings.sim_step_seconds)
 
 
 def prove(worker_settings: WorkerSettings) -> dict[str, Any]:
@@ -142,13 +158,19 @@ def _go_wrong(fault: str | None, ran_out: str | None) -> None:
 @functools.lru_cache(maxsize=8)
 def _card(width: int, height: int, num_frames: int, fps: int) -> tuple[video.VideoInfo, bytes]:
     """A test card as mp4, encoded once per size."""
+    return _encode_card(width, height, num_frames, fps, ("-preset", "ultrafast"))
+
+
+def _encode_card(
+    width: int, height: int, num_frames: int, fps: int, options: Sequence[str]
+) -> tuple[video.VideoInfo, bytes]:
     source = f"testsrc=size={width}x{height}:rate={fps}"
     with tempfile.TemporaryDirectory(prefix="rushes-card-") as folder:
         path = Path(folder) / "card.mp4"
         command = [
             video.ffmpeg(),
             *("-hide_banner", "-loglevel", "error", "-f", "lavfi", "-i", source),
-            *("-frames:v", str(num_frames), "-c:v", "libx264", "-preset", "ultrafast"),
+            *("-frames:v", str(num_frames), "-c:v", "libx264", *options),
             *("-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)),
         ]
         try:

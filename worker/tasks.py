@@ -76,4 +76,8 @@ def _begin(**_: object) -> None:
 @signals.worker_process_shutdown.connect
 def _end(**_: object) -> None:
     """Celery's children leave by `os._exit`, without the exit handlers of their libraries."""
-    tracing.end()
+    try:
+        if runner.cache_info().currsize:
+            runner().tail.wait()
+    finally:
+        tracing.end()

@@ -457,6 +457,39 @@ def test_a_draining_worker_gives_everything_back(world: World) -> None:
     world.check()
 
 
+def test_a_dead_worker_is_charged_for_what_was_on_its_device_alone(world: World) -> None:
+    """The job before it was only being finished, and cannot have ended the process."""
+    first, second = world.job_ids(world.submit([{"prompt": "a"}, {"prompt": "b"}]))
+    finishing, rendering = world.claimed(first), world.claimed(second)
+    assert world.end_lost(worker="gpu0@here") == [rendering]
+    states_then = (world.attempt(finishing).state, world.attempt(rendering).state)
+    assert states_then == (AttemptState.RELEASED, AttemptState.LOST)
+    assert (world.job(first).state, world.job(first).crash_count) == (JobState.QUEUED, 0)
+    assert world.job(second).crash_count == 1
+    world.check()
+
+
+def test_a_job_in_whose_tail_workers_die_again_and_again_is_charged(world: World) -> None:
+    """Else one that ends its workers there would do so for ever."""
+    first, *others = world.job_ids(world.submit([{"prompt": str(i)} for i in range(4)]))
+    for other in others:
+        finishing = world.claimed(first)
+        world.claimed(other)
+        world.end_lost(worker="gpu0@here")
+    assert world.attempt(finishing).state is AttemptState.LOST
+    assert world.job(first).crash_count == 1
+
+
+def test_a_worker_keeps_what_it_says_it_works_on(world: World) -> None:
+    first, second = world.job_ids(world.submit([{"prompt": "a"}, {"prompt": "b"}]))
+    kept, unknown = world.claimed(first), world.claimed(second)
+    released = world.db.write(
+        lifecycle.release_worker, "gpu0@here", reason="unheard of", keep=[kept]
+    )
+    assert released == [unknown]
+    assert world.attempt(kept).state is AttemptState.RUNNING
+
+
 def test_a_worker_with_a_wrong_clock_changes_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

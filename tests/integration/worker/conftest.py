@@ -59,11 +59,22 @@ class Prepared:
     def step_down(self, _look: presets.Look) -> None:
         return None
 
-    def weight_hashes(self, _model: resident.ResidentModel) -> dict[str, str]:
+    def hashing(self, model: resident.ResidentModel) -> Any:
+        return model.hashes
+
+    def weight_hashes(self, _hashing: object) -> dict[str, str]:
         return self.hashes()
 
     def lora_hashes(self, _look: presets.Look, _model: object) -> dict[str, str]:
         return {}
+
+
+class ToTheEnd(runner.Runner):
+    """Returns when nothing is left to do, where the real one lets the next job begin."""
+
+    def run_attempt(self, job_id: int) -> None:
+        super().run_attempt(job_id)
+        self.tail.wait()
 
 
 @dataclass
@@ -127,7 +138,7 @@ class Host:
 
     def runner(self, networks: Any = None, **changes: Any) -> runner.Runner:
         """With the warm networks, or with a stand-in for them."""
-        made = runner.Runner(
+        made = ToTheEnd(
             config=self.config,
             worker_settings=self.worker_settings,
             db=self.db,
@@ -137,7 +148,8 @@ class Host:
                 device=self.warm.device,
                 components=networks or self.warm,
                 read_image=functools.partial(
-                    rendering.read_stored, changes.get("config", self.config)
+                    rendering.read_stored,
+                    functools.partial(storage.open_store, changes.get("config", self.config)),
                 ),
             ),
         )

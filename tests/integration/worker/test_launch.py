@@ -397,10 +397,10 @@ def test_after_a_good_self_test_a_fresh_process_renders(
         assert workers.refusals(session) == []
 
 
-@pytest.fixture
-def real_launcher(host, until):
+@contextlib.contextmanager
+def launched(host, until, devices):
     """`rushes worker` itself, with Celery."""
-    command = [sys.executable, "-m", "jobs", "worker", "--devices", "cpu"]
+    command = [sys.executable, "-m", "jobs", "worker", "--devices", devices]
     command = [*servers.tied_to_parent(), *command]
     with (host.config.home / "worker.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -416,6 +416,29 @@ def real_launcher(host, until):
             if one.pid and psutil.pid_exists(one.pid):
                 one.kill()
         process.wait()
+
+
+@pytest.fixture
+def real_launcher(host, until):
+    with launched(host, until, "cpu") as started:
+        yield started
+
+
+def test_a_stop_lets_the_tail_of_a_job_end(host, until, monkeypatch):
+    """Celery has long heard that the task is over, and would end the process at once."""
+    monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "0.01")
+    monkeypatch.setenv("RUSHES_SIM_ENCODES", "true")
+    monkeypatch.setenv("RUSHES_X264_PRESET", "veryslow")  # seconds of tail
+    large = {"target_width": 832, "target_height": 480, "target_video_length": 33}
+    (job,) = host.submit(model_path="simulated", **large)
+    with launched(host, until, "sim:1") as (process, _):
+        host.bell.send_renders(job.queue, [job.id])
+        (attempt,) = until(lambda: [a for a in host.attempts(job.id) if a.stage == "mux"])
+        assert attempt.state is states.AttemptState.RUNNING
+        process.terminate()
+        process.wait(60)
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state in (states.AttemptState.RENDERED, states.AttemptState.SUCCEEDED)
 
 
 def consumed(host):

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
-from datetime import timedelta
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 
 import pytest
 import safetensors.torch
@@ -23,7 +25,7 @@ from jobs import (
 )
 from jobs.schema import Job, Refusal, Worker
 from tests.integration.worker.conftest import WORKER
-from worker import components, errors, finished, resident, runner, scratch, video, wanted
+from worker import components, errors, finished, heartbeat, resident, runner, scratch, video, wanted
 
 
 class Raising(torch.nn.Module):
@@ -99,9 +101,12 @@ def test_the_sidecar_tells_everything_that_made_the_video(host):
     assert told["video"]["sha256"] == scratch.sha256(folder.video)
     assert told["video"]["bytes"] == folder.video.stat().st_size
     look = presets.load(str(host.preset)).look
-    assert told["weights_sha256"] == host.warm.weight_hashes(host.warm.model_for(look))
+    assert told["weights_sha256"] == host.warm.weight_hashes(host.warm.model_for(look).hashes)
     assert len(told["latents_sha256"]) == 64
     assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
+    spans = [datetime.fromisoformat(told[f"device_{end}_at"]) for end in ("began", "ended")]
+    on_device = sum(told["seconds"][stage] for stage in ("text", "denoise", "decode"))
+    assert (spans[1] - spans[0]).total_seconds() >= on_device - 0.001  # rounding
     look = {"model_path", "width", "height", "num_frames", "fps", "step_rule", "sample_shift"}
     ours = {"batch_id", "job_id", "attempt_id", "attempt", "custom_id", "metadata"}
     machine = {"rushes", "torch", "device", "dtype", "worker", "peak_memory_bytes"}
@@ -536,6 +541,118 @@ def test_unknown_hashes_of_weights_cost_no_video(host):
     host.runner(type(networks)(networks.model, lambda: None)).run_attempt(job.id)
     (folder,) = leftovers(host)
     assert json.loads(folder.sidecar.read_text())["weights_sha256"] is None
+
+
+@pytest.fixture
+def tail(monkeypatch):
+    """Holds up the end of each video until it is set."""
+    may_end, real = threading.Event(), video.check
+
+    def check(*given, **named):
+        assert may_end.wait(30)
+        return real(*given, **named)
+
+    monkeypatch.setattr(video, "check", check)
+    yield may_end
+    may_end.set()
+
+
+def state_of(host, job):
+    return host.attempts(job.id)[-1].state
+
+
+def test_a_job_begins_on_the_device_while_the_one_before_is_finished(host, tail, first_doing):
+    first, second = host.submit(2)
+    seen = []
+
+    def look():
+        seen.append([a.state for job in (first, second) for a in host.attempts(job.id)])
+        if len(seen) == 2:
+            tail.set()
+
+    made = host.runner(first_doing(look))
+    runner.Runner.run_attempt(made, first.id)
+    made.run_attempt(second.id)
+    assert seen[1] == [states.AttemptState.RUNNING, states.AttemptState.RUNNING]
+    ends = (state_of(host, first), state_of(host, second))
+    assert ends == (states.AttemptState.RENDERED, states.AttemptState.RENDERED)
+    assert [folder.is_finished for folder in leftovers(host)] == [True, True]
+
+
+def test_a_host_that_cannot_keep_up_holds_up_its_device(host, tail, until):
+    """Else the frames of ever more videos would lie in its memory."""
+    first, second = host.submit(2)
+    made = host.runner()
+    runner.Runner.run_attempt(made, first.id)
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(runner.Runner.run_attempt, made, second.id)
+        until(lambda: host.attempts(second.id) and host.attempts(second.id)[0].stage == "decode")
+        with pytest.raises(TimeoutError):
+            waits.result(1)
+        tail.set()
+        waits.result(30)
+    made.tail.wait()
+    assert state_of(host, second) is states.AttemptState.RENDERED
+
+
+def test_a_claim_that_is_refused_leaves_the_tail_alone(host, tail):
+    first, taken = host.submit(2)
+    host.db.write(lifecycle.claim, taken.id, worker="cpu1@here", lease_seconds=60.0)
+    made = host.runner()
+    runner.Runner.run_attempt(made, first.id)
+    runner.Runner.run_attempt(made, taken.id)
+    assert state_of(host, first) is states.AttemptState.RUNNING
+    tail.set()
+    made.tail.wait()
+    assert state_of(host, first) is states.AttemptState.RENDERED
+    assert made.tally.held == set()
+
+
+def test_a_tail_that_fails_costs_its_own_job_and_not_the_next(host, monkeypatch):
+    first, second = host.submit(2)
+    real = [video.check]
+
+    def check(*given, **named):
+        if real[1:]:
+            return real[0](*given, **named)
+        real.append(None)
+        raise errors.EncodingFailed("the file cannot be decoded")
+
+    monkeypatch.setattr(video, "check", check)
+    made = host.runner()
+    for job in (first, second):
+        runner.Runner.run_attempt(made, job.id)
+    made.tail.wait()
+    (failed,) = host.attempts(first.id)
+    assert (failed.state, failed.failure_kind) == (states.AttemptState.FAILED, "encoding")
+    assert state_of(host, second) is states.AttemptState.RENDERED
+
+
+def test_a_cancel_in_the_tail_is_heard(host, tail, until):
+    (job,) = host.submit(1)
+    made = host.runner()
+    runner.Runner.run_attempt(made, job.id)
+    host.db.write(lifecycle.cancel_job, job.id)
+    tail.set()
+    made.tail.wait()
+    assert state_of(host, job) is states.AttemptState.CANCELLED
+    assert leftovers(host) == []
+
+
+def test_a_stall_is_charged_to_the_job_that_stands_still(host, tail, until, monkeypatch):
+    """And not to the one on the device, though that is the newest."""
+    first, second = host.submit(2)
+    monkeypatch.setattr(heartbeat, "end_process", lambda: ended.append(1))
+    ended: list[int] = []
+    settings = host.worker_settings.model_copy(update={"stall_seconds": 0.3})
+    made = host.runner(worker_settings=settings)
+    runner.Runner.run_attempt(made, first.id)
+    host.claim(second)
+    until(lambda: ended)
+    (stalled,), (beside,) = host.attempts(first.id), host.attempts(second.id)
+    assert (stalled.state, stalled.failure_kind) == (states.AttemptState.LOST, "worker_lost")
+    assert beside.state is states.AttemptState.RELEASED
+    assert (host.job(first.id).crash_count, host.job(second.id).crash_count) == (1, 0)
 
 
 def test_every_error_class_has_its_own_kind_or_is_a_defect():

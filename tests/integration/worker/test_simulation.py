@@ -37,7 +37,7 @@ def test_a_simulated_video_has_the_form_that_was_asked_for_and_says_what_it_is(h
     told = json.loads(folder.sidecar.read_text())
     assert told["simulated"] is True
     assert told["device"] == "simulated"
-    assert set(told["seconds"]) == {"load", "text", "denoise", "decode"}
+    assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
     assert b'"simulated": true' in folder.video.read_bytes()
 
 

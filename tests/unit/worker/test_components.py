@@ -51,6 +51,11 @@ def weight_file(root):
     return layout.find(root).transformer[0]
 
 
+def known(warm, model):
+    """Hashes of its weights, as a render asks for them."""
+    return warm.weight_hashes(warm.hashing(model))
+
+
 def test_many_jobs_of_one_model_load_it_once(warm, look):
     first = warm.model_for(look())
     assert all(warm.model_for(look(width=side)) is first for side in (16, 32, 64))
@@ -103,7 +108,7 @@ def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
     for _ in range(2):
         with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
-    assert len(warm.weight_hashes(warm.model_for(look()))) == 3
+    assert len(known(warm, warm.model_for(look()))) == 3
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
@@ -115,13 +120,13 @@ def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
 
 def test_hashes_are_of_the_resident_model(warm, look, own_models):
     model = warm.model_for(look())
-    assert warm.weight_hashes(model) == layout.weight_hashes(layout.find(own_models / "tiny"))
+    assert known(warm, model) == layout.weight_hashes(layout.find(own_models / "tiny"))
 
 
 def test_hashes_are_read_once_per_machine(warm, look, reads, own_models, tmp_path, cpu):
     for _ in range(3):
         again = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
-        assert len(again.weight_hashes(again.model_for(look()))) == 3
+        assert len(known(again, again.model_for(look()))) == 3
     assert len(reads) == 1
 
 
@@ -168,14 +173,13 @@ def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own
     """Not the render, and not for ever: they are known again when the files are."""
     path = weight_file(own_models / "tiny")
     model = warm.model_for(look())
-    warm.weight_hashes(model)
+    known(warm, model)
     moved = path.rename(path.with_suffix(".away"))
     model.hashes = warm._hasher.submit(warm._hash, model.files)
-    assert warm.weight_hashes(model) is None
+    assert known(warm, model) is None
     moved.rename(path)
-    warm.weight_hashes(model)
     assert warm.model_for(look()) is model
-    assert len(warm.weight_hashes(model)) == 3
+    assert len(known(warm, model)) == 3
 
 
 WITH_LORA = {"base": "original", "loras": [{"path": "tiny/loras/distill_lora.safetensors"}]}

@@ -12,7 +12,7 @@ from jobs import cli, errors, presets
 from jobs import settings as job_settings
 from models.distillation import export, saving
 from models.tiny import make
-from worker import components, distill, pipeline, video
+from worker import components, distill, pipeline, stopwatch, video
 
 TRAINING = {
     "model": "tiny",
@@ -104,9 +104,9 @@ def rendered(preset_path, known, cpu, *, image=None):
         spec,
         warm.model_for(look),
         device=cpu,
-        timings=pipeline.Timings(device=cpu),
+        timings=stopwatch.Timings(),
         reached=lambda *_: None,
-        image_HWC=image,
+        image=None if image is None else lambda: image,
     )
 
 

@@ -26,7 +26,7 @@ from models import (
     vae,
 )
 from models.tiny import folders, make
-from worker import components, errors, pipeline, resident, room, wanted
+from worker import components, errors, pipeline, resident, room, stopwatch, wanted
 
 NATIVE = "diffusion_pytorch_model.safetensors"
 NAMES = [preset.name for preset in presets.available() if isinstance(preset, presets.Preset)]
@@ -118,7 +118,7 @@ def small(look: presets.Look) -> presets.Look:
 
 
 def options_of(cpu, reached=lambda *_: None):
-    return {"timings": pipeline.Timings(device=cpu), "reached": reached}
+    return {"timings": stopwatch.Timings(), "reached": reached}
 
 
 def latents_of(look, warm, cpu, *, colour="white", **options):
@@ -132,7 +132,7 @@ def latents_of(look, warm, cpu, *, colour="white", **options):
     image_HWC = torch.tensor(COLOURS[colour], dtype=torch.uint8).expand(40, 60, 3)
     model = warm.model_for(look)
     return pipeline.make_latents(
-        spec, model, device=cpu, image_HWC=image_HWC, **options_of(cpu, **options)
+        spec, model, device=cpu, image=lambda: image_HWC, **options_of(cpu, **options)
     )
 
 

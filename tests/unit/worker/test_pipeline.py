@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from worker import errors, pipeline
+from worker import errors, pipeline, stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,7 @@ def render(model, cpu):
     """Latents and chunks of frames of a spec; `reached` hears of the progress."""
 
     def run(spec, *, reached=lambda *_: None):
-        timings = pipeline.Timings(device=cpu)
+        timings = stopwatch.Timings()
         latents = pipeline.make_latents(spec, model, device=cpu, timings=timings, reached=reached)
         return latents, list(pipeline.decode(latents, model, timings=timings, reached=reached))
 
@@ -27,7 +27,7 @@ def latents_hash(model, cpu):
             spec,
             model,
             device=cpu,
-            timings=pipeline.Timings(device=cpu),
+            timings=stopwatch.Timings(),
             reached=lambda *_: None,
         )
         return pipeline.latents_sha256(latents)
@@ -71,7 +71,7 @@ def test_frames_have_the_count_size_and_type_that_the_encoder_takes(
 
 
 def test_every_stage_has_its_seconds(model, cpu, spec):
-    timings = pipeline.Timings(device=cpu)
+    timings = stopwatch.Timings()
     job = spec(prompt="not encoded before")
     latents = pipeline.make_latents(
         job, model, device=cpu, timings=timings, reached=lambda *_: None
@@ -82,7 +82,7 @@ def test_every_stage_has_its_seconds(model, cpu, spec):
 
 
 def test_a_stage_that_raises_has_its_seconds_too(cpu):
-    timings = pipeline.Timings(device=cpu)
+    timings = stopwatch.Timings()
     with pytest.raises(errors.AttemptCancelled), timings.stage("denoise"):
         raise errors.AttemptCancelled
     assert "denoise" in timings.seconds
@@ -178,7 +178,7 @@ def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, mon
             spec(),
             model,
             device=cpu,
-            timings=pipeline.Timings(device=cpu),
+            timings=stopwatch.Timings(),
             reached=lambda *_: None,
         )
 
@@ -192,6 +192,6 @@ def test_a_spec_that_the_networks_cannot_render_is_the_jobs_own_fault(model, cpu
             job.model_copy(update={"look": odd}),
             model,
             device=cpu,
-            timings=pipeline.Timings(device=cpu),
+            timings=stopwatch.Timings(),
             reached=lambda *_: None,
         )

@@ -1,0 +1,115 @@
+"""Many devices that sleep, one dispatcher, queue and database: python -m benchmarks.scaling
+
+Jobs per hour of N devices against N times those of one, for each of `--devices`. Every device has
+its real processes (Celery's parent and child), so that a small machine has more to do than a farm's
+hosts together: choose `--job-seconds` so long that its processors are not what is measured, and
+read their load beside each number. Rows are counted between the first and the last job that began
+while every device had work.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import farm, steady
+
+START_SECONDS = 60.0  # for one device, and
+MORE_SECONDS = 8.0  # for each further one on two processors
+
+
+def main() -> None:
+    arguments = parse()
+    print(f"{farm.machine()}; {arguments.database}, {arguments.job_seconds:g} s a job")
+    print("devices  jobs an hour  of N times one  gap p50, p99 (of a job)  cores busy, ours")
+    alone: float | None = None
+    for number in arguments.devices:
+        facts = measure(arguments, number)
+        alone = alone or facts["jobs_per_hour"] / number
+        facts["efficiency"] = facts["jobs_per_hour"] / (number * alone)
+        print(
+            f"{number:7}  {facts['jobs_per_hour']:12.0f}  {facts['efficiency']:14.1%}  "
+            f"{facts['gap_median'] * 1e3:.0f} ms, {facts['gap_p99'] * 1e3:.0f} ms "
+            f"({facts['gap_share']:.2%})  {facts['cores_busy']:.2f}, {facts['cores_ours']:.2f}",
+            flush=True,
+        )
+        if arguments.json:
+            with arguments.json.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(facts) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--jobs", type=int, default=4, help="for each device, and one to warm up")
+    parser.add_argument("--job-seconds", type=float, default=30.0)
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--seconds", type=float, default=3_600.0, help="give up after these")
+    parser.add_argument("--json", type=Path, help="append each row as a line of JSON")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, number: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="rushes-scaling-", dir=arguments.folder) as folder:
+        home = Path(folder)
+        step_seconds = arguments.job_seconds / steady.SIM_STEPS
+        environment = {"RUSHES_SIM_STEP_SECONDS": f"{step_seconds:.6f}"}
+        preset = steady.write_preset(home / "scaling.json", "simulated", "832x480x81")
+        with farm.running(
+            home,
+            devices=f"sim:{number}",
+            database_kind=arguments.database,
+            environment=environment,
+        ) as running:
+            running.wait_for_children(number, seconds=START_SECONDS + MORE_SECONDS * number)
+            load = farm.Load()
+            batch_id = running.submit(number * (1 + arguments.jobs), preset)
+            running.wait(batch_id, seconds=arguments.seconds)
+            cores_busy, cores_ours = load.cores()
+            worked = running.worked(batch_id)
+    return {
+        "devices": number,
+        "cores_busy": cores_busy,
+        "cores_ours": cores_ours,
+        **rates(worked, number),
+    }
+
+
+def rates(worked: Sequence[farm.Worked], number: int) -> dict[str, float]:
+    """Of the time in which every device has rendered its first job and still has another."""
+    by_worker: dict[str, list[farm.Worked]] = defaultdict(list)
+    for each in worked:
+        by_worker[each.worker].append(each)
+    if len(by_worker) < number:
+        raise SystemExit(f"only {len(by_worker)} of {number} devices took part")
+    since = max(jobs[0].ended for jobs in by_worker.values())
+    until = min(jobs[-1].began for jobs in by_worker.values())
+    gaps, whole = [], 0.0
+    for jobs in by_worker.values():
+        for earlier, later in itertools.pairwise(jobs):
+            if since <= earlier.ended and later.began <= until:
+                gaps.append(later.began - earlier.ended)
+        whole += sum(
+            max(0.0, min(job.ended, until) - max(job.began, since)) / (job.ended - job.began)
+            for job in jobs
+        )
+    if until <= since or not gaps:
+        raise SystemExit("no time in which all devices had work: more --jobs")
+    return {
+        "jobs_per_hour": whole / (until - since) * 3600,
+        "gap_median": statistics.median(gaps),
+        "gap_p99": steady.percentile(gaps, 0.99),
+        "gap_share": statistics.fmean(gaps)
+        / (statistics.fmean(gaps) + statistics.fmean(w.ended - w.began for w in worked)),
+    }
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

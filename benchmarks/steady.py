@@ -1,0 +1,154 @@
+"""One device in steady state: python -m benchmarks.steady
+
+A batch through the real worker (Celery's parent and child, dispatcher, publisher, Redis, database,
+store), and from the sidecars of its videos: how long the device worked, and how long it stood idle
+between the last work for one job and the first for the next. The device sleeps (`--device sim`,
+like one that needs `--job-seconds` for a job), or is real: `cpu` with the tiny model, `cuda` with
+the sizes of Wan2.1 1.3B and random weights.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import farm
+
+STEPS = (1000, 750, 500, 250)
+SIM_STEPS = 0.2 + len(STEPS) + 1.0  # text, denoising and decoding of a simulated job, in steps
+GOAL = 0.02  # of a job
+
+
+def main() -> None:
+    arguments = parse()
+    print(farm.machine())
+    # Not below the repository: a checkout's settings would be found there.
+    with tempfile.TemporaryDirectory(prefix="rushes-steady-", dir=arguments.folder) as folder:
+        measure(arguments, Path(folder))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim")
+    parser.add_argument("--jobs", type=int, default=20, help="without those to warm up")
+    parser.add_argument("--warm-up", type=int, default=2, help="jobs that are not counted")
+    parser.add_argument("--job-seconds", type=float, default=12.0, help="of a sleeping device")
+    parser.add_argument("--cards", action="store_true", help="sim: encode no video for each job")
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES; of the device's model by default")
+    parser.add_argument("--text-layers", type=int, default=24, help="cuda: of UMT5-XXL's 24")
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    parser.add_argument("--seconds", type=float, default=3_600.0, help="give up after these")
+    parser.add_argument("--json", type=Path, help="append the numbers as a line of JSON")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, home: Path) -> None:
+    devices, environment, preset = prepare(arguments, home)
+    with farm.running(
+        home,
+        devices=devices,
+        database_kind=arguments.database,
+        environment=environment,
+    ) as running:
+        running.wait_for_workers(1, seconds=120)
+        began, load = time.monotonic(), farm.Load()
+        batch_id = running.submit(arguments.warm_up + arguments.jobs, preset)
+        running.wait(batch_id, seconds=arguments.seconds)
+        took, told = time.monotonic() - began, load.told()
+        worked = running.worked(batch_id)
+        print(
+            f"{arguments.device}, {preset.read_text().strip()}\n"
+            f"{arguments.database}, store: {running.store_kind}; {len(worked)} jobs in "
+            f"{took:.1f} s, {running.attempts(batch_id)} attempts; {told}"
+        )
+    report(arguments, worked[arguments.warm_up :])
+
+
+def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, str], Path]:
+    """Devices of the launcher, its environment, and what is rendered."""
+    models = home / "models"
+    environment = {"RUSHES_MODELS_DIR": str(models)}
+    if arguments.device == "sim":
+        model, size, devices = "simulated", "832x480x81", "sim:1"
+        step_seconds = arguments.job_seconds / SIM_STEPS
+        environment["RUSHES_SIM_STEP_SECONDS"] = f"{step_seconds:.6f}"
+        environment["RUSHES_SIM_ENCODES"] = "false" if arguments.cards else "true"
+    elif arguments.device == "cpu":
+        from models.tiny import shipped
+
+        model, size, devices = "tiny", "48x48x17", "cpu"
+        shipped.copy("tiny", models / "tiny")
+    else:
+        from benchmarks import random_model
+
+        model, size, devices = "random", "832x480x81", "cuda"
+        random_model.write(models / model, text_layers=arguments.text_layers)
+    return devices, environment, write_preset(home / "steady.json", model, arguments.size or size)
+
+
+def write_preset(path: Path, model: str, size: str) -> Path:
+    width, height, num_frames = map(int, size.split("x"))
+    look = {
+        "model_path": model,
+        "denoising_step_list": STEPS,
+        "step_rule": "euler",
+        "sample_shift": 5,
+        "target_width": width,
+        "target_height": height,
+        "target_video_length": num_frames,
+        "fps": 16,
+    }
+    path.write_text(json.dumps(look))
+    return path
+
+
+def report(arguments: argparse.Namespace, worked: Sequence[farm.Worked]) -> None:
+    gaps = [later.began - earlier.ended for earlier, later in itertools.pairwise(worked)]
+    jobs = [later.began - earlier.began for earlier, later in itertools.pairwise(worked)]
+    job, gap = statistics.median(jobs), statistics.median(gaps)
+    facts = {
+        "device": arguments.device,
+        "database": arguments.database,
+        "jobs": len(worked),
+        "job_seconds": job,
+        "jobs_per_hour": 3600 / statistics.fmean(jobs),
+        "gap_median": gap,
+        "gap_p99": percentile(gaps, 0.99),
+        "gap_most": max(gaps),
+        "gap_share": sum(gaps) / sum(jobs),
+        "inner_idle_share": sum(w.ended - w.began - w.busy for w in worked[:-1]) / sum(jobs),
+        "busy_share": sum(w.busy for w in worked[:-1]) / sum(jobs),
+        "stages": {
+            stage: statistics.median(w.seconds.get(stage, 0.0) for w in worked)
+            for stage in dict.fromkeys(name for w in worked for name in w.seconds)
+        },
+    }
+    print(
+        f"job {job:.3f} s, {facts['jobs_per_hour']:.0f} an hour\n"
+        f"gap between jobs: median {gap * 1e3:.0f} ms, p99 {facts['gap_p99'] * 1e3:.0f} ms, "
+        f"most {max(gaps) * 1e3:.0f} ms; {facts['gap_share']:.2%} of the time (goal: {GOAL:.0%})\n"
+        f"device busy {facts['busy_share']:.2%}, waiting within a job "
+        f"{facts['inner_idle_share']:.2%}\n"
+        "stages: "
+        + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in facts["stages"].items())
+    )
+    if arguments.json:
+        with arguments.json.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest of the values; of a few it is the largest."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+if __name__ == "__main__":
+    main()

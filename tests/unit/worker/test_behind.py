@@ -1,0 +1,56 @@
+"""Work in order in a thread, and what it raises."""
+
+import threading
+
+import pytest
+
+from worker import behind
+
+
+def test_pieces_are_done_in_order_in_one_thread():
+    seen = []
+    with behind.Behind("test") as beside:
+        for number in range(20):
+            beside.do(lambda number=number: seen.append((number, threading.get_ident())))
+        assert beside.wait()
+    assert [number for number, _ in seen] == list(range(20))
+    assert len({thread for _, thread in seen} | {threading.get_ident()}) == 2
+
+
+def test_what_a_piece_raises_is_raised_once_to_who_waits():
+    with behind.Behind("test") as beside:
+        beside.do(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            beside.wait()
+        assert beside.wait()
+
+
+def test_what_a_piece_has_raised_is_known_while_others_wait():
+    go_on = threading.Event()
+    with behind.Behind("test") as beside:
+        beside.do(lambda: 1 // 0)
+        beside.do(go_on.wait)
+        with pytest.raises(ZeroDivisionError):
+            beside.wait(leave=1)
+        beside.check()  # the other one has raised nothing
+        go_on.set()
+
+
+def test_a_wait_may_leave_some_and_may_be_cut_short():
+    go_on = threading.Event()
+    with behind.Behind("test") as beside:
+        beside.do(lambda: go_on.wait(10))
+        assert beside.wait(leave=1)
+        assert not beside.wait(seconds=0.01)
+        go_on.set()
+        assert beside.wait(seconds=10)
+
+
+def test_at_the_end_what_has_not_begun_is_dropped():
+    began, go_on, seen = threading.Event(), threading.Event(), []
+    with behind.Behind("test") as beside:
+        beside.do(lambda: (began.set(), go_on.wait(10)))
+        beside.do(lambda: seen.append(1))
+        assert began.wait(10)
+        threading.Timer(0.05, go_on.set).start()
+    assert seen == []

@@ -1,0 +1,53 @@
+"""What the host does for one job while the device goes on with it, or with the next one."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent import futures
+from types import TracebackType
+from typing import Self
+
+
+class Behind:
+    """Pieces of work, one after the other in a thread that begins with the first of them.
+
+    Not for two threads at once.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._open: deque[futures.Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """What has not begun never does; waits for what has."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Returns at once."""
+        self._open.append(self._thread.submit(work))
+
+    def check(self) -> None:
+        """Raises what a piece has raised by now, once."""
+        while self._open and self._open[0].done():
+            self._open.popleft().result()
+
+    def wait(self, *, leave: int = 0, seconds: float | None = None) -> bool:
+        """Until no more than `leave` pieces are left; False: not within these seconds.
+
+        Raises what one of the others raised.
+        """
+        until = None if seconds is None else time.monotonic() + seconds
+        while len(self._open) > leave:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not futures.wait([self._open[0]], timeout=left).done:
+                return False
+            self._open.popleft().result()
+        return True
