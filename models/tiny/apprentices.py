@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.distillation import examples, export, method, pairs, roles, saving, trainer
-from models.tiny import loop, recipes, reflow, workshop, world
+from models.tiny import loop, recipes, reflow, replay, workshop, world
 
 SAVE_EVERY = 20  # updates
 ANSWER_BATCH = 200
@@ -54,6 +54,7 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
     recipe, how, with_images = who.recipe, who.how, who.with_images
     teacher = shop.teacher(with_images=with_images)
     nets = roles.of_teacher(teacher, how)
+    replay.make_all(nets)
     data = lessons(shop, with_images=with_images)
     answered = pairs.Pairs(
         folder=shop.folder / workshop.named("answers", with_images),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import config, transformer
-from models.tiny import clips, loop, recipes, words
+from models.tiny import clips, loop, recipes, replay, words
 
 HIDDEN = ("self_attn", "cross_attn", "ffn")  # matrices inside the blocks
 
@@ -30,6 +30,7 @@ def train(
     """Train, or go on training, and return the running average of the weights."""
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]  # torch's stub
     matrices, rest = optimizers(network, recipe)
+    replay.make(network)
     device = network.patch_embedding.weight.device
 
     def step(number: int) -> Mapping[str, float]:
