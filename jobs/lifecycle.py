@@ -581,22 +581,20 @@ def end_lost_attempts(
 ) -> list[int]:
     """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held.
 
-    Of those of a dead worker the newest one was on the device. One before it was only being
-    finished: it goes back at no cost, unless it is there for the third time.
+    The newest one of a worker was on its device. One before it was only being finished: it goes
+    back at no cost, unless it is the job's third.
     """
     is_lost = Attempt.lease_until < database.now(session)
     if worker is not None:
         # What is rendered lies on the disk of its host, for the publisher to find.
         is_lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
     ended, ids = [], []
-    lost = _locked_attempts(session, is_lost)
-    newest = max((attempt.id for attempt in lost), default=None)
-    for attempt in lost:
+    for attempt in _locked_attempts(session, is_lost):
         silent = (database.now(session) - attempt.heartbeat_at).total_seconds()
         where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
         why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
-        if worker is not None and attempt.id != newest and attempt.number <= SPARED_TRIES:
-            if release(session, attempt.id, reason=f"{why} with the next job"):
+        if attempt.number <= SPARED_TRIES and _is_tail(session, attempt):
+            if release(session, attempt.id, reason=f"{why}, with the next job"):
                 continue
         else:
             kind = states.FailureKind.WORKER_LOST
@@ -608,6 +606,14 @@ def end_lost_attempts(
         _end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
     _suspect(session, ended)
     return ids
+
+
+def _is_tail(session: Session, attempt: Attempt) -> bool:
+    """Whether its worker has begun another one since."""
+    if attempt.state is not states.AttemptState.RUNNING:
+        return False
+    later = (Attempt.id > attempt.id) & (Attempt.worker == attempt.worker)
+    return session.scalar(select(Attempt.id).where(later).limit(1)) is not None
 
 
 def release_worker(

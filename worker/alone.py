@@ -39,6 +39,9 @@ class _Unwatched:
     def reached(self, stage: str, step: int, steps: int) -> None:
         """Goes on."""
 
+    def keep(self) -> None:
+        """Goes on."""
+
 
 def render(
     claims: Mapping[str, lifecycle.Claim],

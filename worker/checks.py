@@ -1,5 +1,6 @@
 """The user's safety checks, asked about one claimed job."""
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 HOSTS_FAULT_TRIES = 5
 """Attempts at a job in which a broken check is the host's fault. A service that is away for the
 night must not fail a batch, and a prompt that breaks the check must not keep the farm busy."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""The end of one video is looked at beside the beginning of the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,8 @@ class FrameCheck:
             frames_THWC=array,
         )
         self.seen += len(array)
-        _ask(self.check, asked, self.claim)
+        with _ONE_AT_A_TIME:
+            _ask(self.check, asked, self.claim)
 
 
 def _ask(check: safety.Check, asked: safety.Prompt | safety.Frames, claim: lifecycle.Claim) -> None:

@@ -97,13 +97,17 @@ class Components:
             renders=renders,
             loads=self.loads,
             lora_switches=self.lora_switches,
-            resident=tuple(self._told(key) for key in self._resident),
+            # Copied: the end of one video reports while the next one loads.
+            resident=tuple(
+                self._told(key, share)
+                for key in list(self._resident)
+                if (share := self._shares.get(key)) is not None
+            ),
             device_used_bytes=self.device.used_bytes(),
             host_used_bytes=host_memory.process_bytes(),
         )
 
-    def _told(self, key: WeightsKey) -> reports.Resident:
-        share = self._shares[key]
+    def _told(self, key: WeightsKey, share: room.Share) -> reports.Resident:
         return reports.Resident(
             model=str(key.transformer or key.root),
             loras=tuple(use.path for use in self._loras.get(key) or ()),

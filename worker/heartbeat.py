@@ -33,6 +33,9 @@ class Progress(Protocol):
     def reached(self, stage: str, step: int, steps: int) -> None:
         """Between steps; what it raises ends the render."""
 
+    def keep(self) -> None:
+        """Still there, and at work on it or waiting for what is: no stall."""
+
 
 class Heartbeat:
     """Reports from a thread of its own: a device never waits for the database.
@@ -89,6 +92,9 @@ class Heartbeat:
             raise errors.AttemptCancelled
         if self._verdict is lifecycle.Verdict.SUPERSEDED:
             raise errors.AttemptSuperseded
+
+    def keep(self) -> None:
+        self._moved_at = time.monotonic()
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import structlog
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from jobs import (
     broker,
@@ -29,6 +30,7 @@ log = structlog.get_logger()
 
 DEVICE_LOST = 71  # exit status, for the logs
 LAST_TAIL_SECONDS = 60.0  # for the finished frames of one job when the device fails the next
+TAIL_LOOK_SECONDS = 1.0
 
 Left = Callable[[], None]
 """What is left of a render when the device is free; to be called once, in any thread."""
@@ -64,6 +66,7 @@ class Tally:
     renders: int = 0
     held: set[int] = field(default_factory=set)
     """Attempts that it works on: one on the device, and the tail of the one before."""
+    refusals: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +99,35 @@ class Runner:
             return
         log.info("attempt.started", job_id=job_id, attempt_id=claim.attempt_id)
         self.tally.renders += 1
+        refusals = self.tally.refusals
         self.tally.held.add(claim.attempt_id)
         folder = scratch.AttemptFolder(
             root=self.config.scratch_dir, batch_id=claim.batch_id, attempt_id=claim.attempt_id
         )
         with contextlib.ExitStack() as parts:
-            parts.enter_context(self._ending(claim, folder))
+            parts.enter_context(self._ending(claim, folder, refusals))
             heart = parts.enter_context(self._heart(claim))
             with self._traced("attempt", claim):
                 left = self._render(claim, folder, heart)
             rest = parts.pop_all()
             self.tail.do(lambda: self._finish(claim, left, rest))
         # A host that cannot keep up holds up its device: one tail beside the next job, not many.
-        self.tail.wait(leave=1)
+        while not self.tail.wait(leave=1, seconds=TAIL_LOOK_SECONDS):
+            heart.keep()  # the tail before it has a heart of its own
 
     def _finish(self, claim: lifecycle.Claim, left: Left, rest: contextlib.ExitStack) -> None:
-        with rest, self._traced("finish", claim):
-            left()
+        try:
+            with rest, self._traced("finish", claim):
+                left()
+        except Exception:
+            # Not the next job's, which would be the one to hear of it.
+            log.exception("tail.failed", job_id=claim.job_id, attempt_id=claim.attempt_id)
 
     @contextlib.contextmanager
-    def _ending(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> Iterator[None]:
-        """However it ends, in whichever thread."""
+    def _ending(
+        self, claim: lifecycle.Claim, folder: scratch.AttemptFolder, refusals: int
+    ) -> Iterator[None]:
+        """However it ends, in whichever thread. `refusals`: how many there were when it began."""
         try:
             yield
         except errors.AttemptEnded as ended:
@@ -129,7 +140,7 @@ class Runner:
             folder.remove()
             self._fail(claim, error)
         else:
-            self._hand_over(claim, folder)
+            self._hand_over(claim, folder, is_newest_word=refusals == self.tally.refusals)
         finally:
             self.tally.held.discard(claim.attempt_id)
             self._report()
@@ -146,23 +157,27 @@ class Runner:
 
     def _stalled(self, claim: lifecycle.Claim) -> None:
         """Said before this process ends, or the blame would be the newest attempt's."""
-        seconds = self.worker_settings.stall_seconds
         try:
-            self.db.write(
-                lifecycle.fail,
-                claim.attempt_id,
-                kind=states.FailureKind.WORKER_LOST,
-                error=f"no progress for {seconds:.0f} s: its process was ended",
-                budgets=dispatch.budgets(self.config),
-            )
-            self.db.write(
-                lifecycle.release_worker,
-                self.worker_settings.worker_name,
-                reason=f"its process was ended, because job {claim.job_id} beside it stood still",
-            )
-        except DBAPIError as unreachable:
-            log.warning("attempt.not_told", error=str(unreachable)[:300])
-        heartbeat.end_process()
+            self.db.write(self._blame, claim)
+        except Exception as error:
+            log.warning("attempt.not_told", error=str(error)[:300])
+        finally:
+            heartbeat.end_process()
+
+    def _blame(self, session: Session, claim: lifecycle.Claim) -> None:
+        seconds = self.worker_settings.stall_seconds
+        lifecycle.fail(
+            session,
+            claim.attempt_id,
+            kind=states.FailureKind.WORKER_LOST,
+            error=f"no progress for {seconds:.0f} s: its process was ended",
+            budgets=dispatch.budgets(self.config),
+        )
+        lifecycle.release_worker(
+            session,
+            self.worker_settings.worker_name,
+            reason=f"its process was ended, because job {claim.job_id} beside it stood still",
+        )
 
     def _traced(self, name: str, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
         return tracing.job(
@@ -208,10 +223,13 @@ class Runner:
         self.safety.look_at_prompt(claim)
         return render(self.renderer, claim, folder, heart)
 
-    def _hand_over(self, claim: lifecycle.Claim, folder: scratch.AttemptFolder) -> None:
+    def _hand_over(
+        self, claim: lifecycle.Claim, folder: scratch.AttemptFolder, *, is_newest_word: bool
+    ) -> None:
         """Leave the finished video to this host's publisher; the device is free from here on."""
         try:
-            self._accept(claim)
+            if is_newest_word:
+                self._accept(claim)
             verdict = finished.renew(self.db, self.config, folder, note=None)
             if verdict is lifecycle.Verdict.GO_ON:
                 self.bell.send_publish(self.config.host_name, claim.attempt_id)
@@ -250,6 +268,7 @@ class Runner:
 
     def _refuse(self, queue: str, kind: states.FailureKind, reason: str) -> None:
         name = self.worker_settings.worker_name
+        self.tally.refusals += 1
         seconds = self.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
         log.error("worker.refuses", queue=queue or "all", seconds=round(seconds), error=reason)
         if queue:
@@ -291,7 +310,10 @@ class Runner:
             # This process can no longer use its device; its parent starts a fresh one.
             self.bell.kick()
             try:
-                self.tail.wait(seconds=LAST_TAIL_SECONDS)
+                if not self.tail.wait(seconds=LAST_TAIL_SECONDS):
+                    reason = f"its process was ended, because job {claim.job_id} lost the device"
+                    name = self.worker_settings.worker_name
+                    self.db.write(lifecycle.release_worker, name, reason=reason)
             finally:
                 tracing.end()
                 os._exit(DEVICE_LOST)

@@ -1,0 +1,141 @@
+"""The end of one video beside the beginning of the next: neither pays for the other."""
+
+import dataclasses
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+import sqlalchemy.exc
+
+from jobs import dispatch, lifecycle, safety, states, workers
+from worker import checks, errors, heartbeat, rendering, runner, video
+
+pytestmark = pytest.mark.timeout(60)
+begin = runner.Runner.run_attempt  # without the wait for its tail that `host.runner` adds
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """When a heartbeat would have ended this process."""
+    found = []
+    monkeypatch.setattr(heartbeat, "end_process", lambda: found.append(time.monotonic()))
+    return found
+
+
+@pytest.fixture
+def slow_hashes(host, monkeypatch):
+    """A host whose weights' hashes are known when the test says so."""
+    monkeypatch.setattr(rendering, "HASH_LOOK_SECONDS", 0.1)
+    networks = host.networks_with()
+    networks.model.hashes = Future()
+    yield networks, networks.model.hashes
+    if not networks.model.hashes.done():
+        networks.model.hashes.set_result({})
+
+
+def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
+    host, slow_hashes, ended, until, monkeypatch
+):
+    monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
+    first, second = host.submit(2)
+    networks, hashes = slow_hashes
+    own = host.worker_settings.model_copy(update={"stall_seconds": 1.0})
+    made = host.runner(networks, worker_settings=own)
+    begin(made, first.id)
+    until(lambda: host.attempts(first.id)[0].stage == "hash")
+    beside = threading.Thread(target=begin, args=(made, second.id))
+    beside.start()
+    beside.join(3.0)
+    assert beside.is_alive(), "it waits"
+    hashes.set_result({})
+    beside.join()
+    made.tail.wait()
+    assert not ended
+    for job in (first, second):
+        assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
+def test_a_lost_device_charges_no_unfinished_tail(host, slow_hashes, until, monkeypatch):
+    """Nor does the process that comes after it."""
+    monkeypatch.setattr(runner, "LAST_TAIL_SECONDS", 0.2)
+
+    class Exit(BaseException):
+        pass
+
+    def leave(_status):
+        raise Exit
+
+    monkeypatch.setattr(runner.os, "_exit", leave)
+    first, second = host.submit(2)
+    networks, _ = slow_hashes
+    made = host.runner(networks)
+    begin(made, first.id)
+    until(lambda: host.attempts(first.id)[0].stage == "hash")
+    with pytest.raises(Exit):
+        begin(
+            dataclasses.replace(made, renderer=Broken(made, errors.DeviceFault("gone"))), second.id
+        )
+    name = made.worker_settings.worker_name
+    host.db.write(lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker=name)
+    assert host.attempts(first.id)[0].state is states.AttemptState.RELEASED
+    assert host.job(first.id).crash_count == 0
+
+
+def test_a_tail_takes_back_no_refusal_that_came_after_it_began(host, monkeypatch):
+    may_end, check = threading.Event(), video.check
+    monkeypatch.setattr(video, "check", lambda *a, **k: (may_end.wait(30), check(*a, **k))[1])
+    host.register()
+    first, second = host.submit(2)
+    made = host.runner()
+    begin(made, first.id)
+    full = Broken(made, errors.DiskUnusable("full"))
+    begin(dataclasses.replace(made, renderer=full), second.id)
+    may_end.set()
+    made.tail.wait()
+    with host.db.reading() as session:
+        assert [refusal.reason for refusal in workers.refusals(session)] == ["full"]
+
+
+def test_a_process_that_stands_still_ends_whatever_the_database_says(host, ended, monkeypatch):
+    (job,) = host.submit(1)
+    claim = host.claim(job)
+    made = host.runner()
+
+    def fail(*_, **__):
+        raise sqlalchemy.exc.TimeoutError("QueuePool limit")
+
+    monkeypatch.setattr(made.db, "write", fail)
+    made._stalled(claim)
+    assert len(ended) == 1
+
+
+def test_frames_of_two_videos_are_checked_one_after_the_other(host):
+    first, second = host.submit(2, target_video_length=9)
+    inside, most = [], []
+
+    def check(_asked):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inside.pop()
+
+    made = host.runner()
+    asked = checks.Checks(frames=safety.Check("x:y", check))
+    made = dataclasses.replace(made, renderer=dataclasses.replace(made.renderer, safety=asked))
+    for job in (first, second):
+        begin(made, job.id)
+    made.tail.wait()
+    assert max(most) == 1
+    assert len(most) == 6
+
+
+class Broken:
+    """Fails every render, and tells what the other one would."""
+
+    def __init__(self, made, error):
+        self.report = made.renderer.report
+        self.error = error
+
+    def render(self, *_, **__):
+        raise self.error
