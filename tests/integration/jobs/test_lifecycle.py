@@ -436,8 +436,8 @@ def test_a_rendered_video_keeps_its_lease_without_progress(world: World) -> None
 def test_a_dead_worker_loses_what_it_renders_and_keeps_what_lies_finished(world: World) -> None:
     batch_id = world.submit(3)
     renders, finished, other = world.job_ids(batch_id)
-    world.claimed(renders)
     world.rendered(world.claimed(finished))
+    world.claimed(renders)
     world.claimed(other, worker="gpu1@here")
     (lost,) = world.end_lost(worker="gpu0@here")
     assert world.attempt(lost).job_id == renders
@@ -466,6 +466,19 @@ def test_a_dead_worker_is_charged_for_what_was_on_its_device_alone(world: World)
     assert states_then == (AttemptState.RELEASED, AttemptState.LOST)
     assert (world.job(first).state, world.job(first).crash_count) == (JobState.QUEUED, 0)
     assert world.job(second).crash_count == 1
+    world.check()
+
+
+def test_a_silent_host_is_charged_for_the_newest_of_each_worker_alone(world: World) -> None:
+    """Nobody says that it died: leases end, one a little before the other."""
+    first, second = world.job_ids(world.submit(2))
+    finishing, rendering = world.claimed(first), world.claimed(second)
+    world.expire(rendering)
+    assert world.end_lost() == [rendering]
+    world.expire(finishing)
+    assert world.end_lost() == []
+    assert world.attempt(finishing).state is AttemptState.RELEASED
+    assert (world.job(first).crash_count, world.job(second).crash_count) == (0, 1)
     world.check()
 
 
@@ -549,8 +562,8 @@ def test_more_lost_attempts_than_one_transaction_takes_are_ended_in_the_next(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "LOST_AT_ONCE", 2)
-    for job_id in world.job_ids(world.submit(5)):
-        world.expire(world.claimed(job_id))
+    for number, job_id in enumerate(world.job_ids(world.submit(5))):
+        world.expire(world.claimed(job_id, worker=f"gpu{number}@here"))
     assert [len(world.end_lost()) for _ in range(4)] == [2, 2, 1, 0]
     world.check()
 
