@@ -179,6 +179,12 @@ class Farm:
             shutil.rmtree(self.redis.folder / "appendonlydir", ignore_errors=True)
         self.redis = servers.RedisServer.start(self.redis.folder, port=self.redis.port)
 
+    def start_failed(self) -> None:
+        """As systemd does: what ended with an error, such as for a database away at its start."""
+        for process in [host.launcher for host in self.hosts] + self.dispatchers:
+            if process.process is not None and (process.process.poll() or 0) > 0:
+                process.start()
+
     def stop(self) -> dict[str, int | None]:
         """SIGTERM to all, as at a shutdown; exit status per process."""
         processes = [host.launcher for host in self.hosts] + self.dispatchers

@@ -163,6 +163,7 @@ class Nemesis:
         struck_at = time.monotonic()
         while not is_over() and (self._left() or self._mends):
             self._mend_due()
+            self.farm.start_failed()
             pause = time.monotonic() - struck_at
             done = len(self.strikes) + len(self.skipped)
             is_due = done_share() >= 0.9 * (done + 0.5) / self._planned

@@ -136,6 +136,7 @@ def run(script: Script, folder: Path) -> Verdict:
             is_over=lambda: time.monotonic() > strike_until or progress.is_finished(),
         )
         while time.monotonic() < deadline and not progress.is_finished():
+            here.start_failed()
             if time.monotonic() > strike_until:
                 work.enough.set()
             time.sleep(0.5)
