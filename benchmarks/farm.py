@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import hardware
 from jobs import (
     broker,
     celery_app,
@@ -225,15 +226,9 @@ def _process(home: Path, name: str, arguments: Sequence[str]) -> Iterator[subpro
 def machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
     return (
-        f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; "
+        f"{hardware.processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; "
         f"Python {platform.python_version()}"
     )
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 class Load:

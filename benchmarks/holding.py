@@ -60,10 +60,11 @@ class _Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return torch.empty_like(args[0])
-        if func is functional.rms_norm and _have_one_dtype((args, kwargs)):
+        if func is functional.rms_norm and have_one_dtype((args, kwargs)):
             return torch.empty_like(args[0])
         return func(*args, **kwargs)
 
 
-def _have_one_dtype(values: Any) -> bool:
+def have_one_dtype(values: Any) -> bool:
+    """All tensors in a nest of tuples and dicts; else CUDA has no kernel for `rms_norm` either."""
     return len({leaf.dtype for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}) == 1

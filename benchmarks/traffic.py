@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks import lowering
+from benchmarks import holding, lowering
 from models import fusion
 
 CONVOLUTIONS = (functional.conv2d, functional.conv3d)
@@ -128,7 +128,7 @@ class _Kernels(TorchFunctionMode):
             result = _attended(*args, **kwargs)
             self._traffic.add("attention", size((args, kwargs, result)), is_product=True)
             return result
-        if func is functional.rms_norm and _has_one_dtype(args, kwargs):
+        if func is functional.rms_norm and holding.have_one_dtype((args, kwargs)):
             result = torch.empty_like(args[0].contiguous())
             self._traffic.add("rms_norm", size((args, kwargs, result)))
             return result
@@ -148,12 +148,6 @@ def _as_cudnn_lays_it_out(result: Tensor, x: Tensor, weight: Tensor, *_: Any) ->
 def _attended(query: Tensor, *_: Any, **__: Any) -> Tensor:
     """Laid out as the query is, which is what CUDA's kernels return."""
     return torch.empty_like(query)
-
-
-def _has_one_dtype(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Else CUDA has no such kernel either."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return len({tensor.dtype for tensor in tensors}) == 1
 
 
 def size(values: Any) -> int:
