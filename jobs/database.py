@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    DateTime,
     Engine,
     Float,
     create_engine,
@@ -22,8 +23,18 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InvalidatePoolError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from jobs import errors, settings
 
@@ -36,6 +47,7 @@ SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
+IDLE_SECONDS = 1.0  # a connection that was used just now is not asked whether it still lives
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
@@ -153,6 +165,30 @@ def now(session: Session) -> datetime:
     return value.astimezone(UTC)
 
 
+class Clock(FunctionElement[datetime]):
+    """`now`, or so many seconds later, within a statement: it costs no round trip of its own."""
+
+    type = DateTime(timezone=True)
+    inherit_cache = True
+
+
+@compiles(Clock, "postgresql")
+def _server_clock(element: Clock, compiler: SQLCompiler, **options: Any) -> str:
+    if not len(element.clauses):
+        return "clock_timestamp()"
+    seconds = compiler.process(element.clauses, **options)
+    return f"(clock_timestamp() + make_interval(secs => {seconds}))"
+
+
+@compiles(Clock, "sqlite")
+def _sqlite_clock(element: Clock, compiler: SQLCompiler, **options: Any) -> str:
+    ahead = ""
+    if len(element.clauses):
+        ahead = f", printf('%+.3f seconds', {compiler.process(element.clauses, **options)})"
+    # Milliseconds, told in the microseconds in which SQLAlchemy writes and reads times.
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now'{ahead}) || '000')"
+
+
 def seconds_between(session: Session, start: Any, end: Any) -> ColumnElement[float]:
     """Of two columns of times, as the database reckons."""
     if session.get_bind().dialect.name == "sqlite":
@@ -205,12 +241,31 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
         }
-    engine = create_engine(
-        url, pool_pre_ping=True, pool_size=4, max_overflow=8, connect_args=arguments
-    )
+    engine = create_engine(url, pool_size=4, max_overflow=8, connect_args=arguments)
+    _ping_idle(engine)
     if url.get_driver_name() == "psycopg":
         _limit_waits(engine, answer_seconds)
     return engine
+
+
+def _ping_idle(engine: Engine) -> None:
+    """As `pool_pre_ping`, which makes two round trips of each transaction's first."""
+
+    @event.listens_for(engine, "checkin")
+    def _rest(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["idle_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _ask(connection: Any, record: ConnectionPoolEntry, *_: object) -> None:
+        idle_since = record.info.get("idle_since")
+        if idle_since is None or time.monotonic() - idle_since < IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            if engine.dialect.is_disconnect(error, connection, None):
+                raise InvalidatePoolError from error  # another connection is made
+            raise
 
 
 def _limit_waits(engine: Engine, answer_seconds: float) -> None:

@@ -32,6 +32,7 @@ from jobs.schema import Attempt, Batch, Job, Look, Owner
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
+REST_SECONDS = 0.05  # between two looks: a farm of thousands kicks more often than it need be fed
 AGAIN_SECONDS = 30.0  # after the database failed
 
 
@@ -132,6 +133,7 @@ class Dispatcher:
         self._leases_count_from = time.monotonic() + self._config.lease_seconds
 
     def _wait(self, stop: threading.Event) -> None:
+        stop.wait(REST_SECONDS)
         try:
             self._broker.wait_for_kick(self._config.tick_seconds)
         except broker.BrokerUnavailable:

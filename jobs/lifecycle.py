@@ -5,6 +5,7 @@ nothing when another one does. Every function is safe to call twice. Order of ro
 jobs by batch and id, then their batches, then attempts, then workers.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,8 +13,22 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    CursorResult,
+    Float,
+    Integer,
+    Update,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from jobs import database, errors, health, outbox, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
@@ -22,6 +37,7 @@ MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
 SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
+NOW = database.Clock()
 STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
 
 
@@ -73,23 +89,14 @@ def claim(
     that failed on this one: its message is sent again.
     """
     now = database.now(session)
-    job = session.scalar(select(Job).where(Job.id == job_id, *_runnable(now)).with_for_update())
-    if job is None or workers.refuses(session, worker, job.queue):
+    job = session.scalar(_RUNNABLE, {"of_job": job_id, "at": now})
+    if job is None or workers.refuses(session, worker, job.queue, now=now):
         return None
     if health.is_for_others(session, job, worker, now):
         return None
-    tries = select(func.count()).select_from(Attempt).where(Attempt.job_id == job_id)
-    attempt = Attempt(
-        job_id=job_id,
-        number=(session.scalar(tries) or 0) + 1,
-        state=states.AttemptState.RUNNING,
-        worker=worker,
-        started_at=now,
-        heartbeat_at=now,
-        lease_until=now + timedelta(seconds=lease_seconds),
-    )
-    session.add(attempt)
-    session.flush()
+    lease_until = now + timedelta(seconds=lease_seconds)
+    begun = {"of_job": job_id, "by": worker, "at": now, "until": lease_until}
+    attempt = session.execute(_BEGUN, begun).one()
     moved = _move(
         session,
         job_id,
@@ -167,23 +174,15 @@ def heartbeat(
     note: str | None = None,
 ) -> Verdict:
     """Renew the lease and leave word of the progress; hear whether to go on."""
-    now = database.now(session)
-    values: dict[str, Any] = {
-        "heartbeat_at": now,
-        "lease_until": now + timedelta(seconds=lease_seconds),
-        "note": None if note is None else database.storable(note),
+    told = {
+        "of_attempt": attempt_id,
+        "lease_seconds": lease_seconds,
+        "said": None if note is None else database.storable(note),
     }
-    if stage is not None:
-        values |= {"stage": stage, "step": step, "steps": steps}
-    changed = session.execute(
-        update(Attempt)
-        .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
-        .values(values)
-    )
-    if not _count(changed):
-        return Verdict.SUPERSEDED
-    # Without a lock: waiting for one here would turn the order of locks around.
-    return _verdict(session, attempt_id, lock=False)
+    if stage is None:
+        return _verdict(session.scalar(_RENEWED, told))
+    place = {"at_stage": stage, "at_step": step, "of_steps": steps}
+    return _verdict(session.scalar(_REPORTED, told | place))
 
 
 def rendered(
@@ -197,25 +196,17 @@ def rendered(
     note: str | None = None,
 ) -> Verdict:
     """The mp4 is finished on this host; from here on the publisher renews the lease with this."""
-    now = database.now(session)
-    verdict = _verdict(session, attempt_id, lock=True)
+    verdict = _verdict(session.scalar(_HELD, {"of_attempt": attempt_id}))
     if verdict is Verdict.GO_ON:
-        session.execute(
-            update(Attempt)
-            .where(Attempt.id == attempt_id)
-            .values(
-                state=states.AttemptState.RENDERED,
-                stage="upload",
-                step=0,
-                steps=1,
-                seconds=seconds,
-                peak_memory_bytes=peak_memory_bytes,
-                memory=None if memory is None else database.storable(memory),
-                heartbeat_at=now,
-                lease_until=now + timedelta(seconds=lease_seconds),
-                note=None if note is None else database.storable(note),
-            )
-        )
+        told = {
+            "of_attempt": attempt_id,
+            "lease_seconds": lease_seconds,
+            "said": None if note is None else database.storable(note),
+            "took": seconds,
+            "peak": peak_memory_bytes,
+            "parts": None if memory is None else database.storable(memory),
+        }
+        session.execute(_RENDERED, told)
     return verdict
 
 
@@ -233,7 +224,7 @@ def succeed(session: Session, attempt_id: int, *, video: StoredVideo) -> bool:
         holder=attempt_id,
         failure_kind=None,
         error=None,
-        finished_at=database.now(session),
+        finished_at=NOW,
     )
     if not moved:
         # Perhaps by the same call, a moment ago in another thread.
@@ -290,7 +281,7 @@ def _fail(
     budgets: retries.Budgets,
     detail: str | None = None,
 ) -> _Failed | None:
-    job = _held_by(session, attempt_id)
+    job = _locked_by(session, attempt_id)
     if job is None:
         return None
     worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
@@ -368,7 +359,7 @@ def release(
 
     With `wait_seconds` no worker tries it before.
     """
-    job = _held_by(session, attempt_id)
+    job = _locked_by(session, attempt_id)
     if job is None:
         return False
     if job.cancel_requested:
@@ -387,7 +378,7 @@ def release(
 
 def cancel_attempt(session: Session, attempt_id: int) -> bool:
     """Running -> cancelled: the attempt has stopped because its job was to be cancelled."""
-    job = _held_by(session, attempt_id)
+    job = _locked_by(session, attempt_id)
     if job is None:
         return False
     _move(
@@ -657,13 +648,6 @@ def _lock_jobs(session: Session, *which: ColumnElement[bool]) -> None:
     session.execute(select(func.count()).select_from(locked.subquery()))
 
 
-def _runnable(now: datetime) -> list[ColumnElement[bool]]:
-    return [
-        Job.state == states.JobState.QUEUED,
-        or_(Job.not_before.is_(None), Job.not_before <= now),
-    ]
-
-
 def _after(session: Session, seconds: float | None) -> datetime | None:
     return None if seconds is None else database.now(session) + timedelta(seconds=seconds)
 
@@ -689,23 +673,27 @@ def _spec(session: Session, job: Job) -> presets.RenderSpec:
     )
 
 
-def _held_by(session: Session, attempt_id: int, *, lock: bool = True) -> Job | None:
-    """The job that this attempt holds; None when it holds none."""
+def _locked_by(session: Session, attempt_id: int) -> Job | None:
+    """The job that this attempt holds, locked; None when it holds none."""
+    held = select(Job).where(*_held_by(attempt_id)).with_for_update()
+    return session.scalar(held.execution_options(populate_existing=True))
+
+
+def _held_by(attempt_id: int | BindParameter[int]) -> list[ColumnElement[bool]]:
+    """The attempt's job, if the attempt holds it."""
     of_attempt = select(Attempt.job_id).where(Attempt.id == attempt_id).scalar_subquery()
-    statement = (
-        select(Job)
-        .where(Job.id == of_attempt)
-        .where(Job.attempt_id == attempt_id, Job.state == states.JobState.RUNNING)
-        .execution_options(populate_existing=True)
-    )
-    return session.scalar(statement.with_for_update() if lock else statement)
+    return [Job.id == of_attempt, *_fence(attempt_id)]
 
 
-def _verdict(session: Session, attempt_id: int, *, lock: bool) -> Verdict:
-    job = _held_by(session, attempt_id, lock=lock)
-    if job is None:
+def _fence(attempt_id: int | BindParameter[int]) -> list[ColumnElement[bool]]:
+    return [Job.attempt_id == attempt_id, Job.state == states.JobState.RUNNING]
+
+
+def _verdict(cancel_requested: bool | None) -> Verdict:
+    """None: the attempt holds no job."""
+    if cancel_requested is None:
         return Verdict.SUPERSEDED
-    return Verdict.CANCELLED if job.cancel_requested else Verdict.GO_ON
+    return Verdict.CANCELLED if cancel_requested else Verdict.GO_ON
 
 
 def _move(
@@ -719,10 +707,9 @@ def _move(
 ) -> bool:
     """The one statement that changes the state of a single job, and its batch's counts."""
     assert target in states.TRANSITIONS[expected], f"{expected} -> {target}"
-    statement = update(Job).where(Job.id == job_id, Job.state == expected)
-    if holder is not None:
-        statement = statement.where(Job.attempt_id == holder)
-    batch_id = session.scalar(statement.values(state=target, **values).returning(Job.batch_id))
+    shape, told = _told(values)
+    moved = _moved(expected, target, is_held=holder is not None, shape=shape)
+    batch_id = session.scalar(moved, told | {"of_job": job_id, "holder": holder})
     if batch_id is None:
         return False
     _count_moved(session, batch_id, expected, target, 1)
@@ -752,13 +739,8 @@ def _count_moved(
 ) -> None:
     if not number:
         return
-    left, entered = getattr(Batch, source.value), getattr(Batch, target.value)
-    open_jobs = session.execute(
-        update(Batch)
-        .where(Batch.id == batch_id)
-        .values({left: left - number, entered: entered + number})
-        .returning(Batch.queued + Batch.running)
-    ).scalar_one()
+    counted = {"of_batch": batch_id, "number": number}
+    open_jobs = session.execute(_counted(source, target), counted).scalar_one()
     if open_jobs == 0:
         session.execute(
             update(Batch).where(Batch.id == batch_id).values(finished_at=database.now(session))
@@ -769,13 +751,116 @@ def _count_moved(
 def _end_attempt(
     session: Session, attempt_id: int, state: states.AttemptState, **values: Any
 ) -> None:
-    session.execute(
-        update(Attempt)
-        .where(Attempt.id == attempt_id, Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
-        .values(state=state, finished_at=database.now(session), **values)
-    )
+    shape, told = _told(values)
+    session.execute(_ended(state, shape), told | {"of_attempt": attempt_id})
 
 
 def _count(result: Any) -> int:
     assert isinstance(result, CursorResult)
     return result.rowcount
+
+
+# Statements of every job, made once: making one costs SQLAlchemy twice what sending it does.
+
+Shape = tuple[tuple[str, ColumnElement[Any] | None], ...]
+"""Names of columns, each with the expression that it is set to; None: to a value told later."""
+
+
+def _told(values: dict[str, Any]) -> tuple[Shape, dict[str, Any]]:
+    is_told = {name: not isinstance(value, ColumnElement) for name, value in values.items()}
+    shape = tuple((name, None if is_told[name] else value) for name, value in values.items())
+    return shape, {f"new_{name}": value for name, value in values.items() if is_told[name]}
+
+
+def _values(shape: Shape) -> dict[str, ColumnElement[Any]]:
+    return {name: bindparam(f"new_{name}") if how is None else how for name, how in shape}
+
+
+@functools.cache
+def _moved(
+    expected: states.JobState, target: states.JobState, *, is_held: bool, shape: Shape
+) -> ReturningUpdate[str]:
+    statement = update(Job).where(Job.id == bindparam("of_job"), Job.state == expected)
+    if is_held:
+        statement = statement.where(Job.attempt_id == bindparam("holder"))
+    return statement.values(state=target, **_values(shape)).returning(Job.batch_id)
+
+
+@functools.cache
+def _counted(source: states.JobState, target: states.JobState) -> ReturningUpdate[int]:
+    left, entered = getattr(Batch, source.value), getattr(Batch, target.value)
+    number = bindparam("number", type_=Integer())
+    return (
+        update(Batch)
+        .where(Batch.id == bindparam("of_batch"))
+        .values({left: left - number, entered: entered + number})
+        .returning(Batch.queued + Batch.running)
+    )
+
+
+@functools.cache
+def _ended(state: states.AttemptState, shape: Shape) -> Update:
+    return _LIVE.values(state=state, finished_at=NOW, **_values(shape))
+
+
+_LIVE = update(Attempt).where(
+    Attempt.id == bindparam("of_attempt"), Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+)
+
+_LEASE = {
+    "heartbeat_at": NOW,
+    "lease_until": database.Clock(bindparam("lease_seconds", type_=Float())),
+    "note": bindparam("said"),
+}
+
+# The job without a lock: waiting for one here would turn the order of locks around.
+_RENEWED = _LIVE.values(_LEASE).returning(
+    select(Job.cancel_requested)
+    .where(Job.id == Attempt.job_id, *_fence(bindparam("of_attempt")))
+    .scalar_subquery()
+)
+
+_REPORTED = _RENEWED.values(
+    stage=bindparam("at_stage"), step=bindparam("at_step"), steps=bindparam("of_steps")
+)
+
+_HELD = select(Job.cancel_requested).where(*_held_by(bindparam("of_attempt"))).with_for_update()
+
+_RENDERED = _LIVE.values(
+    _LEASE
+    | {
+        "state": states.AttemptState.RENDERED,
+        "stage": "upload",
+        "step": 0,
+        "steps": 1,
+        "seconds": bindparam("took"),
+        "peak_memory_bytes": bindparam("peak"),
+        "memory": bindparam("parts"),
+    }
+)
+
+_RUNNABLE = (
+    select(Job)
+    .where(Job.id == bindparam("of_job"), Job.state == states.JobState.QUEUED)
+    .where(or_(Job.not_before.is_(None), Job.not_before <= bindparam("at")))
+    .with_for_update()
+)
+
+_BEGUN = (
+    insert(Attempt)
+    .values(
+        job_id=bindparam("of_job"),
+        number=(
+            select(func.count() + 1)
+            .select_from(Attempt)
+            .where(Attempt.job_id == bindparam("of_job"))
+            .scalar_subquery()
+        ),
+        state=states.AttemptState.RUNNING,
+        worker=bindparam("by"),
+        started_at=bindparam("at"),
+        heartbeat_at=bindparam("at"),
+        lease_until=bindparam("until"),
+    )
+    .returning(Attempt.id, Attempt.number)
+)

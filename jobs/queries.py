@@ -1,13 +1,14 @@
 """Reads for people and programs; nothing here changes a row."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, union_all
+from sqlalchemy import Select, Text, cast, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
 from jobs import database, errors, schema, states, workers
@@ -43,10 +44,9 @@ class LiveWorker:
     @property
     def takes(self) -> tuple[str, ...]:
         """Queues that it takes from now; none if it is silent."""
-        refused = {refusal.queue for refusal in self.refusals}
-        if not self.is_alive or workers.ALL_QUEUES in refused:
+        if not self.is_alive:
             return ()
-        return tuple(queue for queue in self.worker.queues if queue not in refused)
+        return _taken(self.worker.queues, {refusal.queue for refusal in self.refusals})
 
 
 def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
@@ -224,8 +224,30 @@ def live_workers(session: Session) -> list[LiveWorker]:
 
 
 def live_workers_by_queues(session: Session) -> dict[tuple[str, ...], int]:
-    """Queues -> how many live workers take from just these."""
-    return dict(Counter(live.takes for live in live_workers(session) if live.takes))
+    """Queues -> how many live workers take from just these. Read at every look of dispatch."""
+    now = database.now(session)
+    refused: dict[str, set[str]] = {}
+    for refusal in workers.refusals(session, now=now):
+        refused.setdefault(refusal.worker, set()).add(refusal.queue)
+    alive_since = now - timedelta(seconds=workers.ALIVE_SECONDS)
+    is_alive = (Worker.stopped_at.is_(None), Worker.heartbeat_at >= alive_since)
+    # Grouped by the database: a farm has thousands of workers and few kinds of them.
+    as_text = cast(Worker.queues, Text)
+    kinds = select(as_text, func.count()).where(*is_alive, Worker.name.not_in(refused))
+    numbers: Counter[tuple[str, ...]] = Counter()
+    for queues, number in session.execute(kinds.group_by(as_text)):
+        numbers[tuple(json.loads(queues))] += number
+    choosy = select(Worker.name, Worker.queues).where(*is_alive, Worker.name.in_(refused))
+    for name, all_queues in session.execute(choosy):
+        numbers[_taken(all_queues, refused[name])] += 1
+    del numbers[()]
+    return dict(numbers)
+
+
+def _taken(queues: Sequence[str], refused: Collection[str]) -> tuple[str, ...]:
+    if workers.ALL_QUEUES in refused:
+        return ()
+    return tuple(queue for queue in queues if queue not in refused)
 
 
 def live_workers_by_queue(session: Session) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """The register of render processes: kept by their launchers, filled in by themselves."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import bindparam, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, reports, retries, states
@@ -69,35 +70,46 @@ def take_names(session: Session, registrations: Sequence[Registration]) -> Held 
 
 def register(session: Session, registration: Registration) -> bool:
     """Make or renew the row of a worker; also its heartbeat. False: another launcher has it."""
+    if _renew(session, registration):
+        return True
     if _held(session, registration) is not None:
         return False
     _enter(session, registration)
     return True
 
 
+def _renew(session: Session, registration: Registration) -> bool:
+    """In one statement, as almost every beat finds the row as the last one left it."""
+    facts = {f"new_{name}": value for name, value in _facts(registration).items()}
+    return session.scalar(_RENEWED, facts) is not None
+
+
+_RENEWED = (
+    update(Worker)
+    .where(Worker.name == bindparam("new_name"), Worker.launcher == bindparam("new_launcher"))
+    .where(Worker.pid == bindparam("new_pid"), Worker.stopped_at.is_(None))
+    .values({field.name: bindparam(f"new_{field.name}") for field in fields(Registration)})
+    .values(heartbeat_at=database.Clock())
+    .returning(Worker.pid)
+)
+
+
 def _enter(session: Session, registration: Registration) -> None:
     now = database.now(session)
     row = session.get(Worker, registration.name)
-    if row is None or row.stopped_at is not None or row.pid != registration.pid:
-        started_at = now
-    else:
-        started_at = row.started_at
+    is_new = row is None or row.stopped_at is not None or row.pid != registration.pid
     session.merge(
         Worker(
-            name=registration.name,
-            host=registration.host,
-            device=registration.device,
-            memory_bytes=registration.memory_bytes,
-            queues=list(registration.queues),
-            version=registration.version,
-            pid=registration.pid,
-            started_at=started_at,
+            **_facts(registration),
+            started_at=now if row is None or is_new else row.started_at,
             heartbeat_at=now,
             stopped_at=None,
-            restarts=registration.restarts,
-            launcher=registration.launcher,
         )
     )
+
+
+def _facts(registration: Registration) -> dict[str, Any]:
+    return asdict(registration) | {"queues": list(registration.queues)}
 
 
 def _held(session: Session, registration: Registration) -> Held | None:
@@ -168,13 +180,17 @@ def wait_seconds(times: int) -> float:
     return retries.growing_wait(FIRST_REFUSAL_SECONDS, times)
 
 
-def refusals(session: Session, *, worker: str | None = None) -> Sequence[Refusal]:
-    """Those that still hold, of one worker or of all."""
-    found = select(Refusal).where(or_(Refusal.until > database.now(session), Refusal.needs_test))
+def refusals(
+    session: Session, *, worker: str | None = None, now: datetime | None = None
+) -> Sequence[Refusal]:
+    """Those that still hold, of one worker or of all; `now` is asked for if it is not given."""
+    now = now or database.now(session)
+    found = select(Refusal).where(or_(Refusal.until > now, Refusal.needs_test))
     if worker is not None:
         found = found.where(Refusal.worker == worker)
     return session.scalars(found.order_by(Refusal.worker, Refusal.queue)).all()
 
 
-def refuses(session: Session, worker: str, queue: str) -> bool:
-    return any(held.queue in (queue, ALL_QUEUES) for held in refusals(session, worker=worker))
+def refuses(session: Session, worker: str, queue: str, *, now: datetime) -> bool:
+    held = refusals(session, worker=worker, now=now)
+    return any(refusal.queue in (queue, ALL_QUEUES) for refusal in held)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jobs import safety, settings, states, workers
+from jobs import database, safety, settings, states, workers
 from worker import checks, scratch
 from worker.settings import WorkerSettings
 
@@ -116,7 +116,8 @@ def test_a_check_that_breaks_is_the_hosts_fault_and_no_refusal(host, runner_with
     assert attempt.state is states.AttemptState.RELEASED
     assert told in attempt.note
     with host.db.reading() as session:
-        assert workers.refuses(session, "cpu0@here", job.queue)
+        now = database.now(session)
+        assert workers.refuses(session, "cpu0@here", job.queue, now=now)
 
 
 def test_a_job_that_always_breaks_the_check_does_not_keep_the_farm_busy(host, runner_with):
