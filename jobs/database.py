@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -47,7 +48,7 @@ SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
-IDLE_SECONDS = 1.0  # a connection that was used just now is not asked whether it still lives
+IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
@@ -122,7 +123,7 @@ class Database:
         began = time.monotonic()
         for wait in _waits(WRITE_TRIES):
             try:
-                with self.transaction() as session:
+                with _trusting(), self.transaction() as session:
                     return change(session, *args, **kwargs)
             except DBAPIError as error:
                 # An address that swallows packets costs CONNECT_SECONDS each time.
@@ -248,8 +249,21 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
     return engine
 
 
+_is_trusted = ContextVar("_is_trusted", default=False)
+
+
+@contextmanager
+def _trusting() -> Iterator[None]:
+    """For what is tried again when a connection turns out to be broken."""
+    token = _is_trusted.set(True)
+    try:
+        yield
+    finally:
+        _is_trusted.reset(token)
+
+
 def _ping_idle(engine: Engine) -> None:
-    """As `pool_pre_ping`, which makes two round trips of each transaction's first."""
+    """As `pool_pre_ping`, but for writes over a connection that worked a moment ago."""
 
     @event.listens_for(engine, "checkin")
     def _rest(_connection: Any, record: ConnectionPoolEntry) -> None:
@@ -258,7 +272,9 @@ def _ping_idle(engine: Engine) -> None:
     @event.listens_for(engine, "checkout")
     def _ask(connection: Any, record: ConnectionPoolEntry, *_: object) -> None:
         idle_since = record.info.get("idle_since")
-        if idle_since is None or time.monotonic() - idle_since < IDLE_SECONDS:
+        if idle_since is None:
+            return
+        if _is_trusted.get() and time.monotonic() - idle_since < IDLE_SECONDS:
             return
         try:
             engine.dialect.do_ping(connection)

@@ -353,18 +353,17 @@ def _within_quotas(
 def _look_sent_last(
     session: Session, queues: Sequence[str], under_way: Sequence[int]
 ) -> str | None:
-    """Of all that is rendered now or will be next."""
+    """Of what will be next; if nothing is under way, of what was begun last."""
+    sent = select(Job.look_id).where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
+    last = session.scalar(sent.order_by(Job.dispatched_at.desc().nulls_last()).limit(1))
+    if last is not None:
+        return last
     running = (
-        select(Job.look_id, Job.dispatched_at)
-        .join(Attempt, Attempt.job_id == Job.id)  # the few live attempts have an index of their own
+        select(Job.look_id)
+        .join(Attempt, Attempt.job_id == Job.id)
         .where(Attempt.state == states.AttemptState.RUNNING, Job.queue.in_(queues))
     )
-    sent = select(Job.look_id, Job.dispatched_at).where(
-        Job.id.in_(under_way), Job.state == states.JobState.QUEUED
-    )
-    all_of_them = running.union_all(sent).subquery()
-    newest = all_of_them.c.dispatched_at.desc().nulls_last()
-    return session.scalar(select(all_of_them.c.look_id).order_by(newest).limit(1))
+    return session.scalar(running.order_by(Attempt.id.desc()).limit(1))
 
 
 def _weights_of(session: Session, look_ids: Iterable[str]) -> dict[str, str]:

@@ -803,8 +803,11 @@ def _ended(state: states.AttemptState, shape: Shape) -> Update:
     return _LIVE.values(state=state, finished_at=NOW, **_values(shape))
 
 
-_LIVE = update(Attempt).where(
-    Attempt.id == bindparam("of_attempt"), Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+_LIVE = (
+    update(Attempt)
+    .where(Attempt.id == bindparam("of_attempt"))
+    .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
+    .execution_options(synchronize_session=False)
 )
 
 _LEASE = {

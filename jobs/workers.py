@@ -80,8 +80,11 @@ def register(session: Session, registration: Registration) -> bool:
 
 def _renew(session: Session, registration: Registration) -> bool:
     """In one statement, as almost every beat finds the row as the last one left it."""
-    facts = {f"new_{name}": value for name, value in _facts(registration).items()}
-    return session.scalar(_RENEWED, facts) is not None
+    return session.scalar(_RENEWED, _new(_facts(registration))) is not None
+
+
+def _new(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"new_{name}": value for name, value in values.items()}
 
 
 _RENEWED = (
@@ -91,6 +94,7 @@ _RENEWED = (
     .values({field.name: bindparam(f"new_{field.name}") for field in fields(Registration)})
     .values(heartbeat_at=database.Clock())
     .returning(Worker.pid)
+    .execution_options(synchronize_session=False)
 )
 
 
@@ -133,7 +137,15 @@ def stopped(session: Session, name: str, *, launcher: str) -> None:
 def report(session: Session, name: str, told: reports.Report) -> None:
     """What the render process holds and has done; its launcher has made the row."""
     values = {**asdict(told), "resident": [asdict(model) for model in told.resident]}
-    session.execute(update(Worker).where(Worker.name == name).values(values))
+    session.execute(_REPORTED, _new(values) | {"of": name})
+
+
+_REPORTED = (
+    update(Worker)
+    .where(Worker.name == bindparam("of"))
+    .values({field.name: bindparam(f"new_{field.name}") for field in fields(reports.Report)})
+    .execution_options(synchronize_session=False)
+)
 
 
 def refuse(
@@ -165,14 +177,22 @@ def refuse(
 
 def accept(session: Session, name: str, *, queue: str) -> None:
     """It has rendered a job of this queue: what was wrong is over, but for what needs a test."""
-    is_suspect = or_(Worker.suspects.is_not(None), Worker.removals > 0)
-    session.execute(
-        update(Worker).where(Worker.name == name, is_suspect).values(suspects=None, removals=0)
-    )
-    of_queue = Refusal.queue.in_((queue, ALL_QUEUES))
-    session.execute(
-        delete(Refusal).where(Refusal.worker == name, of_queue, Refusal.needs_test.is_(False))
-    )
+    session.execute(_ACQUITTED, {"of": name})
+    session.execute(_ACCEPTED, {"of": name, "what": queue})
+
+
+_ACQUITTED = (
+    update(Worker)
+    .where(Worker.name == bindparam("of"))
+    .where(or_(Worker.suspects.is_not(None), Worker.removals > 0))
+    .values(suspects=None, removals=0)
+)
+
+_ACCEPTED = (
+    delete(Refusal)
+    .where(Refusal.worker == bindparam("of"), Refusal.needs_test.is_(False))
+    .where(or_(Refusal.queue == bindparam("what"), Refusal.queue == ALL_QUEUES))
+)
 
 
 def wait_seconds(times: int) -> float:
