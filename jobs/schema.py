@@ -172,7 +172,8 @@ class Job(Base):
     position: Mapped[int]
     """Place in the batch, from 0."""
     custom_id: Mapped[str | None] = mapped_column(String(520))
-    look_id: Mapped[str] = mapped_column(ForeignKey("looks.id"))
+    look_id: Mapped[str] = mapped_column(String(16))
+    """Without a foreign key: looks are never deleted, and a check of each row costs."""
     prompt: Mapped[str]
     negative_prompt: Mapped[str | None]
     image_key: Mapped[str | None]
