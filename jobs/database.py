@@ -1,9 +1,10 @@
 """Engine and transactions; the same calls on SQLite and PostgreSQL."""
 
 import functools
+import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -12,15 +13,20 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 from sqlalchemy import (
+    ARRAY,
+    BigInteger,
     ColumnElement,
     Connection,
     DateTime,
     Engine,
     Float,
+    any_,
     create_engine,
     event,
     func,
+    literal,
     make_url,
+    select,
     text,
 )
 from sqlalchemy.engine import URL
@@ -32,7 +38,7 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -195,6 +201,16 @@ def seconds_between(session: Session, start: Any, end: Any) -> ColumnElement[flo
     if session.get_bind().dialect.name == "sqlite":
         return (func.julianday(end) - func.julianday(start)) * 86_400.0
     return func.date_part("epoch", end - start, type_=Float)
+
+
+def among(
+    session: Session, column: InstrumentedAttribute[int], ids: Iterable[int]
+) -> ColumnElement[bool]:
+    """`column IN (ids)` with one parameter for all of them: thousands cost no time to write out."""
+    if session.get_bind().dialect.name == "sqlite":
+        given = func.json_each(json.dumps(list(ids))).table_valued("value")
+        return column.in_(select(given.c.value))
+    return column == any_(literal(list(ids), ARRAY(BigInteger)))
 
 
 def storable(text: str) -> str:

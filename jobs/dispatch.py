@@ -32,7 +32,8 @@ from jobs.schema import Attempt, Batch, Job, Look, Owner
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
-REST_SECONDS = 0.05  # between two looks: a farm of thousands kicks more often than it need be fed
+REST_SECONDS = 0.05  # at least, between two looks
+REST = 4.0  # times what a look took: a farm of thousands kicks more often than it need be fed
 AGAIN_SECONDS = 30.0  # after the database failed
 
 
@@ -82,6 +83,7 @@ class Dispatcher:
         """Tick until told to stop: at once after a kick, else every `tick_seconds`."""
         was_down = False
         while not stop.is_set():
+            began = time.monotonic()
             try:
                 tick = self.tick()
             except (DBAPIError, database.DatabaseUnavailable) as error:
@@ -100,6 +102,8 @@ class Dispatcher:
                 was_down = not was_down
                 report = log.warning if was_down else log.info
                 report("broker.lost" if was_down else "broker.back", error=tick.broker_error)
+            took = time.monotonic() - began
+            stop.wait(min(max(REST_SECONDS, REST * took), self._config.tick_seconds))
             self._wait(stop)
 
     def _end_lost(self) -> list[int]:
@@ -133,7 +137,6 @@ class Dispatcher:
         self._leases_count_from = time.monotonic() + self._config.lease_seconds
 
     def _wait(self, stop: threading.Event) -> None:
-        stop.wait(REST_SECONDS)
         try:
             self._broker.wait_for_kick(self._config.tick_seconds)
         except broker.BrokerUnavailable:
@@ -306,7 +309,7 @@ def _next_of(
     return session.execute(
         select(Job.id, Job.rank, Job.look_id)
         .where(Job.batch_id == lane.batch_id, Job.queue == lane.queue, *_can_be_sent(now))
-        .where(Job.id.not_in(under_way))
+        .where(~database.among(session, Job.id, under_way))
         .order_by(Job.rank, Job.id)
         .limit(number)
     ).all()
@@ -331,7 +334,7 @@ def _left_of_quotas(
     sent = session.execute(
         select(Batch.owner, func.count())
         .join(Job, Job.batch_id == Batch.id)
-        .where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
+        .where(database.among(session, Job.id, under_way), Job.state == states.JobState.QUEUED)
         .group_by(Batch.owner)
     )
     for owner, number in sent:
@@ -354,7 +357,9 @@ def _look_sent_last(
     session: Session, queues: Sequence[str], under_way: Sequence[int]
 ) -> str | None:
     """Of what will be next; if nothing is under way, of what was begun last."""
-    sent = select(Job.look_id).where(Job.id.in_(under_way), Job.state == states.JobState.QUEUED)
+    sent = select(Job.look_id).where(
+        database.among(session, Job.id, under_way), Job.state == states.JobState.QUEUED
+    )
     last = session.scalar(sent.order_by(Job.dispatched_at.desc().nulls_last()).limit(1))
     if last is not None:
         return last

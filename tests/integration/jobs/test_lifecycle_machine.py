@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 
 from jobs import lifecycle
 from jobs.lifecycle import Verdict
-from jobs.schema import Attempt, Batch, Job
+from jobs.schema import Attempt, Batch, Job, Owner, Refusal, Worker
 from jobs.states import FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, World
 
@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.model = Model()
         with self.world.db.transaction() as session:
-            for table in (Attempt, Job, Batch):
+            for table in (Attempt, Job, Batch, Owner, Refusal, Worker):
                 session.execute(delete(table))
 
     @precondition(lambda self: len(self.model.jobs) < MOST_JOBS)
