@@ -16,6 +16,18 @@ class Average:
         self.tensors = {name: weight.detach().clone() for name, weight in trained.items()}
 
     @torch.no_grad()
+    def give(self) -> None:
+        """Set the weights to their average."""
+        for name, weight in self._trained.items():
+            weight.copy_(self.tensors[name])
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again from the weights."""
+        for name, weight in self._trained.items():
+            self.tensors[name].copy_(weight)
+
+    @torch.no_grad()
     def update(self, updates: int) -> None:
         """After student update number `updates`, counted from 1. Before `start` it is a copy."""
         decay = self._decay if updates > self._start else 0.0

@@ -92,7 +92,7 @@ def ask(
     done = wanted.count - len(missing)
     for some in _shares(missing, batch):
         report(done, wanted.count)
-        velocity = _guided(teacher, wanted.examples(some, data, here), wanted.how.guidance)
+        velocity = guided(teacher, wanted.examples(some, data, here), wanted.how.guidance)
         noise = wanted.noise(some, data.latent_shape, here)
         answers = sampling.denoise(velocity, noise, levels, step_rule="euler")
         for number, latents in zip(some, answers, strict=True):
@@ -109,7 +109,7 @@ def _shares(numbers: Sequence[int], batch: int) -> list[list[int]]:
     return [own[first : first + batch] for first in range(0, len(own), batch)]
 
 
-def _guided(teacher: roles.Role, asked: examples.Batch, guidance: float) -> sampling.VelocityFn:
+def guided(teacher: roles.Role, asked: examples.Batch, guidance: float) -> sampling.VelocityFn:
     told = teacher.at(asked.context_BSG, asked.condition)
     if guidance == 1:
         return told

@@ -1,13 +1,13 @@
 """Distil the tiny teachers to four steps without guidance, by the trainer that real models use.
 
-Both kinds of student begin with `reflow`.
+Both kinds of student begin with `reflow` and end with `on_policy`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.distillation import examples, export, method, pairs, roles, saving, trainer
-from models.tiny import loop, recipes, reflow, replay, workshop, world
+from models.tiny import loop, on_policy, recipes, reflow, replay, workshop, world
 
 SAVE_EVERY = 20  # updates
 ANSWER_BATCH = 200
@@ -93,6 +93,20 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
             numbers = f"latent std {update.latent_std:.3f}  gap {update.score_gap:.3f}"
             pace = f"{update.seconds:.2f} s/update  {left:.1f} min left"
             shop.say(f"{who.name}  {update.number}/{recipe.updates}  {numbers}  {pace}")
+    if recipe.on_policy is not None:
+        assert train.average is not None
+        train.average.give()
+        on_policy.train(
+            nets,
+            how,
+            recipe.on_policy,
+            data=data,
+            answered=answered,
+            path=who.output / "on_policy.pt",
+            say=shop.say,
+            device=shop.device,
+        )
+        train.average.restart()
     export.write(train, who.output)
     return who.file
 

@@ -110,11 +110,25 @@ class Reflow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """Rounds of states where the student goes by itself, and steps of learning from each."""
+
+    rounds: int
+    states: int
+    collect_batch: int = 200
+    teacher_steps: int
+    steps: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Student:
     """Distillation to four steps; `rank` goes with weights "lora"."""
 
     weights: Literal["full", "lora"]
     reflow: Reflow
+    on_policy: OnPolicy | None
     rank: int | None = None
     updates: int
     batch: int
@@ -155,4 +169,6 @@ def load(path: Path = DEFAULT) -> Recipe:
 
 
 def _student(values: dict[str, Any]) -> Student:
-    return Student(**{**values, "reflow": Reflow(**values["reflow"])})
+    own = values["on_policy"]
+    on_policy = None if own is None else OnPolicy(**own)
+    return Student(**{**values, "reflow": Reflow(**values["reflow"]), "on_policy": on_policy})

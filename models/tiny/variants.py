@@ -22,14 +22,18 @@ SEEDS = (2, 3, 4, 5)
 CLIPS = 240
 FROZEN = 1e-12  # a learning rate: the critic stays a copy of the teacher
 
+WITHOUT: Mapping[str, Any] = {"on_policy": None}  # it would mend what the other parts leave
+
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{f"seed_{seed}": {"seed": seed} for seed in SEEDS},
-    "reflow_alone": {"updates": 0},
-    "no_regression": {"regression": None},
-    "critic_frozen": {"regression": None, "critic_rate": FROZEN},
-    "no_guidance": {"guidance": 1.0},
-    "ida": {"ida": 0.95},
-    "sgmd": {"sgmd": 0.1},
+    "no_distribution_matching": {"updates": 0},
+    "no_on_policy": WITHOUT,
+    "reflow_alone": {**WITHOUT, "updates": 0},
+    "no_regression": {**WITHOUT, "regression": None},
+    "critic_frozen": {**WITHOUT, "regression": None, "critic_rate": FROZEN},
+    "no_guidance": {**WITHOUT, "guidance": 1.0},
+    "ida": {**WITHOUT, "ida": 0.95},
+    "sgmd": {**WITHOUT, "sgmd": 0.1},
 }
 
 

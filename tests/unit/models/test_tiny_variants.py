@@ -17,7 +17,7 @@ def test_each_variant_changes_what_it_says_and_nothing_else(name, shop):
     changed = {
         key: value
         for key, value in variants.CHANGES[name].items()
-        if key not in ("updates", "critic_rate")
+        if key not in ("updates", "critic_rate", "on_policy")
     }
     assert all(getattr(other.how, key) == value for key, value in changed.items())
     same = {"denoising_step_list", "sample_shift", "ratio", "batch", "ema", "guidance", "seed"}
@@ -29,6 +29,7 @@ def test_each_variant_changes_what_it_says_and_nothing_else(name, shop):
 def test_a_frozen_critic_learns_nothing_and_no_updates_are_none(shop):
     assert variants.variant(shop, "critic_frozen").how.critic.learning_rate == variants.FROZEN
     assert variants.variant(shop, "reflow_alone").recipe.updates == 0
+    assert variants.variant(shop, "no_on_policy").recipe.on_policy is None
 
 
 @pytest.mark.parametrize(("name", "shares"), [("ida", True), ("seed_2", False)])

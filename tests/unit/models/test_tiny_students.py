@@ -1,16 +1,20 @@
-"""How a tiny student begins: the teacher's answers, and straight lines to them."""
+"""A tiny student: the teacher's answers, straight lines to them, and what it does by itself."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from models import sampling
 from models.distillation import examples, method, pairs, roles, trainer
-from models.tiny import loop, recipes, reflow, teacher, words
+from models.tiny import loop, on_policy, recipes, reflow, teacher, words
 
 SMALL = recipes.Transformer(dim=32, ffn_dim=48, num_heads=2, num_layers=1)
 RECIPE = recipes.Reflow(pairs=6, teacher_steps=10, steps=60, batch=4, rate=1e-2)
+OWN = recipes.OnPolicy(
+    rounds=2, states=20, collect_batch=8, teacher_steps=20, steps=15, batch=8, rate=1e-2
+)
 SHAPE = (16, 2, 4, 4)
 
 
@@ -152,3 +156,103 @@ def test_a_beginning_that_was_stopped_goes_on_to_the_same_numbers(data, tmp_path
     assert len(calls) == 60 + 1
     for name, weight in nets.student.trained.items():
         assert torch.equal(resumed.student.trained[name], weight)
+
+
+def gone_on(nets, how, data, answered, folder, say=lambda line: None):
+    folder.mkdir(exist_ok=True)
+    on_policy.train(
+        nets, how, OWN, data=data, answered=answered, path=folder / "on_policy.pt", say=say
+    )
+
+
+def collect(nets, how, data, folder, turn=0):
+    path = folder / "states.safetensors"
+    device = torch.device("cpu")
+    return on_policy.collect(
+        nets, how, OWN, turn=turn, data=data, path=path, say=lambda line: None, device=device
+    )
+
+
+def test_a_state_is_the_students_and_its_answer_the_teachers_from_there(data, tmp_path):
+    nets, how = begun("lora")
+    reflowed(nets, how, data, tmp_path)
+    there = collect(nets, how, data, tmp_path)
+    assert there.steps_N.tolist() == [1] * 3 + [2] * 6 + [3] * 11
+    levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
+    fine = sampling.noise_levels(range(1000, 0, -50), how.sample_shift)
+    for row in (0, 5, 19):
+        batch = data.batch([int(there.numbers_N[row])], torch.device("cpu"))
+        gone = int(there.steps_N[row])
+        sigma = levels.sigmas[gone]
+        onward = [sigma, *(level for level in fine.sigmas if level < sigma), 0.0]
+        latents = there.latents_NCTHW[row : row + 1]
+        for level, after in itertools.pairwise(onward):
+            told, untold = (
+                nets.teacher.velocity(latents, torch.tensor([level]), context, None)
+                for context in (batch.context_BSG, batch.negative_BSG)
+            )
+            latents = latents - (level - after) * (untold + 2 * (told - untold)).detach()
+        torch.testing.assert_close(there.answers_NCTHW[row : row + 1], latents)
+    # The first state: one step of the student from the very noise.
+    generator = loop.generator(how.seed, -1)
+    numbers = torch.randint(len(data), (3,), generator=generator)
+    noise = torch.randn((3, *SHAPE), generator=generator)
+    batch = data.batch(numbers.tolist(), torch.device("cpu"))
+    velocity = nets.student.velocity(noise, torch.ones(3), batch.context_BSG, None)
+    stepped = noise - (1 - levels.sigmas[1]) * velocity
+    torch.testing.assert_close(there.latents_NCTHW[:3], stepped.detach())
+
+
+@pytest.mark.parametrize(("weights", "share"), [("full", 0.8), ("lora", 0.95)])
+def test_a_student_learns_where_the_teacher_ends_from_its_own_states(
+    weights, share, data, tmp_path
+):
+    nets, how = begun(weights)
+    answered = reflowed(nets, how, data, tmp_path)
+    there = collect(nets, how, data, tmp_path)
+    before = error_at(nets, how, data, there)
+    gone_on(nets, how, data, answered, tmp_path / "own")
+    assert error_at(nets, how, data, there) < share * before
+
+
+def test_rounds_that_were_stopped_go_on_to_the_same_numbers(data, tmp_path, monkeypatch):
+    nets, how = begun("full")
+    answered = reflowed(nets, how, data, tmp_path)
+    gone_on(nets, how, data, answered, tmp_path / "straight")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    stopped, _ = begun("full")
+    reflowed(stopped, how, data, tmp_path)
+    set_rate, calls = loop.set_rate, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 20:  # in the second round, whose states this student made
+            raise KeyboardInterrupt
+        set_rate(*arguments)
+
+    monkeypatch.setattr(on_policy.loop, "set_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        gone_on(stopped, how, data, answered, tmp_path / "stopped")
+    resumed, _ = begun("full")
+    lines = []
+    gone_on(resumed, how, data, answered, tmp_path / "stopped", lines.append)
+    assert not any(line.startswith("states") for line in lines)
+    assert len(calls) == 30 + 1
+    for name, weight in nets.student.trained.items():
+        assert torch.equal(resumed.student.trained[name], weight)
+
+
+def reflowed(nets, how, data, folder):
+    answered = answers(nets, how, data, folder / "answers")
+    train(nets, how, data, answered, folder / f"{how.student.weights}.pt")
+    return answered
+
+
+def error_at(nets, how, data, there):
+    levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
+    sigma = torch.tensor(levels.sigmas)[there.steps_N]
+    batch = data.batch(there.numbers_N.tolist(), torch.device("cpu"))
+    with torch.no_grad():
+        velocity = nets.student.velocity(there.latents_NCTHW, sigma, batch.context_BSG, None)
+    clean = there.latents_NCTHW - sigma.view(-1, 1, 1, 1, 1) * velocity
+    return (clean - there.answers_NCTHW).square().mean()

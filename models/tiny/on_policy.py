@@ -1,0 +1,163 @@
+"""Teach a student where it goes by itself, not only where the teacher would have gone.
+
+Four steps lead off the straight line from a noise to the teacher's answer, and what a student has
+learnt on the line does not hold beside it. So the student goes part of the way; from there the
+teacher goes on to the end, in many steps with guidance; and the student learns to point to that
+end. Rounds of this, as in DAgger (arXiv 1011.0686), of which "on-policy" distillation is one kind.
+"""
+
+# B batch, N states, C latent channels, T H W latent frames, rows, columns
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models import sampling
+from models.distillation import examples, method, pairs, roles, tensor_files
+from models.tiny import loop, recipes
+
+EMA = 0.99
+SHARES = (0.15, 0.3, 0.55)
+"""Of the states: after one, two and three steps. The last step draws the picture."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Where a student was, and where the teacher came to from there."""
+
+    latents_NCTHW: Tensor  # noqa: N815  # named by its axes, as everywhere
+    answers_NCTHW: Tensor  # noqa: N815
+    steps_N: Tensor  # noqa: N815
+    """How many steps the student had gone."""
+    numbers_N: Tensor  # noqa: N815
+    """Of the examples."""
+
+
+def train(
+    nets: roles.Roles,
+    how: method.Method,
+    recipe: recipes.OnPolicy,
+    *,
+    data: examples.Examples,
+    answered: pairs.Pairs,
+    path: Path,
+    say: loop.Say,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train the student's weights, or go on training; they end as their running average.
+
+    A quarter of each batch are noise and the teacher's answers to it: the first step.
+    """
+    student, here = nets.student, torch.device(device)
+    weights = nn.ParameterList(student.trained.values())
+    average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(EMA))  # type: ignore[no-untyped-call]  # torch's stub
+    optimizer = torch.optim.AdamW(
+        weights.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
+    sigmas = torch.tensor(levels.sigmas)
+    numbers_of_pairs = range(answered.count)
+    _, all_noise, all_answers = answered.take(numbers_of_pairs, data, torch.device("cpu"))
+    total = recipe.rounds * recipe.steps
+    seen: dict[int, States] = {}
+
+    def states(turn: int) -> States:
+        if turn not in seen:
+            seen.clear()
+            kept = path.with_name(f"{path.stem}_states.safetensors")
+            seen[turn] = _kept(kept, turn) or collect(
+                nets, how, recipe, turn=turn, data=data, path=kept, say=say, device=here
+            )
+        return seen[turn]
+
+    def step(number: int) -> Mapping[str, float]:
+        there = states(number // recipe.steps)
+        generator = loop.generator(how.seed, number)
+        rows = torch.randint(len(there.steps_N), (3 * recipe.batch // 4,), generator=generator)
+        pair = torch.randint(answered.count, (recipe.batch - len(rows),), generator=generator)
+        latents = torch.cat([there.latents_NCTHW[rows], all_noise[pair]]).to(here)
+        answers = torch.cat([there.answers_NCTHW[rows], all_answers[pair]]).to(here)
+        gone = torch.cat([there.steps_N[rows], torch.zeros_like(pair)])
+        numbers = torch.cat([there.numbers_N[rows], pair % len(data)])
+        batch = data.batch(numbers.tolist(), here)
+        sigma_B = sigmas[gone].to(here)
+        end = (latents - answers) / sigma_B.view(-1, 1, 1, 1, 1)
+        told = student.velocity(latents, sigma_B, batch.context_BSG, batch.condition)
+        loss = (told - end).square().mean()
+        loop.set_rate(optimizer, recipe.rate * loop.warm_cosine(number, total, warmup=50))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        nn.utils.clip_grad_norm_(weights.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(weights)
+        return {"loss": loss.item()}
+
+    parts: dict[str, loop.Stateful] = {
+        "weights": weights,
+        "average": average,
+        "optimizer": optimizer,
+    }
+    loop.run(path.stem, parts, step, steps=total, path=path, say=say)
+    with torch.no_grad():
+        for weight, mean in zip(weights.parameters(), average.parameters(), strict=True):
+            weight.copy_(mean)
+
+
+@torch.no_grad()
+def collect(
+    nets: roles.Roles,
+    how: method.Method,
+    recipe: recipes.OnPolicy,
+    *,
+    turn: int,
+    data: examples.Examples,
+    path: Path,
+    say: loop.Say,
+    device: torch.device,
+) -> States:
+    """`recipe.states` of them by SHARES, kept in `path` so that a stopped round goes on."""
+    levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
+    stride = sampling.TABLE_LENGTH // recipe.teacher_steps
+    fine = sampling.noise_levels(range(sampling.TABLE_LENGTH, 0, -stride), how.sample_shift)
+    generator = loop.generator(how.seed, -1 - turn)
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for gone, share in enumerate(SHARES, start=1):
+        for count in _batches(round(share * recipe.states), recipe.collect_batch):
+            say(f"states  {sum(len(each[3]) for each in found)}/{recipe.states}")
+            numbers = torch.randint(len(data), (count,), generator=generator)
+            batch = data.batch(numbers.tolist(), device)
+            latents = torch.randn((count, *data.latent_shape), generator=generator).to(device)
+            velocity = nets.student.at(batch.context_BSG, batch.condition)
+            for sigma, after in zip(levels.sigmas[:gone], levels.sigmas[1:], strict=False):
+                sigma_B = torch.full((count,), sigma, device=device)
+                latents = latents - (sigma - after) * velocity(latents, 1000 * sigma_B)
+            left = _onward(levels.sigmas[gone], fine.sigmas)
+            guided = pairs.guided(nets.teacher, batch, how.guidance)
+            answers = sampling.denoise(guided, latents, left, step_rule="euler")
+            found.append((latents.cpu(), answers.cpu(), torch.full((count,), gone), numbers))
+    states = States(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    tensor_files.save(dataclasses.asdict(states) | {"turn": torch.tensor(turn)}, path)
+    return states
+
+
+def _kept(path: Path, turn: int) -> States | None:
+    if not path.exists():
+        return None
+    tensors = tensor_files.load(path)
+    is_of_turn = int(tensors.pop("turn")) == turn
+    return States(**tensors) if is_of_turn else None
+
+
+def _onward(sigma: float, fine: tuple[float, ...]) -> sampling.NoiseLevels:
+    """From where the student stands through the teacher's levels below."""
+    sigmas = (sigma, *(level for level in fine if level < sigma))
+    return sampling.NoiseLevels(sigmas=sigmas, timesteps=1000 * torch.tensor(sigmas))
+
+
+def _batches(count: int, most: int) -> list[int]:
+    return [min(most, count - first) for first in range(0, count, most)]
