@@ -35,6 +35,63 @@ def test_a_moment_comes_back_as_it_was_stored(world: World) -> None:
     assert stored.tzinfo is UTC
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.25, 90.0, -7.5, 1e6])
+def test_a_statement_sets_the_time_as_the_clock_tells_it(world: World, ahead: float) -> None:
+    """Also as it compares with times that were told."""
+    world.submit()
+    at = database.Clock(ahead) if ahead else database.Clock()
+    with world.db.transaction() as session:
+        before = database.now(session) + timedelta(seconds=ahead)
+        session.execute(update(Batch).values(finished_at=at))
+        after = database.now(session) + timedelta(seconds=ahead)
+        stored = session.scalar(select(Batch.finished_at))
+        assert stored is not None
+        assert before <= stored <= after
+        within = (Batch.finished_at >= before, Batch.finished_at <= after)
+        assert session.scalar(select(Batch.id).where(*within))
+
+
+@pytest.mark.parametrize("number", [0, 1, 5_000])
+def test_any_number_of_ids_are_one_parameter(world: World, number: int) -> None:
+    batch_id = world.submit(3)
+    first, second, third = world.job_ids(batch_id)
+    ids = [first, third, *range(10_000, 10_000 + number)][:number]
+    with world.db.reading() as session:
+        among = database.among(session, Job.id, ids)
+        assert len(select(Job.id).where(among).compile(session.get_bind()).params) == 1
+        found = set(session.scalars(select(Job.id).where(among)))
+        others = set(session.scalars(select(Job.id).where(~among)))
+    assert found == set(ids) & {first, second, third}
+    assert others == {first, second, third} - found
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_a_read_asks_first_and_a_write_that_trusted_is_done_again(
+    postgres_world: World, monkeypatch: pytest.MonkeyPatch, *, is_trusted: bool
+) -> None:
+    monkeypatch.setattr(database, "IDLE_SECONDS", 60.0 if is_trusted else -1.0)
+    batch_id = postgres_world.submit()
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'rushes'"
+    other = database.Database(postgres_world.db.url.render_as_string(hide_password=False))
+
+    def ended() -> None:
+        with other.transaction() as session:
+            session.execute(text(f"{end} AND pid <> pg_backend_pid()"))
+
+    runs = itertools.count()
+
+    def rename(session: database.Session) -> None:
+        next(runs)
+        session.execute(update(Batch).values(name="new"))
+
+    ended()
+    postgres_world.db.write(rename)
+    assert next(runs) == (2 if is_trusted else 1)
+    ended()
+    assert postgres_world.batch(batch_id).name == "new"
+    other.close()
+
+
 def test_a_moment_without_a_zone_is_refused(world: World) -> None:
     with (
         world.db.transaction() as session,
