@@ -55,6 +55,8 @@ def kernels(function: Callable[..., Any], args: Sequence[Any]) -> list[Kernel]:
         FakeTensorMode(),
         mock.patch.object(GraphLowering, "compile_to_module", stop),
         mock.patch.object(ir, "is_cpu", return_value=False),
+        # As on a GPU, not as a processor computes eagerly.
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
         inductor.patch(force_disable_caches=True),
     ):
         tensors = [_fake(value) for value in args if isinstance(value, Tensor)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import attention, config, fp8, fusion, rope, sequence_parallel
+from models import attention, config, fp8, fusion, norms, rope, sequence_parallel
 
 # Small parameters that a bf16 network keeps in fp32, as official Wan does.
 FP32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "norm3.", "head.")
@@ -142,7 +142,7 @@ def normed_heads_rotated(
 
     The weight is rounded to the dtype of `x`: a training keeps it in fp32.
     """
-    normed_BLD = functional.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D.to(x_BLD.dtype), eps)
+    normed_BLD = norms.rms_norm(x_BLD, weight_D.to(x_BLD.dtype), eps)
     heads_BLNK = normed_BLD.view(*normed_BLD.shape[:-1], -1, cos_LK.shape[-1])
     return rope.rotate(heads_BLNK, (cos_LK, sin_LK))
 
@@ -157,8 +157,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(sizes.dim, sizes.dim)
         self.v = nn.Linear(sizes.dim, sizes.dim)
         self.o = nn.Linear(sizes.dim, sizes.dim)
-        self.norm_q = nn.RMSNorm(sizes.dim, eps=sizes.eps)
-        self.norm_k = nn.RMSNorm(sizes.dim, eps=sizes.eps)
+        self.norm_q = norms.RMSNorm(sizes.dim, eps=sizes.eps)
+        self.norm_k = norms.RMSNorm(sizes.dim, eps=sizes.eps)
 
     def heads(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.view(*x_BLD.shape[:-1], self.num_heads, -1)
@@ -211,7 +211,7 @@ class ImageCrossAttention(CrossAttention):
         super().__init__(sizes)
         self.k_img = nn.Linear(sizes.dim, sizes.dim)
         self.v_img = nn.Linear(sizes.dim, sizes.dim)
-        self.norm_k_img = nn.RMSNorm(sizes.dim, eps=sizes.eps)
+        self.norm_k_img = norms.RMSNorm(sizes.dim, eps=sizes.eps)
 
     def forward(self, x_BLD: fp8.Tokens, text_BSD: Tensor, image_BID: Tensor | None) -> Tensor:
         assert image_BID is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import config
+from models import config, norms
 from models.causal_conv import PIECE_BYTES, CausalConv3d, Chunked, FrameCache, frames_like
 
 TINY_SQUARE = 1e-24  # keeps an all-zero vector at zero; far below fp32 rounding of any other
@@ -29,8 +29,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gamma = self.gamma.flatten()
-        normed = functional.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=TINY_SQUARE)
-        return normed.movedim(-1, 1)
+        return norms.rms_norm(x.movedim(1, -1), gamma, TINY_SQUARE).movedim(-1, 1)
 
 
 class ResidualBlock(Chunked):

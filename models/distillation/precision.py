@@ -9,6 +9,8 @@ away.
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models import norms
+
 
 class RoundedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ class RoundedRMSNorm(nn.RMSNorm):
 _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: RoundedLinear,
     nn.Conv3d: RoundedConv3d,
-    nn.RMSNorm: RoundedRMSNorm,
+    norms.RMSNorm: RoundedRMSNorm,
 }
 
 

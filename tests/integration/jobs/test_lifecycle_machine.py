@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, select
 
-from jobs import lifecycle
+from jobs import health, lifecycle, retries
 from jobs.lifecycle import Verdict
 from jobs.schema import Attempt, Batch, Job, Owner, Refusal, Worker
 from jobs.states import FailureKind, JobState
@@ -35,14 +35,23 @@ class ModelJob:
     cancel_requested: bool = False
     errors: int = 0
     crashes: int = 0
+    failed_on: set[str] = field(default_factory=set)
+    """Workers, as on a broken machine, since its budgets were fresh."""
 
     def requeue(self) -> None:
         self.state, self.holder, self.cancel_requested = JobState.QUEUED, None, False
+
+    def retry(self) -> None:
+        self.requeue()
+        self.errors = self.crashes = 0
+        self.failed_on.clear()
 
 
 @dataclass
 class ModelAttempt:
     job: int
+    worker: str
+    number: int
     rendered: bool = False
     succeeded: bool = False
 
@@ -51,6 +60,22 @@ class ModelAttempt:
 class Model:
     jobs: dict[int, ModelJob] = field(default_factory=dict)
     attempts: dict[int, ModelAttempt] = field(default_factory=dict)
+    suspected_by: dict[str, set[int]] = field(default_factory=dict)
+    """Registered worker -> jobs that failed on it and on no other, as on a broken machine."""
+
+    def is_out(self, worker: str) -> bool:
+        return len(self.suspected_by.get(worker, ())) >= health.MAX_SUSPECTS
+
+    def may_claim(self, job_id: int, *, worker: str) -> bool:
+        job = self.jobs[job_id]
+        others = [name for name in self.suspected_by if name != worker and not self.is_out(name)]
+        is_for_others = worker in job.failed_on and bool(others)
+        return job.state is JobState.QUEUED and not self.is_out(worker) and not is_for_others
+
+    def claim(self, job_id: int, attempt_id: int, *, worker: str) -> None:
+        number = 1 + sum(attempt.job == job_id for attempt in self.attempts.values())
+        self.attempts[attempt_id] = ModelAttempt(job_id, worker, number)
+        self.jobs[job_id].state, self.jobs[job_id].holder = JobState.RUNNING, attempt_id
 
     def held_by(self, attempt_id: int) -> ModelJob | None:
         job = self.jobs[self.attempts[attempt_id].job]
@@ -66,17 +91,42 @@ class Model:
         job = self.held_by(attempt_id)
         if job is None:
             return None
+        attempt = self.attempts[attempt_id]
         is_crash = kind is FailureKind.WORKER_LOST
         job.crashes += is_crash
         job.errors += not is_crash
+        if kind in retries.OF_MACHINE:
+            job.failed_on.add(attempt.worker)
+            if job.failed_on == {attempt.worker} and attempt.worker in self.suspected_by:
+                self.suspected_by[attempt.worker].add(attempt.job)
         spent = job.crashes >= BUDGETS.max_crashes if is_crash else job.errors >= BUDGETS.max_errors
+        is_to_blame = kind is FailureKind.INPUT or len(job.failed_on) >= retries.MAX_MACHINES
         if job.cancel_requested:
             job.state = JobState.CANCELLED
-        elif spent or kind is FailureKind.INPUT:
+        elif spent or is_to_blame:
             job.state = JobState.FAILED
         else:
             job.requeue()
         return job.state
+
+    def release(self, attempt_id: int) -> bool:
+        job = self.held_by(attempt_id)
+        if job is None:
+            return False
+        if job.cancel_requested:
+            job.state = JobState.CANCELLED
+        else:
+            job.requeue()
+        return True
+
+    def is_spared(self, attempt_id: int) -> bool:
+        """Its worker was only finishing it: the newest attempt pays for that one's silence."""
+        attempt = self.attempts[attempt_id]
+        was_followed = any(
+            later > attempt_id and other.worker == attempt.worker
+            for later, other in self.attempts.items()
+        )
+        return was_followed and not attempt.rendered and attempt.number <= lifecycle.SPARED_TRIES
 
 
 class Machine(RuleBasedStateMachine):
@@ -104,13 +154,11 @@ class Machine(RuleBasedStateMachine):
         self.claim_one(self._job(data), worker=worker)
 
     def claim_one(self, job_id: int, *, worker: str) -> None:
-        job = self.model.jobs[job_id]
         claim = self.world.claim(job_id, worker=worker)
-        assert (claim is not None) == (job.state is JobState.QUEUED)
+        assert (claim is not None) == self.model.may_claim(job_id, worker=worker)
         if claim is not None:
             assert all(claim.attempt_id > earlier for earlier in self.model.attempts)
-            job.state, job.holder = JobState.RUNNING, claim.attempt_id
-            self.model.attempts[claim.attempt_id] = ModelAttempt(job_id)
+            self.model.claim(job_id, claim.attempt_id, worker=worker)
 
     @precondition(lambda self: self.model.attempts)
     @rule(data=st.data())
@@ -122,7 +170,9 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def rendered(self, data: st.DataObject) -> None:
         attempt_id = self._attempt(data)
-        assert self.world.rendered(attempt_id) is self.model.verdict(attempt_id)
+        verdict = self.model.verdict(attempt_id)
+        self.model.attempts[attempt_id].rendered |= verdict is Verdict.GO_ON
+        assert self.world.rendered(attempt_id) is verdict
 
     @precondition(lambda self: self.model.attempts)
     @rule(data=st.data())
@@ -144,12 +194,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         attempt_id = self._attempt(data)
-        job = self.model.held_by(attempt_id)
-        if job is not None and job.cancel_requested:
-            job.state = JobState.CANCELLED
-        elif job is not None:
-            job.requeue()
-        assert self.world.release(attempt_id) is (job is not None)
+        assert self.world.release(attempt_id) is self.model.release(attempt_id)
 
     @precondition(lambda self: self.model.attempts)
     @rule(data=st.data())
@@ -191,8 +236,7 @@ class Machine(RuleBasedStateMachine):
             if job.batch_id == batch_id and job.state in which
         ]
         for job in again:
-            job.requeue()
-            job.errors = job.crashes = 0
+            job.retry()
         assert self.world.retry(batch_id, *which) == len(again)
 
     @precondition(lambda self: self.model.attempts)
@@ -200,10 +244,14 @@ class Machine(RuleBasedStateMachine):
     def leases_end(self, data: st.DataObject, together: int) -> None:
         silent = {self._attempt(data) for _ in range(together)}
         held = {attempt_id for attempt_id in silent if self.model.held_by(attempt_id)}
+        spared = {attempt_id for attempt_id in held if self.model.is_spared(attempt_id)}
         for attempt_id in silent:
             self.world.expire(attempt_id)
+        for attempt_id in spared:
+            self.model.release(attempt_id)
+        for attempt_id in held - spared:
             self.model.fail(attempt_id, kind=FailureKind.WORKER_LOST)
-        assert set(self.world.end_lost()) == held
+        assert set(self.world.end_lost()) == held - spared
 
     @rule()
     def nothing_is_lost_before_its_lease_ends(self) -> None:
