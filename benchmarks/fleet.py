@@ -1,12 +1,16 @@
 """A fleet of sleeping devices on PostgreSQL: python -m benchmarks.fleet
 
-Each worker is a thread that does to Redis and the database what a render process, its publisher and
-its launcher do, in the same order: takes a message, claims, reports progress, hands over, succeeds,
-tells what it holds, kicks; and a beat every ten seconds. The dispatcher is the real process. There
-are no videos and no bucket.
+Each worker does to Redis and the database what a render process, its publisher and its launcher do,
+in the same order: takes a message, claims, reports progress, hands over, succeeds, tells what it
+holds, kicks; and a beat every ten seconds. A few threads do this for all that are not asleep. The
+dispatcher is the real process. There are no videos and no bucket.
 """
 
 import argparse
+import contextlib
+import functools
+import heapq
+import itertools
 import json
 import os
 import random
@@ -18,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from queue import Empty, SimpleQueue
 
 import psutil
 import redis
@@ -31,7 +35,7 @@ from jobs import workers as register
 REPORT = reports.Report(
     renders=1, loads=1, lora_switches=0, resident=(), device_used_bytes=None, host_used_bytes=1
 )
-CONNECTIONS = 11  # of a process: one less than its pool has, for the launcher's beat
+THREADS = 8  # of a process, for its workers: its pool has twelve connections
 COUNTERS = ("xact_commit", "tup_inserted", "tup_updated", "tup_deleted", "tup_fetched")
 
 
@@ -39,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=200_000)
     parser.add_argument("--workers", type=int, default=1_000)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--job-seconds", type=float, default=10.0)
     parser.add_argument("--beats", type=int, default=4, help="reports of progress per job")
     parser.add_argument("--seconds", type=float, default=300.0, help="then it ends, drained or not")
@@ -104,7 +108,7 @@ def drain(arguments: argparse.Namespace, usage: "Usage") -> list[float]:
 
 
 class Part:
-    """Some of the workers."""
+    """Some of the workers: who sleeps waits in a heap, and a few threads do what is due."""
 
     def __init__(self, arguments: argparse.Namespace, number: str, share: str) -> None:
         self._arguments = arguments
@@ -116,11 +120,17 @@ class Part:
         self._until = time.monotonic() + arguments.seconds
         self._drained = threading.Event()
         self._found: list[float] = []
-        self._connections = threading.BoundedSemaphore(CONNECTIONS)
+        self._idle: SimpleQueue[str] = SimpleQueue()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
 
     def run(self) -> None:
-        threads = [threading.Thread(target=self._work, args=(name,)) for name in self._names]
-        threads.append(threading.Thread(target=self._beat))
+        for name in self._names:
+            self._db.write(register.register, self._registration(name))
+            self._idle.put(name)
+        loops = [self._beat, self._feed, *[self._work] * THREADS]
+        threads = [threading.Thread(target=loop) for loop in loops]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -140,43 +150,67 @@ class Part:
                     self._drained.set()
             self._drained.wait(register.BEAT_SECONDS)
 
-    def _work(self, name: str) -> None:
+    def _feed(self) -> None:
+        """A message for each worker that has none."""
         client = redis.Redis.from_url(self._bell.url)
         while not self._is_over():
-            message = client.brpop([self._queue], timeout=2)
-            if message is None:
-                continue
-            subject = json.loads(message[1])["headers"]["id"]  # type: ignore[index]
-            self._render(name, int(subject.partition(":")[0]))
+            with contextlib.suppress(Empty):
+                name = self._idle.get(timeout=1)
+                message = None
+                while message is None and not self._is_over():
+                    message = client.brpop([self._queue], timeout=1)
+                if message is not None:
+                    subject = json.loads(message[1])["headers"]["id"]  # type: ignore[index]
+                    job_id = int(subject.partition(":")[0])
+                    self._after(0, functools.partial(self._claim, name, job_id))
         client.close()
 
-    def _render(self, name: str, job_id: int) -> None:
-        claim = self._write(lifecycle.claim, job_id, worker=name, lease_seconds=600)
+    def _after(self, seconds: float, do: Callable[[], None]) -> None:
+        with self._changed:
+            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._order), do))
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while not self._is_over():
+            with self._changed:
+                wait = self._due[0][0] - time.monotonic() if self._due else 1.0
+                if wait > 0:
+                    self._changed.wait(min(wait, 1.0))
+                    continue
+                _, _, do = heapq.heappop(self._due)
+            do()
+
+    def _claim(self, name: str, job_id: int) -> None:
+        began = time.perf_counter()
+        claim = self._db.write(lifecycle.claim, job_id, worker=name, lease_seconds=600)
+        self._found.append(time.perf_counter() - began)
         if claim is None:
+            self._idle.put(name)
             return
-        attempt_id, beats = claim.attempt_id, self._arguments.beats
         seconds = self._arguments.job_seconds * random.uniform(0.8, 1.2)  # noqa: S311  # no secret
-        for step in range(beats):
-            time.sleep(seconds / beats)
+        self._render(name, claim, seconds, 0)
+
+    def _render(self, name: str, claim: lifecycle.Claim, seconds: float, step: int) -> None:
+        beats = self._arguments.beats
+        if step:
             place = {"stage": "denoise", "step": step, "steps": beats}
-            self._write(lifecycle.heartbeat, attempt_id, lease_seconds=600, **place)
-        self._write(register.accept, name, queue=claim.queue)
+            self._db.write(lifecycle.heartbeat, claim.attempt_id, lease_seconds=600, **place)
+        if step == beats:
+            self._finish(name, claim, seconds)
+        else:
+            again = functools.partial(self._render, name, claim, seconds, step + 1)
+            self._after(seconds / beats, again)
+
+    def _finish(self, name: str, claim: lifecycle.Claim, seconds: float) -> None:
+        self._db.write(register.accept, name, queue=claim.queue)
         for _ in range(2):  # the render process, then its publisher before it uploads
             told = {"seconds": {"denoise": seconds}, "peak_memory_bytes": 1, "lease_seconds": 600}
-            self._write(lifecycle.rendered, attempt_id, **told)
+            self._db.write(lifecycle.rendered, claim.attempt_id, **told)
         video = lifecycle.StoredVideo(key="video.mp4", size_bytes=1, sha256="0" * 64)
-        self._write(lifecycle.succeed, attempt_id, video=video)
-        self._write(register.report, name, REPORT)
+        self._db.write(lifecycle.succeed, claim.attempt_id, video=video)
+        self._db.write(register.report, name, REPORT)
         self._bell.kick()
-
-    def _write(self, change: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        """Without the wait for a connection: a real worker has its own."""
-        with self._connections:
-            began = time.perf_counter()
-            done = self._db.write(change, *given, **named)
-            if change is lifecycle.claim:
-                self._found.append(time.perf_counter() - began)
-        return done
+        self._idle.put(name)
 
     def _registration(self, name: str) -> register.Registration:
         return register.Registration(
