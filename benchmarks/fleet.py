@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -89,6 +90,8 @@ def measure(arguments: argparse.Namespace, batch_id: str) -> None:
 def drain(arguments: argparse.Namespace, usage: "Usage") -> list[float]:
     """Seconds of each claim."""
     command = [sys.executable, "-m", "benchmarks.fleet", *sys.argv[1:], "--part"]
+    if arguments.workers % arguments.processes:
+        raise SystemExit("--workers must be a multiple of --processes")
     share = str(arguments.workers // arguments.processes)
     with started([sys.executable, "-m", "jobs", "dispatcher"]) as dispatcher:
         workers = [
@@ -99,7 +102,9 @@ def drain(arguments: argparse.Namespace, usage: "Usage") -> list[float]:
         found: list[float] = []
         for worker in workers:
             told, _ = worker.communicate()
-            assert worker.returncode == 0
+            if worker.returncode:
+                usage.stop()
+                raise SystemExit("a part of the fleet failed")
             found += json.loads(told)
     usage.stop()
     if not found:
@@ -130,11 +135,13 @@ class Part:
             self._db.write(register.register, self._registration(name))
             self._idle.put(name)
         loops = [self._beat, self._feed, *[self._work] * THREADS]
-        threads = [threading.Thread(target=loop) for loop in loops]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(loops)) as pool:
+            running = [pool.submit(loop) for loop in loops]
+            for one in as_completed(running):
+                if one.exception() is not None:
+                    self._drained.set()  # the others would go on with fewer
+        for one in running:
+            one.result()
         print(json.dumps(self._found))
 
     def _is_over(self) -> bool:

@@ -32,8 +32,9 @@ from jobs.schema import Attempt, Batch, Job, Look, Owner
 log = structlog.get_logger()
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
-REST_SECONDS = 0.05  # at least, between two looks
-REST = 4.0  # times what a look took: a farm of thousands kicks more often than it need be fed
+REST_SECONDS = 0.05  # between two looks however often a farm of thousands kicks; at least
+MOST_REST_SECONDS = 1.0
+REST = 4.0  # times what the look before it took
 AGAIN_SECONDS = 30.0  # after the database failed
 
 
@@ -102,9 +103,7 @@ class Dispatcher:
                 was_down = not was_down
                 report = log.warning if was_down else log.info
                 report("broker.lost" if was_down else "broker.back", error=tick.broker_error)
-            took = time.monotonic() - began
-            stop.wait(min(max(REST_SECONDS, REST * took), self._config.tick_seconds))
-            self._wait(stop)
+            self._wait(stop, took=time.monotonic() - began)
 
     def _end_lost(self) -> list[int]:
         """Not while the database is slow to answer, nor in the time of a lease after that."""
@@ -136,11 +135,16 @@ class Dispatcher:
         """Nobody could renew a lease meanwhile: silence says nothing about a worker."""
         self._leases_count_from = time.monotonic() + self._config.lease_seconds
 
-    def _wait(self, stop: threading.Event) -> None:
+    def _wait(self, stop: threading.Event, *, took: float) -> None:
+        ended = time.monotonic()
         try:
-            self._broker.wait_for_kick(self._config.tick_seconds)
+            was_kicked = self._broker.wait_for_kick(self._config.tick_seconds)
         except broker.BrokerUnavailable:
             stop.wait(self._config.tick_seconds)
+            return
+        rest = min(max(REST_SECONDS, REST * took), MOST_REST_SECONDS)
+        if was_kicked:
+            stop.wait(max(0.0, ended + rest - time.monotonic()))
 
     def _fill_windows(self) -> int:
         with self._db.reading() as session:
@@ -201,7 +205,7 @@ def choose(
     for lane, number in _next_lanes(lanes, waits, rows, room=room):
         found = _next_of(session, lane, number, now=now, under_way=under_way)
         rows += [(lane, row) for row in found]
-    last_look = _look_sent_last(session, queues, under_way)
+    last_look = _look_sent_last(session, queues, under_way) if rows else None
     looks = {row.look_id for _, row in rows}
     weights = _weights_of(session, looks if last_look is None else looks | {last_look})
     candidates = [
@@ -368,7 +372,9 @@ def _look_sent_last(
         .join(Attempt, Attempt.job_id == Job.id)
         .where(Attempt.state == states.AttemptState.RUNNING, Job.queue.in_(queues))
     )
-    return session.scalar(running.order_by(Attempt.id.desc()).limit(1))
+    # By a column without an index: else PostgreSQL goes back through every attempt there ever was
+    # instead of taking the few live ones from theirs.
+    return session.scalar(running.order_by(Attempt.started_at.desc()).limit(1))
 
 
 def _weights_of(session: Session, look_ids: Iterable[str]) -> dict[str, str]:

@@ -37,8 +37,10 @@ MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
 SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
-NOW = database.Clock()
 STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
+
+NOW = database.Clock()
+"""The moment at which a statement runs."""
 
 
 class Verdict(StrEnum):
@@ -182,7 +184,7 @@ def heartbeat(
     if stage is None:
         return _verdict(session.scalar(_RENEWED, told))
     place = {"at_stage": stage, "at_step": step, "of_steps": steps}
-    return _verdict(session.scalar(_REPORTED, told | place))
+    return _verdict(session.scalar(_RENEWED_AT_STAGE, told | place))
 
 
 def rendered(
@@ -760,13 +762,15 @@ def _count(result: Any) -> int:
     return result.rowcount
 
 
-# Statements of every job, made once: making one costs SQLAlchemy twice what sending it does.
+# Statements of every job, made once: making one costs SQLAlchemy twice what sending it does. They
+# do not change objects that the session holds already.
 
 Shape = tuple[tuple[str, ColumnElement[Any] | None], ...]
 """Names of columns, each with the expression that it is set to; None: to a value told later."""
 
 
 def _told(values: dict[str, Any]) -> tuple[Shape, dict[str, Any]]:
+    """Expressions have to be constants: each new one would be a statement of its own for ever."""
     is_told = {name: not isinstance(value, ColumnElement) for name, value in values.items()}
     shape = tuple((name, None if is_told[name] else value) for name, value in values.items())
     return shape, {f"new_{name}": value for name, value in values.items() if is_told[name]}
@@ -783,7 +787,8 @@ def _moved(
     statement = update(Job).where(Job.id == bindparam("of_job"), Job.state == expected)
     if is_held:
         statement = statement.where(Job.attempt_id == bindparam("holder"))
-    return statement.values(state=target, **_values(shape)).returning(Job.batch_id)
+    moved = statement.values(state=target, **_values(shape)).returning(Job.batch_id)
+    return moved.execution_options(synchronize_session=False)
 
 
 @functools.cache
@@ -795,6 +800,7 @@ def _counted(source: states.JobState, target: states.JobState) -> ReturningUpdat
         .where(Batch.id == bindparam("of_batch"))
         .values({left: left - number, entered: entered + number})
         .returning(Batch.queued + Batch.running)
+        .execution_options(synchronize_session=False)
     )
 
 
@@ -816,14 +822,15 @@ _LEASE = {
     "note": bindparam("said"),
 }
 
-# The job without a lock: waiting for one here would turn the order of locks around.
+# The job without a lock: waiting for one here would turn the order of locks around. SQLite is given
+# the names in it without their tables: `job_id` may not become a column of jobs.
 _RENEWED = _LIVE.values(_LEASE).returning(
     select(Job.cancel_requested)
     .where(Job.id == Attempt.job_id, *_fence(bindparam("of_attempt")))
     .scalar_subquery()
 )
 
-_REPORTED = _RENEWED.values(
+_RENEWED_AT_STAGE = _RENEWED.values(
     stage=bindparam("at_stage"), step=bindparam("at_step"), steps=bindparam("of_steps")
 )
 

@@ -173,7 +173,7 @@ class Job(Base):
     """Place in the batch, from 0."""
     custom_id: Mapped[str | None] = mapped_column(String(520))
     look_id: Mapped[str] = mapped_column(String(16))
-    """Without a foreign key: looks are never deleted, and a check of each row costs."""
+    """Without a foreign key: looks are never deleted, and a check of each row costs. See 0011."""
     prompt: Mapped[str]
     negative_prompt: Mapped[str | None]
     image_key: Mapped[str | None]

@@ -186,12 +186,14 @@ _ACQUITTED = (
     .where(Worker.name == bindparam("of"))
     .where(or_(Worker.suspects.is_not(None), Worker.removals > 0))
     .values(suspects=None, removals=0)
+    .execution_options(synchronize_session=False)
 )
 
 _ACCEPTED = (
     delete(Refusal)
     .where(Refusal.worker == bindparam("of"), Refusal.needs_test.is_(False))
     .where(or_(Refusal.queue == bindparam("what"), Refusal.queue == ALL_QUEUES))
+    .execution_options(synchronize_session=False)
 )
 
 

@@ -204,6 +204,9 @@ class CausalConv3d(nn.Conv3d):
 
 
 def _is_for_onednn(x: Tensor) -> bool:
-    """On a processor torch has small inputs convolved by a way of its own, three times as slow."""
+    """On a processor torch has small inputs convolved by a way of its own, three times as slow.
+
+    Asked directly, oneDNN is not counted by torch's counter of FLOPs.
+    """
     is_plain = x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
     return is_plain and HAS_ONEDNN

@@ -57,7 +57,7 @@ def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) by its token's angle; computed in the table's dtype."""
     cos_L1K, sin_L1K = (part.unsqueeze(1) for part in rotation)
     if x_BLNK.is_cpu and not torch.compiler.is_compiling():
-        # One pass; on a processor the two strided ones below take eight times as long.
+        # On a processor the strided passes below take eight times as long.
         turn_L1P = torch.complex(cos_L1K[..., ::2], sin_L1K[..., 1::2])
         pairs_BLNP2 = x_BLNK.to(cos_L1K.dtype).reshape(*x_BLNK.shape[:-1], -1, 2)
         turned_BLNP = torch.view_as_complex(pairs_BLNP2.contiguous()) * turn_L1P

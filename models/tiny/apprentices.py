@@ -102,7 +102,7 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
             recipe.on_policy,
             data=data,
             answered=answered,
-            path=who.output / "on_policy.pt",
+            path=who.output / f"on_policy_{train.updates}.pt",
             say=shop.say,
             device=shop.device,
         )

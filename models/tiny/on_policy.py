@@ -9,6 +9,7 @@ end. Rounds of this, as in DAgger (arXiv 1011.0686), of which "on-policy" distil
 # B batch, N states, C latent channels, T H W latent frames, rows, columns
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,12 @@ def train(
 ) -> None:
     """Train the student's weights, or go on training; they end as their running average.
 
-    A quarter of each batch are noise and the teacher's answers to it: the first step.
+    `path`: the checkpoint; the states of each round lie beside it until the end. A quarter of each
+    batch are noise and the teacher's answers to it: the first step.
     """
+    assert how.rollout == "euler"
+    assert len(how.denoising_step_list) == len(SHARES) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     student, here = nets.student, torch.device(device)
     weights = nn.ParameterList(student.trained.values())
     average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(EMA))  # type: ignore[no-untyped-call]  # torch's stub
@@ -61,29 +66,38 @@ def train(
     )
     levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
     sigmas = torch.tensor(levels.sigmas)
-    numbers_of_pairs = range(answered.count)
-    _, all_noise, all_answers = answered.take(numbers_of_pairs, data, torch.device("cpu"))
+    _, all_noise, all_answers = answered.take(range(answered.count), data, torch.device("cpu"))
     total = recipe.rounds * recipe.steps
-    seen: dict[int, States] = {}
+    current: dict[int, States] = {}
 
     def states(turn: int) -> States:
-        if turn not in seen:
-            seen.clear()
-            kept = path.with_name(f"{path.stem}_states.safetensors")
-            seen[turn] = _kept(kept, turn) or collect(
-                nets, how, recipe, turn=turn, data=data, path=kept, say=say, device=here
+        if turn not in current:
+            current.clear()
+            # The one before stays: a stop may still lead back into its round.
+            _states_path(path, turn - 2).unlink(missing_ok=True)
+            current[turn] = collect(
+                nets,
+                how,
+                recipe,
+                turn=turn,
+                data=data,
+                path=_states_path(path, turn),
+                say=say,
+                device=here,
             )
-        return seen[turn]
+        return current[turn]
 
     def step(number: int) -> Mapping[str, float]:
         there = states(number // recipe.steps)
         generator = loop.generator(how.seed, number)
         rows = torch.randint(len(there.steps_N), (3 * recipe.batch // 4,), generator=generator)
-        pair = torch.randint(answered.count, (recipe.batch - len(rows),), generator=generator)
-        latents = torch.cat([there.latents_NCTHW[rows], all_noise[pair]]).to(here)
-        answers = torch.cat([there.answers_NCTHW[rows], all_answers[pair]]).to(here)
-        gone = torch.cat([there.steps_N[rows], torch.zeros_like(pair)])
-        numbers = torch.cat([there.numbers_N[rows], pair % len(data)])
+        pairs_there = torch.randint(
+            answered.count, (recipe.batch - len(rows),), generator=generator
+        )
+        latents = torch.cat([there.latents_NCTHW[rows], all_noise[pairs_there]]).to(here)
+        answers = torch.cat([there.answers_NCTHW[rows], all_answers[pairs_there]]).to(here)
+        gone = torch.cat([there.steps_N[rows], torch.zeros_like(pairs_there)])
+        numbers = torch.cat([there.numbers_N[rows], pairs_there % len(data)])
         batch = data.batch(numbers.tolist(), here)
         sigma_B = sigmas[gone].to(here)
         end = (latents - answers) / sigma_B.view(-1, 1, 1, 1, 1)
@@ -106,6 +120,12 @@ def train(
     with torch.no_grad():
         for weight, mean in zip(weights.parameters(), average.parameters(), strict=True):
             weight.copy_(mean)
+    for turn in range(recipe.rounds):
+        _states_path(path, turn).unlink(missing_ok=True)
+
+
+def _states_path(path: Path, turn: int) -> Path:
+    return path.with_name(f"{path.stem}_states_{turn}.safetensors")
 
 
 @torch.no_grad()
@@ -120,14 +140,17 @@ def collect(
     say: loop.Say,
     device: torch.device,
 ) -> States:
-    """`recipe.states` of them by SHARES, kept in `path` so that a stopped round goes on."""
+    """`recipe.states` of them by SHARES; made once, a round that was stopped finds them."""
+    if path.exists():
+        return States(**tensor_files.load(path))
     levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
     stride = sampling.TABLE_LENGTH // recipe.teacher_steps
     fine = sampling.noise_levels(range(sampling.TABLE_LENGTH, 0, -stride), how.sample_shift)
     generator = loop.generator(how.seed, -1 - turn)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for gone, share in enumerate(SHARES, start=1):
-        for count in _batches(round(share * recipe.states), recipe.collect_batch):
+    ends = [round(share * recipe.states) for share in itertools.accumulate(SHARES)]
+    for gone, (first, end) in enumerate(itertools.pairwise([0, *ends]), start=1):
+        for count in _batches(end - first, recipe.collect_batch):
             say(f"states  {sum(len(each[3]) for each in found)}/{recipe.states}")
             numbers = torch.randint(len(data), (count,), generator=generator)
             batch = data.batch(numbers.tolist(), device)
@@ -141,16 +164,8 @@ def collect(
             answers = sampling.denoise(guided, latents, left, step_rule="euler")
             found.append((latents.cpu(), answers.cpu(), torch.full((count,), gone), numbers))
     states = States(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    tensor_files.save(dataclasses.asdict(states) | {"turn": torch.tensor(turn)}, path)
+    tensor_files.save(dataclasses.asdict(states), path)
     return states
-
-
-def _kept(path: Path, turn: int) -> States | None:
-    if not path.exists():
-        return None
-    tensors = tensor_files.load(path)
-    is_of_turn = int(tensors.pop("turn")) == turn
-    return States(**tensors) if is_of_turn else None
 
 
 def _onward(sigma: float, fine: tuple[float, ...]) -> sampling.NoiseLevels:

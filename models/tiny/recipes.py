@@ -117,6 +117,7 @@ class OnPolicy:
     states: int
     collect_batch: int = 200
     teacher_steps: int
+    """Of the whole way; from a state the teacher takes those that are left."""
     steps: int
     batch: int
     rate: float

@@ -1,8 +1,8 @@
 """Other students than the shipped one: `python -m models.tiny.variants FOLDER [NAME ...]`.
 
-Seeds say how much of a mark is luck; each of the others leaves something out or adds a term. They
-need the teacher and the autoencoder in FOLDER, are kept in FOLDER/variants, and each is marked on
-the same held-back prompts.
+Seeds say how much of a mark is luck; each of the others leaves something out or adds a term, and
+most leave out `on_policy` as well: they compare with `no_on_policy`. They need the teacher and the
+autoencoder in FOLDER and are kept in FOLDER/variants; all are marked on the same held-back prompts.
 """
 
 import argparse
@@ -22,18 +22,18 @@ SEEDS = (2, 3, 4, 5)
 CLIPS = 240
 FROZEN = 1e-12  # a learning rate: the critic stays a copy of the teacher
 
-WITHOUT: Mapping[str, Any] = {"on_policy": None}  # it would mend what the other parts leave
+NO_ON_POLICY: Mapping[str, Any] = {"on_policy": None}  # its rounds would hide the difference
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     **{f"seed_{seed}": {"seed": seed} for seed in SEEDS},
     "no_distribution_matching": {"updates": 0},
-    "no_on_policy": WITHOUT,
-    "reflow_alone": {**WITHOUT, "updates": 0},
-    "no_regression": {**WITHOUT, "regression": None},
-    "critic_frozen": {**WITHOUT, "regression": None, "critic_rate": FROZEN},
-    "no_guidance": {**WITHOUT, "guidance": 1.0},
-    "ida": {**WITHOUT, "ida": 0.95},
-    "sgmd": {**WITHOUT, "sgmd": 0.1},
+    "no_on_policy": NO_ON_POLICY,
+    "reflow_alone": {**NO_ON_POLICY, "updates": 0},
+    "no_regression": {**NO_ON_POLICY, "regression": None},
+    "critic_frozen": {**NO_ON_POLICY, "regression": None, "critic_rate": FROZEN},
+    "no_guidance": {**NO_ON_POLICY, "guidance": 1.0},
+    "ida": {**NO_ON_POLICY, "ida": 0.95},
+    "sgmd": {**NO_ON_POLICY, "sgmd": 0.1},
 }
 
 

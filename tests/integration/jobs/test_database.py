@@ -71,7 +71,10 @@ def test_a_read_asks_first_and_a_write_that_trusted_is_done_again(
 ) -> None:
     monkeypatch.setattr(database, "IDLE_SECONDS", 60.0 if is_trusted else -1.0)
     batch_id = postgres_world.submit()
-    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'rushes'"
+    end = (
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        "WHERE application_name = 'rushes' AND datname = current_database()"
+    )
     other = database.Database(postgres_world.db.url.render_as_string(hide_password=False))
 
     def ended() -> None:

@@ -1,6 +1,6 @@
 """The trained models that ship: whole, small, and they draw what they are told.
 
-Bounds are a clip or two below the least of five seeds of scenes and noise, student and LoRA.
+Bounds are a clip or two below the least of five seeds of scenes and noise.
 """
 
 import functools
@@ -12,9 +12,10 @@ from models.tiny import exam, folders, readout, shipment, shipped, world
 
 COUNT = 24
 BOUNDS = {
-    "tiny": {"colour": 0.87, "shape": 0.91, "direction": 0.91, "background": 1.0, "all": 0.7},
+    "tiny": {"colour": 0.91, "shape": 0.91, "direction": 0.91, "background": 1.0, "all": 0.83},
     "tiny_i2v": {"colour": 0.95, "shape": 0.95, "direction": 0.95, "background": 1.0, "all": 0.87},
 }
+LORA_ALL = {"tiny": 0.7, "tiny_i2v": 0.87}
 RED_CIRCLES = 5  # of eight
 FIRST_FRAME_PSNR = 27.5  # dB
 
@@ -67,7 +68,7 @@ def test_the_lora_makes_a_student_of_the_teacher(name):
     switcher.apply([lora_switcher.Choice(path=shipped.FOLDER / name / folders.LORA_FILE)])
     after = marks(name, teacher)
     switcher.apply([])
-    assert after["all"] >= BOUNDS[name]["all"], after
+    assert after["all"] >= LORA_ALL[name], after
     if name == "tiny":  # a picture says so much that the teacher needs no guidance
         assert after["all"] >= before["all"] + 0.1, (before, after)
 

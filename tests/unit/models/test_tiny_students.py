@@ -159,7 +159,6 @@ def test_a_beginning_that_was_stopped_goes_on_to_the_same_numbers(data, tmp_path
 
 
 def gone_on(nets, how, data, answered, folder, say=lambda line: None):
-    folder.mkdir(exist_ok=True)
     on_policy.train(
         nets, how, OWN, data=data, answered=answered, path=folder / "on_policy.pt", say=say
     )
@@ -215,18 +214,20 @@ def test_a_student_learns_where_the_teacher_ends_from_its_own_states(
     assert error_at(nets, how, data, there) < share * before
 
 
-def test_rounds_that_were_stopped_go_on_to_the_same_numbers(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept_at", [10, 20])
+def test_rounds_that_were_stopped_go_on_to_the_same_numbers(kept_at, data, tmp_path, monkeypatch):
+    """Also from a checkpoint of the round before: the states of both are there."""
     nets, how = begun("full")
     answered = reflowed(nets, how, data, tmp_path)
     gone_on(nets, how, data, answered, tmp_path / "straight")
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     stopped, _ = begun("full")
     reflowed(stopped, how, data, tmp_path)
     set_rate, calls = loop.set_rate, []
 
     def stop(*arguments):
         calls.append(arguments)
-        if len(calls) == 20:  # in the second round, whose states this student made
+        monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0 if len(calls) == kept_at else 1e6)
+        if len(calls) == 25:  # in the second round
             raise KeyboardInterrupt
         set_rate(*arguments)
 
@@ -237,7 +238,7 @@ def test_rounds_that_were_stopped_go_on_to_the_same_numbers(data, tmp_path, monk
     lines = []
     gone_on(resumed, how, data, answered, tmp_path / "stopped", lines.append)
     assert not any(line.startswith("states") for line in lines)
-    assert len(calls) == 30 + 1
+    assert len(calls) == 25 + 30 - kept_at
     for name, weight in nets.student.trained.items():
         assert torch.equal(resumed.student.trained[name], weight)
 
