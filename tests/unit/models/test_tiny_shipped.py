@@ -15,7 +15,7 @@ BOUNDS = {
     "tiny": {"colour": 0.91, "shape": 0.91, "direction": 0.91, "background": 1.0, "all": 0.83},
     "tiny_i2v": {"colour": 0.95, "shape": 0.95, "direction": 0.95, "background": 1.0, "all": 0.87},
 }
-LORA_ALL = {"tiny": 0.7, "tiny_i2v": 0.87}
+LORA_ALL = {"tiny": 0.75, "tiny_i2v": 0.87}
 RED_CIRCLES = 5  # of eight
 FIRST_FRAME_PSNR = 27.5  # dB
 
