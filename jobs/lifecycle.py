@@ -711,7 +711,9 @@ def _move(
     assert target in states.TRANSITIONS[expected], f"{expected} -> {target}"
     shape, told = _told(values)
     moved = _moved(expected, target, is_held=holder is not None, shape=shape)
-    batch_id = session.scalar(moved, told | {"of_job": job_id, "holder": holder})
+    if holder is not None:
+        told["holder"] = holder
+    batch_id = session.scalar(moved, told | {"of_job": job_id})
     if batch_id is None:
         return False
     _count_moved(session, batch_id, expected, target, 1)
