@@ -10,19 +10,16 @@ end. Rounds of this, as in DAgger (arXiv 1011.0686), of which "on-policy" distil
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from models import sampling
 from models.distillation import examples, method, pairs, roles, tensor_files
-from models.tiny import loop, recipes
+from models.tiny import learning, loop, recipes
 
-EMA = 0.99
 SHARES = (0.15, 0.3, 0.55)
 """Of the states: after one, two and three steps. The last step draws the picture."""
 
@@ -59,15 +56,9 @@ def train(
     assert len(how.denoising_step_list) == len(SHARES) + 1
     path.parent.mkdir(parents=True, exist_ok=True)
     student, here = nets.student, torch.device(device)
-    weights = nn.ParameterList(student.trained.values())
-    average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(EMA))  # type: ignore[no-untyped-call]  # torch's stub
-    optimizer = torch.optim.AdamW(
-        weights.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
     levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
     sigmas = torch.tensor(levels.sigmas)
     _, all_noise, all_answers = answered.take(range(answered.count), data, torch.device("cpu"))
-    total = recipe.rounds * recipe.steps
     current: dict[int, States] = {}
 
     def states(turn: int) -> States:
@@ -87,7 +78,7 @@ def train(
             )
         return current[turn]
 
-    def step(number: int) -> Mapping[str, float]:
+    def error(number: int) -> Tensor:
         there = states(number // recipe.steps)
         generator = loop.generator(how.seed, number)
         rows = torch.randint(len(there.steps_N), (3 * recipe.batch // 4,), generator=generator)
@@ -102,24 +93,11 @@ def train(
         sigma_B = sigmas[gone].to(here)
         end = (latents - answers) / sigma_B.view(-1, 1, 1, 1, 1)
         told = student.velocity(latents, sigma_B, batch.context_BSG, batch.condition)
-        loss = (told - end).square().mean()
-        loop.set_rate(optimizer, recipe.rate * loop.warm_cosine(number, total, warmup=50))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
-        nn.utils.clip_grad_norm_(weights.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(weights)
-        return {"loss": loss.item()}
+        distance: Tensor = (told - end).square().mean()
+        return distance
 
-    parts: dict[str, loop.Stateful] = {
-        "weights": weights,
-        "average": average,
-        "optimizer": optimizer,
-    }
-    loop.run(path.stem, parts, step, steps=total, path=path, say=say)
-    with torch.no_grad():
-        for weight, mean in zip(weights.parameters(), average.parameters(), strict=True):
-            weight.copy_(mean)
+    steps = recipe.rounds * recipe.steps
+    learning.learn(student, error, rate=recipe.rate, steps=steps, path=path, say=say)
     for turn in range(recipe.rounds):
         _states_path(path, turn).unlink(missing_ok=True)
 

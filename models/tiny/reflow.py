@@ -8,18 +8,14 @@ Distribution matching alone needs far more updates than a tiny training has.
 
 # B batch
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from models import sampling
 from models.distillation import examples, losses, method, pairs, roles
-from models.tiny import loop, recipes
-
-EMA = 0.99
+from models.tiny import learning, loop, recipes
 
 
 def train(
@@ -34,38 +30,18 @@ def train(
     device: torch.device | str = "cpu",
 ) -> None:
     """Train the role's weights, or go on training; they end as their running average."""
-    weights = nn.ParameterList(student.trained.values())
-    average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(EMA))  # type: ignore[no-untyped-call]  # torch's stub
-    optimizer = torch.optim.AdamW(
-        weights.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
     levels = sampling.noise_levels(how.denoising_step_list, how.sample_shift)
     sigmas = torch.tensor(levels.sigmas)
     here = torch.device(device)
     all_batch, all_noise, all_clean = answered.take(range(answered.count), data, here)
 
-    def step(number: int) -> Mapping[str, float]:
+    def error(number: int) -> Tensor:
         generator = loop.generator(how.seed, number)
         rows = torch.randint(answered.count, (recipe.batch,), generator=generator).to(here)
         sigma_B = sigmas[torch.randint(len(sigmas), (recipe.batch,), generator=generator)].to(here)
         batch, noise, clean = all_batch[rows], all_noise[rows], all_clean[rows]
         noisy = sampling.mix(clean, noise, sigma_B.view(-1, 1, 1, 1, 1))
         told = student.velocity(noisy, sigma_B, batch.context_BSG, batch.condition)
-        loss = losses.flow(told, clean, noise)
-        loop.set_rate(optimizer, recipe.rate * loop.warm_cosine(number, recipe.steps, warmup=50))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
-        nn.utils.clip_grad_norm_(weights.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(weights)
-        return {"loss": loss.item()}
+        return losses.flow(told, clean, noise)
 
-    parts: dict[str, loop.Stateful] = {
-        "weights": weights,
-        "average": average,
-        "optimizer": optimizer,
-    }
-    loop.run(path.stem, parts, step, steps=recipe.steps, path=path, say=say)
-    with torch.no_grad():
-        for weight, mean in zip(weights.parameters(), average.parameters(), strict=True):
-            weight.copy_(mean)
+    learning.learn(student, error, rate=recipe.rate, steps=recipe.steps, path=path, say=say)
