@@ -34,4 +34,14 @@ def joined(*, patience: datetime.timedelta | None = None) -> Iterator[None]:
         distributed.init_process_group("gloo", timeout=patience)
     yield
     # Not after a failure: it might wait for the others, who wait for what this one did not send.
+    leave()
+
+
+def leave() -> None:
+    """When all are here.
+
+    gloo's threads free the tensors of the last exchange a moment after it, for which they need the
+    interpreter: one that is ending by then aborts the process. While this one waits, they have it.
+    """
+    distributed.barrier()
     distributed.destroy_process_group()

@@ -26,6 +26,7 @@ from models.distillation import (
     trainer,
 )
 from models.tiny import make
+from worker import group
 
 SIZES = config.TransformerConfig(
     dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=16, text_len=6, freq_dim=32
@@ -89,7 +90,7 @@ def main() -> None:
         distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     run(Path(folder), weights, getattr(torch, dtype), **json.loads(changes))
     if distributed.is_initialized():
-        distributed.destroy_process_group()
+        group.leave()
 
 
 if __name__ == "__main__":
