@@ -120,14 +120,32 @@ def test_frames_of_two_videos_are_checked_one_after_the_other(host):
         time.sleep(0.2)
         inside.pop()
 
-    made = host.runner()
-    asked = checks.Checks(frames=safety.Check("x:y", check))
-    made = dataclasses.replace(made, renderer=dataclasses.replace(made.renderer, safety=asked))
+    made = with_check(host.runner(), check)
     for job in (first, second):
         begin(made, job.id)
     made.tail.wait()
     assert max(most) == 1
     assert len(most) == 6
+
+
+def test_a_check_that_takes_long_over_each_piece_is_no_stall(host, ended):
+    [job] = host.submit(target_video_length=9)
+    pieces = []
+
+    def check(_asked):
+        pieces.append(1)
+        time.sleep(0.7)
+
+    own = host.worker_settings.model_copy(update={"stall_seconds": 1.5})
+    with_check(host.runner(worker_settings=own), check).run_attempt(job.id)
+    assert len(pieces) * 0.7 > 1.5, "all of them together would be one"
+    assert not ended
+    assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
+def with_check(made, check):
+    asked = checks.Checks(frames=safety.Check("x:y", check))
+    return dataclasses.replace(made, renderer=dataclasses.replace(made.renderer, safety=asked))
 
 
 class Broken:
