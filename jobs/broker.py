@@ -32,17 +32,7 @@ class Broker:
 
     def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
         self.url = config.broker_url.get_secret_value()
-        if urlsplit(self.url).scheme not in ("redis", "rediss"):
-            raise errors.InvalidInput(
-                "settings",
-                [
-                    errors.Problem(
-                        line=None,
-                        message="CELERY_BROKER_URL must begin with redis:// or rediss://, "
-                        f"got {urlsplit(self.url).scheme!r}",
-                    )
-                ],
-            )
+        _check(self.url)
         self._app = app or celery_app.make(config)
         self.redis: redis.Redis = redis.Redis.from_url(
             self.url,
@@ -121,6 +111,20 @@ class Broker:
             task_id=f"{subject}:{uuid.uuid4().hex}",
             retry=False,
         )
+
+
+def _check(url: str) -> None:
+    parts = urlsplit(url)
+    message = None
+    if parts.scheme not in ("redis", "rediss"):
+        message = f"must begin with redis:// or rediss://, got {parts.scheme!r}"
+    try:
+        _ = parts.port
+    except ValueError:  # its words may show a part of the password
+        message = "has no port: in a password, / is written %2F, : %3A and @ %40"
+    if message is not None:
+        problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
+        raise errors.InvalidInput("settings", [problem])
 
 
 def publish_queue(host: str) -> str:

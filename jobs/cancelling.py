@@ -20,6 +20,6 @@ def cancel_batch(db: database.Database, batch_id: str) -> tuple[int, int]:
     # Counted at the request: a dispatcher that wakes in between cancels the same jobs for us.
     waiting, running = db.write(lifecycle.request_cancel, batch_id)
     # A large batch in steps: nobody waits long for a lock, and the dispatcher would go on for us.
-    while db.write(lifecycle.cancel_batch, batch_id) != (0, 0):
+    while db.write(lifecycle.go_on_cancelling, batch_id) != (0, 0):
         pass
     return waiting, running

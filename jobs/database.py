@@ -62,8 +62,19 @@ class DatabaseUnavailable(errors.RushesError):
     """The database does not answer, or was never migrated."""
 
     def __init__(self, url: URL, reason: str) -> None:
-        self.url = url.render_as_string(hide_password=True)
+        self.url = shown(url)
         super().__init__(f"database {self.url}: {reason}")
+
+
+def shown(url: URL) -> str:
+    """For people: without the password, which may also be among the parameters."""
+    hidden = {name: "hidden" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def _wrong_url(what: str) -> errors.InvalidInput:
+    message = f"DATABASE_URL {what}; give postgresql://user:password@host/name or sqlite:///file.db"
+    return errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
 
 
 class Database:
@@ -76,18 +87,14 @@ class Database:
     @functools.cached_property
     def url(self) -> URL:
         try:
-            return make_url(self._url_text)
-        except ArgumentError:
-            raise errors.InvalidInput(
-                "settings",
-                [
-                    errors.Problem(
-                        line=None,
-                        message="DATABASE_URL is not a database URL; "
-                        "give postgresql://user:password@host/name or sqlite:///file.db",
-                    )
-                ],
-            ) from None
+            url = make_url(self._url_text)
+        except (ArgumentError, ValueError):
+            raise _wrong_url("is not a database URL") from None
+        if "@" in (url.host or ""):
+            raise _wrong_url("has an @ too many: in a password it is written %40")
+        if url.get_backend_name() == "sqlite" and not url.database:
+            raise _wrong_url("names no file")
+        return url
 
     @property
     def is_sqlite(self) -> bool:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -83,6 +84,8 @@ class Dispatcher:
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop: at once after a kick, else every `tick_seconds`."""
         was_down = False
+        # Before us nobody may have heard what the workers had to say: the database was away, or we.
+        self._pardon()
         while not stop.is_set():
             began = time.monotonic()
             try:
@@ -174,7 +177,7 @@ class Dispatcher:
             asked, overdue = queries.batches_to_stop(session)
         stopped = 0
         for batch_id in asked:
-            stopped += self._db.write(lifecycle.cancel_batch, batch_id)[0]
+            stopped += self._db.write(lifecycle.go_on_cancelling, batch_id)[0]
         for batch_id in overdue:
             stopped += self._db.write(lifecycle.expire_batch, batch_id)[0]
         return stopped
@@ -379,7 +382,14 @@ def _look_sent_last(
 
 def _weights_of(session: Session, look_ids: Iterable[str]) -> dict[str, str]:
     bodies = session.execute(select(Look.id, Look.body).where(Look.id.in_(look_ids)))
-    return {look_id: presets.Look.model_validate(body).weights for look_id, body in bodies}
+    return {look_id: _weights(look_id, body) for look_id, body in bodies}
+
+
+def _weights(look_id: str, body: dict[str, Any]) -> str:
+    try:
+        return presets.Look.model_validate(body).weights
+    except ValidationError:
+        return look_id  # of a newer version: no matter here, its worker may know it
 
 
 def budgets(config: settings.Settings) -> retries.Budgets:

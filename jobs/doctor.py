@@ -120,7 +120,7 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
 def _shown(config: settings.Settings, field: str) -> str:
     if field == "database_url":
         with contextlib.suppress(errors.RushesError):
-            return database.connect(config).url.render_as_string(hide_password=True)
+            return database.shown(database.connect(config).url)
     if field == "broker_url":
         return _without_password(config.broker_url.get_secret_value())
     if field in ("aws_secret_access_key", "aws_session_token"):

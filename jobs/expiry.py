@@ -6,7 +6,7 @@ and old; from then on it cannot be reopened. So a run that was killed is gone on
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import database, states
+from jobs import database, states, workers
 from jobs.schema import (
     ApiRequest,
     ApiToken,
@@ -210,7 +210,9 @@ def old_workers(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
     holds_a_job = exists().where(
         Attempt.worker == Worker.name, Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
     )
-    return Worker, (Worker.heartbeat_at < before) & ~holds_a_job
+    silent = Worker.heartbeat_at < before - timedelta(seconds=workers.ALIVE_SECONDS)
+    is_gone = silent | (Worker.stopped_at < before)
+    return Worker, is_gone & ~holds_a_job
 
 
 def old_refusals(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:

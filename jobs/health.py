@@ -5,7 +5,7 @@ is tried elsewhere: what fails there too says nothing against this machine. Diff
 in a row on one machine, and on no other before, take it out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select, update
@@ -112,14 +112,14 @@ def _take_out(
     )
 
 
-def _others_take(session: Session, name: str, queue: str) -> bool:
+def _others_take(session: Session, queue: str, *, but_not: Collection[str]) -> bool:
     """Another worker that is alive takes jobs of this queue now."""
     alive_since = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS)
     refused = {(held.worker, held.queue) for held in workers.refusals(session)}
     there = session.execute(
         select(Worker.name, Worker.queues)
         .where(Worker.stopped_at.is_(None), Worker.heartbeat_at >= alive_since)
-        .where(Worker.name != name)
+        .where(Worker.name.not_in(but_not))
     )
     return any(
         queue in queues and not refused & {(other, queue), (other, workers.ALL_QUEUES)}
@@ -144,9 +144,12 @@ def failed_on(session: Session, job: Job) -> Sequence[tuple[str, datetime]]:
 
 
 def is_for_others(session: Session, job: Job, worker: str, now: datetime) -> bool:
-    """It failed here a while ago, and another worker may show whether that was its own fault."""
+    """It failed here a while ago, and another worker may show whether that was its own fault.
+
+    One on which it has failed as well has shown it.
+    """
     if not job.error_count + job.crash_count:
         return False
     since = now - timedelta(seconds=ELSEWHERE_SECONDS)
-    failed_here = any(name == worker and when > since for name, when in failed_on(session, job))
-    return failed_here and _others_take(session, worker, job.queue)
+    failed = {name for name, when in failed_on(session, job) if when > since}
+    return worker in failed and _others_take(session, job.queue, but_not=failed)

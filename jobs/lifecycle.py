@@ -422,6 +422,12 @@ def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
     return stopped
 
 
+def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
+    """The same, unless its jobs have been asked for again meanwhile: (0, 0)."""
+    asked = select(Batch.cancel_requested_at).where(Batch.id == batch_id)
+    return (0, 0) if session.scalar(asked) is None else cancel_batch(session, batch_id)
+
+
 def expire_batch(session: Session, batch_id: str) -> tuple[int, int]:
     """The same for a batch whose deadline has passed, with the reason; finished jobs stay."""
     batch = session.get_one(Batch, batch_id)
@@ -533,6 +539,8 @@ def retry_jobs(
                     error_count=0,
                     crash_count=0,
                     quarantined=False,
+                    failure_kind=None,
+                    error=None,
                     finished_at=None,
                     **_requeued(not_before=None),
                 )
@@ -548,6 +556,7 @@ def retry_jobs(
             .values(
                 finished_at=None,
                 manifest_at=None,
+                results_lease_until=None,  # who writes the files of that end leaves off
                 cancel_requested_at=None,
                 # Who asks for them again wants them, however late.
                 deadline_at=None,
@@ -574,8 +583,9 @@ def end_lost_attempts(
 ) -> list[int]:
     """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held.
 
-    The newest one of a worker was on its device. One before it was only being finished: it goes
-    back at no cost, unless it is the job's third.
+    The newest one of a worker was on its device. One before it was only being finished, and one
+    that is rendered waits for its upload on a host that is away: it goes back at no cost, unless
+    it is the job's third.
     """
     is_lost = Attempt.lease_until < database.now(session)
     if worker is not None:
@@ -602,9 +612,9 @@ def end_lost_attempts(
 
 
 def _is_tail(session: Session, attempt: Attempt) -> bool:
-    """Whether its worker has begun another one since."""
-    if attempt.state is not states.AttemptState.RUNNING:
-        return False
+    """Whether its device has nothing to do with it any more."""
+    if attempt.state is states.AttemptState.RENDERED:
+        return True
     later = (Attempt.id > attempt.id) & (Attempt.worker == attempt.worker)
     return session.scalar(select(Attempt.id).where(later).limit(1)) is not None
 

@@ -1,10 +1,10 @@
 """Writes the result files of finished batches, beside the dispatcher. Any number may run."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import Self
 
 import structlog
 from sqlalchemy import Select, or_, select, update
@@ -23,8 +23,9 @@ AGAIN_SECONDS = 30.0  # after the database or the object store failed
 class ResultWriter:
     """One batch at a time, each under a lease in the database.
 
-    The lease only saves work: two that write the same end of a batch write the same bytes, and an
-    end that is no longer the last one is not marked as written.
+    Two that write the same end of a batch write the same bytes, and an end that is no longer the
+    last one is not marked as written. Who has lost the lease puts no more files into the bucket:
+    they might replace those of a later end.
     """
 
     def __init__(self, config: settings.Settings, *, db: database.Database) -> None:
@@ -57,9 +58,9 @@ class ResultWriter:
             batch_id, lease_until = taken
             tried.append(batch_id)
             try:
-                with self._kept(batch_id, lease_until):
+                with _Lease(self._db, batch_id, lease_until) as lease:
                     self._store = self._store or storage.open_store(self._config)
-                    written += results.write(self._db, self._store, batch_id)
+                    written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
             except (errors.RushesError, OSError) as error:
                 # The videos themselves are there already.
                 log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
@@ -78,29 +79,41 @@ class ResultWriter:
                 return None
         return self._db.write(take, seconds=LEASE_SECONDS, but_not=tried)
 
-    @contextmanager
-    def _kept(self, batch_id: str, lease_until: datetime) -> Iterator[None]:
-        """Renews the lease while the body runs: an upload may take longer than one lease."""
-        done = threading.Event()
 
-        def keep() -> None:
-            held = lease_until
-            while not done.wait(LEASE_SECONDS / 3):
-                try:
-                    renewed = self._db.write(renew, batch_id, held=held, seconds=LEASE_SECONDS)
-                except (DBAPIError, database.DatabaseUnavailable):
-                    continue  # the next try may still come in time
-                if renewed is None:
+class _Lease:
+    """Renewed while the body runs: an upload may take longer than one lease."""
+
+    def __init__(self, db: database.Database, batch_id: str, held: datetime) -> None:
+        self._db = db
+        self._batch_id = batch_id
+        self._held: datetime | None = held
+        self._renewing = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="results-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def renew(self) -> bool:
+        """False: another has it by now."""
+        with self._renewing:
+            if self._held is not None:
+                self._held = self._db.write(
+                    renew, self._batch_id, held=self._held, seconds=LEASE_SECONDS
+                )
+            return self._held is not None
+
+    def _keep(self) -> None:
+        while not self._done.wait(LEASE_SECONDS / 3):
+            # After a failure the next try may still come in time.
+            with contextlib.suppress(DBAPIError, database.DatabaseUnavailable):
+                if not self.renew():
                     return
-                held = renewed
-
-        keeper = threading.Thread(target=keep, name="results-lease", daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            done.set()
-            keeper.join()
 
 
 def take(session: Session, *, seconds: float, but_not: list[str]) -> tuple[str, datetime] | None:

@@ -9,7 +9,7 @@ batches/<batch>/manifest.json                     written last: the batch is com
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,17 @@ def batch_key(batch_id: str, name: str) -> str:
     return f"batches/{batch_id}/{name}"
 
 
-def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> bool:
-    """Write the result files of a finished batch; False when it was reopened meanwhile."""
+def write(
+    db: database.Database,
+    store: storage.ObjectStore,
+    batch_id: str,
+    *,
+    may_put: Callable[[], bool] = lambda: True,
+) -> bool:
+    """Write the result files of a finished batch; False when it was reopened meanwhile.
+
+    `may_put` is asked before each file, and when it says no the rest is left to somebody else.
+    """
     with db.reading() as session:
         batch = session.get_one(Batch, batch_id)
         finished_at = batch.finished_at
@@ -69,6 +78,8 @@ def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> b
         lines = _write_lines(db, store, batch_id, total, Path(folder))
         for name in (OUTPUT, ERRORS):
             key = batch_key(batch_id, name)
+            if not may_put():
+                return False
             stored = store.put_file(Path(folder) / name, key, content_type=JSONL)
             summary["files"][name] = {
                 "key": key,
@@ -76,6 +87,8 @@ def write(db: database.Database, store: storage.ObjectStore, batch_id: str) -> b
                 "bytes": stored.size_bytes,
                 "sha256": stored.sha256,
             }
+    if not may_put():
+        return False
     body = json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n"
     store.put_bytes(body, batch_key(batch_id, MANIFEST), content_type="application/json")
     return db.write(_mark_written, batch_id, finished_at)

@@ -131,7 +131,7 @@ def running(
         stack.callback(db.close)
         before, after = migrate.upgrade(db)
         if before != after:
-            say(f"database  {db.url.render_as_string(hide_password=True)} migrated to {after}")
+            say(f"database  {database.shown(db.url)} migrated to {after}")
         place_tiny_models(here, say)
         children = _children(here, devices, environment)
         if with_web:

@@ -87,8 +87,10 @@ def find_unfinished(
     return found
 
 
-def requeue_vanished(db: database.Database, config: settings.Settings) -> list[int]:
-    """Give back the jobs whose finished video is no longer on this host's disk.
+def requeue_vanished(
+    db: database.Database, config: settings.Settings, *, launcher: str
+) -> list[int]:
+    """Give back the jobs of a launcher's workers whose finished video is no longer on its disk.
 
     Nothing else would notice before their lease ends.
     """
@@ -98,7 +100,7 @@ def requeue_vanished(db: database.Database, config: settings.Settings) -> list[i
             .join(Job, Job.id == Attempt.job_id)
             .join(Worker, Worker.name == Attempt.worker)
             .where(Attempt.state == states.AttemptState.RENDERED)
-            .where(Worker.host == config.host_name)
+            .where(Worker.launcher == launcher)
         ).all()
     gone = []
     for attempt_id, number, batch_id in waiting:

@@ -18,6 +18,9 @@ from worker.settings import WorkerSettings
 log = structlog.get_logger()
 
 REPORT_SECONDS = 0.5  # between two reports of progress; decode chunks can come much faster
+DEAF_SECONDS = 60.0
+"""So much longer than a stall a heartbeat may itself stand still. Native code that hangs without
+letting the interpreter go stops every Python thread; a timer of C then ends the process."""
 STALLED = 70  # exit status, for the logs
 
 
@@ -41,7 +44,7 @@ class Heartbeat:
     """Reports from a thread of its own: a device never waits for the database.
 
     The thread renews the lease only while the render loop goes on: a device that hangs loses its
-    job, and its process ends.
+    job, and its process ends, also when the thread itself cannot run any more.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Heartbeat:
         self._stop.set()
         self._news.set()
         self._thread.join()
+        # Of another heartbeat in this process too, which sets it again at its next turn.
+        faulthandler.cancel_dump_traceback_later()
 
     def reached(self, stage: str, step: int, steps: int) -> None:
         """The render loop is here. Raises AttemptCancelled or AttemptSuperseded when it is over.
@@ -98,6 +103,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
+            faulthandler.dump_traceback_later(self._stall_seconds + DEAF_SECONDS, exit=True)
             self._news.wait(self._interval)
             self._news.clear()
             if self._stop.is_set():

@@ -154,12 +154,13 @@ class Launcher:
                 if renderer.is_there:
                     self._renew(renderer)
             finished.find_unfinished(self.db, self.bell, self.config)
-            if finished.requeue_vanished(self.db, self.config):
+            if finished.requeue_vanished(self.db, self.config, launcher=self.identity):
                 self.bell.kick()
             for renderer in self.renderers:
                 self._steer(renderer)
                 self._test_if_due(renderer)
-        except (DBAPIError, broker.BrokerUnavailable) as error:
+        except (DBAPIError, broker.BrokerUnavailable, OSError) as error:
+            # Also a scratch disk that cannot be read: the render processes refuse jobs for it.
             log.warning("launcher.beat_missed", error=str(error)[:300])
 
     def _renew(self, renderer: RenderProcess) -> None:
@@ -206,7 +207,11 @@ class Launcher:
         except DBAPIError as error:
             # It still needs one, and is tested again.
             log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
-        renderer.child.start()
+        try:
+            renderer.child.start()
+        except OSError as error:
+            # It is revived at the next look.
+            log.error("process.not_started", name=renderer.name, error=str(error))
         self.bell.kick()
 
     def _registration(self, renderer: RenderProcess, *, pid: int) -> workers.Registration:

@@ -65,7 +65,8 @@ class Tally:
 
     renders: int = 0
     held: set[int] = field(default_factory=set)
-    """Attempts that it works on: one on the device, and the tail of the one before."""
+    """Attempts that it works on: one on the device, and the tail of the one before. Also those
+    of which it could not tell that they are rendered."""
     refusals: int = 0
 
 
@@ -128,6 +129,7 @@ class Runner:
         self, claim: lifecycle.Claim, folder: scratch.AttemptFolder, refusals: int
     ) -> Iterator[None]:
         """However it ends, in whichever thread. `refusals`: how many there were when it began."""
+        is_known = True
         try:
             yield
         except errors.AttemptEnded as ended:
@@ -140,9 +142,12 @@ class Runner:
             folder.remove()
             self._fail(claim, error)
         else:
-            self._hand_over(claim, folder, is_newest_word=refusals == self.tally.refusals)
+            is_known = self._hand_over(
+                claim, folder, is_newest_word=refusals == self.tally.refusals
+            )
         finally:
-            self.tally.held.discard(claim.attempt_id)
+            if is_known:
+                self.tally.held.discard(claim.attempt_id)
             self._report()
             self.bell.kick()
 
@@ -210,10 +215,15 @@ class Runner:
 
     def _lacks_room(self) -> bool:
         """This host's fault, not the job's: it stays queued, and its message is sent again."""
-        free = scratch.free_bytes(self.config.scratch_dir)
-        if free >= workers.MIN_FREE_BYTES:
-            return False
-        reason = f"{self.config.scratch_dir}: {free / 1e6:.0f} MB free, too little for a video"
+        reason = f"{self.config.scratch_dir}: "
+        try:
+            free = scratch.free_bytes(self.config.scratch_dir)
+        except OSError as error:
+            reason += str(error)
+        else:
+            if free >= workers.MIN_FREE_BYTES:
+                return False
+            reason += f"{free / 1e6:.0f} MB free, too little for a video"
         self._refuse(workers.ALL_QUEUES, states.FailureKind.DISK, reason)
         return True
 
@@ -225,18 +235,24 @@ class Runner:
 
     def _hand_over(
         self, claim: lifecycle.Claim, folder: scratch.AttemptFolder, *, is_newest_word: bool
-    ) -> None:
-        """Leave the finished video to this host's publisher; the device is free from here on."""
+    ) -> bool:
+        """Leave the finished video to this host's publisher; the device is free from here on.
+
+        False: the database was not told, and still takes the attempt for one of this process.
+        """
+        is_known = False
         try:
             if is_newest_word:
                 self._accept(claim)
             verdict = finished.renew(self.db, self.config, folder, note=None)
+            is_known = True
             if verdict is lifecycle.Verdict.GO_ON:
                 self.bell.send_publish(self.config.host_name, claim.attempt_id)
         except (DBAPIError, broker.BrokerUnavailable) as error:
             # The launcher finds the finished folder and sends again.
             log.warning("publish.not_sent", attempt_id=claim.attempt_id, error=str(error)[:300])
         log.info("attempt.rendered", job_id=claim.job_id, attempt_id=claim.attempt_id)
+        return is_known
 
     def _end(self, claim: lifecycle.Claim, ended: errors.AttemptEnded) -> None:
         event = "attempt.superseded"

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from jobs import servers
 
+END_SECONDS = 5.0
 LIMIT_SECONDS = 300.0  # torch from a cold disk takes a minute
 COMMAND = (sys.executable, "-m", "worker.selftest")
 
@@ -63,7 +64,9 @@ class Trial:
         """At once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        # What sleeps in a driver outlives its kill; the launcher has other devices to look after.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
         self._output.close()
 
     def _told(self) -> dict[str, Any] | None:

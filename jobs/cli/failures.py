@@ -132,7 +132,7 @@ def _database_reason(error: Exception) -> str | None:
 def _database_url() -> str:
     from jobs import database, settings
 
-    return database.connect(settings.load()).url.render_as_string(hide_password=True)
+    return database.shown(database.connect(settings.load()).url)
 
 
 def _tolerate_narrow_encodings() -> None:

@@ -1,6 +1,8 @@
 """The file and the preset that `rushes submit` and `rushes estimate` are given."""
 
+import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +50,10 @@ def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
     except (OSError, ValueError) as error:
         raise _unreadable(file, error) from None
     with opened:
+        mode = os.fstat(opened.fileno()).st_mode
+        if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not opened.isatty()):
+            problem = errors.Problem(line=None, message="is a device: give a file")
+            raise errors.InvalidInput(file, [problem])
         if opened.seekable():
             yield opened, file
             return

@@ -69,7 +69,7 @@ from jobs.cli import (
 @click.option("--wait", "wait_for_it", is_flag=True, help="Follow the batch to its end.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=options.Seconds(min=0),
     metavar="SECONDS",
     help="With --wait: stop waiting after this long, with exit code 124.",
 )

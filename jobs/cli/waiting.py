@@ -11,13 +11,13 @@ from jobs.cli import connections, display, exits, options, output
 
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=options.Seconds(min=0),
     metavar="SECONDS",
     help="Stop waiting after this long, with exit code 124; the batch goes on.",
 )
 _interval = click.option(
     "--interval",
-    type=click.FloatRange(min=0.05),
+    type=options.Seconds(min=0.05),
     default=watch.INTERVAL_SECONDS,
     show_default=True,
     metavar="SECONDS",

@@ -96,7 +96,7 @@ def _rendering(attempt: Attempt | None) -> str:
 @click.option("--no-wait", is_flag=True, help="Only ask for it.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.Seconds(min=0, min_open=True),
     default=900.0,
     show_default=True,
     metavar="SECONDS",

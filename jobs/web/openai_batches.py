@@ -199,14 +199,19 @@ def _shape(session: Session, row: ApiRequest) -> dict[str, Any]:
 
 
 def _status(batch: Batch) -> str:
-    """OpenAI's word. Jobs that were cancelled one by one leave their batch `completed`."""
+    """OpenAI's word. Jobs that were cancelled one by one leave their batch `completed`.
+
+    OpenAI calls a batch so also when every request of it failed; here that is `failed`.
+    """
     if batch.finished_at is None:
         if batch.cancel_requested_at is not None:
             return "cancelling"
         return "in_progress" if batch.expired_at is None else "finalizing"
     if batch.cancelled and batch.cancel_requested_at is not None:
         return "cancelled"
-    return "expired" if batch.cancelled and batch.expired_at is not None else "completed"
+    if batch.cancelled and batch.expired_at is not None:
+        return "expired"
+    return "failed" if batch.failed == batch.total else "completed"
 
 
 def _stored_shape(batch: Batch) -> dict[str, Any]:
@@ -217,6 +222,7 @@ def _stored_shape(batch: Batch) -> dict[str, Any]:
         "status": status,
         "in_progress_at": openai_videos.seconds(batch.created_at),
         "completed_at": ended if status == "completed" else None,
+        "failed_at": ended if status == "failed" else None,
         "cancelled_at": ended if status == "cancelled" else None,
         "cancelling_at": openai_videos.seconds(batch.cancel_requested_at),
         "expires_at": openai_videos.seconds(batch.deadline_at),

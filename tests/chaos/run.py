@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests.chaos.nemesis import BOMB_MARK, Nemesis, Strike
 from tests.chaos.workload import Workload
 
 REDIS_LOSSES = ("redis flushed", "redis lost")
+MOST_EXTRA_SHARE = 0.01
+MOST_SECONDS = {"crash_detected_seconds": 60.0, "claims_after_redis_came_back_seconds": 30.0}
 TOLD = 5  # examples per check
 
 
@@ -41,6 +44,8 @@ class Script:
     stuck_seconds: float = 30.0
     striking_seconds: float = math.inf
     """Then nothing more is submitted or struck, however much is left, and the rest is rendered."""
+    must_reach_goals: bool = False
+    """A form with few jobs or short leases says nothing about these."""
 
 
 @dataclass
@@ -229,6 +234,8 @@ def _judge(
         "workers_taken_out": _count_in_logs(here, '"selftest.started"'),
         "selftests_failed": _count_in_logs(here, '"selftest.failed"'),
     }
+    if script.must_reach_goals:
+        wrong["goals_are_reached"] = list(_missed(figures))
     return Verdict(
         script=script,
         seconds=seconds,
@@ -239,6 +246,18 @@ def _judge(
         skipped=nemesis.skipped,
         exit_status=exit_status,
     )
+
+
+def _missed(figures: dict[str, Any]) -> Iterator[str]:
+    """What guarantees.md gives numbers for."""
+    if figures["extra_share"] > MOST_EXTRA_SHARE:
+        yield f"{figures['extra_share']:.2%} of the jobs were rendered more than once"
+    if figures["unexplained_executions"]:
+        yield f"executions that no strike explains: {figures['unexplained']}"
+    for name, most in MOST_SECONDS.items():
+        found = figures[name]
+        if found is not None and found["most"] > most:
+            yield f"{name}: {found['most']:.1f} s, goal {most:.0f} s"
 
 
 def _after_redis(db: database.Database, strikes: list[Strike]) -> list[float]:

@@ -553,6 +553,14 @@ def test_small_things_go_when_they_are_old(
 
 
 @ONE_DATABASE
+def test_workers_that_are_there_stay_however_short_they_are_to_be_kept(bucket: Bucket) -> None:
+    bucket.world.register("idle@h")
+    with bucket.world.db.reading() as session:
+        table, which = expiry.old_workers(database.now(session))
+        assert session.scalars(select(table).where(which)).all() == []
+
+
+@ONE_DATABASE
 def test_workers_that_hold_a_job_stay_however_silent(bucket: Bucket) -> None:
     batch_id = bucket.world.submit()
     for name in ("busy@h", "idle@h", "new@h"):

@@ -181,6 +181,28 @@ def test_an_address_that_is_none_is_told_by_its_setting(url: str) -> None:
         _ = database.Database(url).url
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://u:hunter2@127.0.0.1:abc/db", "is not a database URL"),
+        ("postgresql://[::1/x", "is not a database URL"),
+        ("postgresql://u:hunter@2@h/db", "has an @ too many"),
+        ("sqlite://", "names no file"),
+    ],
+)
+def test_an_address_with_a_mistake_is_told_without_its_password(url: str, says: str) -> None:
+    with pytest.raises(errors.InvalidInput, match=f"DATABASE_URL {says}") as caught:
+        _ = database.Database(url).url
+    assert "hunter" not in str(caught.value)
+
+
+def test_no_password_is_shown_wherever_it_stands() -> None:
+    for address in ("postgresql://u:hunter2@h/db", "postgresql://h/db?user=u&password=hunter2"):
+        shown = database.shown(database.Database(address).url)
+        assert "hunter2" not in shown
+        assert "u" in shown
+
+
 def test_a_database_without_a_driver_is_told(tmp_path: object) -> None:
     with pytest.raises(database.DatabaseUnavailable, match=r"no driver.*postgresql://") as caught:
         _ = database.Database("mysql+nothing://u:hunter2@h/db").engine

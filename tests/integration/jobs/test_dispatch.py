@@ -32,7 +32,7 @@ from jobs import (
     states,
     workers,
 )
-from jobs.schema import Batch, Job
+from jobs.schema import Batch, Job, Look
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
 
 GONE = "redis://127.0.0.1:1/0"  # nothing listens there
@@ -402,10 +402,10 @@ def test_the_loop_outlives_the_database_and_redis(
         running(dispatcher)
         _within(5, lambda: dispatcher.ticks > 0)
         with world.db.transaction() as session:
-            session.execute(text("ALTER TABLE attempts RENAME TO hidden"))
+            session.execute(text("ALTER TABLE workers RENAME TO hidden"))
         _within(20, lambda: any(x["event"] == "dispatch.database_unavailable" for x in logs))
         with world.db.transaction() as session:
-            session.execute(text("ALTER TABLE hidden RENAME TO attempts"))
+            session.execute(text("ALTER TABLE hidden RENAME TO workers"))
         client.set(QUEUE, "in the way")
         _within(5, lambda: any(x["event"] == "broker.lost" for x in logs))
         client.delete(QUEUE)
@@ -419,6 +419,14 @@ def test_the_budgets_are_those_of_the_settings(world: World) -> None:
     assert dispatch.budgets(config) == retries.Budgets(
         max_errors=7, max_crashes=5, retry_seconds=3.0
     )
+
+
+def test_a_broker_password_that_is_not_escaped_is_not_told(world: World) -> None:
+    from jobs import errors
+
+    with pytest.raises(errors.InvalidInput, match="CELERY_BROKER_URL has no port") as caught:
+        broker.Broker(config_of(world, "redis://:hunter2/pw@127.0.0.1:1/0"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_broker_of_another_kind_is_refused(world: World) -> None:
@@ -487,17 +495,36 @@ def test_a_worker_switches_weights_far_less_often_than_jobs_do(
     assert switches < 8, switches
 
 
+def test_a_look_of_a_newer_version_is_sent_as_well(world: World, clean_redis_url: str) -> None:
+    """Who goes back to an older version may have such jobs; their workers know, or fail them."""
+    world.register()
+    world.submit(2)
+    with world.db.transaction() as session:
+        body = session.scalars(select(Look.body)).first()
+        assert body is not None
+        session.execute(update(Look).values(body=body | {"tomorrow": 1}))
+    assert dispatcher_of(world, clean_redis_url).tick().sent == 2
+
+
+@pytest.mark.parametrize(("outages", "still_after"), [(0, 1.0), (1, 3.0)])
 def test_silence_while_the_database_was_away_ends_no_attempt(
-    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_world: World,
+    clean_redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    outages: int,
+    still_after: float,
 ) -> None:
-    """Nobody could renew a lease: after an outage, each worker has a whole lease to report."""
+    """Nobody could renew a lease: after an outage, each worker has a whole lease to report.
+
+    Also after one before this dispatcher, which it knows nothing of.
+    """
     world = sqlite_world
     world.submit(1)
     attempt_id = world.claimed(1)
     world.expire(attempt_id)
     dispatcher = dispatcher_of(world, clean_redis_url, tick_seconds=0.05, lease_seconds=2.0)
     stop, real = threading.Event(), lifecycle.end_lost_attempts
-    broken = iter([True])
+    broken = iter([True] * outages)
 
     def first_without_database(*arguments: Any, **values: Any) -> list[int]:
         if next(broken, False):
@@ -508,7 +535,7 @@ def test_silence_while_the_database_was_away_ends_no_attempt(
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     thread.start()
     try:
-        time.sleep(1.0)
+        time.sleep(still_after)
         assert world.attempt(attempt_id).state is states.AttemptState.RUNNING
         deadline = time.monotonic() + 30
         while world.attempt(attempt_id).state is states.AttemptState.RUNNING:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from jobs import database, lifecycle, retries, schema, states
+from jobs import database, health, lifecycle, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, World
@@ -377,6 +377,44 @@ def test_a_retry_after_a_cancel_is_not_cancelled_again(world: World) -> None:
     assert world.batch(batch_id).cancel_requested_at is None
     assert world.heartbeat(world.claimed(first)) is lifecycle.Verdict.GO_ON
     world.check()
+
+
+def test_a_look_at_what_is_cancelled_that_comes_late_cancels_nothing(world: World) -> None:
+    """The dispatcher reads which batches it has to go on with, and takes its time."""
+    batch_id = world.submit(2)
+    world.cancel_batch(batch_id)
+    assert world.retry(batch_id, JobState.CANCELLED) == 2
+    assert world.db.write(lifecycle.go_on_cancelling, batch_id) == (0, 0)
+    assert world.batch(batch_id).queued == 2
+    world.db.write(lifecycle.request_cancel, batch_id)
+    assert world.db.write(lifecycle.go_on_cancelling, batch_id) == (2, 0)
+
+
+def test_a_retry_forgets_why_the_job_ended(world: World) -> None:
+    batch_id = world.submit(1)
+    job_id = world.only_job(batch_id).id
+    world.fail(world.claimed(job_id), FailureKind.INPUT)
+    assert world.only_job(batch_id).error == "it broke"
+    world.retry(batch_id)
+    world.cancel_batch(batch_id)
+    job = world.only_job(batch_id)
+    assert (job.state, job.failure_kind, job.error) == (JobState.CANCELLED, None, None)
+
+
+def test_a_host_that_stays_away_with_finished_videos_is_charged_with_no_crash(
+    world: World,
+) -> None:
+    """It was drained while the object store was away, and is not started again."""
+    world.register("gpu0@gone")
+    job_ids = world.job_ids(world.submit(health.MAX_SUSPECTS))
+    for attempt_id in [world.claimed(job_id, worker="gpu0@gone") for job_id in job_ids]:
+        world.rendered(attempt_id)
+        world.expire(attempt_id)
+    assert world.end_lost() == []
+    for job_id in job_ids:
+        job = world.job(job_id)
+        assert (job.state, job.crash_count) == (JobState.QUEUED, 0)
+    assert world.claim(job_ids[0], worker="gpu0@gone") is not None, "nothing speaks against it"
 
 
 def test_no_job_escapes_a_cancel_while_workers_claim_and_requeue(postgres_world: World) -> None:

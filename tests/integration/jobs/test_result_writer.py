@@ -90,10 +90,12 @@ def test_several_writers_write_each_batch_once(
     written: list[str] = []
     write = results.write
 
-    def slow(db: database.Database, store: storage.ObjectStore, batch_id: str) -> bool:
+    def slow(
+        db: database.Database, store: storage.ObjectStore, batch_id: str, **options: Any
+    ) -> bool:
         written.append(batch_id)
         time.sleep(0.1)
-        return write(db, store, batch_id)
+        return write(db, store, batch_id, **options)
 
     monkeypatch.setattr(results, "write", slow)
     writers = [writer_of(world, (tmp_path / "results").as_uri()) for _ in range(3)]
@@ -123,15 +125,66 @@ def test_the_lease_is_renewed_while_the_files_are_written(
     write = results.write
     others: list[int] = []
 
-    def slow(*arguments: Any) -> bool:
+    def slow(*arguments: Any, **options: Any) -> bool:
         monkeypatch.setattr(results, "write", write)
         time.sleep(1.5)
         others.append(writer_of(world).write_finished())
-        return write(*arguments)
+        return write(*arguments, **options)
 
     monkeypatch.setattr(results, "write", slow)
     assert writer_of(world).write_finished() == 1
     assert others == [0]
+
+
+def test_a_writer_that_has_lost_its_lease_replaces_no_file(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still while the batch was retried, ended again and was written by another."""
+    batch_id = world.submit(1)
+    job_id = world.only_job(batch_id).id
+    world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    first, second = (writer_of(world, (tmp_path / "results").as_uri()) for _ in range(2))
+    write_lines = results._write_lines
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(results, "_write_lines", write_lines)
+        found = write_lines(*arguments)
+        world.retry(batch_id)
+        world.succeed(world.claimed(job_id))
+        assert second.write_finished() == 1
+        return found
+
+    monkeypatch.setattr(results, "_write_lines", overtaken)
+    assert first.write_finished() == 0
+    assert world.batch(batch_id).manifest_at is not None
+    folder = tmp_path / "results" / "batches" / batch_id
+    assert json.loads((folder / "manifest.json").read_text())["counts"]["succeeded"] == 1
+    assert len((folder / "output.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_batch_that_is_reopened_while_it_is_read_keeps_the_files_of_its_end(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rushes wait ... || rushes retry ...` comes just then."""
+    batch_id = world.submit(3)
+    for job_id in world.job_ids(batch_id):
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    writer = writer_of(world, (tmp_path / "results").as_uri())
+    assert writer.write_finished() == 1
+    folder = tmp_path / "results" / "batches" / batch_id
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    world.retry(batch_id)
+    for job_id in world.job_ids(batch_id):
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    rows = results._rows
+
+    def reopened(*arguments: Any) -> Any:
+        yield from list(rows(*arguments))[:1]
+        world.retry(batch_id)
+
+    monkeypatch.setattr(results, "_rows", reopened)
+    assert writer.write_finished() == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_lease_that_is_another_writers_by_now_is_not_renewed(world: World) -> None:

@@ -132,7 +132,7 @@ def vanished(host):
     host.register()
 
     def run():
-        return finished.requeue_vanished(host.db, host.config)
+        return finished.requeue_vanished(host.db, host.config, launcher="test")
 
     return run
 
@@ -159,12 +159,12 @@ def test_a_video_that_was_published_meanwhile_is_no_vanished_one(host, look, van
     assert host.job_of(folder).state is states.JobState.SUCCEEDED
 
 
-def test_a_video_on_the_disk_of_another_host_is_its_own_business(host, look, vanished):
+def test_a_video_on_the_disk_of_another_home_is_its_own_business(host, look, vanished):
     folder = host.finished()
     look()
     shutil.rmtree(folder.path)
-    elsewhere = host.config.model_copy(update={"host_name": "there"})
-    assert finished.requeue_vanished(host.db, elsewhere) == []
+    """Of another host, or beside us on the same one."""
+    assert finished.requeue_vanished(host.db, host.config, launcher="another") == []
 
 
 def test_a_video_that_is_being_rendered_has_not_vanished(host, vanished):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -132,6 +133,32 @@ def test_a_stalled_process_ends(host, claim):
     )
     assert done.returncode == heartbeat.STALLED
     assert "time.sleep(600)" in done.stderr or "most recent call first" in done.stderr
+
+
+def test_a_process_ends_whose_threads_cannot_run_any_more(host, claim):
+    """Native code that hangs and keeps the interpreter's lock stops the watchdog's thread too."""
+    script = textwrap.dedent(f"""
+        import ctypes, time
+        from jobs import database, settings
+        from worker import heartbeat
+        from worker.settings import WorkerSettings
+        heartbeat.DEAF_SECONDS = 0.5
+        db = database.connect(settings.load())
+        own = WorkerSettings(RUSHES_STALL_SECONDS=0.5, RUSHES_HEARTBEAT_SECONDS=0.05)
+        with heartbeat.Heartbeat(
+            db, {claim.attempt_id}, lease_seconds=60, worker_settings=own
+        ) as heart:
+            heart.reached("denoise", 1, 4)
+            time.sleep(0.3)
+            ctypes.PyDLL(None).sleep(50)  # does not let the lock go
+    """)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - began < 40
+    assert "Timeout" in done.stderr
 
 
 def test_nobody_renews_the_lease_of_another(host, claim, heart, until):

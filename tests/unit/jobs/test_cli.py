@@ -322,6 +322,7 @@ def test_a_mistyped_preset_is_answered_with_the_right_one(rushes: Rushes, prompt
     ("file", "said"),
     [
         (".", "is a folder"),
+        ("/dev/zero", "is a device"),
         ("none.jsonl", "there is no such file"),
         ("a\0b", "cannot be read"),
         ("prompts.jsonl/x", "cannot be read"),
@@ -524,6 +525,16 @@ def test_wait_ends_with_124_in_time(farm: Farm, rushes: Rushes) -> None:
     assert time.monotonic() - began < 3
     as_json = rushes("wait", "latest", "--timeout", "0", "-o", "json")
     assert parsed(as_json)["error"]["kind"] == "WaitTimeout"
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--interval"])
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_waiting_for_no_number_of_seconds_is_refused(
+    farm: Farm, rushes: Rushes, option: str, seconds: str
+) -> None:
+    result = rushes("wait", "latest", option, seconds)
+    assert result.exit_code == exits.USAGE
+    assert "not a number of seconds" in result.stderr
 
 
 def test_watch_writes_plain_lines_where_there_is_no_terminal(farm: Farm, rushes: Rushes) -> None:

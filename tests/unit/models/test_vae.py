@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional
 
 from models import causal_conv, config, vae
 
@@ -80,14 +81,24 @@ def test_convolutions_in_a_row_see_what_they_would_see_alone():
     convs = [causal_conv.CausalConv3d(4, 4, (3, 3, 3)) for _ in range(3)]
     together, alone = causal_conv.FrameCache([convs]), causal_conv.FrameCache()
     with torch.inference_mode():
-        for _ in range(5):
+        for turn in range(5):
             for conv in convs:
                 frame = torch.randn(2, 4, 1, 5, 6)
                 seen = conv.see(frame, together)
-                assert seen.shape == (2, 4, 3, 5, 6)
+                assert seen.shape == (2, 4, 3 if turn else 1, 5, 6)
                 assert torch.equal(seen, conv.see(frame, alone))
         with pytest.raises(AssertionError, match="in this order"):
             convs[2].see(frame, together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_lies_before_the_first_frame_is_left_out(dtype):
+    conv = causal_conv.CausalConv3d(4, 6, (3, 3, 3)).to(dtype)
+    frame = torch.randn(2, 4, 1, 5, 6, dtype=dtype)
+    with torch.inference_mode():
+        alone = conv.of_chunk(frame, causal_conv.FrameCache())
+        padded = conv(functional.pad(frame, (0, 0, 0, 0, 2, 0)))
+    torch.testing.assert_close(alone, padded)
 
 
 def test_stopping_between_chunks_leaves_nothing_behind(network):

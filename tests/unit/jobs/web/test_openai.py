@@ -232,6 +232,21 @@ def test_a_batch_that_is_not_finished_in_its_window_expires_and_keeps_what_is(
     ]
 
 
+def test_a_batch_of_which_nothing_succeeded_has_failed(live: Live, client: openai.OpenAI) -> None:
+    data = lines(*({"prompt": f"p{n}"} for n in range(2)))
+    file = client.files.create(file=("b.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    batch_id = live.web.client.get("/api/batches").json()["batches"][0]["batch_id"]
+    for number in range(2):
+        live.web.fail(live.web.job_id(batch_id, number))
+    ended = client.batches.retrieve(made.id)
+    assert (ended.status, ended.completed_at) == ("failed", None)
+    assert ended.failed_at >= ended.in_progress_at
+    assert len(client.files.content(ended.error_file_id).text.splitlines()) == 2
+
+
 def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.OpenAI) -> None:
     data = lines({"prompt": "ok"}, {"prompt": "x", "size": "huge"}) + b"{not json\n"
     file = client.files.create(file=("bad.jsonl", data), purpose="batch")
