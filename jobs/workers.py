@@ -9,7 +9,7 @@ from sqlalchemy import bindparam, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, reports, retries, states
-from jobs.schema import Refusal, Worker
+from jobs.schema import Attempt, Refusal, Worker
 
 MIN_FREE_BYTES = 64 << 20  # with less on its scratch disk, a few videos, a worker takes no jobs
 ALIVE_SECONDS = 30.0  # three missed beats of the launcher
@@ -118,15 +118,30 @@ def _facts(registration: Registration) -> dict[str, Any]:
 
 def _held(session: Session, registration: Registration) -> Held | None:
     row = session.get(Worker, registration.name, with_for_update=True)
-    if row is None or row.stopped_at is not None or row.launcher == registration.launcher:
+    if row is None or row.launcher == registration.launcher:
         return None
-    if row.heartbeat_at < database.now(session) - timedelta(seconds=ALIVE_SECONDS):
-        return None
-    return Held(name=row.name, launcher=row.launcher, seen_at=row.heartbeat_at)
+    now = database.now(session)
+    if row.stopped_at is None:
+        is_there = row.heartbeat_at >= now - timedelta(seconds=ALIVE_SECONDS)
+    else:
+        is_there = _renders(session, row.name, now)
+    return (
+        Held(name=row.name, launcher=row.launcher, seen_at=row.heartbeat_at) if is_there else None
+    )
+
+
+def _renders(session: Session, name: str, now: datetime) -> bool:
+    """A launcher that has been told to stop lets its jobs end."""
+    live = select(Attempt.id).where(
+        Attempt.worker == name,
+        Attempt.state == states.AttemptState.RUNNING,
+        Attempt.lease_until >= now,
+    )
+    return session.scalar(live.limit(1)) is not None
 
 
 def stopped(session: Session, name: str, *, launcher: str) -> None:
-    """The process has ended and will not come back by itself."""
+    """The process ends, perhaps after the job that it has, and will not come back by itself."""
     session.execute(
         update(Worker)
         .where(Worker.name == name, Worker.launcher == launcher)

@@ -19,6 +19,7 @@ from jobs import (
     celery_app,
     errors,
     health,
+    lifecycle,
     queries,
     queues,
     servers,
@@ -324,6 +325,22 @@ def test_the_name_of_a_launcher_that_died_is_taken_over_when_it_is_stale(
     running(another)
     assert time.monotonic() - began > 0.5
     until(lambda: registered(host)["cpu0@here"].launcher == another.identity)
+
+
+def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
+    host, launcher, another, monkeypatch
+):
+    """Who begins under that name gives up what its worker holds."""
+    draining = launcher()
+    assert draining._take_names()
+    claim = host.claim(host.submit()[0])
+    draining._leave_register()
+    monkeypatch.setattr(workers, "ALIVE_SECONDS", 0.0)  # it beats no more
+    take = [another._claimed(renderer) for renderer in another.renderers]
+    held = host.db.write(workers.take_names, take)
+    assert held.launcher == draining.identity
+    assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
+    assert host.db.write(workers.take_names, take) is None
 
 
 def test_the_same_home_takes_its_names_back_at_once(host, launcher):
