@@ -147,7 +147,7 @@ class Settings(BaseSettings):
         description="Name of this machine in worker names; must differ between machines.",
     )
     lease_seconds: float = Field(
-        60.0,
+        50.0,  # and a tick: a hung host is noticed within a minute
         gt=0,
         le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_LEASE_SECONDS"),

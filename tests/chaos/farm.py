@@ -37,7 +37,7 @@ class Plan:
     workers_per_host: int = 4
     dispatchers: int = 2
     step_seconds: float = 0.1
-    lease_seconds: float = 60.0
+    lease_seconds: float = 50.0
     heartbeat_seconds: float = 10.0
     publish_lease_seconds: float = 600.0
     stall_seconds: float = 60.0
