@@ -7,10 +7,12 @@ import time
 from functools import partial
 
 from sqlalchemy import update
+from starlette.testclient import TestClient
 
 from benchmarks import common
-from jobs import database, queries, states, watch
+from jobs import database, queries, settings, states, watch
 from jobs.schema import Batch, Job
+from jobs.web import app, server
 
 
 def main() -> None:
@@ -29,12 +31,24 @@ def main() -> None:
             for name, ask in asked.items():
                 seconds = common.timed(ask, times=50)
                 print(f"{kind}, {arguments.jobs:,} jobs: {name}: {common.spread(seconds)}")
+            tell_pages(kind, db, batch_id)
             db.close()
             seconds = [command(url, batch_id) for _ in range(5)]
             print(
                 f"{kind}: `rushes show`, a process each: {common.spread(seconds)}, "
                 f"load {os.getloadavg()[0]:.1f}"
             )
+
+
+def tell_pages(kind: str, db: database.Database, batch_id: str) -> None:
+    """Whole answers of the web service, in this process: no time of a network."""
+    address = "http://127.0.0.1:8000"
+    config = settings.load(web_rate="off")
+    client = TestClient(app.make(server.make_service(config, db)), base_url=address)
+    for path in (f"/batches/{batch_id}", "/batches", f"/api/batches/{batch_id}"):
+        assert client.get(path).is_success, path
+        seconds = common.timed(partial(client.get, path), times=50)
+        print(f"{kind}: GET {path.replace(batch_id, 'BATCH')}: {common.spread(seconds)}")
 
 
 def half_way(db: database.Database, batch_id: str, jobs: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs import (
@@ -285,7 +285,10 @@ class Runner:
     def _refuse(self, queue: str, kind: states.FailureKind, reason: str) -> None:
         name = self.worker_settings.worker_name
         self.tally.refusals += 1
-        seconds = self.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
+        try:
+            seconds = self.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
+        except IntegrityError:
+            return  # the other one of its two jobs refused it in the same moment
         log.error("worker.refuses", queue=queue or "all", seconds=round(seconds), error=reason)
         if queue:
             with contextlib.suppress(broker.BrokerUnavailable):

@@ -28,7 +28,7 @@ from jobs import (
     supervisor,
     workers,
 )
-from worker import gpus, launch, redis_transport, trial
+from worker import finished, gpus, launch, redis_transport, trial
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -341,6 +341,16 @@ def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
     assert held.launcher == draining.identity
     assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
     assert host.db.write(workers.take_names, take) is None
+
+
+def test_a_scratch_disk_that_cannot_be_read_does_not_end_the_launcher(host, launcher, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    made = launcher()
+    assert made._take_names()
+    monkeypatch.setattr(finished, "find_unfinished", broken)
+    made._beat()
 
 
 def test_the_same_home_takes_its_names_back_at_once(host, launcher):

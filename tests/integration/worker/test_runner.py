@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 
 from jobs import (
     broker,
@@ -173,6 +174,18 @@ def test_a_host_without_the_model_gives_the_job_back_and_takes_no_more_of_it(hos
     assert host.attempts(other.id)[0].state is states.AttemptState.RENDERED
 
 
+def test_two_refusals_in_one_moment_cost_no_job_an_attempt(host, monkeypatch):
+    """PostgreSQL lets both find no row, and one of them write it."""
+
+    def second(*_, **__):
+        raise IntegrityError("insert", {}, Exception("duplicate key"))
+
+    monkeypatch.setattr(workers, "refuse", second)
+    job = host.submit(model_path="gone")[0]
+    host.runner().run_attempt(job.id)
+    assert_given_back(host, job)
+
+
 def over(host):
     """As if the time of every refusal were over."""
     with host.db.transaction() as session:
@@ -299,6 +312,17 @@ def test_a_host_without_room_takes_no_job(host, monkeypatch):
     assert host.attempts(job.id) == []
     assert host.job(job.id).state is states.JobState.QUEUED
     assert "too little for a video" in refused(host)[workers.ALL_QUEUES].reason
+
+
+def test_a_host_whose_disk_cannot_be_asked_takes_no_job(host, monkeypatch):
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    job = host.submit()[0]
+    monkeypatch.setattr(scratch, "free_bytes", broken)
+    host.runner().run_attempt(job.id)
+    assert host.attempts(job.id) == []
+    assert "Input/output error" in refused(host)[workers.ALL_QUEUES].reason
 
 
 def test_a_scratch_folder_that_cannot_be_made_is_named(host, monkeypatch):
