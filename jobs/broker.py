@@ -79,6 +79,17 @@ class Broker:
         found = (_subject(message) for message in messages)
         return {subject for subject in found if subject is not None}
 
+    def recall(self, queue: str) -> set[int]:
+        """Take back all messages that no worker has taken; what they were about."""
+        try:
+            pipeline = self.redis.pipeline(transaction=True)
+            pipeline.lrange(queue, 0, -1)
+            pipeline.delete(queue)
+            messages = pipeline.execute()[0]
+        except UNAVAILABLE as error:
+            raise BrokerUnavailable(self.url, str(error)) from error
+        return {subject for subject in map(_subject, messages) if subject is not None}
+
     def kick(self) -> bool:
         """Wake the dispatchers; False when Redis is down, which costs a tick and nothing else."""
         try:

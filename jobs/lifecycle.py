@@ -6,7 +6,7 @@ jobs by batch and id, then their batches, then attempts, then workers.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -478,6 +478,21 @@ def resume_batch(session: Session, batch_id: str) -> bool:
     return _change_batch(session, batch_id, Batch.paused_at.is_not(None), paused_at=None)
 
 
+def pause_job(session: Session, job_id: int) -> bool:
+    """False: it does not wait any more, or is paused already."""
+    return _change_queued(
+        session,
+        job_id,
+        or_(Job.not_before.is_(None), Job.not_before != schema.PAUSED_UNTIL),
+        not_before=schema.PAUSED_UNTIL,
+    )
+
+
+def resume_job(session: Session, job_id: int) -> bool:
+    is_paused = Job.not_before == schema.PAUSED_UNTIL
+    return _change_queued(session, job_id, is_paused, not_before=None)
+
+
 def prioritize_batch(session: Session, batch_id: str, priority: int) -> bool:
     """Move all jobs of a batch, those with a priority of their own by the same distance."""
     boost = priority - Batch.priority
@@ -487,12 +502,24 @@ def prioritize_batch(session: Session, batch_id: str, priority: int) -> bool:
 def prioritize_job(session: Session, job_id: int, priority: int) -> bool:
     """False: it does not wait any more."""
     boost = select(Batch.boost).where(Batch.id == Job.batch_id).scalar_subquery()
-    changed = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == states.JobState.QUEUED)
-        .values(rank=boost - priority)
-    )
+    return _change_queued(session, job_id, rank=boost - priority)
+
+
+def _change_queued(
+    session: Session, job_id: int, *which: ColumnElement[bool], **values: Any
+) -> bool:
+    is_queued = Job.state == states.JobState.QUEUED
+    changed = session.execute(update(Job).where(Job.id == job_id, is_queued, *which).values(values))
     return _count(changed) == 1
+
+
+def unsend(session: Session, job_ids: Collection[int]) -> None:
+    """Their messages have been taken back: they may be sent again at once."""
+    if not job_ids:
+        return
+    waiting = [database.among(session, Job.id, job_ids), Job.state == states.JobState.QUEUED]
+    _lock_jobs(session, *waiting)
+    session.execute(update(Job).where(*waiting).values(dispatched_at=None))
 
 
 def _change_batch(

@@ -186,6 +186,7 @@ class Job(Base):
     queue: Mapped[str] = mapped_column(String(200))
     """Where its message goes; the same as its look's, so that dispatch reads one table."""
     not_before: Mapped[datetime | None]
+    """After a failure it waits a while; until PAUSED_UNTIL: until somebody resumes it."""
     dispatched_at: Mapped[datetime | None]
     cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
     attempt_id: Mapped[int | None] = mapped_column(BigInteger)
@@ -211,6 +212,7 @@ class Job(Base):
     )
 
 
+PAUSED_UNTIL = datetime(9999, 1, 1, tzinfo=UTC)
 HAS_STARTED = Job.state != states.JobState.QUEUED
 """Said beside another state: by this SQLite finds the index of those that have left the queue."""
 

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
 
 from jobs import shapes, watch
 from jobs.cli import output
-from jobs.schema import Attempt, Job, Refusal
+from jobs.schema import PAUSED_UNTIL, Attempt, Job, Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -164,3 +165,10 @@ def _running_table(snapshot: watch.Snapshot, max_rows: int) -> "RenderableType":
     if len(snapshot.running) > max_rows:
         table.add_row("", Text(f"and {len(snapshot.running) - max_rows} more"))
     return table
+
+
+def until(not_before: datetime) -> str:
+    """What a queued job waits for, behind its state."""
+    if not_before == PAUSED_UNTIL:
+        return ", paused"
+    return f", not before {output.when(not_before)}"

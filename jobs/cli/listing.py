@@ -277,7 +277,7 @@ def _job_state(job: Job) -> str:
     if job.cancel_requested and job.state is states.JobState.RUNNING:
         said += ", stops at its next step"
     if job.not_before is not None and job.state is states.JobState.QUEUED:
-        said += f", not before {output.when(job.not_before)}"
+        said += display.until(job.not_before)
     return said
 
 

@@ -1,48 +1,69 @@
 """`rushes pause`, `rushes resume` and `rushes prioritize`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, lifecycle, queries, readers, settings
+from jobs import bell, database, lifecycle, queries, readers, reordering, settings
 from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 
 
 @click.command()
-@click.argument("batches", metavar="BATCH...", nargs=-1, required=True)
+@click.argument("references_given", metavar="BATCH|JOB...", nargs=-1, required=True)
 @options.output
-def pause(batches: tuple[str, ...], as_json: bool) -> None:
-    """Start no more jobs of batches.
+def pause(references_given: tuple[str, ...], as_json: bool) -> None:
+    """Start no more jobs of batches, or not these jobs.
 
     At once, also where a worker was about to. What runs goes on; `rushes resume` undoes it.
     """
-    _change(batches, lifecycle.pause_batch, "paused", "finished, or paused before", as_json)
+    changes = lifecycle.pause_batch, lifecycle.pause_job
+    otherwise = "finished, or paused before", "does not wait, or paused before"
+    _change(references_given, changes, "paused", otherwise, as_json)
 
 
 @click.command()
-@click.argument("batches", metavar="BATCH...", nargs=-1, required=True)
+@click.argument("references_given", metavar="BATCH|JOB...", nargs=-1, required=True)
 @options.output
-def resume(batches: tuple[str, ...], as_json: bool) -> None:
-    """Let the jobs of paused batches start again."""
-    _change(batches, lifecycle.resume_batch, "resumed", "not paused", as_json)
+def resume(references_given: tuple[str, ...], as_json: bool) -> None:
+    """Let paused jobs, and the jobs of paused batches, start again.
+
+    A job that was paused by itself stays so when its batch is resumed.
+    """
+    changes = lifecycle.resume_batch, lifecycle.resume_job
+    _change(references_given, changes, "resumed", ("not paused", "not paused"), as_json)
 
 
-def _change(given: tuple[str, ...], change: Any, done: str, otherwise: str, as_json: bool) -> None:
+def _change(
+    given: tuple[str, ...],
+    changes: tuple[Callable[[Session, str], bool], Callable[[Session, int], bool]],
+    done: str,
+    otherwise: tuple[str, str],
+    as_json: bool,
+) -> None:
+    """Of each pair the first is for a batch, the second for a job."""
     config = settings.load()
     db = connections.open_database(config)
     with db.reading() as session:  # all of them are found before any is touched
-        found = [queries.find_batch(session, reference).id for reference in given]
-    changed = {batch_id: bool(db.write(change, batch_id)) for batch_id in found}
-    if any(changed.values()) and (delayed := bell.kick(config)):
+        found = [references.find(session, reference) for reference in given]
+    outcomes = []
+    for row in found:
+        if isinstance(row, Job):
+            did = db.write(changes[1], row.id)
+            outcomes.append({"batch_id": row.batch_id, "job_id": row.id, "changed": did})
+        else:
+            did = db.write(changes[0], row.id)
+            outcomes.append({"batch_id": row.id, "job_id": None, "changed": did})
+    if any(outcome["changed"] for outcome in outcomes) and (delayed := bell.kick(config)):
         output.note(f"note: {delayed}")
     if as_json:
-        shape = [{"batch_id": batch_id, "changed": did} for batch_id, did in changed.items()]
-        output.emit({done: shape})
+        output.emit({done: outcomes})
         return
-    for batch_id, did in changed.items():
-        output.line(f"batch {batch_id}: {done if did else otherwise}")
+    for outcome in outcomes:
+        is_job = outcome["job_id"] is not None
+        output.line(f"{_named(outcome)}: {done if outcome['changed'] else otherwise[is_job]}")
 
 
 @click.command()
@@ -69,7 +90,9 @@ def prioritize(
         found = [references.find(session, reference) for reference in references_given]
     # From the last to the first: with --first, the one named first goes first.
     outcomes = [_moved(db, row, priority) for row in reversed(found)][::-1]
-    if any(outcome["changed"] for outcome in outcomes) and (delayed := bell.kick(config)):
+    if any(outcome["changed"] for outcome in outcomes) and (
+        delayed := reordering.send_anew(config, db)
+    ):
         output.note(f"note: {delayed}")
     if as_json:
         output.emit({"prioritized": outcomes})
@@ -95,8 +118,12 @@ def _moved(db: database.Database, row: Batch | Job, priority: int | None) -> dic
 
 
 def _words(outcome: dict[str, Any]) -> str:
-    job_id = outcome["job_id"]
-    what = f"batch {outcome['batch_id']}" if job_id is None else f"job {job_id}"
     if outcome["changed"]:
-        return f"{what}: priority {outcome['priority']}"
-    return f"{what}: " + ("is finished" if job_id is None else "does not wait any more")
+        return f"{_named(outcome)}: priority {outcome['priority']}"
+    is_batch = outcome["job_id"] is None
+    return f"{_named(outcome)}: " + ("is finished" if is_batch else "does not wait any more")
+
+
+def _named(outcome: dict[str, Any]) -> str:
+    job_id = outcome["job_id"]
+    return f"batch {outcome['batch_id']}" if job_id is None else f"job {job_id}"

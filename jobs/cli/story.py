@@ -106,5 +106,5 @@ def _end(attempt: Attempt) -> str:
 def _now(job: Job) -> str:
     """Where the job stands after all that."""
     if job.state is states.JobState.QUEUED and job.not_before is not None:
-        return f"now {output.state(job.state)}, not before {output.when(job.not_before)}"
+        return f"now {output.state(job.state)}{display.until(job.not_before)}"
     return f"now {output.state(job.state)}" + (" (quarantined)" if job.quarantined else "")

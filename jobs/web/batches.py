@@ -232,7 +232,10 @@ def prioritize(
     def change(session: Session, batch_id: str) -> bool:
         return lifecycle.prioritize_batch(session, batch_id, wanted.priority)
 
-    return _changed(batch_id, serving, principal, change)
+    answer = _changed(batch_id, serving, principal, change)
+    if answer["changed"]:
+        serving.send_anew()
+    return answer
 
 
 def _changed(

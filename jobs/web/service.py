@@ -19,6 +19,7 @@ from jobs import (
     metrics,
     presets,
     readers,
+    reordering,
     safety,
     settings,
     storage,
@@ -122,6 +123,11 @@ class Service:
     def wake(self, is_work: int) -> None:
         """Tell the dispatchers. Without Redis they look by themselves a little later."""
         if is_work and (delayed := bell.kick(self.config)):
+            log.warning("web.kick_failed", reason=delayed)
+
+    def send_anew(self) -> None:
+        """What was sent before the order changed."""
+        if delayed := reordering.send_anew(self.config, self.db):
             log.warning("web.kick_failed", reason=delayed)
 
     def submit_rows(

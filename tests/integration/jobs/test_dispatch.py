@@ -25,6 +25,7 @@ from jobs import (
     lifecycle,
     presets,
     queues,
+    reordering,
     retries,
     schema,
     servers,
@@ -504,6 +505,24 @@ def test_a_look_of_a_newer_version_is_sent_as_well(world: World, clean_redis_url
         assert body is not None
         session.execute(update(Look).values(body=body | {"tomorrow": 1}))
     assert dispatcher_of(world, clean_redis_url).tick().sent == 2
+
+
+def test_a_change_of_order_also_moves_what_was_sent_already(
+    world: World, client: redis.Redis, clean_redis_url: str
+) -> None:
+    """However large the window is; a worker that takes one of them meanwhile keeps it."""
+    world.register()
+    early = world.job_ids(world.submit(6))
+    dispatcher = dispatcher_of(world, clean_redis_url, window=4)
+    dispatcher.tick()
+    assert sent(client) == early[:4]
+    client.rpop(QUEUE)
+    assert world.claim(early[0]) is not None
+    urgent = world.submit(2)
+    world.db.write(lifecycle.prioritize_batch, urgent, 10)
+    assert reordering.send_anew(config_of(world, clean_redis_url), world.db) is None
+    dispatcher.tick()
+    assert sent(client) == [*world.job_ids(urgent), *early[1:3]]
 
 
 @pytest.mark.parametrize(("outages", "still_after"), [(0, 1.0), (1, 3.0)])

@@ -71,11 +71,30 @@ def test_pause_and_resume_tell_what_they_did(db: database.Database) -> None:
     batch_id = submit()
     assert f"batch {batch_id}: paused" in rushes("pause", "latest").stdout
     assert told("show", "latest")["state"] == "paused"
-    assert told("pause", "latest") == {"paused": [{"batch_id": batch_id, "changed": False}]}
-    assert told("resume", "latest") == {"resumed": [{"batch_id": batch_id, "changed": True}]}
+    of_batch = {"batch_id": batch_id, "job_id": None}
+    assert told("pause", "latest") == {"paused": [of_batch | {"changed": False}]}
+    assert told("resume", "latest") == {"resumed": [of_batch | {"changed": True}]}
     assert "not paused" in rushes("resume", "latest").stdout
     assert rushes("pause", "latest", "nothing").exit_code == exits.USAGE
     assert told("show", "latest")["paused_at"] is None
+
+
+def test_a_single_job_is_paused_and_resumed(db: database.Database) -> None:
+    submit()
+    with db.reading() as session:
+        job_id = queries.find_job(session, "latest/1").id
+    assert f"job {job_id}: paused" in rushes("pause", "latest/1").stdout
+    assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is None
+    assert "does not wait, or paused before" in rushes("pause", "latest/1").stdout
+    assert "queued, paused" in rushes("show", "latest/1").stdout
+    assert "queued, paused" in rushes("logs", "latest/1").stdout
+    rushes("pause", "latest")
+    rushes("resume", "latest")  # of the batch: not of a job that was paused by itself
+    assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is None
+    (resumed,) = told("resume", "latest/1")["resumed"]
+    assert (resumed["job_id"], resumed["changed"]) == (job_id, True)
+    assert "not paused" in rushes("resume", "latest/1").stdout
+    assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is not None
 
 
 def test_prioritize_moves_batches_and_jobs(db: database.Database) -> None:
