@@ -1,5 +1,9 @@
 """What attempts have left on this host's disk: videos that wait for their upload, and garbage."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -73,10 +77,15 @@ def find_unfinished(
 
     After a restart of the host's processes, or when Redis lost the message.
     """
+    folders = scratch.folders(config.scratch_dir)
+    with db.reading() as session:
+        rows = _rows(session, folders, config.publish_lease_seconds)
     found = [
         folder.attempt_id
-        for folder in scratch.folders(config.scratch_dir)
-        if _waits_for_upload(db, config, folder)
+        for folder in folders
+        if (row := rows.get(folder.attempt_id)) is not None
+        and row.batch_id == folder.batch_id  # else it is another farm's
+        and _waits_for_upload(db, config, folder, row)
     ]
     if found:
         # During an outage of the store the same ids are found again and again.
@@ -127,18 +136,43 @@ def state_of(session: Session, folder: scratch.AttemptFolder) -> states.AttemptS
     )
 
 
+@dataclass(frozen=True)
+class _Row:
+    batch_id: str
+    state: states.AttemptState
+    is_fresh: bool
+    """Nothing is to be said of it: its lease is long, and nobody wants it stopped."""
+
+
+def _rows(
+    session: Session, folders: Sequence[scratch.AttemptFolder], lease_seconds: float
+) -> dict[int, _Row]:
+    """Of all at once: in an outage of the store thousands wait, and this is done at every beat."""
+    fresh_from = database.now(session) + timedelta(seconds=lease_seconds / 2)
+    is_fresh = (
+        (Attempt.state == states.AttemptState.RENDERED)
+        & (Attempt.lease_until > fresh_from)
+        & Attempt.note.is_not(None)
+        & ~Job.cancel_requested
+    )
+    rows = session.execute(
+        select(Attempt.id, Job.batch_id, Attempt.state, is_fresh)
+        .join(Job, Job.id == Attempt.job_id)
+        .where(database.among(session, Attempt.id, [folder.attempt_id for folder in folders]))
+    )
+    return {row[0]: _Row(row[1], row[2], bool(row[3])) for row in rows}
+
+
 def _waits_for_upload(
-    db: database.Database, config: settings.Settings, folder: scratch.AttemptFolder
+    db: database.Database, config: settings.Settings, folder: scratch.AttemptFolder, row: _Row
 ) -> bool:
-    with db.reading() as session:
-        state = state_of(session, folder)
-    if state is None:
-        return False
     if not folder.is_finished:
-        if state not in states.LIVE_ATTEMPT_STATES:
+        if row.state not in states.LIVE_ATTEMPT_STATES:
             folder.remove()
-            log.info("scratch.removed", attempt_id=folder.attempt_id, because=state)
+            log.info("scratch.removed", attempt_id=folder.attempt_id, because=row.state)
         return False
     with folder.locked() as is_free:
+        if not is_free or row.is_fresh:
+            return is_free
         note = "waits for its upload"
-        return is_free and renew(db, config, folder, note=note) is lifecycle.Verdict.GO_ON
+        return renew(db, config, folder, note=note) is lifecycle.Verdict.GO_ON

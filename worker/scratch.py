@@ -125,7 +125,7 @@ def folders(root: Path) -> list[AttemptFolder]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in root.iterdir():
             batch_id, _, number = entry.name.rpartition(".")
-            if batch_id and number.isascii() and number.isdecimal():
+            if batch_id and number.isascii() and number.isdecimal() and len(number) < 19:
                 found.append(AttemptFolder(root=root, batch_id=batch_id, attempt_id=int(number)))
     return sorted(found, key=lambda folder: folder.attempt_id)
 

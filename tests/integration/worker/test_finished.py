@@ -1,10 +1,13 @@
 """What lies on a host's disk is published, waited for or removed; nothing stops the look."""
 
 import shutil
+from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
 from jobs import broker, dispatch, lifecycle, settings, states
+from jobs.schema import Attempt
 from worker import finished
 
 
@@ -37,12 +40,27 @@ def test_it_is_announced_once_while_its_message_waits(host, look):
     assert host.waiting_publishes() == [folder.attempt_id]
 
 
-def test_its_lease_is_renewed_by_every_look(host, look):
+def test_its_lease_is_renewed_when_half_of_it_is_over(host, look):
+    """Not at every look: after hours without a store thousands wait, and workers must beat."""
     folder = host.finished()
     look()
     first = host.attempt(folder).lease_until
-    look()
+    assert look() == [folder.attempt_id]
+    assert host.attempt(folder).lease_until == first
+    with host.db.transaction() as session:
+        half = timedelta(seconds=host.config.publish_lease_seconds / 2)
+        session.execute(update(Attempt).values(lease_until=first - half))
+    assert look() == [folder.attempt_id]
     assert host.attempt(folder).lease_until > first
+
+
+def test_a_cancel_of_one_that_waits_is_heard_at_the_next_look(host, look):
+    folder = host.finished()
+    look()
+    host.db.write(lifecycle.cancel_job, host.job_of(folder).id)
+    assert look() == []
+    assert not folder.path.exists()
+    assert host.job_of(folder).state is states.JobState.CANCELLED
 
 
 def test_one_that_is_being_published_is_left_to_its_publisher(host, look):
