@@ -22,11 +22,12 @@ DEAF_SECONDS = 60.0
 """So much longer than a stall a heartbeat may itself stand still. Native code that hangs without
 letting the interpreter go stops every Python thread; a timer of C then ends the process."""
 STALLED = 70  # exit status, for the logs
+STDERR = 2  # the file itself: Python's object of it may be anything
 
 
 def end_process() -> None:
     """A device that hangs would hold this process for ever; its parent starts a fresh one."""
-    faulthandler.dump_traceback()
+    faulthandler.dump_traceback(file=STDERR)
     os._exit(STALLED)
 
 
@@ -103,7 +104,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
-            faulthandler.dump_traceback_later(self._stall_seconds + DEAF_SECONDS, exit=True)
+            seconds = self._stall_seconds + DEAF_SECONDS
+            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
             self._news.wait(self._interval)
             self._news.clear()
             if self._stop.is_set():
