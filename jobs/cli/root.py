@@ -27,8 +27,10 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "show": Lazy("listing", "show", "Show a batch or a job."),
         "watch": Lazy("waiting", "watch_batch", "Follow a batch until it is finished."),
         "wait": Lazy("waiting", "wait_for_batch", "Wait until a batch is finished."),
-        "pause": Lazy("ordering", "pause", "Start no more jobs of batches."),
-        "resume": Lazy("ordering", "resume", "Let the jobs of paused batches start again."),
+        "pause": Lazy("ordering", "pause", "Start no more jobs of batches, or not these jobs."),
+        "resume": Lazy(
+            "ordering", "resume", "Let paused jobs, and the jobs of paused batches, start again."
+        ),
         "prioritize": Lazy("ordering", "prioritize", "Change the order of what waits."),
         "cancel": Lazy("changes", "cancel", "Cancel batches or jobs."),
         "retry": Lazy("changes", "retry", "Queue failed or cancelled jobs again."),

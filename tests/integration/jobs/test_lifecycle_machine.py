@@ -352,6 +352,12 @@ class BatchMachine(Machine):
             assert session.scalars(early).all() == []
 
 
+class FewCalls(Machine):
+    """Those alone that a missing fence needs to do harm: it is found within seconds."""
+
+    retry = cancel_job = cancel_batch = cancel_attempt = fail = None  # type: ignore[assignment]
+
+
 def run_machine(kind: type[Machine], *, examples: int, steps: int, **values: Any) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis leaves it untyped
         kind,
@@ -382,8 +388,8 @@ def test_no_order_of_calls_leads_astray_on_postgresql(postgres_world: World) -> 
     _run(postgres_world, examples=8, steps=30)
 
 
-def test_no_order_of_calls_with_pauses_and_results_leads_astray(sqlite_world: World) -> None:
-    _run(sqlite_world, BatchMachine, examples=25, steps=40)
+def test_no_order_of_calls_with_pauses_and_results_leads_astray(world: World) -> None:
+    _run(world, BatchMachine, examples=15, steps=35)
 
 
 @pytest.mark.parametrize("hole", ["fence", "move"])
@@ -401,6 +407,7 @@ def test_the_machine_finds_a_missing_fence(
     with pytest.raises(AssertionError):
         _run(
             sqlite_world,
+            FewCalls,
             examples=300,
             steps=40,
             phases=[Phase.generate],
