@@ -76,8 +76,7 @@ class Broker:
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
         assert isinstance(messages, list)
-        found = (_subject(message) for message in messages)
-        return {subject for subject in found if subject is not None}
+        return _subjects(messages)
 
     def recall(self, queue: str) -> set[int]:
         """Take back all messages that no worker has taken; what they were about."""
@@ -88,7 +87,7 @@ class Broker:
             messages = pipeline.execute()[0]
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
-        return {subject for subject in map(_subject, messages) if subject is not None}
+        return _subjects(messages)
 
     def kick(self) -> bool:
         """Wake the dispatchers; False when Redis is down, which costs a tick and nothing else."""
@@ -141,6 +140,10 @@ def _check(url: str) -> None:
 def publish_queue(host: str) -> str:
     """Finished videos lie on one host's disk: only its own publisher takes them up."""
     return f"rushes.publish.{host}"
+
+
+def _subjects(messages: Iterable[object]) -> set[int]:
+    return {subject for subject in map(_subject, messages) if subject is not None}
 
 
 def _subject(message: object) -> int | None:

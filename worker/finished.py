@@ -78,6 +78,8 @@ def find_unfinished(
     After a restart of the host's processes, or when Redis lost the message.
     """
     folders = scratch.folders(config.scratch_dir)
+    if not folders:
+        return []
     with db.reading() as session:
         rows = _rows(session, folders, config.publish_lease_seconds)
     found = [

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import Phase
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, precondition, rule
 from sqlalchemy import select
 
 from jobs import broker, dispatch, health, settings
-from jobs.schema import Batch, Job
+from jobs.schema import Job
 from jobs.states import JobState
 from tests.integration.jobs.conftest import QUEUE, World
 from tests.integration.jobs.test_lifecycle_machine import Machine, run_machine
@@ -81,15 +81,6 @@ class DispatchMachine(Machine):
         with self.world.db.reading() as session:
             queued = set(session.scalars(select(Job.id).where(Job.state == JobState.QUEUED)))
         assert queued <= self.bell.waiting(QUEUE)
-
-    @invariant()
-    def a_manifest_is_of_a_finished_batch(self) -> None:
-        """I8"""
-        with self.world.db.reading() as session:
-            early = select(Batch.id).where(
-                Batch.manifest_at.is_not(None), Batch.finished_at.is_(None)
-            )
-            assert session.scalars(early).all() == []
 
 
 def _run(world: World, redis_url: str, **values: Any) -> None:

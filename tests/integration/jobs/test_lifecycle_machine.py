@@ -291,6 +291,15 @@ class Machine(RuleBasedStateMachine):
     def counts_and_holders_are_in_order(self) -> None:
         self.world.check()
 
+    @invariant()
+    def a_manifest_is_of_a_finished_batch(self) -> None:
+        """I8"""
+        with self.world.db.reading() as session:
+            early = select(Batch.id).where(
+                Batch.manifest_at.is_not(None), Batch.finished_at.is_(None)
+            )
+            assert session.scalars(early).all() == []
+
     def _cancel(self, job: ModelJob) -> None:
         if job.state is JobState.QUEUED:
             job.state = JobState.CANCELLED
@@ -341,15 +350,6 @@ class BatchMachine(Machine):
         for batch_id, seen in self.ends_seen.items():
             is_last = self.world.batch(batch_id).finished_at == seen
             assert self.world.db.write(results._mark_written, batch_id, seen) is is_last
-
-    @invariant()
-    def a_manifest_is_of_a_finished_batch(self) -> None:
-        """I8"""
-        with self.world.db.reading() as session:
-            early = select(Batch.id).where(
-                Batch.manifest_at.is_not(None), Batch.finished_at.is_(None)
-            )
-            assert session.scalars(early).all() == []
 
 
 class FewCalls(Machine):
