@@ -113,49 +113,39 @@ def test_a_stalled_loop_is_given_up_and_its_lease_runs_out(heart, attempt):
     assert attempt().lease_until == last
 
 
-def test_a_stalled_process_ends(host, claim):
-    """Else it would hold the device for ever, and Celery would think that it works."""
+def ended(claim, *, stall_seconds, body, deaf_seconds=60.0):
+    """A process of its own that does `body` under a heartbeat, once it has ended."""
     script = textwrap.dedent(f"""
-        import time
+        import ctypes, time
         from jobs import database, settings
         from worker import heartbeat
         from worker.settings import WorkerSettings
+        heartbeat.DEAF_SECONDS = {deaf_seconds}
         db = database.connect(settings.load())
-        own = WorkerSettings(RUSHES_STALL_SECONDS=0.1, RUSHES_HEARTBEAT_SECONDS=0.05)
+        own = WorkerSettings(RUSHES_STALL_SECONDS={stall_seconds}, RUSHES_HEARTBEAT_SECONDS=0.05)
         with heartbeat.Heartbeat(
             db, {claim.attempt_id}, lease_seconds=60, worker_settings=own
         ) as heart:
             heart.reached("denoise", 1, 4)
-            time.sleep(600)
+            {body}
     """)
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
+
+
+def test_a_stalled_process_ends(host, claim):
+    """Else it would hold the device for ever, and Celery would think that it works."""
+    done = ended(claim, stall_seconds=0.1, body="time.sleep(600)")
     assert done.returncode == heartbeat.STALLED
     assert "time.sleep(600)" in done.stderr or "most recent call first" in done.stderr
 
 
 def test_a_process_ends_whose_threads_cannot_run_any_more(host, claim):
     """Native code that hangs and keeps the interpreter's lock stops the watchdog's thread too."""
-    script = textwrap.dedent(f"""
-        import ctypes, time
-        from jobs import database, settings
-        from worker import heartbeat
-        from worker.settings import WorkerSettings
-        heartbeat.DEAF_SECONDS = 0.5
-        db = database.connect(settings.load())
-        own = WorkerSettings(RUSHES_STALL_SECONDS=0.5, RUSHES_HEARTBEAT_SECONDS=0.05)
-        with heartbeat.Heartbeat(
-            db, {claim.attempt_id}, lease_seconds=60, worker_settings=own
-        ) as heart:
-            heart.reached("denoise", 1, 4)
-            time.sleep(0.3)
-            ctypes.PyDLL(None).sleep(50)  # does not let the lock go
-    """)
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    holds_the_lock = "time.sleep(0.3); ctypes.PyDLL(None).sleep(50)"
+    done = ended(claim, stall_seconds=0.5, deaf_seconds=0.5, body=holds_the_lock)
     assert done.returncode != 0
     assert time.monotonic() - began < 40
     assert "Timeout" in done.stderr
