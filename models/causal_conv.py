@@ -2,11 +2,15 @@
 
 # B batch, C channels, T frames, H W rows columns, P frames from before the chunk
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from models import fusion, norms
+from models.norms import ChannelRMSNorm
 
 PIECE_BYTES = 2**24  # of what only lies between two kernels: a GPU's cache holds it
 
@@ -40,25 +44,22 @@ class FrameCache:
         self._frames[layer] = x_BCTHW[:, :, -num_frames:].clone()
 
     def with_past(
-        self, layer: "CausalConv3d", x_BCTHW: Tensor, *, norm: nn.Module | None, trains: bool
+        self, layer: "CausalConv3d", x_BCTHW: Tensor, act: "Activation", *, trains: bool
     ) -> Tensor:
-        """The layer's last input frames, then `x`, or SiLU(norm(x)); remembers its new last ones.
+        """The layer's last input frames, then `act` of `x`; remembers its new last ones.
 
         Channels last. Where gradients are wanted nothing is written over; else the frames of a
         layer that is in a row are good until the next call. Of the first frame alone nothing may
         lie before it: the layer leaves out what it has for zeros.
         """
         if trains:
-            return self._joined(layer, x_BCTHW if norm is None else functional.silu(norm(x_BCTHW)))
+            return self._joined(layer, act(x_BCTHW))
         if layer in self._belts:
             seen_BCTHW = self._belts[layer].advance(layer, x_BCTHW)
         else:
             seen_BCTHW = self._window(x_BCTHW, self._frames.get(layer), layer.num_past_frames)
         chunk_BCTHW = seen_BCTHW[:, :, layer.num_past_frames :]
-        if norm is None:
-            chunk_BCTHW.copy_(x_BCTHW)
-        else:
-            _write_activated(norm, x_BCTHW, chunk_BCTHW)
+        act.write(x_BCTHW, chunk_BCTHW)
         if layer not in self._belts:
             self.remember(layer, seen_BCTHW, layer.num_past_frames)
         return chunk_BCTHW if self.starts(layer) and _skips_zeros(chunk_BCTHW) else seen_BCTHW
@@ -143,15 +144,50 @@ def _room_for(x_BCTHW: Tensor, num_frames: int) -> Tensor:
     return frames_like(x_BCTHW, (batch, channels, num_frames, height, width))
 
 
-def _write_activated(norm: nn.Module, x_BCTHW: Tensor, out_BCTHW: Tensor) -> None:
-    """SiLU(norm(x)) to where it is wanted, piece by piece: no whole frame lies between the two."""
-    for frame, target in zip(
-        *(torch.split(x, 1, dim=2) for x in (x_BCTHW, out_BCTHW)), strict=True
-    ):
+@dataclass(frozen=True)
+class Activation:
+    """What lies between two convolutions: SiLU(norm(x + bias)), or less of it."""
+
+    norm: ChannelRMSNorm | None = None
+    """None: nothing at all."""
+    bias_C: Tensor | None = None  # noqa: N815  # named by its axes, as everywhere
+    """Of the convolution before, where it is still to be added."""
+
+    def __call__(self, x_BCTHW: Tensor) -> Tensor:
+        if self.bias_C is not None:
+            x_BCTHW = with_bias(x_BCTHW, self.bias_C)
+        return x_BCTHW if self.norm is None else functional.silu(self.norm(x_BCTHW))
+
+    def write(self, x_BCTHW: Tensor, out_BCTHW: Tensor) -> None:
+        """To where it is wanted; no whole frame lies between norm and SiLU."""
+        if self.norm is None:
+            out_BCTHW.copy_(self(x_BCTHW))
+        elif fusion.is_compiling():
+            _write(x_BCTHW, self.bias_C, self.norm.gamma, out_BCTHW)
+        else:
+            for piece, room in _pieces(x_BCTHW, out_BCTHW):
+                torch.ops.aten.silu.out(self.norm(piece), out=room)
+
+
+@fusion.chain
+def _write(x_BCTHW: Tensor, bias_C: Tensor | None, gamma: Tensor, out_BCTHW: Tensor) -> None:
+    x_BCTHW = x_BCTHW if bias_C is None else with_bias(x_BCTHW, bias_C)
+    out_BCTHW.copy_(functional.silu(norms.over_channels(x_BCTHW, gamma)))
+
+
+def with_bias(x_BCTHW: Tensor, bias_C: Tensor) -> Tensor:
+    return x_BCTHW + bias_C.view(-1, 1, 1, 1)
+
+
+def _pieces(x_BCTHW: Tensor, out_BCTHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of a frame at a time, of both."""
+    frames = (torch.split(x, 1, dim=2) for x in (x_BCTHW, out_BCTHW))
+    for frame, target in zip(*frames, strict=True):
         num_rows = max(1, PIECE_BYTES // (frame.nbytes // frame.shape[3]))
-        pieces = (torch.split(x, num_rows, dim=3) for x in (frame, target))
-        for piece, room in zip(*pieces, strict=True):
-            torch.ops.aten.silu.out(norm(piece), out=room)
+        yield from zip(*(torch.split(x, num_rows, dim=3) for x in (frame, target)), strict=True)
+
+
+NOTHING = Activation()
 
 
 class Chunked(nn.Module):
@@ -192,18 +228,22 @@ class CausalConv3d(nn.Conv3d):
     def trains(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
 
-    def see(self, x_BCTHW: Tensor, cache: FrameCache, *, norm: nn.Module | None = None) -> Tensor:
-        """The past and the chunk, or with `norm` SiLU(norm(chunk)). No need to keep the chunk."""
+    def see(self, x_BCTHW: Tensor, cache: FrameCache, act: Activation = NOTHING) -> Tensor:
+        """The past, and `act` of the chunk. No need to keep the chunk."""
         if self.num_past_frames:
-            return cache.with_past(self, x_BCTHW, norm=norm, trains=self.trains(x_BCTHW))
-        return x_BCTHW if norm is None else functional.silu(norm(x_BCTHW))
+            return cache.with_past(self, x_BCTHW, act, trains=self.trains(x_BCTHW))
+        return act(x_BCTHW)
 
-    def of_chunk(
-        self, x_BCTHW: Tensor, cache: FrameCache, *, norm: nn.Module | None = None
-    ) -> Tensor:
-        """Convolve the chunk, or with `norm` SiLU(norm(chunk))."""
-        convolved: Tensor = self(self.see(x_BCTHW, cache, norm=norm))
+    def of_chunk(self, x_BCTHW: Tensor, cache: FrameCache, act: Activation = NOTHING) -> Tensor:
+        """Convolve `act` of the chunk."""
+        convolved: Tensor = self(self.see(x_BCTHW, cache, act))
         return convolved
+
+    def parts(self, seen_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and its bias if a chain is to add it: cuDNN adds it in another pass."""
+        if self.bias is None or not fusion.is_compiling() or self.trains(seen_BCTHW):
+            return self(seen_BCTHW), None
+        return self._conv_forward(seen_BCTHW, self.weight, None), self.bias
 
 
 def _skips_zeros(x_BCTHW: Tensor) -> bool:

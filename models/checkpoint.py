@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,6 +32,7 @@ from models import (
 )
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+READERS = 4
 LAST_FRAME_TENSOR = "img_emb.emb_pos"  # only models between two frames have it
 LOADER_ERRORS = (
     # What torch and safetensors raise for damaged files; there is no common class.
@@ -488,10 +490,24 @@ def load_strictly(
         raise errors.WeightsMismatchError(
             path, missing=missing, unused=unused, wrong_shapes=wrong_shapes
         )
-    # A copy, also where nothing is converted: the file may be replaced while it is mapped.
-    owned = {name: tensors[name].to(device, dtypes[name], copy=True) for name in expected}
+    owned = _owned({name: tensors[name] for name in expected}, device, dtypes)
     network.load_state_dict(owned, assign=True)
     network.requires_grad_(False).eval()
+
+
+def _owned(
+    mapped: Mapping[str, Tensor], device: torch.device | str, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Copies on the device, read by several at a time: one reader waits for each page of a file.
+
+    Copies also where nothing is converted: the file may be replaced while it is mapped.
+    """
+
+    def read(name: str) -> Tensor:
+        return mapped[name].to(device, dtypes[name], copy=True)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
+        return dict(zip(mapped, readers.map(read, mapped), strict=True))
 
 
 def _named(files: tuple[Path, ...]) -> Path:

@@ -33,7 +33,10 @@ _runner: Runner = eagerly
 
 
 def chain(function: Callable[P, T]) -> Callable[P, T]:
-    """Mark a function that is worth compiling: tensors and constants in, new tensors out."""
+    """Mark a function that is worth compiling: tensors and constants in, tensors out.
+
+    It may also write to an argument, as the last thing that it does.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,6 +51,13 @@ def run_with(runner: Runner) -> None:
     """How all chains of this process are run from now on."""
     global _runner
     _runner = runner
+
+
+def is_compiling() -> bool:
+    """Whether an operation more in a chain costs next to nothing, and not a pass of its own."""
+    if isinstance(_runner, Compiler):
+        return _runner.is_working
+    return _runner is not eagerly
 
 
 @contextlib.contextmanager

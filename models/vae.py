@@ -14,32 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import config, norms
-from models.causal_conv import PIECE_BYTES, CausalConv3d, Chunked, FrameCache, frames_like
-
-TINY_SQUARE = 1e-24  # keeps an all-zero vector at zero; far below fp32 rounding of any other
-
-
-class RMSNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over the channels, which come first; sums at least in fp32."""
-
-    def __init__(self, dim: int, num_trailing_axes: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_trailing_axes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma.flatten()
-        return norms.rms_norm(x.movedim(1, -1), gamma, TINY_SQUARE).movedim(-1, 1)
+from models import config, fusion, norms
+from models.causal_conv import (
+    PIECE_BYTES,
+    Activation,
+    CausalConv3d,
+    Chunked,
+    FrameCache,
+    frames_like,
+    with_bias,
+)
+from models.norms import ChannelRMSNorm
 
 
 class ResidualBlock(Chunked):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_dim, 3),
+            ChannelRMSNorm(in_dim, 3),
             nn.SiLU(),
             CausalConv3d(in_dim, out_dim, (3, 3, 3)),
-            RMSNorm(out_dim, 3),
+            ChannelRMSNorm(out_dim, 3),
             nn.SiLU(),
             nn.Identity(),  # dropout in the official network; keeps the numbering of the names
             CausalConv3d(out_dim, out_dim, (3, 3, 3)),
@@ -50,10 +45,12 @@ class ResidualBlock(Chunked):
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         skipped = x if self.shortcut is None else self.shortcut(x)
         norm, _silu, conv, next_norm, _silu, _dropout, next_conv = _parts(self.residual)
-        # Nothing holds what the first one computed while the second computes.
-        seen = next_conv.see(conv.of_chunk(x, cache, norm=norm), cache, norm=next_norm)
-        convolved: Tensor = next_conv(seen)
-        return convolved.add_(skipped)  # a tensor less; no gradient needs the sum's first part
+        convolved, bias = conv.parts(conv.see(x, cache, Activation(norm)))
+        seen = next_conv.see(convolved, cache, Activation(next_norm, bias))
+        del convolved  # not held while the second one computes
+        convolved, bias = next_conv.parts(seen)
+        # Into it, a tensor less; no gradient needs the sum's first part.
+        return convolved.add_(skipped) if bias is None else _add(convolved, bias, skipped)
 
 
 class AttentionBlock(nn.Module):
@@ -61,7 +58,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim, 2)
+        self.norm = ChannelRMSNorm(dim, 2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
@@ -236,8 +233,7 @@ class Decoder(Chunked):
         weight = functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -num_parts % 4))
 
         def parts_of(band_FCHW: Tensor) -> Tensor:
-            activated = functional.silu(norm(band_FCHW))
-            return functional.conv2d(_at_least_fp32(activated), weight, padding=(0, 1))
+            return functional.conv2d(_activated(band_FCHW, norm.gamma), weight, padding=(0, 1))
 
         step = max(1, PIECE_BYTES // (images_FCHW.nbytes // images_FCHW.shape[2]))
         parts = torch.cat(list(_in_bands(parts_of, images_FCHW, step)), dim=2)
@@ -346,6 +342,18 @@ def to_channels_last(network: WanVAE) -> None:
             layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
 
 
+@fusion.chain
+def _activated(x_FCHW: Tensor, gamma: Tensor) -> Tensor:
+    """SiLU(norm(x)), at least fp32."""
+    return _at_least_fp32(functional.silu(norms.over_channels(x_FCHW, gamma)))
+
+
+@fusion.chain
+def _add(x_BCTHW: Tensor, bias_C: Tensor, y_BCTHW: Tensor) -> Tensor:
+    """x + bias + y, where x is."""
+    return x_BCTHW.copy_(with_bias(x_BCTHW, bias_C) + y_BCTHW)
+
+
 def run(layers: Iterable[nn.Module], x: Tensor, cache: FrameCache) -> Tensor:
     """Apply layers in order, handing the cache to those that see the video in chunks."""
     for layer in layers:
@@ -389,12 +397,14 @@ def _interleaved(pairs_BCTHW: Tensor) -> Tensor:
 
 def _finish(head: nn.Sequential, x: Tensor, cache: FrameCache) -> Tensor:
     norm, _silu, conv = _parts(head)
-    finished: Tensor = conv.of_chunk(x, cache, norm=norm)
+    finished: Tensor = conv.of_chunk(x, cache, Activation(norm))
     return finished
 
 
 def _head(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(in_dim, 3), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3)))
+    return nn.Sequential(
+        ChannelRMSNorm(in_dim, 3), nn.SiLU(), CausalConv3d(in_dim, out_dim, (3, 3, 3))
+    )
 
 
 def _changes_of_time(layers: list[nn.Module]) -> list[int]:

@@ -1,11 +1,25 @@
 """Compiled chains: the same numbers but for rounding, made once per shape."""
 
+import copy
+
 import pytest
 import safetensors.torch
 import torch
 from torch._dynamo import utils
 
-from models import config, fp8, fusion, lora_switcher, offload, quantization, transformer
+from models import (
+    causal_conv,
+    config,
+    fp8,
+    fusion,
+    lora_switcher,
+    norms,
+    offload,
+    quantization,
+    transformer,
+    vae,
+    vae_tiling,
+)
 from models.lora_switcher import Choice
 
 
@@ -100,6 +114,69 @@ def test_tokens_for_fp8_are_compiled_once_as_well(compiled, monkeypatch):
             layer.lora_down = layer.lora_up = None
         assert torch.equal(network(*inputs()), expected)
     assert num_graphs() == 9 + 6
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    made = vae.WanVAE(config.VAEConfig(base_dim=4, num_res_blocks=1)).requires_grad_(False)
+    for parameter in made.parameters():
+        if parameter.ndim == 1:
+            parameter.normal_()
+    return made
+
+
+def decoded(autoencoder, latents):
+    return torch.cat(list(autoencoder.decode_chunks(latents)), dim=2)
+
+
+def test_frames_that_chains_were_compiled_for_are_the_same(autoencoder, compiled, monkeypatch):
+    """Biases, which convolutions leave to the chains, are added; and once."""
+    monkeypatch.setattr(fusion, "BACKEND", "aot_eager")
+    latents = torch.randn(1, 16, 3, 2, 3)
+    with fusion.running_with(fusion.eagerly):
+        expected, encoded = decoded(autoencoder, latents), autoencoder.encode(video := frames(2))
+    found = decoded(autoencoder, latents)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(autoencoder.encode(video), encoded, rtol=1e-4, atol=1e-5)
+    assert num_graphs() == compiled.num_shapes > 10
+
+    before = num_graphs()
+    assert torch.equal(decoded(autoencoder, latents), found)
+    decoded(autoencoder, torch.randn(1, 16, 5, 2, 3))
+    autoencoder.encode(frames(4))
+    assert num_graphs() == before, "the length of a video is no shape"
+
+
+def frames(num_latents):
+    return torch.rand(1, 3, 4 * num_latents - 3, 16, 24) * 2 - 1
+
+
+def test_tiles_are_decoded_without_kernels_for_each_size_of_them(autoencoder, compiled):
+    latents = torch.randn(1, 16, 2, 4, 6)
+    with fusion.running_with(fusion.eagerly):
+        expected = tiled(autoencoder, latents)
+    assert torch.equal(tiled(autoencoder, latents), expected)
+    assert compiled.num_shapes == 0
+
+
+def tiled(autoencoder, latents):
+    tiles = vae_tiling.decode_chunks(autoencoder, latents, tile_pixels=32, stride_pixels=16)
+    return torch.cat(list(tiles), dim=2)
+
+
+def test_norm_and_silu_round_once_where_they_are_compiled(compiled):
+    """Closer to what is right than eagerly, written into a frame among others."""
+    x = torch.randn(1, 8, 1, 4, 6, dtype=torch.bfloat16)
+    act = causal_conv.Activation(norms.ChannelRMSNorm(8, 3).bfloat16(), torch.randn(8).bfloat16())
+    room = torch.zeros(1, 8, 3, 4, 6, dtype=torch.bfloat16)
+    act.write(x, room[:, :, 1:2])
+    exact = copy.deepcopy(act.norm).double()(x.double() + act.bias_C.double().view(-1, 1, 1, 1))
+    exact = torch.nn.functional.silu(exact)
+    with fusion.running_with(fusion.eagerly):
+        error, eager_error = ((y.double() - exact).norm() for y in (room[:, :, 1:2], act(x)))
+    assert 0 < error < eager_error
+    assert not room[:, :, ::2].any()
 
 
 def test_a_chain_that_cannot_be_compiled_is_told_once_and_runs_eagerly():

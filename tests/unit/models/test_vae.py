@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from models import causal_conv, config, vae
+from models import causal_conv, config, norms, vae
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_bf16_weights_take_and_give_what_the_contract_says(network):
 
 
 def test_a_zero_vector_stays_zero_under_the_norm():
-    norm = vae.RMSNorm(8, 3)
+    norm = norms.ChannelRMSNorm(8, 3)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.zeros(1, 8, 1, 2, 2, dtype=dtype)
         assert torch.equal(norm.to(dtype)(x), x)
