@@ -490,12 +490,12 @@ def load_strictly(
         raise errors.WeightsMismatchError(
             path, missing=missing, unused=unused, wrong_shapes=wrong_shapes
         )
-    owned = _owned({name: tensors[name] for name in expected}, device, dtypes)
-    network.load_state_dict(owned, assign=True)
+    on_device = owned({name: tensors[name] for name in expected}, device, dtypes)
+    network.load_state_dict(on_device, assign=True)
     network.requires_grad_(False).eval()
 
 
-def _owned(
+def owned(
     mapped: Mapping[str, Tensor], device: torch.device | str, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensor]:
     """Copies on the device, read by several at a time: one reader waits for each page of a file.
