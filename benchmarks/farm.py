@@ -183,13 +183,18 @@ def running(
             ("worker", ["worker", "--devices", devices]),
         ):
             processes[name] = stack.enter_context(_process(home, name, arguments))
-        yield Farm(
+        farm = Farm(
             home=home,
             config=config,
             db=db,
             store_kind="S3 (rclone)" if config.results_url.startswith("s3:") else "a folder, no S3",
             processes=processes,
         )
+        try:
+            yield farm
+        except KeyboardInterrupt:  # also where a time limit ends it: how far did it come?
+            sys.stderr.writelines(f"{name}: {farm.log_tail(name)}\n" for name in processes)
+            raise
 
 
 def _store(home: Path, stack: ExitStack) -> dict[str, str]:

@@ -49,7 +49,9 @@ def parse() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, home: Path) -> None:
+    began = time.monotonic()
     devices, environment, preset = prepare(arguments, home)
+    print(f"model written after {time.monotonic() - began:.0f} s", flush=True)
     with farm.running(
         home,
         devices=devices,
@@ -57,6 +59,7 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
         environment=environment,
     ) as running:
         running.wait_for_workers(1, seconds=120)
+        print(f"worker there after {time.monotonic() - began:.0f} s", flush=True)
         began, load = time.monotonic(), farm.Load()
         batch_id = running.submit(arguments.warm_up + arguments.jobs, preset)
         running.wait(batch_id, seconds=arguments.seconds)
