@@ -7,12 +7,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu_common as gpu
 from benchmarks import measuring
-from models import attention, config, transformer, vae
+from models import attention, config, fusion, transformer, vae
 
 
 def transformers(_report: measuring.Report) -> dict[str, Any]:
@@ -63,10 +63,13 @@ def transformers(_report: measuring.Report) -> dict[str, Any]:
 
 
 def autoencoders(_report: measuring.Report) -> dict[str, Any]:
-    """81 frames of 832x480 decoded in bf16; peaks with the other one's weights on the host."""
+    """81 frames of 832x480 decoded in bf16, ours with compiled chains and eagerly.
+
+    Peaks are those with the other one's weights on the host.
+    """
     import diffusers
 
-    with gpu.emptied():
+    with gpu.emptied(), gpu.compiled_chains() as failures:
         ours = gpu.filled(vae.WanVAE(config.WAN_VAE).to(gpu.BF16))
         vae.to_channels_last(ours)
         theirs = diffusers.AutoencoderKLWan().to(device=gpu.DEVICE, dtype=gpu.BF16).eval()
@@ -77,11 +80,17 @@ def autoencoders(_report: measuring.Report) -> dict[str, Any]:
             for _chunk in ours.decode_chunks(latents):
                 pass
 
+        def run_eagerly() -> None:
+            with fusion.running_with(fusion.eagerly):
+                run_ours()
+
         def run_theirs() -> None:
             theirs.decode(latents.to(gpu.BF16), return_dict=False)
 
-        works = {"rushes": run_ours, "diffusers": run_theirs}
-        owners: dict[str, nn.Module] = {"rushes": ours, "diffusers": theirs}
+        works = {"rushes": run_ours, "eagerly": run_eagerly, "diffusers": run_theirs}
+        owners: dict[str, nn.Module] = {"rushes": ours, "eagerly": ours, "diffusers": theirs}
+        with torch.inference_mode():
+            first_seconds = measuring.once(run_ours)
         peaks = {name: _peak_alone(name, works, owners) for name in works}
         ours.to(gpu.DEVICE)
         with torch.inference_mode():
@@ -89,10 +98,12 @@ def autoencoders(_report: measuring.Report) -> dict[str, Any]:
             kernels = gpu.attempted(lambda: gpu.kernels_ms(run_ours))
         return {
             "seconds": found,
+            "first_seconds": first_seconds,
+            "failures": failures,
             "times_as_fast": _ratio(found["diffusers"], found["rushes"]),
             "peaks_gb": peaks,
             "share_of_peak": peaks["rushes"] / peaks["diffusers"],
-            "bf16_to_fp32": gpu.attempted(lambda: _rounding(ours)),
+            "off_fp32": gpu.attempted(lambda: _rounding(ours)),
             "kernels": kernels,
         }
 
@@ -101,8 +112,8 @@ def _peak_alone(
     name: str, works: dict[str, Callable[[], None]], owners: dict[str, nn.Module]
 ) -> float:
     """Of a second run, weights included."""
-    for each, network in owners.items():
-        network.to(gpu.DEVICE if each == name else "cpu")
+    for network in owners.values():
+        network.to(gpu.DEVICE if network is owners[name] else "cpu")
     with gpu.emptied(), torch.inference_mode():
         works[name]()
         torch.cuda.empty_cache()
@@ -111,15 +122,19 @@ def _peak_alone(
         return gpu.peak_gb()
 
 
-def _rounding(network: vae.WanVAE) -> float:
+def _rounding(network: vae.WanVAE) -> dict[str, float]:
     """Decoding in bf16 against fp32, two chunks of 512x384 pixels."""
     latents = torch.randn(1, 16, 3, 48, 64, device=gpu.DEVICE)
-    wide = copy.deepcopy(network).float()
+
+    def decoded(which: vae.WanVAE) -> Tensor:
+        return torch.cat(list(which.decode_chunks(latents)), dim=2)
+
     with torch.inference_mode():
-        narrow_y, wide_y = (
-            torch.cat(list(each.decode_chunks(latents)), dim=2) for each in (network, wide)
-        )
-    return measuring.relative(narrow_y, wide_y)
+        compiled = decoded(network)
+        with fusion.running_with(fusion.eagerly):
+            eager, exact = decoded(network), decoded(copy.deepcopy(network).float())
+    found = {"rushes": compiled, "eagerly": eager}
+    return {name: measuring.relative(y, exact) for name, y in found.items()}
 
 
 def _ratio(slow: list[float], fast: list[float]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -62,7 +62,19 @@ class _Kernels(TorchFunctionMode):
             return torch.empty_like(args[0])
         if func is functional.rms_norm and have_one_dtype((args, kwargs)):
             return torch.empty_like(args[0])
-        return func(*args, **kwargs)
+        return as_cudnn_lays_it_out(func, args, func(*args, **kwargs))
+
+
+def as_cudnn_lays_it_out(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Of convolutions: channels last where input or weights are. `meta` says otherwise."""
+    if func not in (functional.conv2d, functional.conv3d):
+        return result
+    layout = torch.channels_last_3d if args[0].ndim == 5 else torch.channels_last
+    if not any(each.is_contiguous(memory_format=layout) for each in args[:2]):
+        return result
+    with _disable_current_modes():
+        strides = torch.empty_like(result, memory_format=layout).stride()
+        return result.as_strided(result.shape, strides)
 
 
 def have_one_dtype(values: Any) -> bool:

@@ -11,7 +11,7 @@ that the compiler makes of them (`lowering`).
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks import holding, lowering
 from models import fusion
 
-CONVOLUTIONS = (functional.conv2d, functional.conv3d)
 PRODUCTS = ("mm", "bmm", "addmm", "_addmm_activation", "baddbmm", "convolution", "_scaled_mm_v2")
 NO_MOVES = ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "detach")
 OVERWRITING = ("copy_", "zero_", "fill_")  # do not read what they write to
@@ -88,11 +87,12 @@ class _Operations(TorchDispatchMode):
 
 
 class _CompiledChains:
-    """Counts the kernels of each chain; equal arguments are lowered once."""
+    """Counts the kernels of each chain; equal arguments are lowered once per process."""
+
+    _known: ClassVar[dict[tuple[Any, ...], list[lowering.Kernel]]] = {}
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
-        self._known: dict[tuple[Any, ...], list[lowering.Kernel]] = {}
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         key = (function, *map(_signature, args))
@@ -132,17 +132,7 @@ class _Kernels(TorchFunctionMode):
             result = torch.empty_like(args[0].contiguous())
             self._traffic.add("rms_norm", size((args, kwargs, result)))
             return result
-        result = func(*args, **kwargs)
-        return _as_cudnn_lays_it_out(result, *args) if func in CONVOLUTIONS else result
-
-
-def _as_cudnn_lays_it_out(result: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    """Channels last where input or weights are; what `meta` says of it is not a GPU's way."""
-    layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    if not any(each.is_contiguous(memory_format=layout) for each in (x, weight)):
-        return result
-    with _disable_current_modes():
-        return torch.empty_like(result, memory_format=layout)
+        return holding.as_cudnn_lays_it_out(func, args, func(*args, **kwargs))
 
 
 def _attended(query: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """3-D convolution that sees only the past, over a video that comes in chunks."""
 
-# B batch, C channels, T frames, H W rows columns, P frames from before the chunk
+# B batch, C channels, T frames, H W rows columns, P frames from before the chunk, N pixels
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ class Activation:
 
     def __call__(self, x_BCTHW: Tensor) -> Tensor:
         if self.bias_C is not None:
-            x_BCTHW = with_bias(x_BCTHW, self.bias_C)
+            x_BCTHW = x_BCTHW + self.bias_C.view(-1, 1, 1, 1)
         return x_BCTHW if self.norm is None else functional.silu(self.norm(x_BCTHW))
 
     def write(self, x_BCTHW: Tensor, out_BCTHW: Tensor) -> None:
@@ -163,20 +163,29 @@ class Activation:
         if self.norm is None:
             out_BCTHW.copy_(self(x_BCTHW))
         elif fusion.is_compiling():
-            _write(x_BCTHW, self.bias_C, self.norm.gamma, out_BCTHW)
+            gamma_C = self.norm.gamma.flatten()
+            for x_CTHW, out_CTHW in zip(x_BCTHW, out_BCTHW, strict=True):
+                room_NC = rows_to_write(out_CTHW[None])
+                _write(rows(x_CTHW[None]), self.bias_C, gamma_C, room_NC)
         else:
             for piece, room in _pieces(x_BCTHW, out_BCTHW):
                 torch.ops.aten.silu.out(self.norm(piece), out=room)
 
 
-@fusion.chain
-def _write(x_BCTHW: Tensor, bias_C: Tensor | None, gamma: Tensor, out_BCTHW: Tensor) -> None:
-    x_BCTHW = x_BCTHW if bias_C is None else with_bias(x_BCTHW, bias_C)
-    out_BCTHW.copy_(functional.silu(norms.over_channels(x_BCTHW, gamma)))
+@fusion.chain_of_rows
+def _write(x_NC: Tensor, bias_C: Tensor | None, gamma_C: Tensor, out_NC: Tensor) -> None:
+    x_NC = x_NC if bias_C is None else x_NC + bias_C
+    out_NC.copy_(functional.silu(norms.over_channels(x_NC, gamma_C)))
 
 
-def with_bias(x_BCTHW: Tensor, bias_C: Tensor) -> Tensor:
-    return x_BCTHW + bias_C.view(-1, 1, 1, 1)
+def rows(x: Tensor) -> Tensor:
+    """[pixels, C] of frames or images; a view where channels lie last."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def rows_to_write(x: Tensor) -> Tensor:
+    """The same, and always a view: what is written to them is written to `x`."""
+    return x.movedim(1, -1).view(-1, x.shape[1])
 
 
 def _pieces(x_BCTHW: Tensor, out_BCTHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -243,7 +252,8 @@ class CausalConv3d(nn.Conv3d):
         """The convolution, and its bias if a chain is to add it: cuDNN adds it in another pass."""
         if self.bias is None or not fusion.is_compiling() or self.trains(seen_BCTHW):
             return self(seen_BCTHW), None
-        return self._conv_forward(seen_BCTHW, self.weight, None), self.bias
+        convolved_BCTHW = self._conv_forward(seen_BCTHW, self.weight, None)
+        return convolved_BCTHW.contiguous(memory_format=torch.channels_last_3d), self.bias
 
 
 def _skips_zeros(x_BCTHW: Tensor) -> bool:

@@ -31,6 +31,8 @@ def eagerly(function: Callable[..., Any], *args: Any) -> Any:
 
 _runner: Runner = eagerly
 
+_CHAINS_OF_ROWS: set[Callable[..., Any]] = set()
+
 
 def chain(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function that is worth compiling: tensors and constants in, tensors out.
@@ -45,6 +47,15 @@ def chain(function: Callable[P, T]) -> Callable[P, T]:
         return result
 
     return run
+
+
+def chain_of_rows(function: Callable[P, T]) -> Callable[P, T]:
+    """A chain whose tensors of two axes are rows of which there may be any number.
+
+    Each row is computed by itself, so that kernels for one number of them are kernels for all.
+    """
+    _CHAINS_OF_ROWS.add(function)
+    return chain(function)
 
 
 def run_with(runner: Runner) -> None:
@@ -95,6 +106,10 @@ class Compiler:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._has_failed:
             return function(*args)
+        if function in _CHAINS_OF_ROWS:
+            for each in args:
+                if _is_rows(each):
+                    torch._dynamo.mark_dynamic(each, 0)
         try:
             return self._ready(function, args)(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -104,12 +119,12 @@ class Compiler:
 
     def _ready(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
         shapes = self._shapes.setdefault(function, set())
-        shapes.add(tuple(map(_shape, args)))
+        shapes.add(shape := _kind(function, args))
         if len(shapes) > MAX_SHAPES:
             # torch would go on eagerly from here, with other roundings than the same video before.
             torch.compiler.reset()
             self._compiled.clear()
-            self._shapes = {function: {tuple(map(_shape, args))}}
+            self._shapes = {function: {shape}}
         if function not in self._compiled:
             self._compiled[function] = _compile(function)
         return self._compiled[function]
@@ -123,6 +138,16 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     if BACKEND == "inductor":
         options = {"deterministic": True, "compile_threads": 1}
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+
+
+def _kind(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a call; those of one kind have kernels together."""
+    of_rows = function in _CHAINS_OF_ROWS
+    return tuple(_shape(each[:0] if of_rows and _is_rows(each) else each) for each in args)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def _shape(value: Any) -> Any:

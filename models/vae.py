@@ -22,7 +22,8 @@ from models.causal_conv import (
     Chunked,
     FrameCache,
     frames_like,
-    with_bias,
+    rows,
+    rows_to_write,
 )
 from models.norms import ChannelRMSNorm
 
@@ -45,12 +46,16 @@ class ResidualBlock(Chunked):
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         skipped = x if self.shortcut is None else self.shortcut(x)
         norm, _silu, conv, next_norm, _silu, _dropout, next_conv = _parts(self.residual)
+        convolved: Tensor
         convolved, bias = conv.parts(conv.see(x, cache, Activation(norm)))
         seen = next_conv.see(convolved, cache, Activation(next_norm, bias))
         del convolved  # not held while the second one computes
         convolved, bias = next_conv.parts(seen)
         # Into it, a tensor less; no gradient needs the sum's first part.
-        return convolved.add_(skipped) if bias is None else _add(convolved, bias, skipped)
+        if bias is None:
+            return convolved.add_(skipped)
+        _add(rows_to_write(convolved), bias, rows(skipped))
+        return convolved
 
 
 class AttentionBlock(nn.Module):
@@ -233,7 +238,9 @@ class Decoder(Chunked):
         weight = functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -num_parts % 4))
 
         def parts_of(band_FCHW: Tensor) -> Tensor:
-            return functional.conv2d(_activated(band_FCHW, norm.gamma), weight, padding=(0, 1))
+            activated_NC = _activated(rows(band_FCHW), norm.gamma.flatten())
+            activated_FHWC = activated_NC.view(band_FCHW.movedim(1, -1).shape)
+            return functional.conv2d(activated_FHWC.movedim(-1, 1), weight, padding=(0, 1))
 
         step = max(1, PIECE_BYTES // (images_FCHW.nbytes // images_FCHW.shape[2]))
         parts = torch.cat(list(_in_bands(parts_of, images_FCHW, step)), dim=2)
@@ -342,16 +349,16 @@ def to_channels_last(network: WanVAE) -> None:
             layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
 
 
-@fusion.chain
-def _activated(x_FCHW: Tensor, gamma: Tensor) -> Tensor:
+@fusion.chain_of_rows
+def _activated(x_NC: Tensor, gamma_C: Tensor) -> Tensor:
     """SiLU(norm(x)), at least fp32."""
-    return _at_least_fp32(functional.silu(norms.over_channels(x_FCHW, gamma)))
+    return _at_least_fp32(functional.silu(norms.over_channels(x_NC, gamma_C)))
 
 
-@fusion.chain
-def _add(x_BCTHW: Tensor, bias_C: Tensor, y_BCTHW: Tensor) -> Tensor:
+@fusion.chain_of_rows
+def _add(x_NC: Tensor, bias_C: Tensor, y_NC: Tensor) -> None:
     """x + bias + y, where x is."""
-    return x_BCTHW.copy_(with_bias(x_BCTHW, bias_C) + y_BCTHW)
+    x_NC.copy_(x_NC + bias_C + y_NC)
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, cache: FrameCache) -> Tensor:

@@ -56,7 +56,8 @@ def as_one_kernel(chain, x, *others):
     """Stands in for a compiled chain of the autoencoder, which holds nothing but its result."""
     if chain.__name__ == "_activated":
         return torch.empty_like(x, dtype=torch.float32)
-    return {"_write": others[-1], "_add": x}[chain.__name__].zero_()
+    {"_write": others[-1], "_add": x}[chain.__name__].zero_()
+    return None
 
 
 @pytest.mark.parametrize("runner", [fusion.eagerly, as_one_kernel])
