@@ -54,13 +54,22 @@ class DispatchMachine(Machine):
     @rule(data=st.data(), times=st.integers(1, 2))
     def a_message_is_delivered(self, data: st.DataObject, times: int) -> None:
         """Perhaps twice: the second one finds nothing to claim, or the job that came back."""
-        job_id = data.draw(st.sampled_from(sorted(self.bell.waiting(QUEUE))))
+        job_id = self._taken_off(data)
+        for _ in range(times):
+            self.claim_one(job_id, worker=WORKER)
+
+    @precondition(lambda self: self.bell.waiting(QUEUE))
+    @rule(data=st.data())
+    def a_message_is_lost(self, data: st.DataObject) -> None:
+        self._taken_off(data)
+
+    def _taken_off(self, data: st.DataObject) -> int:
+        job_id: int = data.draw(st.sampled_from(sorted(self.bell.waiting(QUEUE))))
         for message in self.bell.redis.lrange(QUEUE, 0, -1):
             if f'"id": "{job_id}:'.encode() in message:
                 self.bell.redis.lrem(QUEUE, 1, message)
                 break
-        for _ in range(times):
-            self.claim_one(job_id, worker=WORKER)
+        return job_id
 
     @precondition(lambda self: self.model.jobs)
     @rule(data=st.data())
@@ -83,10 +92,19 @@ class DispatchMachine(Machine):
         assert queued <= self.bell.waiting(QUEUE)
 
 
-def _run(world: World, redis_url: str, **values: Any) -> None:
+class FewCalls(DispatchMachine):
+    """Those alone that are needed to lose a message for good: it is found within seconds."""
+
+    claim = heartbeat = rendered = succeed = fail = release = None  # type: ignore[assignment]
+    cancel_attempt = cancel_job = cancel_batch = retry = leases_end = None  # type: ignore[assignment]
+
+
+def _run(
+    world: World, redis_url: str, machine: type[DispatchMachine] = DispatchMachine, **values: Any
+) -> None:
     config = settings.load(broker_url=redis_url, window=10)
 
-    class OnWorld(DispatchMachine):
+    class OnWorld(machine):  # type: ignore[valid-type, misc]  # a machine like any other
         pass
 
     OnWorld.world = world
@@ -116,6 +134,7 @@ def test_the_machine_finds_a_message_that_is_never_sent_again(
         _run(
             sqlite_world,
             clean_redis_url,
+            FewCalls,
             examples=300,
             steps=30,
             phases=[Phase.generate],

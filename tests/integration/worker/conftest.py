@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -207,15 +208,17 @@ class Host:
             self.mend_database()
 
     def break_database(self) -> None:
+        """At once, and so is the mending: who connects in between would make an empty database."""
         path = self.config.home / "rushes.db"
         self.db.close()
-        path.rename(path.with_suffix(".away"))
-        path.mkdir()
+        os.link(path, path.with_suffix(".away"))
+        folder = path.with_suffix(".folder")
+        folder.symlink_to(self.config.home)
+        folder.replace(path)
 
     def mend_database(self) -> None:
         path = self.config.home / "rushes.db"
-        path.rmdir()
-        path.with_suffix(".away").rename(path)
+        path.with_suffix(".away").replace(path)
 
 
 @pytest.fixture(scope="session")
