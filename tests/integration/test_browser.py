@@ -131,6 +131,8 @@ def test_a_batch_is_submitted_followed_and_played(
 def test_a_running_batch_is_cancelled(page: Page) -> None:
     submit(page, "one\ntwo\nthree")
     expect(page.locator("ul.running li").first).to_be_visible(timeout=WAIT_MILLISECONDS)
+    pill = page.locator(".glance .state.running")
+    assert pill.evaluate("each => parseFloat(getComputedStyle(each).paddingLeft)") > 5
     page.on("dialog", lambda question: question.accept())
     page.get_by_role("button", name="Cancel batch").click()
     expect(page.get_by_role("status")).to_contain_text("Cancelled")
