@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -59,26 +60,22 @@ def main() -> None:
 
 def measured(
     sizes: config.TransformerConfig, how: method.Method, updates: int
-) -> list[dict[str, float]]:
+) -> Iterator[dict[str, float]]:
     """Seconds and peak of each update; the first one also warms up."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     train = Trainer(how, nets=networks(sizes, how), data=lessons(sizes), device=gpu.DEVICE)
-    found = []
     for _ in range(updates):
         began = time.perf_counter()
         update = train.step()
         torch.cuda.synchronize()
-        found.append(
-            {
-                "update": update.number,
-                "seconds": time.perf_counter() - began,
-                "exit_step": update.exit_step,
-                "peak_gb": gpu.peak_gb(),
-            }
-        )
-    return found
+        yield {
+            "update": update.number,
+            "seconds": time.perf_counter() - began,
+            "exit_step": update.exit_step,
+            "peak_gb": gpu.peak_gb(),
+        }
 
 
 def networks(sizes: config.TransformerConfig, how: method.Method) -> roles.Roles:

@@ -106,10 +106,6 @@ class Compiler:
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._has_failed:
             return function(*args)
-        if function in _CHAINS_OF_ROWS:
-            for each in args:
-                if _is_rows(each):
-                    torch._dynamo.mark_dynamic(each, 0)
         try:
             return self._ready(function, args)(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -119,7 +115,12 @@ class Compiler:
 
     def _ready(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
         shapes = self._shapes.setdefault(function, set())
-        shapes.add(shape := _kind(function, args))
+        if (shape := _kind(function, args)) in shapes:
+            return self._compiled[function]
+        shapes.add(shape)
+        if function in _CHAINS_OF_ROWS:
+            for each in filter(_is_rows, args):
+                torch._dynamo.mark_dynamic(each, 0)
         if len(shapes) > MAX_SHAPES:
             # torch would go on eagerly from here, with other roundings than the same video before.
             torch.compiler.reset()
@@ -143,14 +144,14 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def _kind(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of a call; those of one kind have kernels together."""
     of_rows = function in _CHAINS_OF_ROWS
-    return tuple(_shape(each[:0] if of_rows and _is_rows(each) else each) for each in args)
+    return tuple(_shape(each, of_rows and _is_rows(each)) for each in args)
 
 
 def _is_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2
 
 
-def _shape(value: Any) -> Any:
+def _shape(value: Any, any_number: bool) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape[any_number:], value.stride(), value.dtype, value.device
     return value
