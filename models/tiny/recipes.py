@@ -139,6 +139,8 @@ class Student:
     guidance: float
     regression: float
     ema: float
+    share: float = 1.0
+    """Of what was learnt that is kept in the end; the rest is the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,8 @@ class Recipe:
     image_to_video: Teacher
     student: Student
     lora: Student
+    student_i2v: Student
+    lora_i2v: Student
 
 
 def load(path: Path = DEFAULT) -> Recipe:
@@ -166,6 +170,9 @@ def load(path: Path = DEFAULT) -> Recipe:
         image_to_video=Teacher(**values["image_to_video"]),
         student=_student(values["student"]),
         lora=_student(values["lora"]),
+        # Only what is done in another way for image-to-video is said twice.
+        student_i2v=_student({**values["student"], **values["student_i2v"]}),
+        lora_i2v=_student({**values["lora"], **values["lora_i2v"]}),
     )
 
 

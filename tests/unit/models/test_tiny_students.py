@@ -8,7 +8,7 @@ import torch
 
 from models import sampling
 from models.distillation import examples, method, pairs, roles, trainer
-from models.tiny import loop, on_policy, recipes, reflow, teacher, words
+from models.tiny import apprentices, loop, on_policy, recipes, reflow, teacher, words
 
 SMALL = recipes.Transformer(dim=32, ffn_dim=48, num_heads=2, num_layers=1)
 RECIPE = recipes.Reflow(pairs=6, teacher_steps=10, steps=60, batch=4, rate=1e-2)
@@ -64,6 +64,29 @@ def error(nets, how, data, answered):
     with torch.no_grad():
         velocity = nets.student.velocity(noise, torch.ones(6), batch.context_BSG, None)
     return (noise - velocity - answers_).square().mean()
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_a_student_that_is_drawn_back_keeps_a_share_of_what_it_learnt(weights):
+    nets, _ = begun(weights)
+    layer = nets.student.network.blocks[0].self_attn.q
+    x = torch.randn(3, 32)
+
+    def difference():
+        with torch.no_grad(), nets.student.switched():
+            ours = layer(x)
+        with torch.no_grad(), nets.teacher.switched():
+            return ours - nets.teacher.network.blocks[0].self_attn.q(x)
+
+    with torch.no_grad():
+        for parameter in nets.student.trained.values():
+            parameter.add_(torch.randn(parameter.shape))
+    learnt = difference()
+    assert learnt.norm() > 1
+    apprentices.draw_back(nets, 1.0)
+    torch.testing.assert_close(difference(), learnt)
+    apprentices.draw_back(nets, 0.3)
+    torch.testing.assert_close(difference(), 0.3 * learnt)
 
 
 def test_an_answer_is_the_guided_teachers_whatever_its_batch(data, tmp_path):
