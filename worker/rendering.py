@@ -20,6 +20,7 @@ from worker import (
     credentials,
     device,
     errors,
+    h264,
     heartbeat,
     kernels,
     pipeline,
@@ -88,7 +89,7 @@ class Renderer:
                 memory=wanted.told(model.key.mode),
                 ran_out=ran_out,
                 peak_memory_bytes=self.device.peak_memory_bytes(),
-                device=self._description(),
+                device=self._description() | {"encoder": encoder.writer.encoder},
                 hashing=self.components.hashing(model),
                 loras_sha256=self.components.lora_hashes(claim.spec.look, model),
             )
@@ -258,6 +259,8 @@ def make(
     """Touches the device for the first time."""
     here = device.current(worker_settings)
     compiler = kernels.set_up(worker_settings, here, cache=config.home / "kernels")
+    # An encoder that is not there is told before there is a job.
+    h264.encoder(worker_settings, width=h264.NVENC_LEAST, height=h264.NVENC_LEAST)
     # Opened once: a client of S3 takes 0.1 s to make.
     store = functools.cache(functools.partial(storage.open_store, config))
     return Renderer(

@@ -106,6 +106,15 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_TRACES"),
         description="Send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says.",
     )
+    encoder: str = Field(
+        "x264",
+        pattern="^(x264|nvenc|auto)$",
+        validation_alias=AliasChoices("RUSHES_ENCODER"),
+        description=(
+            "Of H.264: the processor's, or nvenc, the GPU's own, which spares cores; A100, H100 "
+            "and H200 have none. auto is nvenc where it works."
+        ),
+    )
     x264_preset: str = Field(
         "medium",
         pattern="^(ultrafast|superfast|veryfast|faster|fast|medium|slow|slower|veryslow)$",
@@ -117,7 +126,7 @@ class WorkerSettings(BaseSettings):
         ge=0,
         le=51,
         validation_alias=AliasChoices("RUSHES_X264_CRF"),
-        description="Quality of H.264: lower is better, 18 is visually lossless.",
+        description="Quality of H.264: lower is better, 18 is visually lossless. nvenc's too.",
     )
 
 

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs import lifecycle, presets, queues, reports
-from worker import errors, heartbeat, host_memory, provenance, scratch, sidecar, stopwatch, video
+from worker import (
+    errors,
+    h264,
+    heartbeat,
+    host_memory,
+    provenance,
+    scratch,
+    sidecar,
+    stopwatch,
+    video,
+)
 from worker.settings import WorkerSettings
 
 FAULT = "simulate"
@@ -116,7 +126,7 @@ class SimulatedRenderer:
     def _card(self, look: presets.Look) -> tuple[video.VideoInfo, bytes]:
         size = (look.width, look.height, look.num_frames, look.fps)
         if self.worker_settings.sim_encodes:
-            return _encode_card(*size, video.x264_options(self.worker_settings))
+            return _encode_card(*size, h264.options(h264.X264, self.worker_settings))
         return _card(*size)
 
     def _take(self, timings: stopwatch.Timings, stage: str, steps: float) -> None:
@@ -168,7 +178,7 @@ def _encode_card(
     with tempfile.TemporaryDirectory(prefix="rushes-card-") as folder:
         path = Path(folder) / "card.mp4"
         command = [
-            video.ffmpeg(),
+            h264.ffmpeg(),
             *("-hide_banner", "-loglevel", "error", "-f", "lavfi", "-i", source),
             *("-frames:v", str(num_frames), "-c:v", "libx264", *options),
             *("-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)),

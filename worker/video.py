@@ -10,9 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import imageio_ffmpeg
-
-from worker import errors
+from worker import errors, h264
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -55,7 +53,9 @@ class Mp4Writer:
     ) -> None:
         self._path = path
         self._shape = (height, width, 3)
-        command = _encode_command(path, width, height, fps, worker_settings, comment)
+        self.encoder = h264.encoder(worker_settings, width=width, height=height)
+        quality = h264.options(self.encoder, worker_settings)
+        command = _encode_command(path, width, height, fps, [self.encoder, *quality], comment)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the writer
         try:
             self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
@@ -136,7 +136,7 @@ def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> 
 def probe(path: Path) -> VideoInfo:
     """What is in a video file; EncodingFailed when it cannot be decoded to its end."""
     command = [
-        ffmpeg(),
+        h264.ffmpeg(),
         *("-hide_banner", "-nostdin", "-nostats", "-xerror", "-err_detect", "explode"),
         *("-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "framemd5", "-"),
     ]
@@ -167,30 +167,17 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
-def ffmpeg() -> str:
-    """Its path; EncodingFailed when there is none."""
-    try:
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
-    except RuntimeError as error:
-        raise errors.EncodingFailed(f"no ffmpeg on this machine: {error}") from error
-
-
-def x264_options(worker_settings: WorkerSettings) -> list[str]:
-    """Speed and quality, as ffmpeg's arguments."""
-    return ["-preset", worker_settings.x264_preset, "-crf", str(worker_settings.x264_crf)]
-
-
 def _encode_command(
-    path: Path, width: int, height: int, fps: int, worker_settings: WorkerSettings, comment: str
+    path: Path, width: int, height: int, fps: int, encoder: list[str], comment: str
 ) -> list[str]:
     return [
-        ffmpeg(),
+        h264.ffmpeg(),
         *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
         *("-i", "pipe:0", "-an"),
         # Players take small videos for BT.601 unless told; convert and say the same.
         *("-vf", "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"),
-        *("-c:v", "libx264", *x264_options(worker_settings), "-pix_fmt", "yuv420p"),
+        *("-c:v", *encoder, "-pix_fmt", "yuv420p"),
         *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
         *("-color_range", "tv", "-metadata", f"comment={comment}"),
         *("-movflags", "+faststart", "-f", "mp4", str(path)),

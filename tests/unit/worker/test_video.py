@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from worker import errors, video
+from worker import errors, h264, video
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_file_that_may_not_grow_further_is_the_disks_failure(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
         from pathlib import Path
-        from worker import errors, video
+        from worker import errors, h264, video
         from worker.settings import WorkerSettings
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         with video.Mp4Writer(
@@ -228,3 +228,59 @@ def test_whoever_leaves_in_mid_stream_leaves_no_ffmpeg_behind(tmp_path, worker_s
 @pytest.mark.usefixtures("no_leaks")
 def test_a_finished_writer_leaves_nothing_behind(encode):
     assert encode(noise(5, 16, 16)).exists()
+
+
+@pytest.fixture
+def gpu_that_encodes(tmp_path, monkeypatch):
+    """An ffmpeg that takes NVENC's words and lets x264 do it; the words that it was given."""
+    told = tmp_path / "told"
+    script = f"""\
+        #!{sys.executable}
+        import os, sys
+        words = sys.argv[1:]
+        with open({str(told)!r}, "a") as file:
+            print(*words, file=file)
+        if "h264_nvenc" in words:
+            start = words.index("h264_nvenc")
+            words[start : start + (9 if "-cq" in words else 1)] = ["libx264"]
+        os.execv({imageio_ffmpeg.get_ffmpeg_exe()!r}, ["ffmpeg", *words])
+        """
+    program = tmp_path / "ffmpeg"
+    program.write_text(textwrap.dedent(script))
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    return told
+
+
+@pytest.mark.parametrize("wanted", ["nvenc", "auto"])
+def test_a_gpu_that_encodes_is_used_where_it_is_wanted(
+    tmp_path, worker_settings, gpu_that_encodes, wanted
+):
+    frames = noise(5, 160, 256)
+    asked = worker_settings.model_copy(update={"encoder": wanted, "x264_crf": 21})
+    with video.Mp4Writer(
+        tmp_path / "video.mp4", width=256, height=160, fps=16, worker_settings=asked
+    ) as writer:
+        writer.write(frames)
+        writer.finish()
+        assert writer.encoder == "h264_nvenc"
+    assert video.probe(tmp_path / "video.mp4").num_frames == 5
+    assert "-c:v h264_nvenc -preset p5 -rc vbr -cq 21 -b:v 0" in gpu_that_encodes.read_text()
+
+
+def test_x264_encodes_by_default_and_what_is_too_small_for_nvenc(worker_settings, gpu_that_encodes):
+    auto = worker_settings.model_copy(update={"encoder": "auto"})
+    assert h264.encoder(worker_settings, width=832, height=480) == "libx264"
+    assert h264.encoder(auto, width=832, height=144) == "libx264"
+    assert not gpu_that_encodes.exists(), "nothing was tried"
+
+
+def test_an_encoder_that_is_not_there_is_told_or_passed_over(worker_settings):
+    auto, nvenc = (
+        worker_settings.model_copy(update={"encoder": wanted}) for wanted in ("auto", "nvenc")
+    )
+    if h264.why_no_nvenc(h264.ffmpeg()) is None:
+        pytest.skip("this machine's GPU encodes")
+    assert h264.encoder(auto, width=832, height=480) == "libx264"
+    with pytest.raises(errors.DeviceFault, match=r"RUSHES_ENCODER is nvenc.* auto would take x264"):
+        h264.encoder(nvenc, width=832, height=480)

@@ -1,0 +1,70 @@
+"""Which of ffmpeg's encoders makes H.264: the processor's x264, or the GPU's own where it has one.
+
+x264 makes the same bytes everywhere. NVENC spares a host's cores, for more bytes and others on each
+kind of GPU; A100, H100 and H200 have none.
+"""
+
+import functools
+import subprocess
+
+import imageio_ffmpeg
+
+from worker import errors
+from worker.settings import WorkerSettings
+
+X264, NVENC = "libx264", "h264_nvenc"
+NVENC_LEAST = 160  # pixels, both ways: it takes none below 145x49
+TRIAL_SECONDS = 60.0
+
+
+def ffmpeg() -> str:
+    """Its path; EncodingFailed when there is none."""
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError as error:
+        raise errors.EncodingFailed(f"no ffmpeg on this machine: {error}") from error
+
+
+def encoder(worker_settings: WorkerSettings, *, width: int, height: int) -> str:
+    """ffmpeg's name of the one that encodes videos of this size.
+
+    DeviceFault where NVENC was asked for and does not work.
+    """
+    wanted = worker_settings.encoder
+    if wanted == "x264" or (wanted == "auto" and min(width, height) < NVENC_LEAST):
+        return X264
+    why = why_no_nvenc(ffmpeg())
+    if why is not None and wanted == "nvenc":
+        raise errors.DeviceFault(
+            f"RUSHES_ENCODER is nvenc, and it does not work here: {why}. auto would take x264"
+        )
+    return NVENC if why is None else X264
+
+
+def options(name: str, worker_settings: WorkerSettings) -> list[str]:
+    """Speed and quality of an encoder, as ffmpeg's arguments."""
+    quality = str(worker_settings.x264_crf)
+    if name == NVENC:  # its scale of quality is much like x264's
+        return ["-preset", "p5", "-rc", "vbr", "-cq", quality, "-b:v", "0"]
+    return ["-preset", worker_settings.x264_preset, "-crf", quality]
+
+
+@functools.cache
+def why_no_nvenc(program: str) -> str | None:
+    """What ffmpeg says when it tries, once per process; None: it works."""
+    command = [
+        program,
+        *("-hide_banner", "-nostdin", "-loglevel", "error"),
+        *("-f", "lavfi", "-i", "color=size=256x256:rate=25:duration=0.2"),
+        *("-c:v", NVENC, "-pix_fmt", "yuv420p", "-f", "null", "-"),
+    ]
+    try:
+        done = subprocess.run(  # noqa: S603  # our own argument list, no shell
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[0].rpartition("] ")[2] if lines else f"ffmpeg ended with {done.returncode}"
