@@ -154,22 +154,24 @@ class Activation:
     """Of the convolution before, where it is still to be added."""
 
     def __call__(self, x_BCTHW: Tensor) -> Tensor:
-        if self.bias_C is not None:
-            x_BCTHW = x_BCTHW + self.bias_C.view(-1, 1, 1, 1)
+        x_BCTHW = self._with_bias(x_BCTHW)
         return x_BCTHW if self.norm is None else functional.silu(self.norm(x_BCTHW))
+
+    def _with_bias(self, x_BCTHW: Tensor) -> Tensor:
+        return x_BCTHW if self.bias_C is None else x_BCTHW + self.bias_C.view(-1, 1, 1, 1)
 
     def write(self, x_BCTHW: Tensor, out_BCTHW: Tensor) -> None:
         """To where it is wanted; no whole frame lies between norm and SiLU."""
         if self.norm is None:
             out_BCTHW.copy_(self(x_BCTHW))
-        elif fusion.is_compiling():
+        elif fusion.chains_are_compiled():
             gamma_C = self.norm.gamma.flatten()
             for x_CTHW, out_CTHW in zip(x_BCTHW, out_BCTHW, strict=True):
-                room_NC = rows_to_write(out_CTHW[None])
-                _write(rows(x_CTHW[None]), self.bias_C, gamma_C, room_NC)
+                room_NC = pixels_to_write(out_CTHW[None])
+                _write(pixels(x_CTHW[None]), self.bias_C, gamma_C, room_NC)
         else:
             for piece, room in _pieces(x_BCTHW, out_BCTHW):
-                torch.ops.aten.silu.out(self.norm(piece), out=room)
+                torch.ops.aten.silu.out(self.norm(self._with_bias(piece)), out=room)
 
 
 @fusion.chain_of_rows
@@ -178,12 +180,12 @@ def _write(x_NC: Tensor, bias_C: Tensor | None, gamma_C: Tensor, out_NC: Tensor)
     out_NC.copy_(functional.silu(norms.over_channels(x_NC, gamma_C)))
 
 
-def rows(x: Tensor) -> Tensor:
+def pixels(x: Tensor) -> Tensor:
     """[pixels, C] of frames or images; a view where channels lie last."""
     return x.movedim(1, -1).flatten(0, -2)
 
 
-def rows_to_write(x: Tensor) -> Tensor:
+def pixels_to_write(x: Tensor) -> Tensor:
     """The same, and always a view: what is written to them is written to `x`."""
     return x.movedim(1, -1).view(-1, x.shape[1])
 
@@ -248,9 +250,12 @@ class CausalConv3d(nn.Conv3d):
         convolved: Tensor = self(self.see(x_BCTHW, cache, act))
         return convolved
 
-    def parts(self, seen_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The convolution, and its bias if a chain is to add it: cuDNN adds it in another pass."""
-        if self.bias is None or not fusion.is_compiling() or self.trains(seen_BCTHW):
+    def without_bias(self, seen_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and its bias if a chain is to add it: cuDNN adds it in another pass.
+
+        Without the module's hooks then.
+        """
+        if self.bias is None or not fusion.chains_are_compiled() or self.trains(seen_BCTHW):
             return self(seen_BCTHW), None
         convolved_BCTHW = self._conv_forward(seen_BCTHW, self.weight, None)
         return convolved_BCTHW.contiguous(memory_format=torch.channels_last_3d), self.bias

@@ -32,7 +32,7 @@ from models import (
 )
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-READERS = 4
+READERS = 4  # more gain little (docs/performance.md, Loading), and each may convert a tensor
 LAST_FRAME_TENSOR = "img_emb.emb_pos"  # only models between two frames have it
 LOADER_ERRORS = (
     # What torch and safetensors raise for damaged files; there is no common class.
@@ -500,14 +500,19 @@ def owned(
 ) -> dict[str, Tensor]:
     """Copies on the device, read by several at a time: one reader waits for each page of a file.
 
-    Copies also where nothing is converted: the file may be replaced while it is mapped.
+    Copies also where nothing is converted: the file may be replaced while it is mapped. What has
+    two names is copied once.
     """
+    here = torch.empty(0, device=device).device  # which one "cuda" is, each thread has for itself
 
     def read(name: str) -> Tensor:
-        return mapped[name].to(device, dtypes[name], copy=True)
+        return mapped[name].to(here, dtypes[name], copy=True)
 
+    places = {name: (id(mapped[name]), dtypes[name]) for name in mapped}
+    distinct = {place: name for name, place in places.items()}
     with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
-        return dict(zip(mapped, readers.map(read, mapped), strict=True))
+        copies = dict(zip(distinct, readers.map(read, distinct.values()), strict=True))
+    return {name: copies[place] for name, place in places.items()}
 
 
 def _named(files: tuple[Path, ...]) -> Path:

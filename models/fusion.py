@@ -18,6 +18,7 @@ MAX_SHAPES = 64  # of one chain; each has kernels of its own, which take seconds
 
 BACKEND = "inductor"
 
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,7 +38,8 @@ _CHAINS_OF_ROWS: set[Callable[..., Any]] = set()
 def chain(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function that is worth compiling: tensors and constants in, tensors out.
 
-    It may also write to an argument, as the last thing that it does.
+    Or none out: it may write to an argument, as the last thing that it does, since one that cannot
+    be compiled is run once more.
     """
 
     @functools.wraps(function)
@@ -64,7 +66,7 @@ def run_with(runner: Runner) -> None:
     _runner = runner
 
 
-def is_compiling() -> bool:
+def chains_are_compiled() -> bool:
     """Whether an operation more in a chain costs next to nothing, and not a pass of its own."""
     if isinstance(_runner, Compiler):
         return _runner.is_working
@@ -85,6 +87,7 @@ def running_with(runner: Runner) -> Iterator[None]:
 class Compiler:
     """Runs chains compiled, each shape by kernels of its own: what is computed is always the same.
 
+    Of chains of rows all numbers of rows have kernels together, which treat each row alike.
     When a chain cannot be compiled, `on_failure` is told once, and all chains run eagerly. Kernels
     are kept on disk where TORCHINDUCTOR_CACHE_DIR says.
     """
@@ -92,8 +95,9 @@ class Compiler:
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
         self._has_failed = False
+        self._cannot_compile = _errors_of_compiling()
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-        self._shapes: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
+        self._kinds: dict[Callable[..., Any], set[tuple[Any, ...]]] = {}
 
     @property
     def is_working(self) -> bool:
@@ -101,34 +105,42 @@ class Compiler:
 
     @property
     def num_shapes(self) -> int:
-        return sum(len(shapes) for shapes in self._shapes.values())
+        return sum(len(kinds) for kinds in self._kinds.values())
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._has_failed:
             return function(*args)
-        try:
-            return self._ready(function, args)(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self._has_failed = True
-            self._on_failure(error)
-            return function(*args)
-
-    def _ready(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
-        shapes = self._shapes.setdefault(function, set())
-        if (shape := _kind(function, args)) in shapes:
-            return self._compiled[function]
-        shapes.add(shape)
+        kind = _kind(function, args)
         if function in _CHAINS_OF_ROWS:
             for each in filter(_is_rows, args):
                 torch._dynamo.mark_dynamic(each, 0)
-        if len(shapes) > MAX_SHAPES:
+        try:
+            result = self._ready(function, kind)(*args)
+        except self._cannot_compile as error:
+            self._has_failed = True
+            self._on_failure(error)
+            return function(*args)
+        self._kinds[function].add(kind)
+        return result
+
+    def _ready(self, function: Callable[..., Any], kind: tuple[Any, ...]) -> Callable[..., Any]:
+        known = self._kinds.setdefault(function, set())
+        if kind not in known and len(known) >= MAX_SHAPES:
             # torch would go on eagerly from here, with other roundings than the same video before.
             torch.compiler.reset()
             self._compiled.clear()
-            self._shapes = {function: {shape}}
+            self._kinds = {function: set()}
         if function not in self._compiled:
             self._compiled[function] = _compile(function)
         return self._compiled[function]
+
+
+def _errors_of_compiling() -> tuple[type[Exception], ...]:
+    # A second to import, for those who compile.
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    return TorchDynamoException, FailOnRecompileLimitHit, ConstraintViolationError
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,20 +150,24 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] | None = None
     if BACKEND == "inductor":
         options = {"deterministic": True, "compile_threads": 1}
+        if function in _CHAINS_OF_ROWS and hasattr(torch._inductor.config, "batch_invariant"):
+            # Else the number of rows that comes first would decide how sums are split.
+            options["batch_invariant"] = True
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
 
 def _kind(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of a call; those of one kind have kernels together."""
     of_rows = function in _CHAINS_OF_ROWS
-    return tuple(_shape(each, of_rows and _is_rows(each)) for each in args)
+    return tuple(_shape(each, skipping=int(of_rows and _is_rows(each))) for each in args)
 
 
 def _is_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2
 
 
-def _shape(value: Any, any_number: bool) -> Any:
+def _shape(value: Any, *, skipping: int) -> Any:
+    """Of a tensor, without its first axes."""
     if isinstance(value, Tensor):
-        return value.shape[any_number:], value.stride(), value.dtype, value.device
+        return value.shape[skipping:], value.stride(), value.dtype, value.device
     return value

@@ -22,8 +22,8 @@ from models.causal_conv import (
     Chunked,
     FrameCache,
     frames_like,
-    rows,
-    rows_to_write,
+    pixels,
+    pixels_to_write,
 )
 from models.norms import ChannelRMSNorm
 
@@ -47,14 +47,14 @@ class ResidualBlock(Chunked):
         skipped = x if self.shortcut is None else self.shortcut(x)
         norm, _silu, conv, next_norm, _silu, _dropout, next_conv = _parts(self.residual)
         convolved: Tensor
-        convolved, bias = conv.parts(conv.see(x, cache, Activation(norm)))
+        convolved, bias = conv.without_bias(conv.see(x, cache, Activation(norm)))
         seen = next_conv.see(convolved, cache, Activation(next_norm, bias))
         del convolved  # not held while the second one computes
-        convolved, bias = next_conv.parts(seen)
+        convolved, bias = next_conv.without_bias(seen)
         # Into it, a tensor less; no gradient needs the sum's first part.
         if bias is None:
             return convolved.add_(skipped)
-        _add(rows_to_write(convolved), bias, rows(skipped))
+        _add(pixels_to_write(convolved), bias, pixels(skipped))
         return convolved
 
 
@@ -238,7 +238,7 @@ class Decoder(Chunked):
         weight = functional.pad(weight, (0, 0, 0, 0, 0, 0, 0, -num_parts % 4))
 
         def parts_of(band_FCHW: Tensor) -> Tensor:
-            activated_NC = _activated(rows(band_FCHW), norm.gamma.flatten())
+            activated_NC = _activated(pixels(band_FCHW), norm.gamma.flatten())
             activated_FHWC = activated_NC.view(band_FCHW.movedim(1, -1).shape)
             return functional.conv2d(activated_FHWC.movedim(-1, 1), weight, padding=(0, 1))
 

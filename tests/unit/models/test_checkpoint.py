@@ -28,6 +28,20 @@ def test_the_tiny_model_loads_with_every_tensor_in_its_place(native_root):
     assert networks.weight_files == layout.find(native_root).weights
 
 
+def test_readers_copy_each_tensor_once_and_tell_what_they_cannot_read():
+    some, other = torch.randn(3), torch.randn(4)
+    mapped = {"a": some, "b": other, "tied to a": some}
+    found = checkpoint.owned(mapped, "cpu", dict.fromkeys(mapped, torch.float32))
+    assert list(found) == list(mapped)
+    assert found["a"] is found["tied to a"]
+    for name, tensor in mapped.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].data_ptr() != tensor.data_ptr()
+    mapped["lost"] = torch.empty(2, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        checkpoint.owned(mapped, "cpu", dict.fromkeys(mapped, torch.float32))
+
+
 def test_networks_come_frozen_in_eval_mode_and_not_on_meta(native_root):
     networks = load(native_root)
     for network in (networks.transformer, networks.vae, networks.text_encoder.network):

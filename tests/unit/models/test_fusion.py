@@ -153,6 +153,58 @@ def test_frames_that_chains_were_compiled_for_are_the_same(autoencoder, compiled
     assert num_graphs() == 3 * 3 + 1, "the same for all sizes of videos"
 
 
+def test_one_row_first_is_no_reason_to_make_kernels_for_each_number(compiled, monkeypatch):
+    monkeypatch.setattr(fusion, "BACKEND", "aot_eager")
+    act = causal_conv.Activation(norms.ChannelRMSNorm(4, 3))
+    for height in (1, 5, 7, 1, 2):
+        x, room = (causal_conv.frames_like(torch.ones(1), (1, 4, 1, height, 1)) for _ in range(2))
+        x.normal_()
+        act.write(x, room)
+        torch.testing.assert_close(room, act(x))
+    assert compiled.num_shapes == 1
+    assert num_graphs() <= 2, "torch makes one for a single row"
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_frames_are_whole_where_compiling_fails_among_them(autoencoder, monkeypatch, place):
+    """Whatever the first chain is that cannot be compiled, biases are added, and once."""
+    made = []
+
+    def compile_or_fail(function):
+        made.append(function)
+
+        def run(*args):
+            if len(calls) == place:
+                raise torch._dynamo.exc.TorchDynamoException("as was to be expected")
+            calls.append(function)
+            return function(*args)
+
+        return run
+
+    calls = []
+    monkeypatch.setattr(fusion, "_compile", compile_or_fail)
+    latents, told = torch.randn(1, 16, 2, 2, 3), []
+    expected = decoded(autoencoder, latents)
+    with fusion.running_with(fusion.Compiler(on_failure=told.append)):
+        torch.testing.assert_close(decoded(autoencoder, latents), expected, rtol=1e-4, atol=1e-5)
+    assert (len(told), len(calls)) == (1, place)
+
+
+def test_gradients_are_the_same_beside_compiled_chains(autoencoder, compiled):
+    """What trains is not compiled; on its way back nothing was written over."""
+    latents = torch.randn(1, 16, 2, 2, 3)
+
+    def gradient():
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            asked = latents.clone().requires_grad_()
+            decoded(autoencoder, asked).square().sum().backward()
+            return asked.grad
+
+    with fusion.running_with(fusion.eagerly):
+        expected = gradient()
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_tiles_are_decoded_without_kernels_for_each_size_of_them(autoencoder, compiled):
     latents = torch.randn(1, 16, 2, 4, 6)
     with fusion.running_with(fusion.eagerly):
