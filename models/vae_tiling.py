@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from models import fusion, vae
+from models import vae
 
 TILE_PIXELS = 256
 STRIDE_PIXELS = 192
@@ -59,12 +59,10 @@ def decode_chunks(
         down, across = _pixels(row, per_latent), _pixels(column, per_latent)
         weight_HW = torch.outer(_weights(down, height, overlap), _weights(across, width, overlap))
         chunks = network.decode_chunks(latents_BCTHW[..., row, column])
-        # Tiles at the edges have many sizes, too many to make kernels for each.
-        with fusion.running_with(fusion.eagerly):
-            for number, chunk in enumerate(chunks):
-                if index == 0:
-                    canvases.append(torch.zeros(*chunk.shape[:3], height, width, dtype=chunk.dtype))
-                canvases[number][..., down, across] += chunk.cpu() * weight_HW.to(chunk.dtype)
+        for number, chunk in enumerate(chunks):
+            if index == 0:
+                canvases.append(torch.zeros(*chunk.shape[:3], height, width, dtype=chunk.dtype))
+            canvases[number][..., down, across] += chunk.cpu() * weight_HW.to(chunk.dtype)
     yield from canvases
 
 
