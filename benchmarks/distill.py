@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from benchmarks import gpu_common as gpu
+from benchmarks import networks
 from models import attention, config, transformer
 from models.distillation import adapters, checkpointing, cost, examples, method, precision, roles
 from models.distillation.trainer import Trainer
 
-SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SIZES, default="1.3B")
+    parser.add_argument("--model", choices=networks.SIZES, default="1.3B")
     parser.add_argument("--weights", choices=["full", "lora"], action="append")
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
@@ -38,7 +37,7 @@ def main() -> None:
             critic=method.critic_tuning(weights),
             ratio=options.ratio,
         )
-        sizes = SIZES[options.model]
+        sizes = networks.SIZES[options.model]
         derived = cost.estimate(sizes, gpu.LATENTS_480P, how, student_updates=1)
         for facts in measured(sizes, how, options.updates):
             line = json.dumps(
@@ -65,7 +64,7 @@ def measured(
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    train = Trainer(how, nets=networks(sizes, how), data=lessons(sizes), device=gpu.DEVICE)
+    train = Trainer(how, nets=three_networks(sizes, how), data=lessons(sizes), device=gpu.DEVICE)
     for _ in range(updates):
         began = time.perf_counter()
         update = train.step()
@@ -78,7 +77,7 @@ def measured(
         }
 
 
-def networks(sizes: config.TransformerConfig, how: method.Method) -> roles.Roles:
+def three_networks(sizes: config.TransformerConfig, how: method.Method) -> roles.Roles:
     """As `rushes distill` has them: a bf16 teacher, fp32 masters that compute in bf16."""
 
     def start(_name: str) -> nn.Module:

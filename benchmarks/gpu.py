@@ -131,22 +131,6 @@ def blocks(_report: measuring.Report) -> dict[str, Any]:
         }
 
 
-def autoencoder(_report: measuring.Report) -> dict[str, Any]:
-    """81 frames of 832x480 from latents, in bf16, as the worker decodes."""
-    with emptied(), torch.inference_mode():
-        with torch.inference_mode(mode=False):
-            network = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
-            vae.to_channels_last(network)
-        latents = torch.randn(1, *LATENTS_480P, device=DEVICE)
-        failures: list[str] = []
-        fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
-        compiled = measuring.seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
-        fusion.run_with(fusion.eagerly)
-        torch.cuda.reset_peak_memory_stats()
-        eager = measuring.seconds(lambda: list(network.decode_chunks(latents)), repeats=2)
-        return {"compiled": compiled, "eager": eager, "peak_gb": peak_gb(), "failures": failures}
-
-
 def whole_14b(_report: measuring.Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
@@ -260,7 +244,6 @@ PARTS: dict[str, Callable[[measuring.Report], dict[str, Any]]] = {
     "fp8_14b": gpu_fp8.forward_14b,
     "blocks": blocks,
     "dit_14b": dit_14b,
-    "autoencoder": autoencoder,
     "whole_14b": whole_14b,
     "text": text,
     "dit_1_3b": dit_1_3b,

@@ -18,12 +18,10 @@ from benchmarks import measuring, networks
 from models import checkpoint, config
 from models.tiny import folders
 
-SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SIZES, default="1.3B")
+    parser.add_argument("--model", choices=networks.SIZES, default="1.3B")
     parser.add_argument("--blocks", type=int, help="instead of all of them")
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)
@@ -49,7 +47,7 @@ def main() -> None:
 
 
 def _sizes(model: str, blocks: int | None) -> config.TransformerConfig:
-    sizes = SIZES[model]
+    sizes = networks.SIZES[model]
     return sizes if blocks is None else dataclasses.replace(sizes, num_layers=blocks)
 
 

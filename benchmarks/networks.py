@@ -5,6 +5,8 @@ from torch import nn
 
 from models import config, quantization, transformer
 
+SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
+
 
 def on_meta(
     sizes: config.TransformerConfig, *, scheme: quantization.Scheme | None = None

@@ -16,11 +16,10 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import traffic
+from benchmarks import networks, traffic
 from models import config, sequence_parallel, transformer
 
 LATENTS = {"480p": (16, 21, 60, 104), "720p": (16, 21, 90, 160)}  # 81 frames
-SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
 EXCHANGE = "alltoall_base_"
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     options = parser.parse_args()
-    for name, sizes in SIZES.items():
+    for name, sizes in networks.SIZES.items():
         for shape, latents in LATENTS.items():
             for processes in options.processes:
                 facts = {"model": name, "size": shape, "processes": processes}

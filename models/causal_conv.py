@@ -166,9 +166,9 @@ class Activation:
             out_BCTHW.copy_(self(x_BCTHW))
         elif fusion.chains_are_compiled():
             gamma_C = self.norm.gamma.flatten()
-            for x_CTHW, out_CTHW in zip(x_BCTHW, out_BCTHW, strict=True):
-                room_NC = pixels_to_write(out_CTHW[None])
-                _write(pixels(x_CTHW[None]), self.bias_C, gamma_C, room_NC)
+            # Of several videos the places that are written to do not lie side by side.
+            for x, out in zip(torch.split(x_BCTHW, 1), torch.split(out_BCTHW, 1), strict=True):
+                _write(pixels(x), self.bias_C, gamma_C, pixels_to_write(out))
         else:
             for piece, room in _pieces(x_BCTHW, out_BCTHW):
                 torch.ops.aten.silu.out(self.norm(self._with_bias(piece)), out=room)

@@ -86,16 +86,7 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
     )
     kept = None if how.regression is None else answered
     train = trainer.Trainer(how, nets=nets, data=data, answered=kept, device=shop.device)
-    for found in saving.complete(who.output)[-1:]:
-        saving.load(train, found)
-    while train.updates < recipe.updates:
-        update = train.step()
-        if update.number % SAVE_EVERY == 0 or update.number == recipe.updates:
-            saving.save(train, who.output)
-            left = (recipe.updates - update.number) * update.seconds / 60
-            numbers = f"latent std {update.latent_std:.3f}  gap {update.score_gap:.3f}"
-            pace = f"{update.seconds:.2f} s/update  {left:.1f} min left"
-            shop.say(f"{who.name}  {update.number}/{recipe.updates}  {numbers}  {pace}")
+    match_distributions(train, who, shop.say)
     assert train.average is not None
     train.average.give()
     if recipe.on_policy is not None:
@@ -113,6 +104,21 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
     train.average.restart()
     export.write(train, who.output)
     return who.file
+
+
+def match_distributions(train: trainer.Trainer, who: Apprentice, say: loop.Say) -> None:
+    """All updates of the recipe, or those that are left after the last checkpoint."""
+    for found in saving.complete(who.output)[-1:]:
+        saving.load(train, found)
+    updates = who.recipe.updates
+    while train.updates < updates:
+        update = train.step()
+        if update.number % SAVE_EVERY == 0 or update.number == updates:
+            saving.save(train, who.output)
+            left = (updates - update.number) * update.seconds / 60
+            numbers = f"latent std {update.latent_std:.3f}  gap {update.score_gap:.3f}"
+            pace = f"{update.seconds:.2f} s/update  {left:.1f} min left"
+            say(f"{who.name}  {update.number}/{updates}  {numbers}  {pace}")
 
 
 @torch.no_grad()

@@ -168,11 +168,9 @@ def test_one_row_first_is_no_reason_to_make_kernels_for_each_number(compiled, mo
 @pytest.mark.parametrize("place", range(6))
 def test_frames_are_whole_where_compiling_fails_among_them(autoencoder, monkeypatch, place):
     """Whatever the first chain is that cannot be compiled, biases are added, and once."""
-    made = []
+    calls = []
 
     def compile_or_fail(function):
-        made.append(function)
-
         def run(*args):
             if len(calls) == place:
                 raise torch._dynamo.exc.TorchDynamoException("as was to be expected")
@@ -181,7 +179,6 @@ def test_frames_are_whole_where_compiling_fails_among_them(autoencoder, monkeypa
 
         return run
 
-    calls = []
     monkeypatch.setattr(fusion, "_compile", compile_or_fail)
     latents, told = torch.randn(1, 16, 2, 2, 3), []
     expected = decoded(autoencoder, latents)

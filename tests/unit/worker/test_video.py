@@ -190,7 +190,7 @@ def test_a_file_that_may_not_grow_further_is_the_disks_failure(tmp_path):
     script = textwrap.dedent("""
         import resource, sys, torch
         from pathlib import Path
-        from worker import errors, h264, video
+        from worker import errors, video
         from worker.settings import WorkerSettings
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         with video.Mp4Writer(
