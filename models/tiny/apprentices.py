@@ -142,6 +142,7 @@ def settings(recipe: recipes.Student, seed: int) -> method.Method:
     if recipe.rank is not None:
         student |= {"rank": recipe.rank, "alpha": float(recipe.rank)}
     return method.Method(
+        denoising_step_list=recipe.denoising_step_list,
         student=method.student_tuning(recipe.weights, **student),
         critic=method.critic_tuning("full", **critic),
         guidance=recipe.guidance,

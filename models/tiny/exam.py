@@ -15,7 +15,6 @@ from models import image_encoder, sampling, text_encoder, transformer, vae
 from models.tiny import autoencoder, clips, loop, readout, world
 
 TEACHER_STEPS = tuple(range(1000, 0, -20))  # fifty
-STUDENT_STEPS = (1000, 750, 500, 250)
 SHIFT = 5.0
 BATCH = 40
 FIRST_FRAME_CHANNELS = 4  # of the mask, before the picture's latents

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models import config
+from models.distillation import method
 from models.tiny import words
 
 DEFAULT = Path(__file__).with_name("recipe.json")
@@ -127,6 +128,7 @@ class OnPolicy:
 class Student:
     """Distillation to four steps; `rank` goes with weights "lora"."""
 
+    denoising_step_list: tuple[int, ...] = method.DEFAULT_STEPS
     weights: Literal["full", "lora"]
     reflow: Reflow
     on_policy: OnPolicy | None
@@ -179,4 +181,8 @@ def load(path: Path = DEFAULT) -> Recipe:
 def _student(values: dict[str, Any]) -> Student:
     own = values["on_policy"]
     on_policy = None if own is None else OnPolicy(**own)
-    return Student(**{**values, "reflow": Reflow(**values["reflow"]), "on_policy": on_policy})
+    steps = tuple(values.get("denoising_step_list", method.DEFAULT_STEPS))
+    reflow = Reflow(**values["reflow"])
+    return Student(
+        **{**values, "denoising_step_list": steps, "reflow": reflow, "on_policy": on_policy}
+    )

@@ -9,13 +9,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models import checkpoint, layout, lora_switcher, transformer, transformer_files
+from models import (
+    checkpoint,
+    layout,
+    lora_switcher,
+    safetensors_files,
+    transformer,
+    transformer_files,
+)
 from models.tiny import apprentices, exam, folders, readout, shipped, words, workshop
 
 NAMES = dict(zip((False, True), shipped.NAMES, strict=True))  # by whether with images
 GUIDANCE = 2.0  # of the teacher: more of it makes shapes move faster than they should
 EXAM_CLIPS = 120
 SHEET_CLIPS = 12
+STUDENT_FILE = transformer_files.DISTILLED_FILES[0]
 
 
 def write(shop: workshop.Workshop, folder: Path) -> None:
@@ -27,7 +35,7 @@ def write(shop: workshop.Workshop, folder: Path) -> None:
 
 def _write_one(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> None:
     write_base(shop, folder, with_images=with_images)
-    made = {"student": transformer_files.DISTILLED_FILES[0], "lora": folders.LORA_FILE}
+    made = {"student": STUDENT_FILE, "lora": folders.LORA_FILE}
     for name, relative in made.items():
         apprentice = apprentices.named(shop, workshop.named(name, with_images))
         trained = apprentices.train(shop, apprentice)
@@ -62,6 +70,12 @@ def load(
     """A shipped model in fp32 on the CPU; `base`: its teacher."""
     read = checkpoint.load_image_to_video if with_images else checkpoint.load_text_to_video
     return read(folder, device="cpu", dtype=torch.float32, base=base)
+
+
+def denoising_steps(file: Path) -> tuple[int, ...]:
+    """What a student or LoRA of ours was distilled for, as its header says."""
+    told = safetensors_files.read_metadata(file)
+    return tuple(json.loads(told["denoising_step_list"]))
 
 
 def examine(shop: workshop.Workshop) -> None:
@@ -115,11 +129,12 @@ def examine_one(
             save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
 
     sit("teacher, 50 steps", base.transformer, exam.TEACHER_STEPS, GUIDANCE)
-    sit("teacher, 4 steps", base.transformer, exam.STUDENT_STEPS, 1.0)
-    sit("student, 4 steps", student.transformer, exam.STUDENT_STEPS, 1.0)
+    steps = denoising_steps(folder / STUDENT_FILE)
+    sit("teacher, 4 steps", base.transformer, steps, 1.0)
+    sit("student, 4 steps", student.transformer, steps, 1.0)
     choice = lora_switcher.Choice(path=folder / folders.LORA_FILE)
     lora_switcher.LoraSwitcher(base.transformer).apply([choice])
-    sit("LoRA, 4 steps", base.transformer, exam.STUDENT_STEPS, 1.0)
+    sit("LoRA, 4 steps", base.transformer, denoising_steps(choice.path), 1.0)
     return rows
 
 

@@ -65,7 +65,7 @@ def mark(shop: workshop.Workshop, who: apprentices.Apprentice) -> Mapping[str, f
     network.eval().requires_grad_(requires_grad=False)
     decoder = copy.deepcopy(shop.autoencoder).cpu()
     asked = exam.paper(shop.text_encoder, decoder, count=CLIPS, seed=11)
-    return exam.take(network, decoder, asked, steps=exam.STUDENT_STEPS)[0]
+    return exam.take(network, decoder, asked, steps=who.how.denoising_step_list)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 
+from jobs import presets
 from models import lora_switcher, safetensors_files
 from models.tiny import exam, folders, readout, shipment, shipped, world
 
@@ -32,8 +33,12 @@ def asked(name):
     return exam.paper(found.text_encoder, found.vae, count=COUNT, seed=21, tower=tower)
 
 
-def marks(name, network):
-    return exam.take(network, networks(name).vae, asked(name), steps=exam.STUDENT_STEPS)[0]
+def steps(name, file=shipment.STUDENT_FILE):
+    return shipment.denoising_steps(shipped.FOLDER / name / file)
+
+
+def marks(name, network, steps):
+    return exam.take(network, networks(name).vae, asked(name), steps=steps)[0]
 
 
 def test_all_of_it_is_smaller_than_25_megabytes():
@@ -53,7 +58,7 @@ def test_the_student_draws_what_it_was_not_trained_on_in_four_forwards(name):
     calls = []
     network = networks(name).transformer
     hook = network.register_forward_hook(lambda *_: calls.append(1))
-    found = marks(name, network)
+    found = marks(name, network, steps(name))
     hook.remove()
     assert len(calls) == 4
     for factor, least in BOUNDS[name].items():
@@ -64,9 +69,10 @@ def test_the_student_draws_what_it_was_not_trained_on_in_four_forwards(name):
 def test_the_lora_makes_a_student_of_the_teacher(name):
     teacher = networks(name, base=True).transformer
     switcher = lora_switcher.LoraSwitcher(teacher)
-    before = marks(name, teacher)
+    four = steps(name, folders.LORA_FILE)
+    before = marks(name, teacher, four)
     switcher.apply([lora_switcher.Choice(path=shipped.FOLDER / name / folders.LORA_FILE)])
-    after = marks(name, teacher)
+    after = marks(name, teacher, four)
     switcher.apply([])
     assert after["all"] >= LORA_ALL[name], after
     if name == "tiny":  # a picture says so much that the teacher needs no guidance
@@ -84,7 +90,7 @@ def test_a_red_circle_moves_right():
     paper = exam.Paper(
         scenes=[scene] * 8, context_BSD=context, empty_SD=context[0], noise_BCTHW=noise
     )
-    frames = exam.take(found.transformer, found.vae, paper, steps=exam.STUDENT_STEPS)[1]
+    frames = exam.take(found.transformer, found.vae, paper, steps=steps("tiny"))[1]
     agreed = [reading.agrees(scene) for reading in readout.read(frames)]
     said = ("colour", "shape", "direction", "consistent")
     assert sum(all(each[name] for name in said) for each in agreed) >= RED_CIRCLES
@@ -92,13 +98,18 @@ def test_a_red_circle_moves_right():
 
 def test_a_video_starts_with_its_picture():
     found, paper = networks("tiny_i2v"), asked("tiny_i2v")
-    latents = exam.answer(found.transformer, paper, steps=exam.STUDENT_STEPS)
+    latents = exam.answer(found.transformer, paper, steps=steps("tiny_i2v"))
     assert len(latents) == len(paper.scenes)
     assert exam.first_frame(found.vae, latents, paper) > FIRST_FRAME_PSNR
 
 
-def test_the_student_says_how_to_render_it():
-    path = shipped.FOLDER / "tiny" / "distill_models" / "distill_model.safetensors"
-    metadata = safetensors_files.read_metadata(path)
-    assert metadata["denoising_step_list"] == "[1000, 750, 500, 250]"
-    assert metadata["step_rule"] == "euler"
+@pytest.mark.parametrize("name", shipped.NAMES)
+@pytest.mark.parametrize(
+    ("suffix", "file"), [("", shipment.STUDENT_FILE), ("_lora", folders.LORA_FILE)]
+)
+def test_presets_render_each_as_its_header_says(name, suffix, file):
+    metadata = safetensors_files.read_metadata(shipped.FOLDER / name / file)
+    look = presets.load(f"{name}{suffix}").look
+    assert look.denoising_step_list == steps(name, file)
+    assert look.step_rule == metadata["step_rule"] == "euler"
+    assert f"{look.sample_shift:g}" == metadata["sample_shift"]
