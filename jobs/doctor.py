@@ -399,8 +399,13 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
     name = f"weights {preset.name}"
     try:
         files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
+        unlike = parts.UNLIKE_HEADERS.load()(preset.look, files, config.models_dir)
     except ValueError as error:
         return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
+    if unlike:
+        return _warn(
+            name, "; ".join(unlike), "it renders, though worse: mend the preset or the file"
+        )
     total = sum(files.sizes_bytes.values())
     folder = files.root
     return _ok(name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes")

@@ -25,6 +25,7 @@ RUN_WORKERS = Part("worker.launch", "run")
 CHECK_WORKERS = Part("worker.launch", "check")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
+UNLIKE_HEADERS = Part("worker.wanted", "unlike_headers")
 FIT = Part("worker.wanted", "fits")
 COPY_TINY_MODEL = Part("models.tiny.shipped", "copy")
 FIND_MODEL = Part("models.layout", "find")
@@ -42,6 +43,7 @@ ALL = (
     CHECK_WORKERS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
+    UNLIKE_HEADERS,
     FIT,
     COPY_TINY_MODEL,
     FIND_MODEL,

@@ -101,7 +101,9 @@ def _write(
     if any(tensor.dtype in quantization.CODE_DTYPES for tensor in tensors.values()):
         raise errors.QuantizedWeightsError(source, "is quantized already")
     entries, squared = dict(_entries(tensors, scheme)), {}
-    with safetensors_files.create(target, entries, PT) as writer:
+    is_safe = source.suffix == ".safetensors"
+    said = safetensors_files.read_metadata(source) if is_safe else {}  # such as its noise levels
+    with safetensors_files.create(target, entries, said | PT) as writer:
         for name, tensor in tensors.items():
             if not quantization.is_block_matrix(name, tuple(tensor.shape)):
                 writer.write(name, _bytes(tensor.to(_kept_dtype(name, tensor))))

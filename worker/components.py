@@ -40,6 +40,7 @@ class Components:
     _needs: dict[tuple[WeightsKey, str], memory.Need] = field(default_factory=dict)
     _lower_modes: dict[str, memory.Mode] = field(default_factory=dict)
     _loras: dict[WeightsKey, tuple[presets.LoraUse, ...] | None] = field(default_factory=dict)
+    _looked_at: set[tuple[WeightsKey, str]] = field(default_factory=set)
     _hasher: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
@@ -56,7 +57,20 @@ class Components:
             self._switch_loras(key, model, look)
         finally:
             self._reserved.release()
+        self._look_at_headers(key, model, look)
         return model
+
+    def _look_at_headers(self, key: WeightsKey, model: ResidentModel, look: presets.Look) -> None:
+        """Another list of steps renders, though worse: that is told once, and no failure."""
+        if (key, look.id) in self._looked_at:
+            return
+        self._looked_at.add((key, look.id))
+        try:
+            unlike = wanted.unlike_headers(look, model.files, self.models_dir)
+        except model_errors.CheckpointError as error:
+            unlike = [str(error)]
+        for each in unlike:
+            log.warning("model.unlike_header", because=each)
 
     def _switch_loras(self, key: WeightsKey, model: ResidentModel, look: presets.Look) -> None:
         """Also where the look is the same: a LoRA's file may have been replaced."""

@@ -1,11 +1,13 @@
 """What a look wants of a model folder: which files, placed how, how much memory. Loads no torch."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import presets
 from models import errors as model_errors
-from models import layout, memory
+from models import layout, memory, safetensors_files
 from worker import gpus, host_memory
 
 SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
@@ -97,6 +99,40 @@ def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
         problem = "has one transformer, and the preset a boundary_step_index between two"
         raise model_errors.CheckpointError(f"{root}: {problem}")
     return files
+
+
+def unlike_headers(look: presets.Look, files: layout.ModelFiles, models_dir: Path) -> list[str]:
+    """Where the look asks for other steps than a file of it was distilled for, by its header.
+
+    `rushes distill` writes such headers; files of others say nothing. Raises CheckpointError for a
+    file that cannot be read.
+    """
+    asked = {
+        "denoising_step_list": list(look.denoising_step_list),
+        "step_rule": look.step_rule,
+        "sample_shift": look.sample_shift,
+    }
+    loras = [models_dir / use.path for use in look.loras]
+    some = [path for paths in files.experts for path in paths[:1]]
+    told = []
+    for path in (*some, *loras):
+        header = {} if path.suffix != ".safetensors" else _distilled_for(path)
+        told += [
+            f"{path} was distilled for {key} {header[key]}, the preset has {wanted}"
+            for key, wanted in asked.items()
+            if key in header and header[key] != wanted
+        ]
+    return told
+
+
+def _distilled_for(path: Path) -> Mapping[str, object]:
+    found: dict[str, object] = dict(safetensors_files.read_metadata(path))
+    for key in ("denoising_step_list", "sample_shift"):
+        try:
+            found[key] = json.loads(str(found[key]))
+        except (KeyError, ValueError, RecursionError):
+            found.pop(key, None)
+    return found
 
 
 def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> memory.Need:

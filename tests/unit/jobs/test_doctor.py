@@ -8,9 +8,11 @@ from pathlib import Path
 
 import json5
 import pytest
+import safetensors.torch
 from click.testing import CliRunner
 
 from jobs import cli, database, doctor, migrate, presets, settings
+from models.tiny import shipped
 from worker import host_memory
 
 
@@ -84,6 +86,18 @@ def test_missing_and_incomplete_weights_are_told() -> None:
     (folder / "config.json").write_text("{}")
     assert checks()["weights tiny"].status == "warn"
     assert "complete the folder" in checks()["weights tiny"].advice
+
+
+def test_a_preset_with_other_steps_than_its_weights_were_distilled_for_is_told() -> None:
+    folder = settings.load().models_dir / "tiny"
+    shipped.copy("tiny", folder)
+    assert checks()["weights tiny"].status == "ok"
+    path = folder / "distill_models" / "distill_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {"denoising_step_list": "[1000, 500]"})
+    found = checks()["weights tiny"]
+    assert found.status == "warn"
+    assert f"{path} was distilled for denoising_step_list [1000, 500], the preset" in found.seen
 
 
 def test_a_preset_that_parks_weights_is_judged_by_main_memory_too(

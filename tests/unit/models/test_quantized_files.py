@@ -41,6 +41,15 @@ def test_a_base_model_goes_where_presets_with_a_lora_look(native_root):
     assert str(target.parent) == looked_for_by_a_preset(native_root, Scheme.FP8, lora_path="a")[0]
 
 
+def test_a_copy_says_what_the_original_was_distilled_for(native_root, tmp_path):
+    source, said = native_root / DIT, {"denoising_step_list": "[1000, 500]"}
+    tensors = safetensors.torch.load_file(source)
+    safetensors.torch.save_file(tensors, source, said)
+    quantized_files.write(layout.find(native_root), tmp_path / "new.safetensors", Scheme.FP8)
+    found = safetensors_files.read_metadata(tmp_path / "new.safetensors")
+    assert found == said | {"format": "pt"}
+
+
 @pytest.mark.parametrize("is_distilled", [True, False])
 def test_both_experts_are_written_where_presets_look_and_load(experts_root, is_distilled):
     if is_distilled:

@@ -8,6 +8,7 @@ from concurrent import futures
 
 import pytest
 import safetensors.torch
+import structlog
 import torch
 
 from models import layout, memory
@@ -183,6 +184,31 @@ def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own
 
 
 WITH_LORA = {"base": "original", "loras": [{"path": "tiny/loras/distill_lora.safetensors"}]}
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({"denoising_step_list": "[1000, 700, 400, 150]", "step_rule": "euler"}, 1),
+        ({"step_rule": "renoise", "sample_shift": "3"}, 2),
+        ({"denoising_step_list": "[1000, 750, 500, 250]", "sample_shift": "5"}, 0),
+        ({"denoising_step_list": "[" * 5000, "sample_shift": "much"}, 0),
+        ({}, 0),
+    ],
+)
+@pytest.mark.parametrize("file", ["distill_models/distill_model", "loras/distill_lora"])
+def test_other_steps_than_a_file_was_distilled_for_are_told_once(
+    warm, look, own_models, file, header, told
+):
+    path = own_models / "tiny" / f"{file}.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, header or None)
+    asked = look(**WITH_LORA) if "lora" in file else look()
+    with structlog.testing.capture_logs() as logs:
+        warm.model_for(asked)
+        warm.model_for(asked)
+    warnings = [each["because"] for each in logs if each["event"] == "model.unlike_header"]
+    assert len(warnings) == told
+    assert all(str(path) in each and "the preset has" in each for each in warnings)
 
 
 def test_a_lora_takes_no_copies_of_safetensors(warm, look):
