@@ -26,12 +26,26 @@ def until(
 
     Only the last of these exit_step + 1 forwards is seen by autograd.
     """
-    latents = noise_BCTHW
-    with torch.no_grad():
-        for step in range(exit_step):
-            latents = _step(step, velocity_fn, latents, levels, rule, draw_noise)
+    latents = walk(exit_step, velocity_fn, noise_BCTHW, levels, rule=rule, draw_noise=draw_noise)
     velocity = _ask(exit_step, velocity_fn, latents, levels)
     return sampling.predict_clean(latents, velocity, levels.sigmas[exit_step])
+
+
+@torch.no_grad()
+def walk(
+    num_steps: int,
+    velocity_fn: sampling.VelocityFn,
+    noise_BCTHW: Tensor,
+    levels: sampling.NoiseLevels,
+    *,
+    rule: sampling.StepRule,
+    draw_noise: DrawNoise,
+) -> Tensor:
+    """The latents after so many steps, at the level of the next one."""
+    latents = noise_BCTHW
+    for step in range(num_steps):
+        latents = _step(step, velocity_fn, latents, levels, rule, draw_noise)
+    return latents
 
 
 def _step(

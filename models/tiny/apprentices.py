@@ -143,6 +143,7 @@ def settings(recipe: recipes.Student, seed: int) -> method.Method:
         student |= {"rank": recipe.rank, "alpha": float(recipe.rank)}
     return method.Method(
         denoising_step_list=recipe.denoising_step_list,
+        rollout=recipe.rollout,
         student=method.student_tuning(recipe.weights, **student),
         critic=method.critic_tuning("full", **critic),
         guidance=recipe.guidance,

@@ -14,7 +14,6 @@ from torch import Tensor
 from models import image_encoder, sampling, text_encoder, transformer, vae
 from models.tiny import autoencoder, clips, loop, readout, world
 
-TEACHER_STEPS = tuple(range(1000, 0, -20))  # fifty
 SHIFT = 5.0
 BATCH = 40
 FIRST_FRAME_CHANNELS = 4  # of the mask, before the picture's latents
@@ -22,8 +21,25 @@ PROJECTIONS = 256  # random directions of the sliced Wasserstein distance
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How a network is asked."""
+
+    steps: tuple[int, ...]
+    step_rule: sampling.StepRule = "euler"
+    guidance: float = 1.0
+    """1 asks once per step, any other twice."""
+
+
+TEACHER = Sampler(steps=tuple(range(1000, 0, -20)), guidance=2.0)
+"""Fifty steps. More guidance makes shapes move faster than they should."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paper:
     """Questions: scenes, their contexts and noise; for image-to-video their pictures too."""
+
+    seed: int = 0
+    """Of the noise that the step rule `renoise` adds."""
 
     scenes: Sequence[world.Scene]
     context_BSD: Tensor  # noqa: N815  # named by its axes, as everywhere
@@ -57,6 +73,7 @@ def paper(
         context_BSD=torch.cat([encoder.encode(world.prompt(scene)) for scene in scenes]),
         empty_SD=encoder.encode("")[0],
         noise_BCTHW=torch.randn((count, *shape), generator=loop.generator(seed, -5)),
+        seed=seed,
         condition=condition,
     )
 
@@ -64,25 +81,20 @@ def paper(
 def with_other_noise(asked: Paper, *, seed: int) -> Paper:
     """The same questions from other noise."""
     noise = torch.randn(asked.noise_BCTHW.shape, generator=loop.generator(seed, -5))
-    return dataclasses.replace(asked, noise_BCTHW=noise)
+    return dataclasses.replace(asked, noise_BCTHW=noise, seed=seed)
 
 
 @torch.no_grad()
-def answer(
-    network: transformer.WanTransformer,
-    asked: Paper,
-    *,
-    steps: Sequence[int],
-    guidance: float = 1.0,
-) -> Tensor:
-    """Clean latents by Euler steps; guidance 1 asks once per step, any other twice."""
-    levels = sampling.noise_levels(steps, SHIFT)
+def answer(network: transformer.WanTransformer, asked: Paper, sampler: Sampler) -> Tensor:
+    """Clean latents."""
+    levels = sampling.noise_levels(sampler.steps, SHIFT)
+    generator = loop.generator(asked.seed, -8)
     parts = []
     for first in range(0, len(asked.scenes), BATCH):
         some = slice(first, first + BATCH)
-        velocity = _velocity(network, asked, some, guidance)
-        noise = asked.noise_BCTHW[some]
-        parts.append(sampling.denoise(velocity, noise, levels, step_rule="euler"))
+        velocity = _velocity(network, asked, some, sampler.guidance)
+        noise, rule = asked.noise_BCTHW[some], sampler.step_rule
+        parts.append(sampling.denoise(velocity, noise, levels, step_rule=rule, generator=generator))
     return torch.cat(parts)
 
 
@@ -126,13 +138,11 @@ def take(
     network: transformer.WanTransformer,
     decoder: vae.WanVAE,
     asked: Paper,
-    *,
-    steps: Sequence[int],
-    guidance: float = 1.0,
+    sampler: Sampler,
 ) -> tuple[Mapping[str, float], Tensor, Tensor]:
     """Marks, frames and latents; `seconds` is the time of sampling alone, per clip."""
     began = time.perf_counter()
-    latents = answer(network, asked, steps=steps, guidance=guidance)
+    latents = answer(network, asked, sampler)
     seconds = (time.perf_counter() - began) / len(latents)
     frames = autoencoder.decode(decoder, latents)
     return {**mark(frames, latents, asked), "seconds": seconds}, frames, latents

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models import sampling
-from models.distillation import examples, method, pairs, roles, tensor_files
+from models.distillation import examples, method, pairs, roles, rollout, tensor_files
 from models.tiny import learning, loop, recipes
 
 SHARES = (0.15, 0.3, 0.55)
@@ -52,7 +52,6 @@ def train(
     `path`: the checkpoint; the states of each round lie beside it until the end. A quarter of each
     batch are noise and the teacher's answers to it: the first step.
     """
-    assert how.rollout == "euler"
     assert len(how.denoising_step_list) == len(SHARES) + 1
     path.parent.mkdir(parents=True, exist_ok=True)
     student, here = nets.student, torch.device(device)
@@ -132,11 +131,15 @@ def collect(
             say(f"states  {sum(len(each[3]) for each in found)}/{recipe.states}")
             numbers = torch.randint(len(data), (count,), generator=generator)
             batch = data.batch(numbers.tolist(), device)
-            latents = torch.randn((count, *data.latent_shape), generator=generator).to(device)
+            shape = (count, *data.latent_shape)
+
+            def draw(shape: tuple[int, ...] = shape) -> Tensor:
+                return torch.randn(shape, generator=generator).to(device)
+
             velocity = nets.student.at(batch.context_BSG, batch.condition)
-            for sigma, after in zip(levels.sigmas[:gone], levels.sigmas[1:], strict=False):
-                sigma_B = torch.full((count,), sigma, device=device)
-                latents = latents - (sigma - after) * velocity(latents, 1000 * sigma_B)
+            latents = rollout.walk(
+                gone, velocity, draw(), levels, rule=how.rollout, draw_noise=draw
+            )
             left = _onward(levels.sigmas[gone], fine.sigmas)
             guided = pairs.guided(nets.teacher, batch, how.guidance)
             answers = sampling.denoise(guided, latents, left, step_rule="euler")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models import config
+from models import config, sampling
 from models.distillation import method
 from models.tiny import words
 
@@ -129,6 +129,7 @@ class Student:
     """Distillation to four steps; `rank` goes with weights "lora"."""
 
     denoising_step_list: tuple[int, ...] = method.DEFAULT_STEPS
+    rollout: sampling.StepRule = "euler"
     weights: Literal["full", "lora"]
     reflow: Reflow
     on_policy: OnPolicy | None

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +21,6 @@ from models import (
 from models.tiny import apprentices, exam, folders, readout, shipped, words, workshop
 
 NAMES = dict(zip((False, True), shipped.NAMES, strict=True))  # by whether with images
-GUIDANCE = 2.0  # of the teacher: more of it makes shapes move faster than they should
 EXAM_CLIPS = 120
 SHEET_CLIPS = 12
 STUDENT_FILE = transformer_files.DISTILLED_FILES[0]
@@ -72,10 +72,11 @@ def load(
     return read(folder, device="cpu", dtype=torch.float32, base=base)
 
 
-def denoising_steps(file: Path) -> tuple[int, ...]:
+def sampler_of(file: Path) -> exam.Sampler:
     """What a student or LoRA of ours was distilled for, as its header says."""
-    told = safetensors_files.read_metadata(file)
-    return tuple(json.loads(told["denoising_step_list"]))
+    told: dict[str, Any] = safetensors_files.read_metadata(file)
+    steps = tuple(json.loads(told["denoising_step_list"]))
+    return exam.Sampler(steps=steps, step_rule=told["step_rule"])
 
 
 def examine(shop: workshop.Workshop) -> None:
@@ -108,14 +109,10 @@ def examine_one(
     def sit(
         name: str,
         network: transformer.WanTransformer,
-        steps: Sequence[int],
-        guidance: float,
+        sampler: exam.Sampler,
     ) -> None:
         nonlocal reference
-        draws = [
-            exam.take(network, student.vae, paper, steps=steps, guidance=guidance)
-            for paper in (asked, again)
-        ]
+        draws = [exam.take(network, student.vae, paper, sampler) for paper in (asked, again)]
         (marks, frames, latents), (other_marks, other_frames, other_latents) = draws
         reference = reference or (frames, latents)
         rows[name] = {mark: (marks[mark] + other_marks[mark]) / 2 for mark in marks} | {
@@ -128,13 +125,13 @@ def examine_one(
         if sheets is not None:
             save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
 
-    sit("teacher, 50 steps", base.transformer, exam.TEACHER_STEPS, GUIDANCE)
-    steps = denoising_steps(folder / STUDENT_FILE)
-    sit("teacher, 4 steps", base.transformer, steps, 1.0)
-    sit("student, 4 steps", student.transformer, steps, 1.0)
+    sit("teacher, 50 steps", base.transformer, exam.TEACHER)
+    four = sampler_of(folder / STUDENT_FILE)
+    sit("teacher, 4 steps", base.transformer, four)
+    sit("student, 4 steps", student.transformer, four)
     choice = lora_switcher.Choice(path=folder / folders.LORA_FILE)
     lora_switcher.LoraSwitcher(base.transformer).apply([choice])
-    sit("LoRA, 4 steps", base.transformer, denoising_steps(choice.path), 1.0)
+    sit("LoRA, 4 steps", base.transformer, sampler_of(choice.path))
     return rows
 
 

@@ -65,7 +65,8 @@ def mark(shop: workshop.Workshop, who: apprentices.Apprentice) -> Mapping[str, f
     network.eval().requires_grad_(requires_grad=False)
     decoder = copy.deepcopy(shop.autoencoder).cpu()
     asked = exam.paper(shop.text_encoder, decoder, count=CLIPS, seed=11)
-    return exam.take(network, decoder, asked, steps=who.how.denoising_step_list)[0]
+    sampler = exam.Sampler(steps=who.how.denoising_step_list, step_rule=who.how.rollout)
+    return exam.take(network, decoder, asked, sampler)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

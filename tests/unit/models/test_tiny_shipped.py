@@ -33,12 +33,12 @@ def asked(name):
     return exam.paper(found.text_encoder, found.vae, count=COUNT, seed=21, tower=tower)
 
 
-def steps(name, file=shipment.STUDENT_FILE):
-    return shipment.denoising_steps(shipped.FOLDER / name / file)
+def sampler(name, file=shipment.STUDENT_FILE):
+    return shipment.sampler_of(shipped.FOLDER / name / file)
 
 
-def marks(name, network, steps):
-    return exam.take(network, networks(name).vae, asked(name), steps=steps)[0]
+def marks(name, network, sampler):
+    return exam.take(network, networks(name).vae, asked(name), sampler)[0]
 
 
 def test_all_of_it_is_smaller_than_25_megabytes():
@@ -58,7 +58,7 @@ def test_the_student_draws_what_it_was_not_trained_on_in_four_forwards(name):
     calls = []
     network = networks(name).transformer
     hook = network.register_forward_hook(lambda *_: calls.append(1))
-    found = marks(name, network, steps(name))
+    found = marks(name, network, sampler(name))
     hook.remove()
     assert len(calls) == 4
     for factor, least in BOUNDS[name].items():
@@ -69,7 +69,7 @@ def test_the_student_draws_what_it_was_not_trained_on_in_four_forwards(name):
 def test_the_lora_makes_a_student_of_the_teacher(name):
     teacher = networks(name, base=True).transformer
     switcher = lora_switcher.LoraSwitcher(teacher)
-    four = steps(name, folders.LORA_FILE)
+    four = sampler(name, folders.LORA_FILE)
     before = marks(name, teacher, four)
     switcher.apply([lora_switcher.Choice(path=shipped.FOLDER / name / folders.LORA_FILE)])
     after = marks(name, teacher, four)
@@ -90,7 +90,7 @@ def test_a_red_circle_moves_right():
     paper = exam.Paper(
         scenes=[scene] * 8, context_BSD=context, empty_SD=context[0], noise_BCTHW=noise
     )
-    frames = exam.take(found.transformer, found.vae, paper, steps=steps("tiny"))[1]
+    frames = exam.take(found.transformer, found.vae, paper, sampler("tiny"))[1]
     agreed = [reading.agrees(scene) for reading in readout.read(frames)]
     said = ("colour", "shape", "direction", "consistent")
     assert sum(all(each[name] for name in said) for each in agreed) >= RED_CIRCLES
@@ -98,7 +98,7 @@ def test_a_red_circle_moves_right():
 
 def test_a_video_starts_with_its_picture():
     found, paper = networks("tiny_i2v"), asked("tiny_i2v")
-    latents = exam.answer(found.transformer, paper, steps=steps("tiny_i2v"))
+    latents = exam.answer(found.transformer, paper, sampler("tiny_i2v"))
     assert len(latents) == len(paper.scenes)
     assert exam.first_frame(found.vae, latents, paper) > FIRST_FRAME_PSNR
 
@@ -110,6 +110,6 @@ def test_a_video_starts_with_its_picture():
 def test_presets_render_each_as_its_header_says(name, suffix, file):
     metadata = safetensors_files.read_metadata(shipped.FOLDER / name / file)
     look = presets.load(f"{name}{suffix}").look
-    assert look.denoising_step_list == steps(name, file)
-    assert look.step_rule == metadata["step_rule"] == "euler"
+    assert look.denoising_step_list == sampler(name, file).steps
+    assert look.step_rule == metadata["step_rule"]
     assert f"{look.sample_shift:g}" == metadata["sample_shift"]

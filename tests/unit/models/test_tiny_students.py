@@ -195,8 +195,10 @@ def collect(nets, how, data, folder, turn=0):
     )
 
 
-def test_a_state_is_the_students_and_its_answer_the_teachers_from_there(data, tmp_path):
+@pytest.mark.parametrize("rule", sampling.STEP_RULES)
+def test_a_state_is_the_students_and_its_answer_the_teachers_from_there(rule, data, tmp_path):
     nets, how = begun("lora")
+    how = dataclasses.replace(how, rollout=rule)
     reflowed(nets, how, data, tmp_path)
     there = collect(nets, how, data, tmp_path)
     assert there.steps_N.tolist() == [1] * 3 + [2] * 6 + [3] * 11
@@ -222,6 +224,9 @@ def test_a_state_is_the_students_and_its_answer_the_teachers_from_there(data, tm
     batch = data.batch(numbers.tolist(), torch.device("cpu"))
     velocity = nets.student.velocity(noise, torch.ones(3), batch.context_BSG, None)
     stepped = noise - (1 - levels.sigmas[1]) * velocity
+    if rule == "renoise":
+        fresh = torch.randn((3, *SHAPE), generator=generator)
+        stepped = sampling.mix(noise - velocity, fresh, levels.sigmas[1])
     torch.testing.assert_close(there.latents_NCTHW[:3], stepped.detach())
 
 

@@ -19,6 +19,7 @@ from models.tiny import (
     world,
 )
 
+FOUR = (1000, 750, 500, 250)
 SMALL = recipes.Transformer(dim=32, ffn_dim=48, num_heads=2, num_layers=1)
 
 
@@ -151,9 +152,9 @@ def test_guidance_asks_twice_a_step_and_none_once(encoder, autoencoder_made):
     network = teacher.new(SMALL.text_to_video, 0)
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
-    exam.answer(network, asked, steps=(1000, 750, 500, 250))
+    exam.answer(network, asked, exam.Sampler(steps=FOUR))
     assert len(calls) == 4
-    exam.answer(network, asked, steps=(1000, 750, 500, 250), guidance=2.0)
+    exam.answer(network, asked, exam.Sampler(steps=FOUR, guidance=2.0))
     assert len(calls) == 12
 
 
