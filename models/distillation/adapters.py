@@ -45,7 +45,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         small = functional.linear(x, self.down.to(x.dtype))
-        return self.scale * functional.linear(small, self.up.to(x.dtype))
+        # The scale goes to the few numbers in the middle, not to all that come out.
+        return functional.linear(self.scale * small, self.up.to(x.dtype))
 
 
 class AdaptedLinear(nn.Linear):
