@@ -9,7 +9,7 @@ import pytest
 
 from jobs import presets
 from models import lora_switcher, safetensors_files
-from models.tiny import exam, folders, readout, shipment, shipped, world
+from models.tiny import apprentices, exam, folders, readout, recipes, shipment, shipped, world
 
 COUNT = 24
 BOUNDS = {
@@ -113,3 +113,12 @@ def test_presets_render_each_as_its_header_says(name, suffix, file):
     assert look.denoising_step_list == sampler(name, file).steps
     assert look.step_rule == metadata["step_rule"]
     assert f"{look.sample_shift:g}" == metadata["sample_shift"]
+
+
+@pytest.mark.parametrize("apprentice", apprentices.NAMES)
+def test_the_recipe_trains_for_the_steps_that_ship(apprentice):
+    recipe = recipes.load()
+    how = apprentices.settings(getattr(recipe, apprentice), recipe.seed)
+    name = "tiny_i2v" if apprentice.endswith("_i2v") else "tiny"
+    file = folders.LORA_FILE if apprentice.startswith("lora") else shipment.STUDENT_FILE
+    assert sampler(name, file) == exam.Sampler(steps=how.denoising_step_list, step_rule=how.rollout)
