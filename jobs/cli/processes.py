@@ -13,6 +13,7 @@ from jobs import beat, database, dispatch, firing, logs, parts, result_writer, s
 from jobs.cli import connections, exits, output
 
 CHECK_SECONDS = 10.0
+EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # only compared
 THREAD_SECONDS = 10.0  # a schedule that is being made when we are told to stop
 
 _devices = click.option(
@@ -157,7 +158,7 @@ def web(host: str | None, port: int | None, require_token: bool | None, check: b
     """
     config = settings.load(web_host=host, web_port=port, web_require_token=require_token)
     if check:
-        return _told_answer(config.web_port)
+        return _told_answer(config.web_host, config.web_port)
     connections.open_database(config)
     logs.configure(config)
     from jobs.web import server  # takes its time to import
@@ -166,8 +167,10 @@ def web(host: str | None, port: int | None, require_token: bool | None, check: b
     return None
 
 
-def _told_answer(port: int) -> int:
-    address = f"http://localhost:{port}/healthz"
+def _told_answer(host: str, port: int) -> int:
+    if host in EVERY_ADDRESS:
+        host = "localhost"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/healthz"
     try:
         with urllib.request.urlopen(address, timeout=CHECK_SECONDS):
             output.line("it answers")

@@ -1,11 +1,13 @@
 """The command line, as a person at a terminal and as a script meet it."""
 
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -858,6 +860,22 @@ def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes
 
 def test_no_worker_here_is_code_1(db: database.Database, rushes: Rushes) -> None:
     assert rushes("worker", "--check").exit_code == exits.ERROR
+
+
+def test_the_web_service_is_asked_at_its_own_address(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = http.server.BaseHTTPRequestHandler
+    monkeypatch.setattr(answers, "do_GET", lambda self: self.send_error(200), raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.2", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = str(server.server_port)
+        asked = rushes("web", "--host", "127.0.0.2", "--port", port, "--check")
+        assert asked.exit_code == exits.OK, asked.stderr
+        for host in ("0.0.0.0", "127.0.0.1", "::1"):
+            asked = rushes("web", "--host", host, "--port", port, "--check")
+            assert asked.exit_code == exits.ERROR
+        server.shutdown()
 
 
 # Color.
