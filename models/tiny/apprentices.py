@@ -1,7 +1,7 @@
 """Distil the tiny teachers to four steps without guidance, by the trainer that real models use.
 
-All students begin with `reflow`; those for text end with `on_policy`, and those for images are
-drawn back towards the teacher.
+All students begin with `reflow`; those for text go on with `on_policy`. Then distributions are
+matched, and those for images are drawn back towards the teacher.
 """
 
 from dataclasses import dataclass
@@ -84,11 +84,6 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
         say=shop.say,
         device=shop.device,
     )
-    kept = None if how.regression is None else answered
-    train = trainer.Trainer(how, nets=nets, data=data, answered=kept, device=shop.device)
-    match_distributions(train, who, shop.say)
-    assert train.average is not None
-    train.average.give()
     if recipe.on_policy is not None:
         on_policy.train(
             nets,
@@ -96,10 +91,15 @@ def train(shop: workshop.Workshop, who: Apprentice) -> Path:
             recipe.on_policy,
             data=data,
             answered=answered,
-            path=who.output / f"on_policy_{train.updates}.pt",
+            path=who.output / "on_policy.pt",
             say=shop.say,
             device=shop.device,
         )
+    kept = None if how.regression is None else answered
+    train = trainer.Trainer(how, nets=nets, data=data, answered=kept, device=shop.device)
+    match_distributions(train, who, shop.say)
+    assert train.average is not None
+    train.average.give()
     draw_back(nets, recipe.share)
     train.average.restart()
     export.write(train, who.output)

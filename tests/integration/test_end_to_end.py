@@ -67,7 +67,7 @@ def test_a_seed_decides_the_latents_and_the_sidecar_tells_everything(farm):
     told = sidecars[0]
     assert told["prompt"] == prompt
     assert told["seed"] == 7
-    assert (told["step_rule"], told["denoising_step_list"]) == ("euler", [1000, 750, 500, 250])
+    assert (told["step_rule"], told["denoising_step_list"]) == ("renoise", [1000, 700, 400, 150])
     assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
     assert all(len(digest) == 64 for digest in told["weights_sha256"].values())
     assert len(told["weights_sha256"]) == 3

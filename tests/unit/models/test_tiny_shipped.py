@@ -13,11 +13,11 @@ from models.tiny import apprentices, exam, folders, readout, recipes, shipment, 
 
 COUNT = 24
 BOUNDS = {
-    "tiny": {"colour": 0.91, "shape": 0.91, "direction": 0.91, "background": 1.0, "all": 0.83},
+    "tiny": {"colour": 0.91, "shape": 0.91, "direction": 0.91, "background": 1.0, "all": 0.91},
     "tiny_i2v": {"colour": 0.95, "shape": 0.95, "direction": 0.95, "background": 1.0, "all": 0.87},
 }
-LORA_ALL = {"tiny": 0.75, "tiny_i2v": 0.87}
-RED_CIRCLES = 5  # of eight
+LORA_ALL = {"tiny": 0.79, "tiny_i2v": 0.87}
+RED_CIRCLES = 7  # of eight
 FIRST_FRAME_PSNR = 27.5  # dB
 
 
@@ -76,7 +76,7 @@ def test_the_lora_makes_a_student_of_the_teacher(name):
     switcher.apply([])
     assert after["all"] >= LORA_ALL[name], after
     if name == "tiny":  # a picture says so much that the teacher needs no guidance
-        assert after["all"] >= before["all"] + 0.1, (before, after)
+        assert after["all"] >= before["all"] + 0.3, (before, after)
 
 
 def test_a_red_circle_moves_right():
