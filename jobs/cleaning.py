@@ -244,11 +244,14 @@ class Cleaner:
     def _named_by_schedules(self) -> "_Named":
         """A prompt file of a schedule may name objects of ours, by their addresses."""
         with self._db.reading() as session:
-            rows = session.execute(select(Schedule.prompts, Schedule.prompts_url)).all()
+            rows = session.execute(
+                select(Schedule.prompts, Schedule.prompts_url, Schedule.lists)
+            ).all()
         images: set[str] = set()
         batch_ids: set[str] = set()
-        for prompts, url in rows:
-            for text in (prompts or "", url or "", self._text_at(url)):
+        for prompts, url, lists in rows:
+            items = [item for items in lists.values() for item in items]
+            for text in (prompts or "", url or "", self._text_at(url), *items):
                 images.update(IMAGES_IN_TEXT.findall(text))
                 batch_ids.update(BATCHES_IN_TEXT.findall(text))
         return _Named(images=frozenset(images), batch_ids=frozenset(batch_ids))

@@ -24,7 +24,10 @@ def parse(text: str, *, now: datetime, zone: tzinfo | None = None) -> datetime |
     if moment is None:
         raise ValueError(f"{WHAT_WOULD_DO}, got {text!r}")
     if moment.tzinfo is None:
-        moment = moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
+        try:
+            moment = moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
+        except OverflowError as error:
+            raise ValueError(f"{text} is more than {LONGEST.days} days away") from error
     if not now < moment <= now + LONGEST:
         when = "is over" if moment <= now else f"is more than {LONGEST.days} days away"
         raise ValueError(f"{moment.isoformat(sep=' ', timespec='minutes')} {when}")

@@ -244,8 +244,15 @@ def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Cand
     # One by one and in order: two dispatchers wait for each other, not in a circle.
     for batch_id in sorted({job.batch_id for job in taken}):
         session.execute(update(Batch).where(Batch.id == batch_id).values(served_at=now))
-    for name in sorted({job.owner for job in taken}):
-        session.execute(update(Owner).where(Owner.name == name).values(served_at=now))
+    # Those that a large submit holds, for its quota, are passed over: it may take minutes.
+    owners = (
+        select(Owner.name)
+        .where(Owner.name.in_({job.owner for job in taken}))
+        .order_by(Owner.name)
+        .with_for_update(skip_locked=True)
+    )
+    names = session.scalars(owners).all()
+    session.execute(update(Owner).where(Owner.name.in_(names)).values(served_at=now))
     return taken
 
 

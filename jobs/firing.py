@@ -6,6 +6,7 @@ locking the schedule and looking whether the fire time is still the next one.
 
 import contextlib
 import io
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ MAX_REASON_CHARS = 2_000
 MAX_URL_BYTES = 256 << 20
 LATER = (storage.StorageUnavailable, safety.CheckBroken)
 """Nobody's prompts are to blame: the fire time is tried again."""
+OUTAGES = (database.DatabaseUnavailable, *LATER)
 
 
 class Overtaken(errors.RushesError):
@@ -73,7 +75,7 @@ class Clockwork:
             try:
                 if self.tick():
                     broker.Broker(self._config).kick()
-            except (DBAPIError, database.DatabaseUnavailable, *LATER) as error:
+            except (DBAPIError, OSError, sqlite3.Error, *OUTAGES) as error:
                 log.error("schedule.delayed", error=str(error)[:300])
                 pause = min(AGAIN_SECONDS, 5 * pause)
             stop.wait(pause)
@@ -81,15 +83,16 @@ class Clockwork:
     def tick(self) -> int:
         """Everything that is due now; how many batches were made.
 
-        One of LATER: a prompt file could not be read or checked now. Others went first.
+        One of LATER, OSError or sqlite3.Error: a prompt file could not be read or checked now.
+        Others went first.
         """
         made = 0
-        delayed: errors.RushesError | None = None
+        delayed: Exception | None = None
         for schedule_id in self._due():
             try:
                 while (batch_id := self._fire_next(schedule_id)) is not None:
                     made += batch_id != ""
-            except LATER as error:
+            except (OSError, sqlite3.Error, *LATER) as error:  # such as a full disk
                 delayed = error
         if delayed is not None:
             raise delayed
@@ -116,7 +119,12 @@ class Clockwork:
             if schedule.busy_until is not None and schedule.busy_until >= now:
                 return None
             is_open = schedules.has_open_batch(session, schedule_id)
-            due = schedules.decide(schedule, now, has_open_batch=is_open)
+            try:
+                due = schedules.decide(schedule, now, has_open_batch=is_open)
+            except Exception as error:  # such as a zone that this host does not know
+                log.error("schedule.delayed", schedule=schedule.name, error=_told(error))
+                schedule.busy_until = now + BUSY
+                return None
             if due.skipped is not None:
                 _advance(schedule, due)
                 state = states.FiringState.SKIPPED
@@ -137,15 +145,23 @@ class Clockwork:
 
         try:
             with prompt_file(self._config, schedule, due.fire_at) as file:
-                batch_id = submission.submit(self._db, file, beside=record).batch_id
+                submitted = submission.submit(self._db, file, beside=record)
         except (Overtaken, IntegrityError):
             return None  # this fire time has its row already, or will have it in a moment
-        except LATER:
+        except (DBAPIError, OSError, sqlite3.Error, *OUTAGES):
             raise
         except errors.RushesError as error:
             return self._failed(schedule, due, str(error))
-        log.info("schedule.fired", schedule=schedule.name, batch_id=batch_id)
-        return batch_id
+        except Exception as error:  # one that cannot be read must not end the others
+            return self._failed(schedule, due, _told(error))
+        skipped = len(submitted.plan.skipped)
+        log.info(
+            "schedule.fired",
+            schedule=schedule.name,
+            batch_id=submitted.batch_id,
+            lines_skipped=skipped,
+        )
+        return submitted.batch_id
 
     def _failed(self, schedule: Schedule, due: schedules.Due, reason: str) -> str | None:
         with self._db.transaction() as session:
@@ -297,3 +313,7 @@ def _advance(schedule: Schedule, due: schedules.Due) -> None:
 
 def _is_as_planned(now: Schedule, planned: Schedule) -> bool:
     return now.next_fire_at == planned.next_fire_at and now.counter == planned.counter
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]

@@ -424,8 +424,11 @@ def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
 
 def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
     """The same, unless its jobs have been asked for again meanwhile: (0, 0)."""
-    asked = select(Batch.cancel_requested_at).where(Batch.id == batch_id)
-    return (0, 0) if session.scalar(asked) is None else cancel_batch(session, batch_id)
+    is_asked = Batch.cancel_requested_at.is_not(None)
+    if session.scalar(select(Batch.id).where(Batch.id == batch_id, is_asked)) is None:
+        return 0, 0
+    stopped = _stop_jobs(session, batch_id, {})
+    return stopped if _is_still(session, batch_id, is_asked) else (0, 0)
 
 
 def expire_batch(session: Session, batch_id: str) -> tuple[int, int]:
@@ -438,10 +441,24 @@ def expire_batch(session: Session, batch_id: str) -> tuple[int, int]:
     stopped = _stop_jobs(
         session, batch_id, {"failure_kind": states.FailureKind.DEADLINE, "error": why}
     )
+    if not _is_still(session, batch_id, Batch.deadline_at <= now):
+        return 0, 0
     session.execute(
         update(Batch).where(Batch.id == batch_id, Batch.expired_at.is_(None)).values(expired_at=now)
     )
     return stopped
+
+
+def _is_still(session: Session, batch_id: str, condition: ColumnElement[bool]) -> bool:
+    """After its jobs were stopped, and until the end of this transaction; else all is undone.
+
+    A retry that was faster has taken back what they are stopped for.
+    """
+    held = select(Batch.id).where(Batch.id == batch_id, condition).with_for_update()
+    if session.scalar(held) is not None:
+        return True
+    session.rollback()
+    return False
 
 
 def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[int, int]:

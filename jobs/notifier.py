@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -23,7 +23,6 @@ log = structlog.get_logger()
 
 AT_ONCE = 8
 PER_LISTENER = 2  # of those: a receiver that hangs leaves the others their share
-LOOKED_AT = 100
 WAITS_SECONDS = (60, 300, 1_800, 7_200, 18_000, 36_000, 50_400)  # as Standard Webhooks advises
 """After each try but the last; the first is longer than any try takes."""
 AGAIN_SECONDS = 30.0  # after the database failed
@@ -67,13 +66,18 @@ class Notifier:
         sign = beat.of_notifier(self._config)
         while not stop.is_set():
             try:
-                self.tick()
+                began = self.tick()
                 sign.touch()
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("notify.database_unavailable", error=str(error)[:300])
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
-            stop.wait(self._config.tick_seconds)
+            if began:  # more may wait: a receiver that is quick gets them at once
+                futures.wait(
+                    self._busy, self._config.tick_seconds, return_when=futures.FIRST_COMPLETED
+                )
+            else:
+                stop.wait(self._config.tick_seconds)
         self.close()
 
     def tick(self) -> int:
@@ -134,20 +138,20 @@ def _due(session: Session) -> Select[Notice]:
 
 def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
     """The next tries, written down as made. `busy`: tries under way by listener."""
-    busy = Counter(busy)
-    full = [listener_id for listener_id, number in busy.items() if number >= PER_LISTENER]
-    rows = session.scalars(
-        _due(session)
-        .where(Notice.listener_id.not_in(full))
-        .limit(LOOKED_AT)
-        .with_for_update(skip_locked=True, of=Notice)
-    ).all()
+    waiting = _due(session).with_only_columns(Notice.listener_id, func.min(Notice.next_try_at))
+    listener_ids = session.execute(
+        waiting.order_by(None)
+        .group_by(Notice.listener_id)
+        .order_by(func.min(Notice.next_try_at), Notice.listener_id)
+    )
+    rows: list[Notice] = []
+    for listener_id, _ in listener_ids.all():  # each its own: a backlog of one holds up no other
+        if (hands := min(PER_LISTENER - busy[listener_id], room - len(rows))) > 0:
+            some = _due(session).where(Notice.listener_id == listener_id).limit(hands)
+            rows += session.scalars(some.with_for_update(skip_locked=True, of=Notice))
     now = database.now(session)
     taken: list[Due] = []
     for notice in rows:
-        if len(taken) == room or busy[notice.listener_id] >= PER_LISTENER:
-            continue
-        busy[notice.listener_id] += 1
         listener = session.get_one(Listener, notice.listener_id)
         # Also after the last one, so that a try that is never heard of again is made again.
         wait = WAITS_SECONDS[min(notice.tries, len(WAITS_SECONDS) - 1)]

@@ -557,7 +557,17 @@ def _endpoint(name: str, url: str | None) -> str | None:
 
 
 def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
-    """For our own calls, and for links that others follow."""
+    """For our own calls, and for links that others follow. InvalidInput: what boto3 refuses."""
+    from botocore.exceptions import BotoCoreError  # not at the top: it takes its time to import
+
+    try:
+        return _made_clients(options)
+    except (BotoCoreError, ValueError) as error:  # such as an AWS_PROFILE that is not there
+        problem = errors.Problem(line=None, message=f"object store: {error}")
+        raise errors.InvalidInput("settings", [problem]) from error
+
+
+def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     import boto3  # not at the top: the command line starts without it
 
     # Without a token of its own, keys in the settings must not meet a token from elsewhere.

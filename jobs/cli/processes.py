@@ -3,7 +3,7 @@
 import signal
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -45,31 +45,38 @@ def dispatcher(check: bool) -> int:
     writer = result_writer.ResultWriter(config, db=db)
     # A thread: a million lines take a minute, and the next jobs are to be sent meanwhile. It is
     # not waited for: what it began is written again by whoever looks next.
-    threading.Thread(target=writer.run, args=(stop,), name="results", daemon=True).start()
-    with _clockwork(config, db, stop):
+    results = _beside("results", lambda: writer.run(stop), stop, wait_seconds=0.0)
+    # Another: a large prompt file must not hold up the workers.
+    schedules = _beside(
+        "schedules",
+        lambda: firing.Clockwork(config, db=db).run(stop),
+        stop,
+        wait_seconds=THREAD_SECONDS,
+    )
+    with results, schedules:
         _Beating(config, db=db, writer=writer).run(stop)
     return exits.OK
 
 
 @contextmanager
-def _clockwork(
-    config: settings.Settings, db: database.Database, stop: threading.Event
+def _beside(
+    name: str, work: Callable[[], None], stop: threading.Event, *, wait_seconds: float
 ) -> Iterator[None]:
-    """Schedules in a thread of their own: a large prompt file must not hold up the workers."""
+    """A thread; what it raises ends all and is raised here."""
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            firing.Clockwork(config, db=db).run(stop)
+            work()
         except BaseException as error:
             failures.append(error)
-            stop.set()  # without schedules this is half a dispatcher: whoever started it, restarts
+            stop.set()  # without it this is half a dispatcher: whoever started it, restarts
 
-    thread = threading.Thread(target=run, name="schedules", daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     yield
     stop.set()
-    thread.join(THREAD_SECONDS)
+    thread.join(wait_seconds)
     if failures:
         raise failures[0]
 

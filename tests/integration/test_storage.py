@@ -567,3 +567,13 @@ def _server_that_always_says(answer):
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+def test_what_boto3_refuses_is_a_wrong_setting(monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nope")
+    with pytest.raises(errors.InvalidInput, match=r"object store: .*nope"):
+        storage.open_store(settings.load(results_url="s3://bucket"))
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://min_io:9000")
+    with pytest.raises(errors.InvalidInput, match="object store: Invalid endpoint"):
+        storage.open_store(settings.load(results_url="s3://bucket"))

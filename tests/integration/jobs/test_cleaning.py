@@ -343,22 +343,25 @@ def test_a_batch_whose_image_went_cannot_be_reopened(bucket: Bucket) -> None:
 @ONE_DATABASE
 def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
     keys = []
-    for color in ("red", "blue", "green"):
+    for color in ("red", "blue", "green", "yellow"):
         keys.append(bucket.image(bucket.finish(bucket.submit(color), days_ago=31)))
-    uploaded, scheduled, free = keys
+    uploaded, scheduled, free, listed = keys
     with bucket.world.db.transaction() as session:
         stored = storage.StoredObject(key=uploaded, size_bytes=1, sha256="0" * 64)
         names = {"owner": "", "purpose": "vision", "name": "a.png"}
         uploads.add(session, stored, file_id=uploads.new_id(), **names)
         prompts = f'{{"prompt": "p", "image": "s3://rushes/{scheduled}"}}'
         session.add(schedule(session, prompts=prompts))
+        prompts = '{"prompt": "p", "image": "{{first}}"}'
+        lists = {"first": ["https://images.test/a.png", f"s3://rushes/{listed}"]}
+        session.add(schedule(session, prompts=prompts, lists=lists))
     assert bucket.clean(Kind.INPUTS)[Kind.INPUTS].counts == {"objects": 1}
     assert bucket.stored("inputs/") == sorted({*keys} - {free})
     with bucket.world.db.transaction() as session:
         past = database.now(session) - timedelta(days=31)
         session.execute(update(StoredFile).values(created_at=past))
     bucket.clean(Kind.UPLOADS, Kind.INPUTS, keep_uploads_days=30)
-    assert bucket.stored("inputs/") == [scheduled]
+    assert bucket.stored("inputs/") == sorted([scheduled, listed])
 
 
 @ONE_DATABASE
@@ -439,7 +442,12 @@ def test_two_runs_at_once_are_no_quarrel(bucket: Bucket) -> None:
     assert rows_of(bucket.world, Batch) == 0
 
 
-def schedule(session: Any, *, prompts: str = '{"prompt": "p"}') -> Schedule:
+def schedule(
+    session: Any,
+    *,
+    prompts: str = '{"prompt": "p"}',
+    lists: dict[str, list[str]] | None = None,
+) -> Schedule:
     row = Schedule(
         name=f"s{time.monotonic_ns()}",
         cron="0 0 * * *",
@@ -448,7 +456,7 @@ def schedule(session: Any, *, prompts: str = '{"prompt": "p"}') -> Schedule:
         overlap=states.Overlap.QUEUE,
         prompts=prompts,
         format="jsonl",
-        lists={},
+        lists=lists or {},
         preset="tiny",
         look=PRESET.look.model_dump(mode="json"),
         options={},

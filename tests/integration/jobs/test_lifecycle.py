@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from jobs import database, health, lifecycle, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
@@ -415,6 +416,33 @@ def test_a_host_that_stays_away_with_finished_videos_is_charged_with_no_crash(
         job = world.job(job_id)
         assert (job.state, job.crash_count) == (JobState.QUEUED, 0)
     assert world.claim(job_ids[0], worker="gpu0@gone") is not None, "nothing speaks against it"
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
+    postgres_world: World, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = postgres_world
+    batch_id = world.submit(3)
+    world.claimed(world.job_ids(batch_id)[0])  # so that the batch is not over
+    world.cancel_batch(batch_id)
+    look = lifecycle.go_on_cancelling
+    if how == "deadline":
+        look = lifecycle.expire_batch
+        with world.db.transaction() as session:
+            past = database.now(session) - timedelta(seconds=1)
+            session.execute(update(Batch).where(Batch.id == batch_id).values(deadline_at=past))
+    real = lifecycle._stop_jobs
+
+    def overtaken(session: Session, *rest: Any) -> tuple[int, int]:
+        assert world.retry(batch_id, JobState.CANCELLED) == 2
+        return real(session, *rest)
+
+    monkeypatch.setattr(lifecycle, "_stop_jobs", overtaken)
+    assert world.db.write(look, batch_id) == (0, 0)
+    batch = world.batch(batch_id)
+    assert (batch.queued, batch.cancelled, batch.cancel_requested_at) == (2, 0, None)
+    assert batch.expired_at is None
 
 
 def test_no_job_escapes_a_cancel_while_workers_claim_and_requeue(postgres_world: World) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+import time
 from collections import Counter
 from datetime import timedelta
 
@@ -162,6 +163,42 @@ def test_a_notice_is_taken_by_one_of_two_notifiers(world):
     assert due.tries == 1
     with world.db.transaction() as session:
         assert notifier.take(session, room=8, busy=Counter()) == []
+
+
+def test_a_backlog_of_one_receiver_holds_up_no_other(world):
+    listen(world, "https://busy.test/", owner="ann")
+    listen(world, "https://quiet.test/", name="quiet", owner="bob")
+    for _ in range(5):
+        finish(world, owner="ann")
+    finish(world, owner="bob")
+    make_due(world)
+    taken = world.db.write(notifier.take, room=8, busy=Counter())
+    urls = sorted(due.letter.url for due in taken)
+    assert urls == ["https://busy.test/"] * notifier.PER_LISTENER + ["https://quiet.test/"]
+    busy = Counter(due.listener_id for due in taken)
+    assert world.db.write(notifier.take, room=8, busy=busy) == []
+    assert len(world.db.write(notifier.take, room=1, busy=Counter())) == 1
+
+
+def test_a_backlog_goes_out_as_fast_as_it_is_taken(sqlite_world, receiver):
+    listen(sqlite_world, f"http://127.0.0.1:{receiver.server_port}/")
+    for _ in range(7):
+        finish(sqlite_world)
+    receiver.gate.set()
+    config = settings.load(tick_seconds=60)
+    running = notifier.Notifier(
+        config, db=sqlite_world.db, courier=couriers.Courier(internal_hosts=LOCAL)
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=running.run, args=(stop,))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while any(each.next_try_at is not None for each in notices(sqlite_world)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stop.set()
+    thread.join()
+    assert len(receiver.letters) == 7
 
 
 def test_a_webhook_is_signed_as_the_standard_says(sqlite_world, receiver, sender, caplog, capfd):

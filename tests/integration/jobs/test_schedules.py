@@ -1,5 +1,6 @@
 """Each fire time makes its batch once, whoever looks and however late, as the policies say."""
 
+import errno
 import itertools
 import random
 import threading
@@ -10,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
-from jobs import cron, errors, firing, listeners, outbox, schedules, settings, states, storage
+from jobs import bulk, cron, errors, firing, listeners, outbox, schedules, settings, states, storage
 from jobs.schema import Batch, Firing, Job, Listener, Notice, Schedule
 from tests.integration.jobs.conftest import PRESET, World
 
@@ -333,6 +334,39 @@ def test_one_whose_store_is_away_does_not_hold_up_the_others(
         farm.tick(START + timedelta(hours=1))
     assert farm.states("b") == [MADE]
     assert farm.states("a") == []
+
+
+def test_one_that_cannot_be_read_is_told_and_holds_up_no_other(sqlite_farm: Farm) -> None:
+    """Its look has a key of a later version, or its zone is not known on this machine."""
+    farm = sqlite_farm
+    for name in ("a", "b", "c"):
+        farm.add(name, cron="0 * * * *")
+    with farm.world.db.transaction() as session:
+        later = Schedule.name == "a"
+        look = {**session.scalars(select(Schedule.look)).first(), "of_tomorrow": 1}
+        session.execute(update(Schedule).where(later).values(look=look))
+        session.execute(update(Schedule).where(Schedule.name == "b").values(zone="Moon/Dark"))
+    assert farm.tick(START + timedelta(hours=1)) == 1
+    assert farm.states("a") == [FAILED]
+    assert "of_tomorrow" in farm.firings("a")[0].reason
+    assert farm.states("b") == []
+    assert farm.states("c") == [MADE]
+
+
+def test_a_full_disk_delays(sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm = sqlite_farm
+    farm.add("a", cron="0 * * * *")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bulk.Spool, "add", full)
+        with pytest.raises(OSError, match="No space"):
+            farm.tick(START + timedelta(hours=1))
+    assert farm.states("a") == []
+    farm.tick(START + timedelta(hours=1, minutes=5))
+    assert farm.states("a") == [MADE]
 
 
 def test_a_paused_schedule_does_not_fire_and_a_resumed_one_looks_ahead(sqlite_farm: Farm) -> None:

@@ -1,5 +1,6 @@
 """Deadlines as people write them."""
 
+import time
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -9,6 +10,17 @@ from jobs import deadlines
 
 BERLIN = ZoneInfo("Europe/Berlin")
 EVENING = datetime(2026, 11, 27, 22, 15, tzinfo=UTC)  # 23:15 in Berlin
+
+
+def test_the_end_of_time_is_too_far_away_in_every_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        with pytest.raises(ValueError, match="more than 366 days away"):
+            deadlines.parse("9999-12-31T23:59", now=EVENING)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
