@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, select
 from sqlalchemy.orm import Session
 
 from jobs import database, errors
@@ -45,20 +45,28 @@ def add(
     return row
 
 
-def get(session: Session, *, api: str, owner: str | None, name: str) -> ApiRequest | None:
-    """Deleted ones too. `owner` None: the first of this name, whoever owns it."""
+def get(
+    session: Session, *, api: str, owner: str | None, name: str, own: str | None = None
+) -> ApiRequest | None:
+    """Deleted ones too. `owner` None: anybody's of this name, that of `own` before all others."""
     statement = select(ApiRequest).where(
         ApiRequest.api == api, ApiRequest.name == name.replace("\0", "")
     )
     if owner is not None:
         statement = statement.where(ApiRequest.owner == owner)
+    if own is not None:
+        statement = statement.order_by(case((ApiRequest.owner == own, 0), else_=1))
     return session.scalars(statement.order_by(ApiRequest.id)).first()
 
 
-def find(session: Session, *, api: str, owner: str | None, name: str) -> ApiRequest:
+def find(
+    session: Session, *, api: str, owner: str | None, name: str, own: str | None = None
+) -> ApiRequest:
     """NotFound, also for a deleted one."""
-    row = get(session, api=api, owner=owner, name=name)
-    if row is None or row.deleted_at is not None:
+    row = get(session, api=api, owner=owner, name=name, own=own)
+    batch = None if row is None or row.batch_id is None else session.get(Batch, row.batch_id)
+    is_forgotten = batch is not None and batch.forgotten_at is not None
+    if row is None or row.deleted_at is not None or is_forgotten:
         raise errors.NotFound(f"no {name[:100]!r} here")
     return row
 
@@ -73,7 +81,12 @@ def page(
     oldest_first: bool = False,
 ) -> Sequence[ApiRequest]:
     """`after` is the name of the last one that was seen. NotFound."""
-    statement = select(ApiRequest).where(ApiRequest.api == api, ApiRequest.deleted_at.is_(None))
+    statement = (
+        select(ApiRequest)
+        .where(ApiRequest.api == api, ApiRequest.deleted_at.is_(None))
+        .outerjoin(Batch, Batch.id == ApiRequest.batch_id)
+        .where(Batch.forgotten_at.is_(None))
+    )
     if owner is not None:
         statement = statement.where(ApiRequest.owner == owner)
     if after is not None:

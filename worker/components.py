@@ -279,7 +279,8 @@ class Components:
         return model
 
     def _networks(self, key: WeightsKey, files: layout.ModelFiles) -> checkpoint.Networks:
-        plain = key.mode.offload is memory.Offload.NONE and not key.mode.park_encoders
+        is_resident = key.mode.offload is memory.Offload.NONE
+        plain = is_resident and not (key.mode.park_encoders or key.mode.text_encoder_on_cpu)
         device = self.device.torch_device if plain else torch.device("cpu")
         common = {
             "device": device,

@@ -1,5 +1,6 @@
 """Our own API: batches."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ router = APIRouter(prefix="/api/batches", tags=["batches"], responses=answers.PR
 HEAD_BYTES = 4096
 LINK_SECONDS = 3600
 MOST_AT_ONCE = 1_000
+MAX_OWNER_IN_KEY = 49
 
 Serving = Annotated[service.Service, Depends(service.of)]
 Limit = Annotated[int, Query(ge=1, le=MOST_AT_ONCE)]
@@ -73,7 +75,7 @@ def options(
 ) -> submission.Options:
     """An owner's idempotency keys are their own."""
     if key is not None and principal.name != access.LOCAL:
-        key = f"{principal.owner[:49]}:{key}"
+        key = _key_of(principal.owner, key)
     return submission.Options(
         preset=preset,
         owner=principal.owner,
@@ -81,6 +83,13 @@ def options(
         idempotency_key=key,
         **given,
     )
+
+
+def _key_of(owner: str, key: str) -> str:
+    """No other owner has it; at most 50 characters and the key."""
+    if ":" in owner or len(owner) > MAX_OWNER_IN_KEY:
+        owner = hashlib.sha256(owner.encode()).hexdigest()[:MAX_OWNER_IN_KEY]
+    return f"{owner}:{key}"
 
 
 @router.post("", status_code=201, response_model=answers.Submitted)

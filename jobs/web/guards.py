@@ -88,10 +88,15 @@ class Guards:
         if origin is None:
             is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         else:
-            is_foreign = (
-                urlsplit(origin).netloc != host and origin.lower() not in self._cors_origins
-            )
+            is_foreign = _host_of(origin) != host and origin.lower() not in self._cors_origins
         return "a page of another site may not change anything here" if is_foreign else None
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name_of(host: str) -> str:

@@ -264,7 +264,9 @@ def stop(task_id: str, serving: Serving, principal: access.Submitter) -> dict[st
     """Now if it waits, at its next step if it runs."""
     nothing = {"stop_status": "do_nothing", "reason": "Task not found or already completed."}
     with serving.db.reading() as session:
-        row = requests.get(session, api=API, owner=principal.sees, name=task_id)
+        row = requests.get(
+            session, api=API, owner=principal.sees, name=task_id, own=principal.owner
+        )
         if row is None or row.batch_id is None:
             return nothing
     cancelled, stopping = cancelling.cancel_batch(serving.db, row.batch_id)
@@ -308,7 +310,9 @@ def service_metadata(serving: Serving, principal: access.Reader) -> dict[str, An
 
 def _find(session: Session, task_id: str, principal: access.Principal) -> ApiRequest:
     try:
-        return requests.find(session, api=API, owner=principal.sees, name=task_id)
+        return requests.find(
+            session, api=API, owner=principal.sees, name=task_id, own=principal.owner
+        )
     except errors.NotFound:
         raise HTTPException(404, "Task not found") from None
 

@@ -106,7 +106,10 @@ def _number(text: str) -> Any:
 
 @router.post("/videos", response_model=Video, openapi_extra=BODY)
 def create(
-    asked: Annotated[Asked, Depends(_asked)], serving: Serving, principal: access.Submitter
+    # The principal first: nothing of a stranger's is read.
+    principal: access.Submitter,
+    asked: Annotated[Asked, Depends(_asked)],
+    serving: Serving,
 ) -> dict[str, Any]:
     """One prompt, one video. Also takes `seed` and the other keys of a prompt file."""
     found = images_for(serving, principal)
@@ -159,10 +162,10 @@ def _image(reference: Any) -> str:
 
 def preset_of(serving: service.Service, model: Any, *, with_image: bool) -> presets.Preset:
     """The preset that a client calls its model. NotFound names those that there are."""
+    if not isinstance(model, str | None):
+        raise service.invalid("model", "must be the name of a preset")
     if model is None or model in ALIASES:
         return serving.default_preset(with_image=with_image)
-    if not isinstance(model, str):
-        raise service.invalid("model", "must be the name of a preset")
     return serving.preset(model)
 
 

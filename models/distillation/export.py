@@ -33,11 +33,16 @@ def write(train: trainer.Trainer, folder: Path, *, averaged: bool = True) -> Pat
     trained: Mapping[str, Tensor] = train.student.trained
     if averaged and train.average is not None:
         trained = train.average.tensors
-    whole = {name: _whole(tensor) for name, tensor in trained.items()}
+    tuning, network = train.how.student, train.nets.student.network
+    dtype = torch.bfloat16 if tuning.weights == "full" else torch.float32
+    whole = {}
+    for name, tensor in trained.items():
+        gathered = _whole(tensor)  # by all processes, one after the other; the first keeps them
+        if processes.is_first():
+            whole[name] = gathered.detach().to("cpu", dtype)
     if not processes.is_first():
         return None
     metadata = facts(train.how, updates=train.updates, averaged=averaged)
-    tuning, network = train.how.student, train.nets.student.network
     if tuning.weights == "full":
         return _checked(
             whole, folder / FULL_FILE, metadata, lambda path: _check_full(path, network)

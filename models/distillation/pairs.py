@@ -86,8 +86,8 @@ def ask(
     wanted.folder.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(wanted.count) if not wanted.path(number).exists()]
     processes.wait()  # before the first of them is written
-    stride = sampling.TABLE_LENGTH // wanted.steps
-    steps = range(sampling.TABLE_LENGTH, 0, -stride)
+    table = sampling.TABLE_LENGTH
+    steps = [table - table * step // wanted.steps for step in range(wanted.steps)]
     levels = sampling.noise_levels(steps, wanted.how.sample_shift)
     done = wanted.count - len(missing)
     for some in _shares(missing, batch):

@@ -121,6 +121,16 @@ def test_a_student_comes_nearer_to_the_answers_and_the_teacher_stays(weights, da
     assert torch.equal(latents(again, data), latents(answered, data))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 30, 300])
+def test_an_answer_takes_as_many_steps_as_were_asked_for(steps, data, tmp_path):
+    nets, how = begun("full")
+    calls = []
+    nets.teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    asked = pairs.Pairs(folder=tmp_path, made_from="a", how=how, steps=steps, count=1)
+    pairs.ask(nets.teacher, asked, data=data, batch=1, report=lambda done, count: None)
+    assert len(calls) == 2 * steps
+
+
 def test_answers_are_made_once_and_those_to_other_questions_are_others(data, tmp_path):
     nets, how = begun("full")
     made = answers(nets, how, data, tmp_path)

@@ -211,6 +211,22 @@ def test_other_steps_than_a_file_was_distilled_for_are_told_once(
     assert all(str(path) in each and "the preset has" in each for each in warnings)
 
 
+def test_a_text_encoder_for_the_processor_never_comes_to_the_device(warm, look, monkeypatch):
+    """Neither while the model is loaded, which the estimate of its memory does not count."""
+    warm.device = dataclasses.replace(warm.device, torch_device=torch.device("meta"))
+    loaded = []
+
+    def load(*_, device, **__):
+        loaded.append(device.type)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(components.checkpoint, "load_text_to_video", load)
+    for changes in ({"unload_encoders": True}, {}):
+        with pytest.raises(errors.WeightsAbsent):
+            warm.model_for(look(**changes))
+    assert loaded == ["cpu", "meta"]
+
+
 def test_a_lora_takes_no_copies_of_safetensors(warm, look):
     model = warm.model_for(look(**WITH_LORA))
     assert {switcher.kept_bytes for switcher in model._switchers.values()} == {0}

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import redis
+from sqlalchemy import delete, update
 
-from jobs import database, migrate, settings, tokens
+from jobs import database, migrate, schema, settings, tokens
 from jobs.web import server
 from tests.unit.jobs.web.conftest import Web
 
@@ -94,15 +95,56 @@ def test_an_owner_sees_only_what_is_theirs_and_an_admin_everything(
     assert guarded.client.post("/api/batches", json=stolen, headers=ann).status_code == 201
 
 
-def test_the_same_idempotency_key_of_two_owners_is_two_batches(guarded: Web) -> None:
-    key = {"Idempotency-Key": "night"}
-    ann = guarded.submit(headers=guarded.token("ann") | key)
-    ben = guarded.submit(headers=guarded.token("ben") | key)
-    assert ann != ben
+@pytest.mark.parametrize(
+    ("one", "its_key", "other", "other_key"),
+    [
+        ("ann", "night", "ben", "night"),
+        ("team", "x:n", "team:x", "n"),
+        ("a" * 60 + "1", "night", "a" * 60 + "2", "night"),
+    ],
+)
+def test_the_same_idempotency_key_of_two_owners_is_two_batches(
+    guarded: Web, one: str, its_key: str, other: str, other_key: str
+) -> None:
+    first = guarded.submit(headers=guarded.token(one) | {"Idempotency-Key": its_key})
+    second = guarded.submit(headers=guarded.token(other) | {"Idempotency-Key": other_key})
+    assert first != second
 
 
-def test_buckets_are_read_for_admins_only(guarded: Web) -> None:
-    new = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": "s3://b/k"}]}
+def test_an_admins_task_is_meant_before_anothers_of_its_name(guarded: Web) -> None:
+    ann, admin = guarded.token("ann"), guarded.token("boss", "admin")
+    for seed, who in ((3, ann), (7, admin)):
+        task = {"prompt": "x", "task_id": "t1", "seed": seed}
+        assert guarded.client.post("/v1/tasks/", json=task, headers=who).status_code == 200
+    stopped = guarded.client.delete("/v1/tasks/t1", headers=admin).json()
+    assert stopped["stop_status"] == "success"
+    told = {
+        name: guarded.client.get("/v1/tasks/t1/status", headers=who).json()["status"]
+        for name, who in (("ann", ann), ("admin", admin))
+    }
+    assert told == {"ann": "pending", "admin": "cancelled"}
+
+
+def test_lists_pass_over_what_is_being_forgotten(web: Web) -> None:
+    """A cleaner that was killed has deleted the jobs, and not yet the name."""
+    for path, body in (("/v1/videos", {"prompt": "x"}), ("/v1/tasks/", {"prompt": "x"})):
+        assert web.client.post(path, json=body).status_code == 200
+    with web.db.transaction() as session:
+        session.execute(update(schema.Batch).values(forgotten_at=database.now(session)))
+        session.execute(delete(schema.Job))
+    assert web.client.get("/v1/videos").json()["data"] == []
+    assert web.client.get("/v1/tasks/").json() == {}
+
+
+def test_nothing_of_a_strangers_is_read(guarded: Web) -> None:
+    form = {"prompt": "x", "model": "tiny_i2v"}
+    answer = guarded.client.post("/v1/videos", data=form, files={"input_reference": b"no image"})
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("address", ["s3://b/k", "S3://b/k", "s3:b/k", "S3:b"])
+def test_buckets_are_read_for_admins_only(guarded: Web, address: str) -> None:
+    new = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": address}]}
     answer = guarded.client.post("/api/batches", json=new, headers=guarded.token("ann"))
     assert "admin tokens only" in answer.json()["problems"][0]["message"]
 
@@ -159,6 +201,7 @@ def test_pages_of_other_sites_change_nothing(web: Web) -> None:
     for headers in (
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
+        {"Origin": "http://[x"},
         {"Origin": "http://127.0.0.1:9999"},
         {"Sec-Fetch-Site": "cross-site"},
     ):

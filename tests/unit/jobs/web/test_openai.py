@@ -155,6 +155,13 @@ def test_errors_are_those_that_the_client_knows(
     assert list(client.videos.list()) == []
 
 
+@pytest.mark.parametrize("model", [[], {}, 7, True])
+def test_a_model_is_a_name(live: Live, model: Any) -> None:
+    answer = live.web.client.post("/v1/videos", json={"prompt": "x", "model": model})
+    assert answer.status_code == 400
+    assert "must be the name of a preset" in answer.json()["error"]["message"]
+
+
 def test_a_body_nested_too_deeply_is_no_json_to_us(live: Live) -> None:
     nested = {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}
     answer = live.web.client.post("/v1/videos", **nested)
