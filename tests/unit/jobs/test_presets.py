@@ -218,7 +218,7 @@ class TestShippedPresets:
 
     @pytest.mark.parametrize(
         ("name", "look_id"),
-        [("tiny", "a3fa512c011105ce"), ("wan_t2v_distill_4step_cfg", "54cfac8bcc761bda")],
+        [("tiny", "ec16e6b9705e9824"), ("wan_t2v_distill_4step_cfg", "54cfac8bcc761bda")],
     )
     def test_an_id_never_changes(self, name, look_id):
         """Queued jobs and result folders carry these ids."""
@@ -237,7 +237,7 @@ class TestLook:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"step_rule": "renoise"},
+            {"step_rule": "euler"},
             {"fps": 9},
             {"width": 80},
             {"denoising_step_list": [999, 750, 500, 250]},
