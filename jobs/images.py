@@ -189,7 +189,7 @@ def _read(
 ) -> bytes:
     if not source.strip() or not source.isprintable():
         raise ImageUnusable(shown, "an image is named by one line of printable text")
-    scheme = source.partition(":")[0].lower()
+    scheme = scheme_of(source)
     if scheme == "data":
         return _from_data_url(source, shown, limits)
     if scheme == "https":
@@ -209,10 +209,15 @@ def _read(
     return _from_file(Path(source), shown, base, limits)
 
 
+def scheme_of(source: str) -> str:
+    """What decides where it is read from: `s3` for `S3://...` too."""
+    return source.partition(":")[0].lower()
+
+
 def _shown(source: str) -> str:
     """Which image is meant, short and safe to print: no user, password, query or fragment."""
     scheme, _, rest = source.partition(":")
-    if scheme.lower() == "data":
+    if scheme_of(source) == "data":
         text = f"{source[:30].partition(',')[0]},... ({len(source)} characters)"
     elif rest.startswith("//"):
         authority, slash, path = rest[2:].partition("/")

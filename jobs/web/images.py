@@ -32,8 +32,7 @@ class WebImages(inputs.InputImages):
             return images.examine(self.given[source], "the image")
         if source.startswith(UPLOAD):
             return self._uploaded(source)
-        scheme = source.partition(":")[0].lower()  # as `images.fetch` tells what it is
-        if scheme == "s3" and not self.may_read_buckets:
+        if images.scheme_of(source) == "s3" and not self.may_read_buckets:
             raise images.ImageUnusable(
                 "s3 address", "is for admin tokens only: upload the image, or give https://"
             )

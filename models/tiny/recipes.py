@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models import config, sampling
-from models.distillation import method
 from models.tiny import words
 
 DEFAULT = Path(__file__).with_name("recipe.json")
@@ -128,8 +127,8 @@ class OnPolicy:
 class Student:
     """Distillation to four steps; `rank` goes with weights "lora"."""
 
-    denoising_step_list: tuple[int, ...] = method.DEFAULT_STEPS
-    rollout: sampling.StepRule = "euler"
+    denoising_step_list: tuple[int, ...]
+    rollout: sampling.StepRule
     weights: Literal["full", "lora"]
     reflow: Reflow
     on_policy: OnPolicy | None
@@ -182,7 +181,7 @@ def load(path: Path = DEFAULT) -> Recipe:
 def _student(values: dict[str, Any]) -> Student:
     own = values["on_policy"]
     on_policy = None if own is None else OnPolicy(**own)
-    steps = tuple(values.get("denoising_step_list", method.DEFAULT_STEPS))
+    steps = tuple(values["denoising_step_list"])
     reflow = Reflow(**values["reflow"])
     return Student(
         **{**values, "denoising_step_list": steps, "reflow": reflow, "on_policy": on_policy}
