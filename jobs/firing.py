@@ -41,7 +41,8 @@ BUSY = timedelta(minutes=2)  # a large file with images; longer, and another dis
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
 MAX_REASON_CHARS = 2_000
 MAX_URL_BYTES = 256 << 20
-LATER = (storage.StorageUnavailable, safety.CheckBroken)
+PATIENCE = timedelta(hours=1)  # with servers of images that do not answer
+LATER = (storage.StorageUnavailable, safety.CheckBroken, inputs.ImageAway)
 """Nobody's prompts are to blame: the fire time is tried again."""
 OUTAGES = (database.DatabaseUnavailable, *LATER)
 
@@ -66,6 +67,8 @@ class Clockwork:
         self._config = config
         self._db = db
         self._clock = clock
+        self._since: datetime | None = None
+        """The first tick: servers that were away before it have not been asked yet."""
         submission.prompt_check(config)  # one that cannot be loaded is told now
 
     def run(self, stop: threading.Event) -> None:
@@ -101,6 +104,7 @@ class Clockwork:
     def _due(self) -> list[int]:
         with self._db.reading() as session:
             now = self._clock(session)
+            self._since = self._since or now
             return list(
                 session.scalars(
                     select(Schedule.id)
@@ -132,9 +136,10 @@ class Clockwork:
                 log.warning("schedule.skipped", schedule=schedule.name, reason=due.skipped)
                 return ""
             schedule.busy_until = now + BUSY
-        return self._make(schedule, due)
+        asked_since = max(due.fire_at, self._since or now)
+        return self._make(schedule, due, may_wait=now - asked_since < PATIENCE)
 
-    def _make(self, schedule: Schedule, due: schedules.Due) -> str | None:
+    def _make(self, schedule: Schedule, due: schedules.Due, *, may_wait: bool) -> str | None:
         def record(session: Session, batch_id: str) -> None:
             locked = _locked(session, schedule.id)
             if locked is None or not _is_as_planned(locked, schedule):
@@ -144,7 +149,7 @@ class Clockwork:
             _record(session, schedule.id, due.fire_at, batch_id=batch_id)
 
         try:
-            with prompt_file(self._config, schedule, due.fire_at) as file:
+            with prompt_file(self._config, schedule, due.fire_at, may_wait=may_wait) as file:
                 submitted = submission.submit(self._db, file, beside=record)
         except (Overtaken, IntegrityError):
             return None  # this fire time has its row already, or will have it in a moment
@@ -210,9 +215,12 @@ def fire_now(config: settings.Settings, db: database.Database, name: str) -> str
 
 @contextmanager
 def prompt_file(
-    config: settings.Settings, schedule: Schedule, moment: datetime
+    config: settings.Settings, schedule: Schedule, moment: datetime, *, may_wait: bool = False
 ) -> Iterator[submission.PromptFile]:
-    """The prompts of the firing at `moment`, with its variables filled in."""
+    """The prompts of the firing at `moment`, with its variables filled in.
+
+    With `may_wait`, one of LATER where the server of an image does not answer.
+    """
     rule = schedules.rule_of(schedule)
     wall = moment.astimezone(rule.zone)
     variables = templates.Variables(
@@ -229,7 +237,9 @@ def prompt_file(
         keys_without_effect=(),
     )
     # Any dispatcher may come to read them: no images from the files of one machine.
-    images = inputs.InputImages(config=config, base=None, store=storage.open_store(config))
+    images = inputs.InputImages(
+        config=config, base=None, store=storage.open_store(config), may_wait=may_wait
+    )
     with contextlib.closing(images):
         yield submission.PromptFile(
             stream=io.BytesIO(_prompts(config, schedule)),

@@ -5,9 +5,13 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobs import database, holds, images, settings, storage
+from jobs import database, errors, holds, images, settings, storage
 
 LONG_SOURCE_CHARS = 200  # data URLs are remembered by their hash
+
+
+class ImageAway(errors.RushesError):
+    """Its server does not answer now; nobody's prompts are to blame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,8 @@ class InputImages:
     """Folder that relative paths start from; None: no files of this machine."""
     store: storage.ObjectStore | None
     """None: check only, as for a dry run."""
+    may_wait: bool = False
+    """An image whose server does not answer makes `resolve` raise ImageAway."""
     _known: dict[str, InputImage | str] = field(default_factory=dict)
     _fetched: dict[str, images.FetchedImage] = field(default_factory=dict)
     """By key; `data` lies in the folder instead."""
@@ -72,6 +78,10 @@ class InputImages:
     def _fetch(self, source: str) -> InputImage | str:
         try:
             found = self.read(source)
+        except images.ImageUnreachable as error:
+            if self.may_wait:
+                raise ImageAway(f"image {error}") from error
+            return str(error)
         except images.ImageError as error:
             return str(error)
         if self.store is not None and found.key not in self._fetched:

@@ -379,10 +379,15 @@ def release(
 
 
 def cancel_attempt(session: Session, attempt_id: int) -> bool:
-    """Running -> cancelled: the attempt has stopped because its job was to be cancelled."""
+    """Running -> cancelled: the attempt has stopped because its job was to be cancelled.
+
+    Running -> queued where somebody asked for it again meanwhile.
+    """
     job = _locked_by(session, attempt_id)
     if job is None:
         return False
+    if not job.cancel_requested:
+        return release(session, attempt_id, reason="cancelled, and asked for again")
     _move(
         session,
         job.id,
@@ -566,6 +571,7 @@ def retry_jobs(
 ) -> int:
     """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many.
 
+    With CANCELLED, those that still run and were to stop at their next step go on: they count too.
     BatchExpired where its results, its input images or its jobs are being deleted as old.
     """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
@@ -592,6 +598,8 @@ def retry_jobs(
         )
         _count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
         total += reopened
+    if states.JobState.CANCELLED in from_states:
+        total += _let_run(session, batch_id, job_ids)
     if total:
         _check_not_expired(session, batch_id)
         session.execute(
@@ -608,6 +616,20 @@ def retry_jobs(
             )
         )
     return total
+
+
+def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> int:
+    """Take back that they stop at their next step."""
+    statement = update(Job).where(
+        Job.batch_id == batch_id,
+        Job.state == states.JobState.RUNNING,
+        Job.cancel_requested,
+        schema.HAS_STARTED,
+    )
+    if job_ids is not None:
+        statement = statement.where(Job.id.in_(job_ids))
+    let = statement.values(cancel_requested=False, failure_kind=None, error=None)
+    return _count(session.execute(let))
 
 
 def _check_not_expired(session: Session, batch_id: str) -> None:

@@ -244,4 +244,4 @@ def _missed(schedule: Schedule, rule: cron.Rule, first: datetime, last: datetime
     policy = schedule.misfire + (f" {schedule.catch_up}" if schedule.misfire == "catch_up" else "")
     shown = [moment.astimezone(rule.zone).strftime("%Y-%m-%d %H:%M") for moment in (first, last)]
     span = shown[0] if first == last else f"{shown[0]} to {shown[1]}"
-    return f"misfire policy {policy}: no dispatcher was there, {span}"
+    return f"misfire policy {policy}: no batch could be made in time, {span}"

@@ -297,6 +297,8 @@ def submit(
     else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
     the same transaction; what it raises undoes all.
     """
+    with db.reading() as session:
+        _check_room(session, file.options)
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
         if file.images is not None:
@@ -350,14 +352,18 @@ def check_options(options: Options) -> None:
 
 
 def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | None:
-    if key is None:
-        return None
-    batch = session.scalar(select(Batch).where(Batch.idempotency_key == key))
-    if batch is None:
+    batch = _of_key(session, key)
+    if batch is None or key is None:
         return None
     if batch.fingerprint != checked.fingerprint:
         raise errors.IdempotencyConflict(key, batch.id)
     return Submission(batch_id=batch.id, jobs=batch.total, is_new=False, plan=checked)
+
+
+def _of_key(session: Session, key: str | None) -> Batch | None:
+    if key is None:
+        return None
+    return session.scalar(select(Batch).where(Batch.idempotency_key == key))
 
 
 def new_batch_id(now: datetime) -> str:
@@ -374,8 +380,6 @@ def _store(
 ) -> str:
     now = database.now(session)
     deadline = options.deadline
-    if options.max_queued is not None:
-        _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
     batch_id = new_batch_id(now)
     session.add(
         Batch(
@@ -395,17 +399,37 @@ def _store(
     session.flush()
     stored = bulk.store(session, _jobs(batch_id, kept, options))
     assert stored == checked.jobs, f"{stored} of {checked.jobs}"
+    if options.max_queued is not None:
+        _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
     return batch_id
 
 
+def _check_room(session: Session, options: Options) -> None:
+    """Refuse at once what the quota would refuse after its images were fetched."""
+    if options.max_queued is None or _of_key(session, options.idempotency_key) is not None:
+        return
+    queued = _queued(session, options.owner)
+    if queued >= options.max_queued:
+        raise errors.QuotaExceeded(options.owner, queued=queued, new=1, most=options.max_queued)
+
+
 def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:
-    """Under a lock on the owner's row, so that two submits at once are counted one by one."""
+    """Under a lock on the owner's row, so that two submits at once are counted one by one.
+
+    Once the new jobs are stored: a worker that needs this row to start a job waits for no large
+    file.
+    """
     session.execute(select(Owner.name).where(Owner.name == owner).with_for_update())
-    queued = session.scalar(
+    queued = _queued(session, owner)
+    if queued > most:
+        raise errors.QuotaExceeded(owner, queued=queued - new, new=new, most=most)
+
+
+def _queued(session: Session, owner: str) -> int:
+    found = session.scalar(
         select(func.sum(Batch.queued)).where(Batch.owner == owner, Batch.finished_at.is_(None))
     )
-    if (queued or 0) + new > most:
-        raise errors.QuotaExceeded(owner, queued=queued or 0, new=new, most=most)
+    return int(found or 0)
 
 
 def _store_owner(session: Session, name: str) -> None:

@@ -302,7 +302,7 @@ def _answers(
         return None
     wanted = pairs.Pairs(
         folder=plan.output / "answers",
-        made_from=_stamp((*files.transformer, *data.files)),
+        made_from=f"{_stamp((*files.transformer, *data.files))} {data.latent_shape}",
         how=plan.how,
         steps=plan.regression_steps,
         count=plan.regression_pairs,

@@ -62,6 +62,7 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     """Queue failed or cancelled jobs again.
 
     With the same seed and look and with fresh budgets. A single JOB may be failed or cancelled.
+    Those that still run and were to stop go on.
     """
     config = settings.load()
     db = connections.open_database(config)

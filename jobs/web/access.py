@@ -1,15 +1,17 @@
 """Who asks, and what they may do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Form, Request
+from fastapi import Depends, Form, Request, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from jobs import errors, tokens
 from jobs.tokens import Scope
-from jobs.web import cookies, service
+from jobs.web import cookies, rates, service
 
 _bearer = HTTPBearer(auto_error=False, description="A token of `rushes token create`.")
 
@@ -27,14 +29,6 @@ class StaleForm(Forbidden):
 
     def __init__(self) -> None:
         super().__init__("this form is too old: load the page again, then do it once more")
-
-
-class TooManyRequests(errors.RushesError):
-    """The rate limit."""
-
-    def __init__(self, *, rate: str, wait_seconds: float) -> None:
-        self.wait_seconds = wait_seconds
-        super().__init__(f"more than {rate}: try again in {wait_seconds:.0f} s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +62,53 @@ class Principal:
 LOCAL = "this machine"
 
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class _WhoFirst(APIRoute):
+    """Who asks is known before anything of the body is read: FastAPI reads that first."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            if request.method not in cookies.SAFE_METHODS:
+                request.state.principal = await self.ask(request)
+            return await handle(request)
+
+        return handler
+
+    async def ask(self, request: Request) -> Principal:
+        raise NotImplementedError
+
+
+class ApiRoute(_WhoFirst):
+    """Of an API: by the token in the header."""
+
+    async def ask(self, request: Request) -> Principal:
+        return await run_in_threadpool(_by_token, request, await _bearer(request))
+
+
+class FormRoute(_WhoFirst):
+    """Of a page: by the cookie."""
+
+    async def ask(self, request: Request) -> Principal:
+        return await run_in_threadpool(visitor, request)
+
+
 def _principal(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """By the token in the header. A browser's cookie counts for what changes nothing."""
+    return _known(request) or _by_token(request, credentials)
+
+
+def _known(request: Request) -> Principal | None:
+    return getattr(request.state, "principal", None)
+
+
+def _by_token(request: Request, credentials: HTTPAuthorizationCredentials | None) -> Principal:
     is_safe = request.method in cookies.SAFE_METHODS
     if credentials is None and is_safe:
         return _identified(request, cookies.secret_of(request), may_be_anybody=True)
@@ -88,7 +124,7 @@ def check_form(request: Request, csrf: Annotated[str, Form()] = "") -> None:
 
 def _form_principal(request: Request, _: Annotated[None, Depends(check_form)]) -> Principal:
     """By the cookie, for a form of one of our pages."""
-    return _identified(request, cookies.secret_of(request), may_be_anybody=True)
+    return _known(request) or visitor(request)
 
 
 def _identified(request: Request, secret: str | None, *, may_be_anybody: bool) -> Principal:
@@ -123,13 +159,13 @@ def of_token(serving: service.Service, secret: str) -> Principal | None:
 
 
 def limit_address(request: Request) -> None:
-    """TooManyRequests, for who is not known by a token."""
+    """`rates.TooManyRequests`, for who is not known by a token."""
     _limit(service.of(request), request.client.host if request.client else "unknown")
 
 
 def _limit(serving: service.Service, who: str) -> None:
     if wait := serving.seconds_to_wait(who):
-        raise TooManyRequests(rate=serving.config.web_rate, wait_seconds=wait)
+        raise rates.TooManyRequests(rate=serving.config.web_rate, wait_seconds=wait)
 
 
 def visitor(request: Request) -> Principal:

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
 from jobs.web import (
@@ -71,8 +70,6 @@ def make(service: Service) -> FastAPI:
     app.mount("/assets", html.assets())
     if gradio_page.is_there():
         gradio_page.mount(app, service)
-    # For bodies that do not say how long they are; the guards refuse the others.
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.config.web_max_bytes)
     if service.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -22,7 +22,9 @@ from jobs import (
 )
 from jobs.web import access, answers, finding, images, service
 
-router = APIRouter(prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS)
+router = APIRouter(
+    prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
+)
 
 HEAD_BYTES = 4096
 LINK_SECONDS = 3600
@@ -62,6 +64,7 @@ def images_for(serving: service.Service, principal: access.Principal) -> images.
         db=serving.db,
         owner=principal.sees,
         may_read_buckets=principal.is_admin,
+        turns=serving.fetch_turns,
     )
 
 

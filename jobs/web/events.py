@@ -12,10 +12,12 @@ from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from jobs import shapes, watch
-from jobs.web import access, answers, finding, service
+from jobs.web import access, answers, finding, rates, service
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS)
+router = APIRouter(
+    prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
+)
 
 LOOK_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # proxies end connections that say nothing
@@ -31,7 +33,7 @@ def _readable(batch_id: str, serving: Serving, principal: access.Reader) -> str:
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
     if len(_listeners) >= MAX_LISTENERS:
-        raise access.TooManyRequests(rate=f"{MAX_LISTENERS} listeners", wait_seconds=10)
+        raise rates.TooManyRequests(rate=f"{MAX_LISTENERS} listeners", wait_seconds=10)
     return batch_id
 
 

@@ -17,6 +17,7 @@ from jobs.web import access, batches, html, service, videos
 
 PATH = "/gradio"
 LOOK_SECONDS = 1.0
+MAX_FOLLOWED = 32  # renders that pages wait for, each in a thread; Gradio has 40
 
 Told = Iterator[tuple[str, str]]
 
@@ -80,7 +81,12 @@ def _page(gradio: Any, serving: service.Service) -> Any:
                 button = gradio.Button("Render", variant="primary")
             with gradio.Column():
                 told, video = gradio.Markdown(), gradio.HTML()
-        button.click(_handler(gradio, serving), [prompt, preset, seed, image], [told, video])
+        button.click(
+            _handler(gradio, serving),
+            [prompt, preset, seed, image],
+            [told, video],
+            concurrency_limit=MAX_FOLLOWED,
+        )
     return page
 
 

@@ -3,6 +3,7 @@
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,9 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+MAX_BYTES_IN_MEMORY = 48 << 20  # JSON with the largest image as base64
+MAX_BYTES_OF_STRANGERS = 64 << 10  # who logs in has no token yet
+LOGIN_PATH = "/login"
 GRADIO_PATH = "/gradio"
 GRADIO_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -41,6 +45,7 @@ class Guards:
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        """Of uploads, which are kept on disk while they are read."""
         self._host_names = host_names
         self._cors_origins = cors_origins
 
@@ -61,18 +66,26 @@ class Guards:
 
         headers = Headers(scope=scope)
         status, refusal = 403, self._refusal(scope["method"], headers)
-        if refusal is None and self._is_too_large(headers):
-            # What comes without its length is counted while it is read.
-            status, refusal = 413, f"at most {self._max_bytes:,} bytes (RUSHES_WEB_MAX_BYTES)"
+        most, setting = self._most_bytes(scope["path"], headers)
+        if refusal is None and _length(headers) > most:
+            status, refusal = 413, f"at most {most:,} bytes{setting}"
         if refusal is None:
-            await self._app(scope, receive, send_guarded)
+            # What comes without its length is counted while it is read.
+            counted = RequestBodyLimitMiddleware(self._app, max_body_size=most)
+            await counted(scope, receive, send_guarded)
         else:
             answer = problems.answer(Request(scope), status, refusal)
             await answer(scope, receive, send_guarded)
 
-    def _is_too_large(self, headers: Headers) -> bool:
-        length = headers.get("content-length", "")
-        return length.isascii() and length.isdigit() and int(length[:20]) > self._max_bytes
+    def _most_bytes(self, path: str, headers: Headers) -> tuple[int, str]:
+        """And what a person may do about it."""
+        setting = " (RUSHES_WEB_MAX_BYTES)"
+        if path == LOGIN_PATH:
+            return MAX_BYTES_OF_STRANGERS, ""
+        is_upload = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        if is_upload or self._max_bytes <= MAX_BYTES_IN_MEMORY:
+            return self._max_bytes, setting
+        return MAX_BYTES_IN_MEMORY, ": send more as an uploaded file"
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         host = headers.get("host", "")
@@ -90,6 +103,11 @@ class Guards:
         else:
             is_foreign = _host_of(origin) != host and origin.lower() not in self._cors_origins
         return "a page of another site may not change anything here" if is_foreign else None
+
+
+def _length(headers: Headers) -> int:
+    length = headers.get("content-length", "")
+    return int(length[:20]) if length.isascii() and length.isdigit() else 0
 
 
 def _host_of(origin: str) -> str | None:

@@ -1,13 +1,25 @@
 """Images of prompts that came over the network: uploaded, given with the request, or addresses."""
 
+import time
 from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, images, inputs, uploads
+from jobs.web import rates
 
+MAX_FETCH_SECONDS = 300.0
+"""Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
+MAX_FETCHES = 16  # requests of one owner at a time; Starlette has 40 threads
+WAIT_SECONDS = 10.0  # before one who has so many asks again
 GIVEN = "given:"
 UPLOAD = "upload:"
+
+
+def fetch_turns() -> rates.Turns:
+    """Of one process, for all its requests."""
+    what = "requests at once that fetch images"
+    return rates.Turns(MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
 
 
 @dataclass
@@ -20,6 +32,9 @@ class WebImages(inputs.InputImages):
     may_read_buckets: bool = False
     given: dict[str, bytes] = field(default_factory=dict)
     """Images that came with the request, by the name that rows call them."""
+    turns: rates.Turns | None = None
+    _fetch_seconds: float | None = None
+    """None: this request has no turn."""
 
     def give(self, data: bytes) -> str:
         """What a row calls this image."""
@@ -36,7 +51,32 @@ class WebImages(inputs.InputImages):
             raise images.ImageUnusable(
                 "s3 address", "is for admin tokens only: upload the image, or give https://"
             )
-        return super().read(source)
+        if images.scheme_of(source) == "data":
+            return super().read(source)
+        return self._fetched_from_afar(source)
+
+    def close(self) -> None:
+        super().close()
+        if self.turns is not None and self._fetch_seconds is not None:
+            self.turns.give_back(self.owner)
+        self._fetch_seconds = None
+
+    def _fetched_from_afar(self, source: str) -> images.FetchedImage:
+        if self._fetch_seconds is None:
+            if self.turns is not None:
+                self.turns.take(self.owner)
+            self._fetch_seconds = 0.0
+        if self._fetch_seconds > MAX_FETCH_SECONDS:
+            raise images.ImageUnusable(
+                "address",
+                f"the images before it took {self._fetch_seconds:.0f} s to fetch: upload them "
+                "first, or send fewer prompts at a time",
+            )
+        begun = time.monotonic()
+        try:
+            return super().read(source)
+        finally:
+            self._fetch_seconds += time.monotonic() - begun
 
     def _uploaded(self, source: str) -> images.FetchedImage:
         assert self.db is not None

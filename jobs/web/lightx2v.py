@@ -21,7 +21,9 @@ from jobs.schema import ApiRequest, Batch, Job
 from jobs.web import access, answers, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
-router = APIRouter(prefix="/v1", tags=["LightX2V"], responses=answers.LIGHTX2V_ERRORS)
+router = APIRouter(
+    prefix="/v1", tags=["LightX2V"], responses=answers.LIGHTX2V_ERRORS, route_class=access.ApiRoute
+)
 
 API = "lightx2v"
 MAX_LISTED = 1_000

@@ -8,7 +8,9 @@ from jobs import throughput
 from jobs.web import access, answers
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/api", responses=answers.PROBLEMS, tags=["system"])
+router = APIRouter(
+    prefix="/api", responses=answers.PROBLEMS, tags=["system"], route_class=access.ApiRoute
+)
 
 MOST_SPANS = 288
 HOUR = 3_600

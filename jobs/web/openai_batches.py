@@ -16,7 +16,12 @@ from jobs.schema import ApiRequest, Batch, StoredFile
 from jobs.web import access, answers, openai_files, openai_videos, service
 from jobs.web.batches import Serving, images_for, options
 
-router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
+router = APIRouter(
+    prefix="/v1/batches",
+    tags=["OpenAI"],
+    responses=answers.OPENAI_ERRORS,
+    route_class=access.ApiRoute,
+)
 
 API = "batches"
 MAX_ERRORS = 1_000

@@ -13,7 +13,12 @@ from jobs.schema import Batch, StoredFile
 from jobs.web import access, answers, finding, openai_videos, receiving, service, serving
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/v1/files", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
+router = APIRouter(
+    prefix="/v1/files",
+    tags=["OpenAI"],
+    responses=answers.OPENAI_ERRORS,
+    route_class=access.ApiRoute,
+)
 
 OUTPUT, ERRORS = "output", "errors"
 RESULT_FILE = re.compile(r"file-([0-9a-z-]{1,20})_(output|errors)")

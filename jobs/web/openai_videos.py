@@ -18,7 +18,9 @@ from jobs.schema import Attempt, Batch, Job
 from jobs.web import access, answers, finding, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=answers.OPENAI_ERRORS)
+router = APIRouter(
+    prefix="/v1", tags=["OpenAI"], responses=answers.OPENAI_ERRORS, route_class=access.ApiRoute
+)
 
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
@@ -106,10 +108,9 @@ def _number(text: str) -> Any:
 
 @router.post("/videos", response_model=Video, openapi_extra=BODY)
 def create(
-    # The principal first: nothing of a stranger's is read.
-    principal: access.Submitter,
     asked: Annotated[Asked, Depends(_asked)],
     serving: Serving,
+    principal: access.Submitter,
 ) -> dict[str, Any]:
     """One prompt, one video. Also takes `seed` and the other keys of a prompt file."""
     found = images_for(serving, principal)

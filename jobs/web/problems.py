@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
 from jobs import database, errors, requests, safety, storage
-from jobs.web import access, html
+from jobs.web import access, html, rates
 
 log = structlog.get_logger()
 
@@ -111,7 +111,7 @@ def status_of(error: errors.RushesError) -> int:
 _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (access.Unauthorized, 401),
     (access.Forbidden, 403),
-    (access.TooManyRequests, 429),
+    (rates.TooManyRequests, 429),
     (errors.InvalidInput, 422),
     (errors.PresetError, 422),
     (errors.NotFound, 404),
@@ -134,7 +134,7 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
     more: dict[str, Any] = {}
     if isinstance(error, access.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, access.TooManyRequests):
+    if isinstance(error, rates.TooManyRequests):
         headers["Retry-After"] = str(math.ceil(error.wait_seconds))
     elif status == 503:
         headers["Retry-After"] = str(AGAIN_SECONDS)

@@ -1,6 +1,8 @@
 """How often somebody may ask: counted in Redis by all processes together, without it by each."""
 
+import threading
 import time
+from collections import Counter
 
 import redis
 import structlog
@@ -10,11 +12,43 @@ from limits.strategies import MovingWindowRateLimiter
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from jobs import errors
+
 log = structlog.get_logger()
 
 KEY_PREFIX = "rushes.rate"
 ANSWER_SECONDS = 0.25  # a request waits for this before it is served
 AWAY_SECONDS = 10.0  # without asking again
+
+
+class TooManyRequests(errors.RushesError):
+    """The rate limit."""
+
+    def __init__(self, *, rate: str, wait_seconds: float) -> None:
+        self.wait_seconds = wait_seconds
+        super().__init__(f"more than {rate}: try again in {wait_seconds:.0f} s")
+
+
+class Turns:
+    """How many requests of each owner hold a thread of this process for long, at most."""
+
+    def __init__(self, most: int, *, what: str, wait_seconds: float) -> None:
+        self._most, self._what, self._wait_seconds = most, what, wait_seconds
+        self._taken: Counter[str | None] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, owner: str | None) -> None:
+        """TooManyRequests: he has all that one may have."""
+        with self._lock:
+            if self._taken[owner] >= self._most:
+                rate = f"{self._most} {self._what}"
+                raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
+            self._taken[owner] += 1
+
+    def give_back(self, owner: str | None) -> None:
+        with self._lock:
+            self._taken[owner] -= 1
+            self._taken += Counter()  # drops those at zero
 
 
 class Limiter:

@@ -45,6 +45,7 @@ class Service:
     """What a Host header may say; None: anything."""
     history: History = field(default_factory=History)
     """How long the queue was, since this process began."""
+    fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
 
     @functools.cached_property
     def store(self) -> storage.ObjectStore:

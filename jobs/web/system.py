@@ -12,7 +12,7 @@ from jobs import broker, database, errors, presets, queries, shapes, uploads
 from jobs.web import access, answers, images, receiving
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/api", responses=answers.PROBLEMS)
+router = APIRouter(prefix="/api", responses=answers.PROBLEMS, route_class=access.ApiRoute)
 health = APIRouter(tags=["health"])
 
 
@@ -66,8 +66,8 @@ def measure(serving: Serving, principal: access.Reader) -> Response:
 
 
 @health.get("/healthz")
-def is_alive() -> dict[str, str]:
-    """The process answers."""
+async def is_alive() -> dict[str, str]:
+    """The process answers, even while all its threads are at work."""
     return {"status": "ok"}
 
 

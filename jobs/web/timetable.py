@@ -10,7 +10,12 @@ from jobs import firing, readers, schedules, shapes, states, submission
 from jobs.web import access, answers, service
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/api/schedules", tags=["schedules"], responses=answers.PROBLEMS)
+router = APIRouter(
+    prefix="/api/schedules",
+    tags=["schedules"],
+    responses=answers.PROBLEMS,
+    route_class=access.ApiRoute,
+)
 
 COMING = 5
 Name = Annotated[str, Path(max_length=150)]

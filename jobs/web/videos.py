@@ -10,7 +10,9 @@ from jobs.schema import Attempt, Batch
 from jobs.web import access, answers, finding, serving
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/api/jobs", tags=["jobs"], responses=answers.PROBLEMS)
+router = APIRouter(
+    prefix="/api/jobs", tags=["jobs"], responses=answers.PROBLEMS, route_class=access.ApiRoute
+)
 
 
 class NoVideo(errors.NotFound):

@@ -36,7 +36,7 @@ class Pairs:
 
     folder: Path
     made_from: str
-    """Names the teacher's weights and the examples: answers to others are other files."""
+    """Names the teacher's weights, the examples and their shape, which the answers are to."""
     how: method.Method
     steps: int
     """Of Euler's rule, for one answer."""

@@ -85,7 +85,9 @@ def load(train: trainer.Trainer, path: Path) -> None:
     Raises ResumeError where it is damaged or was trained otherwise.
     """
     facts = _read_facts(path)
-    _check_method(path, facts["method"], method_facts(train))
+    shape = list(train.data.latent_shape)
+    saved = facts["method"] | {"latent_shape": facts.get("latent_shape", shape)}  # older: unsaid
+    _check_method(path, saved, method_facts(train) | {"latent_shape": shape})
     try:
         with _alone_without_warning() as alone:
             state_dict_loader.load(_tensors(train), checkpoint_id=path, no_dist=alone)
@@ -104,7 +106,11 @@ def _write(train: trainer.Trainer, part: Path) -> None:
     with _alone_without_warning() as alone:
         state_dict_saver.save(_tensors(train), checkpoint_id=part, no_dist=alone)
     if processes.is_first():
-        facts = {"updates": train.updates, "method": method_facts(train)}
+        facts = {
+            "updates": train.updates,
+            "method": method_facts(train),
+            "latent_shape": train.data.latent_shape,
+        }
         with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
             json.dump(facts, stream, indent=2)
             stream.flush()

@@ -18,7 +18,7 @@ from jobs.web.pages.complaints import Complaints
 from jobs.web.pages.submitting import Text
 from jobs.web.timetable import Name
 
-router = APIRouter(prefix="/schedules", include_in_schema=False)
+router = APIRouter(prefix="/schedules", include_in_schema=False, route_class=access.FormRoute)
 
 ROWS = 50
 HISTORY = 50

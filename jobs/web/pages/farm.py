@@ -11,7 +11,7 @@ from jobs.web import access, finding, html, load, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import charts
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=access.FormRoute)
 
 WORKERS = 64
 SPAN_SECONDS = 300

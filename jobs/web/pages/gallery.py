@@ -15,7 +15,7 @@ from jobs.web import access, finding, html, videos
 from jobs.web.batches import Serving
 from jobs.web.videos import JobId
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, route_class=access.FormRoute)
 
 CARDS = 12
 BATCHES_AT_ONCE = 50

@@ -10,7 +10,7 @@ from jobs import errors, queries, readers, states
 from jobs.web import access, batches, finding, html
 from jobs.web.batches import Serving
 
-router = APIRouter(prefix="/batches", include_in_schema=False)
+router = APIRouter(prefix="/batches", include_in_schema=False, route_class=access.FormRoute)
 
 BATCHES = 25
 JOBS = 50

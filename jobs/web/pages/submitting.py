@@ -19,7 +19,7 @@ from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
 
-router = APIRouter(prefix="/submit", include_in_schema=False)
+router = APIRouter(prefix="/submit", include_in_schema=False, route_class=access.FormRoute)
 
 KEY = re.compile(r"[\w-]{8,64}", re.ASCII)
 DEFAULTS = {"repeat": "1", "priority": "0", "strength": "1"}

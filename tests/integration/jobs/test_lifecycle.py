@@ -76,7 +76,7 @@ def _moves(world: World, job: Job) -> dict[str, Callable[[], object]]:
             "fail": lambda: world.fail(holder),
             "fail for good": lambda: world.fail(holder, FailureKind.INPUT),
             "release": lambda: world.release(holder),
-            "cancel_attempt": lambda: world.cancel_attempt(holder),
+            "cancel_attempt": lambda: world.cancel_job(job.id) and world.cancel_attempt(holder),
         }
     return moves
 
@@ -380,6 +380,23 @@ def test_a_retry_after_a_cancel_is_not_cancelled_again(world: World) -> None:
     world.check()
 
 
+def test_a_retry_lets_go_on_what_was_to_stop(world: World) -> None:
+    batch_id = world.submit(3)
+    first, second, third = world.job_ids(batch_id)
+    hears_in_time, is_too_late = world.claimed(first), world.claimed(second)
+    assert world.cancel_batch(batch_id) == (1, 2)
+    assert world.heartbeat(is_too_late) is lifecycle.Verdict.CANCELLED
+    assert world.retry(batch_id, JobState.FAILED) == 0
+    assert world.retry(batch_id, JobState.CANCELLED) == 3
+    assert world.batch(batch_id).cancel_requested_at is None
+    assert world.heartbeat(hears_in_time) is lifecycle.Verdict.GO_ON
+    assert world.cancel_attempt(is_too_late)
+    assert world.job(second).state is JobState.QUEUED
+    assert world.attempt(is_too_late).state is AttemptState.RELEASED
+    assert world.job(third).state is JobState.QUEUED
+    world.check()
+
+
 def test_a_look_at_what_is_cancelled_that_comes_late_cancels_nothing(world: World) -> None:
     """The dispatcher reads which batches it has to go on with, and takes its time."""
     batch_id = world.submit(2)
@@ -424,7 +441,7 @@ def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
 ) -> None:
     world = postgres_world
     batch_id = world.submit(3)
-    world.claimed(world.job_ids(batch_id)[0])  # so that the batch is not over
+    running = world.claimed(world.job_ids(batch_id)[0])  # so that the batch is not over
     world.cancel_batch(batch_id)
     look = lifecycle.go_on_cancelling
     if how == "deadline":
@@ -435,7 +452,7 @@ def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
     real = lifecycle._stop_jobs
 
     def overtaken(session: Session, *rest: Any) -> tuple[int, int]:
-        assert world.retry(batch_id, JobState.CANCELLED) == 2
+        assert world.retry(batch_id, JobState.CANCELLED) == 3
         return real(session, *rest)
 
     monkeypatch.setattr(lifecycle, "_stop_jobs", overtaken)
@@ -443,6 +460,7 @@ def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
     batch = world.batch(batch_id)
     assert (batch.queued, batch.cancelled, batch.cancel_requested_at) == (2, 0, None)
     assert batch.expired_at is None
+    assert world.heartbeat(running) is lifecycle.Verdict.GO_ON
 
 
 def test_no_job_escapes_a_cancel_while_workers_claim_and_requeue(postgres_world: World) -> None:

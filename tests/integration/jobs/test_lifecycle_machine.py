@@ -213,8 +213,10 @@ class Machine(RuleBasedStateMachine):
     def cancel_attempt(self, data: st.DataObject) -> None:
         attempt_id = self._attempt(data)
         job = self.model.held_by(attempt_id)
-        if job is not None:
+        if job is not None and job.cancel_requested:
             job.state = JobState.CANCELLED
+        elif job is not None:  # it was asked for again meanwhile
+            self.model.release(attempt_id)
         assert self.world.cancel_attempt(attempt_id) is (job is not None)
 
     @precondition(lambda self: self.model.jobs)
@@ -249,6 +251,15 @@ class Machine(RuleBasedStateMachine):
         ]
         for job in again:
             job.retry()
+        stopping = [
+            job
+            for job in self.model.jobs.values()
+            if job.batch_id == batch_id and job.state is JobState.RUNNING and job.cancel_requested
+        ]
+        if JobState.CANCELLED in which:
+            for job in stopping:
+                job.cancel_requested = False
+            again += stopping
         assert self.world.retry(batch_id, *which) == len(again)
 
     @precondition(lambda self: self.model.attempts)

@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from jobs import cancelling, database, dispatch, errors, lifecycle, queries, states
+from jobs import (
+    bulk,
+    cancelling,
+    database,
+    dispatch,
+    errors,
+    lifecycle,
+    queries,
+    states,
+    submission,
+)
 from jobs.schema import Batch, Job
 from jobs.states import BatchState, JobState
-from tests.integration.jobs.conftest import QUEUE, World
+from tests.integration.jobs.conftest import PRESET, QUEUE, World, prompt_file
 
 
 def sent(world: World, room: int = 1, **quota: Any) -> list[Job]:
@@ -317,9 +327,38 @@ def test_claims_at_once_in_several_batches_keep_the_quota(world: World) -> None:
     world.check()
 
 
+def test_a_job_starts_while_its_owner_stores_a_large_batch(
+    postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look at the owner's quota, under the same lock."""
+    world = postgres_world
+    job_id = world.only_job(world.submit(1, owner="ann")).id
+    store = bulk.store
+    claims: list[lifecycle.Claim | None] = []
+
+    def claim() -> lifecycle.Claim | None:
+        quota = {"lease_seconds": 60, "max_running_per_owner": 3}
+        return world.db.write(lifecycle.claim, job_id, worker="w", **quota)
+
+    def store_slowly(*given: Any) -> int:
+        stored = store(*given)
+        claims.append(pool.submit(claim).result(20))
+        return stored
+
+    monkeypatch.setattr(bulk, "store", store_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        world.submit(3, owner="ann", max_queued=10)
+    assert [claim is not None for claim in claims] == [True]
+
+
 def test_a_submit_beyond_the_quota_is_refused_with_the_numbers(world: World) -> None:
     world.submit(3, owner="ann", max_queued=5)
     with pytest.raises(errors.QuotaExceeded, match="ann has 3 jobs queued and this would add 3"):
         world.submit(3, owner="ann", max_queued=5)
     world.submit(3, owner="bob", max_queued=5)
-    world.submit(2, owner="ann", max_queued=5)
+    batch_id = world.submit(2, owner="ann", max_queued=5, idempotency_key="k")
+    assert world.submit(2, owner="ann", max_queued=5, idempotency_key="k") == batch_id
+    file = prompt_file([{"prompt": "x"}], preset=PRESET, owner="ann", max_queued=5)
+    file.stream = None  # type: ignore[assignment]  # it is not even read
+    with pytest.raises(errors.QuotaExceeded, match="ann has 5 jobs queued"):
+        submission.submit(world.db, file)

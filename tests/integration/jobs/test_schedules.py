@@ -1,6 +1,7 @@
 """Each fire time makes its batch once, whoever looks and however late, as the policies say."""
 
 import errno
+import io
 import itertools
 import random
 import threading
@@ -11,9 +12,24 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy import func, select, update
 
-from jobs import bulk, cron, errors, firing, listeners, outbox, schedules, settings, states, storage
+from jobs import (
+    bulk,
+    cron,
+    errors,
+    firing,
+    images,
+    inputs,
+    listeners,
+    outbox,
+    presets,
+    schedules,
+    settings,
+    states,
+    storage,
+)
 from jobs.schema import Batch, Firing, Job, Listener, Notice, Schedule
 from tests.integration.jobs.conftest import PRESET, World
 
@@ -334,6 +350,48 @@ def test_one_whose_store_is_away_does_not_hold_up_the_others(
         farm.tick(START + timedelta(hours=1))
     assert farm.states("b") == [MADE]
     assert farm.states("a") == []
+
+
+def test_the_server_of_an_image_is_waited_for_but_not_for_ever(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, config: settings.Settings
+) -> None:
+    farm = Farm(sqlite_world, config)
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(data, "PNG")
+    picture = data.getvalue()
+    is_away = True
+
+    def fetch(source: str, **_: object) -> images.FetchedImage:
+        if is_away or source == "https://gone.example/":
+            raise images.ImageUnreachable(source, "cannot be fetched: no answer; try again later")
+        return images.examine(picture, source)
+
+    monkeypatch.setattr(images, "fetch", fetch)
+    look = presets.load("tiny_i2v")
+    for name, host in (("a", "here"), ("b", "gone")):
+        prompts = f'{{"prompt": "x", "image": "https://{host}.example/"}}\n'
+        farm.add(name, cron="0 0 * * *", zone="UTC", preset=look, format="jsonl", prompts=prompts)
+    midnight = START + DAY
+    for minutes in (0, 3, 6):
+        with pytest.raises(inputs.ImageAway, match="no answer"):
+            farm.tick(midnight + timedelta(minutes=minutes))
+    assert farm.states("a") == farm.states("b") == []
+    is_away = False
+    with pytest.raises(inputs.ImageAway, match=r"gone\.example"):
+        farm.tick(midnight + timedelta(minutes=59))
+    assert farm.states("a") == [MADE]
+    assert farm.tick(midnight + timedelta(minutes=62)) == 0
+    assert farm.states("b") == [FAILED]
+    assert "no answer" in farm.firings("b")[0].reason
+    # One that starts late has not asked before.
+    late = firing.Clockwork(config, db=farm.world.db, clock=lambda _: farm.now)
+    farm.now = midnight + DAY + timedelta(hours=3)
+    with pytest.raises(inputs.ImageAway):
+        late.tick()
+    assert farm.states("a") == [MADE, MADE]
+    farm.now += timedelta(hours=2)
+    assert late.tick() == 0
+    assert farm.states("b") == [FAILED, FAILED]
 
 
 def test_one_that_cannot_be_read_is_told_and_holds_up_no_other(sqlite_farm: Farm) -> None:

@@ -1,13 +1,18 @@
 """Who may do what, and what is refused before anybody is asked."""
 
+import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
+from fastapi.routing import iter_route_contexts
 from sqlalchemy import delete, update
 
 from jobs import database, migrate, schema, settings, tokens
-from jobs.web import server
+from jobs import images as all_images
+from jobs.web import cookies, images, server
 from tests.unit.jobs.web.conftest import Web
 
 MakeWeb = Callable[..., Web]
@@ -136,10 +141,82 @@ def test_lists_pass_over_what_is_being_forgotten(web: Web) -> None:
     assert web.client.get("/v1/tasks/").json() == {}
 
 
+def _writers(web: Web) -> list[tuple[str, str]]:
+    """Every path that takes a body, with its method."""
+    return [
+        (method, re.sub(r"\{[^}]*\}", "1", found.path))
+        for found in iter_route_contexts(web.client.app.routes)
+        for method in sorted(set(found.methods or ()) - cookies.SAFE_METHODS)
+    ]
+
+
 def test_nothing_of_a_strangers_is_read(guarded: Web) -> None:
-    form = {"prompt": "x", "model": "tiny_i2v"}
-    answer = guarded.client.post("/v1/videos", data=form, files={"input_reference": b"no image"})
-    assert answer.status_code == 401
+    read = 0
+
+    def body():
+        nonlocal read
+        for _ in range(3):
+            read += 1
+            yield b'{"prompt": "x"}'
+
+    known = {"/login", "/logout"}
+    writers = [each for each in _writers(guarded) if each[1] not in known]
+    assert len(writers) > 30
+    for kind in ("application/json", "multipart/form-data; boundary=x"):
+        for method, path in writers:
+            sent = {"content": body(), "headers": {"Content-Type": kind}}
+            answer = guarded.client.request(method, path, follow_redirects=False, **sent)
+            assert answer.status_code in (401, 303), (method, path, answer.text)
+            assert answer.status_code == 401 or answer.headers["location"] == "/login"
+    assert read == 0
+
+
+def test_what_is_kept_in_memory_has_a_limit_of_its_own(guarded: Web) -> None:
+    large = {"Content-Type": "application/json", "Content-Length": str(50 << 20)}
+    headers = guarded.token("ann") | large
+    answer = guarded.client.post("/api/batches", content=b"{}", headers=headers)
+    assert answer.status_code == 413
+    assert "send more as an uploaded file" in answer.json()["detail"]
+    form = {"token": "x" * (64 << 10)}
+    assert guarded.client.post("/login", data=form).status_code == 413
+    name = {"filename": "a.txt"}
+    answer = guarded.client.post("/v1/files", files={"file": b"x" * (49 << 20)}, data=name)
+    assert answer.status_code == 401  # as large as files may be, but nobody's
+
+
+def test_images_that_are_slow_to_fetch_leave_threads_to_others(
+    guarded: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request has a time for all of them, and one owner so many requests at once."""
+    asked, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        asked.release()
+        assert go_on.wait(60)
+        raise all_images.ImageUnreachable("https://x", "does not answer")
+
+    monkeypatch.setattr(all_images, "fetch", slow)
+    ann = guarded.token("ann")
+    row = {"prompt": "x", "image": "https://x.example/"}
+    new = {"preset": "tiny_i2v", "prompts": [row]}
+
+    def submit(who: dict[str, str]) -> int:
+        return guarded.client.post("/api/batches", json=new, headers=who).status_code
+
+    with ThreadPoolExecutor(images.MAX_FETCHES) as pool:
+        waiting = [pool.submit(submit, ann) for _ in range(images.MAX_FETCHES)]
+        for _ in waiting:
+            assert asked.acquire(timeout=60)
+        refused = guarded.client.post("/api/batches", json=new, headers=ann)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        guarded.submit(headers=ann)  # without images: as ever
+        other = pool.submit(submit, guarded.token("ben"))
+        go_on.set()
+        assert [each.result() for each in (*waiting, other)] == [422] * (images.MAX_FETCHES + 1)
+    assert submit(ann) == 422  # there are turns again
+    monkeypatch.setattr(images, "MAX_FETCH_SECONDS", -1.0)
+    answer = guarded.client.post("/api/batches", json=new, headers=ann)
+    assert "upload them first" in answer.json()["problems"][0]["message"]
 
 
 @pytest.mark.parametrize("address", ["s3://b/k", "S3://b/k", "s3:b/k", "S3:b"])

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and what comes after it is what would have come anyway."""
 
+import json
 import os
 import resource
 import signal
@@ -53,6 +54,19 @@ def test_another_method_is_not_continued_with(train, tmp_path):
     path = saving.save(train(), tmp_path)
     with pytest.raises(saving.ResumeError, match=r"guidance was 6.0, now 4.0.*another output"):
         saving.load(train(guidance=4.0), path)
+
+
+def test_another_size_is_not_continued_with(train, tmp_path):
+    beginning = train()
+    path = saving.save(beginning, tmp_path)
+    other = train()
+    other.data.latent_shape = (*other.data.latent_shape[:3], 6)
+    with pytest.raises(saving.ResumeError, match=r"latent_shape was .*, now .*6\].*another output"):
+        saving.load(other, path)
+    facts = json.loads((path / saving.FACTS_FILE).read_text())
+    del facts["latent_shape"]  # as older versions wrote it
+    (path / saving.FACTS_FILE).write_text(json.dumps(facts))
+    saving.load(other, path)
 
 
 def test_another_split_of_the_batch_is_continued_with(train, tmp_path):
