@@ -1,5 +1,6 @@
 """The Gradio page in a real browser, over a farm that renders the tiny model: `make gradio`."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from jobs import presets
 from tests.integration import browsing
 from tests.integration.conftest import Farm, start_farm, stop_farm
 
@@ -24,7 +24,14 @@ STEP = re.compile(r"running, [a-z]+ \d+ of \d+")
 
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    farm = start_farm(tmp_path_factory.mktemp("gradio") / "home", devices="cpu:1")
+    folder = tmp_path_factory.mktemp("gradio")
+    # Seconds to render: the page looks once a second.
+    shape = {"target_width": 160, "target_height": 96, "target_video_length": 81, "fps": 16}
+    slow = {"model_path": "tiny", "denoising_step_list": [1000, 750, 500, 250]} | shape
+    (folder / "presets").mkdir()
+    (folder / "presets" / "slow.json").write_text(json.dumps(slow))
+    own = {"RUSHES_PRESETS_DIR": str(folder / "presets")}
+    farm = start_farm(folder / "home", devices="cpu:1", **own)
     yield farm
     stop_farm(farm)
 
@@ -47,14 +54,15 @@ def page(farm: Farm) -> Iterator[Page]:
 def test_one_prompt_is_followed_and_its_video_played(page: Page) -> None:
     page.get_by_label("Prompt").fill("a red kite over the sea")
     page.get_by_label("Seed").fill("11")
+    page.get_by_label("Preset").click()
+    page.get_by_role("option", name="slow", exact=True).click()
     page.get_by_role("button", name="Render").click()
     told = page.get_by_text("seed 11:")
     expect(told).to_contain_text(STEP, timeout=browsing.WAIT_MILLISECONDS)
     step = told.inner_text()
     expect(told).not_to_have_text(step, timeout=browsing.WAIT_MILLISECONDS)
     expect(told).to_contain_text("succeeded", timeout=browsing.WAIT_MILLISECONDS)
-    look = presets.load("tiny").look
-    assert _played(page) == [look.width, look.height]
+    assert _played(page) == [160, 96]
     found = Axe().run(page).response["violations"]
     serious = [each for each in found if each["impact"] in browsing.SERIOUS]
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious] == []

@@ -140,7 +140,8 @@ def test_cancel_and_retry(web: Web) -> None:
     assert answer.json() == {"cancelled": 1, "stopping": 1}
     assert web.step(attempt_id, "denoise", 1, 4) == "cancelled"
     answer = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["cancelled"]})
-    assert answer.json() == {"retried": 2}
+    assert answer.json() == {"retried": 3}
+    assert web.step(attempt_id, "denoise", 2, 4) == "go_on"
     assert web.client.post(f"/api/jobs/{waiting}/retry").json() == {"retried": 0}
     bad = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["succeeded"]})
     assert bad.status_code == 422
