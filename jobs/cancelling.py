@@ -1,6 +1,10 @@
 """Cancelling a job, or a batch of any size, as the command line and the web service do it."""
 
-from jobs import database, lifecycle, states
+from jobs import (
+    database,
+    orders,
+    states,
+)
 from jobs.schema import Job
 
 
@@ -8,7 +12,7 @@ def cancel_job(db: database.Database, job: Job) -> tuple[int, int]:
     """One of them is 1: it is cancelled, or runs and was asked to stop. (0, 0): it had ended."""
     if job.state in states.FINAL_JOB_STATES:
         return 0, 0
-    state = db.write(lifecycle.cancel_job, job.id)
+    state = db.write(orders.cancel_job, job.id)
     return int(state is states.JobState.CANCELLED), int(state is states.JobState.RUNNING)
 
 
@@ -18,8 +22,8 @@ def cancel_batch(db: database.Database, batch_id: str) -> tuple[int, int]:
     Nothing of a batch that is being cancelled already.
     """
     # Counted at the request: a dispatcher that wakes in between cancels the same jobs for us.
-    waiting, running = db.write(lifecycle.request_cancel, batch_id)
+    waiting, running = db.write(orders.request_cancel, batch_id)
     # A large batch in steps: nobody waits long for a lock, and the dispatcher would go on for us.
-    while db.write(lifecycle.go_on_cancelling, batch_id) != (0, 0):
+    while db.write(orders.go_on_cancelling, batch_id) != (0, 0):
         pass
     return waiting, running

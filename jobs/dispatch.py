@@ -22,6 +22,7 @@ from jobs import (
     database,
     lifecycle,
     order,
+    orders,
     presets,
     queries,
     retries,
@@ -177,9 +178,9 @@ class Dispatcher:
             asked, overdue = queries.batches_to_stop(session)
         stopped = 0
         for batch_id in asked:
-            stopped += self._db.write(lifecycle.go_on_cancelling, batch_id)[0]
+            stopped += self._db.write(orders.go_on_cancelling, batch_id)[0]
         for batch_id in overdue:
-            stopped += self._db.write(lifecycle.expire_batch, batch_id)[0]
+            stopped += self._db.write(orders.expire_batch, batch_id)[0]
         return stopped
 
 

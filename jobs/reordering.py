@@ -1,6 +1,14 @@
 """After a change of order, as the command line and the web service make it."""
 
-from jobs import bell, broker, database, errors, lifecycle, queries, settings
+from jobs import (
+    bell,
+    broker,
+    database,
+    errors,
+    orders,
+    queries,
+    settings,
+)
 
 
 def send_anew(config: settings.Settings, db: database.Database) -> str | None:
@@ -14,7 +22,7 @@ def send_anew(config: settings.Settings, db: database.Database) -> str | None:
         connection = broker.Broker(config)
         for queue in sorted(served):
             recalled = connection.recall(queue)
-            db.write(lifecycle.unsend, recalled)
+            db.write(orders.unsend, recalled)
     except (errors.RushesError, ValueError) as error:
         return f"{error}; what was sent to the workers before still goes first"
     return bell.kick(config)

@@ -4,7 +4,14 @@ from typing import Any
 
 import click
 
-from jobs import bell, cancelling, database, lifecycle, settings, states
+from jobs import (
+    bell,
+    cancelling,
+    database,
+    orders,
+    settings,
+    states,
+)
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Batch, Job
 
@@ -71,7 +78,7 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     batch_id = found.batch_id if isinstance(found, Job) else found.id
     wanted = RETRYABLE if isinstance(found, Job) else _wanted(failed_only, cancelled)
     job_ids = [found.id] if isinstance(found, Job) else None
-    retried = db.write(lifecycle.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
+    retried = db.write(orders.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
     if retried and (delayed := bell.kick(config)):
         output.note(f"note: {delayed}")
     if as_json:

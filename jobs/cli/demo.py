@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs import (
     broker,
     database,
-    lifecycle,
+    orders,
     presets,
     queries,
     servers,
@@ -43,7 +43,7 @@ def run(config: settings.Settings, *, devices: str) -> int:
             last = _follow(db, batch_id)
         except BaseException:
             # Not left behind for whoever starts a worker here next.
-            db.write(lifecycle.cancel_batch, batch_id)
+            db.write(orders.cancel_batch, batch_id)
             raise
         _tell_where(farm, db, batch_id)
         stopping = "; stopping what was started" if farm.children else ""

@@ -6,7 +6,15 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, lifecycle, queries, readers, reordering, settings
+from jobs import (
+    bell,
+    database,
+    orders,
+    queries,
+    readers,
+    reordering,
+    settings,
+)
 from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 
@@ -19,7 +27,7 @@ def pause(references_given: tuple[str, ...], as_json: bool) -> None:
 
     At once, also where a worker was about to. What runs goes on; `rushes resume` undoes it.
     """
-    changes = lifecycle.pause_batch, lifecycle.pause_job
+    changes = orders.pause_batch, orders.pause_job
     otherwise = "finished, or paused before", "does not wait, or paused before"
     _change(references_given, changes, "paused", otherwise, as_json)
 
@@ -32,7 +40,7 @@ def resume(references_given: tuple[str, ...], as_json: bool) -> None:
 
     A job that was paused by itself stays so when its batch is resumed.
     """
-    changes = lifecycle.resume_batch, lifecycle.resume_job
+    changes = orders.resume_batch, orders.resume_job
     _change(references_given, changes, "resumed", ("not paused", "not paused"), as_json)
 
 
@@ -105,8 +113,8 @@ def _moved(db: database.Database, row: Batch | Job, priority: int | None) -> dic
     def move(session: Session) -> tuple[int, bool]:
         wanted = queries.highest_priority(session) + 1 if priority is None else priority
         if isinstance(row, Job):
-            return wanted, lifecycle.prioritize_job(session, row.id, wanted)
-        return wanted, lifecycle.prioritize_batch(session, row.id, wanted)
+            return wanted, orders.prioritize_job(session, row.id, wanted)
+        return wanted, orders.prioritize_batch(session, row.id, wanted)
 
     wanted, changed = db.write(move)
     return {

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from jobs import (
     cancelling,
-    lifecycle,
+    orders,
     presets,
     queries,
     readers,
@@ -220,13 +220,13 @@ def cancel(batch_id: str, serving: Serving, principal: access.Submitter) -> dict
 @router.post("/{batch_id}/pause", response_model=answers.Changed)
 def pause(batch_id: str, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Start none of its jobs; what runs goes on."""
-    return _changed(batch_id, serving, principal, lifecycle.pause_batch)
+    return _changed(batch_id, serving, principal, orders.pause_batch)
 
 
 @router.post("/{batch_id}/resume", response_model=answers.Changed)
 def resume(batch_id: str, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Go on after a pause."""
-    return _changed(batch_id, serving, principal, lifecycle.resume_batch)
+    return _changed(batch_id, serving, principal, orders.resume_batch)
 
 
 class Priority(BaseModel):
@@ -242,7 +242,7 @@ def prioritize(
     """Sooner or later than others, from now on."""
 
     def change(session: Session, batch_id: str) -> bool:
-        return lifecycle.prioritize_batch(session, batch_id, wanted.priority)
+        return orders.prioritize_batch(session, batch_id, wanted.priority)
 
     answer = _changed(batch_id, serving, principal, change)
     if answer["changed"]:
@@ -281,7 +281,7 @@ def retry(
     chosen = sorted({states.JobState(state) for state in (wanted or Retry()).states})
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
-    retried = serving.db.write(lifecycle.retry_jobs, batch_id, from_states=chosen)
+    retried = serving.db.write(orders.retry_jobs, batch_id, from_states=chosen)
     serving.wake(retried)
     return {"retried": retried}
 

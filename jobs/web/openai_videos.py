@@ -13,7 +13,15 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from jobs import errors, lifecycle, presets, queries, requests, results, states
+from jobs import (
+    errors,
+    orders,
+    presets,
+    queries,
+    requests,
+    results,
+    states,
+)
 from jobs.schema import Attempt, Batch, Job
 from jobs.web import access, answers, finding, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
@@ -239,7 +247,7 @@ def delete(video_id: str, serving: Serving, principal: access.Submitter) -> dict
     with serving.db.reading() as session:
         job = _find(session, video_id, principal)
         winner = queries.winning_attempt(session, job)
-    serving.db.write(lifecycle.cancel_job, job.id)
+    serving.db.write(orders.cancel_job, job.id)
     if winner is not None and winner.video_key is not None:
         serving.store.delete(winner.video_key)
         serving.store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))

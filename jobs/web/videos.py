@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from jobs import cancelling, errors, lifecycle, queries, requests, shapes, states
+from jobs import (
+    cancelling,
+    errors,
+    orders,
+    queries,
+    requests,
+    shapes,
+    states,
+)
 from jobs.schema import Attempt, Batch
 from jobs.web import access, answers, finding, serving
 from jobs.web.batches import Serving
@@ -63,7 +71,7 @@ def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[
     with service.db.reading() as session:
         batch_id = finding.job(session, job_id, principal).batch_id
     retried = service.db.write(
-        lifecycle.retry_jobs,
+        orders.retry_jobs,
         batch_id,
         from_states=(states.JobState.FAILED, states.JobState.CANCELLED),
         job_ids=[job_id],

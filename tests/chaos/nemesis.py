@@ -27,7 +27,13 @@ from celery import Celery
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import celery_app, database, lifecycle, queues, states
+from jobs import (
+    celery_app,
+    database,
+    orders,
+    queues,
+    states,
+)
 from jobs.schema import Attempt, Batch
 from tests.chaos import farm as farms
 from tests.chaos.proxy import Fault, Proxy
@@ -332,7 +338,7 @@ class Nemesis:
             with self.db.reading() as session:
                 running = select(Batch.id).where(Batch.finished_at.is_(None), Batch.queued > 0)
                 batch_id = self._rng.choice(session.scalars(running.order_by(Batch.id)).all())
-            if not self.db.write(lifecycle.pause_batch, batch_id):
+            if not self.db.write(orders.pause_batch, batch_id):
                 raise NothingToStrike
             since = self._now()
         except (SQLAlchemyError, IndexError):
@@ -344,7 +350,7 @@ class Nemesis:
                 raise NotYet  # only we can mend it
             try:
                 until.append(self._now())
-                self.db.write(lifecycle.resume_batch, batch_id)
+                self.db.write(orders.resume_batch, batch_id)
             except SQLAlchemyError:
                 raise NotYet from None
             self.pauses.append(Pause(batch_id=batch_id, since=since, until=until[0]))

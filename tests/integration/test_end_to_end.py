@@ -15,7 +15,15 @@ import pytest
 import requests
 from PIL import Image
 
-from jobs import broker, lifecycle, queues, results, settings, states, workers
+from jobs import (
+    broker,
+    orders,
+    queues,
+    results,
+    settings,
+    states,
+    workers,
+)
 from worker import video
 
 pytestmark = pytest.mark.timeout(300)
@@ -108,7 +116,7 @@ def test_a_message_for_a_cancelled_job_renders_nothing(farm, tmp_path):
     path.write_text(json.dumps(json.loads(farm.long_preset.read_text()) | {"model_path": "gone"}))
     batch_id = farm.submit([{"prompt": "never"}], preset=path)
     job = farm.jobs(batch_id)[0]
-    assert farm.db.write(lifecycle.cancel_job, job.id) is states.JobState.CANCELLED
+    assert farm.db.write(orders.cancel_job, job.id) is states.JobState.CANCELLED
     broker.Broker(farm.config).send_renders(TINY_QUEUE, [job.id] * 3)
     _queue_is_empty(farm, TINY_QUEUE)
     assert farm.attempts(job.id) == []
@@ -120,7 +128,7 @@ def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, 
     for job in farm.jobs(batch_id):
         farm.wait_stage(job.id, "denoise", "decode")
     asked = time.monotonic()
-    farm.db.write(lifecycle.cancel_batch, batch_id)
+    farm.db.write(orders.cancel_batch, batch_id)
     until(
         lambda: farm.progress(batch_id).state,
         lambda state: state is states.BatchState.CANCELLED,

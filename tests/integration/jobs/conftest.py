@@ -15,6 +15,7 @@ from jobs import (
     database,
     lifecycle,
     migrate,
+    orders,
     presets,
     queries,
     queues,
@@ -89,14 +90,14 @@ class World:
         return self.db.write(lifecycle.cancel_attempt, attempt_id)
 
     def cancel_batch(self, batch_id: str) -> tuple[int, int]:
-        return self.db.write(lifecycle.cancel_batch, batch_id)
+        return self.db.write(orders.cancel_batch, batch_id)
 
     def cancel_job(self, job_id: int) -> states.JobState:
-        return self.db.write(lifecycle.cancel_job, job_id)
+        return self.db.write(orders.cancel_job, job_id)
 
     def retry(self, batch_id: str, *from_states: states.JobState) -> int:
         return self.db.write(
-            lifecycle.retry_jobs,
+            orders.retry_jobs,
             batch_id,
             from_states=from_states or (states.JobState.FAILED,),
         )

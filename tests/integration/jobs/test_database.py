@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, lifecycle, patience, settings
+from jobs import (
+    database,
+    errors,
+    orders,
+    patience,
+    settings,
+)
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 
@@ -248,7 +255,7 @@ def test_a_server_that_is_back_soon_costs_no_write(
     coming.start()
     watch_connects(monkeypatch, refused.set)
     batch_id = postgres_world.submit()
-    db.write(lifecycle.cancel_batch, batch_id)
+    db.write(orders.cancel_batch, batch_id)
     coming.join()
     db.close()
     assert refused.is_set()
@@ -265,7 +272,7 @@ def test_a_server_that_stays_away_is_told_soon(
     runs: list[int] = []
     watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError):
-        db.write(lifecycle.cancel_batch, "none")
+        db.write(orders.cancel_batch, "none")
     assert 1 < len(runs) <= database.WRITE_TRIES
 
 
@@ -277,5 +284,22 @@ def test_a_server_that_answers_no_is_not_asked_again(
     runs: list[int] = []
     watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError, match="does not exist"):
-        db.write(lifecycle.cancel_batch, "none")
+        db.write(orders.cancel_batch, "none")
     assert len(runs) == 1
+
+
+def test_many_who_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    """SQLite's own wait does not hold for the change to WAL."""
+    for number in range(30):
+        url, start = f"sqlite:///{tmp_path}/{number}.db", threading.Barrier(8)
+
+        def write(url: str = url, start: threading.Barrier = start) -> None:
+            db = database.Database(url)
+            start.wait()
+            with db.transaction() as session:
+                session.execute(text("CREATE TABLE IF NOT EXISTS t (x INTEGER)"))
+            db.close()
+
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(write) for _ in range(8)]:
+                done.result()

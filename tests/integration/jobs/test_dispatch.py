@@ -23,6 +23,7 @@ from jobs import (
     database,
     dispatch,
     lifecycle,
+    orders,
     presets,
     queues,
     reordering,
@@ -519,7 +520,7 @@ def test_a_change_of_order_also_moves_what_was_sent_already(
     client.rpop(QUEUE)
     assert world.claim(early[0]) is not None
     urgent = world.submit(2)
-    world.db.write(lifecycle.prioritize_batch, urgent, 10)
+    world.db.write(orders.prioritize_batch, urgent, 10)
     assert reordering.send_anew(config_of(world, clean_redis_url), world.db) is None
     dispatcher.tick()
     assert sent(client) == [*world.job_ids(urgent), *early[1:3]]

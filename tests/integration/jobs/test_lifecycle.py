@@ -13,7 +13,15 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, health, lifecycle, retries, schema, states
+from jobs import (
+    database,
+    health,
+    lifecycle,
+    orders,
+    retries,
+    schema,
+    states,
+)
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, World
@@ -310,7 +318,7 @@ def test_a_retry_may_name_its_jobs(world: World) -> None:
     ids = world.job_ids(batch_id)
     for job_id in ids:
         world.fail(world.claimed(job_id), FailureKind.INPUT)
-    assert world.db.write(lifecycle.retry_jobs, batch_id, job_ids=[ids[1]]) == 1
+    assert world.db.write(orders.retry_jobs, batch_id, job_ids=[ids[1]]) == 1
     assert [job.state for job in world.jobs(batch_id)] == [
         JobState.FAILED,
         JobState.QUEUED,
@@ -402,10 +410,10 @@ def test_a_look_at_what_is_cancelled_that_comes_late_cancels_nothing(world: Worl
     batch_id = world.submit(2)
     world.cancel_batch(batch_id)
     assert world.retry(batch_id, JobState.CANCELLED) == 2
-    assert world.db.write(lifecycle.go_on_cancelling, batch_id) == (0, 0)
+    assert world.db.write(orders.go_on_cancelling, batch_id) == (0, 0)
     assert world.batch(batch_id).queued == 2
-    world.db.write(lifecycle.request_cancel, batch_id)
-    assert world.db.write(lifecycle.go_on_cancelling, batch_id) == (2, 0)
+    world.db.write(orders.request_cancel, batch_id)
+    assert world.db.write(orders.go_on_cancelling, batch_id) == (2, 0)
 
 
 def test_a_retry_forgets_why_the_job_ended(world: World) -> None:
@@ -443,19 +451,19 @@ def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
     batch_id = world.submit(3)
     running = world.claimed(world.job_ids(batch_id)[0])  # so that the batch is not over
     world.cancel_batch(batch_id)
-    look = lifecycle.go_on_cancelling
+    look = orders.go_on_cancelling
     if how == "deadline":
-        look = lifecycle.expire_batch
+        look = orders.expire_batch
         with world.db.transaction() as session:
             past = database.now(session) - timedelta(seconds=1)
             session.execute(update(Batch).where(Batch.id == batch_id).values(deadline_at=past))
-    real = lifecycle._stop_jobs
+    real = orders._stop_jobs
 
     def overtaken(session: Session, *rest: Any) -> tuple[int, int]:
         assert world.retry(batch_id, JobState.CANCELLED) == 3
         return real(session, *rest)
 
-    monkeypatch.setattr(lifecycle, "_stop_jobs", overtaken)
+    monkeypatch.setattr(orders, "_stop_jobs", overtaken)
     assert world.db.write(look, batch_id) == (0, 0)
     batch = world.batch(batch_id)
     assert (batch.queued, batch.cancelled, batch.cancel_requested_at) == (2, 0, None)

@@ -16,7 +16,14 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, select
 
-from jobs import health, lifecycle, results, retries
+from jobs import (
+    health,
+    lifecycle,
+    moves,
+    orders,
+    results,
+    retries,
+)
 from jobs.lifecycle import Verdict
 from jobs.schema import Attempt, Batch, Job, Owner, Refusal, Worker
 from jobs.states import FailureKind, JobState
@@ -344,10 +351,10 @@ class BatchMachine(Machine):
         if pauses:
             changes = not is_over and not was_paused
             self.model.paused |= {batch_id} if changes else set()
-            assert self.world.db.write(lifecycle.pause_batch, batch_id) is changes
+            assert self.world.db.write(orders.pause_batch, batch_id) is changes
         else:
             self.model.paused -= {batch_id}
-            assert self.world.db.write(lifecycle.resume_batch, batch_id) is was_paused
+            assert self.world.db.write(orders.resume_batch, batch_id) is was_paused
 
     @rule()
     def a_writer_of_results_begins(self) -> None:
@@ -411,9 +418,9 @@ def test_the_machine_finds_a_missing_fence(
     if hole == "fence":
         monkeypatch.setattr(lifecycle, "_fence", lambda _: [Job.state == JobState.RUNNING])
     else:
-        move = lifecycle._move
+        move = moves.move
         monkeypatch.setattr(
-            lifecycle, "_move", lambda *args, holder=None, **values: move(*args, **values)
+            moves, "move", lambda *args, holder=None, **values: move(*args, **values)
         )
     with pytest.raises(AssertionError):
         _run(

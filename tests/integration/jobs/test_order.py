@@ -17,6 +17,7 @@ from jobs import (
     dispatch,
     errors,
     lifecycle,
+    orders,
     queries,
     states,
     submission,
@@ -87,9 +88,9 @@ def test_a_batch_is_moved_with_all_its_jobs_at_once(world: World) -> None:
     first = world.submit(3)
     rows = [{"prompt": "plain"}, {"prompt": "own", "priority": 2}]
     second = world.submit(rows, priority=1)
-    assert world.db.write(lifecycle.prioritize_batch, second, 5)
+    assert world.db.write(orders.prioritize_batch, second, 5)
     assert [job.prompt for job in sent(world, room=2)] == ["own", "plain"]
-    assert world.db.write(lifecycle.prioritize_batch, second, -5)
+    assert world.db.write(orders.prioritize_batch, second, -5)
     assert batches_of(sent(world, room=3)) == [first] * 3
     with world.db.reading() as session:
         assert queries.highest_priority(session) == 0
@@ -97,14 +98,14 @@ def test_a_batch_is_moved_with_all_its_jobs_at_once(world: World) -> None:
 
 def test_a_job_is_moved_by_itself(world: World) -> None:
     batch_id = world.submit(4)
-    world.db.write(lifecycle.prioritize_batch, batch_id, 7)
+    world.db.write(orders.prioritize_batch, batch_id, 7)
     last = world.job_ids(batch_id)[3]
-    assert world.db.write(lifecycle.prioritize_job, last, 8)
+    assert world.db.write(orders.prioritize_job, last, 8)
     with world.db.reading() as session:
         assert queries.highest_priority(session) == 8
     assert [job.id for job in sent(world)] == [last]
     world.claimed(last)
-    assert not world.db.write(lifecycle.prioritize_job, last, 9)
+    assert not world.db.write(orders.prioritize_job, last, 9)
 
 
 # Pause.
@@ -114,15 +115,15 @@ def test_a_paused_batch_is_not_sent_and_a_message_on_its_way_is_refused(world: W
     batch_id = world.submit(3)
     first, second, _ = world.job_ids(batch_id)
     attempt_id = world.claimed(first)
-    assert world.db.write(lifecycle.pause_batch, batch_id)
-    assert not world.db.write(lifecycle.pause_batch, batch_id)
+    assert world.db.write(orders.pause_batch, batch_id)
+    assert not world.db.write(orders.pause_batch, batch_id)
     assert sent(world) == []
     assert world.claim(second) is None
     assert world.job(second).state is JobState.QUEUED
     assert world.batch(batch_id).state is BatchState.PAUSED
     assert world.succeed(attempt_id)
-    assert world.db.write(lifecycle.resume_batch, batch_id)
-    assert not world.db.write(lifecycle.resume_batch, batch_id)
+    assert world.db.write(orders.resume_batch, batch_id)
+    assert not world.db.write(orders.resume_batch, batch_id)
     assert world.claim(second) is not None
     world.check()
 
@@ -140,7 +141,7 @@ def test_no_claim_takes_effect_after_a_pause_did(world: World) -> None:
     with ThreadPoolExecutor(4) as pool:
         working = [pool.submit(claims, ids[number::4]) for number in range(4)]
         start.wait()
-        world.db.write(lifecycle.pause_batch, batch_id)
+        world.db.write(orders.pause_batch, batch_id)
         running_then = world.batch(batch_id).running
         for one in working:
             one.result()
@@ -154,7 +155,7 @@ def test_what_is_claimed_in_the_middle_of_a_pause_is_refused(postgres_world: Wor
     job_id = world.only_job(batch_id).id
     with ThreadPoolExecutor(1) as pool:
         with world.db.transaction() as session:
-            assert lifecycle.pause_batch(session, batch_id)
+            assert orders.pause_batch(session, batch_id)
             claim = pool.submit(world.claim, job_id)
             with pytest.raises(TimeoutError):
                 claim.result(0.5)
@@ -170,7 +171,7 @@ def test_a_batch_that_is_to_be_cancelled_starts_nothing_more(world: World) -> No
     batch_id = world.submit(2)
     first, second = world.job_ids(batch_id)
     attempt_id = world.claimed(first)
-    world.db.write(lifecycle.request_cancel, batch_id)
+    world.db.write(orders.request_cancel, batch_id)
     assert world.claim(second) is None
     assert sent(world) == []
     assert world.cancel_batch(batch_id) == (1, 1)
@@ -181,7 +182,7 @@ def test_a_batch_that_is_to_be_cancelled_starts_nothing_more(world: World) -> No
 def test_a_large_batch_is_cancelled_in_steps_and_the_dispatcher_goes_on_with_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "STOPPED_AT_ONCE", 4)
+    monkeypatch.setattr(orders, "STOPPED_AT_ONCE", 4)
     batch_id = world.submit(10)
     assert world.cancel_batch(batch_id) == (4, 0)
     world.check()
@@ -205,8 +206,8 @@ def test_who_cancels_hears_of_all_that_stops_even_if_the_dispatcher_is_faster(
 
     def write_as_a_dispatcher_looks(change: Any, *given: Any) -> Any:
         found = write(change, *given)
-        if change is lifecycle.request_cancel:
-            assert write(lifecycle.cancel_batch, batch_id) == (2, 1)
+        if change is orders.request_cancel:
+            assert write(orders.cancel_batch, batch_id) == (2, 1)
         return found
 
     with monkeypatch.context() as patch:
@@ -232,12 +233,12 @@ def test_a_deadline_keeps_what_is_finished_and_gives_the_rest_up_with_a_reason(
     attempt_id = world.claimed(running)
     with world.db.reading() as session:
         assert queries.batches_to_stop(session) == ([], [])
-    assert world.db.write(lifecycle.expire_batch, batch_id) == (0, 0)
+    assert world.db.write(orders.expire_batch, batch_id) == (0, 0)
     pass_deadline(world, batch_id)
     assert world.claim(late) is None
     with world.db.reading() as session:
         assert queries.batches_to_stop(session) == ([], [batch_id])
-    assert world.db.write(lifecycle.expire_batch, batch_id) == (2, 1)
+    assert world.db.write(orders.expire_batch, batch_id) == (2, 1)
     assert world.heartbeat(attempt_id) is lifecycle.Verdict.CANCELLED
     assert world.cancel_attempt(attempt_id)
     assert world.batch(batch_id).state is BatchState.PARTIALLY_FAILED
@@ -253,7 +254,7 @@ def test_a_deadline_keeps_what_is_finished_and_gives_the_rest_up_with_a_reason(
 def test_a_batch_without_any_video_at_its_deadline_has_failed(world: World) -> None:
     batch_id = world.submit(2)
     pass_deadline(world, batch_id)
-    world.db.write(lifecycle.expire_batch, batch_id)
+    world.db.write(orders.expire_batch, batch_id)
     assert world.batch(batch_id).state is BatchState.FAILED
 
 
@@ -261,7 +262,7 @@ def test_a_commit_that_wins_the_race_against_the_deadline_stays(world: World) ->
     batch_id = world.submit(1)
     attempt_id = world.claimed(world.only_job(batch_id).id)
     pass_deadline(world, batch_id)
-    assert world.db.write(lifecycle.expire_batch, batch_id) == (0, 1)
+    assert world.db.write(orders.expire_batch, batch_id) == (0, 1)
     assert world.succeed(attempt_id)
     assert world.only_job(batch_id).error is None
     assert world.batch(batch_id).state is BatchState.SUCCEEDED
@@ -270,7 +271,7 @@ def test_a_commit_that_wins_the_race_against_the_deadline_stays(world: World) ->
 def test_a_retry_after_the_deadline_has_no_deadline(world: World) -> None:
     batch_id = world.submit(1)
     pass_deadline(world, batch_id)
-    world.db.write(lifecycle.expire_batch, batch_id)
+    world.db.write(orders.expire_batch, batch_id)
     assert world.retry(batch_id, JobState.CANCELLED) == 1
     with world.db.reading() as session:
         assert queries.batches_to_stop(session) == ([], [])

@@ -6,7 +6,14 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from jobs import broker, dispatch, lifecycle, settings, states
+from jobs import (
+    broker,
+    dispatch,
+    lifecycle,
+    orders,
+    settings,
+    states,
+)
 from jobs.schema import Attempt
 from worker import finished
 
@@ -57,7 +64,7 @@ def test_its_lease_is_renewed_when_half_of_it_is_over(host, look):
 def test_a_cancel_of_one_that_waits_is_heard_at_the_next_look(host, look):
     folder = host.finished()
     look()
-    host.db.write(lifecycle.cancel_job, host.job_of(folder).id)
+    host.db.write(orders.cancel_job, host.job_of(folder).id)
     assert look() == []
     assert not folder.path.exists()
     assert host.job_of(folder).state is states.JobState.CANCELLED
@@ -73,7 +80,7 @@ def test_one_that_is_being_published_is_left_to_its_publisher(host, look):
 
 def test_one_that_nobody_waits_for_is_removed(host, look):
     lost, cancelled = host.finished(), host.finished()
-    host.db.write(lifecycle.cancel_job, host.job_of(cancelled).id)
+    host.db.write(orders.cancel_job, host.job_of(cancelled).id)
     lost_job = host.job_of(lost)
     host.db.write(
         lifecycle.fail,

@@ -10,7 +10,13 @@ from datetime import timedelta
 import pytest
 import sqlalchemy
 
-from jobs import database, dispatch, lifecycle, migrate
+from jobs import (
+    database,
+    dispatch,
+    lifecycle,
+    migrate,
+    orders,
+)
 from jobs.schema import Attempt
 from worker import errors, heartbeat
 from worker.settings import WorkerSettings
@@ -60,7 +66,7 @@ def keeps_reporting(beating, until):
 def test_a_cancelled_job_stops_its_attempt(host, claim, heart, until):
     with heart() as beating:
         beating.reached("denoise", 0, 4)
-        host.db.write(lifecycle.cancel_job, claim.job_id)
+        host.db.write(orders.cancel_job, claim.job_id)
         with pytest.raises(errors.AttemptCancelled):
             keeps_reporting(beating, until)
 

@@ -6,7 +6,16 @@ import threading
 
 import pytest
 
-from jobs import dispatch, lifecycle, results, servers, settings, states, storage
+from jobs import (
+    dispatch,
+    lifecycle,
+    orders,
+    results,
+    servers,
+    settings,
+    states,
+    storage,
+)
 from worker import publisher
 
 
@@ -153,7 +162,7 @@ def test_a_video_damaged_during_its_upload_is_rendered_again(host):
 def test_the_video_of_a_cancelled_job_is_dropped(host, keys):
     folder = host.finished()
     job = host.job_of(folder)
-    host.db.write(lifecycle.cancel_job, job.id)
+    host.db.write(orders.cancel_job, job.id)
     host.publisher().publish(folder.attempt_id)
     assert host.job(job.id).state is states.JobState.CANCELLED
     assert host.attempt(folder).state is states.AttemptState.CANCELLED

@@ -18,6 +18,7 @@ from jobs import (
     database,
     dispatch,
     lifecycle,
+    orders,
     presets,
     settings,
     states,
@@ -475,9 +476,7 @@ def test_a_broken_device_ends_its_process_though_nobody_can_be_told(host):
 
 def test_a_job_cancelled_in_mid_render_ends_so_and_leaves_no_files(host, first_doing):
     job = host.submit(target_video_length=33)[0]
-    host.runner(first_doing(lambda: host.db.write(lifecycle.cancel_job, job.id))).run_attempt(
-        job.id
-    )
+    host.runner(first_doing(lambda: host.db.write(orders.cancel_job, job.id))).run_attempt(job.id)
     (attempt,) = host.attempts(job.id)
     assert attempt.state is states.AttemptState.CANCELLED
     assert host.job(job.id).state is states.JobState.CANCELLED
@@ -494,7 +493,7 @@ def test_a_cancel_among_the_frames_leaves_no_half_video(host, until):
     def cancel_and_be_heard():
         (folder,) = leftovers(host)
         seen.append(until(folder.video.exists))
-        host.db.write(lifecycle.cancel_job, job.id)
+        host.db.write(orders.cancel_job, job.id)
         told = host.attempts(job.id)[0].heartbeat_at
         until(lambda: host.attempts(job.id)[0].heartbeat_at > told)
 
@@ -658,7 +657,7 @@ def test_a_cancel_in_the_tail_is_heard(host, tail, until):
     (job,) = host.submit(1)
     made = host.runner()
     runner.Runner.run_attempt(made, job.id)
-    host.db.write(lifecycle.cancel_job, job.id)
+    host.db.write(orders.cancel_job, job.id)
     tail.set()
     made.tail.wait()
     assert state_of(host, job) is states.AttemptState.CANCELLED

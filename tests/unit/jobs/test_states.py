@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import lifecycle, states
+from jobs import (
+    moves,
+    states,
+)
 from jobs.states import FINAL_JOB_STATES, LIVE_ATTEMPT_STATES, TRANSITIONS, AttemptState, JobState
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -45,7 +48,7 @@ def test_stored_words_fit_their_columns() -> None:
 
 def test_a_move_that_the_table_does_not_know_is_refused() -> None:
     with pytest.raises(AssertionError, match="succeeded -> queued"):
-        lifecycle._move(None, 1, JobState.SUCCEEDED, JobState.QUEUED)  # type: ignore[arg-type]
+        moves.move(None, 1, JobState.SUCCEEDED, JobState.QUEUED)  # type: ignore[arg-type]
 
 
 def test_the_drawing_of_the_states_is_the_table() -> None:

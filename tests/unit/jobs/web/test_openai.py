@@ -10,7 +10,10 @@ from typing import Any
 import openai
 import pytest
 
-from jobs import lifecycle
+from jobs import (
+    lifecycle,
+    orders,
+)
 from jobs.schema import Batch
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
@@ -222,7 +225,7 @@ def test_a_batch_that_is_not_finished_in_its_window_expires_and_keeps_what_is(
     attempt_id = live.web.claim(live.web.job_id(batch_id, 1))
     with live.web.db.transaction() as session:
         session.get(Batch, batch_id).deadline_at -= timedelta(hours=24)
-    live.web.db.write(lifecycle.expire_batch, batch_id)
+    live.web.db.write(orders.expire_batch, batch_id)
     assert client.batches.retrieve(made.id).status == "finalizing"
     assert live.web.db.write(lifecycle.cancel_attempt, attempt_id)
     ended = client.batches.retrieve(made.id)
