@@ -2,12 +2,23 @@
 
 import hashlib
 import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from jobs import database, errors, holds, images, settings, storage
 
 LONG_SOURCE_CHARS = 200  # data URLs are remembered by their hash
+FETCHES_AT_ONCE = 8
+UPLOADS_AT_ONCE = 8  # boto3 keeps ten connections
+ROWS_AHEAD = 4 * FETCHES_AT_ONCE
+FAR = ("https", "s3")
+
+T = TypeVar("T")
 
 
 class ImageAway(errors.RushesError):
@@ -34,22 +45,28 @@ class InputImages:
     """None: check only, as for a dry run."""
     may_wait: bool = False
     """An image whose server does not answer makes `resolve` raise ImageAway."""
-    _known: dict[str, InputImage | str] = field(default_factory=dict)
+    _known: dict[str, InputImage | str | Future[InputImage | str]] = field(default_factory=dict)
+    """By what rows call them; a Future while it is fetched ahead."""
     _fetched: dict[str, images.FetchedImage] = field(default_factory=dict)
     """By key; `data` lies in the folder instead."""
     _folder: tempfile.TemporaryDirectory[str] | None = None
     """Made for the first of them; `close` removes it."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def upload(self, db: database.Database) -> None:
         """Lay all of them into the store, once the whole file was found good."""
         if self.store is None:
             return
         holds.hold_all(db, self._fetched)
-        for key, image in self._fetched.items():
-            data = self._path(image).read_bytes()
-            assert images.store_once(self.store, replace(image, data=data)) == key
+        with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="images") as pool:
+            assert list(pool.map(self._store, self._fetched.values())) == list(self._fetched)
         self._fetched.clear()
         self.close()
+
+    def _store(self, image: images.FetchedImage) -> str:
+        assert self.store is not None
+        data = self._path(image).read_bytes()
+        return images.store_once(self.store, replace(image, data=data))
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -59,12 +76,37 @@ class InputImages:
 
     def resolve(self, source: str) -> InputImage | str:
         """The checked image, or why it cannot be used."""
-        name = source
-        if len(source) > LONG_SOURCE_CHARS:
-            name = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        if name not in self._known:
-            self._known[name] = self._fetch(source)
-        return self._known[name]
+        name = _name(source)
+        found = self._known.get(name)
+        if found is None:
+            found = self._fetch(source)
+        elif isinstance(found, Future):
+            found = found.result()
+        self._known[name] = found
+        return found
+
+    def fetched_ahead(
+        self, rows: Iterable[T], source_of: Callable[[T], str | None]
+    ) -> Generator[T]:
+        """The same rows, while the images of the next ones are fetched from afar, some at once.
+
+        To be closed by who does not read it to its end.
+        """
+        coming: deque[T] = deque()
+        pool = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="images")
+        try:
+            for row in rows:
+                source = source_of(row)
+                if source is not None and images.scheme_of(source) in FAR:
+                    name = _name(source)
+                    if name not in self._known:
+                        self._known[name] = pool.submit(self._fetch, source)
+                coming.append(row)
+                if len(coming) > ROWS_AHEAD:
+                    yield coming.popleft()
+            yield from coming
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _path(self, image: images.FetchedImage) -> Path:
         if self._folder is None:
@@ -84,7 +126,14 @@ class InputImages:
             return str(error)
         except images.ImageError as error:
             return str(error)
-        if self.store is not None and found.key not in self._fetched:
-            self._path(found).write_bytes(found.data)
-            self._fetched[found.key] = replace(found, data=b"")
+        with self._lock:
+            if self.store is not None and found.key not in self._fetched:
+                self._path(found).write_bytes(found.data)
+                self._fetched[found.key] = replace(found, data=b"")
         return InputImage(key=found.key, width=found.width, height=found.height)
+
+
+def _name(source: str) -> str:
+    if len(source) <= LONG_SOURCE_CHARS:
+        return source
+    return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()

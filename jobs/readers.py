@@ -8,7 +8,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, NoReturn, Self
@@ -142,7 +142,7 @@ def read(
 
 def without_duplicates(
     items: Iterable[PromptRow | errors.Problem],
-) -> Iterator[PromptRow | errors.Problem]:
+) -> Generator[PromptRow | errors.Problem]:
     """The same items, but a row whose custom_id an earlier row has is a Problem."""
     with DuplicateFinder() as finder:
         for item in items:

@@ -1,11 +1,12 @@
 """Prompts and a preset -> one batch with its jobs. Seeds and looks are fixed here, for ever."""
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, BinaryIO
@@ -102,18 +103,29 @@ class PromptFile:
     """What a schedule does to each row before it is checked; ValueError says what is wrong."""
     _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
 
-    def rows(self) -> Iterator["Order | errors.Problem"]:
+    def rows(self) -> Generator["Order | errors.Problem"]:
         """Each good row with its look, each bad one as a problem, in the order of the file."""
         self.stream.seek(0)
         read = readers.read(self.stream, format=self.format)
-        for row in readers.without_duplicates(map(self._filled, read)):
-            if isinstance(row, errors.Problem):
-                yield row
-                continue
-            try:
-                yield self._order(row)
-            except ValueError as error:
-                yield errors.Problem(line=row.line, message=str(error))
+        checked = readers.without_duplicates(map(self._filled, read))
+        rows: Generator[readers.PromptRow | errors.Problem] = checked
+        if self.images is not None:
+            rows = self.images.fetched_ahead(checked, self._source_of_image)
+        # Closed also after an error, whose traceback would keep it: threads are at work for it.
+        with contextlib.closing(rows):
+            for row in rows:
+                if isinstance(row, errors.Problem):
+                    yield row
+                    continue
+                try:
+                    yield self._order(row)
+                except ValueError as error:
+                    yield errors.Problem(line=row.line, message=str(error))
+
+    def _source_of_image(self, row: readers.PromptRow | errors.Problem) -> str | None:
+        if isinstance(row, errors.Problem) or not self.options.preset.look.needs_image:
+            return None
+        return row.image
 
     def _filled(
         self, row: readers.PromptRow | errors.Problem
@@ -247,19 +259,20 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
     jobs_of_looks: Counter[str] = Counter()
     bad = prompts = negatives = 0
     fingerprint = hashlib.sha256()
-    for row in file.rows():
-        if isinstance(row, errors.Problem):
-            bad += 1
-            if len(problems) < MAX_PROBLEMS:
-                problems.append(row)
-            continue
-        prompts += 1
-        negatives += row.row.negative_prompt is not None
-        jobs_of_looks[row.look.id] += options.repeat
-        # The file names its images; what they show is part of the content as well.
-        fingerprint.update((row.image_key or "").encode())
-        if keep is not None:
-            keep(row)
+    with contextlib.closing(file.rows()) as rows:
+        for row in rows:
+            if isinstance(row, errors.Problem):
+                bad += 1
+                if len(problems) < MAX_PROBLEMS:
+                    problems.append(row)
+                continue
+            prompts += 1
+            negatives += row.row.negative_prompt is not None
+            jobs_of_looks[row.look.id] += options.repeat
+            # The file names its images; what they show is part of the content as well.
+            fingerprint.update((row.image_key or "").encode())
+            if keep is not None:
+                keep(row)
     if bad > len(problems):
         more = f"and {bad - len(problems):,} more bad lines after these"
         problems.append(errors.Problem(line=None, message=more))

@@ -33,7 +33,7 @@ class WebImages(inputs.InputImages):
     given: dict[str, bytes] = field(default_factory=dict)
     """Images that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
-    _fetch_seconds: float | None = None
+    _fetching_since: float | None = None
     """None: this request has no turn."""
 
     def give(self, data: bytes) -> str:
@@ -57,26 +57,24 @@ class WebImages(inputs.InputImages):
 
     def close(self) -> None:
         super().close()
-        if self.turns is not None and self._fetch_seconds is not None:
+        if self.turns is not None and self._fetching_since is not None:
             self.turns.give_back(self.owner)
-        self._fetch_seconds = None
+        self._fetching_since = None
 
     def _fetched_from_afar(self, source: str) -> images.FetchedImage:
-        if self._fetch_seconds is None:
-            if self.turns is not None:
-                self.turns.take(self.owner)
-            self._fetch_seconds = 0.0
-        if self._fetch_seconds > MAX_FETCH_SECONDS:
+        with self._lock:
+            if self._fetching_since is None:
+                if self.turns is not None:
+                    self.turns.take(self.owner)
+                self._fetching_since = time.monotonic()
+            seconds = time.monotonic() - self._fetching_since
+        if seconds > MAX_FETCH_SECONDS:
             raise images.ImageUnusable(
                 "address",
-                f"the images before it took {self._fetch_seconds:.0f} s to fetch: upload them "
-                "first, or send fewer prompts at a time",
+                f"fetching the images before it took {seconds:.0f} s: upload them first, or send "
+                "fewer prompts at a time",
             )
-        begun = time.monotonic()
-        try:
-            return super().read(source)
-        finally:
-            self._fetch_seconds += time.monotonic() - begun
+        return super().read(source)
 
     def _uploaded(self, source: str) -> images.FetchedImage:
         assert self.db is not None
