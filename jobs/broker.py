@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterable
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import kombu.exceptions
@@ -27,6 +28,14 @@ class BrokerUnavailable(errors.RushesError):
         super().__init__(f"broker {self.address}: {reason}")
 
 
+class Message(NamedTuple):
+    """What lies in a queue."""
+
+    subject: int
+    mark: str
+    """Of whoever it was sent for; of older versions none."""
+
+
 class Broker:
     """Sends job ids to queues and can tell which ones still lie there."""
 
@@ -41,12 +50,15 @@ class Broker:
             socket_keepalive=True,
         )
 
-    def send_renders(self, queue: str, job_ids: Iterable[int]) -> int:
-        """One message per job; how many were sent before Redis stopped answering, if it does."""
+    def send_renders(self, queue: str, job_ids: Iterable[int], *, mark: str = "") -> int:
+        """One message per job; how many were sent before Redis stopped answering, if it does.
+
+        `mark`: for whom they are, without a colon; `lying` tells it.
+        """
         sent = 0
         try:
             for job_id in job_ids:
-                self._send(celery_app.RENDER_TASK, job_id, queue)
+                self._send(celery_app.RENDER_TASK, job_id, queue, mark=mark)
                 sent += 1
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
@@ -71,12 +83,16 @@ class Broker:
 
     def waiting(self, queue: str) -> set[int]:
         """Ids of the messages that no worker has taken from this queue yet."""
+        return {message.subject for message in self.lying(queue)}
+
+    def lying(self, queue: str) -> list[Message]:
+        """The messages that no worker has taken from this queue yet."""
         try:
             messages = self.redis.lrange(queue, 0, MOST_READ - 1)
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
         assert isinstance(messages, list)
-        return _subjects(messages)
+        return _read(messages)
 
     def recall(self, queue: str) -> set[int]:
         """Take back all messages that no worker has taken; what they were about."""
@@ -87,7 +103,7 @@ class Broker:
             messages = pipeline.execute()[0]
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
-        return _subjects(messages)
+        return {message.subject for message in _read(messages)}
 
     def kick(self) -> bool:
         """Wake the dispatchers; False when Redis is down, which costs a tick and nothing else."""
@@ -112,13 +128,13 @@ class Broker:
         finally:
             client.close()
 
-    def _send(self, task: str, subject: int, queue: str) -> None:
+    def _send(self, task: str, subject: int, queue: str, *, mark: str = "") -> None:
         self._app.send_task(
             task,
             args=[subject],
             queue=queue,
-            # The id comes first so that `waiting` can read it back.
-            task_id=f"{subject}:{uuid.uuid4().hex}",
+            # So that `lying` can read it back.
+            task_id=f"{subject}:{uuid.uuid4().hex}:{mark}",
             retry=False,
         )
 
@@ -142,13 +158,14 @@ def publish_queue(host: str) -> str:
     return f"rushes.publish.{host}"
 
 
-def _subjects(messages: Iterable[object]) -> set[int]:
-    return {subject for subject in map(_subject, messages) if subject is not None}
+def _read(messages: Iterable[object]) -> list[Message]:
+    return [read for read in map(_message, messages) if read is not None]
 
 
-def _subject(message: object) -> int | None:
+def _message(message: object) -> Message | None:
     try:
         task_id = json.loads(message)["headers"]["id"]  # type: ignore[arg-type]  # bytes or str
-        return int(task_id.partition(":")[0])
+        subject, _, rest = task_id.partition(":")
+        return Message(int(subject), rest.partition(":")[2])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # written by somebody else; the worker that takes it drops it

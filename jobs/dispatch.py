@@ -1,6 +1,8 @@
 """Which queued jobs are sent now, and to which queue. Any number of dispatchers may run."""
 
+import hashlib
 import itertools
+import json
 import operator
 import threading
 import time
@@ -154,9 +156,15 @@ class Dispatcher:
         with self._db.reading() as session:
             groups = queries.live_workers_by_queues(session)
         sent = 0
+        marks = {group: _mark(group) for group in groups}
         for group, number in groups.items():
-            waiting = set().union(*(self._broker.waiting(queue) for queue in group))
-            room = min(number * self._config.window, broker.MOST_READ) - len(waiting)
+            lying = [message for queue in group for message in self._broker.lying(queue)]
+            waiting = {message.subject for message in lying}
+            # Those for others that take from one of its queues too leave it its window: else it
+            # would be sent nothing of the rest while they have a backlog there.
+            for_others = set(marks.values()) - {marks[group]}
+            own = {message.subject for message in lying if message.mark not in for_others}
+            room = min(number * self._config.window - len(own), broker.MOST_READ - len(waiting))
             if room > 0:
                 with self._db.reading() as session:
                     chosen = choose(
@@ -169,7 +177,8 @@ class Dispatcher:
                 # Committed before sending: a worker may take the message up at once.
                 taken = self._db.write(take, chosen) if chosen else []
                 for queue, jobs in itertools.groupby(taken, key=operator.attrgetter("queue")):
-                    sent += self._broker.send_renders(queue, [job.id for job in jobs])
+                    ids = [job.id for job in jobs]
+                    sent += self._broker.send_renders(queue, ids, mark=marks[group])
         return sent
 
     def _stop_batches(self) -> int:
@@ -182,6 +191,11 @@ class Dispatcher:
         for batch_id in overdue:
             stopped += self._db.write(orders.expire_batch, batch_id)[0]
         return stopped
+
+
+def _mark(group: Sequence[str]) -> str:
+    """Of workers that take from just these queues."""
+    return hashlib.sha256(json.dumps(sorted(group)).encode()).hexdigest()[:8]
 
 
 class _DatabaseSilent(Exception):

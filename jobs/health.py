@@ -127,8 +127,13 @@ def _others_take(session: Session, queue: str, *, but_not: Collection[str]) -> b
     )
 
 
-def failed_on(session: Session, job: Job) -> Sequence[tuple[str, datetime]]:
-    """Workers on which it failed as on a broken machine, and when, since its budgets were fresh."""
+def failed_on(
+    session: Session,
+    job: Job,
+    *,
+    kinds: Collection[states.FailureKind] = retries.OF_MACHINE,
+) -> Sequence[tuple[str, datetime]]:
+    """Workers on which it failed by one of these kinds, and when, since its budgets were fresh."""
     ended = (
         select(Attempt.worker, Attempt.finished_at, Attempt.failure_kind)
         .where(Attempt.job_id == job.id)
@@ -139,7 +144,7 @@ def failed_on(session: Session, job: Job) -> Sequence[tuple[str, datetime]]:
     return [
         (worker, when)
         for worker, when, kind in session.execute(ended)
-        if kind in retries.OF_MACHINE and when is not None
+        if kind in kinds and when is not None
     ]
 
 
@@ -151,5 +156,6 @@ def is_for_others(session: Session, job: Job, worker: str, now: datetime) -> boo
     if not job.error_count + job.crash_count:
         return False
     since = now - timedelta(seconds=ELSEWHERE_SECONDS)
-    failed = {name for name, when in failed_on(session, job) if when > since}
+    found = failed_on(session, job, kinds=retries.TRIED_ELSEWHERE)
+    failed = {name for name, when in found if when > since}
     return worker in failed and _others_take(session, job.queue, but_not=failed)

@@ -13,6 +13,8 @@ NEVER_RETRIED = frozenset({states.FailureKind.INPUT, states.FailureKind.REFUSED}
 CRASHES = frozenset({states.FailureKind.WORKER_LOST})
 OF_MACHINE = CRASHES | {states.FailureKind.DEVICE, states.FailureKind.INTERNAL}
 """What a broken machine does to any job; a broken job does it to any machine."""
+TRIED_ELSEWHERE = OF_MACHINE | {states.FailureKind.ENCODING, states.FailureKind.OUT_OF_MEMORY}
+"""What another machine may well do; it says nothing against the one that could not."""
 MAX_MACHINES = 3  # that a job may fail on in such a way: then it is to blame
 
 

@@ -168,10 +168,13 @@ def refuse(
 ) -> float:
     """This worker takes nothing of a queue (ALL_QUEUES: of any) for so many seconds.
 
-    Each time in a row for twice as long, until `accept`. One that is taken out stays so.
+    Each time in a row for twice as long, until `accept`. One that is taken out stays so, and
+    messages that arrive while it refuses make it no longer.
     """
     now = database.now(session)
     row = session.get(Refusal, (name, queue), with_for_update=True)
+    if row is not None and row.until > now and not row.needs_test:
+        return (row.until - now).total_seconds()
     times = 1 if row is None else row.times + 1
     seconds = wait_seconds(times)
     if row is not None and row.needs_test:

@@ -23,8 +23,12 @@ def clean(prompt: str) -> str:
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """Load a tokenizer from files on disk. Raises CheckpointError when they do not make one."""
+    # The file as it is: for a `T5Tokenizer`, which Wan's folder says it is, transformers 5 makes
+    # another one of its vocabulary, with the id of `<unk>` that T5 has (2; Wan's is 3).
+    is_whole = (folder / "tokenizer.json").is_file()
+    kind = transformers.PreTrainedTokenizerFast if is_whole else transformers.AutoTokenizer
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise errors.CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
 

@@ -64,6 +64,13 @@ class NotSigned(HostFault):
     kind = states.FailureKind.ENCODING
 
 
+class EncoderBroken(HostFault):
+    """ffmpeg is not there, or encodes nothing on this host."""
+
+    is_of_all_queues = True
+    kind = states.FailureKind.ENCODING
+
+
 class WeightsUnusable(RenderError):
     """A file that the job asks for in particular is missing, broken or of another model."""
 
@@ -112,7 +119,7 @@ class DeviceFault(RenderError):
 
 
 class EncodingFailed(RenderError):
-    """ffmpeg failed, or its file is not the video that was asked for."""
+    """ffmpeg failed at this video and no other, or its file is not what was asked for."""
 
     kind = states.FailureKind.ENCODING
 

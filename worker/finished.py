@@ -14,6 +14,8 @@ from worker import errors, scratch
 
 log = structlog.get_logger()
 
+MOST_ON_THE_WAY = 1_000  # messages to this host's publisher, of videos that wait on its disk
+
 
 def renew(
     db: database.Database,
@@ -92,9 +94,10 @@ def find_unfinished(
     if found:
         # During an outage of the store the same ids are found again and again.
         on_the_way = bell.waiting(broker.publish_queue(config.host_name))
-        for attempt_id in found:
-            if attempt_id not in on_the_way:
-                bell.send_publish(config.host_name, attempt_id)
+        unsent = [attempt_id for attempt_id in found if attempt_id not in on_the_way]
+        # Far fewer than can be read back: more would be sent again at each look, without end.
+        for attempt_id in unsent[: max(0, MOST_ON_THE_WAY - len(on_the_way))]:
+            bell.send_publish(config.host_name, attempt_id)
     return found
 
 

@@ -18,11 +18,19 @@ TRIAL_SECONDS = 60.0
 
 
 def ffmpeg() -> str:
-    """Its path; EncodingFailed when there is none."""
+    """Its path; EncoderBroken when there is none."""
     try:
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
-        raise errors.EncodingFailed(f"no ffmpeg on this machine: {error}") from error
+        raise errors.EncoderBroken(f"no ffmpeg on this machine: {error}") from error
+
+
+def failure(message: str) -> errors.RenderError:
+    """EncodingFailed where ffmpeg works on this host: then the video is to blame."""
+    why = _why_not(ffmpeg(), X264)
+    if why is None:
+        return errors.EncodingFailed(message)
+    return errors.EncoderBroken(f"{message}; nor does it encode a test picture: {why}")
 
 
 def encoder(worker_settings: WorkerSettings, *, width: int, height: int) -> str:
@@ -52,11 +60,15 @@ def options(name: str, worker_settings: WorkerSettings) -> list[str]:
 @functools.cache
 def why_no_nvenc(program: str) -> str | None:
     """What ffmpeg says when it tries, once per process; None: it works."""
+    return _why_not(program, NVENC)
+
+
+def _why_not(program: str, encoder: str) -> str | None:
     command = [
         program,
         *("-hide_banner", "-nostdin", "-loglevel", "error"),
         *("-f", "lavfi", "-i", "color=size=256x256:rate=25:duration=0.2"),
-        *("-c:v", NVENC, "-pix_fmt", "yuv420p", "-f", "null", "-"),
+        *("-c:v", encoder, "-pix_fmt", "yuv420p", "-f", "null", "-"),
     ]
     try:
         done = subprocess.run(  # noqa: S603  # our own argument list, no shell

@@ -25,6 +25,11 @@ STALLED = 70  # exit status, for the logs
 STDERR = 2  # the file itself: Python's object of it may be anything
 
 
+_live: set["Heartbeat"] = set()
+"""Of this process, which has one timer for all of them."""
+_live_lock = threading.Lock()
+
+
 def end_process() -> None:
     """A device that hangs would hold this process for ever; its parent starts a fresh one."""
     faulthandler.dump_traceback(file=STDERR)
@@ -71,6 +76,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
+        with _live_lock:
+            _live.add(self)
         self._thread.start()
         return self
 
@@ -83,8 +90,10 @@ class Heartbeat:
         self._stop.set()
         self._news.set()
         self._thread.join()
-        # Of another heartbeat in this process too, which sets it again at its next turn.
-        faulthandler.cancel_dump_traceback_later()
+        with _live_lock:
+            _live.discard(self)
+            if not _live:
+                faulthandler.cancel_dump_traceback_later()
 
     def reached(self, stage: str, step: int, steps: int) -> None:
         """The render loop is here. Raises AttemptCancelled or AttemptSuperseded when it is over.
@@ -104,8 +113,11 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
-            seconds = self._stall_seconds + DEAF_SECONDS
-            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+            with _live_lock:
+                if self not in _live:
+                    return
+                seconds = self._stall_seconds + DEAF_SECONDS
+                faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
             self._news.wait(self._interval)
             self._news.clear()
             if self._stop.is_set():

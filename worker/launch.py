@@ -164,7 +164,9 @@ class Launcher:
             log.warning("launcher.beat_missed", error=str(error)[:300])
 
     def _renew(self, renderer: RenderProcess) -> None:
-        registration = self._registration(renderer, pid=renderer.child.pid)
+        # Without a process while it is tested, where it had died before: that pid is ours.
+        pid = renderer.child.pid if renderer.child.is_alive else os.getpid()
+        registration = self._registration(renderer, pid=pid)
         if not self.db.write(workers.register, registration):
             # We were silent for long, and somebody else has begun in our place.
             self.lost_name = workers.NameTaken(renderer.name, None)

@@ -25,7 +25,7 @@ class Reservations:
     def __init__(self, home: Path) -> None:
         # A home may be shared by hosts, whose memory is not.
         self._folder = home / "locks" / f"memory@{socket.gethostname()}"
-        self._own: IO[str] | None = None
+        self._own: IO[bytes] | None = None
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[int]:
@@ -47,10 +47,10 @@ class Reservations:
         if num_bytes <= 0:
             return
         try:
-            self._own = (self._folder / uuid.uuid4().hex).open("x")
+            # Unbuffered: what a full disk refused would be written, and refused, at its closing.
+            self._own = (self._folder / uuid.uuid4().hex).open("xb", buffering=0)
             fcntl.flock(self._own, fcntl.LOCK_EX)
-            self._own.write(str(num_bytes))
-            self._own.flush()
+            self._own.write(b"%d" % num_bytes)
         except OSError as error:
             log.warning("memory.not_reserved", error=str(error))
 

@@ -8,6 +8,7 @@ or a farm and the one before it, may use the same disk.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,11 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import structlog
 from pydantic import BaseModel, ValidationError
 
 from worker import errors
+
+log = structlog.get_logger()
 
 VIDEO = "video.mp4"
 SIDECAR = "sidecar.json"
@@ -97,15 +101,28 @@ class AttemptFolder:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def _sidecar_to_lock(self) -> BinaryIO:
+        try:
+            return self.sidecar.open("rb+")  # NFS locks no file that cannot be written
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            return self.sidecar.open(
+                "rb"
+            )  # a disk that was mounted anew, after an error of its own
+
     @contextmanager
     def locked(self) -> Iterator[bool]:
         """True for one publisher at a time; false for the others and for an unfinished folder."""
         with contextlib.ExitStack() as stack:
             try:
                 # Its own file is the lock: on a full disk no other could be made.
-                file = stack.enter_context(self.sidecar.open("rb+"))
+                file = stack.enter_context(self._sidecar_to_lock())
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, FileNotFoundError, NotADirectoryError):
+                yield False
+            except OSError as error:
+                log.error("scratch.not_locked", path=str(self.path), error=str(error))
                 yield False
             else:
                 # Perhaps removed by the one who held it before.

@@ -63,7 +63,7 @@ class Mp4Writer:
             )
         except OSError as error:
             self._log.close()
-            raise errors.EncodingFailed(f"ffmpeg does not start: {error}") from error
+            raise h264.failure(f"ffmpeg does not start: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +105,7 @@ class Mp4Writer:
         try:
             return self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise errors.EncodingFailed(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
+            raise h264.failure(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
 
     def _failure(self) -> errors.RenderError:
         self._log.seek(0)
@@ -114,7 +114,7 @@ class Mp4Writer:
         is_too_large = self._process.returncode == -signal.SIGXFSZ  # for `ulimit -f`
         if is_too_large or any(complaint in words for complaint in DISK_COMPLAINTS):
             return errors.DiskUnusable(message)
-        return errors.EncodingFailed(message)
+        return h264.failure(message)
 
 
 def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:
@@ -150,7 +150,7 @@ def probe(path: Path) -> VideoInfo:
             errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise errors.EncodingFailed(f"{path.name} cannot be checked: {error}") from error
+        raise h264.failure(f"{path.name} cannot be checked: {error}") from error
     stream = re.search(r"Stream #0.*Video: (\w+).*?, (yuv\w+|rgb\w+|gbrp\w*)", done.stderr)
     fps = re.search(r"([\d.]+) fps", done.stderr)
     size = re.search(r"#dimensions 0: (\d+)x(\d+)", done.stdout)

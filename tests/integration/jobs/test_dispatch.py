@@ -92,6 +92,45 @@ def test_a_window_per_live_worker_is_kept_in_redis(
     assert dispatcher.tick().sent == 0
 
 
+def test_a_backlog_that_others_share_keeps_no_other_queue_empty(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    """Most hosts have one model, and one of them a second one as well."""
+    other = queues.of_model("other")
+    for number in range(5):
+        world.register(f"gpu{number}@one")
+    world.register("gpu0@both", also=[other])
+    common = world.submit(60)
+    dispatcher = dispatcher_of(world, clean_redis_url, window=2)
+    dispatcher.tick()
+    urgent = world.job_ids(world.submit(5, preset=other_model(), priority=9))
+    done = 0
+    for _ in range(20):
+        dispatcher.tick()
+        assert len(sent(client)) + len(sent(client, other)) <= 6 * 2
+        for job_id in sent(client)[:5]:
+            client.rpop(QUEUE)
+            world.succeed(world.claimed(job_id, worker=f"gpu{done % 5}@one"))
+            done += 1
+        if sent(client, other):
+            break
+    assert sent(client, other) == urgent[:2]
+    assert done < 15
+    assert world.batch(common).succeeded == done
+
+
+def test_messages_of_another_version_count_for_everybody(
+    world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    ids = world.job_ids(world.submit(5))
+    world.register()
+    dispatcher = dispatcher_of(world, clean_redis_url, window=2)
+    bell = broker.Broker(config_of(world, clean_redis_url))
+    bell.send_renders(QUEUE, ids[:1])
+    bell.send_renders(QUEUE, ids[1:2], mark="of-workers-that-are-gone")
+    assert dispatcher.tick().sent == 0
+
+
 def test_nothing_is_sent_where_no_live_worker_takes_it(
     world: World, clean_redis_url: str, client: redis.Redis
 ) -> None:

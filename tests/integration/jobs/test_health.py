@@ -270,3 +270,36 @@ def test_an_operator_may_readmit_without_a_test(world: World) -> None:
     assert not world.db.write(health.readmit, BAD)
     world.db.write(health.tested, BAD, failure="too late to matter")
     assert takes(world, BAD) == (QUEUE,)
+
+
+@pytest.mark.parametrize("kind", [KIND.ENCODING, KIND.OUT_OF_MEMORY])
+def test_what_another_machine_may_well_do_is_tried_there(sqlite_world: World, kind: KIND) -> None:
+    """And is held against nobody."""
+    world = sqlite_world
+    world.register(BAD)
+    (job_id, *others) = world.job_ids(world.submit(4))
+    for each in (job_id, *others):
+        fail_on(world, each, BAD, kind)
+    assert out(world) == {}
+    world.make_runnable()
+    world.register(GOOD)
+    assert world.claim(job_id, worker=BAD) is None
+    assert world.claim(job_id, worker=GOOD) is not None
+
+
+def test_messages_that_arrive_while_a_worker_refuses_make_it_no_longer(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    told = {"queue": workers.ALL_QUEUES, "kind": KIND.DISK, "reason": "full"}
+    first = world.db.write(workers.refuse, BAD, **told)
+    for _ in range(20):
+        assert world.db.write(workers.refuse, BAD, **told) <= first
+    with world.db.transaction() as session:
+        (held,) = workers.refusals(session)
+        assert held.times == 1
+        session.execute(update(Refusal).values(until=held.since))
+    world.db.write(workers.refuse, BAD, **told)
+    with world.db.reading() as session:
+        assert [held.times for held in workers.refusals(session)] == [2]

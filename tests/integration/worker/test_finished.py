@@ -47,6 +47,22 @@ def test_it_is_announced_once_while_its_message_waits(host, look):
     assert host.waiting_publishes() == [folder.attempt_id]
 
 
+def test_thousands_that_wait_for_a_store_are_a_few_messages(host, look, monkeypatch):
+    """Those beyond what is read back would be sent again at each look, and fill Redis."""
+    assert 2 * finished.MOST_ON_THE_WAY < broker.MOST_READ
+    monkeypatch.setattr(finished, "MOST_ON_THE_WAY", 2)
+    folders = [host.finished() for _ in range(4)]
+    ids = [folder.attempt_id for folder in folders]
+    for _ in range(3):
+        assert look() == ids
+        assert sorted(host.waiting_publishes()) == ids[:2]
+    host.bell.redis.delete(broker.publish_queue(host.config.host_name))
+    for folder in folders[:2]:
+        folder.remove()
+    look()
+    assert sorted(host.waiting_publishes()) == ids[2:]
+
+
 def test_its_lease_is_renewed_when_half_of_it_is_over(host, look):
     """Not at every look: after hours without a store thousands wait, and workers must beat."""
     folder = host.finished()

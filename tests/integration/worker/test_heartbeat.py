@@ -157,6 +157,19 @@ def test_a_process_ends_whose_threads_cannot_run_any_more(host, claim):
     assert "Timeout" in done.stderr
 
 
+def test_the_timer_of_one_outlives_another_that_ends(host, claim):
+    """The tail of a job has a heartbeat of its own, which ends while the next one is rendered."""
+    other = (
+        "heartbeat.Heartbeat(db, 4711, lease_seconds=60, worker_settings=own).__enter__()"
+        ".__exit__(None, None, None); ctypes.PyDLL(None).sleep(50)"
+    )
+    began = time.monotonic()
+    done = ended(claim, stall_seconds=2, deaf_seconds=1, body=f"time.sleep(0.3); {other}")
+    assert done.returncode != 0
+    assert time.monotonic() - began < 40
+    assert "Timeout" in done.stderr
+
+
 def test_nobody_renews_the_lease_of_another(host, claim, heart, until):
     host.db.write(
         lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -405,6 +406,26 @@ def test_a_self_test_has_the_device_to_itself_and_ends_with_the_launcher(
     until(lambda: registered(host)["cpu0@here"].heartbeat_at > seen_at)  # it is no silent worker
     made.stop.set()
     until(lambda: process.poll() is not None)
+
+
+def test_a_process_that_had_died_before_its_self_test_ends_nobody_else(
+    host, launcher, until, monkeypatch
+):
+    """A driver that is gone: the process cannot start, and its worker is taken out for that."""
+    monkeypatch.setattr(trial, "COMMAND", SLEEP)
+    made = launcher()
+    renderer = made.renderers[0]
+    renderer.child.start()
+    made._beat()
+    renderer.child.kill()
+    assert renderer.child.revive(), "its end is noticed, and it pauses"
+    host.db.write(health.ask_for_test, "cpu0@here")
+    made._beat()
+    assert renderer.test is not None
+    seen_at = registered(host)["cpu0@here"].heartbeat_at
+    until(lambda: made._beat() or registered(host)["cpu0@here"].heartbeat_at > seen_at)
+    assert registered(host)["cpu0@here"].pid == os.getpid()
+    renderer.end()
 
 
 def test_after_a_good_self_test_a_fresh_process_renders(

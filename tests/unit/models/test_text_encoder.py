@@ -1,6 +1,9 @@
 """Cleaning and tokenising (the network's numbers are in tests/parity)."""
 
+import json
+
 import pytest
+import tokenizers
 import torch
 
 from models import checkpoint, text_encoder
@@ -27,6 +30,27 @@ def test_clean(prompt, cleaned):
 def encoder(native_root):
     networks = checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32)
     return networks.text_encoder
+
+
+def test_a_tokenizer_is_the_one_of_its_file_whatever_its_class_is_called(tmp_path):
+    """Wan's folder says T5Tokenizer, whose own idea of `<unk>` is the id of Wan's `<s>`."""
+    pieces = ["<pad>", "</s>", "<s>", "<unk>", *(f"<extra_{n}>" for n in range(5))]
+    vocabulary = [(piece, 0.0) for piece in pieces]
+    vocabulary += [("\N{LOWER ONE EIGHTH BLOCK}" + word, -1.0) for word in ("a", "cat")]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=3))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    made.add_special_tokens(pieces[:4])
+    made.save(str(tmp_path / "tokenizer.json"))
+    told = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": []}
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told | special))
+    loaded = text_encoder.load_tokenizer(tmp_path)
+    assert loaded("a cat")["input_ids"] == [9, 10, 1]
+    assert loaded("a \N{CAT} cat")["input_ids"] == made.encode("a \N{CAT} cat").ids
+    assert 3 in loaded("a \N{CAT} cat")["input_ids"]
 
 
 def test_any_text_becomes_tokens_that_end_with_the_end_token(encoder):

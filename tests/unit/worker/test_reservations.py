@@ -55,6 +55,24 @@ def test_a_reservation_ends_with_a_killed_process(tmp_path, pending):
     assert [path.name for path in folder.iterdir()] == [reservations.TURN]
 
 
+def test_a_full_disk_costs_the_reservation_alone(tmp_path):
+    script = """
+import pathlib, resource, signal, sys
+from worker import reservations
+held = reservations.Reservations(pathlib.Path(sys.argv[1]))
+with held.turn():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    held.reserve(700)
+held.release()
+held.release()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "memory.not_reserved" in done.stdout + done.stderr
+
+
 def test_a_home_that_cannot_be_written_costs_the_reservation_alone(tmp_path):
     (tmp_path / "locks").write_text("a file")
     held = reservations.Reservations(tmp_path)

@@ -1,12 +1,15 @@
 """A folder per attempt: finished at one moment, for one publisher at a time."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from worker import errors, scratch
 
@@ -105,6 +108,33 @@ def test_only_one_thread_holds_a_folder(folder):
         assert (first, second) == (True, False)
     with folder.locked() as again:
         assert again
+
+
+def test_what_lies_on_a_disk_that_takes_no_more_is_published(folder, monkeypatch):
+    """As ext4 is mounted anew after an error of the disk: all of it can still be read."""
+    folder.finish(FACTS)
+    opened = Path.open
+
+    def read_only(path, mode="r", *rest):
+        if set(mode) & {"w", "a", "x", "+"}:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *rest)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with folder.locked() as first, folder.locked() as second:
+        assert (first, second) == (True, False)
+
+
+def test_a_disk_that_fails_is_told(folder, monkeypatch):
+    folder.finish(FACTS)
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", broken)
+    with capture_logs() as told, folder.locked() as is_ours:
+        assert not is_ours
+    assert [each["event"] for each in told] == ["scratch.not_locked"]
 
 
 def test_a_lock_is_given_back_when_its_holder_raises(folder):

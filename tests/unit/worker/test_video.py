@@ -209,9 +209,14 @@ def test_a_file_that_may_not_grow_further_is_the_disks_failure(tmp_path):
 
 
 @pytest.mark.usefixtures("no_leaks")
-def test_a_missing_ffmpeg_is_an_encoding_failure(encode, monkeypatch, tmp_path):
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
-    with pytest.raises(errors.EncodingFailed, match="ffmpeg does not start"):
+@pytest.mark.parametrize("what", ["no such file", "no libraries"])
+def test_an_ffmpeg_that_encodes_nothing_is_a_fault_of_the_host(encode, monkeypatch, tmp_path, what):
+    program = tmp_path / "ffmpeg"
+    if what == "no libraries":
+        program.write_text("#!/bin/sh\necho libx264.so: cannot open shared object >&2\nexit 127\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(errors.EncoderBroken, match=r"ffmpeg (does not start|ended with 127).*nor"):
         encode(noise(1, 16, 16))
 
 
