@@ -82,13 +82,10 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
         parts.setdefault(name, {}).setdefault(role, []).append(tensors[key])
     _check_parts(path, parts, len(matched))
     scale_for = _scale_rule(path)
-    lora = Lora(
-        path=path,
-        pairs={name: _pair(part, scale_for) for name, part in parts.items() if Role.UP in part},
-        deltas={
-            name: tuple(part[Role.DELTA]) for name, part in parts.items() if Role.DELTA in part
-        },
-    )
+    pairs = {name: _pair(part, scale_for) for name, part in parts.items() if Role.UP in part}
+    deltas = {name: _deltas(name, part, pairs) for name, part in parts.items()}
+    whole = {name: found for name, found in deltas.items() if found}
+    lora = Lora(path=path, pairs=pairs, deltas=whole)
     _check_shapes(lora, shapes, len(matched))
     return lora
 
@@ -146,6 +143,16 @@ def _pair(part: Mapping[Role, list[Tensor]], scale_for: Callable[[int], float]) 
     rank = down.shape[0] if down.ndim else 0
     alpha = float(part[Role.ALPHA][0]) if Role.ALPHA in part else 0.0
     return Pair(down, up, alpha / rank if alpha and rank else scale_for(rank))
+
+
+def _deltas(
+    name: str, part: Mapping[Role, list[Tensor]], pairs: Mapping[str, Pair]
+) -> tuple[Tensor, ...]:
+    """PEFT's bias of the second half is scaled with it (`lora_bias`); others are added as is."""
+    pair = pairs.get(f"{name.rpartition('.')[0]}.weight")
+    scale = 1.0 if pair is None else pair.scale
+    scaled = [bias if scale == 1 else bias.double() * scale for bias in part.get(Role.UP_BIAS, [])]
+    return (*part.get(Role.DELTA, []), *scaled)
 
 
 def _scale_rule(path: Path) -> Callable[[int], float]:

@@ -23,6 +23,8 @@ class Role(enum.Enum):
     """Scales the pair by alpha / rank."""
     DELTA = "delta"
     """Is added as it is."""
+    UP_BIAS = "up_bias"
+    """Is added, scaled as its module's pair."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,13 @@ DELTAS = (
     (".diff", "weight"),
     (".diff_b", "bias"),
     (".diff_m", "modulation"),
-    (".lora_up.bias", "bias"),
-    (".lora_B.bias", "bias"),
-    (".lora_B.default.bias", "bias"),
 )
+UP_BIASES = (".lora_up.bias", ".lora_B.bias", ".lora_B.default.bias")
 ENDINGS = (
     *(Ending(down, Role.DOWN) for down, _ in PAIRS),
     *(Ending(up, Role.UP) for _, up in PAIRS),
     *(Ending(text, Role.DELTA, parameter) for text, parameter in DELTAS),
+    *(Ending(text, Role.UP_BIAS, "bias") for text in UP_BIASES),
     Ending(".alpha", Role.ALPHA),
 )
 PREFIXES = (

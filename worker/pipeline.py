@@ -82,7 +82,9 @@ def decode(
 ) -> Iterator[Tensor]:
     """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded."""
     steps = latents_BCTHW.shape[2]
-    chunks = model.decode_chunks(latents_BCTHW)
+    chunks = model.decode_chunks(
+        latents_BCTHW, on_tile=lambda _tile, _tiles: reached("decode", 0, steps)
+    )
     for step in range(steps):
         reached("decode", step, steps)
         with timings.stage("decode"), torch.inference_mode():

@@ -152,12 +152,16 @@ class ResidentModel:
 
         return self._conditions.get((image_key, target), encode)
 
-    def decode_chunks(self, latents_BCTHW: Tensor) -> Iterator[Tensor]:
-        """Frames in [-1, 1], one and then four at a time."""
+    def decode_chunks(
+        self, latents_BCTHW: Tensor, *, on_tile: vae_tiling.OnTile
+    ) -> Iterator[Tensor]:
+        """Frames in [-1, 1], one and then four at a time. In tiles: all come after the last one."""
         with self._placement.using(self.networks.vae) as device:
             latents_BCTHW = latents_BCTHW.to(device)
             if self.key.mode.vae_tiles:
-                yield from vae_tiling.decode_chunks(self.networks.vae, latents_BCTHW)
+                yield from vae_tiling.decode_chunks(
+                    self.networks.vae, latents_BCTHW, on_tile=on_tile
+                )
             else:
                 yield from self.networks.vae.decode_chunks(latents_BCTHW)
 

@@ -223,7 +223,11 @@ def test_a_text_to_video_lora_on_an_image_to_video_network(compare, draw):
     assert compare("i2v", lambda n: [Use(pairs(n, modules, draw, native, UP_DOWN))]) == len(modules)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["alpha / r", "rslora"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"lora_bias": True}],
+    ids=["alpha / r", "rslora", "with biases"],
+)
 def test_a_folder_that_peft_saved(transformer_pair, same_weights, task, settings, tmp_path):
     """Names behind `base_model.model.`, the scale in adapter_config.json; PEFT is the reference."""
     reference, network = transformer_pair(torch.float64, sizes=SIZES[task])
@@ -238,7 +242,8 @@ def test_a_folder_that_peft_saved(transformer_pair, same_weights, task, settings
     adapted.save_pretrained(tmp_path)
     after = merged(network, [tmp_path / "adapter_model.safetensors"], [1.0])
     changed = same_weights(before, after, adapted.merge_and_unload().state_dict())
-    assert changed == 2 * (9 + (task == "i2v")) + 1
+    pairs = 2 * (9 + (task == "i2v")) + 1
+    assert changed == pairs * (2 if "lora_bias" in settings else 1)
 
 
 def test_what_diffusers_leaves_out_is_added_too(transformer_pair, draw, task, tmp_path):

@@ -96,7 +96,7 @@ def ours(folder, look, image, noise, levels):
             step_rule=look.step_rule,
             on_step=lambda step, _steps: denoiser.select(step),
         )
-        frames = torch.cat(list(model.decode_chunks(latents)), dim=2)
+        frames = torch.cat(list(model.decode_chunks(latents, on_tile=lambda *_: None)), dim=2)
     return latents, frames, context
 
 

@@ -1,11 +1,16 @@
 """From a spec to frames: in order, interruptible, and the same for a seed whatever came before."""
 
+import dataclasses
+import functools
+from concurrent.futures import Future
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
 
-from worker import errors, pipeline, stopwatch
+from models import memory
+from worker import errors, pipeline, resident, stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,35 @@ def test_what_is_raised_while_reporting_ends_the_render_there(render, spec, last
     with pytest.raises(errors.AttemptCancelled):
         render(spec(), reached=reached)
     assert places[-1] == last
+
+
+def test_decoding_in_tiles_tells_of_each_and_can_be_ended_there(model, cpu):
+    """All tiles are decoded before the first frames come."""
+    key = dataclasses.replace(model.key, mode=memory.Mode(vae_tiles=True))
+    tiled = resident.ResidentModel(
+        key,
+        files=model.files,
+        networks=model.networks,
+        device=cpu.torch_device,
+        hashes=Future(),
+    )
+    latents = torch.randn(1, 16, 2, 2, 80, generator=torch.Generator().manual_seed(0))
+    places = []
+
+    def reached(*place, most=None):
+        places.append(place)
+        if len(places) == most:
+            raise errors.AttemptCancelled
+
+    timings = stopwatch.Timings()
+    chunks = list(pipeline.decode(latents, tiled, timings=timings, reached=reached))
+    assert [chunk.shape[2] for chunk in chunks] == [640, 640]
+    assert places == [*[("decode", 0, 2)] * (1 + 3), ("decode", 1, 2)]
+    places.clear()
+    ending = functools.partial(reached, most=3)
+    with pytest.raises(errors.AttemptCancelled):
+        list(pipeline.decode(latents, tiled, timings=timings, reached=ending))
+    assert len(places) == 3
 
 
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(1, 16, 16), (5, 16, 32), (9, 48, 16)])
