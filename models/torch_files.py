@@ -1,7 +1,8 @@
 """What is in a file of torch.save, without torch and without reading the tensors.
 
-The file is a zip archive whose `data.pkl` describes the tensors. It is unpickled with nothing but
-stand-ins for the few names that state dicts are made of; any other name is refused.
+The file is a zip archive whose `data.pkl` describes the tensors, or before torch 1.6 a row of
+pickles. They are unpickled with nothing but stand-ins for the few names that state dicts are made
+of; any other name is refused.
 """
 
 import collections
@@ -25,9 +26,10 @@ STORAGE_DTYPES = {
     "CharStorage": "I8",
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
-    "Float8_e4m3fnStorage": "F8_E4M3",
-    "Float8_e5m2Storage": "F8_E5M2",
 }
+UNTYPED_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+"""Those that no kind of storage is named after."""
+BEFORE_CONTENT = 3  # pickles of the older format: magic number, version, machine
 NO_ARCHIVE = (
     OSError,
     ValueError,
@@ -43,10 +45,7 @@ NO_ARCHIVE = (
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file by name. Raises UnreadableWeightsError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as stream:
-                content = _Unpickler(stream).load()
+        content = _read(path) if zipfile.is_zipfile(path) else _read_older(path)
     except NO_ARCHIVE as error:
         raise errors.UnreadableWeightsError(path, f"no file of torch.save: {error}") from error
     except (pickle.UnpicklingError, AttributeError, LookupError, ArithmeticError) as error:
@@ -56,8 +55,35 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {str(key): entry for key, entry in content.items()}
 
 
+def _read(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as stream:
+            return _Unpickler(stream).load()
+
+
+def _read_older(path: Path) -> Any:
+    with path.open("rb") as stream:
+        for _ in range(BEFORE_CONTENT):
+            _Unpickler(stream).load()
+        return _Unpickler(stream).load()
+
+
 def _rebuild_tensor(dtype: str, _offset: int, shape: tuple[int, ...], *_rest: object) -> Entry:
     return Entry(dtype, tuple(map(int, shape)))
+
+
+def _rebuild_untyped(
+    _storage: str,
+    offset: int,
+    shape: tuple[int, ...],
+    _stride: object,
+    _requires_grad: object,
+    _hooks: object,
+    dtype: str,
+    *_rest: object,
+) -> Entry:
+    return _rebuild_tensor(dtype, offset, shape)
 
 
 def _rebuild_parameter(entry: Entry, *_rest: object) -> Entry:
@@ -66,9 +92,11 @@ def _rebuild_parameter(entry: Entry, *_rest: object) -> Entry:
 
 STAND_INS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.storage", "UntypedStorage"): "",
     ("collections", "OrderedDict"): collections.OrderedDict,
-} | {("torch", storage): dtype for storage, dtype in STORAGE_DTYPES.items()}
+} | {("torch", name): dtype for name, dtype in (STORAGE_DTYPES | UNTYPED_DTYPES).items()}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """What a render needs is said before weights are read: sums that add up, near what is counted."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import zipfile
@@ -50,11 +51,23 @@ def test_a_torch_file_is_described_without_being_read(native_root):
     assert all(entry.dtype == "F32" for entry in header.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
-def test_types_of_a_torch_file(tmp_path, dtype):
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8, *FP8], ids=str
+)
+@pytest.mark.parametrize("is_older", [False, True], ids=["zip", "older"])
+def test_types_of_a_torch_file(tmp_path, dtype, is_older):
     path = tmp_path / "x.pth"
-    torch.save({"x": torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype), requires_grad=False)}, path)
-    assert torch_files.read_header(path)["x"].num_bytes == 15 * dtype.itemsize
+    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype), requires_grad=False)
+    content = {"x": parameter, "y": parameter.data[1:, 2:]}
+    torch.save(content, path, _use_new_zipfile_serialization=not is_older)
+    header = torch_files.read_header(path)
+    assert header["x"].num_bytes == 15 * dtype.itemsize
+    assert header["y"].shape == (2, 3)
+    assert {entry.dtype for entry in header.values()} == {header["x"].dtype}
+    assert header["x"].dtype in torch_files.STORAGE_DTYPES.values() or dtype in FP8
 
 
 def test_a_torch_file_with_anything_else_is_refused_and_not_executed(tmp_path):
@@ -63,8 +76,9 @@ def test_a_torch_file_with_anything_else_is_refused_and_not_executed(tmp_path):
             return open, (str(tmp_path / "executed"), "w")
 
     path = tmp_path / "x.pth"
-    for content in ({"x": Payload()}, {"x": 3}, [torch.zeros(1)]):
-        torch.save(content, path)
+    contents = ({"x": Payload()}, {"x": 3}, [torch.zeros(1)])
+    for content, is_zip in itertools.product(contents, (True, False)):
+        torch.save(content, path, _use_new_zipfile_serialization=is_zip)
         with pytest.raises(errors.UnreadableWeightsError) as caught:
             torch_files.read_header(path)
         assert caught.value.path == path
