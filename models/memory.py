@@ -8,7 +8,7 @@ networks; the workspace of a kernel and the allocator's gaps come on top and are
 import enum
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ FEED_FORWARD_BYTES_PER_WIDTH = 6
 DECODE_ELEMENTS_PER_PIXEL = 28
 ENCODE_ELEMENTS_PER_PIXEL = 20
 TILE_PIXELS = 256
+STRETCH_BYTES = 2**29  # of one allocation of pinned memory
 
 
 class Offload(enum.Enum):
@@ -103,6 +104,10 @@ class _Weights:
     """Two with Wan2.2; of these a step computes with one."""
     blocks: tuple[int, ...]
     """Of all transformers."""
+    are_quantized: bool
+    """Those of transformers."""
+    pinned: Mapping[str, int]
+    """Networks on the host, as `offload.park` lays them there."""
 
     @property
     def all_transformers(self) -> int:
@@ -118,17 +123,21 @@ def needed(
     mode: Mode = Mode(),
     vae_bytes: int = COMPUTE_BYTES,
     switches_loras: bool = False,
+    lora_bytes: int = 0,
 ) -> Need:
     """Estimate what rendering one video needs.
 
     `vae_bytes` is 2 for decoding in bf16 and 4 in fp32, as encoding always is. `switches_loras`
     adds the copies that a LoRA needs of weights that cannot be read again, at most the whole
-    transformer. Reads headers and configs only; raises CheckpointError for broken ones.
+    transformer. `lora_bytes` of LoRAs, in bf16, stay beside 8-bit weights, which nothing is merged
+    into. Reads headers and configs only; raises CheckpointError for broken ones.
     """
     sizes = layout.transformer_sizes(files, files.transformer_config)
     vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
     weights = _weights(files, vae_bytes)
     resident, on_visit = _resident(weights, mode), _visiting(weights, mode)
+    if lora_bytes and weights.are_quantized:
+        resident["LoRAs"] = lora_bytes
     activations = {
         "text": 0 if mode.text_encoder_on_cpu else _text_activations(files),
         "denoise": _denoise_activations(sizes, vae_sizes, num_frames, height, width),
@@ -188,18 +197,49 @@ def _visiting(weights: _Weights, mode: Mode) -> dict[str, dict[str, int]]:
 def _host(weights: _Weights, mode: Mode, *, keeps_copies: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     parks = mode.offload is not Offload.NONE or mode.park_encoders
-    if parks or mode.text_encoder_on_cpu:
-        found["text encoder"] = weights.text_encoder
     if parks:
-        found |= {"autoencoder": weights.vae, "image encoder": weights.image_encoder}
-    if mode.offload is Offload.MODEL:
-        found["transformer"] = weights.all_transformers
+        found |= weights.pinned
+        if mode.offload is not Offload.MODEL:
+            del found["transformer"]
+    if mode.text_encoder_on_cpu:
+        found["text encoder"] = weights.text_encoder
     if mode.offload is Offload.BLOCK:
-        # torch rounds each pinned allocation up to a power of two.
-        found["transformer blocks"] = sum(_power_of_two(count) for count in weights.blocks)
+        found["transformer blocks"] = pinned_bytes([[count] for count in weights.blocks])
     if keeps_copies:
         found["weights without LoRA"] = weights.all_transformers
     return {name: count for name, count in found.items() if count}
+
+
+def stretches(sizes: Sequence[int]) -> list[list[int]]:
+    """Places of tensors, of these sizes in bytes, that share an allocation of pinned memory.
+
+    torch rounds each allocation up to a power of two: the largest come first, and each into the
+    first that has room for it, so that little is lost.
+    """
+    shared: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        size = sizes[place]
+        number = next((n for n, left in enumerate(room) if size <= left), None)
+        if number is None:
+            shared.append([place])
+            room.append(max(STRETCH_BYTES, _power_of_two(size)) - size)
+        else:
+            shared[number].append(place)
+            room[number] -= size
+    return shared
+
+
+def pinned_bytes(allocations: Iterable[Sequence[int]]) -> int:
+    """What torch takes for allocations of pinned memory, each for tensors of these sizes."""
+    return sum(_power_of_two(sum(sizes)) for sizes in allocations)
+
+
+def _pinned(*networks: Iterable[int]) -> int:
+    found = 0
+    for sizes in map(list, networks):
+        found += pinned_bytes([sizes[place] for place in shared] for shared in stretches(sizes))
+    return found
 
 
 def _power_of_two(count: int) -> int:
@@ -208,21 +248,34 @@ def _power_of_two(count: int) -> int:
 
 def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     blocks: list[int] = []
-    transformers: list[int] = []
+    transformers: list[list[int]] = []
+    are_quantized = False
     for paths in filter(None, (files.transformer, files.low_noise_transformer)):
         by_block: Counter[str] = Counter()
+        transformers.append([])
         for name, entry in headers(paths).items():
             match = re.match(r"blocks\.(\d+)\.", name)
-            by_block[match[1] if match else ""] += _transformer_bytes(name, entry)
-        transformers.append(by_block.total())
+            transformers[-1].append(_transformer_bytes(name, entry))
+            by_block[match[1] if match else ""] += transformers[-1][-1]
+            are_quantized |= entry.dtype in QUANTIZED
         del by_block[""]
         blocks += by_block.values()
+    text = [entry.num_elements * COMPUTE_BYTES for entry in headers(files.text_encoder).values()]
+    clip = [entry.num_elements * COMPUTE_BYTES for entry in _used_of_clip(files.image_encoder)]
+    vae = [_vae_bytes(*named, vae_bytes) for named in headers(files.vae).items()]
     return _Weights(
-        text_encoder=_elements(headers(files.text_encoder)) * COMPUTE_BYTES,
-        image_encoder=_elements(_used_of_clip(files.image_encoder)) * COMPUTE_BYTES,
-        vae=_vae_bytes(headers(files.vae), vae_bytes),
-        transformers=tuple(transformers),
+        text_encoder=sum(text),
+        image_encoder=sum(clip),
+        vae=sum(vae),
+        transformers=tuple(map(sum, transformers)),
         blocks=tuple(blocks),
+        are_quantized=are_quantized,
+        pinned={
+            "text encoder": _pinned(text),
+            "image encoder": _pinned(clip),
+            "autoencoder": _pinned(vae),
+            "transformer": _pinned(*transformers),
+        },
     )
 
 
@@ -235,19 +288,13 @@ def headers(paths: Iterable[Path]) -> dict[str, Entry]:
     return entries
 
 
-def _used_of_clip(paths: Iterable[Path]) -> dict[str, Entry]:
+def _used_of_clip(paths: Iterable[Path]) -> list[Entry]:
     unused = weight_names.UNUSED_OF_CLIP
-    return {name: entry for name, entry in headers(paths).items() if not unused.match(name)}
+    return [entry for name, entry in headers(paths).items() if not unused.match(name)]
 
 
-def _elements(entries: Mapping[str, Entry]) -> int:
-    return sum(entry.num_elements for entry in entries.values())
-
-
-def _vae_bytes(entries: Mapping[str, Entry], decode_bytes: int) -> int:
-    encodes = {name: entry for name, entry in entries.items() if WIDE_IN_VAE.match(name)}
-    decoder = _elements(entries) - _elements(encodes)
-    return _elements(encodes) * WIDE_BYTES + decoder * decode_bytes
+def _vae_bytes(name: str, entry: Entry, decode_bytes: int) -> int:
+    return entry.num_elements * (WIDE_BYTES if WIDE_IN_VAE.match(name) else decode_bytes)
 
 
 def _transformer_bytes(name: str, entry: Entry) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from models import checkpoint, memory, transformer
 
 ALIGNMENT = 256  # bytes; what CUDA's own allocations have
-STRETCH_BYTES = 2**29  # of one allocation; torch rounds pinned memory up to powers of two
 NUM_BUFFERS = 2  # one block computes while the next arrives
 
 
@@ -40,7 +39,7 @@ class Parked:
         self._places, end = [], 0
         for tensor in tensors:
             self._places.append(_Place(tensor, end))
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            end += _aligned_bytes(tensor)
         self.num_bytes = end
         self.home = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._at_home = self._views(self.home)
@@ -70,15 +69,13 @@ def weights_of(network: nn.Module) -> list[Tensor]:
 
 def park(network: nn.Module, device: torch.device) -> list[Parked]:
     """Bring a network's weights home, in several stretches so that they never lie there twice."""
-    groups: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in weights_of(network):
-        if groups[-1] and size + tensor.nbytes > STRETCH_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return [Parked(group, device) for group in groups]
+    weights = weights_of(network)
+    shared = memory.stretches([_aligned_bytes(tensor) for tensor in weights])
+    return [Parked([weights[place] for place in places], device) for places in shared]
+
+
+def _aligned_bytes(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @contextlib.contextmanager

@@ -236,7 +236,7 @@ class Components:
 
     def _need(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> memory.Need:
         if (key, look.id) not in self._needs:
-            self._needs[key, look.id] = wanted.needed(look, files, key.mode)
+            self._needs[key, look.id] = wanted.needed(look, files, key.mode, self.models_dir)
         return self._needs[key, look.id]
 
     def _host_out_of_memory(

@@ -135,7 +135,9 @@ def _distilled_for(path: Path) -> Mapping[str, object]:
     return found
 
 
-def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> memory.Need:
+def needed(
+    look: presets.Look, files: layout.ModelFiles, mode: memory.Mode, models_dir: Path
+) -> memory.Need:
     return memory.needed(
         files,
         num_frames=look.num_frames,
@@ -144,14 +146,24 @@ def needed(look: presets.Look, files: layout.ModelFiles, mode: memory.Mode) -> m
         mode=mode,
         vae_bytes=memory.WIDE_BYTES if look.vae_dtype == "fp32" else memory.COMPUTE_BYTES,
         switches_loras=bool(look.loras),
+        lora_bytes=sum(_lora_bytes(models_dir / use.path) for use in look.loras),
     )
+
+
+def _lora_bytes(path: Path) -> int:
+    """0 for what cannot be read: who loads it tells why."""
+    try:
+        entries = memory.headers([path]).values()
+    except model_errors.CheckpointError:
+        return 0
+    return sum(entry.num_elements * memory.COMPUTE_BYTES for entry in entries)
 
 
 def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
     """For each GPU of this machine. ValueError: why it cannot be said."""
     mode = mode_of(look)
     try:
-        need = needed(look, find(look, models_dir), mode)
+        need = needed(look, find(look, models_dir), mode, models_dir)
     except model_errors.CheckpointError as error:
         raise ValueError(str(error)) from error
     devices: list[tuple[str, int | None]] = [

@@ -26,7 +26,7 @@ def models(models_dir, tmp_path):
 def runner(host, models):
     """With main memory for one of the two models."""
     look = presets.load(str(host.preset)).look
-    need = wanted.needed(look, wanted.find(look, models), wanted.mode_of(look))
+    need = wanted.needed(look, wanted.find(look, models), wanted.mode_of(look), models)
     warm = components.Components(
         models_dir=models,
         home=host.config.home,

@@ -332,7 +332,7 @@ def test_copies_for_loras_are_accounted_on_the_host(warm, look, tmp_path):
     torch.save(safetensors.torch.load_file(files.transformer[0]), pickled)
     files = dataclasses.replace(files, transformer=(pickled,))
     plain, with_lora = (
-        room.share_of(wanted.needed(each, files, memory.Mode()), warm.device)
+        room.share_of(wanted.needed(each, files, memory.Mode(), warm.models_dir), warm.device)
         for each in (look(), look(loras=[{"path": "x"}]))
     )
     copies = with_lora.host_resident - plain.host_resident
@@ -473,7 +473,7 @@ def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, ow
 
 def share_of(warm, look):
     files = layout.find(warm.models_dir / look.model_path)
-    need = wanted.needed(look, files, wanted.mode_of(look))
+    need = wanted.needed(look, files, wanted.mode_of(look), warm.models_dir)
     return room.share_of(need, warm.device)
 
 

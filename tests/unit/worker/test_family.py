@@ -393,5 +393,5 @@ def test_a_lora_with_a_name_changes_that_expert_alone(number, shelf, tmp_path, c
 
 
 def peak_of(look, shelf, cpu):
-    need = wanted.needed(look, wanted.find(look, shelf), wanted.mode_of(look))
+    need = wanted.needed(look, wanted.find(look, shelf), wanted.mode_of(look), shelf)
     return room.share_of(need, cpu).host_peak
