@@ -21,6 +21,7 @@ from cronsim import CronSim, CronSimError
 DAY = timedelta(days=1)
 FIELDS = 5
 MAX_CHARS = 200
+RANGES = "minute 0 to 59, hour 0 to 23, day that its month has, month 1 to 12, weekday 0 to 7"
 NICKNAMES = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -83,7 +84,8 @@ def parse(expression: str, zone: str) -> Rule:
     try:
         CronSim(text, datetime(2000, 1, 1))
     except CronSimError as error:
-        raise ValueError(f"{str(error).lower()} in cron rule {_shown(expression)}") from None
+        told = f"{str(error).lower()} in cron rule {_shown(expression)}"
+        raise ValueError(f"{told} ({RANGES})") from None
     rule = Rule(expression=text, zone=_zone(zone))
     if rule.next(datetime(2000, 1, 1, tzinfo=UTC)) is None:
         raise ValueError(f"cron rule {_shown(expression)} never fires: there is no such date")

@@ -41,6 +41,16 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
+class DiskUnusable(errors.RushesError):
+    """A folder takes no more files; those that are there are whole."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"{folder}: {error.strerror or error}; what is there is whole, and the same command "
+            "fetches the rest when there is room"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """A finished video and the name it gets."""
@@ -110,13 +120,21 @@ def items(db: database.Database, batch_id: str) -> Iterator[Item]:
         after = page[-1][0].position
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "is a file" if folder.is_file() else f"cannot be made: {error.strerror}"
+        raise errors.FileUnusable(f"{folder} {why}; give another folder") from error
+
+
 def take_folder(folder: Path, batch_id: str) -> None:
     """Mark the folder as this batch's. InvalidInput when it holds another's, with equal names."""
     mark = folder / OWNER_FILE
     if mark.is_file() and (owner := mark.read_text("utf-8").strip()) != batch_id:
         message = f"holds batch {owner}: give another folder, or none for one named like the batch"
         raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     mark.write_text(f"{batch_id}\n", "utf-8")
 
 
@@ -125,9 +143,10 @@ def fetch(
 ) -> Iterator[Outcome]:
     """Fetch what is not there yet, a few at once; outcomes in order.
 
-    A single bad object is an outcome. A store that is out of reach ends it: StorageError.
+    A single bad object is an outcome. A store that is out of reach ends it: StorageError; so does
+    a disk that takes no more: DiskUnusable.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     pool = ThreadPoolExecutor(THREADS)
     under_way: deque[Future[Outcome]] = deque()
     try:
@@ -192,7 +211,7 @@ def fetch_result_files(
     """
     if batch.manifest_at is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     for name in RESULT_FILES:
         target = folder / name
         try:
@@ -266,6 +285,8 @@ def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bo
         raise
     except (errors.RushesError, IsADirectoryError) as problem:
         status, error = Status.FAILED, str(problem)
+    except OSError as problem:
+        raise DiskUnusable(folder, problem) from problem
     return Outcome(
         job_id=item.job_id,
         custom_id=item.custom_id,

@@ -273,8 +273,8 @@ def _from_file(path: Path, shown: str, base: Path | None, limits: Limits) -> byt
     if base is None:
         raise ImageUnusable(
             shown,
-            "files of this machine are not read for prompts that come over the network: "
-            "use https://, s3:// or data:",
+            "is a file of one machine, which is read for prompts that are submitted or rendered "
+            "there: use https://, s3:// or data:",
         )
     try:
         data = _bytes_of_file(base / path, limits.max_bytes + 1)

@@ -196,7 +196,7 @@ def progress(session: Session, batch_id: str) -> Progress:
         batch=batch,
         state=batch.state,
         rate_per_minute=rate,
-        seconds_left=open_jobs / rate * 60 if rate and open_jobs else None,
+        seconds_left=open_jobs / rate * 60 if rate and open_jobs and not batch.paused_at else None,
     )
 
 

@@ -99,7 +99,7 @@ _OTHER_MAGIC = {
 
 
 def detect_format(name: str, head: bytes) -> Format:
-    """By the name's suffix, else (stdin) by how the content begins: `{` is JSON Lines, else text.
+    """By the name's suffix, else by how the content begins: `{` is JSON Lines, else text.
 
     InvalidInput for a kind of file that would otherwise be rendered as if it were prompts.
     """
@@ -110,6 +110,9 @@ def detect_format(name: str, head: bytes) -> Format:
     if suffix in _FORMAT_OF_SUFFIX:
         return _FORMAT_OF_SUFFIX[suffix]
     start = head.removeprefix(_BOM).lstrip()
+    if start.startswith(b"#!"):
+        problem = "is a script: give a file of prompts"
+        raise errors.InvalidInput(name, [errors.Problem(line=None, message=problem)])
     return "jsonl" if start.startswith((b"{", b"[{", b"[\n", b"[\r")) else "text"
 
 

@@ -58,14 +58,24 @@ class Held:
 
 
 def take_names(session: Session, registrations: Sequence[Registration]) -> Held | None:
-    """Register all of them, or none and say who holds the first that is not free."""
+    """Register all of them, or none and say who holds the first that is not free.
+
+    What they refused before counts no more, but for what needs a test: a person may have mended it.
+    """
     for registration in registrations:
         held = _held(session, registration)
         if held is not None:
             return held
     for registration in registrations:
         _enter(session, registration)
+        ask_again(session, registration.name)
     return None
+
+
+def ask_again(session: Session, name: str) -> bool:
+    """End what it refuses for a while. False: nothing, or only what needs a test."""
+    ended = delete(Refusal).where(Refusal.worker == name, Refusal.needs_test.is_(False))
+    return bool(session.execute(ended.returning(Refusal.queue)).all())
 
 
 def register(session: Session, registration: Registration) -> bool:

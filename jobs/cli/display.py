@@ -36,13 +36,15 @@ def live(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
 
 def as_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
     """A line per change, and one a minute without any."""
-    told, told_at, snapshot = "", 0.0, None
+    told, told_at, snapshot = ("", ""), 0.0, None
     for snapshot in snapshots:
-        essence = counts(snapshot) + snapshot.progress.state
+        idle = snapshot.idle_queues
+        hint = hint_of_idle(idle, snapshot.refusals) if idle else ""
+        essence = counts(snapshot) + snapshot.progress.state, hint
         if essence != told or time.monotonic() - told_at > LINE_SECONDS:
             output.line(f"{output.when(snapshot.now)}  {status_line(snapshot)}")
-            if essence != told and snapshot.idle_queues:
-                output.note(hint_of_idle(snapshot.idle_queues, snapshot.refusals))
+            if essence != told and hint:
+                output.note(hint)
             told, told_at = essence, time.monotonic()
     assert snapshot is not None
     return snapshot
@@ -53,6 +55,7 @@ def as_json_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
     told, snapshot = "", None
     for snapshot in snapshots:
         essence = counts(snapshot) + snapshot.progress.state + repr(_steps(snapshot))
+        essence += repr(sorted(snapshot.idle_queues))
         if essence != told:
             output.emit_line(shapes.snapshot(snapshot))
             told = essence
@@ -61,7 +64,7 @@ def as_json_lines(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
 
 
 def status_line(snapshot: watch.Snapshot) -> str:
-    """`260101-k3v9 running: 3 of 10 succeeded, 2 running, 5 queued; 1.2 per minute, ...`"""
+    """`260101-k3v9 running: 3 of 10 succeeded, 2 running, 5 queued; 1.2/min, ...`"""
     progress = snapshot.progress
     parts = [f"{progress.batch.id} {output.state(progress.state)}: {counts(snapshot)}"]
     if pace := pace_of(snapshot):
@@ -72,7 +75,7 @@ def status_line(snapshot: watch.Snapshot) -> str:
 def pace_of(snapshot: watch.Snapshot) -> str:
     """How fast it goes and how long it will take, as far as that is known."""
     rate, left = snapshot.progress.rate_per_minute, snapshot.progress.seconds_left
-    said = [] if rate is None else [f"{rate:.1f} per minute" if rate < 100 else f"{rate:.0f}/min"]
+    said = [] if rate is None else [f"{rate:.1f}/min" if rate < 100 else f"{rate:.0f}/min"]
     if left is not None:
         said.append(f"about {output.duration(left)} left")
     return ", ".join(said)

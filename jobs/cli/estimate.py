@@ -1,5 +1,6 @@
 """`rushes estimate`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,9 @@ def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> No
     From what jobs of the same look took here lately; nothing is guessed where none was measured.
     With --preset the name is a FILE, which is checked and not stored; else a BATCH: what is left.
     """
+    if preset is None and Path(subject).is_file():
+        message = f"{subject} is a file: give --preset"
+        raise click.UsageError(message, click.get_current_context())
     config = settings.load()
     db = connections.open_database(config)
     if preset is None:
@@ -55,7 +59,7 @@ def _tell(found: estimates.Estimate) -> None:
             ("jobs", f"{found.jobs:,}"),
             ("measured", f"{measured:,} finished jobs of the same looks" if measured else ""),
             ("GPU hours", hours if measured else ""),
-            ("workers", f"{found.workers:,} alive that can take them"),
+            ("workers", f"{found.workers:,} alive that can take them" if found.jobs else ""),
             ("time", f"about {output.duration(left)}, if nothing else is rendered" if left else ""),
         ]
     )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from jobs import bell, database, errors, health, queries, settings, shapes
+from jobs import workers as jobs_workers
 from jobs.cli import connections, display, exits, options, output
 from jobs.schema import Attempt, Refusal, Worker
 
@@ -147,17 +148,17 @@ def _wait_for_test(db: database.Database, before: Worker, *, timeout: float) -> 
 @click.argument("name", metavar="NAME")
 @options.output
 def readmit(name: str, as_json: bool) -> None:
-    """Let a worker that was taken out take jobs without a test."""
+    """Let a worker that was taken out, or refuses jobs, take them at once and without a test."""
     config = settings.load()
     db = connections.open_database(config)
     _find(db, name, may_be_silent=True)
-    was_out = db.write(health.readmit, name)
+    was_out = any([db.write(health.readmit, name), db.write(jobs_workers.ask_again, name)])
     if was_out and (delayed := bell.kick(config)):
         output.note(f"note: {delayed}")
     if as_json:
         output.emit({"worker": name, "changed": was_out})
     else:
-        output.line(f"{name} " + ("takes jobs again" if was_out else "was not taken out"))
+        output.line(f"{name} " + ("takes jobs again" if was_out else "takes jobs as it is"))
 
 
 def _find(db: database.Database, name: str, *, may_be_silent: bool = False) -> Worker:

@@ -105,6 +105,8 @@ async def _asked(request: Request) -> Asked:
                 image = await run_in_threadpool(receiving.image, value)
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
                 fields[REFERENCE] = {inside[1]: value}
+            elif name.startswith("{"):
+                raise service.invalid("body", "JSON needs Content-Type: application/json")
             else:
                 fields[name] = _number(value) if name in NUMBERS else value
         return Asked(fields=fields, image=image)

@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 MAX_PROBLEMS = 1_000  # told of one request
 AGAIN_SECONDS = 5
+NO_JSON = "body: must be JSON, sent with Content-Type: application/json"
 PROBLEM_JSON = "application/problem+json"
 LIGHTX2V_PATHS = ("/v1/tasks", "/v1/service")
 API_PATHS = ("/api", "/v1", "/openapi.json", "/healthz", "/readyz", "/metrics", "/gradio")
@@ -165,8 +166,14 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
         {"line": None, "message": f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}"}
         for e in error.errors()[:MAX_PROBLEMS]
     ]
+    if any(e["loc"] == ("body",) for e in error.errors()) and not _is_json(request):
+        problems = [{"line": None, "message": NO_JSON}]
     status = 400 if any(e["type"] == "json_invalid" for e in error.errors()) else 422
     return answer(request, status, "the request cannot be read", problems=problems)
+
+
+def _is_json(request: Request) -> bool:
+    return "json" in request.headers.get("content-type", "")
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

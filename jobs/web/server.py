@@ -1,6 +1,9 @@
 """Runs the service, and refuses what would leave it open to the network."""
 
+import contextlib
+import errno
 import ipaddress
+import socket
 from collections.abc import Callable
 
 import structlog
@@ -27,17 +30,52 @@ def run(config: settings.Settings, *, say: Callable[[str], None]) -> None:
     db = database.connect(config)
     serving = make_service(config, db)
     address = address_of(config)
+    listening = _listen(config)
     say(f"web       {address}" + (" (with tokens)" if serving.needs_token else ""))
-    uvicorn.run(
-        app.make(serving),
-        host=config.web_host,
-        port=config.web_port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=STOP_SECONDS,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app.make(serving),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
     )
+    with contextlib.suppress(KeyboardInterrupt):  # told again, after all has ended
+        server.run(sockets=listening)
     db.close()
+    if not server.started:
+        raise errors.RushesError("the service did not start: the lines above say why")
+
+
+def _listen(config: settings.Settings) -> list[socket.socket]:
+    """At every address of the host's name; RushesError when another one has the port."""
+    host, port = config.web_host, config.web_port
+    listening: list[socket.socket] = []
+    why = "no such name"
+    with contextlib.ExitStack() as failed:
+        with contextlib.suppress(socket.gaierror, UnicodeError):
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, kind, protocol, _, address in found:
+                try:
+                    one = failed.enter_context(socket.socket(family, kind, protocol))
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    one.bind(address)
+                except OSError as error:
+                    why = error.strerror or str(error)
+                    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        continue  # localhost may have a name of IPv6 on a machine without it
+                    listening.clear()
+                    break
+                listening.append(one)
+        if not listening:
+            raise errors.RushesError(
+                f"cannot listen at {address_of(config)}: {why}; give another --port or --host"
+            )
+        failed.pop_all()
+    return listening
 
 
 def make_service(config: settings.Settings, db: database.Database) -> Service:

@@ -32,6 +32,8 @@ FIELD_OF = {
     "LoRA": "lora",
 }
 """Words that a message begins with, and the field of the form that they speak of."""
+NO_IMAGE = "This preset starts from a picture: choose one."
+WHERE_IMAGES_LIE = "give a path, "  # of messages for prompt files
 FIELDS = ("prompts", "file", "preset", "image", "seed", "repeat", "size", "seconds", *MORE)
 
 Text = Annotated[str, Form()]
@@ -212,8 +214,11 @@ def _checked(
     except errors.InvalidInput as error:
         for problem in error.problems:
             for message in problem.message.split("; "):
-                # The rows of a file may name their own images.
-                if not (given.has_file and message.startswith("image is missing")):
+                if message.startswith("image is missing"):
+                    # The rows of a file may name their own; what was chosen may be no image.
+                    if not given.has_file and "image" not in found.by_field:
+                        found.add("image", NO_IMAGE)
+                elif not message.startswith(WHERE_IMAGES_LIE):
                     found.add(_field(message), message)
         if not found:
             return next(_read(row), None)

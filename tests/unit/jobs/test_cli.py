@@ -32,7 +32,7 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import exits, root, worker_commands
+from jobs.cli import display, exits, root, worker_commands
 
 GOOD = (
     '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
@@ -774,6 +774,50 @@ def test_readmit_brings_a_worker_back_without_a_test(rushes: Rushes, farm: Farm)
     assert " alive " in rushes("workers").stdout
     told = parsed(rushes("workers", "readmit", "gpu0@host", "-o", "json"))
     assert told == {"worker": "gpu0@host", "changed": False}
+
+
+def test_readmit_lets_a_worker_that_refuses_try_at_once(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    told = {"queue": workers.ALL_QUEUES, "kind": states.FailureKind.DISK, "reason": "full"}
+    farm.db.write(workers.refuse, "gpu0@host", **told)
+    assert "takes jobs again" in rushes("workers", "readmit", "gpu0@host").stdout
+    assert "takes jobs as it is" in rushes("workers", "readmit", "gpu0@host").stdout
+
+
+def test_watching_tells_when_the_last_worker_refuses(
+    rushes: Rushes, farm: Farm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The counts stand still, which says nothing of the reason."""
+    farm.live_worker()
+
+    def looks() -> Iterator[watch.Snapshot]:
+        for number in range(4):
+            if number == 2:
+                told = {"kind": states.FailureKind.DISK, "reason": "no room"}
+                farm.db.write(workers.refuse, "gpu0@host", queue=workers.ALL_QUEUES, **told)
+            yield watch.look(farm.db, farm.batch_id)
+
+    display.as_lines(looks())
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert told.err.count("no room") == 1
+    with farm.db.transaction() as session:
+        workers.ask_again(session, "gpu0@host")
+    display.as_json_lines(looks())
+    idle = [json.loads(line)["queues_without_workers"] for line in capsys.readouterr().out.split()]
+    assert [bool(each) for each in idle] == [False, True]
+
+
+def test_a_file_is_no_batch_to_estimate(rushes: Rushes) -> None:
+    Path("p.txt").write_text("a cat\n")
+    result = rushes("estimate", "p.txt")
+    assert (result.exit_code, "is a file: give --preset" in result.stderr) == (2, True)
+
+
+def test_a_script_is_no_prompt_file(rushes: Rushes) -> None:
+    Path("run").write_text("#!/bin/sh\necho hello\n")
+    result = rushes("submit", "run", "--preset", "tiny")
+    assert (result.exit_code, "is a script" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("failure", "code"), [(None, exits.OK), ("NaN", exits.ERROR)])

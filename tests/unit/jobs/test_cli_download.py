@@ -1,5 +1,6 @@
 """Downloads: harmless names, verified content, resumed where they stopped."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -265,3 +266,27 @@ def test_a_folder_keeps_to_one_batch(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidInput, match="holds batch 260101-zzzzzzzz"):
         download.take_folder(folder, "260101-aaaaaaaa")
     download.take_folder(folder, "260101-zzzzzzzz")
+
+
+def test_a_folder_that_cannot_be_is_refused(
+    db: database.Database, store: storage.ObjectStore, tmp_path: Path
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    Path("taken").write_text("x")
+    for folder in ("taken", "taken/below"):
+        result = rushes("download", batch_id, folder)
+        assert (result.exit_code, result.stderr.count(f"{folder} ")) == (2, 1), result.stderr
+
+
+def test_a_full_disk_ends_it_with_what_is_there(
+    db: database.Database, store: storage.ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "_fetch_video", full)
+    result = rushes("download", batch_id, "here")
+    assert result.exit_code == exits.ERROR
+    assert "here: No space left on device; what is there is whole" in result.stderr

@@ -1,16 +1,18 @@
 """Who may do what, and what is refused before anybody is asked."""
 
 import re
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import redis
 from fastapi.routing import iter_route_contexts
 from sqlalchemy import delete, update
 
-from jobs import database, migrate, schema, settings, tokens
+from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
 from jobs.web import cookies, images, server
 from tests.unit.jobs.web.conftest import Web
@@ -387,3 +389,25 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
     assert "secret" not in answer.text
     assert web.client.get("/readyz").status_code == 503
     assert web.client.get("/healthz").status_code == 200
+
+
+def test_a_port_that_another_one_has_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = settings.load(web_host="127.0.0.1", web_port=port)
+        db = database.connect(config)
+        migrate.upgrade(db)
+        db.close()
+        said: list[str] = []
+        with pytest.raises(errors.RushesError, match=f"{port}: Address already in use; give"):
+            server.run(config, say=said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("path", ["/api/batches", "/v1/videos"])
+def test_json_that_is_not_said_to_be_json_is_told_so(web: Web, path: str) -> None:
+    form = "application/x-www-form-urlencoded"  # as curl -d sends it
+    answer = web.client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": form})
+    assert "Content-Type: application/json" in answer.text

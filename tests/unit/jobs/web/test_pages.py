@@ -134,7 +134,7 @@ WRONG = [
     ({"strength": "strong"}, "strength", "must be a number"),
     ({"priority": "101"}, "priority", "-100 to 100"),
     ({"name": "x" * 201}, "name", "1 to 200"),
-    ({"preset": "tiny_i2v"}, "image", "image is missing"),
+    ({"preset": "tiny_i2v"}, "image", "starts from a picture"),
 ]
 """What is typed into a form that is right beside it, the field that is to blame, words about it."""
 
@@ -166,6 +166,8 @@ def test_a_broken_image_is_told_at_its_field(web: Web, browser: Browser) -> None
     form = {"preset": "tiny_i2v", "prompts": "a"}
     answer = browser.post("/submit", form, of="/submit", files={"image": ("x.png", b"text")})
     assert "x.png" in errors_of(answer.text)["image"]
+    assert "choose one" not in answer.text
+    assert "data URL" not in answer.text
     assert batches_of(web) == []
 
 
