@@ -804,7 +804,9 @@ def test_watching_tells_when_the_last_worker_refuses(
     with farm.db.transaction() as session:
         workers.ask_again(session, "gpu0@host")
     display.as_json_lines(looks())
-    idle = [json.loads(line)["queues_without_workers"] for line in capsys.readouterr().out.split()]
+    idle = [
+        json.loads(line)["queues_without_workers"] for line in capsys.readouterr().out.splitlines()
+    ]
     assert [bool(each) for each in idle] == [False, True]
 
 
