@@ -157,8 +157,9 @@ class Dispatcher:
             groups = queries.live_workers_by_queues(session)
         sent = 0
         marks = {group: _mark(group) for group in groups}
+        in_queue = {queue: self._broker.lying(queue) for queue in set().union(*groups)}
         for group, number in groups.items():
-            lying = [message for queue in group for message in self._broker.lying(queue)]
+            lying = [message for queue in group for message in in_queue[queue]]
             waiting = {message.subject for message in lying}
             # Those for others that take from one of its queues too leave it its window: else it
             # would be sent nothing of the rest while they have a backlog there.
@@ -179,6 +180,7 @@ class Dispatcher:
                 for queue, jobs in itertools.groupby(taken, key=operator.attrgetter("queue")):
                     ids = [job.id for job in jobs]
                     sent += self._broker.send_renders(queue, ids, mark=marks[group])
+                    in_queue[queue] += [broker.Message(each, marks[group]) for each in ids]
         return sent
 
     def _stop_batches(self) -> int:

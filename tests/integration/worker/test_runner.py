@@ -269,11 +269,12 @@ def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch, asked,
     assert modes[2:] == [lower]  # the next job of this look does not try in vain
 
 
-def test_a_broken_encoder_is_named(failure_of, monkeypatch):
+def test_a_host_whose_encoder_is_broken_gives_the_job_back(host, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
-    _, attempt = failure_of()
-    assert attempt.failure_kind is states.FailureKind.ENCODING
-    assert "ffmpeg ended with 1" in attempt.error
+    job = host.submit()[0]
+    host.runner().run_attempt(job.id)
+    assert "ffmpeg ended with 1" in assert_given_back(host, job).note
+    assert refused(host)[workers.ALL_QUEUES].kind is states.FailureKind.ENCODING
 
 
 def test_a_lora_that_cannot_fit_fails_its_job_at_once_and_one_that_cannot_be_read_does_not(
@@ -702,5 +703,6 @@ def test_every_error_class_has_its_own_kind_or_is_a_defect():
         "StoreUnavailable": states.FailureKind.STORAGE,
         "CheckBroken": states.FailureKind.CHECK,
         "NotSigned": states.FailureKind.ENCODING,
+        "EncoderBroken": states.FailureKind.ENCODING,
         "DiskUnusable": states.FailureKind.DISK,
     }
