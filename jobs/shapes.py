@@ -49,6 +49,7 @@ def snapshot(found: watch.Snapshot) -> dict[str, Any]:
         "now": found.now,
         "running": [running_job(row, held, now=found.now) for row, held in found.running],
         "queues_without_workers": list(found.idle_queues),
+        "refused_by": [{"worker": held.worker} | refusal(held) for held in found.refusals],
     }
 
 

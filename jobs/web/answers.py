@@ -57,6 +57,7 @@ class Progress(Batch):
     seconds_left: float | None
     running: list[dict[str, Any]]
     queues_without_workers: list[str]
+    refused_by: list[dict[str, Any]]
 
 
 class JobLine(Answer):

@@ -804,10 +804,11 @@ def test_watching_tells_when_the_last_worker_refuses(
     with farm.db.transaction() as session:
         workers.ask_again(session, "gpu0@host")
     display.as_json_lines(looks())
-    idle = [
-        json.loads(line)["queues_without_workers"] for line in capsys.readouterr().out.splitlines()
-    ]
-    assert [bool(each) for each in idle] == [False, True]
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["queues_without_workers"] == first["refused_by"] == []
+    assert second["queues_without_workers"] == ["rushes.render.tiny"]
+    (why,) = second["refused_by"]
+    assert (why["worker"], why["kind"], why["reason"]) == ("gpu0@host", "disk", "no room")
 
 
 def test_a_file_is_no_batch_to_estimate(rushes: Rushes) -> None:

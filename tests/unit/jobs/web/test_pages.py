@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from jobs import queries, states, tokens
+from jobs import queries, states, tokens, workers
 from tests.unit.jobs.web.conftest import Web
 
 HTML = {"Accept": "text/html"}
@@ -402,3 +402,25 @@ def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
     with web.db.reading() as session:
         assert queries.open_jobs(session) == (120, 0)
     assert browser.get(f"/batches/{batch_id}?state={states.JobState.FAILED}").text.count("<tr") == 0
+
+
+def test_the_page_of_a_batch_says_why_nobody_renders_it(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    row = workers.Registration(
+        name="gpu0@host",
+        host="host",
+        device="NVIDIA H200",
+        memory_bytes=None,
+        queues=("rushes.render.tiny",),
+        version="1",
+        pid=1,
+        restarts=0,
+        launcher="test",
+    )
+    web.db.write(workers.register, row)
+    assert "Nobody renders" not in browser.get(f"/batches/{batch_id}").text
+    told = {"kind": states.FailureKind.DISK, "reason": "no <room>"}
+    web.db.write(workers.refuse, "gpu0@host", queue=workers.ALL_QUEUES, **told)
+    page = browser.get(f"/batches/{batch_id}").text
+    assert "Nobody renders queue rushes.render.tiny now" in page
+    assert re.search(r"gpu0@host takes nothing until .*: no &lt;room&gt;", page)
