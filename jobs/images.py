@@ -106,6 +106,8 @@ class Limits:
 
 
 LIMITS = Limits()
+_decoding = threading.BoundedSemaphore(2)
+"""Of a process: a decoded image has up to 256 MB, whatever it was on the wire."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +158,7 @@ def fetch(
 def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage:
     """Check an image that is here already; `shown` is what people call it. ImageUnusable."""
     _within(data, shown, limits)
-    with _decoded(data, shown, limits) as image:
+    with _decoding, _decoded(data, shown, limits) as image:
         width, height = image.size
         if _orientation(image) in ON_ITS_SIDE:
             width, height = height, width

@@ -212,6 +212,9 @@ def retry_jobs(
     """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
     total = 0
+    # First: one whose worker stops just now is waited for here, and found cancelled below.
+    if states.JobState.CANCELLED in from_states:
+        total += _let_run(session, batch_id, job_ids)
     for state in from_states:
         statement = update(Job).where(
             Job.batch_id == batch_id, Job.state == state, schema.HAS_STARTED
@@ -234,8 +237,6 @@ def retry_jobs(
         )
         moves.count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
         total += reopened
-    if states.JobState.CANCELLED in from_states:
-        total += _let_run(session, batch_id, job_ids)
     if total:
         _check_not_expired(session, batch_id)
         session.execute(

@@ -18,7 +18,19 @@ HEADERS = {
 }
 MAX_BYTES_IN_MEMORY = 48 << 20  # JSON with the largest image as base64
 MAX_BYTES_OF_STRANGERS = 64 << 10  # who logs in has no token yet
-LOGIN_PATH = "/login"
+STRANGERS_PATHS = frozenset({"/login", "/logout"})
+UPLOAD_PATHS = frozenset(
+    {
+        "/api/batches/file",
+        "/api/uploads",
+        "/schedules",
+        "/submit",
+        "/v1/files",
+        "/v1/tasks/video/form",
+        "/v1/videos",
+    }
+)
+"""Elsewhere a body is read into memory, whatever it says that it is."""
 GRADIO_PATH = "/gradio"
 GRADIO_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -80,10 +92,11 @@ class Guards:
     def _most_bytes(self, path: str, headers: Headers) -> tuple[int, str]:
         """And what a person may do about it."""
         setting = " (RUSHES_WEB_MAX_BYTES)"
-        if path == LOGIN_PATH:
+        if path in STRANGERS_PATHS:
             return MAX_BYTES_OF_STRANGERS, ""
-        is_upload = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        if is_upload or self._max_bytes <= MAX_BYTES_IN_MEMORY:
+        takes_files = path in UPLOAD_PATHS or path.startswith(GRADIO_PATH)
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        if (takes_files and is_form) or self._max_bytes <= MAX_BYTES_IN_MEMORY:
             return self._max_bytes, setting
         return MAX_BYTES_IN_MEMORY, ": send more as an uploaded file"
 

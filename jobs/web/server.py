@@ -16,6 +16,7 @@ from jobs.web.service import Service, names
 log = structlog.get_logger()
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+BACKLOG = 2048  # as uvicorn has it
 STOP_SECONDS = 10  # event streams do not end by themselves
 
 
@@ -56,13 +57,14 @@ def _listen(config: settings.Settings) -> list[socket.socket]:
     with contextlib.ExitStack() as failed:
         with contextlib.suppress(socket.gaierror, UnicodeError):
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, kind, protocol, _, address in found:
+            for family, kind, protocol, _, address in dict.fromkeys(found):
                 try:
                     one = failed.enter_context(socket.socket(family, kind, protocol))
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
                         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                     one.bind(address)
+                    one.listen(BACKLOG)  # until then another one could bind it too
                 except OSError as error:
                     why = error.strerror or str(error)
                     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):

@@ -405,6 +405,23 @@ def test_a_retry_lets_go_on_what_was_to_stop(world: World) -> None:
     world.check()
 
 
+def test_a_retry_finds_a_job_that_stops_in_that_moment(postgres_world: World) -> None:
+    """Its worker has locked it, and waits for nobody."""
+    world = postgres_world
+    batch_id = world.submit(2)
+    attempt_id = world.claimed(world.job_ids(batch_id)[0])
+    world.cancel_batch(batch_id)
+    with ThreadPoolExecutor(1) as pool, world.db.transaction() as session:
+        assert lifecycle.cancel_attempt(session, attempt_id)
+        retried = pool.submit(world.retry, batch_id, JobState.CANCELLED)
+        with pytest.raises(TimeoutError):
+            retried.result(0.5)
+        session.commit()
+        assert retried.result(20) == 2
+    assert [job.state for job in world.jobs(batch_id)] == [JobState.QUEUED] * 2
+    world.check()
+
+
 def test_a_look_at_what_is_cancelled_that_comes_late_cancels_nothing(world: World) -> None:
     """The dispatcher reads which batches it has to go on with, and takes its time."""
     batch_id = world.submit(2)

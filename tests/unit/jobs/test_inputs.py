@@ -5,7 +5,9 @@ import io
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -106,3 +108,27 @@ def test_an_end_in_the_middle_leaves_no_thread_at_work(afar: Afar, tmp_path: Pat
     assert ended.traceback, "whose frames are kept"
     assert _threads() == 0
     file.images.close()
+
+
+def test_few_images_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small on the wire, each may take a quarter of a gigabyte."""
+    decoded, now, most, lock = images._decoded, 0, 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def counted(*given: Any) -> Iterator[Image.Image]:
+        nonlocal now, most
+        with decoded(*given) as image:
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.01)
+            yield image
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(images, "_read", lambda *_, **__: _picture(1))
+    monkeypatch.setattr(images, "_decoded", counted)
+    file = _file(tmp_path, [f"https://x.example/{n}" for n in range(ROWS)])
+    with contextlib.closing(file.images):
+        assert submission.plan(file).prompts == ROWS
+    assert most == 2

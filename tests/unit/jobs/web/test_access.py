@@ -14,7 +14,7 @@ from sqlalchemy import delete, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
-from jobs.web import cookies, images, server
+from jobs.web import cookies, guards, images, server
 from tests.unit.jobs.web.conftest import Web
 
 MakeWeb = Callable[..., Web]
@@ -180,10 +180,25 @@ def test_what_is_kept_in_memory_has_a_limit_of_its_own(guarded: Web) -> None:
     assert answer.status_code == 413
     assert "send more as an uploaded file" in answer.json()["detail"]
     form = {"token": "x" * (64 << 10)}
-    assert guarded.client.post("/login", data=form).status_code == 413
+    for path in ("/login", "/logout"):
+        assert guarded.client.post(path, data=form).status_code == 413
+    large["Content-Type"] = "multipart/form-data; boundary=x"
+    headers = guarded.token("ann") | large
+    assert guarded.client.post("/api/batches", content=b"{}", headers=headers).status_code == 413
     name = {"filename": "a.txt"}
     answer = guarded.client.post("/v1/files", files={"file": b"x" * (49 << 20)}, data=name)
     assert answer.status_code == 401  # as large as files may be, but nobody's
+
+
+def test_only_what_takes_files_may_be_large(guarded: Web) -> None:
+    described = guarded.client.get("/openapi.json").json()["paths"]
+    takes_forms = {
+        path
+        for path, methods in described.items()
+        if "multipart/form-data"
+        in methods.get("post", {}).get("requestBody", {}).get("content", {})
+    }
+    assert takes_forms | {"/submit", "/schedules"} == guards.UPLOAD_PATHS
 
 
 def test_images_that_are_slow_to_fetch_leave_threads_to_others(
