@@ -1,10 +1,6 @@
 """Cancelling a job, or a batch of any size, as the command line and the web service do it."""
 
-from jobs import (
-    database,
-    orders,
-    states,
-)
+from jobs import database, orders, states
 from jobs.schema import Job
 
 

@@ -7,7 +7,7 @@ import operator
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -161,11 +161,8 @@ class Dispatcher:
         for group, number in groups.items():
             lying = [message for queue in group for message in in_queue[queue]]
             waiting = {message.subject for message in lying}
-            # Those for others that take from one of its queues too leave it its window: else it
-            # would be sent nothing of the rest while they have a backlog there.
             for_others = set(marks.values()) - {marks[group]}
-            own = {message.subject for message in lying if message.mark not in for_others}
-            room = min(number * self._config.window - len(own), broker.MOST_READ - len(waiting))
+            room = _room(lying, for_others=for_others, window=number * self._config.window)
             if room > 0:
                 with self._db.reading() as session:
                     chosen = choose(
@@ -193,6 +190,16 @@ class Dispatcher:
         for batch_id in overdue:
             stopped += self._db.write(orders.expire_batch, batch_id)[0]
         return stopped
+
+
+def _room(lying: Sequence[broker.Message], *, for_others: Collection[str], window: int) -> int:
+    """What was sent for other workers counts only against what can be read of a queue.
+
+    Else a backlog in a queue that they share would leave these workers' other queues empty.
+    """
+    own = {message.subject for message in lying if message.mark not in for_others}
+    waiting = {message.subject for message in lying}
+    return min(window - len(own), broker.MOST_READ - len(waiting))
 
 
 def _mark(group: Sequence[str]) -> str:

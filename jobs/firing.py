@@ -219,7 +219,7 @@ def prompt_file(
 ) -> Iterator[submission.PromptFile]:
     """The prompts of the firing at `moment`, with its variables filled in.
 
-    With `may_wait`, one of LATER where the server of an image does not answer.
+    With `may_wait`, `inputs.ImageAway` where the server of an image does not answer.
     """
     rule = schedules.rule_of(schedule)
     wall = moment.astimezone(rule.zone)

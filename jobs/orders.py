@@ -1,4 +1,4 @@
-"""What people ask of batches and jobs: stop, again, wait, sooner; and what a deadline asks.
+"""What people ask of batches and jobs: cancel, retry, pause, prioritize; and what a deadline does.
 
 Each is safe to call twice, and keeps the order of row locks that `lifecycle` tells.
 """

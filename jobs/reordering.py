@@ -1,14 +1,6 @@
 """After a change of order, as the command line and the web service make it."""
 
-from jobs import (
-    bell,
-    broker,
-    database,
-    errors,
-    orders,
-    queries,
-    settings,
-)
+from jobs import bell, broker, database, errors, orders, queries, settings
 
 
 def send_anew(config: settings.Settings, db: database.Database) -> str | None:

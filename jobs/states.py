@@ -106,7 +106,7 @@ class BatchState(StrEnum):
 
 
 class Misfire(StrEnum):
-    """What becomes of fire times that no dispatcher was there for."""
+    """What becomes of fire times whose batch could not be made in time, as without a dispatcher."""
 
     SKIP = "skip"
     """None of them is made up for."""

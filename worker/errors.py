@@ -119,7 +119,7 @@ class DeviceFault(RenderError):
 
 
 class EncodingFailed(RenderError):
-    """ffmpeg failed at this video and no other, or its file is not what was asked for."""
+    """ffmpeg failed though it works on this host, or its file is not what was asked for."""
 
     kind = states.FailureKind.ENCODING
 

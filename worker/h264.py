@@ -26,7 +26,7 @@ def ffmpeg() -> str:
 
 
 def failure(message: str) -> errors.RenderError:
-    """EncodingFailed where ffmpeg works on this host: then the video is to blame."""
+    """EncodingFailed where x264 encodes a test picture on this host, else EncoderBroken."""
     why = _why_not(ffmpeg(), X264)
     if why is None:
         return errors.EncodingFailed(message)
@@ -63,12 +63,12 @@ def why_no_nvenc(program: str) -> str | None:
     return _why_not(program, NVENC)
 
 
-def _why_not(program: str, encoder: str) -> str | None:
+def _why_not(program: str, name: str) -> str | None:
     command = [
         program,
         *("-hide_banner", "-nostdin", "-loglevel", "error"),
         *("-f", "lavfi", "-i", "color=size=256x256:rate=25:duration=0.2"),
-        *("-c:v", encoder, "-pix_fmt", "yuv420p", "-f", "null", "-"),
+        *("-c:v", name, "-pix_fmt", "yuv420p", "-f", "null", "-"),
     ]
     try:
         done = subprocess.run(  # noqa: S603  # our own argument list, no shell

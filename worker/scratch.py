@@ -107,9 +107,8 @@ class AttemptFolder:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES):
                 raise
-            return self.sidecar.open(
-                "rb"
-            )  # a disk that was mounted anew, after an error of its own
+            # A disk that was mounted read-only after an error of its own: no NFS.
+            return self.sidecar.open("rb")
 
     @contextmanager
     def locked(self) -> Iterator[bool]:

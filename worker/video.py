@@ -94,7 +94,7 @@ class Mp4Writer:
             raise self._failure() from None
 
     def finish(self) -> None:
-        """Wait for the end of the file; EncodingFailed or DiskUnusable with ffmpeg's own words."""
+        """Wait for the end of the file; DiskUnusable, or what `h264.failure` says."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the exit status below tells why
             self._process.stdin.close()
@@ -118,7 +118,7 @@ class Mp4Writer:
 
 
 def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:
-    """Decode the whole file; EncodingFailed unless it is exactly what was asked for."""
+    """Decode the whole file; EncodingFailed unless it is what was asked for. Raises as `probe`."""
     info = probe(path)
     asked = VideoInfo(
         width=width,
@@ -134,7 +134,7 @@ def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> 
 
 
 def probe(path: Path) -> VideoInfo:
-    """What is in a video file; EncodingFailed when it cannot be decoded to its end."""
+    """What is in a video file; EncodingFailed if it cannot be decoded. EncoderBroken."""
     command = [
         h264.ffmpeg(),
         *("-hide_banner", "-nostdin", "-nostats", "-xerror", "-err_detect", "explode"),

@@ -4,14 +4,7 @@ from typing import Any
 
 import click
 
-from jobs import (
-    bell,
-    cancelling,
-    database,
-    orders,
-    settings,
-    states,
-)
+from jobs import bell, cancelling, database, orders, settings, states
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Batch, Job
 
@@ -69,7 +62,7 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     """Queue failed or cancelled jobs again.
 
     With the same seed and look and with fresh budgets. A single JOB may be failed or cancelled.
-    Those that still run and were to stop go on.
+    With --cancelled, those that still run and were to stop go on.
     """
     config = settings.load()
     db = connections.open_database(config)

@@ -6,15 +6,7 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from jobs import (
-    bell,
-    database,
-    orders,
-    queries,
-    readers,
-    reordering,
-    settings,
-)
+from jobs import bell, database, orders, queries, readers, reordering, settings
 from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 

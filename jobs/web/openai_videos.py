@@ -13,15 +13,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from jobs import (
-    errors,
-    orders,
-    presets,
-    queries,
-    requests,
-    results,
-    states,
-)
+from jobs import errors, orders, presets, queries, requests, results, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.web import access, answers, finding, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options

@@ -22,7 +22,7 @@ AWAY_SECONDS = 10.0  # without asking again
 
 
 class TooManyRequests(errors.RushesError):
-    """The rate limit."""
+    """More than somebody may ask, or have under way at once."""
 
     def __init__(self, *, rate: str, wait_seconds: float) -> None:
         self.wait_seconds = wait_seconds

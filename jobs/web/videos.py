@@ -5,15 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from jobs import (
-    cancelling,
-    errors,
-    orders,
-    queries,
-    requests,
-    shapes,
-    states,
-)
+from jobs import cancelling, errors, orders, queries, requests, shapes, states
 from jobs.schema import Attempt, Batch
 from jobs.web import access, answers, finding, serving
 from jobs.web.batches import Serving

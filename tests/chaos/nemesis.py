@@ -27,13 +27,7 @@ from celery import Celery
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import (
-    celery_app,
-    database,
-    orders,
-    queues,
-    states,
-)
+from jobs import celery_app, database, orders, queues, states
 from jobs.schema import Attempt, Batch
 from tests.chaos import farm as farms
 from tests.chaos.proxy import Fault, Proxy

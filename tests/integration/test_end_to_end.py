@@ -15,15 +15,7 @@ import pytest
 import requests
 from PIL import Image
 
-from jobs import (
-    broker,
-    orders,
-    queues,
-    results,
-    settings,
-    states,
-    workers,
-)
+from jobs import broker, orders, queues, results, settings, states, workers
 from worker import video
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,13 +12,7 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import (
-    database,
-    errors,
-    orders,
-    patience,
-    settings,
-)
+from jobs import database, errors, orders, patience, settings
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 

@@ -13,15 +13,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from jobs import (
-    database,
-    health,
-    lifecycle,
-    orders,
-    retries,
-    schema,
-    states,
-)
+from jobs import database, health, lifecycle, orders, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, World

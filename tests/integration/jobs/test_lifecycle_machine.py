@@ -16,14 +16,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, select
 
-from jobs import (
-    health,
-    lifecycle,
-    moves,
-    orders,
-    results,
-    retries,
-)
+from jobs import health, lifecycle, moves, orders, results, retries
 from jobs.lifecycle import Verdict
 from jobs.schema import Attempt, Batch, Job, Owner, Refusal, Worker
 from jobs.states import FailureKind, JobState

@@ -6,14 +6,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from jobs import (
-    broker,
-    dispatch,
-    lifecycle,
-    orders,
-    settings,
-    states,
-)
+from jobs import broker, dispatch, lifecycle, orders, settings, states
 from jobs.schema import Attempt
 from worker import finished
 

@@ -10,13 +10,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy
 
-from jobs import (
-    database,
-    dispatch,
-    lifecycle,
-    migrate,
-    orders,
-)
+from jobs import database, dispatch, lifecycle, migrate, orders
 from jobs.schema import Attempt
 from worker import errors, heartbeat
 from worker.settings import WorkerSettings

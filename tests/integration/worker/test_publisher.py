@@ -6,16 +6,7 @@ import threading
 
 import pytest
 
-from jobs import (
-    dispatch,
-    lifecycle,
-    orders,
-    results,
-    servers,
-    settings,
-    states,
-    storage,
-)
+from jobs import dispatch, lifecycle, orders, results, servers, settings, states, storage
 from worker import publisher
 
 

@@ -10,17 +10,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import (
-    cli,
-    database,
-    download,
-    errors,
-    lifecycle,
-    queries,
-    results,
-    settings,
-    storage,
-)
+from jobs import cli, database, download, errors, lifecycle, queries, results, settings, storage
 from jobs.cli import exits
 
 pytestmark = pytest.mark.usefixtures("no_broker")

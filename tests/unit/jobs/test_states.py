@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import (
-    moves,
-    states,
-)
+from jobs import moves, states
 from jobs.states import FINAL_JOB_STATES, LIVE_ATTEMPT_STATES, TRANSITIONS, AttemptState, JobState
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -10,10 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from jobs import (
-    lifecycle,
-    orders,
-)
+from jobs import lifecycle, orders
 from jobs.schema import Batch
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
