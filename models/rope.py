@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
-CACHED_GRIDS = 8  # a table is 34 MB at 480p; a worker sees a handful of sizes
+CACHED_GRIDS = 4  # a table is 34 MB at 480p, 77 at 720p; a worker sees a handful of sizes
 
 Rotation = tuple[Tensor, Tensor]
 """cos_LK and sin_LK of every token's angles: those of a pair twice, its first sine negative."""

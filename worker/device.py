@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from models import rope
 from worker import errors, host_memory
 from worker.settings import WorkerSettings
 
@@ -61,6 +62,7 @@ class Device:
 
     def give_up_caches(self) -> None:
         """Memory of what was dropped goes back to device and machine, not to our next use."""
+        rope.table.cache_clear()  # of sizes that may not come again
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()

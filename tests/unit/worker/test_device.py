@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import rope
 from worker import device, errors
 from worker.settings import WorkerSettings
 
@@ -67,3 +68,9 @@ def test_a_gpu_that_is_not_there_is_a_fault_with_advice(monkeypatch):
 def test_the_description_names_device_precision_and_torch(cpu):
     told = cpu.description()
     assert told == {"device": "CPU test", "dtype": "float32", "torch": torch.__version__}
+
+
+def test_tables_of_sizes_that_may_not_come_again_are_given_up(cpu):
+    rope.table((1, 2, 2), 12, cpu.torch_device, torch.float32)
+    cpu.give_up_caches()
+    assert rope.table.cache_info().currsize == 0
