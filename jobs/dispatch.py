@@ -162,7 +162,8 @@ class Dispatcher:
             lying = [message for queue in group for message in in_queue[queue]]
             waiting = {message.subject for message in lying}
             for_others = set(marks.values()) - {marks[group]}
-            room = _room(lying, for_others=for_others, window=number * self._config.window)
+            own = _sent_for_us(lying, for_others)
+            room = min(number * self._config.window - own, broker.MOST_READ - len(waiting))
             if room > 0:
                 with self._db.reading() as session:
                     chosen = choose(
@@ -192,14 +193,12 @@ class Dispatcher:
         return stopped
 
 
-def _room(lying: Sequence[broker.Message], *, for_others: Collection[str], window: int) -> int:
-    """What was sent for other workers counts only against what can be read of a queue.
+def _sent_for_us(lying: Sequence[broker.Message], for_others: Collection[str]) -> int:
+    """How many count for these workers' window: not those sent for others that share a queue.
 
-    Else a backlog in a queue that they share would leave these workers' other queues empty.
+    Else a backlog there would leave these workers' other queues empty.
     """
-    own = {message.subject for message in lying if message.mark not in for_others}
-    waiting = {message.subject for message in lying}
-    return min(window - len(own), broker.MOST_READ - len(waiting))
+    return len({message.subject for message in lying if message.mark not in for_others})
 
 
 def _mark(group: Sequence[str]) -> str:
@@ -268,7 +267,7 @@ def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Cand
     # One by one and in order: two dispatchers wait for each other, not in a circle.
     for batch_id in sorted({job.batch_id for job in taken}):
         session.execute(update(Batch).where(Batch.id == batch_id).values(served_at=now))
-    # Those that a large submit holds, for its quota, are passed over: it may take minutes.
+    # Those that a submit holds, to count its quota, are passed over rather than waited for.
     owners = (
         select(Owner.name)
         .where(Owner.name.in_({job.owner for job in taken}))

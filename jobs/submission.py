@@ -310,8 +310,9 @@ def submit(
     else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
     the same transaction; what it raises undoes all.
     """
-    with db.reading() as session:
-        _check_room(session, file.options)
+    if file.options.max_queued is not None:
+        with db.reading() as session:
+            _check_room(session, file.options, most=file.options.max_queued)
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
         if file.images is not None:
@@ -417,13 +418,11 @@ def _store(
     return batch_id
 
 
-def _check_room(session: Session, options: Options) -> None:
+def _check_room(session: Session, options: Options, *, most: int) -> None:
     """Refuse at once what the quota would refuse after its images were fetched."""
-    if options.max_queued is None or _of_key(session, options.idempotency_key) is not None:
-        return
     queued = _queued(session, options.owner)
-    if queued >= options.max_queued:
-        raise errors.QuotaExceeded(options.owner, queued=queued, new=1, most=options.max_queued)
+    if queued >= most and _of_key(session, options.idempotency_key) is None:
+        raise errors.QuotaExceeded(options.owner, queued=queued, new=1, most=most)
 
 
 def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:

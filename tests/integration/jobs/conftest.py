@@ -25,6 +25,7 @@ from jobs import (
     workers,
 )
 from jobs.schema import Attempt, Batch, Job, Worker
+from tests.registrations import registration
 
 PRESET = presets.load(str(Path(__file__).resolve().parents[3] / "configs" / "tiny.json"))
 QUEUE = queues.of_model(PRESET.look.model_path)
@@ -121,20 +122,7 @@ class World:
     def register(
         self, name: str = "gpu0@here", *, queue: str = QUEUE, also: Sequence[str] = ()
     ) -> None:
-        self.db.write(
-            workers.register,
-            workers.Registration(
-                name=name,
-                host=name.partition("@")[2],
-                device="cpu",
-                memory_bytes=None,
-                queues=(queue, *also),
-                version="1",
-                pid=1,
-                restarts=0,
-                launcher="test",
-            ),
-        )
+        self.db.write(workers.register, registration(name, queues=(queue, *also)))
 
     def silence(self, name: str) -> None:
         """As if this worker's launcher had been gone for a minute."""

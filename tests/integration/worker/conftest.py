@@ -31,6 +31,7 @@ from jobs import (
 )
 from jobs.schema import Attempt, Job
 from models.tiny import make
+from tests.registrations import registration
 from worker import components, device, publisher, rendering, resident, runner, scratch
 from worker.settings import WorkerSettings
 
@@ -106,18 +107,8 @@ class Host:
             return list(queries.jobs(session, batch_id, limit=1_000))
 
     def register(self, *, queues: tuple[str, ...] = ("rushes.render.tiny",)) -> None:
-        registration = workers.Registration(
-            name=WORKER,
-            host="here",
-            device="CPU",
-            memory_bytes=None,
-            queues=queues,
-            version="1",
-            pid=1,
-            restarts=0,
-            launcher="test",
-        )
-        self.db.write(workers.register, registration)
+        row = registration(WORKER, device="CPU", queues=queues)
+        self.db.write(workers.register, row)
 
     def job(self, job_id: int) -> Job:
         with self.db.reading() as session:

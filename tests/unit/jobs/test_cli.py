@@ -33,6 +33,7 @@ from jobs import (
     workers,
 )
 from jobs.cli import display, exits, root, worker_commands
+from tests.registrations import registration
 
 GOOD = (
     '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
@@ -90,17 +91,7 @@ class Farm:
         )
 
     def live_worker(self) -> None:
-        row = workers.Registration(
-            name="gpu0@host",
-            host="host",
-            device="NVIDIA H200",
-            memory_bytes=150_000_000_000,
-            queues=("rushes.render.tiny",),
-            version="1",
-            pid=1,
-            restarts=0,
-            launcher="test",
-        )
+        row = registration(device="NVIDIA H200", memory_bytes=150_000_000_000)
         self.db.write(workers.register, row)
 
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from jobs import cli, database, lifecycle, queries, workers
 from jobs.cli import exits
+from tests.registrations import registration
 
 pytestmark = pytest.mark.usefixtures("no_broker", "db")
 
@@ -53,18 +54,7 @@ def render(db: database.Database, job: str, *, seconds: float) -> None:
 
 def register(db: database.Database, *names: str) -> None:
     for name in names:
-        row = workers.Registration(
-            name=name,
-            host="h",
-            device="cpu",
-            memory_bytes=None,
-            queues=("rushes.render.tiny",),
-            version="1",
-            pid=1,
-            restarts=0,
-            launcher="test",
-        )
-        db.write(workers.register, row)
+        db.write(workers.register, registration(name, host="h"))
 
 
 def test_pause_and_resume_tell_what_they_did(db: database.Database) -> None:

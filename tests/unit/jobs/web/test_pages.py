@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from jobs import queries, states, tokens, workers
+from tests.registrations import registration
 from tests.unit.jobs.web.conftest import Web
 
 HTML = {"Accept": "text/html"}
@@ -406,18 +407,7 @@ def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
 
 def test_the_page_of_a_batch_says_why_nobody_renders_it(web: Web, browser: Browser) -> None:
     batch_id = web.submit()
-    row = workers.Registration(
-        name="gpu0@host",
-        host="host",
-        device="NVIDIA H200",
-        memory_bytes=None,
-        queues=("rushes.render.tiny",),
-        version="1",
-        pid=1,
-        restarts=0,
-        launcher="test",
-    )
-    web.db.write(workers.register, row)
+    web.db.write(workers.register, registration())
     assert "Nobody renders" not in browser.get(f"/batches/{batch_id}").text
     told = {"kind": states.FailureKind.DISK, "reason": "no <room>"}
     web.db.write(workers.refuse, "gpu0@host", queue=workers.ALL_QUEUES, **told)
