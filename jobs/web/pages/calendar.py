@@ -111,10 +111,11 @@ def _add(serving: service.Service, who: access.Principal, given: Given, found: C
         found.add("prompts", "Type a prompt: each line is a video of every batch.")
     if not given.name.strip():
         found.add("name", "Give the schedule a name.")
-    try:
-        cron.parse(given.cron.strip(), given.zone.strip())
-    except ValueError as error:
-        found.add("zone" if "zone" in str(error) else "cron", str(error))
+    for field, rule, zone in (("cron", given.cron, "UTC"), ("zone", "@daily", given.zone)):
+        try:
+            cron.parse(rule.strip(), zone.strip())
+        except ValueError as error:
+            found.add(field, str(error))
     numbers = {
         name: found.whole(name, getattr(given, name)) for name in ("repeat", "priority", "catch_up")
     }

@@ -174,6 +174,16 @@ def test_rate_and_time_left_follow_the_latest_results(world: World) -> None:
     assert progress.state is BatchState.RUNNING
 
 
+def test_first_results_of_workers_that_began_together_promise_no_more_than_these_can(
+    world: World,
+) -> None:
+    batch_id = world.submit(8)
+    _finish(world, batch_id, [0.007, 0])
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(2 / RENDER_SECONDS * 60, rel=0.05)
+
+
 def test_a_batch_whose_jobs_take_longer_slows_down(world: World) -> None:
     batch_id = world.submit(4)
     _finish(world, batch_id, [660, 600])

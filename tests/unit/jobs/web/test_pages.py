@@ -268,6 +268,9 @@ def test_a_bad_schedule_is_told_at_its_field(browser: Browser) -> None:
         answer = browser.post("/schedules", form, of="/schedules")
         assert answer.status_code == 422, given
         assert field in errors_of(answer.text), (given, errors_of(answer.text))
+    both = {"name": "n", "preset": "tiny", "prompts": "a", "cron": "a zone", "zone": "none"}
+    text = browser.post("/schedules", both, of="/schedules").text
+    assert {"cron", "zone"} <= set(errors_of(text))
 
 
 def test_without_a_login_every_page_asks_for_it_and_comes_back(guarded: Web) -> None:
