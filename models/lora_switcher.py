@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import errors, lora
+from models import errors, lora, memory, offload
 from models.quantization import QuantizedLinear
-
-ALIGNMENT = 256  # bytes
-STRETCH_BYTES = 2**29  # of one pinned allocation
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -127,23 +124,18 @@ class LoraSwitcher:
 
 
 def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the host; those of tensors on CUDA in few large pinned allocations.
-
-    torch rounds a pinned allocation up to a power of two: one per tensor would waste a third.
-    """
+    """Copies in few stretches of host memory, pinned for parameters on CUDA."""
     copies: dict[str, Tensor] = {}
-    stretch, used = torch.empty(0, dtype=torch.uint8), 0
-    for name, parameter in parameters.items():
-        if not parameter.is_cuda:
-            copies[name] = parameter.detach().clone()
-            continue
-        if used + parameter.nbytes > stretch.numel():
-            size = max(STRETCH_BYTES, parameter.nbytes)
-            stretch, used = torch.empty(size, dtype=torch.uint8, pin_memory=True), 0
-        place = stretch[used : used + parameter.nbytes].view(parameter.dtype)
-        copies[name] = place.view(parameter.shape)
-        copies[name].copy_(parameter)
-        used += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    names = list(parameters)
+    sizes = [offload.aligned_bytes(parameters[name]) for name in names]
+    for places in memory.stretches(sizes):
+        device = parameters[names[places[0]]].device
+        free = offload.host_bytes(sum(sizes[place] for place in places), device)
+        for place in places:
+            parameter = parameters[names[place]]
+            copy = free[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+            copies[names[place]] = copy.copy_(parameter.detach())
+            free = free[sizes[place] :]
     return copies
 
 

@@ -29,19 +29,19 @@ class _Place:
 
 
 class Parked:
-    """Some tensors in one stretch of host memory, pinned if the device is CUDA.
+    """Some tensors in one stretch of host memory, which may be longer than they need.
 
     The tensors stay the objects they were; `bind` makes them look into a copy of the stretch, and
     `release` back at home. Nothing is copied back: weights do not change on the device.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Iterable[Tensor], home: Tensor) -> None:
         self._places, end = [], 0
         for tensor in tensors:
             self._places.append(_Place(tensor, end))
-            end += _aligned_bytes(tensor)
+            end += aligned_bytes(tensor)
         self.num_bytes = end
-        self.home = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.home = home[:end]
         self._at_home = self._views(self.home)
         for place, view in zip(self._places, self._at_home, strict=True):
             view.copy_(place.tensor)
@@ -70,12 +70,23 @@ def weights_of(network: nn.Module) -> list[Tensor]:
 def park(network: nn.Module, device: torch.device) -> list[Parked]:
     """Bring a network's weights home, in several stretches so that they never lie there twice."""
     weights = weights_of(network)
-    shared = memory.stretches([_aligned_bytes(tensor) for tensor in weights])
-    return [Parked([weights[place] for place in places], device) for places in shared]
+    sizes = [aligned_bytes(tensor) for tensor in weights]
+    return [
+        Parked(
+            [weights[place] for place in places],
+            host_bytes(sum(sizes[place] for place in places), device),
+        )
+        for places in memory.stretches(sizes)
+    ]
 
 
-def _aligned_bytes(tensor: Tensor) -> int:
+def aligned_bytes(tensor: Tensor) -> int:
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def host_bytes(count: int, device: torch.device) -> Tensor:
+    """A stretch of host memory, uint8, pinned if the device is CUDA."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 @contextlib.contextmanager
@@ -160,7 +171,7 @@ class BlockStreamer:
         for name, child in network.named_children():
             if name != "blocks":
                 child.to(device)
-        self._parked = [Parked(weights_of(block), device) for block in network.blocks]
+        self._parked = _park_blocks(network, device)
         size = max(each.num_bytes for each in self._parked)
         self._buffers = [
             torch.empty(size, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)
@@ -203,6 +214,19 @@ class BlockStreamer:
         source = self._parked[index].home
         self._copier.copy(slot, self._buffers[slot][: source.numel()], source)
         self._held[slot] = index
+
+
+def _park_blocks(network: transformer.WanTransformer, device: torch.device) -> list[Parked]:
+    """Each block in one piece; several blocks share an allocation."""
+    weights = [weights_of(block) for block in network.blocks]
+    sizes = [sum(map(aligned_bytes, tensors)) for tensors in weights]
+    parked: dict[int, Parked] = {}
+    for places in memory.stretches(sizes):
+        free = host_bytes(sum(sizes[place] for place in places), device)
+        for place in places:
+            parked[place] = Parked(weights[place], free)
+            free = free[sizes[place] :]
+    return [parked[place] for place in range(len(weights))]
 
 
 class Placement:

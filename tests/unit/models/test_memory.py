@@ -269,11 +269,15 @@ def test_loras_stay_beside_8_bit_weights_alone(files, tmp_path):
         assert need.resident_bytes == without.resident_bytes + 1000
 
 
-def test_pinned_memory_of_a_large_network_is_little_more_than_its_weights():
-    """torch rounds an allocation up to a power of two; in the order of the file, by a sixth."""
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("wide", [1, 2])
+def test_pinned_memory_of_a_large_network_is_little_more_than_its_weights(wide, by_block):
+    """torch rounds an allocation up to a power of two; of each block alone, by a half."""
     with torch.device("meta"):
         network = transformer.WanTransformer(config.WAN_T2V_14B)
-    sizes = [2 * parameter.numel() for parameter in network.parameters()]
+    sizes = [wide * parameter.numel() for parameter in network.parameters()]
+    if by_block:
+        sizes = [wide * sum(p.numel() for p in block.parameters()) for block in network.blocks]
     shared = memory.stretches(sizes)
     assert sorted(place for places in shared for place in places) == list(range(len(sizes)))
     pinned = memory.pinned_bytes([sizes[place] for place in places] for places in shared)
@@ -286,7 +290,9 @@ def test_only_weights_that_cannot_be_read_again_are_copied_for_a_lora(files, tmp
     torch.save(safetensors.torch.load_file(files.transformer[0]), pickled)
     files = dataclasses.replace(files, transformer=(pickled,))
     needed = memory.needed(files, **VIDEO, switches_loras=True)
-    assert needed.host == {"weights without LoRA": needed.stages["text"]["transformer"]}
+    (name, count), whole = *needed.host.items(), needed.stages["text"]["transformer"]
+    assert name == "weights without LoRA"
+    assert whole <= count < 2 * whole  # rounded up by torch
     assert memory.needed(files, **VIDEO).host == {}
 
 

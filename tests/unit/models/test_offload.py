@@ -94,7 +94,7 @@ def test_an_error_while_on_the_device_brings_the_weights_home(native_root):
 
 
 def test_a_network_is_parked_in_stretches(native_root, monkeypatch):
-    monkeypatch.setattr(memory, "STRETCH_BYTES", 20_000)
+    monkeypatch.setattr(memory, "STRETCH_BYTES", (20_000,))
     networks = load(native_root)
     expected = weights(networks.transformer)
     parked = offload.park(networks.transformer, CPU)
