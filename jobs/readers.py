@@ -1,71 +1,23 @@
 """Prompt files: JSON Lines, CSV or plain text become rows; what is wrong is told by line."""
 
 import csv
-import difflib
-import functools
 import itertools
 import json
 import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, NoReturn, Self
 
-from jobs import errors
+from jobs import errors, prompt_row
+from jobs.prompt_row import Invalid, PromptRow, shown
 
 Format = Literal["jsonl", "csv", "text"]
 
 MAX_LINE_BYTES = 1_048_576  # a line is held in memory whole; the longest prompt needs 60 kB
-MAX_PROMPT_CHARS = 10_000  # the text encoder reads the first 512 tokens
-MAX_CUSTOM_ID_CHARS = 512
-MAX_IMAGE_CHARS = MAX_LINE_BYTES  # a data URL may fill the line
-MAX_LORAS = 8
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
-MAX_SEED = 2**63 - 1  # the widest signed integer of both databases
-MAX_SECONDS = 3_600
-MAX_SIDE_OR_COUNT = 100_000  # keeps numbers sane here; the preset decides what fits
-MAX_PRIORITY = 100
 MAX_COLUMNS = 100  # every key and all metadata are 30
-MAX_SHOWN = 5  # faults told of one row: a line may hold a hundred thousand
 VIDEOS_URL = "/v1/videos"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lora:
-    """A LoRA that a row asks for, by name or by path."""
-
-    name: str | None = None
-    path: str | None = None
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptRow:
-    """One video that a prompt file asks for. None: the preset or the submit decides."""
-
-    line: int
-    """Where its record begins, from 1."""
-    prompt: str
-    custom_id: str | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    seconds: float | None = None
-    fps: int | None = None
-    image: str | None = None
-    lora: tuple[Lora, ...] | None = None
-    metadata: dict[str, str] | None = None
-    priority: int | None = None
-
-
-class _Invalid(ValueError):
-    """What is wrong with one record; becomes the Problem of its line."""
 
 
 # Which format a file is.
@@ -190,10 +142,10 @@ class DuplicateFinder:
         first = self.first_line(row.custom_id, row.line)
         if first is None:
             return row
-        shown = _shown(row.custom_id)
         return errors.Problem(
             line=row.line,
-            message=f"custom_id {shown} is already on line {first}: each must be unique",
+            message=f"custom_id {shown(row.custom_id)} is already on line {first}: "
+            "each must be unique",
         )
 
 
@@ -253,7 +205,7 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise _Invalid(_not_utf8(error)) from None
+        raise Invalid(_not_utf8(error)) from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -270,7 +222,7 @@ def _read_text(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
             continue
         try:
             item: PromptRow | errors.Problem | None = _text_row(number, line)
-        except _Invalid as invalid:
+        except Invalid as invalid:
             item = errors.Problem(line=number, message=str(invalid))
         if item is not None:
             yield item
@@ -278,13 +230,13 @@ def _read_text(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
 
 def _text_row(number: int, line: bytes | None) -> PromptRow | None:
     if line is None:
-        raise _Invalid(_TOO_LONG)
+        raise Invalid(_TOO_LONG)
     text = _decoded(line).strip()
     if not text:  # blanks that only Unicode knows
         return None
     if text.startswith(('{"', "{'")):
-        raise _Invalid("looks like JSON, not like a prompt: name the file .jsonl")
-    return _row({"prompt": text}, number)
+        raise Invalid("looks like JSON, not like a prompt: name the file .jsonl")
+    return prompt_row.checked({"prompt": text}, number)
 
 
 # JSON Lines.
@@ -296,20 +248,20 @@ def _read_jsonl(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
             continue
         try:
             item: PromptRow | errors.Problem = _jsonl_row(number, line)
-        except _Invalid as invalid:
+        except Invalid as invalid:
             item = errors.Problem(line=number, message=str(invalid))
         yield item
 
 
 def _jsonl_row(number: int, line: bytes | None) -> PromptRow:
     if line is None:
-        raise _Invalid(_TOO_LONG)
+        raise Invalid(_TOO_LONG)
     fields = _json_value(_decoded(line))
     if type(fields) is not dict:
-        raise _Invalid(f'must be an object such as {{"prompt": "..."}}, got {_shown(fields)}')
+        raise Invalid(f'must be an object such as {{"prompt": "..."}}, got {shown(fields)}')
     if "body" in fields:
         fields = _unwrapped(fields)
-    return _row(fields, number)
+    return prompt_row.checked(fields, number)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -317,12 +269,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise _Invalid(f"key {_shown(twice)} is given twice: keep one")
+        raise Invalid(f"key {shown(twice)} is given twice: keep one")
     return fields
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _Invalid(f"{name} is not a number that JSON has")
+    raise Invalid(f"{name} is not a number that JSON has")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -331,39 +283,39 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_co
 def _json_value(text: str) -> Any:
     try:
         return _DECODER.decode(text)
-    except _Invalid:
+    except Invalid:
         raise
     except json.JSONDecodeError as error:
         column = min(error.pos, len(text.rstrip())) + 1
         what = f"{error.msg[:1].lower()}{error.msg[1:]} at column {column}"
-        raise _Invalid(
+        raise Invalid(
             f'not JSON: {what}; a line must be one object such as {{"prompt": "..."}}'
         ) from None
     except RecursionError:
-        raise _Invalid("nested too deeply: no key needs more than three levels") from None
+        raise Invalid("nested too deeply: no key needs more than three levels") from None
     except ValueError:  # Python refuses to convert thousands of digits
-        raise _Invalid("holds a number with thousands of digits") from None
+        raise Invalid("holds a number with thousands of digits") from None
 
 
 def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
     """A row from a line of an OpenAI batch file: the keys of its body, and its custom_id."""
     wrong = [
-        f"{key} must be {_shown(wanted)}, got {_shown(envelope.get(key))}"
+        f"{key} must be {shown(wanted)}, got {shown(envelope.get(key))}"
         for key, wanted in (("method", "POST"), ("url", VIDEOS_URL))
         if envelope.get(key) != wanted
     ]
     body = envelope["body"]
     if type(body) is not dict:
-        raise _Invalid("; ".join([*wrong, f"body must be an object, got {_shown(body)}"]))
+        raise Invalid("; ".join([*wrong, f"body must be an object, got {shown(body)}"]))
     if "custom_id" in body:
         wrong.append("custom_id belongs beside body, not into it")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
-    wrong += [f"key {_shown(key)} does not belong beside body" for key in beside[:3]]
+    wrong += [f"key {shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
-        raise _Invalid("; ".join(wrong))
+        raise Invalid("; ".join(wrong))
     fields = {key: value for key, value in body.items() if key != "model"}  # the preset decides
     if isinstance(fields.get("seconds"), str):
-        fields["seconds"] = _number(fields["seconds"])
+        fields["seconds"] = prompt_row.number(fields["seconds"])
     return {"custom_id": envelope.get("custom_id"), **fields}
 
 
@@ -394,10 +346,10 @@ class _CsvLines:
     def __next__(self) -> str:
         self.number, line = next(self._lines)
         if line is None:
-            raise _Invalid(_TOO_LONG)
+            raise Invalid(_TOO_LONG)
         self.record_bytes += len(line)
         if self.record_bytes > MAX_LINE_BYTES:
-            raise _Invalid(f"a row {_TOO_LONG}: is a quote opened and never closed?")
+            raise Invalid(f"a row {_TOO_LONG}: is a quote opened and never closed?")
         try:
             return line.decode()
         except UnicodeDecodeError as error:
@@ -437,7 +389,7 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, list[str]] | errors.Probl
             cells = next(reader)
         except StopIteration:
             return
-        except (csv.Error, _Invalid) as error:
+        except (csv.Error, Invalid) as error:
             yield _csv_problem(str(error), start, feed.number)
             continue
         if feed.undecodable:
@@ -454,22 +406,22 @@ def _csv_problem(error: str, start: int, end: int) -> errors.Problem:
 
 def _wrong_header(names: list[str]) -> list[str]:
     columns = [name.strip() for name in names]
-    if len(columns) == 1 and columns[0] not in _CHECKS and re.search(r"[;\t|]", columns[0]):
-        return [f"columns must be separated by commas, got {_shown(columns[0])}"]
+    if len(columns) == 1 and columns[0] not in prompt_row.KEYS and re.search(r"[;\t|]", columns[0]):
+        return [f"columns must be separated by commas, got {shown(columns[0])}"]
     if len(columns) > MAX_COLUMNS:
         return [f"has {len(columns)} columns: at most {MAX_COLUMNS} would do"]
     wrong = [
-        _unknown(name, "column") if name else "a column has no name"
+        prompt_row.unknown(name, "column") if name else "a column has no name"
         for name in columns
-        if name == "metadata" or (name not in _CHECKS and not _is_metadata(name))
+        if name == "metadata" or (name not in prompt_row.KEYS and not _is_metadata(name))
     ]
     wrong += [
-        f"column {_shown(name)} is given twice"
+        f"column {shown(name)} is given twice"
         for name, count in Counter(columns).items()
         if name and count > 1
     ]
     if "prompt" not in columns:
-        wrong.append(f"a column named prompt is missing, got {_shown(', '.join(columns))}")
+        wrong.append(f"a column named prompt is missing, got {shown(', '.join(columns))}")
     return wrong
 
 
@@ -480,12 +432,12 @@ def _is_metadata(name: str) -> bool:
 def _csv_item(line: int, cells: list[str], columns: list[str]) -> PromptRow | errors.Problem:
     try:
         if len(cells) != len(columns):
-            raise _Invalid(
+            raise Invalid(
                 f"has {len(cells)} cells but the header has {len(columns)}: "
                 "put a cell that holds a comma in quotes"
             )
-        return _row(_csv_fields(cells, columns), line)
-    except _Invalid as invalid:
+        return prompt_row.checked(_csv_fields(cells, columns), line)
+    except Invalid as invalid:
         return errors.Problem(line=line, message=str(invalid))
 
 
@@ -508,245 +460,27 @@ def _csv_fields(cells: list[str], columns: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _number(text: str) -> Any:
-    """The number that the text is, else the text: the check of its key then says what is wrong."""
-    text = text.strip()
-    if re.fullmatch(r"[+-]?[0-9]{1,20}", text):
-        return int(text)
-    return float(text) if re.fullmatch(r"[+-]?[0-9]{1,20}\.[0-9]{1,20}", text) else text
-
-
 def _lora_cell(text: str) -> Any:
     """A list as in JSON Lines, or the name of one LoRA."""
     if not text.lstrip().startswith("["):
         return [{"name": text.strip()}]
     try:
         return _json_value(text)
-    except _Invalid:
+    except Invalid:
         return text
 
 
 _CELLS: dict[str, Callable[[str], Any]] = {
-    "seed": _number,
-    "width": _number,
-    "height": _number,
-    "num_frames": _number,
-    "seconds": _number,
-    "fps": _number,
-    "priority": _number,
+    "seed": prompt_row.number,
+    "width": prompt_row.number,
+    "height": prompt_row.number,
+    "num_frames": prompt_row.number,
+    "seconds": prompt_row.number,
+    "fps": prompt_row.number,
+    "priority": prompt_row.number,
     "size": str.strip,
     "lora": _lora_cell,
 }
-
-
-# One row. A check returns the value or raises _Invalid("must ..."); the key is put in front.
-
-
-def _row(fields: dict[str, Any], line: int) -> PromptRow:
-    values: dict[str, Any] = {}
-    wrong: list[str] = []
-    for key, value in fields.items():
-        check = _CHECKS.get(key)
-        if len(wrong) == MAX_SHOWN:
-            break
-        if check is None:
-            wrong.append(_unknown(key, "key"))
-        elif value is not None:
-            try:
-                values[key] = check(value)
-            except _Invalid as invalid:
-                wrong.append(f"{key} {invalid}")
-    if fields.get("prompt") is None:
-        wrong.append("prompt is missing")
-    if "size" in values:
-        if "width" in values or "height" in values:
-            wrong.append("size and width or height are both given: keep one form")
-        values["width"], values["height"] = values.pop("size")
-    if "seconds" in values and "num_frames" in values:
-        wrong.append("seconds and num_frames are both given: keep one")
-    if wrong:
-        raise _Invalid("; ".join(wrong))
-    return PromptRow(line=line, **values)
-
-
-def _shown(value: object) -> str:
-    """The value as a person wrote it, shortened, and safe to print."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    if not isinstance(value, str):
-        return _shortened(json.dumps(value))
-    # Lone surrogates and control characters are escaped: a terminal cannot show them.
-    return _shortened(json.dumps(value[:60], ensure_ascii=not value[:60].isprintable()))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 50 else f"{text[:47]}..."
-
-
-def _refuse_unstorable(text: str) -> None:
-    """PostgreSQL stores no NUL, and UTF-8 has no half of a surrogate pair."""
-    if "\0" in text:
-        raise _Invalid("holds a NUL character: remove it")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Invalid(
-                "holds half of a surrogate pair, which is no character: remove it"
-            ) from None
-
-
-def _text_check(max_chars: int) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if type(value) is not str:
-            raise _Invalid(f"must be a text, got {_shown(value)}")
-        if not value or value.isspace():
-            raise _Invalid("is empty: write some text")
-        if len(value) > max_chars:
-            raise _Invalid(f"has {len(value):,} characters: at most {max_chars:,} would do")
-        _refuse_unstorable(value)
-        return value
-
-    return check
-
-
-def _whole_check(low: int, high: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if type(value) is int and low <= value <= high:
-            return value
-        quoted = isinstance(value, str) and type(_number(value)) is int
-        hint = f": write {_shortened(value.strip())} without quotes" if quoted else ""
-        raise _Invalid(f"must be a whole number from {low} to {high}, got {_shown(value)}{hint}")
-
-    return check
-
-
-_check_id_text = _text_check(MAX_CUSTOM_ID_CHARS)
-_check_optional_text = _text_check(MAX_PROMPT_CHARS)
-
-
-def _check_custom_id(value: Any) -> str:
-    if type(value) is int:
-        raise _Invalid(f'must be a text, got {_shown(value)}: write "{_shown(value)}"')
-    text = _check_id_text(value)
-    if not text.isprintable():
-        raise _Invalid(f"must be printable, got {_shown(text)}: remove control characters")
-    return text
-
-
-def _check_negative_prompt(value: Any) -> str:
-    return "" if value == "" else _check_optional_text(value)
-
-
-def _check_size(value: Any) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value) if isinstance(value, str) else None
-    if match is None or not int(match[1]) or not int(match[2]):
-        raise _Invalid(f'must be width x height such as "832x480", got {_shown(value)}')
-    return int(match[1]), int(match[2])
-
-
-def _check_seconds(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value <= MAX_SECONDS:
-        raise _Invalid(
-            f"must be a number above 0, up to {MAX_SECONDS}, such as 5, got {_shown(value)}"
-        )
-    return float(value)
-
-
-def _check_metadata(value: Any) -> dict[str, str]:
-    if type(value) is not dict:
-        raise _Invalid(f'must be an object such as {{"scene": "12"}}, got {_shown(value)}')
-    if len(value) > MAX_METADATA_PAIRS:
-        raise _Invalid(f"has {len(value)} pairs: at most {MAX_METADATA_PAIRS} would do")
-    for key, text in value.items():
-        if not key or len(key) > MAX_METADATA_KEY_CHARS:
-            raise _Invalid(f"key {_shown(key)} must have 1 to {MAX_METADATA_KEY_CHARS} characters")
-        if type(text) is not str or len(text) > MAX_METADATA_VALUE_CHARS:
-            raise _Invalid(
-                f"value of {_shown(key)} must be a text of at most {MAX_METADATA_VALUE_CHARS} "
-                f"characters, got {_shown(text)}"
-            )
-        _refuse_unstorable(key)
-        _refuse_unstorable(text)
-    return value
-
-
-def _check_lora(value: Any) -> tuple[Lora, ...]:
-    if type(value) is not list or not 1 <= len(value) <= MAX_LORAS:
-        raise _Invalid(
-            f'must be a list of 1 to {MAX_LORAS} objects such as [{{"name": "film", '
-            f'"strength": 0.8}}], got {_shown(value)}'
-        )
-    return tuple(_check_one_lora(entry) for entry in value)
-
-
-def _check_one_lora(entry: Any) -> Lora:
-    if type(entry) is not dict or not entry.keys() <= {"name", "path", "strength"}:
-        raise _Invalid(f"entries must have name or path, and strength, only; got {_shown(entry)}")
-    if ("name" in entry) == ("path" in entry):
-        raise _Invalid("entries must have either a name or a path")
-    strength = entry.get("strength", 1.0)
-    if type(strength) not in (int, float) or not -10 <= strength <= 10:
-        raise _Invalid(f"strength must be a number from -10 to 10, got {_shown(strength)}")
-    where = {key: _check_image(entry[key]) for key in ("name", "path") if key in entry}
-    return Lora(**where, strength=float(strength))
-
-
-_check_image = _text_check(MAX_IMAGE_CHARS)
-_check_count = _whole_check(1, MAX_SIDE_OR_COUNT)
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "custom_id": _check_custom_id,
-    "prompt": _text_check(MAX_PROMPT_CHARS),
-    "negative_prompt": _check_negative_prompt,
-    "seed": _whole_check(0, MAX_SEED),
-    "size": _check_size,
-    "width": _check_count,
-    "height": _check_count,
-    "num_frames": _check_count,
-    "seconds": _check_seconds,
-    "fps": _check_count,
-    "image": _check_image,
-    "lora": _check_lora,
-    "metadata": _check_metadata,
-    "priority": _whole_check(-MAX_PRIORITY, MAX_PRIORITY),
-}
-KEYS = frozenset(_CHECKS)
-"""Every key that a row may have; docs/prompt-files.md names each of them."""
-
-_MEANT = {
-    "id": "custom_id",
-    "recordId": "custom_id",
-    "text": "prompt",
-    "caption": "prompt",
-    "input": "prompt",
-    "duration": "seconds",
-    "frames": "num_frames",
-    "target_video_length": "num_frames",
-    "target_fps": "fps",
-    "target_width": "width",
-    "target_height": "height",
-    "resolution": "size",
-    "image_path": "image",
-    "input_reference": "image",
-    "lora_configs": "lora",
-    "metadata": "metadata.<name>",  # as a CSV column
-}
-_PRESET_DECIDES = frozenset(
-    {"model", "preset", "steps", "infer_steps", "denoising_step_list", "sample_shift", "enable_cfg"}
-)
-
-
-@functools.lru_cache(maxsize=256)  # a whole file may have the same mistake on every line
-def _unknown(name: str, kind: str) -> str:
-    if name in _PRESET_DECIDES:
-        return f"{kind} {_shown(name)} is not for rows: the preset decides it, remove it"
-    close = difflib.get_close_matches(name[:64], KEYS, n=1)
-    meant = _MEANT.get(name) or (close[0] if close else None)
-    hint = f"did you mean {meant}?" if meant else f"use {', '.join(_CHECKS)}"
-    return f"unknown {kind} {_shown(name)}: {hint}"
 
 
 _READERS: dict[Format, Callable[[_Lines], Iterator[PromptRow | errors.Problem]]] = {

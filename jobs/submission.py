@@ -24,6 +24,7 @@ from jobs import (
     inputs,
     looks,
     presets,
+    prompt_row,
     queues,
     readers,
     safety,
@@ -99,7 +100,7 @@ class PromptFile:
     """Where rows' images come from; None: from nowhere."""
     check: safety.Check | None = None
     """A user's own, which may refuse a row's prompt."""
-    fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None
+    fill: Callable[[prompt_row.PromptRow], prompt_row.PromptRow] | None = None
     """What a schedule does to each row before it is checked; ValueError says what is wrong."""
     _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
 
@@ -108,7 +109,7 @@ class PromptFile:
         self.stream.seek(0)
         read = readers.read(self.stream, format=self.format)
         checked = readers.without_duplicates(map(self._filled, read))
-        rows: Generator[readers.PromptRow | errors.Problem] = checked
+        rows: Generator[prompt_row.PromptRow | errors.Problem] = checked
         if self.images is not None:
             rows = self.images.fetched_ahead(checked, self._source_of_image)
         # Closed also after an error, whose traceback would keep it: threads are at work for it.
@@ -122,14 +123,14 @@ class PromptFile:
                 except ValueError as error:
                     yield errors.Problem(line=row.line, message=str(error))
 
-    def _source_of_image(self, row: readers.PromptRow | errors.Problem) -> str | None:
+    def _source_of_image(self, row: prompt_row.PromptRow | errors.Problem) -> str | None:
         if isinstance(row, errors.Problem) or not self.options.preset.look.needs_image:
             return None
         return row.image
 
     def _filled(
-        self, row: readers.PromptRow | errors.Problem
-    ) -> readers.PromptRow | errors.Problem:
+        self, row: prompt_row.PromptRow | errors.Problem
+    ) -> prompt_row.PromptRow | errors.Problem:
         if self.fill is None or isinstance(row, errors.Problem):
             return row
         try:
@@ -137,7 +138,7 @@ class PromptFile:
         except ValueError as error:
             return errors.Problem(line=row.line, message=str(error))
 
-    def _order(self, row: readers.PromptRow) -> "Order":
+    def _order(self, row: prompt_row.PromptRow) -> "Order":
         """ValueError says why the row cannot be rendered, and what would do."""
         image = self._image(row)
         look = self._look(row, image)
@@ -171,7 +172,7 @@ class PromptFile:
             digest.update(block)
         return digest.hexdigest()
 
-    def _look(self, row: readers.PromptRow, image: inputs.InputImage | None) -> presets.Look:
+    def _look(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> presets.Look:
         pixels = None if image is None else (image.width, image.height)
         asked = (row.width, row.height, row.num_frames, row.seconds, row.fps, row.lora, pixels)
         if asked not in self._remembered:
@@ -186,7 +187,7 @@ class PromptFile:
             raise ValueError(found)
         return found
 
-    def _resolve(self, row: readers.PromptRow, image: inputs.InputImage | None) -> presets.Look:
+    def _resolve(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> presets.Look:
         preset = self.options.preset
         num_frames = row.num_frames
         if row.seconds is not None:
@@ -200,7 +201,7 @@ class PromptFile:
         )
         return look if image is None else look.sized(image.width, image.height)
 
-    def _image(self, row: readers.PromptRow) -> inputs.InputImage | None:
+    def _image(self, row: prompt_row.PromptRow) -> inputs.InputImage | None:
         preset = self.options.preset
         if not preset.look.needs_image:
             if row.image is not None:
@@ -221,7 +222,7 @@ class PromptFile:
             raise ValueError(f"image: {found}")
         return found
 
-    def _check_prompt(self, row: readers.PromptRow) -> None:
+    def _check_prompt(self, row: prompt_row.PromptRow) -> None:
         if self.check is None:
             return
         asked = safety.Prompt(
@@ -230,7 +231,7 @@ class PromptFile:
         if (reason := self.check.refusal(asked)) is not None:
             raise ValueError(f"prompt: {reason}")
 
-    def _check_custom_id(self, row: readers.PromptRow) -> None:
+    def _check_custom_id(self, row: prompt_row.PromptRow) -> None:
         if self.options.repeat > 1 and REPETITION.search(row.custom_id or ""):
             raise ValueError(
                 f"custom_id {row.custom_id!r}: with repeat the ends #2, #3, ... are given to "
@@ -242,7 +243,7 @@ class PromptFile:
 class Order:
     """A row that can be rendered."""
 
-    row: readers.PromptRow
+    row: prompt_row.PromptRow
     look: presets.Look
     image_key: str | None
 
@@ -347,7 +348,7 @@ def prompt_check(config: settings.Settings) -> safety.Check | None:
 def check_options(options: Options) -> None:
     """InvalidInput that names the option."""
     problems = []
-    most = readers.MAX_PRIORITY
+    most = prompt_row.MAX_PRIORITY
     if not -most <= options.priority <= most:
         problems.append(f"priority must be -{most} to {most}, got {options.priority}")
     if not 1 <= options.repeat <= MAX_REPEAT:
@@ -513,7 +514,7 @@ def _jobs(
             position += 1
 
 
-def _lora_use(lora: readers.Lora) -> presets.LoraUse:
+def _lora_use(lora: prompt_row.Lora) -> presets.LoraUse:
     """A name is a file in the folder `loras` of the models folder."""
     path = lora.path if lora.path is not None else f"{LORA_FOLDER}/{lora.name}.safetensors"
     try:

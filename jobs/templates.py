@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jobs import errors, readers
+from jobs import errors, prompt_row
 
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?::([^{}]*))?\}\}")
 MEANINGS = {
@@ -49,7 +49,7 @@ class Variables:
             raise ValueError(f"{at!r} is no variable: write it as {{{{name}}}}")
         return filled
 
-    def row(self, row: readers.PromptRow) -> readers.PromptRow:
+    def row(self, row: prompt_row.PromptRow) -> prompt_row.PromptRow:
         """The row with its variables filled in; ValueError as of `fill`."""
         texts: dict[str, Any] = {
             name: self.fill(value)
@@ -57,16 +57,16 @@ class Variables:
             if (value := getattr(row, name)) is not None
         }
         for name, most in (
-            ("prompt", readers.MAX_PROMPT_CHARS),
-            ("negative_prompt", readers.MAX_PROMPT_CHARS),
-            ("custom_id", readers.MAX_CUSTOM_ID_CHARS),
+            ("prompt", prompt_row.MAX_PROMPT_CHARS),
+            ("negative_prompt", prompt_row.MAX_PROMPT_CHARS),
+            ("custom_id", prompt_row.MAX_CUSTOM_ID_CHARS),
         ):
             if len(texts.get(name, "")) > most:
                 raise ValueError(f"{name} has more than {most:,} characters with its variables")
         metadata = row.metadata
         if metadata is not None:
             metadata = {
-                key: self.fill(value)[: readers.MAX_METADATA_VALUE_CHARS]
+                key: self.fill(value)[: prompt_row.MAX_METADATA_VALUE_CHARS]
                 for key, value in metadata.items()
             }
         return dataclasses.replace(row, **texts, metadata=metadata)

@@ -256,6 +256,7 @@ class Components:
         self._shares.pop(key, None)
         self._loras.pop(key, None)
         self._needs = {pair: need for pair, need in self._needs.items() if pair[0] != key}
+        self._looked_at = {pair for pair in self._looked_at if pair[0] != key}
         if self._resident.pop(key, None) is not None:
             log.info("model.evicted", root=str(key.root))
         self.device.give_up_caches()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs import errors, images, readers, settings
+from jobs import errors, images, prompt_row, readers, settings
 from models import checkpoint, conditioning, config, config_files, layout
 from models.distillation import (
     adapters,
@@ -198,7 +198,7 @@ def _raw_examples(plan: course.Course, known: settings.Settings) -> list[encodin
     return found
 
 
-def _raw(row: readers.PromptRow, plan: course.Course, known: settings.Settings) -> encoding.Raw:
+def _raw(row: prompt_row.PromptRow, plan: course.Course, known: settings.Settings) -> encoding.Raw:
     if plan.task == "t2v":
         if row.image is not None:
             raise ValueError('image: the task is "t2v", which has none')

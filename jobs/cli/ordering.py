@@ -6,7 +6,7 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, orders, queries, readers, reordering, settings
+from jobs import bell, database, orders, prompt_row, queries, reordering, settings
 from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 
@@ -81,7 +81,7 @@ def prioritize(
     """
     if first == (priority is not None):
         raise click.UsageError("give either --to N or --first", click.get_current_context())
-    most = readers.MAX_PRIORITY
+    most = prompt_row.MAX_PRIORITY
     if priority is not None and not -most <= priority <= most:
         raise click.UsageError(f"--to must be -{most} to {most}", click.get_current_context())
     config = settings.load()

@@ -12,6 +12,7 @@ from jobs import (
     cancelling,
     orders,
     presets,
+    prompt_row,
     queries,
     readers,
     results,
@@ -51,7 +52,7 @@ class NewBatch(BaseModel):
         description="Each with the keys of a prompt file: prompt, custom_id, seed, image, ...",
     )
     name: str | None = None
-    priority: int = Field(0, ge=-readers.MAX_PRIORITY, le=readers.MAX_PRIORITY)
+    priority: int = Field(0, ge=-prompt_row.MAX_PRIORITY, le=prompt_row.MAX_PRIORITY)
     repeat: int = Field(1, ge=1, le=submission.MAX_REPEAT)
     skip_invalid: bool = False
 
@@ -122,7 +123,7 @@ def submit_file(
     principal: access.Submitter,
     response: Response,
     name: Annotated[str | None, Form()] = None,
-    priority: Annotated[int, Form(ge=-readers.MAX_PRIORITY, le=readers.MAX_PRIORITY)] = 0,
+    priority: Annotated[int, Form(ge=-prompt_row.MAX_PRIORITY, le=prompt_row.MAX_PRIORITY)] = 0,
     repeat: Annotated[int, Form(ge=1, le=submission.MAX_REPEAT)] = 1,
     skip_invalid: Annotated[bool, Form()] = False,
     format: Annotated[readers.Format | None, Form()] = None,
@@ -232,7 +233,7 @@ def resume(batch_id: str, serving: Serving, principal: access.Submitter) -> dict
 class Priority(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    priority: int = Field(ge=-readers.MAX_PRIORITY, le=readers.MAX_PRIORITY)
+    priority: int = Field(ge=-prompt_row.MAX_PRIORITY, le=prompt_row.MAX_PRIORITY)
 
 
 @router.post("/{batch_id}/priority", response_model=answers.Changed)

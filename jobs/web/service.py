@@ -18,6 +18,7 @@ from jobs import (
     errors,
     metrics,
     presets,
+    prompt_row,
     readers,
     reordering,
     safety,
@@ -98,7 +99,7 @@ class Service:
         options: submission.Options,
         found: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
-        fill: Callable[[readers.PromptRow], readers.PromptRow] | None = None,
+        fill: Callable[[prompt_row.PromptRow], prompt_row.PromptRow] | None = None,
     ) -> submission.Submission:
         """Store a batch and wake the dispatchers. InvalidInput lists every bad line.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs import firing, readers, schedules, shapes, states, submission
+from jobs import firing, prompt_row, schedules, shapes, states, submission
 from jobs.web import access, answers, service
 from jobs.web.batches import Serving
 
@@ -35,7 +35,7 @@ class NewSchedule(BaseModel):
     catch_up: int = Field(1, ge=1, le=schedules.MAX_CATCH_UP)
     overlap: states.Overlap = states.Overlap.QUEUE
     lists: dict[str, list[str]] = {}
-    priority: int = Field(0, ge=-readers.MAX_PRIORITY, le=readers.MAX_PRIORITY)
+    priority: int = Field(0, ge=-prompt_row.MAX_PRIORITY, le=prompt_row.MAX_PRIORITY)
     repeat: int = Field(1, ge=1, le=submission.MAX_REPEAT)
 
 

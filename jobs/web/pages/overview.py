@@ -6,7 +6,7 @@ from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
-from jobs import errors, queries, readers, states
+from jobs import errors, prompt_row, queries, states
 from jobs.web import access, batches, finding, html
 from jobs.web.batches import Serving
 
@@ -119,7 +119,7 @@ def prioritize(
 
 
 def _priority(session: Session, to: str, batch_id: str) -> int:
-    most = readers.MAX_PRIORITY
+    most = prompt_row.MAX_PRIORITY
     if to == "first":
         wanted = queries.highest_priority(session) + 1
     elif to in ("up", "down"):

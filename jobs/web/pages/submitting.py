@@ -13,7 +13,7 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, images, readers, submission
+from jobs import errors, images, prompt_row, readers, submission
 from jobs.web import access, batches, html, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
@@ -198,7 +198,7 @@ def _checked(
     given: Given,
     pictures: Any,
     found: Complaints,
-) -> readers.PromptRow | None:
+) -> prompt_row.PromptRow | None:
     """The settings alone, checked as a prompt file of one row: what is wrong belongs to a field."""
     row = {key: value for key, value in settings.items() if value is not None} | {"prompt": "x"}
     probe = submission.PromptFile(
@@ -208,7 +208,7 @@ def _checked(
         options=options,
         images=pictures,
     )
-    kept: list[readers.PromptRow] = []
+    kept: list[prompt_row.PromptRow] = []
     try:
         submission.plan(probe, keep=lambda order: kept.append(order.row))
     except errors.InvalidInput as error:
@@ -228,7 +228,9 @@ def _checked(
 def _read(row: dict[str, Any]) -> Any:
     lines = io.BytesIO(json.dumps(row).encode())
     return (
-        item for item in readers.read(lines, format="jsonl") if isinstance(item, readers.PromptRow)
+        item
+        for item in readers.read(lines, format="jsonl")
+        if isinstance(item, prompt_row.PromptRow)
     )
 
 
@@ -243,7 +245,7 @@ def _stored(
     who: access.Principal,
     given: Given,
     options: submission.Options,
-    default: readers.PromptRow,
+    default: prompt_row.PromptRow,
     pictures: Any,
     found: Complaints,
 ) -> submission.Submission | None:
@@ -277,7 +279,7 @@ def _stored(
         return None
 
 
-def _key(given: Given, default: readers.PromptRow) -> str | None:
+def _key(given: Given, default: prompt_row.PromptRow) -> str | None:
     """Of this form with these settings: sent twice, it makes one batch."""
     if not KEY.fullmatch(given.key):
         return None
@@ -285,10 +287,12 @@ def _key(given: Given, default: readers.PromptRow) -> str | None:
     return f"page-{given.key}-{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
-def _filler(default: readers.PromptRow) -> Callable[[readers.PromptRow], readers.PromptRow]:
+def _filler(
+    default: prompt_row.PromptRow,
+) -> Callable[[prompt_row.PromptRow], prompt_row.PromptRow]:
     """Gives a row what it does not say itself; of a size or a length all or nothing."""
 
-    def fill(row: readers.PromptRow) -> readers.PromptRow:
+    def fill(row: prompt_row.PromptRow) -> prompt_row.PromptRow:
         values: dict[str, Any] = {}
         for names in (("width", "height"), ("seconds", "num_frames"), ("fps",), ("seed",)):
             if all(getattr(row, name) is None for name in names):

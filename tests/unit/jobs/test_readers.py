@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobs import errors, readers
+from jobs import errors, prompt_row, readers
 
 ROOT = Path(__file__).resolve().parents[3]
 FORMATS: tuple[readers.Format, ...] = ("jsonl", "csv", "text")
@@ -23,9 +23,9 @@ def read_all(content: bytes | str, format: readers.Format = "jsonl", **options: 
     return list(readers.read(io.BytesIO(data), format=format, **options))
 
 
-def rows_of(content: bytes | str, format: readers.Format = "jsonl") -> list[readers.PromptRow]:
+def rows_of(content: bytes | str, format: readers.Format = "jsonl") -> list[prompt_row.PromptRow]:
     items = read_all(content, format)
-    assert all(isinstance(item, readers.PromptRow) for item in items), items
+    assert all(isinstance(item, prompt_row.PromptRow) for item in items), items
     return items
 
 
@@ -35,7 +35,7 @@ def only_problem(content: bytes | str, format: readers.Format = "jsonl") -> erro
     return problem
 
 
-def row(**fields: Any) -> readers.PromptRow:
+def row(**fields: Any) -> prompt_row.PromptRow:
     (found,) = rows_of(json.dumps({"prompt": "a cat"} | fields))
     return found
 
@@ -91,7 +91,7 @@ class TestJsonLines:
             lora=[{"name": "film"}, {"path": "a.safetensors", "strength": 0.5}],
             metadata={"scene": "12"},
             priority=-3,
-        ) == readers.PromptRow(
+        ) == prompt_row.PromptRow(
             line=1,
             prompt="a cat",
             custom_id="a-1",
@@ -102,7 +102,10 @@ class TestJsonLines:
             seconds=5.0,
             fps=16,
             image="s3://bucket/cat.png",
-            lora=(readers.Lora(name="film"), readers.Lora(path="a.safetensors", strength=0.5)),
+            lora=(
+                prompt_row.Lora(name="film"),
+                prompt_row.Lora(path="a.safetensors", strength=0.5),
+            ),
             metadata={"scene": "12"},
             priority=-3,
         )
@@ -290,7 +293,7 @@ ENVELOPE = {
 class TestOpenAiEnvelope:
     def test_a_line_of_a_batch_file_is_accepted_as_it_is(self):
         (found,) = rows_of(json.dumps(ENVELOPE))
-        assert found == readers.PromptRow(
+        assert found == prompt_row.PromptRow(
             line=1, custom_id="a", prompt="a cat", width=832, height=480, seconds=5.0
         )
 
@@ -320,7 +323,7 @@ class TestCsv:
             'a,"a cat, running",12,832x480,2.5,16,-3,film,12,\r\n'
         )
         assert rows_of(content, "csv") == [
-            readers.PromptRow(
+            prompt_row.PromptRow(
                 line=2,
                 custom_id="a",
                 prompt="a cat, running",
@@ -330,14 +333,14 @@ class TestCsv:
                 seconds=2.5,
                 fps=16,
                 priority=-3,
-                lora=(readers.Lora(name="film"),),
+                lora=(prompt_row.Lora(name="film"),),
                 metadata={"scene": "12"},
             )
         ]
 
     def test_an_empty_cell_is_a_key_that_is_not_given(self):
         assert rows_of("prompt,seed,custom_id\na,,\n", "csv") == [
-            readers.PromptRow(line=2, prompt="a")
+            prompt_row.PromptRow(line=2, prompt="a")
         ]
 
     def test_a_record_over_many_lines_has_the_number_of_its_first(self):
@@ -356,7 +359,7 @@ class TestCsv:
             [["prompt", "lora"], ["a", '[{"path": "b", "strength": 2}]'], ["a", "[oops"]]
         )
         good, bad = read_all(out.getvalue(), "csv")
-        assert good.lora == (readers.Lora(path="b", strength=2.0),)
+        assert good.lora == (prompt_row.Lora(path="b", strength=2.0),)
         assert "lora must be a list" in bad.message
 
     def test_names_in_the_header_may_have_spaces_around_and_a_bom_before(self):
@@ -520,11 +523,11 @@ def test_memory_stays_flat_over_many_rows(format):
     first = next(items)
     tracemalloc.start()
     try:
-        count = sum(1 for item in items if isinstance(item, readers.PromptRow)) + 1
+        count = sum(1 for item in items if isinstance(item, prompt_row.PromptRow)) + 1
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(first, readers.PromptRow)
+    assert isinstance(first, prompt_row.PromptRow)
     assert count == 60_000
     assert peak_bytes < 1_000_000
 
@@ -570,7 +573,7 @@ json_values = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(
     fields=st.dictionaries(
-        st.sampled_from([*sorted(readers.KEYS), "body", "method", "url"]), json_values
+        st.sampled_from([*sorted(prompt_row.KEYS), "body", "method", "url"]), json_values
     )
 )
 def test_any_json_object_is_a_row_or_a_problem_of_line_1(fields):
@@ -596,23 +599,23 @@ def test_the_examples_can_be_submitted(name):
         format = readers.detect_format(name, b"")
         items = list(readers.without_duplicates(readers.read(stream, format=format)))
     assert len(items) == 8
-    assert all(isinstance(item, readers.PromptRow) for item in items), items
+    assert all(isinstance(item, prompt_row.PromptRow) for item in items), items
 
 
 def test_the_documentation_names_every_key_and_limit():
     text = (ROOT / "docs" / "prompt-files.md").read_text()
     limits = (
-        readers.MAX_PROMPT_CHARS,
+        prompt_row.MAX_PROMPT_CHARS,
         readers.MAX_LINE_BYTES,
-        readers.MAX_CUSTOM_ID_CHARS,
-        readers.MAX_METADATA_PAIRS,
-        readers.MAX_METADATA_KEY_CHARS,
-        readers.MAX_METADATA_VALUE_CHARS,
-        readers.MAX_LORAS,
-        readers.MAX_IMAGE_CHARS,
-        readers.MAX_SECONDS,
-        readers.MAX_SIDE_OR_COUNT,
-        readers.MAX_PRIORITY,
+        prompt_row.MAX_CUSTOM_ID_CHARS,
+        prompt_row.MAX_METADATA_PAIRS,
+        prompt_row.MAX_METADATA_KEY_CHARS,
+        prompt_row.MAX_METADATA_VALUE_CHARS,
+        prompt_row.MAX_LORAS,
+        prompt_row.MAX_IMAGE_CHARS,
+        prompt_row.MAX_SECONDS,
+        prompt_row.MAX_SIDE_OR_COUNT,
+        prompt_row.MAX_PRIORITY,
     )
-    assert [key for key in readers.KEYS if f"`{key}`" not in text] == []
+    assert [key for key in prompt_row.KEYS if f"`{key}`" not in text] == []
     assert [limit for limit in limits if f"{limit:,}" not in text] == []

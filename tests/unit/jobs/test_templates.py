@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from jobs import errors, readers, templates
+from jobs import errors, prompt_row, templates
 
 MOMENT = datetime(2026, 11, 27, 2, 5, tzinfo=ZoneInfo("Europe/Berlin"))
 
@@ -51,7 +51,7 @@ def test_what_is_no_variable_is_told(text: str, told: str) -> None:
 
 
 def test_every_text_of_a_row_is_filled_in_and_the_rest_stays() -> None:
-    row = readers.PromptRow(
+    row = prompt_row.PromptRow(
         line=3,
         prompt="{{x}}",
         negative_prompt="no {{x}}",
@@ -60,7 +60,7 @@ def test_every_text_of_a_row_is_filled_in_and_the_rest_stays() -> None:
         seed=5,
         metadata={"what": "{{x}}"},
     )
-    assert variables(x=["cat"]).row(row) == readers.PromptRow(
+    assert variables(x=["cat"]).row(row) == prompt_row.PromptRow(
         line=3,
         prompt="cat",
         negative_prompt="no cat",
@@ -72,7 +72,7 @@ def test_every_text_of_a_row_is_filled_in_and_the_rest_stays() -> None:
 
 
 def test_a_custom_id_that_grows_too_long_is_told() -> None:
-    row = readers.PromptRow(line=1, prompt="p", custom_id="{{x}}" * 2)
+    row = prompt_row.PromptRow(line=1, prompt="p", custom_id="{{x}}" * 2)
     with pytest.raises(ValueError, match="custom_id has more than 512 characters"):
         variables(x=["y" * 300]).row(row)
 
