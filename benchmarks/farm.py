@@ -32,7 +32,7 @@ from jobs import (
     results,
     servers,
     settings,
-    storage,
+    stores,
     submission,
 )
 from jobs.schema import Attempt, Job
@@ -129,7 +129,7 @@ class Farm:
 
     def worked(self, batch_id: str) -> list[Worked]:
         """From the sidecars in the store, by begin."""
-        store = storage.open_store(self.config)
+        store = stores.open_store(self.config)
         with self.db.reading() as session:
             jobs = queries.jobs(session, batch_id, limit=1_000_000)
             keys = [results.sidecar_key(batch_id, job.id, job.attempt_id) for job in jobs]

@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, expiry, firing, holds, parts, settings, storage
+from jobs import database, errors, expiry, firing, holds, parts, settings, storage, stores
 from jobs.schema import Base, Batch, Schedule
 
 log = structlog.get_logger()
@@ -133,7 +133,7 @@ class Cleaner:
 
     @cached_property
     def _store(self) -> storage.ObjectStore:
-        return storage.open_store(self._config)
+        return stores.open_store(self._config)
 
     # Results.
 

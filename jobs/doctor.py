@@ -30,6 +30,7 @@ from jobs import (
     queries,
     settings,
     storage,
+    stores,
     workers,
 )
 
@@ -238,7 +239,7 @@ def _persistence(client: redis.Redis, info: dict[str, Any]) -> Check:
 
 def _results(config: settings.Settings) -> Iterator[Check]:
     try:
-        store = storage.open_store(config)
+        store = stores.open_store(config)
         yield from _round_trip(store)
     except storage.StorageDenied as error:
         yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")

@@ -30,6 +30,7 @@ from jobs import (
     settings,
     states,
     storage,
+    stores,
     submission,
     templates,
 )
@@ -238,7 +239,7 @@ def prompt_file(
     )
     # Any dispatcher may come to read them: no images from the files of one machine.
     images = inputs.InputImages(
-        config=config, base=None, store=storage.open_store(config), may_wait=may_wait
+        config=config, base=None, store=stores.open_store(config), may_wait=may_wait
     )
     with contextlib.closing(images):
         yield submission.PromptFile(
@@ -263,7 +264,7 @@ def read_url(config: settings.Settings, url: str) -> bytes:
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket or not key:
         raise _unusable(url, "must be s3://bucket/key")
-    store = storage.open_bucket(config, bucket)
+    store = stores.open_bucket(config, bucket)
     try:
         head = store.head(key)
         if head is None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, outside, settings, storage
+from jobs import errors, outside, settings, storage, stores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -307,7 +307,7 @@ def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings)
     if not source[2:].startswith("://") or not bucket or not key:
         raise ImageUnusable(shown, "must be s3://bucket/key")
     try:
-        store = storage.open_bucket(config, bucket)
+        store = stores.open_bucket(config, bucket)
         head = store.head(key)
         if head is None:
             raise ImageUnusable(shown, "there is no such object")

@@ -11,7 +11,7 @@ from sqlalchemy import Select, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, results, settings, storage
+from jobs import database, errors, results, settings, storage, stores
 from jobs.schema import Batch
 
 log = structlog.get_logger()
@@ -59,7 +59,7 @@ class ResultWriter:
             tried.append(batch_id)
             try:
                 with _Lease(self._db, batch_id, lease_until) as lease:
-                    self._store = self._store or storage.open_store(self._config)
+                    self._store = self._store or stores.open_store(self._config)
                     written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
             except (errors.RushesError, OSError) as error:
                 # The videos themselves are there already.

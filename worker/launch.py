@@ -30,7 +30,7 @@ from jobs import (
     queries,
     queues,
     settings,
-    storage,
+    stores,
     supervisor,
     workers,
 )
@@ -330,7 +330,7 @@ def check(config: settings.Settings) -> int:
 
 
 def make(config: settings.Settings, *, devices: str) -> Launcher:
-    storage.open_store(config)  # a bad URL is told now, and not after the first render
+    stores.open_store(config)  # a bad URL is told now, and not after the first render
     slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
     is_simulation = all(slot.device == gpus.SIMULATED for slot in slots)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, database, lifecycle, results, retries, settings, storage
+from jobs import broker, database, lifecycle, results, retries, settings, storage, stores
 from worker import errors, finished, scratch, tracing
 from worker import settings as worker_settings_module
 
@@ -111,5 +111,5 @@ def make() -> Publisher:
         config=config,
         db=database.connect_service(config),
         bell=broker.Broker(config),
-        store=storage.open_store(config),
+        store=stores.open_store(config),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs import images, lifecycle, presets, reports, settings, storage
+from jobs import images, lifecycle, presets, reports, settings, storage, stores
 from models import fusion, sequence_parallel
 from worker import (
     behind,
@@ -262,7 +262,7 @@ def make(
     # An encoder that is not there is told before there is a job.
     h264.encoder(worker_settings, width=h264.NVENC_LEAST, height=h264.NVENC_LEAST)
     # Opened once: a client of S3 takes 0.1 s to make.
-    store = functools.cache(functools.partial(storage.open_store, config))
+    store = functools.cache(functools.partial(stores.open_store, config))
     return Renderer(
         worker_settings=worker_settings,
         device=here,

@@ -18,7 +18,7 @@ from jobs import (
     settings,
     standalone,
     states,
-    storage,
+    stores,
     submission,
     watch,
 )
@@ -94,7 +94,7 @@ def _submit(config: settings.Settings, db: database.Database) -> str:
 
 
 def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> None:
-    store = storage.open_store(farm.config)
+    store = stores.open_store(farm.config)
     with db.reading() as session:
         done = queries.jobs(session, batch_id, states_wanted=[states.JobState.SUCCEEDED])
         videos = [(job, queries.winning_attempt(session, job)) for job in done]

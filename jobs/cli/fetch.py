@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jobs import download, errors, queries, settings, storage
+from jobs import download, errors, queries, settings, stores
 from jobs.cli import connections, exits, options, output
 from jobs.schema import Batch
 
@@ -42,7 +42,7 @@ def download_batch(
     if row.results_expired_at is not None:
         raise errors.BatchExpired(row.id, what="results", when=row.results_expired_at)
     target = folder or Path(row.id)
-    store = storage.open_store(config)
+    store = stores.open_store(config)
     download.take_folder(target, row.id)
     sidecars = "sidecar" in include
     if watch:

@@ -18,6 +18,7 @@ from jobs import (
     shapes,
     states,
     storage,
+    stores,
     watch,
 )
 from jobs.cli import connections, display, options, output, references
@@ -88,7 +89,7 @@ def show(reference: str, limit: int, as_json: bool) -> None:
 def _store(config: settings.Settings) -> storage.ObjectStore | None:
     """None when its settings are wrong: what the database knows is shown all the same."""
     try:
-        return storage.open_store(config)
+        return stores.open_store(config)
     except errors.RushesError as error:
         output.note(f"note: {error}")
         return None

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import click
 
-from jobs import errors, inputs, presets, readers, settings, storage
+from jobs import errors, inputs, presets, readers, settings, stores
 from jobs.cli import output
 
 HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
@@ -32,7 +32,7 @@ def images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.
     return inputs.InputImages(
         config=config,
         base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),
-        store=None if check_only else storage.open_store(config),
+        store=None if check_only else stores.open_store(config),
     )
 
 

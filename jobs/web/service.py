@@ -24,6 +24,7 @@ from jobs import (
     safety,
     settings,
     storage,
+    stores,
     submission,
 )
 from jobs.web import images, rates
@@ -50,7 +51,7 @@ class Service:
 
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
-        return storage.open_store(self.config)
+        return stores.open_store(self.config)
 
     @functools.cached_property
     def metrics(self) -> metrics.Registry:

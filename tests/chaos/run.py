@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import database, storage
+from jobs import database, stores
 from jobs.schema import Batch
 from tests.chaos import checker, farm, record
 from tests.chaos.nemesis import BOMB_MARK, Nemesis, Strike
@@ -202,7 +202,7 @@ def _judge(
     is_finished: bool,
     exit_status: dict[str, int | None],
 ) -> Verdict:
-    store = storage.open_store(here.config)
+    store = stores.open_store(here.config)
     world = checker.read(db, store, plan=script.plan, promises=work.promises, pauses=nemesis.pauses)
     wrong = {check.__name__: list(check(world)) for check in checker.CHECKS}
     wrong["snapshots_are_in_order"] = watch.wrong

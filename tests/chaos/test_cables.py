@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jobs import presets, queries, states, storage, submission
+from jobs import presets, queries, states, stores, submission
 from tests.chaos import cables, farm
 from tests.chaos.workload import PRESET
 
@@ -40,7 +40,7 @@ class Hosts:
         self.farm, self.db = running, running.direct_database()
         self.preset = folder / "preset.json"
         self.preset.write_text(json.dumps(PRESET))
-        self.store = storage.open_store(running.config)
+        self.store = stores.open_store(running.config)
 
     def submit(self, number):
         rows = "".join(json.dumps({"prompt": f"clip {n}"}) + "\n" for n in range(number))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from jobs import database, lifecycle, migrate, results, states, storage
+from jobs import database, folder_store, lifecycle, migrate, results, states
 from jobs.schema import Attempt, Job
 from tests.chaos import checker, farm, record
 from tests.chaos.nemesis import Pause, Strike
@@ -24,7 +24,7 @@ class Night:
 
     def __init__(self, db: database.Database, folder: Path) -> None:
         self.db = db
-        self.store = storage.FolderStore(folder)
+        self.store = folder_store.FolderStore(folder)
         self.world = World(db)
         self.batch_id = self.world.submit(2, idempotency_key="night")
         self.first, self.second = self.world.job_ids(self.batch_id)

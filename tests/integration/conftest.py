@@ -26,6 +26,7 @@ from jobs import (
     settings,
     states,
     storage,
+    stores,
     submission,
 )
 from jobs.schema import Attempt, Job
@@ -48,7 +49,7 @@ class Farm:
     redis: Redis = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store = storage.open_store(self.config)
+        self.store = stores.open_store(self.config)
         self.redis = Redis.from_url(self.config.broker_url.get_secret_value())
 
     def submit(self, rows: list[dict[str, Any]], *, preset: str | Path = "tiny") -> str:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import redis
 
-from jobs import servers, settings, storage
+from jobs import servers, settings, stores
 
 # Starts both servers, says what a test needs to know, waits; at Ctrl-C it drains first.
 PARENT = """
@@ -90,7 +90,7 @@ def test_redis_keeps_its_data_and_its_url(tmp_path, end):
 def test_settings_read_the_environment_of_the_servers(own_redis, own_s3):
     values = settings.Settings(**own_redis.environment(), **own_s3.environment(prefix="a/b"))
     assert values.broker_url.get_secret_value() == own_redis.url
-    store = storage.open_store(values)
+    store = stores.open_store(values)
     store.check()
     store.put_bytes(b"film", "video.mp4", content_type="video/mp4")
     assert (own_s3.bucket_folder / "a" / "b" / "video.mp4").read_bytes() == b"film"
@@ -98,7 +98,7 @@ def test_settings_read_the_environment_of_the_servers(own_redis, own_s3):
 
 def test_a_restarted_store_keeps_its_keys_and_objects(tmp_path):
     with servers.S3Server.start(tmp_path / "s3") as first:
-        store = storage.open_store(settings.Settings(**first.environment()))
+        store = stores.open_store(settings.Settings(**first.environment()))
         store.put_bytes(b"film", "video.mp4", content_type="video/mp4")
         link = store.presign("video.mp4", seconds=60)
     with servers.S3Server.start(tmp_path / "s3") as second:
@@ -257,7 +257,7 @@ def test_rclone_settings_of_the_caller_do_not_reach_the_server(tmp_path, monkeyp
     monkeypatch.setenv("RCLONE_READ_ONLY", "true")
     monkeypatch.setenv("RCLONE_BASEURL", "/elsewhere")
     with servers.S3Server.start(tmp_path / "s3") as server:
-        store = storage.open_store(settings.Settings(**server.environment()))
+        store = stores.open_store(settings.Settings(**server.environment()))
         store.put_bytes(b"x", "k", content_type="text/plain")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from jobs import errors, servers, settings, storage
+from jobs import errors, folder_store, servers, settings, storage, stores
 
 VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chunk
 
@@ -28,17 +28,17 @@ def store(request, tmp_path):
         values = settings.load(results_url=(tmp_path / "re sults").as_uri())
     else:
         values = settings.Settings(**request.getfixturevalue("s3"))
-    return storage.open_store(values)
+    return stores.open_store(values)
 
 
 @pytest.fixture
-def s3_store(s3):
-    return storage.open_store(settings.Settings(**s3))
+def in_s3(s3):
+    return stores.open_store(settings.Settings(**s3))
 
 
 @pytest.fixture
-def folder_store(tmp_path):
-    return storage.FolderStore(tmp_path / "results")
+def in_folder(tmp_path):
+    return folder_store.FolderStore(tmp_path / "results")
 
 
 @pytest.fixture
@@ -136,26 +136,26 @@ def test_many_are_deleted_at_once_and_nothing_else_is(store):
         assert list(store.list()) == ["a/21", "b"]
 
 
-def test_a_folder_store_keeps_no_empty_folders(folder_store, tmp_path):
-    folder_store.put_bytes(b"x", "a/b/c", content_type="text/plain")
-    folder_store.put_bytes(b"x", "a/d", content_type="text/plain")
-    folder_store.delete("a/b/c")
+def test_a_folder_store_keeps_no_empty_folders(in_folder, tmp_path):
+    in_folder.put_bytes(b"x", "a/b/c", content_type="text/plain")
+    in_folder.put_bytes(b"x", "a/d", content_type="text/plain")
+    in_folder.delete("a/b/c")
     assert sorted(path.name for path in tmp_path.glob("results/**/*")) == ["a", "d"]
-    folder_store.delete("a/d")
+    in_folder.delete("a/d")
     assert list((tmp_path / "results").iterdir()) == []
-    folder_store.put_bytes(b"x", "a/d", content_type="text/plain")
+    in_folder.put_bytes(b"x", "a/d", content_type="text/plain")
 
 
-def test_a_store_without_the_call_for_many_is_asked_one_by_one(s3_store, monkeypatch):
+def test_a_store_without_the_call_for_many_is_asked_one_by_one(in_s3, monkeypatch):
     for key in ("a", "b"):
-        s3_store.put_bytes(b"x", key, content_type="text/plain")
+        in_s3.put_bytes(b"x", key, content_type="text/plain")
 
     def refuse(**_):
         raise ClientError({"Error": {"Code": "NotImplemented"}}, "DeleteObjects")
 
-    monkeypatch.setattr(s3_store._client, "delete_objects", refuse)
-    s3_store.delete_many(["a", "b"])
-    assert list(s3_store.list()) == []
+    monkeypatch.setattr(in_s3._client, "delete_objects", refuse)
+    in_s3.delete_many(["a", "b"])
+    assert list(in_s3.list()) == []
 
 
 def test_a_fresh_store_checks_out_and_stays_empty(store):
@@ -244,9 +244,9 @@ def test_a_reader_never_sees_half_an_object(store):
 # S3
 
 
-def test_a_link_with_a_file_name_is_saved_under_it(s3_store):
-    s3_store.put_bytes(VIDEO, "b.mp4", content_type="video/mp4")
-    link = s3_store.presign("b.mp4", seconds=60, file_name='Füchse "1".mp4')
+def test_a_link_with_a_file_name_is_saved_under_it(in_s3):
+    in_s3.put_bytes(VIDEO, "b.mp4", content_type="video/mp4")
+    link = in_s3.presign("b.mp4", seconds=60, file_name='Füchse "1".mp4')
     with _open(link) as answer:
         assert answer.headers["Content-Type"] == "video/mp4"
         assert answer.headers["Content-Disposition"] == (
@@ -254,10 +254,10 @@ def test_a_link_with_a_file_name_is_saved_under_it(s3_store):
         )
 
 
-def test_a_link_opens_one_object_only(s3_store):
-    s3_store.put_bytes(b"1", "one", content_type="text/plain")
-    s3_store.put_bytes(b"2", "two", content_type="text/plain")
-    link = s3_store.presign("one", seconds=60)
+def test_a_link_opens_one_object_only(in_s3):
+    in_s3.put_bytes(b"1", "one", content_type="text/plain")
+    in_s3.put_bytes(b"2", "two", content_type="text/plain")
+    link = in_s3.presign("one", seconds=60)
     with pytest.raises(urllib.error.HTTPError) as refused:
         _open(link.replace("/one?", "/two?"))
     refused.value.close()
@@ -266,7 +266,7 @@ def test_a_link_opens_one_object_only(s3_store):
 
 def test_links_point_to_the_public_endpoint_and_everything_else_does_not(s3):
     values = settings.Settings(**{**s3, "S3_PUBLIC_ENDPOINT_URL": "https://videos.example:8443"})
-    store = storage.open_store(values)
+    store = stores.open_store(values)
     store.check()
     bucket_and_prefix = s3["RUSHES_RESULTS_URL"].removeprefix("s3://")
     link = store.presign("a.mp4", seconds=60)
@@ -276,7 +276,7 @@ def test_links_point_to_the_public_endpoint_and_everything_else_does_not(s3):
 
 def test_a_bucket_without_prefix_is_a_store(s3, s3_server):
     values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{s3_server.bucket}/"})
-    store = storage.open_store(values)
+    store = stores.open_store(values)
     assert store.url == f"s3://{s3_server.bucket}"
     store.put_bytes(b"x", "top-level", content_type="text/plain")
     assert "top-level" in list(store.list("top"))
@@ -289,13 +289,13 @@ def test_more_than_a_page_is_listed(tmp_path):
     for number in range(1005):
         (folder / f"{number:04}").touch()
     with servers.S3Server.start(tmp_path / "s3") as server:
-        store = storage.open_store(settings.Settings(**server.environment()))
+        store = stores.open_store(settings.Settings(**server.environment()))
         assert list(store.list("many/")) == [f"many/{number:04}" for number in range(1005)]
 
 
 def test_a_store_that_forgot_its_metadata_still_has_heads(tmp_path):
     with servers.S3Server.start(tmp_path / "s3") as server:
-        store = storage.open_store(settings.Settings(**server.environment()))
+        store = stores.open_store(settings.Settings(**server.environment()))
         store.put_bytes(VIDEO, "v.mp4", content_type="video/mp4")
     with servers.S3Server.start(tmp_path / "s3"):
         assert store.head("v.mp4") == storage.ObjectHead(
@@ -305,7 +305,7 @@ def test_a_store_that_forgot_its_metadata_still_has_heads(tmp_path):
 
 def test_wrong_keys_are_denied(s3):
     values = settings.Settings(**{**s3, "AWS_SECRET_ACCESS_KEY": "wrong"})
-    store = storage.open_store(values)
+    store = stores.open_store(values)
     for call in (
         store.check,
         lambda: list(store.list()),
@@ -319,13 +319,13 @@ def test_wrong_keys_are_denied(s3):
 
 
 def test_no_keys_at_all_are_denied(monkeypatch):
-    store = storage.open_store(settings.load(results_url="s3://bucket"))
+    store = stores.open_store(settings.load(results_url="s3://bucket"))
     with pytest.raises(storage.StorageDenied, match="locate credentials"):
         store.check()
 
 
 def test_a_missing_bucket_is_denied_and_says_so(s3):
-    store = storage.open_store(settings.Settings(**{**s3, "RUSHES_RESULTS_URL": "s3://not-there"}))
+    store = stores.open_store(settings.Settings(**{**s3, "RUSHES_RESULTS_URL": "s3://not-there"}))
     with pytest.raises(storage.StorageDenied, match="create the bucket 'not-there'"):
         store.check()
     with pytest.raises(storage.StorageDenied):
@@ -334,7 +334,7 @@ def test_a_missing_bucket_is_denied_and_says_so(s3):
 
 def test_a_store_that_is_down_is_unavailable_and_works_again_later(tmp_path):
     with servers.S3Server.start(tmp_path / "s3") as server:
-        store = storage.open_store(settings.Settings(**server.environment()))
+        store = stores.open_store(settings.Settings(**server.environment()))
         store.put_bytes(b"x", "k", content_type="text/plain")
         server.kill()
         for call in (store.check, lambda: store.read_bytes("k"), lambda: store.head("k")):
@@ -351,7 +351,7 @@ def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
         with pytest.raises(storage.StorageUnavailable, match="timeout"):
-            storage.open_store(values).check()
+            stores.open_store(values).check()
 
 
 @pytest.mark.parametrize(
@@ -373,92 +373,92 @@ def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
     with _server_that_always_says(answer) as endpoint:
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
         with pytest.raises(storage.StorageError) as raised:
-            storage.open_store(values).put_bytes(b"x", "k", content_type="text/plain")
+            stores.open_store(values).put_bytes(b"x", "k", content_type="text/plain")
     assert type(raised.value) is kind
 
 
-def test_bytes_that_change_on_their_way_are_refused(s3_store, monkeypatch):
+def test_bytes_that_change_on_their_way_are_refused(in_s3, monkeypatch):
     monkeypatch.setattr(storage, "_base64_of", lambda _: "AAAAAAAAAAAAAAAAAAAAAA==")
     with pytest.raises(storage.UploadMismatch) as raised:
-        s3_store.put_bytes(b"sent", "k", content_type="text/plain")
+        in_s3.put_bytes(b"sent", "k", content_type="text/plain")
     assert raised.value.key == "k"
     assert raised.value.sent_bytes == 4
     assert raised.value.stored_bytes is None
-    assert s3_store.head("k") is None
+    assert in_s3.head("k") is None
 
 
-def test_an_object_of_another_size_is_a_mismatch(s3_store, monkeypatch):
+def test_an_object_of_another_size_is_a_mismatch(in_s3, monkeypatch):
     head = storage.ObjectHead(key="k", size_bytes=3, sha256=None)
-    monkeypatch.setattr(s3_store, "head", lambda _: head)
+    monkeypatch.setattr(in_s3, "head", lambda _: head)
     with pytest.raises(storage.UploadMismatch, match=r"sent 4 bytes.*has 3 bytes") as raised:
-        s3_store.put_bytes(b"sent", "k", content_type="text/plain")
+        in_s3.put_bytes(b"sent", "k", content_type="text/plain")
     assert raised.value.stored_bytes == 3
 
 
 def test_a_proxy_is_not_asked_for_a_store_on_this_machine(s3, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{servers.free_port()}")
     monkeypatch.delenv("NO_PROXY")
-    storage.open_store(settings.Settings(**s3)).check()
+    stores.open_store(settings.Settings(**s3)).check()
 
 
 def test_settings_beat_keys_in_the_environment(s3, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "of-another-store")
-    storage.open_store(settings.Settings(**s3)).check()
+    stores.open_store(settings.Settings(**s3)).check()
 
 
 # Folder
 
 
-def test_objects_are_plain_files(folder_store, tmp_path):
-    folder_store.put_bytes(b"x", "batches/1/video.mp4", content_type="video/mp4")
+def test_objects_are_plain_files(in_folder, tmp_path):
+    in_folder.put_bytes(b"x", "batches/1/video.mp4", content_type="video/mp4")
     path = tmp_path / "results" / "batches" / "1" / "video.mp4"
     assert path.read_bytes() == b"x"
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    assert folder_store.presign("batches/1/video.mp4", seconds=1) == path.as_uri()
+    assert in_folder.presign("batches/1/video.mp4", seconds=1) == path.as_uri()
 
 
-def test_a_full_disk_is_unavailable_and_leaves_nothing(folder_store, monkeypatch, tmp_path):
-    folder_store.put_bytes(b"old", "k", content_type="text/plain")
+def test_a_full_disk_is_unavailable_and_leaves_nothing(in_folder, monkeypatch, tmp_path):
+    in_folder.put_bytes(b"old", "k", content_type="text/plain")
 
     def no_space(_handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", no_space)
+    monkeypatch.setattr(folder_store.os, "fsync", no_space)
     with pytest.raises(storage.StorageUnavailable, match="No space left"):
-        folder_store.put_bytes(b"new", "k", content_type="text/plain")
+        in_folder.put_bytes(b"new", "k", content_type="text/plain")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["k"]
-    assert folder_store.read_bytes("k") == b"old"
+    assert in_folder.read_bytes("k") == b"old"
 
 
-def test_unfinished_files_are_not_listed(folder_store, tmp_path):
-    folder_store.put_bytes(b"x", "a/k", content_type="text/plain")
+def test_unfinished_files_are_not_listed(in_folder, tmp_path):
+    in_folder.put_bytes(b"x", "a/k", content_type="text/plain")
     (tmp_path / "results" / "a" / f"{storage.PART_PREFIX}1234").touch()
-    assert list(folder_store.list()) == ["a/k"]
+    assert list(in_folder.list()) == ["a/k"]
 
 
-def test_a_key_below_an_object_is_refused(folder_store):
-    folder_store.put_bytes(b"x", "a/k", content_type="text/plain")
+def test_a_key_below_an_object_is_refused(in_folder):
+    in_folder.put_bytes(b"x", "a/k", content_type="text/plain")
     for key in ("a/k/below", "a"):
         with pytest.raises(storage.StorageError, match="a file and a folder"):
-            folder_store.put_bytes(b"x", key, content_type="text/plain")
-    folder_store.delete("a")
-    folder_store.delete("a/k/below")
-    assert list(folder_store.list()) == ["a/k"]
+            in_folder.put_bytes(b"x", key, content_type="text/plain")
+    in_folder.delete("a")
+    in_folder.delete("a/k/below")
+    assert list(in_folder.list()) == ["a/k"]
 
 
 def test_a_file_in_place_of_the_folder_is_denied(tmp_path):
     (tmp_path / "results").touch()
     with pytest.raises(storage.StorageDenied, match="a folder is needed"):
-        storage.FolderStore(tmp_path / "results").check()
+        folder_store.FolderStore(tmp_path / "results").check()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_rights_is_denied(tmp_path):
     tmp_path.chmod(0o500)
-    store = storage.FolderStore(tmp_path / "results")
+    store = folder_store.FolderStore(tmp_path / "results")
     with pytest.raises(storage.StorageDenied, match="no right to write"):
         store.check()
     with pytest.raises(storage.StorageDenied):
@@ -485,19 +485,19 @@ def test_a_folder_without_rights_is_denied(tmp_path):
 )
 def test_a_bad_url_says_what_would_do(url, problem):
     with pytest.raises(errors.InvalidInput, match=f"s3://bucket/prefix.*{problem}"):
-        storage.open_store(settings.load(results_url=url))
+        stores.open_store(settings.load(results_url=url))
 
 
 def test_a_password_in_a_url_is_not_shown():
     with pytest.raises(errors.InvalidInput) as raised:
-        storage.open_store(settings.load(results_url="s3://key:hunter2@bucket/x"))
+        stores.open_store(settings.load(results_url="s3://key:hunter2@bucket/x"))
     assert "hunter2" not in str(raised.value)
 
 
 @pytest.mark.parametrize("prefix", ["a/../b", "a//b", "a\\b"])
 def test_a_prefix_obeys_the_rules_of_keys(prefix):
     with pytest.raises(errors.InvalidInput):
-        storage.open_store(settings.load(results_url=f"s3://bucket/{prefix}"))
+        stores.open_store(settings.load(results_url=f"s3://bucket/{prefix}"))
 
 
 @pytest.mark.parametrize(
@@ -509,28 +509,28 @@ def test_a_prefix_obeys_the_rules_of_keys(prefix):
 )
 def test_an_endpoint_needs_a_scheme(field, name):
     with pytest.raises(errors.InvalidInput, match=f"{name}: must be http://host:port"):
-        storage.open_store(settings.load(results_url="s3://bucket", **{field: "127.0.0.1:9000"}))
+        stores.open_store(settings.load(results_url="s3://bucket", **{field: "127.0.0.1:9000"}))
 
 
 def test_half_a_pair_of_keys_is_refused():
     values = settings.load(results_url="s3://bucket", aws_access_key_id="AKIA123")
     with pytest.raises(errors.InvalidInput, match="belong together"):
-        storage.open_store(values)
+        stores.open_store(values)
 
 
 def test_the_default_store_is_a_folder_in_home():
     values = settings.load()
-    assert storage.open_store(values).url == (values.home / settings.LOCAL_RESULTS).as_uri()
+    assert stores.open_store(values).url == (values.home / settings.LOCAL_RESULTS).as_uri()
 
 
 def test_importing_storage_does_not_import_boto3():
-    code = "import sys, jobs.storage; sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+    code = "import sys, jobs.stores; sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_paths_with_spaces_and_umlauts_are_folders(tmp_path):
     folder = Path(tmp_path / "Väter & Söhne 100%")
-    store = storage.open_store(settings.load(results_url=folder.as_uri()))
+    store = stores.open_store(settings.load(results_url=folder.as_uri()))
     store.put_bytes(b"x", "k", content_type="text/plain")
     assert (folder / "k").read_bytes() == b"x"
 
@@ -572,8 +572,8 @@ def _server_that_always_says(answer):
 def test_what_boto3_refuses_is_a_wrong_setting(monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nope")
     with pytest.raises(errors.InvalidInput, match=r"object store: .*nope"):
-        storage.open_store(settings.load(results_url="s3://bucket"))
+        stores.open_store(settings.load(results_url="s3://bucket"))
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://min_io:9000")
     with pytest.raises(errors.InvalidInput, match="object store: Invalid endpoint"):
-        storage.open_store(settings.load(results_url="s3://bucket"))
+        stores.open_store(settings.load(results_url="s3://bucket"))

@@ -20,6 +20,7 @@ from jobs import (
     database,
     errors,
     expiry,
+    folder_store,
     holds,
     inputs,
     lifecycle,
@@ -29,6 +30,7 @@ from jobs import (
     settings,
     states,
     storage,
+    stores,
     submission,
     tokens,
     uploads,
@@ -64,7 +66,7 @@ class Bucket:
     def __init__(self, world: World, config: settings.Settings) -> None:
         self.world = world
         self.config = config
-        self.store = storage.open_store(config)
+        self.store = stores.open_store(config)
 
     def submit(self, color: str = "red", **options: Any) -> str:
         """One job that starts from an image of this color."""
@@ -422,7 +424,7 @@ def test_a_new_object_stays_whoever_laid_it(folder_bucket: Bucket) -> None:
 
 
 def make_old(bucket: Bucket, key: str) -> None:
-    assert isinstance(bucket.store, storage.FolderStore)
+    assert isinstance(bucket.store, folder_store.FolderStore)
     path = Path(bucket.store.address(key).removeprefix("file://"))
     past = time.time() - 2 * holds.GRACE.total_seconds()
     os.utime(path, (past, past))

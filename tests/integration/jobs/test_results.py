@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from jobs import lifecycle, results, settings, states, storage
+from jobs import folder_store, lifecycle, results, settings, states, storage, stores
 from jobs.schema import Batch
 from tests.integration.jobs.conftest import World
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(folder: Path) -> storage.ObjectStore:
-    return storage.open_store(settings.load(results_url=folder.as_uri()))
+    return stores.open_store(settings.load(results_url=folder.as_uri()))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def test_the_manifest_counts_and_seals_the_other_files(
     assert world.batch(batch_id).manifest_at is not None
 
 
-class Recording(storage.FolderStore):
+class Recording(folder_store.FolderStore):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.keys: list[str] = []
@@ -223,7 +223,7 @@ def test_result_files_in_s3_are_the_same_as_in_a_folder(
 ) -> None:
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
-    store = storage.open_store(settings.load())
+    store = stores.open_store(settings.load())
     batch_id = mixed_batch(sqlite_world)
     assert results.write(sqlite_world.db, store, batch_id)
     output = store.read_bytes(results.batch_key(batch_id, "output.jsonl"))

@@ -29,6 +29,7 @@ from jobs import (
     settings,
     states,
     storage,
+    stores,
 )
 from jobs.schema import Batch, Firing, Job, Listener, Notice, Schedule
 from tests.integration.jobs.conftest import PRESET, World
@@ -313,7 +314,7 @@ def test_a_prompt_file_in_a_bucket_is_read_anew_and_waited_for(
         monkeypatch.setenv(name, value)
     config = settings.load()
     farm = Farm(sqlite_world, config)
-    store = storage.open_store(config)
+    store = stores.open_store(config)
     url = store.address("prompts.txt")
     store.put_bytes(b"first\n", "prompts.txt", content_type="text/plain")
     farm.add(cron="0 * * * *", prompts=None, prompts_url=url)

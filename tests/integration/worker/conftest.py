@@ -26,6 +26,7 @@ from jobs import (
     reports,
     settings,
     storage,
+    stores,
     submission,
     workers,
 )
@@ -141,7 +142,7 @@ class Host:
                 components=networks or self.warm,
                 read_image=functools.partial(
                     rendering.read_stored,
-                    functools.partial(storage.open_store, changes.get("config", self.config)),
+                    functools.partial(stores.open_store, changes.get("config", self.config)),
                 ),
             ),
         )
@@ -156,7 +157,7 @@ class Host:
             config=self.config,
             db=self.db,
             bell=self.bell,
-            store=store or storage.open_store(self.config),
+            store=store or stores.open_store(self.config),
         )
 
     def finished(self, job: Job | None = None) -> scratch.AttemptFolder:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from jobs import dispatch, lifecycle, orders, results, servers, settings, states, storage
+from jobs import dispatch, lifecycle, orders, results, servers, settings, states, stores
 from worker import publisher
 
 
@@ -19,7 +19,7 @@ def _short_waits(monkeypatch):
 @pytest.fixture
 def keys(host):
     def read():
-        return list(storage.open_store(host.config).list())
+        return list(stores.open_store(host.config).list())
 
     return read
 
@@ -61,7 +61,7 @@ def test_a_video_and_its_sidecar_reach_the_store_and_the_job_succeeds(host, keys
     ids = (job.batch_id, job.id, folder.attempt_id)
     assert keys() == sorted([results.video_key(*ids), results.sidecar_key(*ids)])
     assert attempt.video_key == results.video_key(*ids)
-    assert storage.open_store(host.config).read_bytes(attempt.video_key) == b"video" * 1_000
+    assert stores.open_store(host.config).read_bytes(attempt.video_key) == b"video" * 1_000
     assert not folder.path.exists()
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_video_is_rendered_again(host, keys, damage):
 
 def test_a_video_damaged_during_its_upload_is_rendered_again(host):
     folder = host.finished()
-    store = Store(storage.open_store(host.config), lambda path: path.unlink())
+    store = Store(stores.open_store(host.config), lambda path: path.unlink())
     host.publisher(store).publish(folder.attempt_id)
     assert host.attempt(folder).failure_kind is states.FailureKind.DISK
 
@@ -183,7 +183,7 @@ def test_two_publishers_at_once_upload_once(host, in_background):
         started.set()
         assert may_go_on.wait(30)
 
-    store = Store(storage.open_store(host.config), before)
+    store = Store(stores.open_store(host.config), before)
     first = in_background(lambda: host.publisher(store).publish(folder.attempt_id))
     assert started.wait(30)
     host.publisher(store).publish(folder.attempt_id)
@@ -202,7 +202,7 @@ def test_a_crash_after_the_upload_leaves_one_object_when_it_is_done_again(host, 
             raise PowerCut
 
     folder = host.finished()
-    store = Store(storage.open_store(host.config), before)
+    store = Store(stores.open_store(host.config), before)
     with pytest.raises(PowerCut):
         host.publisher(store).publish(folder.attempt_id)
     assert len(keys()) == 1

@@ -22,7 +22,7 @@ from jobs import (
     presets,
     settings,
     states,
-    storage,
+    stores,
     workers,
 )
 from jobs.schema import Job, Refusal, Worker
@@ -350,7 +350,7 @@ def with_image(host):
 
 
 def test_an_image_that_the_store_has_no_more_ends_its_job(host, failure_of, with_image):
-    storage.open_store(host.config).put_bytes(b"x", "inputs/other", content_type="image/png")
+    stores.open_store(host.config).put_bytes(b"x", "inputs/other", content_type="image/png")
     job, attempt = failure_of(job=with_image("inputs/aa/gone"))
     assert attempt.failure_kind is states.FailureKind.INPUT
     assert "no such object" in attempt.error
@@ -359,7 +359,7 @@ def test_an_image_that_the_store_has_no_more_ends_its_job(host, failure_of, with
 
 
 def test_an_image_that_is_damaged_in_the_store_ends_its_job(host, failure_of, with_image):
-    storage.open_store(host.config).put_bytes(b"x", "inputs/aa/bad", content_type="image/png")
+    stores.open_store(host.config).put_bytes(b"x", "inputs/aa/bad", content_type="image/png")
     job, attempt = failure_of(job=with_image("inputs/aa/bad"))
     assert attempt.failure_kind is states.FailureKind.INPUT
     assert "inputs/aa/bad" in attempt.error

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import redis
 
-from jobs import servers, settings, standalone, storage, supervisor
+from jobs import servers, settings, standalone, stores, supervisor
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -59,7 +59,7 @@ def test_a_dead_store_comes_back_on_its_port_with_its_objects(home, clock, monke
     try:
         for name, value in one.server.environment().items():
             monkeypatch.setenv(name, value)
-        store = storage.open_store(settings.load())
+        store = stores.open_store(settings.load())
         store.put_bytes(b"data", "key", content_type="text/plain")
         one.server.kill()
         for _ in range(2):

@@ -10,7 +10,18 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import cli, database, download, errors, lifecycle, queries, results, settings, storage
+from jobs import (
+    cli,
+    database,
+    download,
+    errors,
+    lifecycle,
+    queries,
+    results,
+    settings,
+    storage,
+    stores,
+)
 from jobs.cli import exits
 
 pytestmark = pytest.mark.usefixtures("no_broker")
@@ -23,7 +34,7 @@ def rushes(*arguments: str) -> Result:
 
 @pytest.fixture
 def store() -> storage.ObjectStore:
-    return storage.open_store(settings.load())
+    return stores.open_store(settings.load())
 
 
 def finished_batch(

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageCms
 
-from jobs import images, outside, settings, storage
+from jobs import folder_store, images, outside, settings, storage, stores
 
 QUICK = images.Limits(connect_seconds=1, read_seconds=0.4, total_seconds=1.5)
 
@@ -180,7 +180,7 @@ class TestDataAddresses:
 class TestStore:
     def test_an_image_is_stored_once_under_its_hash(self, fetch, tmp_path, config):
         (tmp_path / "a.png").write_bytes(PNG)
-        store = storage.open_store(config)
+        store = stores.open_store(config)
         image = fetch("a.png")
         key = images.store_once(store, image)
         assert key == f"inputs/{image.sha256[:2]}/{image.sha256}"
@@ -188,14 +188,14 @@ class TestStore:
 
     def test_what_is_there_is_not_sent_again(self, fetch, tmp_path, config, monkeypatch):
         (tmp_path / "a.png").write_bytes(PNG)
-        store = storage.open_store(config)
+        store = stores.open_store(config)
         key = images.store_once(store, fetch("a.png"))
         monkeypatch.setattr(store, "put_bytes", None)
         assert images.store_once(store, fetch("a.png")) == key
 
     def test_a_broken_copy_is_replaced(self, fetch, tmp_path, config):
         (tmp_path / "a.png").write_bytes(PNG)
-        store = storage.open_store(config)
+        store = stores.open_store(config)
         image = fetch("a.png")
         store.put_bytes(b"half", image.key, content_type="image/png")
         assert store.read_bytes(images.store_once(store, image)) == PNG
@@ -205,7 +205,7 @@ class Bucket:
     """Stands in for S3: what `images` asks of a store."""
 
     def __init__(self, folder: Path, failure: storage.StorageError | None = None) -> None:
-        self._store = storage.FolderStore(folder)
+        self._store = folder_store.FolderStore(folder)
         self._failure = failure
 
     def head(self, key: str) -> storage.ObjectHead | None:
@@ -227,7 +227,7 @@ class TestS3:
             asked.append(config.results_url)
             return Bucket(tmp_path / "bucket")
 
-        storage.open_bucket.cache_clear()
+        stores.open_bucket.cache_clear()
         monkeypatch.setattr(storage, "open_store", open_store)
         (tmp_path / "bucket" / "in").mkdir(parents=True)
         (tmp_path / "bucket" / "in" / "a?b#c.png").write_bytes(PNG)
@@ -267,7 +267,7 @@ class TestS3:
     def test_a_failing_store_is_told_from_a_wrong_name(
         self, fetch, monkeypatch, tmp_path, failure, wanted
     ):
-        storage.open_bucket.cache_clear()
+        stores.open_bucket.cache_clear()
         error = failure("s3://films/a", "it says no")
         monkeypatch.setattr(storage, "open_store", lambda config: Bucket(tmp_path, error))
         with pytest.raises(wanted, match="it says no"):
@@ -275,7 +275,7 @@ class TestS3:
 
 
 def test_a_bad_bucket_name_is_told(refusal):
-    storage.open_bucket.cache_clear()
+    stores.open_bucket.cache_clear()
     assert "no bucket name in" in refusal("s3://a*b/c")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs import errors, images, inputs, presets, settings, storage, submission
+from jobs import errors, images, inputs, presets, settings, stores, submission
 
 I2V = presets.load("tiny_i2v")
 ROWS = 100
@@ -61,7 +61,7 @@ def _file(tmp_path: Path, sources: list[str]) -> submission.PromptFile:
         source="p",
         format="jsonl",
         options=submission.Options(preset=I2V),
-        images=inputs.InputImages(config=config, base=None, store=storage.open_store(config)),
+        images=inputs.InputImages(config=config, base=None, store=stores.open_store(config)),
     )
 
 

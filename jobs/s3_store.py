@@ -1,0 +1,328 @@
+"""Objects in a bucket of AWS or of any S3-compatible store."""
+
+import base64
+import binascii
+import contextlib
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from jobs import errors, storage
+
+if TYPE_CHECKING:
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+MAX_TRIES = 3  # inside one call; waiting out an outage is the caller's business
+
+DENIED_CODES = {
+    "AccessDenied",
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "Forbidden",
+    "IllegalLocationConstraintException",
+    "InvalidAccessKeyId",
+    "InvalidBucketName",
+    "InvalidToken",
+    "NoSuchBucket",
+    "PermanentRedirect",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+}
+BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+
+
+class S3Store:
+    """Objects in a bucket of AWS or of any S3-compatible store.
+
+    Content-MD5 goes with every upload: each store refuses damaged bytes. The sha256 is kept as
+    metadata; a store that forgets metadata (rclone, at a restart) has a head without it.
+    """
+
+    def __init__(self, bucket: str, prefix: str, *, options: "S3Options") -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._is_aws = options.endpoint_url is None
+        self._endpoint = options.endpoint_url or "AWS"
+        self._client, self._link_client = _clients(options)
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._prefix}".removesuffix("/")
+
+    def put_file(self, path: Path, key: str, *, content_type: str) -> storage.StoredObject:
+        with path.open("rb") as source:
+            sent = storage.digest(source)
+            source.seek(0)
+            return self._put(source, key, sent, content_type)
+
+    def put_bytes(self, data: bytes, key: str, *, content_type: str) -> storage.StoredObject:
+        return self._put(data, key, storage.digest_bytes(data), content_type)
+
+    def read_bytes(self, key: str) -> bytes:
+        with self._translated(key):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
+            return answer["Body"].read()
+
+    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+        with self._translated(key):
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
+            )
+        return storage.chunks(answer["Body"], last - first + 1)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._translated(key):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
+            with contextlib.closing(answer["Body"]) as body:
+                storage.write_whole(body, path)
+
+    def head(self, key: str) -> storage.ObjectHead | None:
+        try:
+            with self._translated(key):
+                answer = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+        except storage.ObjectMissing:
+            return None
+        # Stores differ in the case of metadata names.
+        metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
+        return storage.ObjectHead(
+            key=key, size_bytes=answer["ContentLength"], sha256=metadata.get("sha256")
+        )
+
+    def entries(self, prefix: str = "") -> Iterator[storage.ObjectEntry]:
+        storage.check_prefix(prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
+        with self._translated(prefix):
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield storage.ObjectEntry(
+                        key=item["Key"].removeprefix(self._prefix),
+                        size_bytes=item["Size"],
+                        modified_at=item["LastModified"],
+                    )
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        return (entry.key for entry in self.entries(prefix))
+
+    def delete(self, key: str) -> None:
+        with self._translated(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        assert len(keys) <= storage.MOST_DELETED_AT_ONCE
+        if not keys:
+            return
+        names = [{"Key": self._key(key)} for key in keys]
+        try:
+            with self._translated(keys[0]):
+                answer = self._client.delete_objects(
+                    Bucket=self._bucket,
+                    Delete={"Objects": names, "Quiet": True},  # type: ignore[typeddict-item]
+                )
+        except (storage.StorageUnavailable, storage.StorageDenied):
+            raise
+        except storage.StorageError:
+            # Not every store knows this call, or takes the checksum that boto3 sends with it.
+            for key in keys:
+                self.delete(key)
+            return
+        if refused := answer.get("Errors"):
+            told = f"{refused[0].get('Code')}: {refused[0].get('Message')}"
+            address = f"s3://{self._bucket}/{refused[0].get('Key')}"
+            if refused[0].get("Code") in DENIED_CODES:
+                raise storage.StorageDenied(address, f"{told}; allow s3:DeleteObject")
+            raise storage.StorageUnavailable(address, f"{len(refused)} were not deleted: {told}")
+
+    def presign(self, key: str, *, seconds: int, file_name: str | None = None) -> str:
+        storage.check_link_seconds(seconds)
+        params = {"Bucket": self._bucket, "Key": self._key(key)}
+        if file_name is not None:
+            params["ResponseContentDisposition"] = _attachment(file_name)
+        with self._translated(key):
+            return self._link_client.generate_presigned_url(
+                "get_object", Params=params, ExpiresIn=seconds
+            )
+
+    def address(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._key(key)}"
+
+    def check(self) -> None:
+        # A listing and not HeadBucket: its refusals say why.
+        with self._translated(""):
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+
+    def _put(
+        self, body: bytes | BinaryIO, key: str, sent: "storage.Digest", content_type: str
+    ) -> storage.StoredObject:
+        request: PutObjectRequestTypeDef = {
+            "Bucket": self._bucket,
+            "Key": self._key(key),
+            "Body": body,
+            "ContentType": content_type,
+            "ContentMD5": _base64_of(sent.md5),
+            "Metadata": {"sha256": sent.sha256},
+        }
+        if self._is_aws:
+            request["ChecksumSHA256"] = _base64_of(sent.sha256)
+        with self._translated(key, sent):
+            self._client.put_object(**request)
+        return self._verified(key, sent)
+
+    def _verified(self, key: str, sent: "storage.Digest") -> storage.StoredObject:
+        head = self.head(key)
+        if head is None:
+            raise storage.mismatch(self.address(key), key, sent, 0, None)
+        if head.size_bytes != sent.size_bytes or head.sha256 not in (sent.sha256, None):
+            raise storage.mismatch(self.address(key), key, sent, head.size_bytes, head.sha256)
+        return storage.StoredObject(key=key, size_bytes=sent.size_bytes, sha256=sent.sha256)
+
+    def _key(self, key: str) -> str:
+        return self._prefix + storage.checked_key(key)
+
+    @contextlib.contextmanager
+    def _translated(self, key: str, sent: "storage.Digest | None" = None) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        address = f"s3://{self._bucket}/{self._prefix}{key}"
+        try:
+            yield
+        except ClientError as error:
+            if sent and _code(error) in DIGEST_CODES:
+                raise storage.mismatch(address, key, sent, None, None) from error
+            raise self._from_answer(error, address) from error
+        except BotoCoreError as error:
+            raise self._from_silence(error, address) from error
+
+    def _from_answer(self, error: "ClientError", address: str) -> storage.StorageError:
+        code = _code(error)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        said = f"{self._endpoint} answers {status} {code}"
+        if code in BUSY_CODES or status == 429 or status >= 500:
+            return storage.StorageUnavailable(address, said)
+        if code in DENIED_CODES or status in (301, 401, 403):
+            return storage.StorageDenied(address, f"{said}: {_advice(code, self._bucket)}")
+        if status == 404:
+            return storage.ObjectMissing(address)
+        return storage.StorageError(
+            address, f"{said}: {error.response.get('Error', {}).get('Message')}"
+        )
+
+    def _from_silence(self, error: "BotoCoreError", address: str) -> storage.StorageError:
+        from botocore import exceptions
+
+        if isinstance(
+            error,
+            exceptions.HTTPClientError
+            | exceptions.ConnectionError
+            | exceptions.IncompleteReadError
+            | exceptions.CredentialRetrievalError,
+        ):
+            return storage.StorageUnavailable(address, f"{self._endpoint} does not answer: {error}")
+        if (
+            isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError)
+            or "Token" in type(error).__name__
+        ):
+            return storage.StorageDenied(address, f"{error}: {_advice('', self._bucket)}")
+        return storage.StorageError(address, str(error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Options:
+    """How to reach a store. Without keys, boto3 looks in its own places."""
+
+    endpoint_url: str | None = None
+    public_endpoint_url: str | None = None
+    region: str | None = None
+    access_key_id: str | None = None
+    secret_access_key: str | None = None
+    session_token: str | None = None
+
+
+def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
+    """For our own calls, and for links that others follow. InvalidInput: what boto3 refuses."""
+    from botocore.exceptions import BotoCoreError  # not at the top: it takes its time to import
+
+    try:
+        return _made_clients(options)
+    except (BotoCoreError, ValueError) as error:  # such as an AWS_PROFILE that is not there
+        problem = errors.Problem(line=None, message=f"object store: {error}")
+        raise errors.InvalidInput("settings", [problem]) from error
+
+
+def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
+    import boto3  # not at the top: the command line starts without it
+
+    # Without a token of its own, keys in the settings must not meet a token from elsewhere.
+    session = boto3.Session(
+        aws_access_key_id=options.access_key_id,
+        aws_secret_access_key=options.secret_access_key,
+        aws_session_token=options.session_token if options.access_key_id else None,
+        region_name=options.region,
+    )
+
+    def client(endpoint_url: str | None) -> "S3Client":
+        region = session.region_name or ("us-east-1" if endpoint_url else None)
+        return session.client(
+            "s3", endpoint_url=endpoint_url, region_name=region, config=_config(endpoint_url)
+        )
+
+    own = client(options.endpoint_url)
+    public = options.public_endpoint_url
+    return own, client(public) if public and public != options.endpoint_url else own
+
+
+def _config(endpoint_url: str | None) -> "Config":
+    from botocore.config import Config
+
+    common: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "retries": {"mode": "standard", "total_max_attempts": MAX_TRIES},
+        "tcp_keepalive": True,
+    }
+    if endpoint_url is None:
+        return Config(**common)
+    if urllib.parse.urlsplit(endpoint_url).hostname in ("127.0.0.1", "localhost", "::1"):
+        common["proxies"] = {}  # HTTP_PROXY is for other machines
+    # Many compatible stores refuse boto3's newer checksum headers.
+    return Config(
+        **common,
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+
+
+def _code(error: "ClientError") -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+def _advice(code: str, bucket: str) -> str:
+    if code == "NoSuchBucket":
+        return f"create the bucket {bucket!r}, or name another in RUSHES_RESULTS_URL"
+    if code == "RequestTimeTooSkewed":
+        return "the clock of this machine is wrong"
+    if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
+        return "set AWS_REGION to the region of the bucket"
+    return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights on the bucket"
+
+
+def _attachment(file_name: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9._ -]", "_", file_name)
+    quoted = urllib.parse.quote(file_name, safe="")
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quoted}"
+
+
+def _base64_of(hex_digest: str) -> str:
+    return base64.b64encode(binascii.unhexlify(hex_digest)).decode()
