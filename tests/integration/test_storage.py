@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from jobs import errors, folder_store, servers, settings, storage, stores
+from jobs import errors, folder_store, s3_store, servers, settings, storage, stores
 
 VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chunk
 
@@ -345,8 +345,8 @@ def test_a_store_that_is_down_is_unavailable_and_works_again_later(tmp_path):
 
 
 def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
-    monkeypatch.setattr(storage, "READ_SECONDS", 0.2)
-    monkeypatch.setattr(storage, "MAX_TRIES", 1)
+    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
@@ -369,7 +369,7 @@ def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
     ],
 )
 def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
-    monkeypatch.setattr(storage, "MAX_TRIES", 1)
+    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
     with _server_that_always_says(answer) as endpoint:
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
         with pytest.raises(storage.StorageError) as raised:
@@ -378,7 +378,7 @@ def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
 
 
 def test_bytes_that_change_on_their_way_are_refused(in_s3, monkeypatch):
-    monkeypatch.setattr(storage, "_base64_of", lambda _: "AAAAAAAAAAAAAAAAAAAAAA==")
+    monkeypatch.setattr(s3_store, "_base64_of", lambda _: "AAAAAAAAAAAAAAAAAAAAAA==")
     with pytest.raises(storage.UploadMismatch) as raised:
         in_s3.put_bytes(b"sent", "k", content_type="text/plain")
     assert raised.value.key == "k"

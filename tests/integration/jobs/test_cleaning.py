@@ -222,7 +222,7 @@ def stop_after(
         real(keys)
 
     monkeypatch.setattr(store, "delete_many", delete_many)
-    monkeypatch.setattr(storage, "open_store", lambda _config: store)
+    monkeypatch.setattr(stores, "open_store", lambda _config: store)
 
 
 @pytest.mark.parametrize("calls", [0, 2])
@@ -389,7 +389,7 @@ def test_a_submit_waits_while_its_image_is_being_deleted_and_lays_it_anew(
         real(keys)
 
     monkeypatch.setattr(bucket.store, "delete_many", delete_many)
-    monkeypatch.setattr(storage, "open_store", lambda _config: bucket.store)
+    monkeypatch.setattr(stores, "open_store", lambda _config: bucket.store)
     monkeypatch.setattr(holds, "LOOK_SECONDS", 0.05)
     assert bucket.clean(Kind.INPUTS)[Kind.INPUTS].counts == {"objects": 1}
     submitting.join()

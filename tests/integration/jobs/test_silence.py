@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 
-from jobs import broker, celery_app, database, dispatch, settings, states, storage, stores
+from jobs import broker, celery_app, database, dispatch, s3_store, settings, states, storage, stores
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
 
@@ -111,7 +111,7 @@ def test_a_store_that_takes_everything_and_says_nothing_is_unavailable(
     s3: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.3)
     proxy = HttpProxy(network, int(s3["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
     for name, value in (s3 | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{proxy.port}"}).items():
         monkeypatch.setenv(name, value)

@@ -228,7 +228,7 @@ class TestS3:
             return Bucket(tmp_path / "bucket")
 
         stores.open_bucket.cache_clear()
-        monkeypatch.setattr(storage, "open_store", open_store)
+        monkeypatch.setattr(stores, "open_store", open_store)
         (tmp_path / "bucket" / "in").mkdir(parents=True)
         (tmp_path / "bucket" / "in" / "a?b#c.png").write_bytes(PNG)
         return asked
@@ -269,7 +269,7 @@ class TestS3:
     ):
         stores.open_bucket.cache_clear()
         error = failure("s3://films/a", "it says no")
-        monkeypatch.setattr(storage, "open_store", lambda config: Bucket(tmp_path, error))
+        monkeypatch.setattr(stores, "open_store", lambda config: Bucket(tmp_path, error))
         with pytest.raises(wanted, match="it says no"):
             fetch("s3://films/a")
 
