@@ -4,6 +4,7 @@ The row is marked first, then the objects go, then the row: no reader is promise
 no object is left that no row names. A run that was killed left marks, which the next one finds.
 """
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ log = structlog.get_logger()
 
 INPUTS_AT_ONCE = 100
 LATEST_DELETE_SECONDS = holds.CONDEMNED.total_seconds() / 2
+MOST_REFUSED = 20  # then it is the store that refuses us, and not some objects
+SLASH_IN_JSON = re.compile(r"\\(?:/|u002f)", re.IGNORECASE)  # as programs may write it
 IMAGES_IN_TEXT = re.compile(r"inputs/[0-9a-f]{2}/[0-9a-f]{64}")
 BATCHES_IN_TEXT = re.compile(r"batches/([0-9a-z-]{1,20})/")
 TEMPORARY = ("rushes-images-", "rushes-results-", "rushes-upload-", "rushes-batch-", "rushes-card-")
@@ -154,10 +157,13 @@ class Cleaner:
             pass
         with self._db.reading() as session:
             ids = list(expiry.batches_to_empty(session))
+        refused = _Refused()
         for batch_id in ids:
-            self._empty(batch_id, tally)
-            self._db.write(expiry.results_removed, batch_id)
-            tally.add("batches", 1)
+            with refused.noted():
+                self._empty(batch_id, tally)
+                self._db.write(expiry.results_removed, batch_id)
+                tally.add("batches", 1)
+        refused.tell()
 
     def _empty(self, batch_id: str, tally: "_Tally") -> None:
         entries = self._store.entries(_folder_of(batch_id))
@@ -206,12 +212,15 @@ class Cleaner:
             for entry in self._store.entries("inputs/")
             if entry.modified_at < unmodified_since and entry.key not in named
         )
+        refused = _Refused()
         while page := list(islice(old, INPUTS_AT_ONCE)):
             sizes = {entry.key: entry.size_bytes for entry in page}
-            gone = (self._delete_inputs if self._apply else self._unneeded)(list(sizes), before)
-            tally.add("objects", len(gone), size_bytes=sum(sizes[key] for key in gone))
+            with refused.noted():
+                gone = (self._delete_inputs if self._apply else self._unneeded)(list(sizes), before)
+                tally.add("objects", len(gone), size_bytes=sum(sizes[key] for key in gone))
         if self._apply:
             self._db.write(holds.forget_old, grace=self._grace)
+        refused.tell()
 
     def _unneeded(self, keys: Sequence[str], before: datetime) -> Sequence[str]:
         uploaded_since = self._before(Kind.UPLOADS)
@@ -245,24 +254,28 @@ class Cleaner:
         """A prompt file of a schedule may name objects of ours, by their addresses."""
         with self._db.reading() as session:
             rows = session.execute(
-                select(Schedule.prompts, Schedule.prompts_url, Schedule.lists)
+                select(Schedule.name, Schedule.prompts, Schedule.prompts_url, Schedule.lists)
             ).all()
         images: set[str] = set()
         batch_ids: set[str] = set()
-        for prompts, url, lists in rows:
+        for name, prompts, url, lists in rows:
             items = [item for items in lists.values() for item in items]
-            for text in (prompts or "", url or "", self._text_at(url), *items):
-                images.update(IMAGES_IN_TEXT.findall(text))
-                batch_ids.update(BATCHES_IN_TEXT.findall(text))
+            for text in (prompts or "", url or "", self._text_at(url, name), *items):
+                plain = SLASH_IN_JSON.sub("/", text)
+                images.update(IMAGES_IN_TEXT.findall(plain))
+                batch_ids.update(BATCHES_IN_TEXT.findall(plain))
         return _Named(images=frozenset(images), batch_ids=frozenset(batch_ids))
 
-    def _text_at(self, url: str | None) -> str:
+    def _text_at(self, url: str | None, name: str) -> str:
         if url is None:
             return ""
         try:
             return firing.read_url(self._config, url).decode("utf-8", "replace")
-        except errors.InvalidInput:
-            return ""  # it cannot be fired either
+        except errors.InvalidInput as error:
+            # It may be there again when the schedule fires, and name what would be gone.
+            raise errors.RushesError(
+                f"what schedule {name} needs is not known: {error}; mend or remove the schedule"
+            ) from error
 
     # Small things.
 
@@ -294,10 +307,17 @@ class Cleaner:
     def _scratch(self, before: datetime, tally: "_Tally") -> None:
         tally.begin("folders", size=True)
         root = self._config.scratch_dir
-        folders = {folder.attempt_id: folder.path for folder in parts.SCRATCH_FOLDERS.load()(root)}
+        folders = parts.SCRATCH_FOLDERS.load()(root)
         with self._db.reading() as session:
-            live = expiry.live_attempts(session, list(folders))
-        candidates = [path for attempt_id, path in folders.items() if attempt_id not in live]
+            live = expiry.live_attempts(session, [folder.attempt_id for folder in folders])
+            known = expiry.known_batches(session, {folder.batch_id for folder in folders})
+        candidates = [
+            folder.path
+            for folder in folders
+            # A finished video of a batch that is not ours: another farm on this disk uploads it.
+            if (folder.batch_id in known or not folder.is_finished)
+            and (folder.batch_id, folder.attempt_id) not in live
+        ]
         for path in (*candidates, *_temporary_folders()):
             newest, size_bytes = _age_and_size(path)
             # This machine's clock made these files, and is compared with itself.
@@ -306,6 +326,29 @@ class Cleaner:
             if self._apply:
                 shutil.rmtree(path, ignore_errors=True)
             tally.add("folders", 1, size_bytes=size_bytes)
+
+
+class _Refused:
+    """What the store does not let go, such as objects under a legal hold; the rest goes on."""
+
+    def __init__(self) -> None:
+        self._problems: list[storage.StorageError] = []
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except storage.StorageUnavailable:
+            raise
+        except storage.StorageError as problem:
+            self._problems.append(problem)
+            if len(self._problems) == MOST_REFUSED:
+                self.tell()
+
+    def tell(self) -> None:
+        if self._problems:
+            number = f" (and {len(self._problems) - 1} more)" if len(self._problems) > 1 else ""
+            raise errors.RushesError(f"{self._problems[0]}{number}") from self._problems[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,14 +240,14 @@ def _persistence(client: redis.Redis, info: dict[str, Any]) -> Check:
 def _results(config: settings.Settings) -> Iterator[Check]:
     try:
         store = stores.open_store(config)
-        yield from _round_trip(store)
+        yield from _round_trip(store, is_aws=config.s3_endpoint_url is None)
     except storage.StorageDenied as error:
         yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
     except errors.RushesError as error:
         yield _fail("results store", str(error), "start the store or correct RUSHES_RESULTS_URL")
 
 
-def _round_trip(store: storage.ObjectStore) -> Iterator[Check]:
+def _round_trip(store: storage.ObjectStore, *, is_aws: bool) -> Iterator[Check]:
     key = f"doctor/{secrets.token_hex(8)}.bin"
     content = secrets.token_bytes(OBJECT_BYTES)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -269,7 +269,7 @@ def _round_trip(store: storage.ObjectStore) -> Iterator[Check]:
             )
             yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
         yield _listing(store, key)
-        yield _link(store, key, sha256)
+        yield _link(store, key, sha256, is_aws=is_aws)
     finally:
         with contextlib.suppress(errors.RushesError):
             store.delete(key)
@@ -283,13 +283,15 @@ def _listing(store: storage.ObjectStore, key: str) -> Check:
     return _warn("results listing", "a new object does not show up", "allow s3:ListBucket")
 
 
-def _link(store: storage.ObjectStore, key: str, sha256: str) -> Check:
+def _link(store: storage.ObjectStore, key: str, sha256: str, *, is_aws: bool) -> Check:
     link = store.presign(key, seconds=LINK_SECONDS)
     parts = urlsplit(link)
     where = f"{parts.scheme}://{parts.netloc}"
     if parts.scheme not in ("http", "https"):
         return _ok("results links", "files of this machine: no links needed")
     advice = "S3_PUBLIC_ENDPOINT_URL must be the store's address as readers reach it"
+    if is_aws:
+        advice = "set AWS_REGION to the region of the bucket: links are signed for it"
     try:
         with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310  # scheme checked above
             content = answer.read(OBJECT_BYTES + 1)
@@ -299,6 +301,9 @@ def _link(store: storage.ObjectStore, key: str, sha256: str) -> Check:
         return _fail("results links", f"{where}: {error}", advice)
     if hashlib.sha256(content).hexdigest() != sha256:
         return _fail("results links", f"{where} gives other bytes", advice)
+    if "X-Amz-Security-Token" in parts.query:
+        seen = f"a presigned link works: {where}, until the temporary credentials end, within hours"
+        return _warn("results links", seen, "for links that live longer, give lasting keys")
     return _ok("results links", f"a presigned link works: {where}")
 
 

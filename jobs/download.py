@@ -15,12 +15,14 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from jobs import database, errors, queries, results, storage
+from jobs import database, errors, queries, results, retries, storage
 from jobs.schema import Attempt, Batch, Job
 
 log = structlog.get_logger()
 
 THREADS = 4
+FETCH_TRIES = 4
+RETRY_SECONDS = 1.0
 WATCH_SECONDS = 5.0
 IDLE_PER_LOOK = 9.0  # a tenth of the time, at most, is spent looking for new videos
 LONGEST_PAUSE_SECONDS = 60.0  # while the database or the store is away
@@ -131,11 +133,20 @@ def _make(folder: Path) -> None:
 def take_folder(folder: Path, batch_id: str) -> None:
     """Mark the folder as this batch's. InvalidInput when it holds another's, with equal names."""
     mark = folder / OWNER_FILE
-    if mark.is_file() and (owner := mark.read_text("utf-8").strip()) != batch_id:
+    owner = mark.read_text("utf-8").strip() if mark.is_file() else ""
+    if owner == batch_id:
+        return
+    if owner:
         message = f"holds batch {owner}: give another folder, or none for one named like the batch"
         raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
     _make(folder)
-    mark.write_text(f"{batch_id}\n", "utf-8")
+    part = mark.with_name(f"{OWNER_FILE}.part")
+    try:
+        part.write_text(f"{batch_id}\n", "utf-8")
+        part.replace(mark)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DiskUnusable(folder, error) from error
 
 
 def fetch(
@@ -204,7 +215,7 @@ def follow(
 def fetch_result_files(
     db: database.Database, store: storage.ObjectStore, batch: Batch, folder: Path
 ) -> Iterator[Outcome]:
-    """output.jsonl, errors.jsonl and manifest.json, once they are written.
+    """output.jsonl, errors.jsonl and manifest.json, once they are written. Raises as `fetch` does.
 
     The lines of output.jsonl are given the names that the videos have here, and the manifest
     seals the files as they lie here.
@@ -222,6 +233,8 @@ def fetch_result_files(
                 _seal(folder)
         except (storage.ObjectMissing, ValueError, KeyError) as error:
             yield Outcome(file=name, status=Status.FAILED, size_bytes=0, error=str(error))
+        except OSError as error:
+            raise DiskUnusable(folder, error) from error
         else:
             size = target.stat().st_size
             yield Outcome(file=name, status=Status.DOWNLOADED, size_bytes=size)
@@ -280,7 +293,7 @@ def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bo
             status = Status.DOWNLOADED
         sidecar = folder / f"{item.name}.json"
         if sidecars and (status is Status.DOWNLOADED or not sidecar.is_file()):
-            store.download(item.sidecar_key, sidecar)
+            _download(store, item.sidecar_key, sidecar)
     except (storage.StorageUnavailable, storage.StorageDenied):
         raise
     except (errors.RushesError, IsADirectoryError) as problem:
@@ -300,7 +313,7 @@ def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bo
 def _fetch_video(store: storage.ObjectStore, item: Item, target: Path) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
-        store.download(item.key, part)
+        _download(store, item.key, part)
         if not _is_there(part, item):
             address = store.address(item.key)
             raise storage.StorageError(
@@ -309,6 +322,19 @@ def _fetch_video(store: storage.ObjectStore, item: Item, target: Path) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _download(store: storage.ObjectStore, key: str, path: Path) -> None:
+    """Tried again: one connection of ten thousand that breaks must not end a night's download."""
+    for tries in range(1, FETCH_TRIES):
+        try:
+            store.download(key, path)
+        except storage.StorageUnavailable as error:
+            log.info("download.again", key=key, error=str(error)[:200])
+            time.sleep(retries.growing_wait(RETRY_SECONDS, tries))
+        else:
+            return
+    store.download(key, path)
 
 
 def _is_there(path: Path, item: Item) -> bool:

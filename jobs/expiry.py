@@ -250,12 +250,20 @@ def drop_keys(session: Session, before: datetime) -> int:
     return _count(session.execute(dropped))
 
 
-def live_attempts(session: Session, ids: Sequence[int]) -> set[int]:
-    """Those of them whose files on a worker's disk are still needed."""
-    found = select(Attempt.id).where(
-        Attempt.id.in_(ids), Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+def live_attempts(session: Session, ids: Sequence[int]) -> set[tuple[str, int]]:
+    """Batch and id of those whose files on a worker's disk are still needed."""
+    found = (
+        select(Job.batch_id, Attempt.id)
+        .join(Job, Job.id == Attempt.job_id)
+        .where(database.among(session, Attempt.id, ids))
+        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES))
     )
-    return set(session.scalars(found))
+    return {(batch_id, attempt_id) for batch_id, attempt_id in session.execute(found)}
+
+
+def known_batches(session: Session, ids: Collection[str]) -> set[str]:
+    """Those of them that this database has."""
+    return set(session.scalars(select(Batch.id).where(Batch.id.in_(ids))))
 
 
 def _marked(session: Session, found: Select[str], **values: Any) -> int:

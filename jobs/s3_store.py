@@ -8,15 +8,18 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from jobs import errors, storage
 
 if TYPE_CHECKING:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+
+AddressingStyle = Literal["path", "virtual"]
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
@@ -37,6 +40,7 @@ DENIED_CODES = {
     "SignatureDoesNotMatch",
 }
 BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+NOT_IMPLEMENTED = 501
 DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 
 
@@ -68,26 +72,26 @@ class S3Store:
         return self._put(data, key, storage.digest_bytes(data), content_type)
 
     def read_bytes(self, key: str) -> bytes:
-        with self._translated(key):
+        with self.translated(key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
             return answer["Body"].read()
 
     def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
-        with self._translated(key):
+        with self.translated(key):
             answer = self._client.get_object(
                 Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
             )
-        return storage.chunks(answer["Body"], last - first + 1)
+        return storage.chunks(_Body(self, key, answer["Body"]), last - first + 1)
 
     def download(self, key: str, path: Path) -> None:
-        with self._translated(key):
+        with self.translated(key):
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
-            with contextlib.closing(answer["Body"]) as body:
-                storage.write_whole(body, path)
+        with contextlib.closing(_Body(self, key, answer["Body"])) as body:
+            storage.write_whole(body, path)
 
     def head(self, key: str) -> storage.ObjectHead | None:
         try:
-            with self._translated(key):
+            with self.translated(key):
                 answer = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
         except storage.ObjectMissing:
             return None
@@ -102,7 +106,7 @@ class S3Store:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix + prefix
         )
-        with self._translated(prefix):
+        with self.translated(prefix):
             for page in pages:
                 for item in page.get("Contents", []):
                     yield storage.ObjectEntry(
@@ -115,7 +119,8 @@ class S3Store:
         return (entry.key for entry in self.entries(prefix))
 
     def delete(self, key: str) -> None:
-        with self._translated(key):
+        # Some stores answer 404 for what is gone already.
+        with contextlib.suppress(storage.ObjectMissing), self.translated(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
 
     def delete_many(self, keys: Sequence[str]) -> None:
@@ -124,7 +129,7 @@ class S3Store:
             return
         names = [{"Key": self._key(key)} for key in keys]
         try:
-            with self._translated(keys[0]):
+            with self.translated(keys[0]):
                 answer = self._client.delete_objects(
                     Bucket=self._bucket,
                     Delete={"Objects": names, "Quiet": True},  # type: ignore[typeddict-item]
@@ -148,7 +153,7 @@ class S3Store:
         params = {"Bucket": self._bucket, "Key": self._key(key)}
         if file_name is not None:
             params["ResponseContentDisposition"] = _attachment(file_name)
-        with self._translated(key):
+        with self.translated(key):
             return self._link_client.generate_presigned_url(
                 "get_object", Params=params, ExpiresIn=seconds
             )
@@ -158,7 +163,7 @@ class S3Store:
 
     def check(self) -> None:
         # A listing and not HeadBucket: its refusals say why.
-        with self._translated(""):
+        with self.translated(""):
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
 
     def _put(
@@ -174,7 +179,7 @@ class S3Store:
         }
         if self._is_aws:
             request["ChecksumSHA256"] = _base64_of(sent.sha256)
-        with self._translated(key, sent):
+        with self.translated(key, sent):
             self._client.put_object(**request)
         return self._verified(key, sent)
 
@@ -190,7 +195,8 @@ class S3Store:
         return self._prefix + storage.checked_key(key)
 
     @contextlib.contextmanager
-    def _translated(self, key: str, sent: "storage.Digest | None" = None) -> Iterator[None]:
+    def translated(self, key: str, sent: "storage.Digest | None" = None) -> Iterator[None]:
+        """What goes wrong inside, with an object's calls or its body, is a StorageError."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         address = f"s3://{self._bucket}/{self._prefix}{key}"
@@ -202,20 +208,22 @@ class S3Store:
             raise self._from_answer(error, address) from error
         except BotoCoreError as error:
             raise self._from_silence(error, address) from error
+        except OSError as error:  # such as the file of a token that is not there for a moment
+            raise storage.StorageUnavailable(address, f"{self._endpoint}: {error}") from error
 
     def _from_answer(self, error: "ClientError", address: str) -> storage.StorageError:
         code = _code(error)
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         said = f"{self._endpoint} answers {status} {code}"
-        if code in BUSY_CODES or status == 429 or status >= 500:
+        if code in BUSY_CODES or status == 429 or (status >= 500 and status != NOT_IMPLEMENTED):
             return storage.StorageUnavailable(address, said)
-        if code in DENIED_CODES or status in (301, 401, 403):
-            return storage.StorageDenied(address, f"{said}: {_advice(code, self._bucket)}")
-        if status == 404:
+        if status == 404 and code != "NoSuchBucket":
             return storage.ObjectMissing(address)
-        return storage.StorageError(
-            address, f"{said}: {error.response.get('Error', {}).get('Message')}"
-        )
+        if message := error.response.get("Error", {}).get("Message"):
+            said = f"{said}: {message.rstrip('.')}"
+        if code in DENIED_CODES or status in (301, 401, 403):
+            return storage.StorageDenied(address, f"{said}; {_advice(code, self._bucket)}")
+        return storage.StorageError(address, said)
 
     def _from_silence(self, error: "BotoCoreError", address: str) -> storage.StorageError:
         from botocore import exceptions
@@ -236,6 +244,22 @@ class S3Store:
         return storage.StorageError(address, str(error))
 
 
+class _Body:
+    """What is read of an object. Its faults are the store's; those of who writes it are not."""
+
+    def __init__(self, store: S3Store, key: str, body: "StreamingBody") -> None:
+        self._store = store
+        self._key = key
+        self._body = body
+
+    def read(self, size: int, /) -> bytes:
+        with self._store.translated(self._key):
+            return self._body.read(size)
+
+    def close(self) -> None:
+        self._body.close()
+
+
 @dataclass(frozen=True, kw_only=True)
 class S3Options:
     """How to reach a store. Without keys, boto3 looks in its own places."""
@@ -246,6 +270,8 @@ class S3Options:
     access_key_id: str | None = None
     secret_access_key: str | None = None
     session_token: str | None = None
+    addressing_style: AddressingStyle = "path"
+    """Of other stores than AWS: the bucket in the `path`, or in the host's name (`virtual`)."""
 
 
 def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
@@ -254,7 +280,7 @@ def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
 
     try:
         return _made_clients(options)
-    except (BotoCoreError, ValueError) as error:  # such as an AWS_PROFILE that is not there
+    except (BotoCoreError, ValueError, OSError) as error:  # such as an AWS_PROFILE not there
         problem = errors.Problem(line=None, message=f"object store: {error}")
         raise errors.InvalidInput("settings", [problem]) from error
 
@@ -273,7 +299,10 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     def client(endpoint_url: str | None) -> "S3Client":
         region = session.region_name or ("us-east-1" if endpoint_url else None)
         return session.client(
-            "s3", endpoint_url=endpoint_url, region_name=region, config=_config(endpoint_url)
+            "s3",
+            endpoint_url=endpoint_url,
+            region_name=region,
+            config=_config(endpoint_url, options.addressing_style),
         )
 
     own = client(options.endpoint_url)
@@ -281,7 +310,7 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     return own, client(public) if public and public != options.endpoint_url else own
 
 
-def _config(endpoint_url: str | None) -> "Config":
+def _config(endpoint_url: str | None, addressing_style: AddressingStyle) -> "Config":
     from botocore.config import Config
 
     common: dict[str, Any] = {
@@ -298,7 +327,7 @@ def _config(endpoint_url: str | None) -> "Config":
     # Many compatible stores refuse boto3's newer checksum headers.
     return Config(
         **common,
-        s3={"addressing_style": "path"},
+        s3={"addressing_style": addressing_style},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -315,6 +344,8 @@ def _advice(code: str, bucket: str) -> str:
         return "the clock of this machine is wrong"
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
         return "set AWS_REGION to the region of the bucket"
+    if code == "SecondLevelDomainForbidden":
+        return "set S3_ADDRESSING_STYLE=virtual: this store wants the bucket in the host's name"
     return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights on the bucket"
 
 

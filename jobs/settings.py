@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -35,6 +35,7 @@ RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
     "S3_PUBLIC_ENDPOINT_URL",
+    "S3_ADDRESSING_STYLE",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -86,6 +87,12 @@ class Settings(BaseSettings):
         None,
         validation_alias=AliasChoices("S3_PUBLIC_ENDPOINT_URL"),
         description="Address of the same store as readers reach it; presigned links point there.",
+    )
+    s3_addressing_style: Literal["path", "virtual"] | None = Field(
+        None,
+        validation_alias=AliasChoices("S3_ADDRESSING_STYLE"),
+        description="`virtual` for a store, not AWS, that wants the bucket in the host's name; "
+        "else it is in the `path`.",
     )
     aws_access_key_id: str | None = Field(
         None,

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jobs import download, errors, queries, settings, stores
+from jobs import download, errors, queries, settings, storage, stores
 from jobs.cli import connections, exits, options, output
 from jobs.schema import Batch
 
@@ -52,7 +52,11 @@ def download_batch(
             download.fetch(store, download.items(db, row.id), target, sidecars=sidecars),
             download.fetch_result_files(db, store, row, target),
         )
-    outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
+    try:
+        outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
+    except storage.StorageUnavailable as error:
+        rest = "what is there is whole, and the same command fetches the rest"
+        raise errors.RushesError(f"{error}; {rest}") from error
     with db.reading() as session:
         row = queries.find_batch(session, row.id)
     if as_json:

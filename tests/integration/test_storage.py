@@ -15,7 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ResponseStreamingError
+from botocore.response import StreamingBody
 
 from jobs import errors, folder_store, s3_store, servers, settings, storage, stores
 
@@ -151,7 +152,8 @@ def test_a_store_without_the_call_for_many_is_asked_one_by_one(in_s3, monkeypatc
         in_s3.put_bytes(b"x", key, content_type="text/plain")
 
     def refuse(**_):
-        raise ClientError({"Error": {"Code": "NotImplemented"}}, "DeleteObjects")
+        answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+        raise ClientError(answer, "DeleteObjects")
 
     monkeypatch.setattr(in_s3._client, "delete_objects", refuse)
     in_s3.delete_many(["a", "b"])
@@ -366,6 +368,7 @@ def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
         ("400 ExpiredToken", storage.StorageDenied),
         ("400 BadDigest", storage.UploadMismatch),
         ("400 EntityTooLarge", storage.StorageError),
+        ("501 NotImplemented", storage.StorageError),
     ],
 )
 def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
@@ -375,6 +378,64 @@ def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
         with pytest.raises(storage.StorageError) as raised:
             stores.open_store(values).put_bytes(b"x", "k", content_type="text/plain")
     assert type(raised.value) is kind
+
+
+def test_the_words_of_the_store_are_passed_on_with_what_would_do(s3):
+    with _server_that_always_says("403 SecondLevelDomainForbidden") as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageDenied, match="said so; set S3_ADDRESSING_STYLE=virtual"):
+            store.put_bytes(b"x", "k", content_type="text/plain")
+
+
+def test_a_store_may_have_the_bucket_in_the_name_of_its_host(s3):
+    values = settings.Settings(**{**s3, "S3_ADDRESSING_STYLE": "virtual"})
+    its = {"s3_endpoint_url": "https://oss.example", "s3_public_endpoint_url": None}
+    values = values.model_copy(update=its)
+    link = urllib.parse.urlsplit(stores.open_bucket(values, "mine").presign("k", seconds=60))
+    assert (link.hostname, link.path) == ("mine.oss.example", "/k")
+
+
+def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3):
+    with _server_that_always_says("404 NoSuchKey") as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        store.delete("k")
+        store.delete_many(["k"])
+
+
+def test_credentials_that_are_away_for_a_moment_are_an_outage(monkeypatch, tmp_path, video):
+    """And no fault of this disk, for which a finished video would be rendered again."""
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
+    store = stores.open_store(settings.load(results_url="s3://bucket"))
+    for call in (
+        lambda: store.put_file(video, "k", content_type="video/mp4"),
+        lambda: store.download("k", tmp_path / "there"),
+        lambda: store.head("k"),
+    ):
+        with pytest.raises(storage.StorageUnavailable, match="token"):
+            call()
+
+
+def test_a_disk_that_takes_no_download_is_no_fault_of_the_store(in_s3, tmp_path):
+    in_s3.put_bytes(b"x", "k", content_type="text/plain")
+    with pytest.raises(FileNotFoundError):
+        in_s3.download("k", tmp_path / "not there" / "file")
+
+
+def test_a_body_that_breaks_off_is_an_outage(in_s3, monkeypatch, tmp_path):
+    in_s3.put_bytes(b"x" * 10, "k", content_type="text/plain")
+
+    def cut(_body, _size=None):
+        raise ResponseStreamingError(error="reset")
+
+    monkeypatch.setattr(StreamingBody, "read", cut)
+    for call in (
+        lambda: in_s3.download("k", tmp_path / "file"),
+        lambda: list(in_s3.stream("k", first=0, last=9)),
+        lambda: in_s3.read_bytes("k"),
+    ):
+        with pytest.raises(storage.StorageUnavailable, match="does not answer"):
+            call()
 
 
 def test_bytes_that_change_on_their_way_are_refused(in_s3, monkeypatch):
@@ -552,6 +613,13 @@ def _server_that_always_says(answer):
             self.rfile.read(int(self.headers["Content-Length"] or 0))
             self.do_HEAD()
             self.wfile.write(body)
+
+        def do_DELETE(self):
+            self.do_HEAD()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            self.do_PUT()
 
         def do_HEAD(self):
             self.send_response(int(status))

@@ -38,6 +38,7 @@ NOT_IN_COMPOSE = {  # second names, paths and ports of the host, credentials of 
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
     "AWS_SESSION_TOKEN",
+    "S3_ADDRESSING_STYLE",
     "RUSHES_PRESETS_DIR",
     "RUSHES_SCRATCH_DIR",
     # Files of yours: they come with a volume, in a compose file of your own.

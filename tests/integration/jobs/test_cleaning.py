@@ -345,9 +345,9 @@ def test_a_batch_whose_image_went_cannot_be_reopened(bucket: Bucket) -> None:
 @ONE_DATABASE
 def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
     keys = []
-    for color in ("red", "blue", "green", "yellow"):
+    for color in ("red", "blue", "green", "yellow", "white"):
         keys.append(bucket.image(bucket.finish(bucket.submit(color), days_ago=31)))
-    uploaded, scheduled, free, listed = keys
+    uploaded, scheduled, free, listed, escaped = keys
     with bucket.world.db.transaction() as session:
         stored = storage.StoredObject(key=uploaded, size_bytes=1, sha256="0" * 64)
         names = {"owner": "", "purpose": "vision", "name": "a.png"}
@@ -357,13 +357,53 @@ def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
         prompts = '{"prompt": "p", "image": "{{first}}"}'
         lists = {"first": ["https://images.test/a.png", f"s3://rushes/{listed}"]}
         session.add(schedule(session, prompts=prompts, lists=lists))
+        prompts = f'{{"prompt": "p", "image": "s3://rushes/{escaped}"}}'.replace("/", r"\/")
+        session.add(schedule(session, prompts=prompts))
     assert bucket.clean(Kind.INPUTS)[Kind.INPUTS].counts == {"objects": 1}
     assert bucket.stored("inputs/") == sorted({*keys} - {free})
     with bucket.world.db.transaction() as session:
         past = database.now(session) - timedelta(days=31)
         session.execute(update(StoredFile).values(created_at=past))
     bucket.clean(Kind.UPLOADS, Kind.INPUTS, keep_uploads_days=30)
-    assert bucket.stored("inputs/") == sorted([scheduled, listed])
+    assert bucket.stored("inputs/") == sorted([scheduled, listed, escaped])
+
+
+@ONE_DATABASE
+def test_nothing_goes_while_it_is_unknown_what_a_schedule_names(bucket: Bucket) -> None:
+    """A file that is made anew each night, or that our keys may not read for the moment."""
+    bucket.finish(bucket.submit(), days_ago=31)
+    with bucket.world.db.transaction() as session:
+        row = schedule(session)
+        row.prompts, row.prompts_url = None, bucket.store.address("prompts/nightly.jsonl")
+        name = row.name
+        session.add(row)
+    there = bucket.stored()
+    for outcome in bucket.clean(Kind.RESULTS, Kind.INPUTS, **DAYS).values():
+        assert outcome.error is not None
+        assert name in outcome.error
+        assert "mend or remove the schedule" in outcome.error
+    assert bucket.stored() == there
+
+
+@ONE_DATABASE
+def test_what_the_store_does_not_let_go_keeps_nothing_else(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, free = sorted(bucket.finish(bucket.submit(), days_ago=31) for _ in range(2))
+    real = bucket.store.delete_many
+
+    def delete_many(keys: Sequence[str]) -> None:
+        if held in keys[0]:
+            raise storage.StorageDenied(keys[0], "is held")
+        real(keys)
+
+    monkeypatch.setattr(bucket.store, "delete_many", delete_many)
+    monkeypatch.setattr(stores, "open_store", lambda _config: bucket.store)
+    outcome = bucket.clean(Kind.RESULTS, **DAYS)[Kind.RESULTS]
+    assert outcome.counts["batches"] == 1
+    assert outcome.error is not None
+    assert "is held" in outcome.error
+    assert bucket.stored(f"batches/{free}/") == []
 
 
 @ONE_DATABASE
@@ -609,18 +649,22 @@ def test_scratch_folders_go_when_no_attempt_needs_them(sqlite_world: World, tmp_
     for name, is_old in (
         (f"{batch_id}.{live}", True),
         (f"{batch_id}.{over}", True),
+        (f"other-farm.{live}", True),
         ("other-farm.7777", False),
         ("other-farm.8888", True),
+        ("other-farm.9999", True),
         ("notes", True),
     ):
         folder = config.scratch_dir / name
         folder.mkdir(parents=True)
         (folder / "video.mp4").write_bytes(b"1234")
+        if name.endswith(".9999"):
+            (folder / "sidecar.json").touch()  # finished: the other farm uploads it
         if is_old:
-            os.utime(folder / "video.mp4", (past, past))
-            os.utime(folder, (past, past))
+            for path in (*folder.iterdir(), folder):
+                os.utime(path, (past, past))
     for apply in (False, True):
         outcome = bucket.clean(Kind.SCRATCH, apply=apply)[Kind.SCRATCH]
-        assert (outcome.counts["folders"], outcome.size_bytes) == (2, 8)
+        assert (outcome.counts["folders"], outcome.size_bytes) == (3, 12)
     left = {path.name for path in config.scratch_dir.iterdir()}
-    assert left == {f"{batch_id}.{live}", "other-farm.7777", "notes"}
+    assert left == {f"{batch_id}.{live}", "other-farm.7777", "other-farm.9999", "notes"}

@@ -15,6 +15,7 @@ from jobs import (
     database,
     download,
     errors,
+    folder_store,
     lifecycle,
     queries,
     results,
@@ -235,10 +236,29 @@ def test_a_store_that_is_away_ends_it_in_one_line(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.01)
     result = rushes("download", "latest", "out")
     assert result.exit_code == exits.ERROR
     assert len(result.stderr.splitlines()) == 1
     assert "does not answer" in result.stderr
+    assert "the same command fetches the rest" in result.stderr
+
+
+def test_one_connection_that_breaks_does_not_end_it(
+    db: database.Database, store: storage.ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    whole, broken = folder_store.FolderStore.download, iter([True])
+
+    def download_once_broken(store: folder_store.FolderStore, key: str, path: Path) -> None:
+        if next(broken, False):
+            raise storage.StorageUnavailable(key, "70 of 200 bytes came")
+        whole(store, key, path)
+
+    monkeypatch.setattr(folder_store.FolderStore, "download", download_once_broken)
+    monkeypatch.setattr(download, "RETRY_SECONDS", 0.01)
+    assert rushes("download", batch_id, "out").exit_code == exits.OK
+    assert "a.mp4" in files(Path("out"))
 
 
 @given(st.text(max_size=600))
@@ -267,6 +287,23 @@ def test_a_folder_keeps_to_one_batch(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidInput, match="holds batch 260101-zzzzzzzz"):
         download.take_folder(folder, "260101-aaaaaaaa")
     download.take_folder(folder, "260101-zzzzzzzz")
+
+
+def test_a_folder_that_a_full_disk_left_unmarked_can_be_taken_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "videos"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(download.DiskUnusable, match="when there is room"):
+            download.take_folder(folder, "260101-aaaaaaaa")
+    assert list(folder.iterdir()) == []
+    (folder / download.OWNER_FILE).write_text("")  # as older versions left it
+    download.take_folder(folder, "260101-aaaaaaaa")
+    assert (folder / download.OWNER_FILE).read_text() == "260101-aaaaaaaa\n"
 
 
 def test_a_folder_that_cannot_be_is_refused(

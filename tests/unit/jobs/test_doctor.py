@@ -177,3 +177,7 @@ def test_real_servers_pass(
     found = checks()
     for name in ("redis", "redis eviction", "redis persistence", "results store", "results links"):
         assert found[name].status == "ok", found[name]
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "temporary")
+    links = checks()["results links"]
+    assert links.status == "warn", links
+    assert "until the temporary credentials end" in links.seen

@@ -97,6 +97,7 @@ def test_every_setting_can_come_from_a_file(
         "log_level": "ERROR",
         "log_format": "json",
         "aws_access_key_id": "id",
+        "s3_addressing_style": "virtual",
         "web_rate": "5/hour",
         "web_max_bytes": "2000000",
         "web_require_token": "True",
