@@ -2,7 +2,7 @@
 
 # B batch, C channels, T frames, H W rows columns, P frames from before the chunk, N pixels
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class FrameCache:
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()
         self._belts: dict[nn.Module, _Belt] = {}
+        self._made: dict[nn.Module, Tensor] = {}
         for row in rows:
             self._belts |= dict.fromkeys(row, _Belt(row))
 
@@ -38,6 +39,28 @@ class FrameCache:
             return False
         self._started.add(layer)
         return True
+
+    def repeated(
+        self,
+        layer: nn.Module,
+        make: Callable[[], Tensor],
+        *,
+        still: int,
+        num_frames: int,
+        num_past: int,
+    ) -> Tensor:
+        """What a layer makes of a chunk, or made of the one before where that has the same bits.
+
+        `still` frames before the chunk's last one are equal to it, and so are all that come; the
+        layer's window is `num_past` frames longer than one. A chunk is as long as the one before.
+        """
+        spare = still - (2 * num_frames - 1) - num_past
+        if spare >= 0 and layer in self._made:
+            return self._made[layer]
+        made = make()
+        if spare + num_frames >= 0:  # the next chunk's output will be this one
+            self._made[layer] = made
+        return made
 
     def remember(self, layer: nn.Module, x_BCTHW: Tensor, num_frames: int) -> None:
         # A clone: a view would keep the whole chunk in memory.

@@ -59,7 +59,7 @@ def encode(
         image_BCHW = crop_to_fill(image_BCHW, target)
     # Resized on the CPU, so that every device encodes the same frame.
     frame_BCHW = first_frame(image_BCHW, target).to(autoencoder.conv1.weight.device)
-    latents_BCTHW = autoencoder.encode(pad_in_time(frame_BCHW, target.num_frames))
+    latents_BCTHW = autoencoder.encode(pad_in_time(frame_BCHW, target.num_frames), still_from=1)
     mask_BCTHW = first_frame_mask(latents_BCTHW, channels=autoencoder.config.temporal_stride)
     return Condition(
         y_BCTHW=torch.cat([mask_BCTHW, latents_BCTHW], dim=1),

@@ -108,6 +108,6 @@ def condition(
 ) -> tuple[Tensor, Tensor]:
     """y [B, 4 + 16, T, H, W] and image tokens [B, I, D] of first frames in [-1, 1]."""
     padded = conditioning.pad_in_time(images_BCHW, world.NUM_FRAMES)
-    latents = network.encode(padded)
+    latents = network.encode(padded, still_from=1)
     mask = conditioning.first_frame_mask(latents, channels=network.config.temporal_stride)
     return torch.cat([mask, latents], dim=1), tower.encode(images_BCHW)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from models import causal_conv, config, norms, vae
@@ -62,6 +63,20 @@ def test_a_chunk_depends_on_the_past_only(network):
     assert torch.equal(whole[:, :, :5], start)
     encoded = network.encode(whole)
     assert torch.equal(encoded[:, :, :2], network.encode(whole[:, :, :5]))
+
+
+@pytest.mark.parametrize("still_from", [1, 8, 40])
+def test_what_does_not_change_any_more_is_computed_once(network, still_from):
+    video = torch.randn(1, 3, 81, 16, 24).clamp(-1, 1)
+    video[:, :, still_from:] = video[:, :, -1:].clone()
+    convs = [layer for layer in network.encoder.modules() if isinstance(layer, nn.Conv3d)]
+    calls = []
+    hooks = [conv.register_forward_hook(lambda *_: calls.append(1)) for conv in convs]
+    expected, asked = network.encode(video), len(calls)
+    assert torch.equal(network.encode(video, still_from=still_from), expected)
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) - asked < 0.9 * asked
 
 
 def test_frames_come_in_pieces_without_a_trace(network, monkeypatch):
