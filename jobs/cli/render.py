@@ -9,7 +9,7 @@ from typing import get_args
 
 import click
 
-from jobs import errors, logs, parts, readers, settings, submission, unqueued
+from jobs import errors, logs, parts, readers, settings, standalone, submission, unqueued
 from jobs.cli import exits, options, output, prompt_files
 
 NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
@@ -66,6 +66,8 @@ def render(
     for text in orders.notes:
         output.note(f"note: {text}")
     _make_folder(target)
+    if look.look.model_path in standalone.TINY_MODELS:
+        standalone.place_tiny_models(config, output.note)
     videos: list[dict[str, object]] = []
 
     def on_video(name: str, video: Path) -> None:

@@ -123,6 +123,13 @@ def test_two_processes_make_the_same_videos(world, alone, together):
     assert one.std() > 10, "a video in which a difference would show"
 
 
+def test_the_models_of_the_demo_need_no_preparation(world, rushes):
+    (world / "one.txt").write_text("a red circle moves right\n")
+    result = rushes("render", "one.txt", "--preset", "tiny", "--to", "demo")
+    assert result.stdout == "demo/00000.mp4\n", result.stderr
+    assert "copied to" in result.stderr
+
+
 def test_what_is_there_is_not_made_again(world, rushes, alone):
     """Whatever it shows: only its name is looked at."""
     shutil.copytree(world / "alone", world / "mine")
