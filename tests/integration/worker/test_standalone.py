@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from sqlalchemy import text
 
-from jobs import servers, settings, standalone, stores, supervisor
+from jobs import database, migrate, servers, settings, standalone, stores, supervisor
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -149,10 +150,17 @@ def test_the_address_of_a_dead_farm_is_nobodys(home):
 
 
 class Farms:
-    """Two `rushes up` started at once in one folder with the `up.json` of a dead one."""
+    """Two `rushes up` started at once in one folder with the `up.json` of a dead one.
+
+    Its tables are those of a newer version, as after a step back from an upgrade.
+    """
 
     def __init__(self, home):
         self.home = home
+        with contextlib.closing(database.connect(settings.load(home=str(home)))) as db:
+            migrate.upgrade(db)
+            with db.transaction() as session:
+                session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         (home / settings.UP_FILE).write_text(
             json.dumps(
                 {"pid": 2**22 + 1, "process_started": 1.0, "environment": {"REDIS_URL": "x"}}

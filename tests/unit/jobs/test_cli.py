@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from jobs import (
@@ -870,6 +871,16 @@ def test_migrate_makes_the_tables_once(rushes: Rushes) -> None:
     assert "already" in rushes("migrate").stdout
     assert rushes("list").exit_code == 0
     assert rushes("migrate", "--revision", "none").exit_code == exits.USAGE
+
+
+def test_migrate_leaves_the_tables_of_a_newer_version_alone(
+    db: database.Database, rushes: Rushes
+) -> None:
+    with db.transaction() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    result = rushes("migrate")
+    assert (result.exit_code, "of a newer version" in result.stdout) == (0, True)
+    assert rushes("list").exit_code == 0
 
 
 def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
