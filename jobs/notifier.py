@@ -65,9 +65,9 @@ class Notifier:
         """Until told to stop; tries that are under way are then waited for."""
         sign = beat.of_notifier(self._config)
         while not stop.is_set():
+            sign.touch()
             try:
                 began = self.tick()
-                sign.touch()
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("notify.database_unavailable", error=str(error)[:300])
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))

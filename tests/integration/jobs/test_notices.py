@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 import standardwebhooks
 from sqlalchemy import select, update
 
-from jobs import couriers, database, listeners, notifier, outbox, settings
+from jobs import beat, couriers, database, listeners, notifier, outbox, settings
 from jobs.schema import Listener, Notice
 
 LOCAL = frozenset({"127.0.0.1"})
@@ -199,6 +200,25 @@ def test_a_backlog_goes_out_as_fast_as_it_is_taken(sqlite_world, receiver):
     stop.set()
     thread.join()
     assert len(receiver.letters) == 7
+
+
+def test_it_gives_a_sign_of_life_also_while_the_database_is_away():
+    config = settings.load(database_url="postgresql://x@127.0.0.1:1/y", tick_seconds=0.05)
+    stop = threading.Event()
+    running = notifier.Notifier(config, db=database.connect(config))
+    thread = threading.Thread(target=running.run, args=(stop,))
+    thread.start()
+    sign = beat.of_notifier(config)
+    try:
+        for _ in range(3):
+            deadline = time.monotonic() + 30
+            while not sign.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.utime(sign.path, (0, 0))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_webhook_is_signed_as_the_standard_says(sqlite_world, receiver, sender, caplog, capfd):

@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from jobs import (
+    beat,
     cli,
     database,
     health,
@@ -27,13 +28,14 @@ from jobs import (
     migrate,
     queries,
     reports,
+    result_writer,
     retries,
     settings,
     states,
     watch,
     workers,
 )
-from jobs.cli import display, exits, root, worker_commands
+from jobs.cli import display, exits, processes, root, worker_commands
 from tests.registrations import registration
 
 GOOD = (
@@ -901,14 +903,77 @@ def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
     assert rushes("dispatcher", "--check").exit_code == exits.ERROR
 
 
+def test_a_dispatcher_gives_a_sign_of_life_also_while_the_database_is_away() -> None:
+    config = settings.load(database_url="postgresql://x@127.0.0.1:1/y")
+    away = database.connect(config)
+    writer = result_writer.ResultWriter(config, db=away)
+    made = processes._Beating(config, db=away, writer=writer)
+    made._pardon()
+    with pytest.raises(OperationalError):
+        made.tick()
+    assert beat.of_dispatcher(config).is_alive()
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """A service that runs in the test takes them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", ["dispatcher", "notify run", "worker"])
+def test_a_service_begins_while_the_database_is_away(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch, signals_as_before: None, command: str
+) -> None:
+    """Whoever started it would start it again and again, with growing pauses."""
+    touch = beat.Beat.touch
+
+    def touch_and_end(sign: beat.Beat) -> None:
+        touch(sign)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/rushes")
+    assert rushes(*command.split(), "--check").exit_code == exits.ERROR
+    monkeypatch.setattr(beat.Beat, "touch", touch_and_end)
+    result = rushes(*command.split())
+    assert result.exit_code == exits.OK
+    assert "database.awaited" in result.stderr
+    assert rushes(*command.split(), "--check").exit_code == exits.OK
+
+
+@pytest.mark.parametrize("command", ["dispatcher", "notify run", "worker"])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("mysql://me@127.0.0.1/db", "no driver"),
+        ("postgresql://me:a@b@127.0.0.1/db", "an @ too many"),
+        ("sqlite:///elsewhere.db", "there is no such file"),
+        ("sqlite:///empty.db", "run `rushes migrate`"),
+    ],
+)
+def test_a_service_with_a_wrong_database_ends_with_a_line(
+    rushes: Rushes,
+    monkeypatch: pytest.MonkeyPatch,
+    signals_as_before: None,
+    command: str,
+    url: str,
+    why: str,
+) -> None:
+    Path("empty.db").touch()
+    monkeypatch.setenv("DATABASE_URL", url)
+    result = rushes(*command.split())
+    assert result.exit_code != exits.OK
+    assert why in result.stderr.splitlines()[-1]
+    assert not Path("elsewhere.db").exists()
+
+
 def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes: Rushes) -> None:
     result = rushes("worker", "--devices", "gpu")
     assert result.exit_code == exits.USAGE
     assert "--devices" in result.stderr
-
-
-def test_no_worker_here_is_code_1(db: database.Database, rushes: Rushes) -> None:
-    assert rushes("worker", "--check").exit_code == exits.ERROR
 
 
 def test_the_web_service_is_asked_at_its_own_address(
