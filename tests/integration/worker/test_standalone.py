@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -147,6 +148,32 @@ def test_the_address_of_a_dead_farm_is_nobodys(home):
     state = {"pid": process.pid, "process_started": 1.0, "environment": {"REDIS_URL": "redis://x"}}
     (home / settings.UP_FILE).write_text(json.dumps(state))
     assert settings.read_up_file(home) == {}
+
+
+ENDS_WHEN_ASKED_TWICE = """
+import signal, threading
+stop, hurry = threading.Event(), threading.Event()
+def ask(*_):
+    (hurry if stop.is_set() else stop).set()
+signal.signal(signal.SIGTERM, ask)
+print("up", flush=True)
+while not hurry.wait(0.01): pass
+"""
+
+
+def test_a_second_ctrl_c_reaches_a_child_whose_turn_comes_after_it(tmp_path, until, monkeypatch):
+    monkeypatch.setattr(standalone, "LOOK_SECONDS", 0.1)
+    path = tmp_path / "child.log"
+    command = [sys.executable, "-S", "-c", ENDS_WHEN_ASKED_TWICE]
+    child = supervisor.Child(name="child", command=command, log_path=path)
+    child.start()
+    until(lambda: "up" in path.read_text())
+    hurry = threading.Event()
+    hurry.set()
+    began = time.monotonic()
+    standalone._stop_child(child, 60.0, hurry)
+    assert time.monotonic() - began < 30
+    assert not child.is_alive
 
 
 class Farms:
