@@ -477,7 +477,7 @@ def _workers(found: list[queries.LiveWorker]) -> Check:
         return _warn("workers", f"some take no jobs for now: {seen}", advice)
     if silent:
         seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
-        return _warn("workers", seen, "look at the logs of the silent ones")
+        return _warn("workers", seen, "look at their logs, or `rushes workers forget NAME`")
     return _ok("workers", f"alive: {', '.join(alive)}")
 
 

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import text
+from sqlalchemy import text, update
 from sqlalchemy.exc import OperationalError
 
 from jobs import (
@@ -36,6 +37,7 @@ from jobs import (
     workers,
 )
 from jobs.cli import display, exits, processes, root, worker_commands
+from jobs.schema import Worker
 from tests.registrations import registration
 
 GOOD = (
@@ -844,7 +846,26 @@ def test_a_test_that_nobody_runs_is_waited_for_no_longer_than_asked(
     assert "when its job is done" in rushes("workers", "test", "gpu0@host", "--no-wait").stdout
 
 
-@pytest.mark.parametrize("command", ["test", "readmit"])
+def test_a_silent_worker_is_forgotten_and_no_other(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    attempt_id = farm.claim(0)
+    result = rushes("workers", "forget", "gpu0@host")
+    assert (result.exit_code, "only silent ones" in result.stderr) == (exits.ERROR, True)
+    with farm.db.transaction() as session:
+        long_ago = database.now(session) - timedelta(hours=1)
+        session.execute(update(Worker).values(heartbeat_at=long_ago))
+    result = rushes("workers", "forget", "gpu0@host")
+    assert (result.exit_code, "still holds jobs (1)" in result.stderr) == (exits.ERROR, True)
+    farm.db.write(lifecycle.release, attempt_id, reason="it was stopped")
+    told = parsed(rushes("workers", "forget", "gpu0@host", "-o", "json"))
+    assert told == {"worker": "gpu0@host", "changed": True}
+    assert "no workers" in rushes("workers").stderr
+    assert not farm.db.write(workers.forget, "gpu0@host")
+    farm.live_worker()
+    assert " alive " in rushes("workers").stdout
+
+
+@pytest.mark.parametrize("command", ["test", "readmit", "forget"])
 def test_a_worker_that_is_not_there_is_told_with_those_that_are(
     rushes: Rushes, farm: Farm, command: str
 ) -> None:
