@@ -141,6 +141,15 @@ class Database:
             # Closing ends the transaction; a rollback would also expire what was read.
             yield session
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """As `reading`; on PostgreSQL too all statements see the rows of one moment."""
+        options = {"rushes_begin": "BEGIN"}
+        if not self.is_sqlite:
+            options["isolation_level"] = "REPEATABLE READ"
+        with Session(self.engine.execution_options(**options), expire_on_commit=False) as session:
+            yield session
+
     def write(
         self, change: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
