@@ -474,6 +474,8 @@ class Notice(Base):
     given_up_at: Mapped[datetime | None]
     error: Mapped[str | None]
     """What became of the last try that failed."""
+    taken: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """Recipients of the address that need no further try, as the courier names them."""
 
     __table_args__ = (_index("ix_notices_due", "next_try_at", where="next_try_at IS NOT NULL"),)
 
