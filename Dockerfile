@@ -7,6 +7,14 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
+# Kernels are compiled where they run, by triton with a C compiler.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# What of the driver the container toolkit brings in; `video` is the GPU's own H.264 encoder.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+
 WORKDIR /opt/rushes
 
 # Optional parts that the image carries. `gradio` cannot be one of them: it needs an older pillow.

@@ -1,5 +1,6 @@
 """One notice to one listener: a signed webhook, or a message through apprise."""
 
+import hashlib
 import http.client
 import json
 import logging
@@ -27,10 +28,20 @@ class Letter:
     secret: str | None
     message_id: str
     body: dict[str, Any]
+    taken: frozenset[str] = frozenset()
+    """Recipients of the address that have it already; see `PartlyDelivered`."""
 
 
 class NotDelivered(Exception):
     """Not this time; the message holds no secret."""
+
+
+class PartlyDelivered(NotDelivered):
+    """Some recipients of an address lack it yet; `taken` tells who has it, of all tries."""
+
+    def __init__(self, reason: str, *, taken: frozenset[str]) -> None:
+        self.taken = taken
+        super().__init__(reason)
 
 
 class Gone(NotDelivered):
@@ -119,8 +130,40 @@ def _by_apprise(letter: Letter) -> None:
     if not service.add(letter.url):
         raise NotDelivered("apprise does not know this address")
     title, text = sentence(letter.body)
-    if not service.notify(title=title, body=text):
-        raise NotDelivered(f"apprise could not send to {listeners.shown(letter.url)}")
+    taken = set(letter.taken)
+    are_told = [
+        _is_told(plugin, position, taken, title=title, text=text)
+        for position, plugin in enumerate(service)
+    ]
+    if not all(are_told):
+        some = "all of " if taken else ""
+        raise PartlyDelivered(
+            f"apprise could not send to {some}{listeners.shown(letter.url)}",
+            taken=frozenset(taken),
+        )
+
+
+def _is_told(plugin: Any, position: int, taken: set[str], *, title: str, text: str) -> bool:
+    """Whether all recipients of this part of an address have it now. `taken` grows by who has."""
+    import apprise
+
+    def name(recipient: object) -> str:
+        return hashlib.sha256(f"{position} {recipient!r}".encode()).hexdigest()[:16]
+
+    everybody = name("")
+    if everybody in taken:
+        return True
+    if plugin.overflow_mode != apprise.OverflowMode.SPLIT:
+        # Asked and told by apprise's plugins for each recipient; by itself it remembers one call
+        # long. A text that is sent in pieces has them several times, and is always sent whole.
+        plugin.is_delivered = lambda key, per_message=False: name(key) in taken  # noqa: ARG005
+        plugin.mark_delivered = lambda key, per_message=False: taken.add(name(key))  # noqa: ARG005
+    alone = apprise.Apprise()
+    alone.add(plugin)
+    if not alone.notify(title=title, body=text):
+        return False
+    taken.add(everybody)
+    return True
 
 
 def sentence(body: dict[str, Any]) -> tuple[str, str]:

@@ -56,6 +56,11 @@ WRITE_TRIES = 6
 CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
 IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
+TAKES_NOBODY = (
+    *("starting up", "shutting down", "in recovery", "too many clients", "connection slots"),
+    "cannot connect to server",  # a PgBouncer without its PostgreSQL
+)
+"""What a server says that refuses everybody, not just us."""
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
@@ -101,6 +106,16 @@ class Database:
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
+    def require_file(self) -> None:
+        """DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
+        file = self.url.database
+        if self.is_sqlite and file and file != ":memory:" and not Path(file).exists():
+            raise DatabaseUnavailable(
+                self.url,
+                "there is no such file: start everything on this machine with `rushes up`, or "
+                "create it with `rushes migrate`",
+            )
+
     @functools.cached_property
     def engine(self) -> Engine:
         try:
@@ -124,6 +139,15 @@ class Database:
         engine = self.engine.execution_options(rushes_begin="BEGIN")
         with Session(engine, expire_on_commit=False) as session:
             # Closing ends the transaction; a rollback would also expire what was read.
+            yield session
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """As `reading`; on PostgreSQL too all statements see the rows of one moment."""
+        options = {"rushes_begin": "BEGIN"}
+        if not self.is_sqlite:
+            options["isolation_level"] = "REPEATABLE READ"
+        with Session(self.engine.execution_options(**options), expire_on_commit=False) as session:
             yield session
 
     def write(
@@ -232,6 +256,11 @@ def _waits(tries: int) -> Iterator[float | None]:
     yield None
 
 
+def is_away(error: DBAPIError) -> bool:
+    """It may answer later as it is: nobody has to correct anything of ours."""
+    return _may_heal(error) or _is_unreachable(error)
+
+
 def _may_heal(error: DBAPIError) -> bool:
     if error.connection_invalidated:
         return True
@@ -245,12 +274,12 @@ def _is_unreachable(error: DBAPIError) -> bool:
     has_code = getattr(error.orig, "sqlstate", None) is not None
     is_server = type(error.orig).__module__.startswith("psycopg")
     said = str(error.orig)
-    starting = any(word in said for word in ("starting up", "shutting down", "in recovery"))
+    takes_nobody = any(words in said for words in TAKES_NOBODY)
     return (
         isinstance(error, OperationalError)
         and is_server
         and not has_code
-        and ("FATAL" not in said or starting)
+        and ("FATAL" not in said or takes_nobody)
     )
 
 

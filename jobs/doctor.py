@@ -159,6 +159,10 @@ def _database(config: settings.Settings) -> Iterator[Check]:
     yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
     if revision == head:
         yield _ok("database tables", f"revision {revision}")
+    elif migrate.is_newer(revision):
+        seen = f"at revision {revision} of a newer version, this one made {head}"
+        advice = "none needed: older versions work on them; upgrade when you can"
+        yield _warn("database tables", seen, advice)
     else:
         seen = f"at revision {revision or 'none'}, this version needs {head}"
         yield _fail("database tables", seen, "run `rushes migrate`")
@@ -478,7 +482,7 @@ def _workers(found: list[queries.LiveWorker]) -> Check:
         return _warn("workers", f"some take no jobs for now: {seen}", advice)
     if silent:
         seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
-        return _warn("workers", seen, "look at the logs of the silent ones")
+        return _warn("workers", seen, "look at their logs, or `rushes workers forget NAME`")
     return _ok("workers", f"alive: {', '.join(alive)}")
 
 

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import database, states, workers
+from jobs import database, states, totals, workers
 from jobs.schema import (
     ApiRequest,
     ApiToken,
@@ -132,8 +132,12 @@ def delete_jobs(session: Session, batch_id: str) -> Deleted:
         .where(Job.batch_id == batch_id, Batch.forgotten_at.is_not(None))
         .order_by(Job.position)
         .limit(JOBS_AT_ONCE)
+        # What another run deletes in the same moment counts once.
+        .with_for_update(of=Job)
     ).all()
-    attempts = _count(session.execute(delete(Attempt).where(Attempt.job_id.in_(ids))))
+    of_them = Attempt.job_id.in_(ids)
+    totals.keep(session, totals.of_attempts(session, of_them))
+    attempts = _count(session.execute(delete(Attempt).where(of_them)))
     jobs = _count(session.execute(delete(Job).where(Job.id.in_(ids))))
     return Deleted(jobs=jobs, attempts=attempts)
 
@@ -237,6 +241,10 @@ def count(session: Session, table: type[Base], which: ColumnElement[bool]) -> in
 
 
 def delete_rows(session: Session, table: type[Base], which: ColumnElement[bool]) -> int:
+    if table is Firing:
+        ended = session.scalars(delete(Firing).where(which).returning(Firing.state)).all()
+        totals.keep(session, totals.of_firings(ended))
+        return len(ended)
     return _count(session.execute(delete(table).where(which)))
 
 

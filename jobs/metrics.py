@@ -2,7 +2,8 @@
 
 Nothing is counted in a process of ours, so no restart and no forked child loses a count, and every
 web service tells the same. Attempts never change once they have ended: sums over the old ones are
-kept, and a scrape reads the new ones.
+kept, and a scrape reads the new ones. When `rushes gc` deletes attempts their totals stay in the
+database, and what is left is added up again.
 """
 
 import importlib.metadata
@@ -20,19 +21,14 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from sqlalchemy import case, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs import database, queries, states
+from jobs import database, queries, states, totals
 from jobs.schema import Attempt, Batch, Firing, Job, Notice
 
-STAGES = ("load", "text", "image", "denoise", "decode", "mux")
-"""Of a render; what an attempt's `seconds` names."""
-BUCKETS = (1, 5, 15, 30, 60, 120, 300, 600, 1_200, 3_600, 7_200)  # seconds
 LATECOMERS = 2_000
 """The newest attempts are read each time: a claim may commit after one with a higher id."""
-
-Sums = Counter[tuple[str, ...]]
 
 
 class Farm(Collector):
@@ -41,31 +37,35 @@ class Farm(Collector):
     def __init__(self, db: database.Database) -> None:
         self._db = db
         self._settled_to = 0
-        self._settled: Sums = Counter()
+        self._settled: totals.Totals = Counter()
+        self._past: totals.Totals = Counter()
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         """Raises what the database raises: no numbers are better than wrong ones."""
-        with self._db.reading() as session:
+        with self._db.snapshot() as session:
+            past = totals.past(session)
             yield from _build()
             yield from _jobs(session)
             yield from _queues(session)
             yield from _attempts_now(session)
             yield from _workers(session)
-            yield from _firings(session)
+            yield from _firings(session, past)
             yield from _notices(session)
-            yield from _attempts_ever(self._ended_attempts(session))
+            yield from _attempts_ever(past + self._attempts_left(session, past))
 
-    def _ended_attempts(self, session: Session) -> Sums:
+    def _attempts_left(self, session: Session, past: totals.Totals) -> totals.Totals:
         with self._lock:
+            if past != self._past:  # some that are in our sums may be in theirs by now
+                self._settled_to, self._settled, self._past = 0, Counter(), past
             newest = session.scalar(select(func.max(Attempt.id))) or 0
             live = Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
             oldest_live = session.scalar(select(func.min(Attempt.id)).where(live))
             settled_to = max(min(newest - LATECOMERS, (oldest_live or newest) - 1), 0)
             if settled_to > self._settled_to:
-                self._settled += _sums(session, after=self._settled_to, until=settled_to)
+                self._settled += _between(session, after=self._settled_to, until=settled_to)
                 self._settled_to = settled_to
-            return self._settled + _sums(session, after=self._settled_to, until=newest)
+            return self._settled + _between(session, after=self._settled_to, until=newest)
 
 
 class Registry:
@@ -170,10 +170,12 @@ def _workers(session: Session) -> Iterator[Metric]:
     yield _gauge("worker_device_bytes", "Device memory there is.", there, "worker")
 
 
-def _firings(session: Session) -> Iterator[Metric]:
+def _firings(session: Session, past: totals.Totals) -> Iterator[Metric]:
     counted = session.execute(select(Firing.state, func.count()).group_by(Firing.state)).all()
-    firings = {(state.value,): 0.0 for state in states.FiringState}
-    firings |= {(state.value,): float(number) for state, number in counted}
+    names = [state.value for state in states.FiringState]
+    firings = {(name,): past[name, "", totals.FIRINGS] for name in names}
+    for state, number in counted:
+        firings[state.value,] += number
     yield _counter("schedule_firings", "Fire times of schedules, by outcome.", firings, "state")
 
 
@@ -189,32 +191,15 @@ def _notices(session: Session) -> Iterator[Metric]:
     yield _gauge("notices", "Events for others to be told of, by state.", notices, "state")
 
 
-def _sums(session: Session, *, after: int, until: int) -> Sums:
-    """Over the attempts with these ids; live ones count as claimed alone."""
-    seconds = database.seconds_between(session, Attempt.started_at, Attempt.finished_at)
-    columns: dict[str, Any] = {
-        "count": func.count(),
-        "seconds": func.sum(seconds),
-        **{f"le:{edge}": func.sum(case((seconds <= edge, 1), else_=0)) for edge in BUCKETS},
-        **{f"stage:{name}": func.sum(Attempt.seconds[name].as_float()) for name in STAGES},
-    }
-    rows = session.execute(
-        select(Attempt.state, Attempt.failure_kind, *columns.values())
-        .where(Attempt.id > after, Attempt.id <= until)
-        .group_by(Attempt.state, Attempt.failure_kind)
-    )
-    sums: Sums = Counter()
-    for state, kind, *values in rows:
-        for name, value in zip(columns, values, strict=True):
-            if value:
-                sums[state.value, kind.value if kind else "", name] += value
-    return sums
+def _between(session: Session, *, after: int, until: int) -> totals.Totals:
+    """Over the attempts with these ids."""
+    return totals.of_attempts(session, (Attempt.id > after) & (Attempt.id <= until))
 
 
-def _attempts_ever(sums: Sums) -> Iterator[Metric]:
+def _attempts_ever(found: totals.Totals) -> Iterator[Metric]:
     claims, ended, stages = Counter[str](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     succeeded = Counter[str]()
-    for (state, kind, name), value in sums.items():
+    for (state, kind, name), value in found.items():
         if name == "count":
             claims["all"] += value
             if state not in states.LIVE_ATTEMPT_STATES:
@@ -226,11 +211,12 @@ def _attempts_ever(sums: Sums) -> Iterator[Metric]:
     yield _counter("claims", "Attempts that began.", {(): claims["all"]})
     about = "Attempts that ended; `kind` says what failed."
     yield _counter("attempts", about, ended, "state", "kind")
-    yield _counter("stage_seconds", "Time spent in a stage of rendering.", stages, "stage")
-    buckets = [(str(float(edge)), float(succeeded[f"le:{edge}"])) for edge in BUCKETS]
+    seconds = {stage: milliseconds / 1000 for stage, milliseconds in stages.items()}
+    yield _counter("stage_seconds", "Time spent in a stage of rendering.", seconds, "stage")
+    buckets = [(str(float(edge)), float(succeeded[f"le:{edge}"])) for edge in totals.BUCKETS]
     yield HistogramMetricFamily(
         "rushes_attempt_seconds",
         "From the claim to the verified upload, of attempts that succeeded.",
         buckets=[*buckets, ("+Inf", float(succeeded["count"]))],
-        sum_value=float(succeeded["seconds"]),
+        sum_value=succeeded["milliseconds"] / 1000,
     )

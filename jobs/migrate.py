@@ -10,17 +10,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 from sqlalchemy.exc import OperationalError
 
 import migrations
 from jobs import database, errors
+from jobs.schema import Base
 
 log = structlog.get_logger()
 
 LOCK = 7_305_114  # any number of migrators may start at once; one works, the others wait
 LOCK_SECONDS = 2.0  # for a table that somebody uses; leases last much longer
-LOCK_NOT_AVAILABLE = "55P03"
+GIVES_WAY = ("55P03", "40P01")  # a lock that is not free; a deadlock that PostgreSQL ended
 TRIES = 15  # about a minute
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -35,8 +36,18 @@ class TablesBusy(errors.RushesError):
         )
 
 
+class TablesUnknown(errors.RushesError):
+    """At a revision that this version does not know, and without tables that it needs."""
+
+    def __init__(self, revision: str, *, missing: str) -> None:
+        super().__init__(
+            f"the database is at revision {revision}, which this version of rushes does not know, "
+            f"and has no table {missing}: correct DATABASE_URL, or install the version that made it"
+        )
+
+
 def upgrade(db: database.Database, *, revision: str = "head") -> tuple[str | None, str | None]:
-    """Apply what is missing; (revision before, revision after)."""
+    """Apply what is missing; (revision before, revision after). Tables of a newer version stay."""
     return _run(db, revision, down=False)
 
 
@@ -53,6 +64,12 @@ def head() -> str | None:
     return ScriptDirectory.from_config(_config()).get_current_head()
 
 
+def is_newer(revision: str | None) -> bool:
+    """Of a version after this one: migrations only add, so that this one works on its tables."""
+    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
+    return revision is not None and revision not in {script.revision for script in scripts}
+
+
 def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | None, str | None]:
     """While others work: whoever holds a table is waited for briefly, and asked again later.
 
@@ -62,7 +79,7 @@ def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
         try:
             return _try(db, revision, down=down)
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            if getattr(error.orig, "sqlstate", None) not in GIVES_WAY:
                 raise
             if tries == TRIES:
                 raise TablesBusy(str(error.orig).strip(), tries=TRIES) from error
@@ -85,12 +102,22 @@ def _try(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
             connection.execute(text("SELECT set_config('lock_timeout', :at, true)"), {"at": limit})
         config.attributes["connection"] = connection
         before = MigrationContext.configure(connection).get_current_revision()
+        if before is not None and revision == "head" and is_newer(before):
+            _leave_alone(connection, before)
+            return before, before
         (command.downgrade if down else command.upgrade)(config, revision)
         after = MigrationContext.configure(connection).get_current_revision()
         if db.is_sqlite:
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             assert not broken, f"rows without their parents: {broken[:3]}"
     return before, after
+
+
+def _leave_alone(connection: Connection, revision: str) -> None:
+    missing = sorted(set(Base.metadata.tables) - set(inspect(connection).get_table_names()))
+    if missing:
+        raise TablesUnknown(revision, missing=missing[0])
+    log.warning("migrate.newer_tables", revision=revision, own=head())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ of it loses nothing, and any number of notifiers may run.
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent import futures
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,8 @@ log = structlog.get_logger()
 AT_ONCE = 8
 PER_LISTENER = 2  # of those: a receiver that hangs leaves the others their share
 WAITS_SECONDS = (60, 300, 1_800, 7_200, 18_000, 36_000, 50_400)  # as Standard Webhooks advises
-"""After each try but the last; the first is longer than any try takes."""
+"""After each try but the last; the first is longer than any webhook takes."""
+APPRISE_SECONDS = 300  # at least: it may pause between recipients, and has no limit for all
 AGAIN_SECONDS = 30.0  # after the database failed
 MAX_ERROR_CHARS = 500
 
@@ -59,15 +60,15 @@ class Notifier:
         hosts = listeners.internal_hosts(config)
         self._courier = courier or couriers.Courier(internal_hosts=hosts)
         self._pool = futures.ThreadPoolExecutor(AT_ONCE, thread_name_prefix="notice")
-        self._busy: dict[futures.Future[None], int] = {}
+        self._busy: dict[futures.Future[None], Due] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Until told to stop; tries that are under way are then waited for."""
         sign = beat.of_notifier(self._config)
         while not stop.is_set():
+            sign.touch()
             try:
                 began = self.tick()
-                sign.touch()
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.error("notify.database_unavailable", error=str(error)[:300])
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
@@ -82,16 +83,22 @@ class Notifier:
 
     def tick(self) -> int:
         """Begin with what is due and has room; how many that were."""
-        self._busy = {future: who for future, who in self._busy.items() if not future.done()}
+        self._busy = {future: due for future, due in self._busy.items() if not future.done()}
         room = AT_ONCE - len(self._busy)
         if not room:
             return 0
         with self._db.reading() as session:  # mostly in vain, and so without a lock
             if session.scalar(_due(session).limit(1)) is None:
                 return 0
-        taken = self._db.write(take, room=room, busy=Counter(self._busy.values()))
+        under_way = self._busy.values()
+        taken = self._db.write(
+            take,
+            room=room,
+            busy=Counter(due.listener_id for due in under_way),
+            but_not=[due.notice_id for due in under_way],
+        )
         for due in taken:
-            self._busy[self._pool.submit(self._try, due)] = due.listener_id
+            self._busy[self._pool.submit(self._try, due)] = due
         return len(taken)
 
     def close(self) -> None:
@@ -109,10 +116,14 @@ class Notifier:
         except couriers.NotDelivered as error:
             is_gone = isinstance(error, couriers.Gone)
             log.warning("notice.not_delivered", **facts, error=str(error))
-            self._note(failed, due, error=str(error), is_gone=is_gone)
+            taken = due.letter.taken
+            if isinstance(error, couriers.PartlyDelivered):
+                taken = error.taken
+            self._note(failed, due, error=str(error), is_gone=is_gone, taken=taken)
         except Exception as error:  # of a library that sends for us: no notice may end the others
             log.error("notice.not_delivered", **facts, error=type(error).__name__)
-            self._note(failed, due, error=type(error).__name__, is_gone=False)
+            name, taken = type(error).__name__, due.letter.taken
+            self._note(failed, due, error=name, is_gone=False, taken=taken)
         else:
             log.info("notice.delivered", **facts)
             self._note(delivered, due)
@@ -136,8 +147,13 @@ def _due(session: Session) -> Select[Notice]:
     )
 
 
-def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
-    """The next tries, written down as made. `busy`: tries under way by listener."""
+def take(
+    session: Session, *, room: int, busy: Counter[int], but_not: Collection[int] = ()
+) -> list[Due]:
+    """The next tries, written down as made. `busy`: tries under way by listener.
+
+    `but_not`: notices whose last try has not ended yet, although the next one is due.
+    """
     waiting = _due(session).with_only_columns(Notice.listener_id, func.min(Notice.next_try_at))
     listener_ids = session.execute(
         waiting.order_by(None)
@@ -147,7 +163,8 @@ def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
     rows: list[Notice] = []
     for listener_id, _ in listener_ids.all():  # each its own: a backlog of one holds up no other
         if (hands := min(PER_LISTENER - busy[listener_id], room - len(rows))) > 0:
-            some = _due(session).where(Notice.listener_id == listener_id).limit(hands)
+            some = _due(session).where(Notice.listener_id == listener_id)
+            some = some.where(Notice.id.not_in(but_not)).limit(hands)
             rows += session.scalars(some.with_for_update(skip_locked=True, of=Notice))
     now = database.now(session)
     taken: list[Due] = []
@@ -155,6 +172,8 @@ def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
         listener = session.get_one(Listener, notice.listener_id)
         # Also after the last one, so that a try that is never heard of again is made again.
         wait = WAITS_SECONDS[min(notice.tries, len(WAITS_SECONDS) - 1)]
+        if listener.secret is None:
+            wait = max(wait, APPRISE_SECONDS)
         notice.tries += 1
         notice.next_try_at = now + timedelta(seconds=wait)
         letter = couriers.Letter(
@@ -162,6 +181,7 @@ def take(session: Session, *, room: int, busy: Counter[int]) -> list[Due]:
             secret=listener.secret,
             message_id=notice.message_id,
             body=notice.body,
+            taken=frozenset(notice.taken or ()),
         )
         taken.append(
             Due(
@@ -182,7 +202,9 @@ def delivered(session: Session, due: Due) -> None:
     )
 
 
-def failed(session: Session, due: Due, *, error: str, is_gone: bool) -> None:
+def failed(
+    session: Session, due: Due, *, error: str, is_gone: bool, taken: Collection[str]
+) -> None:
     """Written down; given up after the last try, and all of a listener's when it is gone."""
     now = database.now(session)
     told = {"error": database.storable(error)[:MAX_ERROR_CHARS]}
@@ -200,5 +222,5 @@ def failed(session: Session, due: Due, *, error: str, is_gone: bool) -> None:
     session.execute(
         update(Notice)
         .where(Notice.id == due.notice_id)
-        .values(told | (given_up if due.is_last else {}))
+        .values(told | {"taken": sorted(taken) or None} | (given_up if due.is_last else {}))
     )

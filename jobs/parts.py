@@ -22,7 +22,6 @@ class Part:
 
 
 RUN_WORKERS = Part("worker.launch", "run")
-CHECK_WORKERS = Part("worker.launch", "check")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 UNLIKE_HEADERS = Part("worker.wanted", "unlike_headers")
@@ -40,7 +39,6 @@ RENDER_ALONE = Part("worker.alone", "render", loads_torch=True)
 
 ALL = (
     RUN_WORKERS,
-    CHECK_WORKERS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     UNLIKE_HEADERS,

@@ -8,7 +8,17 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select, true
 from sqlalchemy.orm import Session
 
-from jobs import cron, database, errors, presets, readers, states, submission, templates
+from jobs import (
+    cron,
+    database,
+    errors,
+    presets,
+    readers,
+    states,
+    submission,
+    templates,
+    totals,
+)
 from jobs.schema import Batch, Firing, Schedule
 
 LATE = timedelta(minutes=5)
@@ -176,7 +186,9 @@ def resume(session: Session, name: str) -> bool:
 def remove(session: Session, name: str) -> None:
     """With its history; its batches stay."""
     schedule = find(session, name, lock=True)
-    session.execute(delete(Firing).where(Firing.schedule_id == schedule.id))
+    history = delete(Firing).where(Firing.schedule_id == schedule.id)
+    ended = session.scalars(history.returning(Firing.state)).all()
+    totals.keep(session, totals.of_firings(ended))
     session.delete(schedule)
 
 

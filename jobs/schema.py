@@ -474,5 +474,20 @@ class Notice(Base):
     given_up_at: Mapped[datetime | None]
     error: Mapped[str | None]
     """What became of the last try that failed."""
+    taken: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """Recipients of the address that need no further try, as the courier names them."""
 
     __table_args__ = (_index("ix_notices_due", "next_try_at", where="next_try_at IS NOT NULL"),)
+
+
+class PastTotal(Base):
+    """A sum over attempts or firings that were deleted as old. See `totals`."""
+
+    __tablename__ = "past_totals"
+
+    state: Mapped[str] = mapped_column(String(20), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20), primary_key=True)
+    """Of failure; empty: there was none."""
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """What was added up."""
+    value: Mapped[int] = mapped_column(BigInteger)

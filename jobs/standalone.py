@@ -258,12 +258,10 @@ def _default_presets() -> dict[str, str]:
 def _stop_child(child: supervisor.Child, grace_seconds: float, hurry: threading.Event) -> None:
     child.send(signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds + LAUNCHER_SPARE_SECONDS
-    asked_again = False
-    while child.is_alive and time.monotonic() < deadline:
-        if hurry.is_set() and not asked_again:
+    while not child.wait(LOOK_SECONDS) and time.monotonic() < deadline:
+        if hurry.is_set():
+            # At each look: of two that come at once, a process sees only one.
             child.send(signal.SIGTERM)
-            asked_again = True
-        child.wait(LOOK_SECONDS)
     child.kill()
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, delete, or_, select, update
+from sqlalchemy import bindparam, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, reports, retries, states
@@ -29,6 +29,10 @@ class NameTaken(errors.RushesError):
             + (f" ({launcher})" if launcher else "")
             + ": stop that one, or give this one another RUSHES_HOST"
         )
+
+
+class NotForgotten(errors.RushesError):
+    """A worker that is still counted on; its row stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,30 @@ def stopped(session: Session, name: str, *, launcher: str) -> None:
         .where(Worker.name == name, Worker.launcher == launcher)
         .values(stopped_at=database.now(session))
     )
+
+
+def forget(session: Session, name: str) -> bool:
+    """Delete the row of a silent one. False: there is none; NotForgotten: it is needed yet.
+
+    Should it come back after all, it registers anew, and a test that it owed is still due.
+    """
+    row = session.get(Worker, name, with_for_update=True)
+    if row is None or row.stopped_at is not None:
+        return False
+    seconds = (database.now(session) - row.heartbeat_at).total_seconds()
+    if seconds <= ALIVE_SECONDS:
+        raise NotForgotten(
+            f"{name} was seen {max(seconds, 0):.0f} s ago: only silent ones can be forgotten. Stop "
+            "`rushes worker` on its host, and it is off the list"
+        )
+    live = Attempt.worker == name, Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+    if held := session.scalar(select(func.count()).where(*live)):
+        raise NotForgotten(
+            f"{name} still holds jobs ({held}): what it rendered goes back when its lease ends, "
+            "a finished video counts as lost after RUSHES_PUBLISH_LEASE_SECONDS. Try again then"
+        )
+    session.delete(row)
+    return True
 
 
 def report(session: Session, name: str, told: reports.Report) -> None:

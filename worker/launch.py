@@ -21,13 +21,14 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from jobs import (
+    beat,
     broker,
     database,
     dispatch,
+    first_answer,
     health,
     lifecycle,
     presets,
-    queries,
     queues,
     settings,
     stores,
@@ -107,6 +108,7 @@ class Launcher:
         """
         first: workers.Held | None = None
         while not self.stop.is_set():
+            self.sign.touch()
             try:
                 held = self.db.write(workers.take_names, [self._claimed(r) for r in self.renderers])
             except DBAPIError as error:
@@ -121,6 +123,10 @@ class Launcher:
                     raise workers.NameTaken(held.name, held.launcher)
             self.stop.wait(LOOK_SECONDS)
         return False
+
+    @functools.cached_property
+    def sign(self) -> beat.Beat:
+        return beat.of_launcher(self.config)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -140,6 +146,7 @@ class Launcher:
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
+                self.sign.touch()  # each may have to wait for a database that is away
                 if renderer.test is not None:
                     self._look_at_test(renderer, renderer.test)
                 elif renderer.child.revive():
@@ -248,6 +255,7 @@ class Launcher:
             renderer.child.send(signal.SIGTERM)
         deadline = time.monotonic() + self.config.grace_seconds
         while time.monotonic() < deadline and not self.hurry.is_set():
+            self.sign.touch()
             if not any(renderer.child.is_alive for renderer in self.renderers):
                 break
             self.hurry.wait(LOOK_SECONDS)
@@ -292,6 +300,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     with _each_only_once(launcher):
+        first_answer.wait(launcher.db, stop=launcher.stop, alive=launcher.sign.touch)
         names = [renderer.name for renderer in launcher.renderers]
         log.info("launcher.started", workers=names, queues=launcher.queues)
         if not launcher.queues:
@@ -316,17 +325,6 @@ def _each_only_once(launcher: Launcher) -> Iterator[None]:
             )
             stack.enter_context(supervisor.only_one(path, refusal))
         yield
-
-
-def check(config: settings.Settings) -> int:
-    """`rushes worker --check`: 0 while a worker of this host is alive."""
-    with database.connect(config).reading() as session:
-        alive = [
-            live.worker.name
-            for live in queries.live_workers(session)
-            if live.is_alive and live.worker.host == config.host_name
-        ]
-    return 0 if alive else 1
 
 
 def make(config: settings.Settings, *, devices: str) -> Launcher:

@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from jobs import beat, couriers, database, listeners, logs, notifier, outbox, settings
+from jobs import (
+    beat,
+    couriers,
+    database,
+    first_answer,
+    listeners,
+    logs,
+    notifier,
+    outbox,
+    settings,
+)
 from jobs.cli import connections, exits, options, output, processes
 from jobs.schema import Listener, Notice
 
@@ -30,8 +40,7 @@ def run(check: bool) -> int:
     db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
     stop = processes.stop_on_signals()
-    with db.reading() as session:
-        session.connection()  # a wrong DATABASE_URL is told now; later outages are waited out
+    first_answer.wait(db, stop=stop, alive=beat.of_notifier(config).touch)
     notifier.Notifier(config, db=db).run(stop)
     return exits.OK
 

@@ -9,7 +9,17 @@ from types import FrameType
 
 import click
 
-from jobs import beat, database, dispatch, firing, logs, parts, result_writer, settings
+from jobs import (
+    beat,
+    database,
+    dispatch,
+    firing,
+    first_answer,
+    logs,
+    parts,
+    result_writer,
+    settings,
+)
 from jobs.cli import connections, exits, output
 
 CHECK_SECONDS = 10.0
@@ -40,8 +50,7 @@ def dispatcher(check: bool) -> int:
     db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
     stop = stop_on_signals()
-    with db.reading() as session:
-        session.connection()  # a wrong DATABASE_URL is told now; later outages are waited out
+    first_answer.wait(db, stop=stop, alive=beat.of_dispatcher(config).touch)
     writer = result_writer.ResultWriter(config, db=db)
     # A thread: a million lines take a minute, and the next jobs are to be sent meanwhile. It is
     # not waited for: what it began is written again by whoever looks next.
@@ -82,7 +91,7 @@ def _beside(
 
 
 class _Beating(dispatch.Dispatcher):
-    """Leaves a sign of life on this machine after each tick."""
+    """Leaves a sign of life on this machine at each tick, also while the database is away."""
 
     def __init__(
         self,
@@ -95,8 +104,8 @@ class _Beating(dispatch.Dispatcher):
         self._writer = writer
 
     def tick(self) -> dispatch.Tick:
-        done = super().tick()
         beat.of_dispatcher(self._config).touch()
+        done = super().tick()
         # A finished job kicked us: perhaps it was the last of its batch.
         self._writer.look.set()
         return done
@@ -124,7 +133,7 @@ def stop_on_signals() -> threading.Event:
 
 @click.command()
 @_devices
-@click.option("--check", is_flag=True, help="Exit 0 if the workers here are alive, else 1.")
+@click.option("--check", is_flag=True, help="Exit 0 if `rushes worker` here is alive, else 1.")
 def worker(devices: str, check: bool) -> int:
     """Render: one process per device.
 
@@ -132,7 +141,7 @@ def worker(devices: str, check: bool) -> int:
     """
     config = settings.load()
     if check:
-        return int(parts.CHECK_WORKERS.load()(config))
+        return told_beat(beat.of_launcher(config), "worker")
     logs.configure(config)
     return int(parts.RUN_WORKERS.load()(config, devices=devices))
 

@@ -29,6 +29,8 @@ def migrate_database(revision: str, as_json: bool) -> None:
         raise errors.NotFound(f"--revision {revision}: {error}") from None
     if as_json:
         output.emit({"before": before, "after": after})
+    elif migrate.is_newer(after):
+        output.line(f"the database is at {after}, of a newer version: it is left alone")
     elif before == after:
         output.line(f"the database is at {after or 'nothing'} already")
     else:

@@ -161,6 +161,23 @@ def readmit(name: str, as_json: bool) -> None:
         output.line(f"{name} " + ("takes jobs again" if was_out else "takes jobs as it is"))
 
 
+@workers.command()
+@click.argument("name", metavar="NAME")
+@options.output
+def forget(name: str, as_json: bool) -> None:
+    """Take a silent worker off the list, for a machine that will not come back.
+
+    One that does come back is on the list again.
+    """
+    db = connections.open_database(settings.load())
+    _find(db, name, may_be_silent=True)
+    was_there = db.write(jobs_workers.forget, name)
+    if as_json:
+        output.emit({"worker": name, "changed": was_there})
+    else:
+        output.line(f"{name} is forgotten")
+
+
 def _find(db: database.Database, name: str, *, may_be_silent: bool = False) -> Worker:
     with db.reading() as session:
         live = {each.worker.name: each for each in queries.live_workers(session)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 import uvicorn
+from sqlalchemy.exc import DBAPIError
 
 from jobs import database, errors, settings, tokens
 from jobs.web import app
@@ -84,21 +85,31 @@ def make_service(config: settings.Settings, db: database.Database) -> Service:
     """On loopback one person needs no token; elsewhere everybody does. Refused without any."""
     is_local = is_loopback(config.web_host)
     needs_token = config.web_require_token or not is_local
-    if needs_token:
-        with db.reading() as session:
-            if not tokens.any_valid(session):
-                raise Refused(
-                    f"{config.web_host} is reached by others, and there is no token: make one with "
-                    "`rushes token create NAME`, or listen on 127.0.0.1"
-                    if not is_local
-                    else "RUSHES_WEB_REQUIRE_TOKEN is set, and there is no token: make one with "
-                    "`rushes token create NAME`"
-                )
+    if needs_token and not _may_have_token(db):
+        raise Refused(
+            f"{config.web_host} is reached by others, and there is no token: make one with "
+            "`rushes token create NAME`, or listen on 127.0.0.1"
+            if not is_local
+            else "RUSHES_WEB_REQUIRE_TOKEN is set, and there is no token: make one with "
+            "`rushes token create NAME`"
+        )
     allowed = names(config.web_names)
     host_names = None if needs_token and not allowed else LOOPBACK_NAMES | allowed
     serving = Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
     _ = serving.prompt_check  # one that cannot be loaded is told now
     return serving
+
+
+def _may_have_token(db: database.Database) -> bool:
+    """True also where the database is away: nobody is let in by a token that it does not know."""
+    try:
+        with db.reading() as session:
+            return tokens.any_valid(session)
+    except DBAPIError as error:
+        if not database.is_away(error):
+            raise
+        log.warning("database.awaited", error=str(error.orig)[:300])
+        return True
 
 
 def is_loopback(host: str) -> bool:

@@ -271,6 +271,16 @@ def test_the_image_does_not_run_as_root():
     assert 'ENTRYPOINT ["rushes"]' in dockerfile
 
 
+def test_the_image_has_what_kernels_and_the_encoder_of_a_gpu_need():
+    dockerfile = (REPOSITORY / "Dockerfile").read_text("utf-8")
+    installed = re.search(r"apt-get install .*--no-install-recommends (.+) \\$", dockerfile, re.M)[
+        1
+    ]
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
+    drivers = re.search(r"^ENV NVIDIA_DRIVER_CAPABILITIES=(\S+)$", dockerfile, re.MULTILINE)[1]
+    assert set(drivers.split(",")) == {"compute", "utility", "video"}
+
+
 def test_the_extras_of_the_image_are_there_and_pinned():
     dockerfile = (REPOSITORY / "Dockerfile").read_text("utf-8")
     asked = re.search(r'^ARG EXTRAS="(.+)"$', dockerfile, re.MULTILINE)[1].split()

@@ -104,6 +104,21 @@ def test_the_scaler_names_what_is_there():
     assert wanted["spec"]["secretTargetRef"][0]["key"] == "DATABASE_URL"
 
 
+def test_how_many_there_are_of_what_is_scaled_is_said_by_its_scaler_alone():
+    """Else each `kubectl apply` sets it back."""
+    targets = [
+        each["spec"]["scaleTargetRef"] for each in OF_KEDA if "scaleTargetRef" in each["spec"]
+    ]
+    assert targets
+    for target in targets:
+        assert "replicas" not in BY_NAME[target["kind"], target["name"]]["spec"]
+
+
+def test_services_set_no_variables():
+    """The kubelet's RUSHES_WEB_PORT of a Service called rushes-web is no port."""
+    assert all(pod["enableServiceLinks"] is False for pod in PODS.values())
+
+
 def test_the_scaler_counts_what_waits_and_what_runs(postgres_database_url):
     """Its query runs on our tables; paused batches wake no worker, running jobs keep theirs."""
     db = database.Database(postgres_database_url)

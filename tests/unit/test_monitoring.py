@@ -1,7 +1,8 @@
-"""The table of log events is that of the code."""
+"""The table of log events is that of the code, and Prometheus could answer what is asked of it."""
 
 import ast
 import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
 EVENT = re.compile(r"[a-z_]+\.[a-z_]+")
+OF_TWO = re.compile(
+    r"(?P<left>.+?) (?:and|or|unless|/)"
+    r"(?: on \((?P<on>.*?)\)| ignoring \((?P<ignoring>.*?)\))?(?: group_left)? (?P<right>.+)"
+)
 
 
 def _strings(node: ast.expr, function: ast.AST) -> Iterator[str]:
@@ -63,3 +68,24 @@ def test_each_event_that_is_logged_stands_in_the_table_and_no_other():
 
 def test_an_event_has_a_noun_and_what_became_of_it():
     assert all(EVENT.fullmatch(name) for name in logged())
+
+
+def expressions() -> Iterator[str]:
+    """Of the alerts in the docs, and of the dashboard."""
+    text = (REPOSITORY / "docs/monitoring.md").read_text()
+    alerts = text.split("Worth an alert:", 1)[1].split("```")[1]
+    yield from (line.partition("#")[0].strip() for line in alerts.strip().splitlines())
+    dashboard = json.loads((REPOSITORY / "deploy/grafana/rushes.json").read_text())
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+
+
+def test_both_sides_of_an_operator_have_the_same_labels():
+    """A sum has none, a rate has `job` and `instance`: nothing would ever match."""
+    of_two = [found for expression in expressions() if (found := OF_TWO.fullmatch(expression))]
+    assert len(of_two) >= 4
+    for found in of_two:
+        sums = [bool(re.search(r"\bsum ?\(", found[side])) for side in ("left", "right")]
+        assert not any(sums) or found["on"] == "", found[0]
+        if found["ignoring"]:
+            assert f"sum without ({found['ignoring']})" in found["right"], found[0]

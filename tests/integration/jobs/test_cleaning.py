@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, true, update
 
 from jobs import (
     cleaning,
@@ -33,6 +33,7 @@ from jobs import (
     stores,
     submission,
     tokens,
+    totals,
     uploads,
 )
 from jobs.cleaning import Kind
@@ -470,9 +471,17 @@ def make_old(bucket: Bucket, key: str) -> None:
     os.utime(path, (past, past))
 
 
+def attempts_ever(world: World) -> totals.Totals:
+    with world.db.snapshot() as session:
+        return totals.past(session) + totals.of_attempts(session, true())
+
+
 def test_two_runs_at_once_are_no_quarrel(bucket: Bucket) -> None:
+    """And what they delete is counted once."""
     for color in ("red", "blue", "green"):
         bucket.finish(bucket.submit(color), days_ago=31)
+    before = attempts_ever(bucket.world)
+    assert before["succeeded", "", "count"] == 3
     done: list[dict[Kind, cleaning.Outcome]] = []
     runs = [threading.Thread(target=lambda: done.append(bucket.clean(**DAYS))) for _ in range(2)]
     for run in runs:
@@ -481,7 +490,8 @@ def test_two_runs_at_once_are_no_quarrel(bucket: Bucket) -> None:
         run.join()
     assert [o.error for each in done for o in each.values()] == [None] * 2 * len(Kind)
     assert bucket.stored() == []
-    assert rows_of(bucket.world, Batch) == 0
+    assert rows_of(bucket.world, Batch) == rows_of(bucket.world, Attempt) == 0
+    assert attempts_ever(bucket.world) == before
 
 
 def schedule(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import update
+from sqlalchemy import func, select, update
 
-from jobs import database, metrics
-from jobs.schema import Attempt
-from jobs.states import FailureKind
+from jobs import database, expiry, metrics, schedules
+from jobs.schema import Attempt, Batch, Firing, Schedule
+from jobs.states import FailureKind, FiringState, Misfire, Overlap
 from tests.integration.jobs.conftest import QUEUE
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -98,6 +98,78 @@ def test_counters_are_the_same_whoever_counted_from_when_on(sqlite_world, monkey
     ]
     assert counters[0] == counters[1]
     assert counters[0]["rushes_claims_total"] == 16
+
+
+def counters(registry: metrics.Registry) -> dict[str, float]:
+    ends = ("_total", "_count", "_sum", "_bucket")
+    return {n: v for n, v in told(registry).items() if n.partition("{")[0].endswith(ends)}
+
+
+def add_schedule(session) -> None:
+    """With a firing of today and one of yesterday."""
+    now = database.now(session)
+    row = Schedule(
+        name="night",
+        cron="0 0 * * *",
+        zone="UTC",
+        misfire=Misfire.SKIP,
+        overlap=Overlap.QUEUE,
+        prompts="a cat",
+        format="text",
+        lists={},
+        preset="tiny",
+        look={},
+        options={},
+        created_at=now,
+        paused_at=now,
+    )
+    session.add(row)
+    session.flush()
+    for days, state in enumerate((FiringState.MADE, FiringState.FAILED)):
+        at = now - timedelta(days=days)
+        session.add(Firing(schedule_id=row.id, fire_at=at, created_at=at, state=state))
+
+
+def forget_all(world) -> None:
+    """As `rushes gc` does with what has ended, and a schedule that is removed with its history."""
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(manifest_at=Batch.finished_at))
+        now = database.now(session)
+        expiry.forget(session, now + timedelta(days=1), keeps_results=True)
+        ids = expiry.forgotten(session)
+    for batch_id in ids:
+        while world.db.write(expiry.delete_jobs, batch_id).jobs:
+            pass
+    assert world.db.write(expiry.delete_rows, *expiry.old_firings(now - timedelta(hours=1))) == 1
+    world.db.write(schedules.remove, "night")
+    with world.db.reading() as session:
+        for table in (Attempt, Firing):
+            assert session.scalar(select(func.count()).select_from(table)) == 0
+
+
+def test_counters_go_on_when_what_they_counted_is_deleted(world, monkeypatch):
+    """Of a service that read it before, and of one that begins afterwards."""
+    monkeypatch.setattr(metrics, "LATECOMERS", 1)
+    monkeypatch.setattr(expiry, "JOBS_AT_ONCE", 2)
+    for _ in range(2):
+        busy_night(world)
+    for attempt_id in range(1, 11):
+        world.release(attempt_id)
+    with world.db.transaction() as session:
+        add_schedule(session)
+        ids = session.scalars(select(Batch.id)).all()
+    for batch_id in ids:
+        world.cancel_batch(batch_id)
+    early = metrics.Registry(world.db)
+    before = counters(early)
+    assert before['rushes_attempts_total{kind="input",state="failed"}'] == 2
+    assert before['rushes_schedule_firings_total{state="made"}'] == 1
+    forget_all(world)
+    assert counters(early) == counters(metrics.Registry(world.db)) == before
+    busy_night(world)
+    after = counters(early)
+    assert after == counters(metrics.Registry(world.db))
+    assert after["rushes_claims_total"] == before["rushes_claims_total"] + 5
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(sqlite_world):

@@ -120,6 +120,27 @@ def test_a_second_upgrade_changes_nothing(world: World) -> None:
     assert contents(world.db) == before
 
 
+def test_tables_of_a_newer_version_are_left_alone(
+    world: World, with_a_later_migration: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back from an upgrade: the version before starts on them and works."""
+    migrate.upgrade(world.db)
+    assert not migrate.is_newer("later")
+    monkeypatch.setattr(migrations, "FOLDER", Path(migrations.__file__).parent)
+    assert migrate.is_newer("later")
+    assert migrate.upgrade(world.db) == ("later", "later")
+    batch_id = world.submit()
+    assert world.succeed(world.claimed(world.only_job(batch_id).id))
+
+
+def test_tables_of_something_else_are_not_taken_for_newer_ones(world: World) -> None:
+    with world.db.transaction() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = 'ae1027a6acf3'"))
+        session.execute(text("DROP TABLE notices"))
+    with pytest.raises(migrate.TablesUnknown, match=r"ae1027a6acf3.* has no table notices"):
+        migrate.upgrade(world.db)
+
+
 def test_the_check_finds_a_table_that_differs(db: database.Database) -> None:
     migrate.upgrade(db)
     with db.transaction() as session:

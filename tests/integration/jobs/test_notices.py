@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import os
+import re
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -11,7 +14,7 @@ import pytest
 import standardwebhooks
 from sqlalchemy import select, update
 
-from jobs import couriers, database, listeners, notifier, outbox, settings
+from jobs import beat, couriers, database, listeners, notifier, outbox, settings
 from jobs.schema import Listener, Notice
 
 LOCAL = frozenset({"127.0.0.1"})
@@ -201,6 +204,25 @@ def test_a_backlog_goes_out_as_fast_as_it_is_taken(sqlite_world, receiver):
     assert len(receiver.letters) == 7
 
 
+def test_it_gives_a_sign_of_life_also_while_the_database_is_away():
+    config = settings.load(database_url="postgresql://x@127.0.0.1:1/y", tick_seconds=0.05)
+    stop = threading.Event()
+    running = notifier.Notifier(config, db=database.connect(config))
+    thread = threading.Thread(target=running.run, args=(stop,))
+    thread.start()
+    sign = beat.of_notifier(config)
+    try:
+        for _ in range(3):
+            deadline = time.monotonic() + 30
+            while not sign.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.utime(sign.path, (0, 0))
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_webhook_is_signed_as_the_standard_says(sqlite_world, receiver, sender, caplog, capfd):
     row = listen(sqlite_world, receiver.url)
     batch_id = finish(sqlite_world)
@@ -305,6 +327,80 @@ def test_other_services_are_told_in_words_through_apprise(sqlite_world, receiver
     (notice,) = notices(sqlite_world)
     assert notice.delivered_at is not None
     assert "hidden-password" not in caplog.text
+
+
+class _Mailbox(socketserver.StreamRequestHandler):
+    """Takes mails for everybody whom `server.unknown` does not name."""
+
+    def handle(self):
+        self.say("220 here")
+        for line in self.rfile:
+            words = line.decode().strip()
+            if words.startswith("rcpt"):
+                to = re.search("<(.*)>", words)[1]
+                self.say("550 no such user" if to in self.server.unknown else "250 ok")
+            elif words == "data":
+                self.say("354 go on")
+                while self.rfile.readline().strip() != b".":
+                    pass
+                self.server.mails.append(to)
+                self.say("250 ok")
+            else:
+                self.say("250 ok")
+
+    def say(self, line):
+        self.wfile.write(f"{line}\r\n".encode())
+
+
+@pytest.fixture
+def mailbox():
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Mailbox) as server:
+        server.daemon_threads = True
+        server.mails, server.unknown = [], set()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of apprise's own plugins
+def test_of_several_recipients_only_those_who_lack_it_are_told_again(sqlite_world, mailbox, sender):
+    port = mailbox.server_address[1]
+    to = "ann@farm.example,gone@farm.example,bob@farm.example"
+    listen(sqlite_world, f"mailto://127.0.0.1:{port}/?from=r@farm.example&to={to}&mode=insecure")
+    finish(sqlite_world)
+    mailbox.unknown = {"gone@farm.example"}
+    for _ in range(2):
+        sender()
+        make_due(sqlite_world)
+    (notice,) = notices(sqlite_world)
+    assert notice.error == "apprise could not send to all of mailto://..."
+    assert sorted(mailbox.mails) == ["ann@farm.example", "bob@farm.example"]
+    assert "farm.example" not in json.dumps(notice.taken)
+    mailbox.unknown.clear()
+    sender()
+    (notice,) = notices(sqlite_world)
+    assert notice.delivered_at is not None
+    assert mailbox.mails[2:] == ["gone@farm.example"]
+
+
+def test_a_try_that_lasts_beyond_the_next_one_is_not_doubled(sqlite_world):
+    listen(sqlite_world, "https://hooks.test/")
+    finish(sqlite_world)
+    made, gate = [], threading.Event()
+
+    class Slow:
+        def deliver(self, letter):
+            made.append(letter.message_id)
+            gate.wait(30)
+
+    running = notifier.Notifier(settings.load(), db=sqlite_world.db, courier=Slow())
+    assert running.tick() == 1
+    make_due(sqlite_world)
+    assert running.tick() == 0
+    gate.set()
+    running.close()
+    assert len(made) == 1
+    assert notices(sqlite_world)[0].delivered_at is not None
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,21 @@ from typing import TypeVar
 import psutil
 import pytest
 from sqlalchemy import make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from jobs import broker, celery_app, database, dispatch, s3_store, settings, states, storage, stores
+from jobs import (
+    broker,
+    celery_app,
+    database,
+    dispatch,
+    first_answer,
+    migrate,
+    s3_store,
+    settings,
+    states,
+    storage,
+    stores,
+)
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
 
@@ -41,6 +53,40 @@ def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[datab
     db = database.Database(f"postgresql+psycopg://{address}?{options}", answer_seconds=1.0)
     yield db
     db.close()
+
+
+def test_a_service_begins_when_the_database_is_there(
+    postgres_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then it says that it lives; a wrong name, or no tables, it says at once."""
+    monkeypatch.setattr(first_answer, "AGAIN_SECONDS", 0.01)
+    there = make_url(postgres_database_url)
+    folder, stop, looks = tmp_path / "server", threading.Event(), 0
+
+    def wait(name: str) -> None:
+        url = there.set(database=name, query={"host": str(folder)})
+        with contextlib.closing(database.Database(url.render_as_string(False))) as db:
+            first_answer.wait(db, stop=stop, alive=look)
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            folder.symlink_to(str(there.query["host"]))
+
+    with pytest.raises(ProgrammingError, match="batches"):
+        wait(str(there.database))
+    assert looks == 3
+    with pytest.raises(OperationalError, match="does not exist"):
+        wait("another")
+    with contextlib.closing(database.Database(postgres_database_url)) as db:
+        migrate.upgrade(db)
+    wait(str(there.database))
+    folder.unlink()
+    looks = 3
+    threading.Timer(0.1, stop.set).start()
+    wait(str(there.database))
+    assert looks > 4
 
 
 def test_a_forgotten_connection_to_postgresql_is_given_up_for_a_new_one(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from psycopg import errors
 from sqlalchemy import MetaData, Table, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 import migrations
@@ -234,6 +235,21 @@ def test_a_table_that_is_never_free_ends_the_migration_with_words(
             migrate.upgrade(before.db)
     assert migrate.current(before.db) == started
     assert migrate.upgrade(before.db)[1] == "later"
+
+
+def test_a_deadlock_is_tried_again(sqlite_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim locks a job and then its batch, a migration may have come between."""
+    really = migrate._try
+    ended = [OperationalError("ALTER TABLE batches", {}, errors.DeadlockDetected())]
+
+    def try_once(*arguments: Any, **options: Any) -> Any:
+        if ended:
+            raise ended.pop()
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(migrate, "_try", try_once)
+    monkeypatch.setattr(migrate, "LONGEST_PAUSE_SECONDS", 0.0)
+    assert migrate.upgrade(sqlite_world.db) == (migrate.head(), migrate.head())
 
 
 def test_other_failures_of_a_migration_are_not_taken_for_a_lock(

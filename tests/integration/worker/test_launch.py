@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from jobs import (
+    beat,
     broker,
     celery_app,
     errors,
@@ -380,14 +381,16 @@ def test_a_launcher_that_was_taken_over_ends_and_leaves_its_successor_alone(
     assert registered(host)["cpu0@here"].launcher == another.identity
 
 
-def test_check_tells_whether_a_worker_of_this_host_lives(host, launcher):
-    assert launch.check(host.config) == 1
+def test_it_gives_a_sign_of_life_also_while_the_database_is_away(host, launcher, running, until):
+    """Whoever starts it again for that ends renders, and ends no outage."""
+    sign = beat.of_launcher(host.config)
+    assert not sign.is_alive()
     made = launcher()
-    made.renderers[0].child.start()
-    made._beat()
-    assert launch.check(host.config) == 0
-    made._drain()
-    assert launch.check(host.config) == 1
+    running(made)
+    with host.database_outage():
+        for _ in range(2):
+            until(sign.is_alive)
+            os.utime(sign.path, (0, 0))
 
 
 def test_a_self_test_has_the_device_to_itself_and_ends_with_the_launcher(

@@ -9,13 +9,15 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import redis
+from sqlalchemy import text
 
-from jobs import servers, settings, standalone, stores, supervisor
+from jobs import database, migrate, servers, settings, standalone, stores, supervisor
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -148,11 +150,44 @@ def test_the_address_of_a_dead_farm_is_nobodys(home):
     assert settings.read_up_file(home) == {}
 
 
+ENDS_WHEN_ASKED_TWICE = """
+import signal, threading
+stop, hurry = threading.Event(), threading.Event()
+def ask(*_):
+    (hurry if stop.is_set() else stop).set()
+signal.signal(signal.SIGTERM, ask)
+print("up", flush=True)
+while not hurry.wait(0.01): pass
+"""
+
+
+def test_a_second_ctrl_c_reaches_a_child_whose_turn_comes_after_it(tmp_path, until, monkeypatch):
+    monkeypatch.setattr(standalone, "LOOK_SECONDS", 0.1)
+    path = tmp_path / "child.log"
+    command = [sys.executable, "-S", "-c", ENDS_WHEN_ASKED_TWICE]
+    child = supervisor.Child(name="child", command=command, log_path=path)
+    child.start()
+    until(lambda: "up" in path.read_text())
+    hurry = threading.Event()
+    hurry.set()
+    began = time.monotonic()
+    standalone._stop_child(child, 60.0, hurry)
+    assert time.monotonic() - began < 30
+    assert not child.is_alive
+
+
 class Farms:
-    """Two `rushes up` started at once in one folder with the `up.json` of a dead one."""
+    """Two `rushes up` started at once in one folder with the `up.json` of a dead one.
+
+    Its tables are those of a newer version, as after a step back from an upgrade.
+    """
 
     def __init__(self, home):
         self.home = home
+        with contextlib.closing(database.connect(settings.load(home=str(home)))) as db:
+            migrate.upgrade(db)
+            with db.transaction() as session:
+                session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         (home / settings.UP_FILE).write_text(
             json.dumps(
                 {"pid": 2**22 + 1, "process_started": 1.0, "environment": {"REDIS_URL": "x"}}

@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import text, update
 from sqlalchemy.exc import OperationalError
 
 from jobs import (
+    beat,
     cli,
     database,
     health,
@@ -26,13 +29,15 @@ from jobs import (
     migrate,
     queries,
     reports,
+    result_writer,
     retries,
     settings,
     states,
     watch,
     workers,
 )
-from jobs.cli import display, exits, root, worker_commands
+from jobs.cli import display, exits, processes, root, worker_commands
+from jobs.schema import Worker
 from tests.registrations import registration
 
 GOOD = (
@@ -841,7 +846,26 @@ def test_a_test_that_nobody_runs_is_waited_for_no_longer_than_asked(
     assert "when its job is done" in rushes("workers", "test", "gpu0@host", "--no-wait").stdout
 
 
-@pytest.mark.parametrize("command", ["test", "readmit"])
+def test_a_silent_worker_is_forgotten_and_no_other(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    attempt_id = farm.claim(0)
+    result = rushes("workers", "forget", "gpu0@host")
+    assert (result.exit_code, "only silent ones" in result.stderr) == (exits.ERROR, True)
+    with farm.db.transaction() as session:
+        long_ago = database.now(session) - timedelta(hours=1)
+        session.execute(update(Worker).values(heartbeat_at=long_ago))
+    result = rushes("workers", "forget", "gpu0@host")
+    assert (result.exit_code, "still holds jobs (1)" in result.stderr) == (exits.ERROR, True)
+    farm.db.write(lifecycle.release, attempt_id, reason="it was stopped")
+    told = parsed(rushes("workers", "forget", "gpu0@host", "-o", "json"))
+    assert told == {"worker": "gpu0@host", "changed": True}
+    assert "no workers" in rushes("workers").stderr
+    assert not farm.db.write(workers.forget, "gpu0@host")
+    farm.live_worker()
+    assert " alive " in rushes("workers").stdout
+
+
+@pytest.mark.parametrize("command", ["test", "readmit", "forget"])
 def test_a_worker_that_is_not_there_is_told_with_those_that_are(
     rushes: Rushes, farm: Farm, command: str
 ) -> None:
@@ -872,6 +896,16 @@ def test_migrate_makes_the_tables_once(rushes: Rushes) -> None:
     assert rushes("migrate", "--revision", "none").exit_code == exits.USAGE
 
 
+def test_migrate_leaves_the_tables_of_a_newer_version_alone(
+    db: database.Database, rushes: Rushes
+) -> None:
+    with db.transaction() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    result = rushes("migrate")
+    assert (result.exit_code, "of a newer version" in result.stdout) == (0, True)
+    assert rushes("list").exit_code == 0
+
+
 def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
     db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -890,14 +924,77 @@ def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
     assert rushes("dispatcher", "--check").exit_code == exits.ERROR
 
 
+def test_a_dispatcher_gives_a_sign_of_life_also_while_the_database_is_away() -> None:
+    config = settings.load(database_url="postgresql://x@127.0.0.1:1/y")
+    away = database.connect(config)
+    writer = result_writer.ResultWriter(config, db=away)
+    made = processes._Beating(config, db=away, writer=writer)
+    made._pardon()
+    with pytest.raises(OperationalError):
+        made.tick()
+    assert beat.of_dispatcher(config).is_alive()
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """A service that runs in the test takes them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", ["dispatcher", "notify run", "worker"])
+def test_a_service_begins_while_the_database_is_away(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch, signals_as_before: None, command: str
+) -> None:
+    """Whoever started it would start it again and again, with growing pauses."""
+    touch = beat.Beat.touch
+
+    def touch_and_end(sign: beat.Beat) -> None:
+        touch(sign)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:secret@127.0.0.1:1/rushes")
+    assert rushes(*command.split(), "--check").exit_code == exits.ERROR
+    monkeypatch.setattr(beat.Beat, "touch", touch_and_end)
+    result = rushes(*command.split())
+    assert result.exit_code == exits.OK
+    assert "database.awaited" in result.stderr
+    assert rushes(*command.split(), "--check").exit_code == exits.OK
+
+
+@pytest.mark.parametrize("command", ["dispatcher", "notify run", "worker"])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("mysql://me@127.0.0.1/db", "no driver"),
+        ("postgresql://me:a@b@127.0.0.1/db", "an @ too many"),
+        ("sqlite:///elsewhere.db", "there is no such file"),
+        ("sqlite:///empty.db", "run `rushes migrate`"),
+    ],
+)
+def test_a_service_with_a_wrong_database_ends_with_a_line(
+    rushes: Rushes,
+    monkeypatch: pytest.MonkeyPatch,
+    signals_as_before: None,
+    command: str,
+    url: str,
+    why: str,
+) -> None:
+    Path("empty.db").touch()
+    monkeypatch.setenv("DATABASE_URL", url)
+    result = rushes(*command.split())
+    assert result.exit_code != exits.OK
+    assert why in result.stderr.splitlines()[-1]
+    assert not Path("elsewhere.db").exists()
+
+
 def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes: Rushes) -> None:
     result = rushes("worker", "--devices", "gpu")
     assert result.exit_code == exits.USAGE
     assert "--devices" in result.stderr
-
-
-def test_no_worker_here_is_code_1(db: database.Database, rushes: Rushes) -> None:
-    assert rushes("worker", "--check").exit_code == exits.ERROR
 
 
 def test_the_web_service_is_asked_at_its_own_address(

@@ -275,6 +275,11 @@ def test_other_addresses_than_loopback_need_a_token_to_begin_with() -> None:
     db.close()
 
 
+def test_it_begins_while_the_database_is_away_and_lets_nobody_in() -> None:
+    config = settings.load(web_host="0.0.0.0", database_url="postgresql://x@127.0.0.1:1/y")
+    assert server.make_service(config, database.connect(config)).needs_token
+
+
 @pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "", "0.0.0.0"])
 def test_on_loopback_other_names_are_not_ours(web: Web, name: str) -> None:
     """A page whose name leads to 127.0.0.1 (DNS rebinding) sends its own name."""
