@@ -42,7 +42,7 @@ BUSY = timedelta(minutes=2)  # a large file with images; longer, and another dis
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
 MAX_REASON_CHARS = 2_000
 MAX_URL_BYTES = 256 << 20
-PATIENCE = timedelta(hours=1)  # with servers of images that do not answer
+PATIENCE = timedelta(hours=1)  # with what was due in time, such as for servers of images
 LATER = (storage.StorageUnavailable, safety.CheckBroken, inputs.ImageAway)
 """Nobody's prompts are to blame: the fire time is tried again."""
 OUTAGES = (database.DatabaseUnavailable, *LATER)
@@ -56,7 +56,7 @@ class Overtaken(errors.RushesError):
 
 
 class Clockwork:
-    """Fires what is due. Holds no state that another one would miss."""
+    """Fires what is due. Another one would go on without what it remembers."""
 
     def __init__(
         self,
@@ -70,6 +70,8 @@ class Clockwork:
         self._clock = clock
         self._since: datetime | None = None
         """The first tick: servers that were away before it have not been asked yet."""
+        self._in_time: dict[int, datetime] = {}
+        """Schedule -> its latest fire time that was found due before it was late."""
         submission.prompt_check(config)  # one that cannot be loaded is told now
 
     def run(self, stop: threading.Event) -> None:
@@ -106,14 +108,16 @@ class Clockwork:
         with self._db.reading() as session:
             now = self._clock(session)
             self._since = self._since or now
-            return list(
-                session.scalars(
-                    select(Schedule.id)
-                    .where(Schedule.next_fire_at <= now)
-                    .where(or_(Schedule.busy_until.is_(None), Schedule.busy_until < now))
-                    .order_by(Schedule.next_fire_at)
-                )
-            )
+            found = session.execute(
+                select(Schedule.id, Schedule.next_fire_at)
+                .where(Schedule.next_fire_at <= now)
+                .where(or_(Schedule.busy_until.is_(None), Schedule.busy_until < now))
+                .order_by(Schedule.next_fire_at)
+            ).all()
+        for schedule_id, fire_at in found:
+            if fire_at is not None and fire_at >= now - schedules.LATE:
+                self._in_time[schedule_id] = fire_at
+        return [schedule_id for schedule_id, _ in found]
 
     def _fire_next(self, schedule_id: int) -> str | None:
         """One fire time: the batch's id, "" for none; None when nothing is due (for us)."""
@@ -124,8 +128,13 @@ class Clockwork:
             if schedule.busy_until is not None and schedule.busy_until >= now:
                 return None
             is_open = schedules.has_open_batch(session, schedule_id)
+            # The schedules before it, or a server that was away, took their time.
+            is_in_time = (
+                self._in_time.get(schedule_id) == schedule.next_fire_at
+                and now - schedule.next_fire_at < PATIENCE
+            )
             try:
-                due = schedules.decide(schedule, now, has_open_batch=is_open)
+                due = schedules.decide(schedule, now, has_open_batch=is_open, is_in_time=is_in_time)
             except Exception as error:  # such as a zone that this host does not know
                 log.error("schedule.delayed", schedule=schedule.name, error=_told(error))
                 schedule.busy_until = now + BUSY

@@ -59,7 +59,8 @@ class InputImages:
             return
         holds.hold_all(db, self._fetched)
         with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="images") as pool:
-            assert list(pool.map(self._store, self._fetched.values())) == list(self._fetched)
+            stored = list(pool.map(self._store, self._fetched.values()))
+        assert stored == list(self._fetched)
         self._fetched.clear()
         self.close()
 

@@ -213,6 +213,9 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte 0x{byte:02x} at byte {error.start} of the line; save the file as UTF-8"
 
 
+LONE_RETURN = "a carriage return stands alone: save with Unix or Windows line ends"
+
+
 # Plain text.
 
 
@@ -236,6 +239,8 @@ def _text_row(number: int, line: bytes | None) -> PromptRow | None:
         return None
     if text.startswith(('{"', "{'")):
         raise Invalid("looks like JSON, not like a prompt: name the file .jsonl")
+    if "\r" in text:
+        raise Invalid(LONE_RETURN)
     return prompt_row.checked({"prompt": text}, number)
 
 
@@ -325,9 +330,7 @@ _METADATA_PREFIX = "metadata."
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is opened and never closed",
     "expected after": 'a quote inside a quoted cell must be doubled: ""',
-    "field larger than": f"a cell is longer than {csv.field_size_limit():,} characters: "
-    "is a quote opened and never closed?",
-    "new-line character": "a carriage return stands alone: save with Unix or Windows line ends",
+    "new-line character": LONE_RETURN,
 }
 
 
@@ -382,6 +385,7 @@ def _read_csv(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
 def _csv_records(lines: _Lines) -> Iterator[tuple[int, list[str]] | errors.Problem]:
     """Each record that is not blank, with the line on which it starts."""
     feed = _CsvLines(lines)
+    csv.field_size_limit(MAX_LINE_BYTES)  # of all readers; `feed` ends a record there
     reader = csv.reader(feed, strict=True)
     while True:
         start = feed.begin_record()

@@ -218,16 +218,22 @@ def has_open_batch(session: Session, schedule_id: int) -> bool:
     )
 
 
-def decide(schedule: Schedule, now: datetime, *, has_open_batch: bool) -> Due:
-    """The policies, for a schedule whose `next_fire_at` has come."""
+def decide(
+    schedule: Schedule, now: datetime, *, has_open_batch: bool, is_in_time: bool = False
+) -> Due:
+    """The policies, for a schedule whose `next_fire_at` has come.
+
+    `is_in_time`: it was taken up in time, and is not missed however long that takes.
+    """
     assert schedule.next_fire_at is not None
     assert schedule.next_fire_at <= now
     rule, fire_at = rule_of(schedule), schedule.next_fire_at
-    if fire_at < now - LATE:
+    if fire_at < now - LATE and not is_in_time:
         kept = _made_up_for(schedule, rule, now)
         if not kept or kept[0] > fire_at:
             last = rule.latest(1, since=fire_at, until=_before(kept[0] if kept else now - LATE))
-            missed = last[-1]
+            # Of a zone whose rules have changed since, the rule may not have this time any more.
+            missed = last[-1] if last else fire_at
             return Due(
                 fire_at=missed,
                 next_fire_at=kept[0] if kept else rule.next(missed),

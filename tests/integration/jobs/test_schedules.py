@@ -30,6 +30,7 @@ from jobs import (
     states,
     storage,
     stores,
+    submission,
 )
 from jobs.schema import Batch, Firing, Job, Listener, Notice, Schedule
 from tests.integration.jobs.conftest import PRESET, World
@@ -245,6 +246,60 @@ def test_a_restart_of_five_minutes_misses_nothing(sqlite_farm: Farm) -> None:
     farm.add(cron="* * * * *", misfire=states.Misfire.SKIP)
     farm.tick(START + timedelta(minutes=4))
     assert farm.states() == [MADE] * 4
+
+
+@pytest.mark.parametrize("misfire", states.Misfire)
+def test_what_is_taken_up_in_time_is_not_missed_in_an_outage(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch, misfire: states.Misfire
+) -> None:
+    farm = sqlite_farm
+    farm.add("a", cron="0 0 * * *", prompts=None, prompts_url="s3://b/k", misfire=misfire)
+
+    def away(*_: object) -> bytes:
+        raise storage.StorageUnavailable("s3://b", "does not answer")
+
+    midnight = farm.schedule("a").next_fire_at
+    with monkeypatch.context() as outage:
+        outage.setattr(firing, "read_url", away)
+        for minutes in (1, 6, 20):
+            with pytest.raises(storage.StorageUnavailable):
+                farm.tick(midnight + timedelta(minutes=minutes))
+    assert farm.states("a") == []
+    monkeypatch.setattr(firing, "read_url", lambda *_: b"a cat")
+    farm.tick(midnight + timedelta(minutes=59))
+    assert farm.states("a") == [MADE]
+
+
+def test_a_slow_neighbour_makes_nobody_late(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm = sqlite_farm
+    for name in ("a", "b"):
+        farm.add(name, cron="0 0 * * *", misfire=states.Misfire.SKIP)
+    submit = submission.submit
+
+    def slow(*args: Any, **kwargs: Any) -> submission.Submission:
+        farm.now += timedelta(minutes=6)
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(submission, "submit", slow)
+    farm.tick(farm.schedule("a").next_fire_at)
+    assert farm.states("a") == farm.states("b") == [MADE]
+
+
+def test_a_fire_time_that_its_rule_does_not_have_any_more_holds_up_nothing(
+    sqlite_farm: Farm,
+) -> None:
+    """A country changed its clock, and this host knows of it since today."""
+    farm = sqlite_farm
+    farm.add("a", cron="0 0 * * *")
+    with farm.world.db.transaction() as session:
+        row = schedules.find(session, "a")
+        row.next_fire_at = moved = row.next_fire_at + timedelta(hours=1)
+    farm.tick(moved + timedelta(minutes=30))
+    assert farm.states("a") == [SKIPPED]
+    farm.tick(farm.schedule("a").next_fire_at)
+    assert farm.states("a") == [SKIPPED, MADE]
 
 
 def test_the_overlap_policy_decides_while_a_batch_is_open(sqlite_farm: Farm) -> None:
