@@ -8,12 +8,23 @@ from worker import device, errors
 from worker.settings import WorkerSettings
 
 
+def numbered(error_code):
+    """As torch raises it: with CUDA's number."""
+    error = torch.AcceleratorError("CUDA error: words of another version")
+    error.error_code = error_code
+    return error
+
+
 @pytest.mark.parametrize(
     "raised",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        RuntimeError("CUDA error: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        numbered(2),
         MemoryError(),
     ],
 )
@@ -27,6 +38,7 @@ def test_too_little_memory_is_named_so(cpu, raised):
     "raised",
     [
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        numbered(700),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     ],
