@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import farm
+from worker import gpus
 
 STEPS = (1000, 750, 500, 250)
 SIM_STEPS = 0.2 + len(STEPS) + 1.0  # text, denoising and decoding of a simulated job, in steps
@@ -90,9 +91,17 @@ def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, s
     else:
         from benchmarks import random_model
 
-        model, size, devices = "random", "832x480x81", "cuda"
+        model, size, devices = "random", "832x480x81", _first_gpu()
         random_model.write(models / model, text_layers=arguments.text_layers)
     return devices, environment, write_preset(home / "steady.json", model, arguments.size or size)
+
+
+def _first_gpu() -> str:
+    """As `rushes worker --devices` calls it; a slice where the GPU is cut into slices."""
+    found = gpus.find()
+    if not found:
+        raise SystemExit("there is no GPU here: look at nvidia-smi")
+    return found[0].number
 
 
 def write_preset(path: Path, model: str, size: str) -> Path:
