@@ -1,14 +1,15 @@
 """Gives a network the LoRAs of the job at hand, and takes them out again bit for bit."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models import errors, lora, memory, offload
+from models import errors, lora, memory, offload, read_ahead
 from models.quantization import QuantizedLinear
 
 
@@ -81,8 +82,13 @@ class LoraSwitcher:
         self._keep(wanted)
         # Until all is done, this is neither the old state nor the new one.
         self._applied, self._changed = None, self._changed | wanted
-        for name in sorted(self._changed):
-            self._set(name, [(self._loras[stamp], strength) for stamp, strength in request])
+        loras = [(self._loras[stamp], strength) for stamp, strength in request]
+        for name in sorted(self._changed & self._quantized.keys()):
+            _run_beside(self._quantized[name], name, _touching(name, loras), self._device)
+        names = sorted(self._changed - self._quantized.keys())
+        with contextlib.closing(self._untouched(names)) as untouched:
+            for name, weight in zip(names, untouched, strict=True):
+                self._set(name, weight, _touching(name, loras))
         self._applied, self._changed = request, frozenset(wanted)
         return True
 
@@ -104,23 +110,38 @@ class LoraSwitcher:
         new = sorted(set(names) - self._kept.keys() - self._quantized.keys())
         self._kept |= _host_copies({name: self._parameters[name] for name in new})
 
-    def _set(self, name: str, loras: Iterable[tuple[lora.Lora, float]]) -> None:
-        touching = [(each, strength) for each, strength in loras if name in each.parameters]
-        if name in self._quantized:
-            _run_beside(self._quantized[name], name, touching, self._device)
-            return
+    def _untouched(self, names: Sequence[str]) -> Generator[Tensor, None, None]:
+        """Each parameter as it was loaded, on the host: from there it is merged."""
+        if self._pristine is None:
+            yield from (self._kept[name] for name in names)
+        else:
+            yield from read_ahead.in_order(self._read_again, names)
+
+    def _read_again(self, name: str) -> Tensor:
+        assert self._pristine is not None
+        # A copy, so that the reader waits for the file, and not who uses it.
+        return self._pristine(name).to(self._parameters[name].dtype, copy=True)
+
+    def _set(self, name: str, untouched: Tensor, loras: "_Loras") -> None:
         parameter = self._parameters[name]
-        untouched = self._kept[name] if self._pristine is None else self._pristine(name)
-        untouched = untouched.to(parameter.dtype)  # as it was loaded: from there it is merged
-        if touching:
+        if loras:
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            untouched = untouched.to(self._device or parameter.device, wide)
+            # Between host and device in the narrow dtype: torch would convert on the host.
+            untouched = untouched.to(self._device or parameter.device).to(wide)
             # The differences are summed before the weight: two LoRAs commute bit for bit.
             total = torch.zeros_like(untouched)
-            for each, strength in touching:
+            for each, strength in loras:
                 total += each.delta(name, untouched) * strength
-            untouched = untouched + total
+            untouched = (untouched + total).to(parameter.dtype)
         parameter.data.copy_(untouched)
+
+
+_Loras = Sequence[tuple[lora.Lora, float]]
+"""With their strengths."""
+
+
+def _touching(name: str, loras: _Loras) -> _Loras:
+    return [(each, strength) for each, strength in loras if name in each.parameters]
 
 
 def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +163,7 @@ def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _run_beside(
     layer: QuantizedLinear,
     name: str,
-    loras: Sequence[tuple[lora.Lora, float]],
+    loras: _Loras,
     device: torch.device | str | None,
 ) -> None:
     """All pairs side by side as one, strengths in `up`; whole differences as one matrix."""
@@ -152,13 +173,13 @@ def _run_beside(
     for each, strength in loras:
         if name in each.pairs:
             pair = each.pairs[name]
-            downs.append(pair.down.float())
-            ups.append(pair.up.float() * (pair.scale * strength))
+            downs.append(pair.down.to(target).float())
+            ups.append(pair.up.to(target).float() * (pair.scale * strength))
         for delta in each.deltas.get(name, ()):
-            dense = delta.float() * strength + (0 if dense is None else dense)
-    layer.lora_down = torch.cat(downs).to(target, dtype) if downs else None
-    layer.lora_up = torch.cat(ups, dim=1).to(target, dtype) if ups else None
-    layer.lora_dense = dense.to(target, dtype) if dense is not None else None
+            dense = delta.to(target).float() * strength + (0 if dense is None else dense)
+    layer.lora_down = torch.cat(downs).to(dtype) if downs else None
+    layer.lora_up = torch.cat(ups, dim=1).to(dtype) if ups else None
+    layer.lora_dense = dense.to(dtype) if dense is not None else None
 
 
 @dataclass(frozen=True, order=True)
