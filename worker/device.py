@@ -113,12 +113,19 @@ def current(worker_settings: WorkerSettings) -> Device:
     torch_device = torch.device(wanted)
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise errors.DeviceFault("no CUDA device is visible; look at nvidia-smi and the driver")
+    _set_precision()
     is_cuda = torch_device.type == "cuda"
     dtype = worker_settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if is_cuda else "float32"
     name = torch.cuda.get_device_name(torch_device) if is_cuda else f"CPU {platform.machine()}"
     return Device(torch_device=torch_device, dtype=DTYPES[dtype], name=name)
+
+
+def _set_precision() -> None:
+    """As torch has it, whatever a library left: on GPUs, fp32 is TF32 in convolutions alone."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -70,6 +70,25 @@ def test_a_cpu_computes_in_full_precision_unless_told(monkeypatch):
     assert device.current(WorkerSettings()).dtype is torch.bfloat16
 
 
+@pytest.fixture
+def products():
+    """How fp32 is multiplied on a GPU: as it was, after the test."""
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    yield kinds
+    for kind, allow_tf32 in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allow_tf32
+
+
+def test_what_fp32_means_on_a_gpu_is_not_left_to_libraries(products, monkeypatch):
+    monkeypatch.setenv("RUSHES_DEVICE", "cpu")
+    convolutions, matrices = products
+    convolutions.allow_tf32, matrices.allow_tf32 = False, True
+    device.current(WorkerSettings())
+    assert convolutions.allow_tf32
+    assert not matrices.allow_tf32
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_a_fault_with_advice(monkeypatch):
     monkeypatch.setenv("RUSHES_DEVICE", "cuda")
