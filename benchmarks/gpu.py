@@ -140,7 +140,7 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
         with torch.device("meta"):
             encoder = text_encoder.build_network(config.UMT5_XXL)
         encoder = filled(encoder.to(BF16))
-        decoder = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+        decoder = filled(networks.autoencoder())
         vae.to_channels_last(decoder)
         network = random_transformer(config.WAN_T2V_14B)
         failures: list[str] = []

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models import config, quantization, transformer
+from models import config, quantization, transformer, vae
 from models.distillation import cost
 
 SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
@@ -21,6 +21,15 @@ def on_meta(
         for name, layer in block_matrices(network):
             scale_shape = (layer.out_features, 1)
             replace(network, name, quantization.QuantizedLinear(layer, scheme, scale_shape))
+    return network.requires_grad_(requires_grad=False).eval()
+
+
+def autoencoder(sizes: config.VAEConfig = config.WAN_VAE) -> vae.WanVAE:
+    """On `meta`, as a worker holds it that decodes in bf16: what encodes images is fp32."""
+    with torch.device("meta"):
+        network = vae.WanVAE(sizes)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(vae.parameter_dtype(name, torch.bfloat16))
     return network.requires_grad_(requires_grad=False).eval()
 
 
