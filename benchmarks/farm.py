@@ -51,7 +51,7 @@ class Worked:
     began: float
     ended: float
     busy: float
-    """Seconds of the stages that keep a device busy."""
+    """Seconds of the host in the stages that use a device; it need not be at work all along."""
     seconds: Mapping[str, float]
 
 
