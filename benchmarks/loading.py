@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from benchmarks import measuring, networks
-from models import checkpoint, config, read_ahead
+from models import checkpoint, config
 from models.tiny import folders
 
 
@@ -64,7 +64,7 @@ def _drop_from_cache(path: Path) -> None:
 def _seconds(path: Path, readers: int, device: torch.device) -> float:
     began = time.perf_counter()
     tensors = checkpoint.read_tensors([path])
-    with mock.patch.object(read_ahead, "READERS", readers):
+    with mock.patch.object(checkpoint, "READERS", readers):
         owned = checkpoint.owned(tensors, device, dict.fromkeys(tensors, torch.bfloat16))
     measuring.synchronize()
     took = time.perf_counter() - began

@@ -25,7 +25,6 @@ from models import (
     image_encoder,
     layout,
     quantization,
-    read_ahead,
     text_encoder,
     transformer,
     vae,
@@ -33,6 +32,7 @@ from models import (
 )
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+READERS = 4  # more gain little (docs/performance.md, Loading), and each may convert a tensor
 LAST_FRAME_TENSOR = "img_emb.emb_pos"  # only models between two frames have it
 LOADER_ERRORS = (
     # What torch and safetensors raise for damaged files; there is no common class.
@@ -510,7 +510,7 @@ def owned(
 
     places = {name: (id(mapped[name]), dtypes[name]) for name in mapped}
     distinct = {place: name for name, place in places.items()}
-    with ThreadPoolExecutor(read_ahead.READERS, thread_name_prefix="weights") as readers:
+    with ThreadPoolExecutor(READERS, thread_name_prefix="weights") as readers:
         copies = dict(zip(distinct, readers.map(read, distinct.values()), strict=True))
     return {name: copies[place] for name, place in places.items()}
 

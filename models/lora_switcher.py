@@ -1,15 +1,14 @@
 """Gives a network the LoRAs of the job at hand, and takes them out again bit for bit."""
 
-import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models import errors, lora, memory, offload, read_ahead
+from models import errors, lora, memory, offload
 from models.quantization import QuantizedLinear
 
 
@@ -82,13 +81,8 @@ class LoraSwitcher:
         self._keep(wanted)
         # Until all is done, this is neither the old state nor the new one.
         self._applied, self._changed = None, self._changed | wanted
-        loras = [(self._loras[stamp], strength) for stamp, strength in request]
-        for name in sorted(self._changed & self._quantized.keys()):
-            _run_beside(self._quantized[name], name, _touching(name, loras), self._device)
-        names = sorted(self._changed - self._quantized.keys())
-        with contextlib.closing(self._untouched(names)) as untouched:
-            for name, weight in zip(names, untouched, strict=True):
-                self._set(name, weight, _touching(name, loras))
+        for name in sorted(self._changed):
+            self._set(name, [(self._loras[stamp], strength) for stamp, strength in request])
         self._applied, self._changed = request, frozenset(wanted)
         return True
 
@@ -110,38 +104,24 @@ class LoraSwitcher:
         new = sorted(set(names) - self._kept.keys() - self._quantized.keys())
         self._kept |= _host_copies({name: self._parameters[name] for name in new})
 
-    def _untouched(self, names: Sequence[str]) -> Generator[Tensor, None, None]:
-        """Each parameter as it was loaded, on the host: from there it is merged."""
-        if self._pristine is None:
-            yield from (self._kept[name] for name in names)
-        else:
-            yield from read_ahead.in_order(self._read_again, names)
-
-    def _read_again(self, name: str) -> Tensor:
-        assert self._pristine is not None
-        # A copy, so that the reader waits for the file, and not who uses it.
-        return self._pristine(name).to(self._parameters[name].dtype, copy=True)
-
-    def _set(self, name: str, untouched: Tensor, loras: "_Loras") -> None:
+    def _set(self, name: str, loras: Iterable[tuple[lora.Lora, float]]) -> None:
+        touching = [(each, strength) for each, strength in loras if name in each.parameters]
+        if name in self._quantized:
+            _run_beside(self._quantized[name], name, touching, self._device)
+            return
         parameter = self._parameters[name]
-        if loras:
+        untouched = self._kept[name] if self._pristine is None else self._pristine(name)
+        untouched = untouched.to(parameter.dtype)  # as it was loaded: from there it is merged
+        if touching:
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            # Between host and device in the narrow dtype: torch would convert on the host.
+            # Between host and device in the narrow dtype: in one step torch converts on the host.
             untouched = untouched.to(self._device or parameter.device).to(wide)
             # The differences are summed before the weight: two LoRAs commute bit for bit.
             total = torch.zeros_like(untouched)
-            for each, strength in loras:
+            for each, strength in touching:
                 total += each.delta(name, untouched) * strength
             untouched = (untouched + total).to(parameter.dtype)
         parameter.data.copy_(untouched)
-
-
-_Loras = Sequence[tuple[lora.Lora, float]]
-"""With their strengths."""
-
-
-def _touching(name: str, loras: _Loras) -> _Loras:
-    return [(each, strength) for each, strength in loras if name in each.parameters]
 
 
 def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +143,7 @@ def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _run_beside(
     layer: QuantizedLinear,
     name: str,
-    loras: _Loras,
+    loras: Sequence[tuple[lora.Lora, float]],
     device: torch.device | str | None,
 ) -> None:
     """All pairs side by side as one, strengths in `up`; whole differences as one matrix."""

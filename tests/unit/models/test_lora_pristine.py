@@ -1,7 +1,6 @@
 """Untouched weights come back from their files exactly as they were loaded."""
 
 import os
-import threading
 
 import pytest
 import safetensors.torch
@@ -15,7 +14,6 @@ from models import (
     pristine,
     quantization,
     quantized_files,
-    read_ahead,
 )
 
 DIT = "diffusion_pytorch_model.safetensors"
@@ -88,21 +86,6 @@ def test_a_file_that_changed_or_went_is_refused(native_root, lora_path):
     path.unlink()
     with pytest.raises(errors.UnreadableWeightsError, match=DIT):
         source("head.modulation")
-
-
-def test_several_read_at_once_and_not_much_ahead():
-    """Each reader waits for the others, so that fewer would not come to an end."""
-    meeting, begun = threading.Barrier(read_ahead.READERS, timeout=20), []
-
-    def read(name):
-        begun.append(name)
-        meeting.wait()
-        return torch.tensor(int(name))
-
-    names = [str(number) for number in range(4 * read_ahead.READERS)]
-    for taken, tensor in enumerate(read_ahead.in_order(read, names)):
-        assert tensor == taken
-        assert len(begun) - taken <= read_ahead.READERS
 
 
 def test_a_pickle_is_not_read_piecewise(native_root):
