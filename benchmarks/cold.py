@@ -60,15 +60,16 @@ def theirs(models_dir: Path, moments: Moments) -> None:
     moments.reach("model")
     pipeline.transformer.register_forward_pre_hook(lambda *_: moments.reach("step"))
     with torch.inference_mode(), measuring.same_attention():
-        pipeline(
+        frames = pipeline(
             prompt=scales.PROMPT,
             height=scale.height,
             width=scale.width,
             num_frames=scale.num_frames,
             num_inference_steps=4,
             guidance_scale=1.0,
-            output_type="np",
-        )
+            output_type="pt",
+        ).frames[0]
+        reference.to_uint8(frames)
     moments.reach("frame")
 
 

@@ -51,7 +51,7 @@ class Worked:
     began: float
     ended: float
     busy: float
-    """Seconds of the stages that keep a device busy."""
+    """Seconds of the host in the stages that use a device; it need not be at work all along."""
     seconds: Mapping[str, float]
 
 
@@ -90,9 +90,7 @@ class Farm:
                 batch = queries.find_batch(session, batch_id)
             if batch.finished_at is not None:
                 break
-            for name, process in self.processes.items():
-                if process.poll() is not None:
-                    raise SystemExit(f"{name} ended: {self.log_tail(name)}")
+            self.check_processes()
             if time.monotonic() > deadline:
                 raise SystemExit(
                     f"{batch.succeeded} of {batch.total} jobs within {seconds:.0f} s: "
@@ -106,6 +104,7 @@ class Farm:
         """Until so many are registered and have been seen to beat."""
         deadline = time.monotonic() + seconds
         while True:
+            self.check_processes()
             with self.db.reading() as session:
                 alive = sum(live.is_alive for live in queries.live_workers(session))
             if alive >= number:
@@ -124,8 +123,15 @@ class Farm:
         control = celery_app.make(self.config).control
         deadline = time.monotonic() + seconds
         while len(control.ping(timeout=2.0)) < number + 1:  # and the publisher
+            self.check_processes()
             if time.monotonic() > deadline:
                 raise SystemExit(f"not {number} workers answer: {self.log_tail('worker')}")
+
+    def check_processes(self) -> None:
+        """Nothing is waited for where a process has ended: its log is told."""
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                raise SystemExit(f"{name} ended: {self.log_tail(name)}")
 
     def worked(self, batch_id: str) -> list[Worked]:
         """From the sidecars in the store, by begin."""

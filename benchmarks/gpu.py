@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_fp8, gpu_peers, measuring
+from benchmarks import gpu_fp8, gpu_peers, measuring, networks
 from benchmarks.gpu_common import (
     BF16,
     DEVICE,
@@ -29,7 +29,6 @@ from benchmarks.gpu_common import (
     LATENTS_720P,
     emptied,
     filled,
-    flops,
     inputs,
     peak_gb,
     random_transformer,
@@ -76,9 +75,12 @@ def dit(
         compiled_y = network(*arguments)
         torch.cuda.synchronize()
         compiling = time.perf_counter() - began
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         compiled = measuring.seconds(lambda: network(*arguments), repeats=repeats)
+        compiled_peak = peak_gb()
         fusion.run_with(fusion.eagerly)
-        count = flops(network, *arguments)
+        count = networks.flops(sizes, latents)
         floor = count / (report.facts["ceilings"]["matmul_tflops"] * 1e12)
         return {
             "pflop": count / 1e15,
@@ -90,7 +92,8 @@ def dit(
             "compiled_to_eager": measuring.relative(compiled_y, eager_y),
             "share_of_floor": floor / min(eager["seconds"], compiled["seconds"]),
             "kernels": attention.names(),
-            "peak_gb": eager_peak,
+            "eager_peak_gb": eager_peak,
+            "compiled_peak_gb": compiled_peak,
         }
 
 
@@ -137,7 +140,7 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
         with torch.device("meta"):
             encoder = text_encoder.build_network(config.UMT5_XXL)
         encoder = filled(encoder.to(BF16))
-        decoder = filled(vae.WanVAE(config.WAN_VAE).to(BF16))
+        decoder = filled(networks.autoencoder())
         vae.to_channels_last(decoder)
         network = random_transformer(config.WAN_T2V_14B)
         failures: list[str] = []

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measuring, networks
 from benchmarks.measuring import REPEATS
@@ -113,9 +112,3 @@ def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Ten
     torch.manual_seed(0)
     x = torch.randn(1, *latents, device=DEVICE)
     return x, torch.tensor([937.5], device=DEVICE), torch.randn(*CONTEXT, device=DEVICE, dtype=BF16)
-
-
-def flops(network: nn.Module, *arguments: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter:
-        network(*arguments)
-    return float(counter.get_total_flops())

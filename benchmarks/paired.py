@@ -1,8 +1,10 @@
 """Ours against diffusers, in turns: `python -m benchmarks.paired [--out FILE] [--only PART ...]`.
 
 Both load the same random weights from one folder in diffusers' layout, and use the same kernels of
-attention. On a GPU the transformer and the autoencoder have the size of Wan2.1 1.3B at 480p; on a
-processor they are full in width, with two blocks and few tokens. `cold` starts a process per turn.
+attention. On a GPU our chains are compiled; diffusers runs eagerly, but in the parts `_compiled`,
+where its transformer's blocks are compiled too. There transformer and autoencoder have the size of
+Wan2.1 1.3B at 480p; on a processor they are full in width, with two blocks and few tokens. `cold`
+starts a process per turn.
 """
 
 import argparse
@@ -56,6 +58,15 @@ class Both:
             self.models_dir / scales.MODEL, dtype=self.here.dtype, device=self.here.torch_device
         )
 
+    @cached_property
+    def theirs_compiled(self) -> diffusers.WanPipeline:
+        """With the blocks of its transformer compiled, as diffusers offers it."""
+        pipe = reference.load(
+            self.models_dir / scales.MODEL, dtype=self.here.dtype, device=self.here.torch_device
+        )
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        return pipe
+
     def draw(self, *shape: int) -> Tensor:
         generator = torch.Generator().manual_seed(scales.SEED)
         return torch.randn(shape, generator=generator).to(self.here.torch_device)
@@ -71,14 +82,21 @@ class Both:
         return {**found, "relative_difference": difference}
 
     def transformer(self) -> dict[str, Any]:
-        """One forward of the diffusion transformer."""
+        """One forward of the diffusion transformer; ours is compiled on a GPU, theirs eager."""
+        return self._transformers(self.theirs)
+
+    def transformer_compiled(self) -> dict[str, Any]:
+        """The same with diffusers' blocks compiled."""
+        return self._transformers(self.theirs_compiled)
+
+    def _transformers(self, pipe: diffusers.WanPipeline) -> dict[str, Any]:
         dtype = self.here.dtype
         x = self.draw(1, *self.scale.latents)
         timestep = torch.tensor([937.5], device=self.here.torch_device)
         context = self.draw(1, 512, self.scale.sizes.transformer.text_dim).to(dtype)
         return self.compared(
             lambda: self.ours.networks.transformer(x, timestep, context),
-            lambda: self.theirs.transformer(x.to(dtype), timestep, context, return_dict=False)[0],
+            lambda: pipe.transformer(x.to(dtype), timestep, context, return_dict=False)[0],
         )
 
     def text(self) -> dict[str, Any]:
@@ -127,7 +145,13 @@ class Both:
 
     def whole(self) -> dict[str, Any]:
         """Prompt to 8-bit frames on the host: text, four steps, decoding."""
-        return self.compared(self._rendered_by_us, self._rendered_by_them)
+        return self.compared(self._rendered_by_us, lambda: self._rendered_by_them(self.theirs))
+
+    def whole_compiled(self) -> dict[str, Any]:
+        """The same with diffusers' blocks compiled; its text encoder and autoencoder are eager."""
+        return self.compared(
+            self._rendered_by_us, lambda: self._rendered_by_them(self.theirs_compiled)
+        )
 
     def _rendered_by_us(self) -> Tensor:
         spec = scales.spec(self.scale, next(self.our_prompts))
@@ -138,9 +162,9 @@ class Both:
         chunks = pipeline.decode(latents, self.ours, timings=timings, reached=_go_on)
         return torch.cat(list(chunks))
 
-    def _rendered_by_them(self) -> Tensor:
+    def _rendered_by_them(self, pipe: diffusers.WanPipeline) -> Tensor:
         noise, _ = sampling.initial_noise(scales.SEED, self._latent_shape(), self.here.torch_device)
-        frames = self.theirs(
+        frames = pipe(
             prompt=next(self.their_prompts),
             height=self.scale.height,
             width=self.scale.width,
@@ -148,9 +172,9 @@ class Both:
             num_inference_steps=4,
             guidance_scale=1.0,
             latents=noise,
-            output_type="np",
+            output_type="pt",
         ).frames[0]
-        return torch.from_numpy((frames * 255).round().astype("uint8"))
+        return reference.to_uint8(frames)
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         scale = self.scale
@@ -198,10 +222,11 @@ def _machine(here: device.Device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = ("machine", "transformer", "text", "decode", "encode", "whole", "cold")
+    parts = ("transformer", "text", "decode", "encode", "whole", "cold")
+    compiled = ("transformer_compiled", "whole_compiled")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=parts)
+    parser.add_argument("--only", nargs="+", choices=("machine", *parts, *compiled))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--dtype", default="auto", help="as of RUSHES_DTYPE")
     options = parser.parse_args()
@@ -216,10 +241,14 @@ def main() -> None:
             folder / scales.MODEL, scale.sizes, dtype=here.dtype, device=here.torch_device
         )
         both = Both(folder, scale, here, options.pairs)
+        # On a processor nothing of ours is compiled, and theirs would take minutes to be.
+        usual = (*parts, *compiled) if here.is_cuda else parts
+        wanted = options.only or usual
         measuring.run_parts(
             measuring.Report(options.out),
-            {"machine": lambda: _machine(here)} | {part: getattr(both, part) for part in parts[1:]},
-            only=None if options.only is None else {"machine", *options.only},
+            {"machine": lambda: _machine(here)}
+            | {part: getattr(both, part) for part in (*parts, *compiled)},
+            only={"machine", *wanted},
         )
 
 

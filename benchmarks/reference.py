@@ -1,5 +1,7 @@
 """diffusers' networks, at any size: what ours are compared with in tests and benchmarks."""
 
+# T frames, C channels, H height, W width
+
 from pathlib import Path
 
 import torch
@@ -85,3 +87,12 @@ def load(folder: Path, *, dtype: torch.dtype, device: torch.device) -> WanPipeli
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def to_uint8(frames_TCHW: torch.Tensor) -> torch.Tensor:
+    """[0, 1], as the pipeline gives with `output_type="pt"`, to frames_THWC on the host.
+
+    Rounded where they are and sent in 8 bits, as ours are: the pipeline would send fp32 to numpy.
+    """
+    scaled = frames_TCHW.float().mul_(255).round_()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

@@ -3,8 +3,9 @@
 Jobs per hour of N devices against N times those of one, for each of `--devices`. Every device has
 its real processes (Celery's parent and child), so that a small machine has more to do than a farm's
 hosts together: choose `--job-seconds` so long that its processors are not what is measured, and
-read their load beside each number. Rows are counted between the first and the last job that began
-while every device had work.
+read their load beside each number. Counted is the time in which every device had work: from the
+begin of the last first job to that of the first last one. One device alone, which the others are
+compared with, renders `--base-jobs`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import farm, steady
 
@@ -26,7 +28,7 @@ MORE_SECONDS = 8.0  # for each further one on two processors
 def main() -> None:
     arguments = parse()
     print(f"{farm.machine()}; {arguments.database}, {arguments.job_seconds:g} s a job")
-    print("devices  jobs an hour  of N times one  gap p50, p99 (of a job)  cores busy, ours")
+    print("devices  jobs an hour  of N times one  idle  gaps between jobs  cores busy, ours")
     alone: float | None = None
     for number in arguments.devices:
         facts = measure(arguments, number)
@@ -34,8 +36,8 @@ def main() -> None:
         facts["efficiency"] = facts["jobs_per_hour"] / (number * alone)
         print(
             f"{number:7}  {facts['jobs_per_hour']:12.0f}  {facts['efficiency']:14.1%}  "
-            f"{facts['gap_median'] * 1e3:.0f} ms, {facts['gap_p99'] * 1e3:.0f} ms "
-            f"({facts['gap_share']:.2%})  {facts['cores_busy']:.2f}, {facts['cores_ours']:.2f}",
+            f"{facts['gap_share']:.2%}  {facts['gaps']}  "
+            f"{facts['cores_busy']:.2f}, {facts['cores_ours']:.2f}",
             flush=True,
         )
         if arguments.json:
@@ -47,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--jobs", type=int, default=4, help="for each device, and one to warm up")
+    parser.add_argument("--base-jobs", type=int, default=12, help="the same of one device alone")
     parser.add_argument("--job-seconds", type=float, default=30.0)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
@@ -55,7 +58,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(arguments: argparse.Namespace, number: int) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rushes-scaling-", dir=arguments.folder) as folder:
         home = Path(folder)
         step_seconds = arguments.job_seconds / steady.SIM_STEPS
@@ -69,7 +72,8 @@ def measure(arguments: argparse.Namespace, number: int) -> dict[str, float]:
         ) as running:
             running.wait_for_children(number, seconds=START_SECONDS + MORE_SECONDS * number)
             load = farm.Load()
-            batch_id = running.submit(number * (1 + arguments.jobs), preset)
+            jobs = arguments.jobs if number > 1 else max(arguments.jobs, arguments.base_jobs)
+            batch_id = running.submit(number * (1 + jobs), preset)
             running.wait(batch_id, seconds=arguments.seconds)
             cores_busy, cores_ours = load.cores()
             worked = running.worked(batch_id)
@@ -81,32 +85,32 @@ def measure(arguments: argparse.Namespace, number: int) -> dict[str, float]:
     }
 
 
-def rates(worked: Sequence[farm.Worked], number: int) -> dict[str, float]:
-    """Of the time in which every device has rendered its first job and still has another."""
+def rates(worked: Sequence[farm.Worked], number: int) -> dict[str, Any]:
+    """Of the time in which every device has begun its first job and not yet its last."""
     by_worker: dict[str, list[farm.Worked]] = defaultdict(list)
     for each in worked:
         by_worker[each.worker].append(each)
     if len(by_worker) < number:
         raise SystemExit(f"only {len(by_worker)} of {number} devices took part")
-    since = max(jobs[0].ended for jobs in by_worker.values())
+    since = max(jobs[0].began for jobs in by_worker.values())
     until = min(jobs[-1].began for jobs in by_worker.values())
-    gaps, whole = [], 0.0
-    for jobs in by_worker.values():
-        for earlier, later in itertools.pairwise(jobs):
-            if since <= earlier.ended and later.began <= until:
-                gaps.append(later.began - earlier.ended)
-        whole += sum(
-            max(0.0, min(job.ended, until) - max(job.began, since)) / (job.ended - job.began)
-            for job in jobs
-        )
+    gaps = [
+        later.began - earlier.ended
+        for jobs in by_worker.values()
+        for earlier, later in itertools.pairwise(jobs)
+        if earlier.ended < until and later.began > since
+    ]
     if until <= since or not gaps:
         raise SystemExit("no time in which all devices had work: more --jobs")
+    within = [max(0.0, min(job.ended, until) - max(job.began, since)) for job in worked]
+    done = sum(part / (job.ended - job.began) for part, job in zip(within, worked, strict=True))
     return {
-        "jobs_per_hour": whole / (until - since) * 3600,
+        "jobs_per_hour": done / (until - since) * 3600,
+        "gaps": steady.told_gaps(gaps),
         "gap_median": statistics.median(gaps),
-        "gap_p99": steady.percentile(gaps, 0.99),
-        "gap_share": statistics.fmean(gaps)
-        / (statistics.fmean(gaps) + statistics.fmean(w.ended - w.began for w in worked)),
+        "gap_p99": steady.p99(gaps),
+        "gap_most": max(gaps),
+        "gap_share": 1 - sum(within) / (len(by_worker) * (until - since)),
     }
 
 

@@ -1,13 +1,16 @@
 """One device in steady state: python -m benchmarks.steady
 
 A batch through the real worker (Celery's parent and child, dispatcher, publisher, Redis, database,
-store), and from the sidecars of its videos: how long the device worked, and how long it stood idle
-between the last work for one job and the first for the next. The device sleeps (`--device sim`,
-like one that needs `--job-seconds` for a job), or is real: `cpu` with the tiny model, `cuda` with
-the sizes of Wan2.1 1.3B and random weights.
+store), and from the sidecars of its videos: how long the stages took that use the device, and how
+long it stood idle between the last work for one job and the first for the next. The device sleeps
+(`--device sim`, like one that needs `--job-seconds` for a job), or is real: `cpu` with the tiny
+model, `cuda` with the sizes of Wan2.1 1.3B and random weights. Stages are times of the host: text
+is split into tokens in them, kernels are launched and frames copied. How long a GPU ran kernels
+beside that is told by its driver.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -17,11 +20,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import farm
+from benchmarks import farm, gpu_busy
+from worker import gpus
 
 STEPS = (1000, 750, 500, 250)
 SIM_STEPS = 0.2 + len(STEPS) + 1.0  # text, denoising and decoding of a simulated job, in steps
 GOAL = 0.02  # of a job
+SAMPLES = "kernels.csv"
 
 
 def main() -> None:
@@ -61,8 +66,13 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
         running.wait_for_workers(1, seconds=120)
         print(f"worker there after {time.monotonic() - began:.0f} s", flush=True)
         began, load = time.monotonic(), farm.Load()
-        batch_id = running.submit(arguments.warm_up + arguments.jobs, preset)
-        running.wait(batch_id, seconds=arguments.seconds)
+        with (
+            gpu_busy.sampled(devices, home / SAMPLES)
+            if arguments.device == "cuda"
+            else contextlib.nullcontext()
+        ):
+            batch_id = running.submit(arguments.warm_up + arguments.jobs, preset)
+            running.wait(batch_id, seconds=arguments.seconds)
         took, told = time.monotonic() - began, load.told()
         worked = running.worked(batch_id)
         print(
@@ -70,7 +80,12 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
             f"{arguments.database}, store: {running.store_kind}; {len(worked)} jobs in "
             f"{took:.1f} s, {running.attempts(batch_id)} attempts; {told}"
         )
-    report(arguments, worked[arguments.warm_up :])
+    counted = worked[arguments.warm_up :]
+    kernels = None
+    if arguments.device == "cuda":
+        since, until = counted[0].began, counted[-1].began
+        kernels = gpu_busy.share(home / SAMPLES, since=since, until=until)
+    report(arguments, counted, kernels=kernels)
 
 
 def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, str], Path]:
@@ -90,9 +105,17 @@ def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, s
     else:
         from benchmarks import random_model
 
-        model, size, devices = "random", "832x480x81", "cuda"
+        model, size, devices = "random", "832x480x81", _first_gpu()
         random_model.write(models / model, text_layers=arguments.text_layers)
     return devices, environment, write_preset(home / "steady.json", model, arguments.size or size)
+
+
+def _first_gpu() -> str:
+    """As `rushes worker --devices` calls it; a slice where the GPU is cut into slices."""
+    found = gpus.find()
+    if not found:
+        raise SystemExit("there is no GPU here: look at nvidia-smi")
+    return found[0].number
 
 
 def write_preset(path: Path, model: str, size: str) -> Path:
@@ -111,7 +134,10 @@ def write_preset(path: Path, model: str, size: str) -> Path:
     return path
 
 
-def report(arguments: argparse.Namespace, worked: Sequence[farm.Worked]) -> None:
+def report(
+    arguments: argparse.Namespace, worked: Sequence[farm.Worked], *, kernels: float | None = None
+) -> None:
+    """`kernels`: the share of the time in which a GPU ran any."""
     gaps = [later.began - earlier.ended for earlier, later in itertools.pairwise(worked)]
     jobs = [later.began - earlier.began for earlier, later in itertools.pairwise(worked)]
     job, gap = statistics.median(jobs), statistics.median(gaps)
@@ -122,11 +148,12 @@ def report(arguments: argparse.Namespace, worked: Sequence[farm.Worked]) -> None
         "job_seconds": job,
         "jobs_per_hour": 3600 / statistics.fmean(jobs),
         "gap_median": gap,
-        "gap_p99": percentile(gaps, 0.99),
+        "gap_p99": p99(gaps),
         "gap_most": max(gaps),
         "gap_share": sum(gaps) / sum(jobs),
-        "inner_idle_share": sum(w.ended - w.began - w.busy for w in worked[:-1]) / sum(jobs),
-        "busy_share": sum(w.busy for w in worked[:-1]) / sum(jobs),
+        "between_stages_share": sum(w.ended - w.began - w.busy for w in worked[:-1]) / sum(jobs),
+        "in_stages_share": sum(w.busy for w in worked[:-1]) / sum(jobs),
+        "kernels_share": kernels,
         "stages": {
             stage: statistics.median(w.seconds.get(stage, 0.0) for w in worked)
             for stage in dict.fromkeys(name for w in worked for name in w.seconds)
@@ -134,11 +161,12 @@ def report(arguments: argparse.Namespace, worked: Sequence[farm.Worked]) -> None
     }
     print(
         f"job {job:.3f} s, {facts['jobs_per_hour']:.0f} an hour\n"
-        f"gap between jobs: median {gap * 1e3:.0f} ms, p99 {facts['gap_p99'] * 1e3:.0f} ms, "
-        f"most {max(gaps) * 1e3:.0f} ms; {facts['gap_share']:.2%} of the time (goal: {GOAL:.0%})\n"
-        f"device busy {facts['busy_share']:.2%}, waiting within a job "
-        f"{facts['inner_idle_share']:.2%}\n"
-        "stages: "
+        f"gap between jobs: {told_gaps(gaps)}; {facts['gap_share']:.2%} of the time "
+        f"(goal: {GOAL:.0%})\n"
+        f"in stages {facts['in_stages_share']:.2%} (times of the host), between the stages of a "
+        f"job {facts['between_stages_share']:.2%}"
+        + ("\n" if kernels is None else f"; kernels ran {kernels:.1%} of the time\n")
+        + "stages: "
         + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in facts["stages"].items())
     )
     if arguments.json:
@@ -147,10 +175,20 @@ def report(arguments: argparse.Namespace, worked: Sequence[farm.Worked]) -> None
     sys.stdout.flush()
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest of the values; of a few it is the largest."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+def told_gaps(gaps: Sequence[float]) -> str:
+    high = p99(gaps)
+    return (
+        f"median {statistics.median(gaps) * 1e3:.0f} ms, "
+        + ("" if high is None else f"p99 {high * 1e3:.0f} ms, ")
+        + f"most {max(gaps) * 1e3:.0f} ms of {len(gaps)}"
+    )
+
+
+def p99(values: Sequence[float]) -> float | None:
+    """None of fewer than a hundred: it would be the largest."""
+    if len(values) < 100:
+        return None
+    return sorted(values)[int(len(values) * 0.99)]
 
 
 if __name__ == "__main__":

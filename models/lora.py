@@ -57,11 +57,16 @@ class Lora:
         total = torch.zeros_like(like)
         if name in self.pairs:
             pair = self.pairs[name]
-            down, up = (half.to(like).flatten(1) for half in (pair.down, pair.up))
+            down, up = (_like(half, like).flatten(1) for half in (pair.down, pair.up))
             total += (up @ down).mul_(pair.scale).view_as(like)
         for delta in self.deltas.get(name, ()):
-            total += delta.to(like)
+            total += _like(delta, like)
         return total
+
+
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    """First sent, then converted: in one step torch converts on the host."""
+    return tensor.to(like.device).to(like.dtype)
 
 
 def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:

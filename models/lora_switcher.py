@@ -114,12 +114,13 @@ class LoraSwitcher:
         untouched = untouched.to(parameter.dtype)  # as it was loaded: from there it is merged
         if touching:
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            untouched = untouched.to(self._device or parameter.device, wide)
+            # Between host and device in the narrow dtype: in one step torch converts on the host.
+            untouched = untouched.to(self._device or parameter.device).to(wide)
             # The differences are summed before the weight: two LoRAs commute bit for bit.
             total = torch.zeros_like(untouched)
             for each, strength in touching:
                 total += each.delta(name, untouched) * strength
-            untouched = untouched + total
+            untouched = (untouched + total).to(parameter.dtype)
         parameter.data.copy_(untouched)
 
 
@@ -152,13 +153,13 @@ def _run_beside(
     for each, strength in loras:
         if name in each.pairs:
             pair = each.pairs[name]
-            downs.append(pair.down.float())
-            ups.append(pair.up.float() * (pair.scale * strength))
+            downs.append(pair.down.to(target).float())
+            ups.append(pair.up.to(target).float() * (pair.scale * strength))
         for delta in each.deltas.get(name, ()):
-            dense = delta.float() * strength + (0 if dense is None else dense)
-    layer.lora_down = torch.cat(downs).to(target, dtype) if downs else None
-    layer.lora_up = torch.cat(ups, dim=1).to(target, dtype) if ups else None
-    layer.lora_dense = dense.to(target, dtype) if dense is not None else None
+            dense = delta.to(target).float() * strength + (0 if dense is None else dense)
+    layer.lora_down = torch.cat(downs).to(dtype) if downs else None
+    layer.lora_up = torch.cat(ups, dim=1).to(dtype) if ups else None
+    layer.lora_dense = dense.to(dtype) if dense is not None else None
 
 
 @dataclass(frozen=True, order=True)

@@ -17,7 +17,13 @@ from worker.settings import WorkerSettings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What torch and the libraries below it say in errors that have no class of their own.
-OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|can't allocate memory|_STATUS_ALLOC_FAILED"
+    r"|CUDA error: out of memory|CUDA driver error: out of memory|\[CUDA\]: out of memory"
+)
+CUDA_OUT_OF_MEMORY = (
+    2  # cudaErrorMemoryAllocation: the one error after which CUDA can still be used
+)
 DEVICE_FAULT = re.compile(r"CUDA error|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)")
 
 
@@ -88,17 +94,14 @@ class Device:
         """Name the failures that are the device's: out of memory, or broken for this process."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise errors.DeviceOutOfMemory(f"{self.name}: {_first_line(error)}") from error
-        except torch.AcceleratorError as error:
-            # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
-            raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-                raise errors.DeviceOutOfMemory(f"{self.name}: {_first_line(error)}") from error
-            if DEVICE_FAULT.search(str(error)):
-                raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
+            told = f"{self.name}: {_first_line(error)}"
+            if _is_out_of_memory(error):
+                torch.cuda.empty_cache()
+                raise errors.DeviceOutOfMemory(told) from error
+            # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
+            if isinstance(error, torch.AcceleratorError) or DEVICE_FAULT.search(str(error)):
+                raise errors.DeviceFault(told) from error
             raise
 
 
@@ -110,12 +113,27 @@ def current(worker_settings: WorkerSettings) -> Device:
     torch_device = torch.device(wanted)
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise errors.DeviceFault("no CUDA device is visible; look at nvidia-smi and the driver")
+    _set_precision()
     is_cuda = torch_device.type == "cuda"
     dtype = worker_settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if is_cuda else "float32"
     name = torch.cuda.get_device_name(torch_device) if is_cuda else f"CPU {platform.machine()}"
     return Device(torch_device=torch_device, dtype=DTYPES[dtype], name=name)
+
+
+def _set_precision() -> None:
+    """As torch has it, whatever a library left: on GPUs, fp32 is TF32 in convolutions alone."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's own allocator has a class for it; what asks CUDA itself has a number or words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    is_numbered = getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY
+    return is_numbered or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _empty_host_cache() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -41,8 +42,12 @@ def make_latents(
     except ValueError as error:
         raise errors.SpecUnusable(str(error)) from error
     reached("text", 0, 1)
-    with timings.stage("text"):
-        context_1SD = model.encode_text(spec.prompt)
+    with ThreadPoolExecutor(1, thread_name_prefix="noise") as beside:
+        # On the host while the device encodes; later the device would wait for it.
+        drawn = beside.submit(sampling.initial_noise, spec.seed, shape, "cpu")
+        with timings.stage("text"):
+            context_1SD = model.encode_text(spec.prompt)
+    noise_BCTHW, generator = drawn.result()
     condition = None
     if spec.image_key is not None:
         reached("image", 0, 1)
@@ -52,7 +57,6 @@ def make_latents(
                 image_HWC = image()
         with timings.stage("image"):
             condition = model.condition(spec.image_key, image_HWC, look)
-    noise_BCTHW, generator = sampling.initial_noise(spec.seed, shape, device.torch_device)
 
     def on_step(step: int, steps: int) -> None:
         device.synchronize()  # else the steps would be queued long before they are computed
@@ -62,7 +66,7 @@ def make_latents(
     with timings.stage("denoise"), model.denoiser(context_1SD, condition, look) as denoiser:
         latents_BCTHW = sampling.denoise(
             denoiser,
-            noise_BCTHW,
+            noise_BCTHW.to(device.torch_device),
             levels,
             step_rule=look.step_rule,
             generator=generator,

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
-from models import sampling
+from benchmarks import paired, scales
+from benchmarks import reference as benchmark_reference
+from models import config, sampling
+from worker import device
 
 # shift * s / (1 + (shift - 1) * s) of s = 1, 3/4, 1/2, 1/4 at shift 5
 SIGMAS = [1.0, 15 / 16, 5 / 6, 5 / 8]
@@ -73,6 +77,42 @@ def test_four_steps_and_decode(
     frames = torch.cat(list(our_vae.decode_chunks(latents)), dim=2)
     assert frames.shape == (1, 3, 9, 32, 48)
     assert relative_error(frames, reference_frames(their_vae, expected)) < tolerance
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The benchmark of pairs, at a tiny size."""
+    cpu = device.Device(torch_device=torch.device("cpu"), dtype=torch.float32, name="CPU")
+    scale = scales.Scale(
+        sizes=scales.Sizes(
+            transformer=config.TINY,
+            vae=config.TINY_VAE,
+            text_encoder=config.TINY_TEXT_ENCODER,
+        ),
+        width=32,
+        height=16,
+        num_frames=5,
+        latents=(16, 2, 2, 4),
+    )
+    benchmark_reference.write(
+        tmp_path / scales.MODEL, scale.sizes, dtype=cpu.dtype, device=cpu.torch_device
+    )
+    return paired.Both(tmp_path, scale, cpu, 1)
+
+
+def test_a_benchmarked_pair_renders_the_same_frames(both, monkeypatch):
+    """Prompt to 8 bits; neither side's frames go through numpy."""
+    monkeypatch.setattr(VaeImageProcessor, "pt_to_numpy", None)
+    ours, theirs = both._rendered_by_us(), both._rendered_by_them(both.theirs)
+    assert ours.dtype == theirs.dtype == torch.uint8
+    assert ours.shape == theirs.shape == (5, 16, 32, 3)
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert ours.float().std() > 1
+
+
+def test_a_compiled_pair_is_one_of_compiled_blocks(both):
+    assert all(block._compiled_call_impl for block in both.theirs_compiled.transformer.blocks)
+    assert not any(block._compiled_call_impl for block in both.theirs.transformer.blocks)
 
 
 def table_levels():

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import config, errors, lora, lora_keys, lora_switcher, transformer, weight_names
 from models.lora_switcher import Choice
@@ -332,6 +333,57 @@ def test_untouched_weights_may_be_read_again_instead_of_kept(three_loras):
         switcher.apply(choices)
     assert equal(weights(network), before)
     assert switcher.kept_bytes == 0
+
+
+def test_weights_in_bf16_are_merged_in_fp32_and_rounded_once(three_loras):
+    network = build(dtype=torch.bfloat16)
+    expected, choices = weights(network), [Choice(path=three_loras[0], strength=0.3)]
+    found = read(three_loras[0], network)
+    for name in found.parameters:
+        wide = expected[name].float()
+        difference = torch.zeros_like(wide)
+        if name in found.pairs:
+            pair = found.pairs[name]
+            difference += (pair.up.float() @ pair.down.float()) * pair.scale
+        for delta in found.deltas.get(name, ()):
+            difference += delta.float()
+        expected[name] = (wide + difference * 0.3).bfloat16()
+    pristine = weights(network).__getitem__
+    for switcher in (
+        lora_switcher.LoraSwitcher(network),
+        lora_switcher.LoraSwitcher(network, device="cpu", pristine=pristine),
+    ):
+        switcher.apply(choices)
+        assert equal(weights(network), expected)
+        switcher.apply([])
+
+
+class Copies(TorchDispatchMode):
+    """Notes from where to where, and from which dtype to which, tensors are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            self.seen.append((source.device, result.device, source.dtype, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("merges_on", ["meta", "cpu"], ids=["goes there", "comes back"])
+def test_what_goes_between_host_and_device_is_not_converted_on_the_way(three_loras, merges_on):
+    """torch would convert on the host. `meta` stands for a GPU: as the network's, it takes all."""
+    stored = weights(build(dtype=torch.bfloat16))
+    network = build(dtype=torch.bfloat16).to("meta")
+    switcher = lora_switcher.LoraSwitcher(network, device=merges_on, pristine=stored.__getitem__)
+    with Copies() as copies:
+        switcher.apply([Choice(path=path) for path in three_loras])
+    sent = [dtypes for here, there, *dtypes in copies.seen if here != there]
+    assert len(sent) > len(MATRICES)
+    assert all(before == after for before, after in sent)
 
 
 def test_weights_keep_their_place_in_memory(network, three_loras):

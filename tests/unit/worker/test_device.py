@@ -8,12 +8,23 @@ from worker import device, errors
 from worker.settings import WorkerSettings
 
 
+def numbered(error_code):
+    """As torch raises it: with CUDA's number."""
+    error = torch.AcceleratorError("CUDA error: words of another version")
+    error.error_code = error_code
+    return error
+
+
 @pytest.mark.parametrize(
     "raised",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+        RuntimeError("CUDA error: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        numbered(2),
         MemoryError(),
     ],
 )
@@ -27,6 +38,7 @@ def test_too_little_memory_is_named_so(cpu, raised):
     "raised",
     [
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        numbered(700),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     ],
@@ -56,6 +68,25 @@ def test_a_cpu_computes_in_full_precision_unless_told(monkeypatch):
     assert device.current(WorkerSettings()).dtype is torch.float32
     monkeypatch.setenv("RUSHES_DTYPE", "bfloat16")
     assert device.current(WorkerSettings()).dtype is torch.bfloat16
+
+
+@pytest.fixture
+def products():
+    """How fp32 is multiplied on a GPU: as it was, after the test."""
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    yield kinds
+    for kind, allow_tf32 in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allow_tf32
+
+
+def test_what_fp32_means_on_a_gpu_is_not_left_to_libraries(products, monkeypatch):
+    monkeypatch.setenv("RUSHES_DEVICE", "cpu")
+    convolutions, matrices = products
+    convolutions.allow_tf32, matrices.allow_tf32 = False, True
+    device.current(WorkerSettings())
+    assert convolutions.allow_tf32
+    assert not matrices.allow_tf32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

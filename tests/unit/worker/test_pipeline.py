@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from concurrent.futures import Future
 
 import hypothesis
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies
 
-from models import memory
+from models import memory, sampling
 from worker import errors, pipeline, resident, stopwatch
 
 
@@ -48,6 +49,26 @@ def test_stages_follow_in_order_and_tell_how_far_they_are(render, spec):
         *(("denoise", step, 4) for step in range(4)),
         *(("decode", step, 3) for step in range(3)),
     ]
+
+
+def test_noise_is_drawn_while_the_text_is_encoded(render, spec, model, monkeypatch):
+    """And not after it, when a GPU would wait for it."""
+    latents, _ = render(spec())
+    drawn, draw, encode = threading.Event(), sampling.initial_noise, model.encode_text
+
+    def initial_noise(*arguments):
+        found = draw(*arguments)
+        drawn.set()
+        return found
+
+    def encode_text(prompt):
+        assert drawn.wait(20)
+        return encode(prompt)
+
+    monkeypatch.setattr(sampling, "initial_noise", initial_noise)
+    monkeypatch.setattr(model, "encode_text", encode_text)
+    again, _ = render(spec())
+    assert torch.equal(again, latents)
 
 
 @pytest.mark.parametrize("last", [("text", 0, 1), ("denoise", 2, 4), ("decode", 1, 2)])
