@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, outside, settings, storage, stores
+from jobs import errors, one_line, outside, settings, storage, stores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -159,6 +159,7 @@ def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage
     """Check an image that is here already; `shown` is what people call it. ImageUnusable."""
     _within(data, shown, limits)
     with _decoding, _decoded(data, shown, limits) as image:
+        _check_pixels(image, shown)
         width, height = image.size
         if _orientation(image) in ON_ITS_SIDE:
             width, height = height, width
@@ -189,8 +190,9 @@ def _read(
     limits: Limits,
     network: outside.Network,
 ) -> bytes:
-    if not source.strip() or not source.isprintable():
-        raise ImageUnusable(shown, "an image is named by one line of printable text")
+    if not source.strip() or (wrong := one_line.first_wrong(source)):
+        has = f", and this has {wrong!a}" if source.strip() else ""
+        raise ImageUnusable(shown, f"an image is named by one line of text{has}")
     scheme = scheme_of(source)
     if scheme == "data":
         return _from_data_url(source, shown, limits)
@@ -342,12 +344,14 @@ def _from_https(source: str, shown: str, limits: Limits, network: outside.Networ
 
 
 def _redirected(source: str, location: str, shown: str) -> str:
+    with contextlib.suppress(UnicodeError):  # http.client takes all headers for Latin-1
+        location = location.encode("latin-1").decode()
     try:
         target = urllib.parse.urljoin(source, location)
         is_https = urllib.parse.urlsplit(target).scheme == "https"
     except ValueError:
         is_https = False
-    if not is_https or not location.isprintable():
+    if not is_https or not one_line.is_named(location):
         raise ImageUnusable(shown, "redirects to an address that is not https")
     return target
 
@@ -522,13 +526,23 @@ def _orientation(image: "Image.Image") -> object:
         return None
 
 
+def _check_pixels(image: "Image.Image", shown: str) -> None:
+    if image.mode == "F":
+        raise ImageUnusable(shown, "has floating-point pixels: save it with 8 or 16 bits")
+    if image.mode == "I":
+        low, high = image.getextrema()
+        assert isinstance(low, int | float)  # of one channel
+        assert isinstance(high, int | float)
+        if low < 0 or high > 0xFFFF:
+            raise ImageUnusable(shown, "has 32-bit pixels: save it with 8 or 16 bits")
+
+
 def _rgb(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
+    _check_pixels(image, "image")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _eight_bits(image)
-    if image.mode == "F":
-        raise ImageUnusable("image", "has floating-point pixels: save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return _srgb(image)
     with_alpha = image.convert("RGBA")
@@ -543,9 +557,13 @@ def _eight_bits(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ImageUnusable("image", "has 32-bit pixels: save it with 8 or 16 bits")
-    return Image.fromarray(((values * 0xFF + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    eight = Image.fromarray(((values * 0xFF + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    if (profile := image.info.get("icc_profile")) is not None:
+        eight.info["icc_profile"] = profile
+    if isinstance(see_through := image.info.get("transparency"), int):
+        opaque = np.where(values == see_through, 0, 0xFF).astype(np.uint8)
+        eight.putalpha(Image.fromarray(opaque))
+    return eight
 
 
 def _srgb(image: "Image.Image", profile: bytes | None = None) -> "Image.Image":

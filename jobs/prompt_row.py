@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jobs import one_line
+
 MAX_PROMPT_CHARS = 10_000  # the text encoder reads the first 512 tokens
 MAX_CUSTOM_ID_CHARS = 512
 MAX_IMAGE_CHARS = 1_048_576  # a data URL may fill a line
@@ -154,8 +156,8 @@ def _check_custom_id(value: Any) -> str:
     if type(value) is int:
         raise Invalid(f'must be a text, got {shown(value)}: write "{shown(value)}"')
     text = _check_id_text(value)
-    if not text.isprintable():
-        raise Invalid(f"must be printable, got {shown(text)}: remove control characters")
+    if wrong := one_line.first_wrong(text):
+        raise Invalid(f"must be on one line, got {shown(text)}: remove {wrong!a}")
     return text
 
 

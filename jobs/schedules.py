@@ -12,6 +12,7 @@ from jobs import (
     cron,
     database,
     errors,
+    one_line,
     presets,
     readers,
     states,
@@ -100,8 +101,8 @@ def add(session: Session, schedule: Schedule) -> None:
 def check(new: NewSchedule) -> cron.Rule:
     """InvalidInput with everything that is wrong beside the prompts."""
     problems = []
-    if not 1 <= len(new.name) <= 150 or not new.name.isprintable() or "/" in new.name:
-        problems.append("a name must be 1 to 150 printable characters without /")
+    if not 1 <= len(new.name) <= 150 or not one_line.is_named(new.name) or "/" in new.name:
+        problems.append("a name must be 1 to 150 characters on one line without /")
     if not 1 <= new.catch_up <= MAX_CATCH_UP:
         problems.append(f"catch_up must be 1 to {MAX_CATCH_UP}, got {new.catch_up}")
     if len((new.prompts or "").encode()) > MAX_PROMPT_BYTES:

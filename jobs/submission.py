@@ -23,6 +23,7 @@ from jobs import (
     errors,
     inputs,
     looks,
+    one_line,
     presets,
     prompt_row,
     queues,
@@ -358,8 +359,8 @@ def check_options(options: Options) -> None:
         ("idempotency key", options.idempotency_key, 200),
         ("owner", options.owner or None, 200),
     ):
-        if value is not None and (not value.isprintable() or not 1 <= len(value) <= longest):
-            problems.append(f"{option} must be 1 to {longest} printable characters")
+        if value is not None and not (one_line.is_named(value) and 1 <= len(value) <= longest):
+            problems.append(f"{option} must be 1 to {longest} characters on one line")
     if problems:
         raise errors.InvalidInput(
             "options", [errors.Problem(line=None, message=text) for text in problems]

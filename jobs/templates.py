@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jobs import errors, prompt_row
+from jobs import errors, one_line, prompt_row
 
 VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?::([^{}]*))?\}\}")
 MEANINGS = {
@@ -118,8 +118,8 @@ def _wrong_list(name: str, items: Sequence[str]) -> str | None:
         return f"{name} is {MEANINGS[name]}: choose another name"
     if not 1 <= len(items) <= MAX_ITEMS:
         return f"{name} must have 1 to {MAX_ITEMS:,} items, got {len(items)}"
-    if any(not 1 <= len(item) <= MAX_ITEM_CHARS or not item.isprintable() for item in items):
-        return f"items of {name} must be 1 to {MAX_ITEM_CHARS} printable characters"
+    if not all(1 <= len(item) <= MAX_ITEM_CHARS and one_line.is_named(item) for item in items):
+        return f"items of {name} must be 1 to {MAX_ITEM_CHARS} characters on one line"
     return None
 
 

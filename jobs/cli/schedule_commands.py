@@ -144,6 +144,8 @@ def _source(
     found = format_name or readers.detect_format(file, data[:4096])
     if is_url:
         return {"prompts_url": file, "format": found}
+    if len(data) > schedules.MAX_PROMPT_BYTES:  # cut, perhaps amid a character
+        return {"prompts": data.decode("utf-8", "replace"), "format": found}
     try:
         return {"prompts": data.decode(), "format": found}
     except UnicodeDecodeError:

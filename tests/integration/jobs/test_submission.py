@@ -358,7 +358,7 @@ def test_editing_a_preset_changes_no_queued_job(world: World) -> None:
         ({"priority": -101}, "priority"),
         ({"repeat": 0}, "repeat must be 1 to 10,000, got 0"),
         ({"repeat": 10_001}, "repeat"),
-        ({"name": ""}, "name must be 1 to 200 printable characters"),
+        ({"name": ""}, "name must be 1 to 200 characters on one line"),
         ({"name": "x" * 201}, "name"),
         ({"name": "two\nlines"}, "name"),
         ({"name": "nul\0"}, "name"),

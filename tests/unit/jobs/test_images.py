@@ -114,10 +114,10 @@ class TestFiles:
             ("/dev/zero", "is a folder or device"),
             ("pipe", "is a folder or device"),
             ("x" * 5000, "cannot be read: File name too long"),
-            ("", "one line of printable text"),
-            (" ", "one line of printable text"),
-            ("a\0b", "one line of printable text"),
-            ("a\nb", "one line of printable text"),
+            ("", "named by one line of text"),
+            (" ", "named by one line of text"),
+            ("a\0b", "named by one line of text"),
+            ("a\nb", "named by one line of text"),
             ("file:///a%00b", "cannot be read: not the name of a file"),
             ("file://host/a.png", "must be file:///absolute/path"),
             ("file:a.png", "must be file:///absolute/path"),
@@ -416,6 +416,12 @@ class TestHttps:
         server.pages["/y"] = page(b"<!DOCTYPE html><p>Log in", Content_Type="image/png")
         with pytest.raises(images.ImageUnusable, match="is a web page: use the address of the im"):
             get("/y")
+
+    def test_a_redirect_may_be_in_any_script(self, get, server):
+        answer = "HTTP/1.1 302 Found\r\nLocation: /夜.png\r\nContent-Length: 0\r\n\r\n"
+        server.pages["/1"] = raw(answer.encode())
+        server.pages["/%E5%A4%9C.png"] = page(PNG)
+        assert get("/1").data == PNG
 
     def test_three_redirects_are_followed(self, get, server):
         server.pages["/1"] = page(b"", status=302, Location="/2")
@@ -909,6 +915,13 @@ class TestDecoding:
         image = Image.new(mode, (2, 2), 100_000)
         with pytest.raises(images.ImageUnusable, match=f"has {part} pixels: save it with 8 or 16"):
             images.decode_rgb(encoded(image, "TIFF"))
+        with pytest.raises(images.ImageUnusable, match=f"^its name: has {part} pixels"):
+            images.examine(encoded(image, "TIFF"), "its name")
+
+    def test_a_transparent_shade_of_16_bits_is_white(self):
+        image = Image.frombytes("I;16", (2, 1), struct.pack("<2H", 512, 40_000))
+        shown = images.decode_rgb(encoded(image, "PNG", transparency=512))
+        assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 156]
 
     def test_print_colours_are_converted(self):
         for fmt in ("JPEG", "TIFF"):

@@ -83,7 +83,7 @@ def test_a_custom_id_that_grows_too_long_is_told() -> None:
         ({"date": ["x"]}, "choose another name"),
         ({"a-b": ["x"]}, "no name for a list"),
         ({"x": []}, "1 to 1,000 items, got 0"),
-        ({"x": ["a", ""]}, "printable"),
+        ({"x": ["a", ""]}, "on one line"),
     ],
 )
 def test_lists_are_checked(lists: dict[str, list[str]], told: str) -> None:
