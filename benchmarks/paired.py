@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks import measuring, reference, scales
-from models import fusion, sampling
+from models import conditioning, fusion, sampling
 from worker import components, device, pipeline, resident, stopwatch
 from worker.settings import WorkerSettings
 
@@ -127,13 +127,23 @@ class Both:
         """Frames to latents; ours in fp32 at least, theirs in the dtype of the model."""
         shape = (3, self.scale.num_frames, self.scale.height, self.scale.width)
         frames = self.draw(1, *shape).tanh()
-        mean, std = self._statistics()
         return self.compared(
-            lambda: self.ours.networks.vae.encode(frames),
-            lambda: (
-                (self.theirs.vae.encode(frames.to(self.here.dtype)).latent_dist.mode() - mean) / std
-            ),
+            lambda: self.ours.networks.vae.encode(frames), lambda: self._encoded_by_them(frames)
         )
+
+    def image(self) -> dict[str, Any]:
+        """The same of one image and 80 grey frames, as image to video has it."""
+        image = self.draw(1, 3, *self.scale.image).tanh()
+        frames = conditioning.pad_in_time(image, scales.IMAGE_FRAMES)
+        return self.compared(
+            lambda: self.ours.networks.vae.encode(frames, still_from=1),
+            lambda: self._encoded_by_them(frames),
+        )
+
+    def _encoded_by_them(self, frames: Tensor) -> Tensor:
+        mean, std = self._statistics()
+        encoded = self.theirs.vae.encode(frames.to(self.here.dtype))
+        return (encoded.latent_dist.mode() - mean) / std
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         sizes, on = self.scale.sizes.vae, self.here.torch_device
@@ -222,7 +232,7 @@ def _machine(here: device.Device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = ("transformer", "text", "decode", "encode", "whole", "cold")
+    parts = ("transformer", "text", "decode", "encode", "image", "whole", "cold")
     compiled = ("transformer_compiled", "whole_compiled")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)

@@ -11,6 +11,7 @@ PROMPT = (
     "evening light, a shallow depth of field, film grain"
 )
 SEED = 1
+IMAGE_FRAMES = 81
 STEPS = [1000, 750, 500, 250]
 
 
@@ -34,6 +35,8 @@ class Scale:
     """Of autoencoder and pipeline."""
     latents: tuple[int, int, int, int]
     """What the transformer is shown by itself."""
+    image: tuple[int, int]
+    """Rows and columns of the image that is encoded for a video of IMAGE_FRAMES."""
 
 
 ON_PROCESSOR = Scale(
@@ -50,6 +53,7 @@ ON_PROCESSOR = Scale(
     height=64,
     num_frames=9,
     latents=(16, 5, 32, 32),
+    image=(32, 64),
 )
 ON_GPU = Scale(
     sizes=Sizes(
@@ -63,6 +67,7 @@ ON_GPU = Scale(
     height=480,
     num_frames=81,
     latents=(16, 21, 60, 104),
+    image=(480, 832),
 )
 
 
