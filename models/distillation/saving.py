@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +48,25 @@ class ResumeError(Exception):
 def save(train: trainer.Trainer, output: Path, *, keep: int = 2) -> Path:
     """Write a checkpoint and remove all but the newest `keep`. Called by every process.
 
-    Raises SavingError, as for a full disk.
+    Raises SavingError, as for a full disk: in every process if one of them could not write.
     """
     final = output / FOLDER / f"update_{train.updates:06}"
     part = final.with_name(f".{final.name}.part")
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: _clear(final.parent),
+        lambda: part.mkdir(parents=True, exist_ok=True),
+        lambda: _write_tensors(train, part),
+        lambda: _publish(train, part, final),
+    )
+    for step in steps:
+        failure = _failure_of(step)
+        if processes.is_true_anywhere(failure is not None, train.device):
+            shutil.rmtree(part, ignore_errors=True)
+            reason = "another process failed" if failure is None else _reason(failure)
+            raise SavingError(final, f"{reason}{_free_space(output)}") from failure
     if processes.is_first():
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    processes.wait()
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        _write(train, part)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        reason = f"{_reason(error)}{_free_space(output)}"
-        shutil.rmtree(part, ignore_errors=True)
-        raise SavingError(final, reason) from error
-    processes.wait()
-    if processes.is_first():
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        _sync(final.parent)
         for path in complete(output)[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
-    processes.wait()
     return final
 
 
@@ -102,19 +99,46 @@ def method_facts(train: trainer.Trainer) -> dict[str, Any]:
     return found
 
 
-def _write(train: trainer.Trainer, part: Path) -> None:
+def _failure_of(step: Callable[[], None]) -> BaseException | None:
+    try:
+        step()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        return error
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes that were killed left: a checkpoint may have hundreds of gigabytes."""
+    if processes.is_first():
+        for part in folder.glob(".update_*.part"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_tensors(train: trainer.Trainer, part: Path) -> None:
     with _alone_without_warning() as alone:
         state_dict_saver.save(_tensors(train), checkpoint_id=part, no_dist=alone)
-    if processes.is_first():
-        facts = {
-            "updates": train.updates,
-            "method": method_facts(train),
-            "latent_shape": train.data.latent_shape,
-        }
-        with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
-            json.dump(facts, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
+
+
+def _publish(train: trainer.Trainer, part: Path, final: Path) -> None:
+    """What the first process does when the tensors of all are there."""
+    if not processes.is_first():
+        return
+    _write_facts(train, part)
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    _sync(final.parent)
+
+
+def _write_facts(train: trainer.Trainer, part: Path) -> None:
+    facts = {
+        "updates": train.updates,
+        "method": method_facts(train),
+        "latent_shape": train.data.latent_shape,
+    }
+    with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
+        json.dump(facts, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

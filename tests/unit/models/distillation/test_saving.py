@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and what comes after it is what would have come anyway."""
 
+import errno
 import json
 import os
 import resource
@@ -98,6 +99,27 @@ def test_what_does_not_fit_on_the_disk_leaves_the_checkpoint_before(train, tmp_p
     saving.load(train(), before)
     after = saving.save(beginning, tmp_path)
     assert saving.complete(tmp_path) == [before, after]
+
+
+@pytest.mark.parametrize("step", ["_write_facts", "_sync"])
+def test_a_disk_that_fails_after_the_tensors_is_told_as_any_other(
+    train, tmp_path, monkeypatch, step
+):
+    def fails(*_arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, step, fails)
+    with pytest.raises(saving.SavingError, match=r"could not be written.*Input/output error"):
+        saving.save(train(), tmp_path)
+    assert not list((tmp_path / saving.FOLDER).glob(".*"))
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_save(train, tmp_path):
+    left = tmp_path / saving.FOLDER / ".update_000007.part"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    saved = saving.save(train(), tmp_path)
+    assert list((tmp_path / saving.FOLDER).iterdir()) == [saved]
 
 
 KILLED_WHILE_WRITING = """
