@@ -144,7 +144,7 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     probes = _Probes(plan, files, here, quiet)
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
-            on_update=lambda update: quiet.on_update(update, plan.student_updates),
+            on_update=_Updates(plan, quiet).tell,
             on_saved=lambda path: quiet.on_note(f"checkpoint {path}"),
             on_trouble=quiet.on_note,
             on_probe=probes.write,
@@ -157,6 +157,27 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     weights = export.write(train, plan.output)
     preset = None if weights is None else _write_preset(plan, files, weights)
     return Done(updates=train.updates, weights=weights, preset=preset)
+
+
+@dataclass
+class _Updates:
+    """Told one after the other; after the first one it is known what a stop takes."""
+
+    plan: course.Course
+    told: Told
+    is_first: bool = True
+
+    def tell(self, update: trainer.Update) -> None:
+        self.told.on_update(update, self.plan.student_updates)
+        grace = group.grace_seconds()
+        # The checkpoint is to be written as well.
+        if self.is_first and group.are_many() and update.seconds > grace / 2:
+            self.told.on_note(
+                f"torchrun kills its processes {grace} s after Ctrl-C or SIGTERM, and an update "
+                f"takes {update.seconds:.0f} s: a stop may come without a checkpoint. Start with "
+                f"{group.GRACE_VARIABLE}=1800 in the environment"
+            )
+        self.is_first = False
 
 
 _QUIET = Told(

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+DEFAULT_GRACE_SECONDS = 30  # torchrun's own
+
 
 def is_first() -> bool:
     """Also where there is no other one."""
@@ -16,6 +19,12 @@ def is_first() -> bool:
 
 def are_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def grace_seconds() -> int:
+    """How long after a signal torchrun kills the processes that are still at work."""
+    said = os.environ.get(GRACE_VARIABLE, "")
+    return int(said) if said.isdecimal() else DEFAULT_GRACE_SECONDS
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
 
     CONFIG says what: see docs/distillation.md and examples/distill. Goes on from the last
     checkpoint in its output folder. The first Ctrl-C stops after a checkpoint, the second at once.
-    On several GPUs: torchrun --nproc-per-node N --no-python rushes distill CONFIG.
+    On several GPUs: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 torchrun --nproc-per-node N --no-python
+    rushes distill CONFIG.
     """
     known = settings.load()
     plan = parts.READ_TRAINING.load()(config)

@@ -1,6 +1,7 @@
 """`rushes distill` from its file to a video of the student, on the tiny model."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -10,9 +11,9 @@ from PIL import Image
 
 from jobs import cli, errors, presets
 from jobs import settings as job_settings
-from models.distillation import export, saving
+from models.distillation import export, saving, trainer
 from models.tiny import make
-from worker import components, distill, pipeline, stopwatch, video
+from worker import components, distill, group, pipeline, stopwatch, video
 
 TRAINING = {
     "model": "tiny",
@@ -78,15 +79,18 @@ def run(known):
 
     def of(path, *, on_update=lambda _update, _count: None):
         notes = []
-        told = distill.Told(
-            on_stage=notes.append,
-            on_part=lambda _done, _count: None,
-            on_update=on_update,
-            on_note=notes.append,
-        )
-        return distill.run(distill.read(path), known, told), notes
+        return distill.run(distill.read(path), known, told_to(notes, on_update)), notes
 
     return of
+
+
+def told_to(notes, on_update=lambda _update, _count: None):
+    return distill.Told(
+        on_stage=notes.append,
+        on_part=lambda _done, _count: None,
+        on_update=on_update,
+        on_note=notes.append,
+    )
 
 
 def rendered(preset_path, known, cpu, *, image=None):
@@ -236,6 +240,25 @@ def test_another_method_is_not_continued_with(write, run):
     run(write(student_updates=1))
     with pytest.raises(errors.RushesError, match=r"ratio was 1, now 3.*another output"):
         run(write(ratio=3))
+
+
+@pytest.mark.parametrize(
+    ("processes", "seconds", "grace", "is_told"),
+    [(8, 100.0, "", True), (8, 100.0, "1800", False), (8, 3.0, "", False), (1, 100.0, "", False)],
+)
+def test_torchrun_that_would_kill_before_a_checkpoint_is_told_of_once(
+    write, monkeypatch, processes, seconds, grace, is_told
+):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv(group.GRACE_VARIABLE, grace)
+    update = trainer.Update(
+        **{field.name: 1.0 for field in dataclasses.fields(trainer.Update)} | {"seconds": seconds}
+    )
+    notes = []
+    updates = distill._Updates(distill.read(write()), told_to(notes))
+    updates.tell(update)
+    updates.tell(update)
+    assert ["30 s after Ctrl-C" in note for note in notes] == [True] * is_told
 
 
 # The command line.
