@@ -26,7 +26,12 @@ FOLDER = "checkpoints"
 FACTS_FILE = "training.json"
 NAME = re.compile(r"update_(\d{6,})")
 # What a training may be continued with a different value of.
-FREE = ("batch", "accumulate", "gradient_checkpointing")
+FREE = (
+    "batch",
+    "accumulate",
+    "gradient_checkpointing",
+    *(f"{who}.{key}" for who in ("student", "critic") for key in ("learning_rate", "clip")),
+)
 
 
 class SavingError(Exception):
@@ -168,11 +173,23 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _check_method(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    changed = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    before, now = _by_key(saved), _by_key(asked)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     refused = [key for key in changed if key not in FREE]
     if refused:
-        told = "; ".join(f"{key} was {saved.get(key)}, now {asked.get(key)}" for key in refused)
+        told = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in refused)
         raise ResumeError(path, f"it was trained otherwise: {told}. Use another output folder")
+
+
+def _by_key(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of student and critic as `student.rank`."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _sync(folder: Path) -> None:

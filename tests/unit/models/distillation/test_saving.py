@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and what comes after it is what would have come anyway."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from models.distillation import saving
+from models.distillation import saving, trainer
 
 MODES = [
     {"student": "full"},
@@ -55,6 +56,39 @@ def test_another_method_is_not_continued_with(train, tmp_path):
     path = saving.save(train(), tmp_path)
     with pytest.raises(saving.ResumeError, match=r"guidance was 6.0, now 4.0.*another output"):
         saving.load(train(guidance=4.0), path)
+
+
+def test_another_tuning_is_named_by_its_key(train, tmp_path):
+    path = saving.save(train("lora"), tmp_path)
+    other = train("lora")
+    tuning = dataclasses.replace(other.how.critic, betas=(0.5, 0.9))
+    other.how = dataclasses.replace(other.how, critic=tuning)
+    told = r"otherwise: critic.betas was \[0.9, 0.999\], now \[0.5, 0.9\]\. Use"
+    with pytest.raises(saving.ResumeError, match=told):
+        saving.load(other, path)
+
+
+def test_a_training_goes_on_with_a_smaller_learning_rate(train, tmp_path, how):
+    """As a diverged one is told to; the rate is the new one, the rest as it was."""
+    path = saving.save(train(), tmp_path)
+    slow = how()
+    tuning = {"learning_rate": 1e-5, "clip": 1.0}
+    slow = dataclasses.replace(
+        slow,
+        student=dataclasses.replace(slow.student, **tuning),
+        critic=dataclasses.replace(slow.critic, **tuning),
+    )
+    made = train()
+    resumed = trainer.Trainer(slow, nets=made.nets, data=made.data)
+    before = {name: weight.clone() for name, weight in resumed.student.tensors()}
+    saving.load(resumed, path)
+    resumed.step()
+    changes = [
+        float((weight - before[name]).abs().max())
+        for name, weight in resumed.student.tensors()
+        if name.startswith("weight.")
+    ]
+    assert 0.5e-5 < max(changes) < 2e-5  # Adam's first step is the rate
 
 
 def test_another_size_is_not_continued_with(train, tmp_path):
