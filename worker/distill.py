@@ -3,6 +3,7 @@
 One process, or several started by torchrun; then each sees one GPU and holds its share.
 """
 
+import dataclasses
 import hashlib
 import json
 import signal
@@ -37,6 +38,7 @@ from models.distillation import (
 )
 from models.vae import WanVAE
 from worker import device, group, pipeline, video
+from worker import errors as worker_errors
 from worker import settings as worker_settings_module
 
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
@@ -121,15 +123,32 @@ def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     """
     try:
         with group.joined():
-            return _run(plan, known, told)
+            here = _device()
+            with here.faults():
+                return _run(plan, known, told, here)
+    except (worker_errors.DeviceOutOfMemory, worker_errors.HostOutOfMemory) as error:
+        raise errors.RushesError(f"out of memory: {error}. {_smaller(plan)}") from error
     except (ValueError, saving.ResumeError) as error:  # a CheckpointError too
         raise errors.FileUnusable(str(error)) from error
     except (saving.SavingError, tuner.DivergedError, OSError) as error:
         raise errors.RushesError(str(error)) from error
 
 
-def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
-    here = _device()
+def _smaller(plan: course.Course) -> str:
+    """What of the file a person can change, so that less memory is taken."""
+    how = plan.how
+    ways = ["more processes (torchrun)"]
+    if how.batch > 1:
+        ways.append("a smaller batch with more accumulate")
+    if not how.gradient_checkpointing:
+        ways.append("gradient_checkpointing")
+    if "full" in (how.student.weights, how.critic.weights):
+        ways.append('LoRAs (student and critic with "weights": "lora")')
+    return f"It takes less with {', '.join(ways)}; rushes distill --dry-run tells how much"
+
+
+def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.Device) -> Done:
+    here = own.torch_device
     quiet = told if processes.is_first() else _QUIET
     files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
     raw = _raw_examples(plan, known)
@@ -141,7 +160,7 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     train = trainer.Trainer(plan.how, nets=nets, data=data, device=here, answered=answered)
     _resume(train, plan, quiet)
     quiet.on_stage("training")
-    probes = _Probes(plan, files, here, quiet)
+    probes = _Probes(plan, files, own, quiet)
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
             on_update=_Updates(plan, quiet).tell,
@@ -188,11 +207,13 @@ _QUIET = Told(
 )
 
 
-def _device() -> torch.device:
-    here = device.current(worker_settings_module.WorkerSettings()).torch_device
-    if here.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return here
+def _device() -> device.Device:
+    """Of several GPUs the one of this process."""
+    here = device.current(worker_settings_module.WorkerSettings())
+    if not here.is_cuda:
+        return here
+    own = torch.device("cuda", torch.cuda.current_device())
+    return dataclasses.replace(here, torch_device=own)
 
 
 def _model_folder(plan: course.Course, known: settings.Settings) -> Path:
@@ -347,7 +368,7 @@ class _Probes:
 
     plan: course.Course
     files: layout.ModelFiles
-    here: torch.device
+    here: device.Device
     told: Told
     vae: WanVAE | None = None
 
@@ -355,7 +376,10 @@ class _Probes:
         """Of one prompt after so many updates: probes/update_000050_prompt_0.mp4."""
         path = self.plan.output / "probes" / f"update_{updates:06}_prompt_{place}.mp4"
         try:
-            self._write(path, latents_BCTHW)
+            with self.here.faults():
+                self._write(path, latents_BCTHW)
+        except worker_errors.DeviceFault:  # the training has no device either
+            raise
         except (OSError, errors.RushesError) as error:
             self.told.on_note(f"no probe video {path.name}: {error}")
 
@@ -363,7 +387,13 @@ class _Probes:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.vae is None:
             self.vae = checkpoint.load_vae(self.files, device="cpu", dtype=torch.float32)
-        plan, vae = self.plan, self.vae.to(self.here)
+        try:
+            self._encode(path, self.vae.to(self.here.torch_device), latents_BCTHW)
+        finally:
+            self.vae.to("cpu")
+
+    def _encode(self, path: Path, vae: WanVAE, latents_BCTHW: Tensor) -> None:
+        plan = self.plan
         with video.Mp4Writer(
             path,
             width=plan.target_width,
@@ -375,7 +405,6 @@ class _Probes:
                 for frames_BCTHW in vae.decode_chunks(latents_BCTHW):
                     writer.write(pipeline.to_uint8(frames_BCTHW))
             writer.finish()
-        self.vae.to("cpu")
 
 
 @contextmanager

@@ -215,6 +215,49 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
         run(write(output="other"))
 
 
+class FullVAE(torch.nn.Module):
+    """An autoencoder for which there is no room beside the training."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def to(self, place):
+        self.places.append(str(place))
+        return self
+
+    def decode_chunks(self, _latents):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_probe_without_room_ends_no_training_and_leaves_the_device(write, known, cpu):
+    notes, vae = [], FullVAE()
+    plan = distill.read(write())
+    distill._Probes(plan, None, cpu, told_to(notes), vae=vae).write(2, 0, torch.zeros(1))
+    assert notes == [
+        "no probe video update_000002_prompt_0.mp4: "
+        "CPU test: CUDA out of memory. Tried to allocate 2.00 GiB"
+    ]
+    assert vae.places == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"batch": 8}, "a smaller batch with more accumulate, LoRAs"),
+        ({**LORA, "gradient_checkpointing": False}, "gradient_checkpointing;"),
+        (LORA, r"It takes less with more processes \(torchrun\); rushes distill --dry-run"),
+    ],
+)
+def test_a_device_that_is_too_small_comes_with_advice(write, run, monkeypatch, changes, advice):
+    def fails(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(distill, "_run", fails)
+    with pytest.raises(errors.RushesError, match=f"out of memory.*2.00 GiB.*{advice}"):
+        run(write(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
