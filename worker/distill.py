@@ -53,6 +53,7 @@ KNOWN_SIZES = {
 """As their folders are called where they are released."""
 HEAD_BYTES = 65_536  # enough to tell a prompt file's format
 MAX_PROBLEMS = 50
+STAMP_PLACES, STAMP_BYTES = 64, 4096  # other weights differ nearly everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,14 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
     quiet.on_stage("loading the networks")
     nets = _networks(plan, files, here)
     answered = _answers(plan, files, nets, data, here, quiet)
-    train = trainer.Trainer(plan.how, nets=nets, data=data, device=here, answered=answered)
+    train = trainer.Trainer(
+        plan.how,
+        nets=nets,
+        data=data,
+        device=here,
+        answered=answered,
+        origin=_origin(plan, files),
+    )
     _resume(train, plan, quiet)
     quiet.on_stage("training")
     probes = _Probes(plan, files, own, quiet)
@@ -303,6 +311,30 @@ def _stamp(paths: Sequence[Path]) -> str:
     """Names files by size and time, so that other ones are not taken for them."""
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _weights_stamp(paths: Sequence[Path]) -> str:
+    """Names weights by their bytes at many places: a copy is the same, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with path.open("rb") as stream:
+            for place in range(STAMP_PLACES):
+                stream.seek(size * place // STAMP_PLACES)
+                digest.update(stream.read(STAMP_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _origin(plan: course.Course, files: layout.ModelFiles) -> dict[str, str | None]:
+    """What decides the numbers beside the method, as checkpoints remember it."""
+    start = plan.student_start
+    return {
+        "teacher_weights": _weights_stamp(files.transformer),
+        "student_start": None if start is None else start.name,
+        "precision": plan.precision,
+        "negative_prompt": plan.negative_prompt,
+    }
 
 
 def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device) -> roles.Roles:

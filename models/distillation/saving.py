@@ -1,7 +1,7 @@
 """Checkpoints of a training: written whole or not at all, read back to the bit.
 
 checkpoints/update_000120/      the newest ones; a name without dot is complete
-    training.json               method and counters
+    training.json               method, counters, and what else decides the numbers
     .metadata, __0_0.distcp     tensors, in shares of the processes (torch.distributed.checkpoint)
 """
 
@@ -24,6 +24,7 @@ from models.distillation import processes, trainer
 
 FOLDER = "checkpoints"
 FACTS_FILE = "training.json"
+MAX_SHOWN = 60  # characters of a value that differs
 NAME = re.compile(r"update_(\d{6,})")
 # What a training may be continued with a different value of.
 FREE = (
@@ -43,7 +44,7 @@ class SavingError(Exception):
 
 
 class ResumeError(Exception):
-    """A checkpoint cannot be continued with this method."""
+    """A checkpoint cannot be continued with this method, or with these weights."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -87,9 +88,10 @@ def load(train: trainer.Trainer, path: Path) -> None:
     Raises ResumeError where it is damaged or was trained otherwise.
     """
     facts = _read_facts(path)
-    shape = list(train.data.latent_shape)
-    saved = facts["method"] | {"latent_shape": facts.get("latent_shape", shape)}  # older: unsaid
-    _check_method(path, saved, method_facts(train) | {"latent_shape": shape})
+    asked = train.origin | {"latent_shape": list(train.data.latent_shape)}
+    told = facts["origin"] | facts
+    saved = {key: told.get(key, value) for key, value in asked.items()}  # older ones do not say all
+    _check(path, saved | facts["method"], asked | method_facts(train))
     try:
         with _alone_without_warning() as alone:
             state_dict_loader.load(_tensors(train), checkpoint_id=path, no_dist=alone)
@@ -139,6 +141,7 @@ def _write_facts(train: trainer.Trainer, part: Path) -> None:
         "updates": train.updates,
         "method": method_facts(train),
         "latent_shape": train.data.latent_shape,
+        "origin": train.origin,
     }
     with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
         json.dump(facts, stream, indent=2)
@@ -165,20 +168,29 @@ def _tensors(train: trainer.Trainer) -> dict[str, Tensor]:
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(facts["method"], dict) or not isinstance(facts["updates"], int):
-            raise TypeError("method or updates is of another kind")
+        kinds = {"method": dict, "updates": int, "origin": dict}
+        facts = {"origin": {}} | facts  # older ones have none
+        if wrong := [key for key, kind in kinds.items() if not isinstance(facts[key], kind)]:
+            raise TypeError(f"{wrong[0]} is of another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(path, f"{FACTS_FILE} cannot be read: {error!r}") from error
     return facts
 
 
-def _check_method(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     before, now = _by_key(saved), _by_key(asked)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     refused = [key for key in changed if key not in FREE]
     if refused:
-        told = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in refused)
+        told = "; ".join(
+            f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}" for key in refused
+        )
         raise ResumeError(path, f"it was trained otherwise: {told}. Use another output folder")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _by_key(facts: Mapping[str, Any]) -> dict[str, Any]:

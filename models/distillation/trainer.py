@@ -3,7 +3,7 @@
 # B batch, C latent channels, T H W latent frames, rows, columns
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,10 +73,16 @@ class Trainer:
         data: examples.Examples,
         device: torch.device | str = "cpu",
         answered: pairs.Pairs | None = None,
+        origin: Mapping[str, str | None] | None = None,
     ) -> None:
-        """`answered` goes with `how.regression`."""
+        """`answered` goes with `how.regression`.
+
+        `origin` names what else decides the numbers, such as the teacher's weights: a checkpoint is
+        continued with the same only.
+        """
         assert (answered is None) == (how.regression is None)
         self.how = how
+        self.origin = dict(origin or {})
         self.answered = answered
         self.nets = nets
         self.data = data

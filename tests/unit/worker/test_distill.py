@@ -3,14 +3,17 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from jobs import cli, errors, presets
 from jobs import settings as job_settings
+from models import layout
 from models.distillation import export, saving, trainer
 from models.tiny import make
 from worker import components, distill, group, pipeline, stopwatch, video
@@ -277,6 +280,31 @@ def test_what_cannot_be_trained_says_why(write, run, tmp_path, changes, told):
     (tmp_path / "images.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n')
     with pytest.raises(errors.RushesError, match=told):
         run(write(**changes))
+
+
+def test_weights_are_known_by_what_they_are(tmp_path, models_dir):
+    """Not by when and where they were written."""
+    files = layout.find(models_dir / "tiny").transformer
+    stamp = distill._weights_stamp(files)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[0].read_bytes())
+    assert distill._weights_stamp([copy]) == stamp
+    content = safetensors.torch.load_file(copy)
+    safetensors.torch.save_file({name: 2 * each for name, each in content.items()}, copy)
+    assert copy.stat().st_size == files[0].stat().st_size
+    assert distill._weights_stamp([copy]) != stamp
+
+
+def test_another_teacher_or_precision_is_not_continued_with(write, run, known, tmp_path):
+    run(write(student_updates=1))
+    copy = tmp_path / "other"
+    shutil.copytree(known.models_dir / "tiny", copy)
+    for path in layout.find(copy, base=True).transformer:
+        content = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: 2 * each for name, each in content.items()}, path)
+    told = "negative_prompt was grey, now red; teacher_weights was .*, now .*another output"
+    with pytest.raises(errors.RushesError, match=told):
+        run(write(model=str(copy), negative_prompt="red"))
 
 
 def test_another_method_is_not_continued_with(write, run):

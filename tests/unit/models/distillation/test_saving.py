@@ -104,6 +104,28 @@ def test_another_size_is_not_continued_with(train, tmp_path):
     saving.load(other, path)
 
 
+def test_other_weights_are_not_continued_with(train, tmp_path):
+    """As far as a checkpoint says which ones it was trained with."""
+    beginning = train()
+    beginning.origin = {"teacher_weights": "a1", "negative_prompt": "x" * 99, "student_start": None}
+    path = saving.save(beginning, tmp_path)
+    saving.load(beginning, path)
+    other = train()
+    other.origin = beginning.origin | {"teacher_weights": "b2", "negative_prompt": "grey"}
+    told = (
+        r"negative_prompt was x{60}\.\.\., now grey; teacher_weights was a1, now b2\. Use another"
+    )
+    with pytest.raises(saving.ResumeError, match=told):
+        saving.load(other, path)
+    facts = json.loads((path / saving.FACTS_FILE).read_text())
+    del facts["origin"]["teacher_weights"], facts["origin"]["negative_prompt"]
+    (path / saving.FACTS_FILE).write_text(json.dumps(facts))
+    saving.load(other, path)
+    del facts["origin"]  # as older versions wrote it
+    (path / saving.FACTS_FILE).write_text(json.dumps(facts))
+    saving.load(other, path)
+
+
 def test_another_split_of_the_batch_is_continued_with(train, tmp_path):
     path = saving.save(train(batch=2), tmp_path)
     saving.load(train(batch=1, accumulate=2), path)
