@@ -374,9 +374,10 @@ def _answers(
     """What the teacher is asked before the training."""
     if plan.how.regression is None:
         return None
+    questions = [path.name for path in data.files]  # each named by what it was made of
     wanted = pairs.Pairs(
         folder=plan.output / "answers",
-        made_from=f"{_stamp((*files.transformer, *data.files))} {data.latent_shape}",
+        made_from=f"{_weights_stamp(files.transformer)} {questions} {data.latent_shape}",
         how=plan.how,
         steps=plan.regression_steps,
         count=plan.regression_pairs,

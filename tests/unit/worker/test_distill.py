@@ -194,6 +194,14 @@ def test_other_prompts_get_other_answers(write, run, tmp_path):
     assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
 
 
+def test_an_example_that_was_encoded_again_gets_the_same_answers(write, run, tmp_path):
+    run(write(student_updates=1, **REGRESSION))
+    answers = set((tmp_path / "out" / "answers").iterdir())
+    next((tmp_path / "out" / "examples").iterdir()).unlink()
+    run(write(student_updates=2, **REGRESSION))
+    assert set((tmp_path / "out" / "answers").iterdir()) == answers
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
     write, run, monkeypatch
 ):
