@@ -214,6 +214,26 @@ def test_lora_students_start_as_the_teacher_to_the_bit(train):
     assert torch.equal(student, teacher)
 
 
+@pytest.mark.parametrize(("student", "critic"), MODES)
+def test_each_network_is_prepared_before_the_next_is_read(teacher, how, student, critic):
+    """Then main memory holds one at a time."""
+    happened, base = [], teacher()
+
+    def start(name):
+        happened.append(f"read {name}")
+        return teacher()
+
+    def prepare(network, switch):
+        happened.append("prepared" if network is not base else f"teacher {switch is not None}")
+
+    roles.of_teacher(base, how(student, critic), start=start, prepare=prepare)
+    full = [name for name, kind in (("student", student), ("critic", critic)) if kind == "full"]
+    expected = [f"teacher {'lora' in (student, critic)}"]
+    for name in full:
+        expected += [f"read {name}", "prepared"]
+    assert happened == expected
+
+
 def test_student_and_critic_of_one_base_do_not_see_each_other(train):
     beginning = train("lora")
     beginning._update_critic(1)
