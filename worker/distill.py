@@ -182,7 +182,7 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
         return Done(updates=train.updates, weights=None, preset=None)
     quiet.on_stage("exporting")
     weights = export.write(train, plan.output)
-    preset = None if weights is None else _write_preset(plan, files, weights)
+    preset = None if weights is None else _write_preset(plan, weights)
     return Done(updates=train.updates, weights=weights, preset=preset)
 
 
@@ -225,8 +225,8 @@ def _device() -> device.Device:
 
 
 def _model_folder(plan: course.Course, known: settings.Settings) -> Path:
-    """A folder, or the name of one among the models."""
-    return Path(plan.model) if Path(plan.model).is_dir() else known.models_dir / plan.model
+    """A folder, if its path is absolute, or the name of one among the models."""
+    return known.models_dir / plan.model
 
 
 def _raw_examples(plan: course.Course, known: settings.Settings) -> list[encoding.Raw]:
@@ -461,14 +461,14 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _write_preset(plan: course.Course, files: layout.ModelFiles, weights: Path) -> Path:
+def _write_preset(plan: course.Course, weights: Path) -> Path:
     """A preset that renders what was exported, beside it."""
     is_lora = plan.how.student.weights == "lora"
     described = plan.description or f"Distilled from {plan.model}"
     base: dict[str, Any] = {
         "description": described[:200],
         "task": plan.task,
-        "model_path": str(files.root.absolute()) if Path(plan.model).is_dir() else plan.model,
+        "model_path": plan.model,
         "target_width": plan.target_width,
         "target_height": plan.target_height,
         "target_video_length": plan.target_video_length,

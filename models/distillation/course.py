@@ -40,10 +40,10 @@ class CourseError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """One training. Paths are as written; `model` may be the name of a folder of models."""
+    """One training. Paths are as written."""
 
     model: str
-    """The folder of the undistilled model, which becomes the teacher."""
+    """The folder of the undistilled model, which becomes the teacher, or its name among models."""
     prompts: Path
     output: Path
     how: method.Method
@@ -101,6 +101,7 @@ class Course:
 def read(path: Path) -> Course:
     """Read a training's file; relative paths in it start from its folder.
 
+    So does `model`, which stays a name where there is no such folder.
     Raises CourseError for a file that is missing, broken, has unknown keys or bad values.
     """
     try:
@@ -118,9 +119,10 @@ def read(path: Path) -> Course:
     except ValueError as error:
         raise CourseError(path, str(error)) from error
     folder = path.parent
-    start = course.student_start
+    start, model = course.student_start, folder / course.model
     return dataclasses.replace(
         course,
+        model=str(model.absolute()) if model.is_dir() else course.model,
         prompts=folder / course.prompts,
         output=folder / course.output,
         student_start=None if start is None else folder / start,

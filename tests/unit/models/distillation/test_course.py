@@ -29,6 +29,16 @@ def test_only_model_prompts_and_output_must_be_named(read, tmp_path):
     assert plan.output == tmp_path / "out"
 
 
+def test_a_model_beside_the_file_goes_before_one_of_that_name(read, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read("{" + LEAST + "}").model == "tiny"
+    (tmp_path / "tiny").mkdir()
+    assert read("{" + LEAST + "}").model == str(tmp_path / "tiny")
+    beside = LEAST.replace('"tiny"', '"./tiny"')
+    assert read("{" + beside + "}").model == str(tmp_path / "tiny")
+
+
 def test_defaults_are_the_published_ones():
     how = method.Method()
     assert (how.guidance, how.ratio, how.ema, how.score_shift) == (6.0, 5, 0.99, 5.0)
