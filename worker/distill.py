@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs import errors, images, prompt_row, readers, settings
+from jobs import errors, images, preset_values, prompt_row, readers, settings
 from models import checkpoint, conditioning, config, config_files, layout
 from models.distillation import (
     adapters,
@@ -78,11 +78,19 @@ class Told:
 
 
 def read(path: Path) -> course.Course:
-    """A training's file; errors.FileUnusable says what is wrong with it."""
+    """A training's file; errors.FileUnusable says what is wrong with it.
+
+    It is wrong, too, where the preset that the training ends with could not be rendered.
+    """
     try:
-        return course.read(path)
+        plan = course.read(path)
     except course.CourseError as error:
         raise errors.FileUnusable(str(error)) from error
+    problems = preset_values.read(_preset(plan, plan.output / "weights"), name=path.stem).problems
+    if problems:
+        told = "; ".join(problems).replace("model_path", "model")
+        raise errors.FileUnusable(f"{path}: {told}")
+    return plan
 
 
 def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) -> cost.Cost:
@@ -463,6 +471,13 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 def _write_preset(plan: course.Course, weights: Path) -> Path:
     """A preset that renders what was exported, beside it."""
+    path = plan.output / PRESET_FILE
+    text = json.dumps(_preset(plan, weights), indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    return path
+
+
+def _preset(plan: course.Course, weights: Path) -> dict[str, Any]:
     is_lora = plan.how.student.weights == "lora"
     described = plan.description or f"Distilled from {plan.model}"
     base: dict[str, Any] = {
@@ -474,7 +489,4 @@ def _write_preset(plan: course.Course, weights: Path) -> Path:
         "target_video_length": plan.target_video_length,
         "fps": plan.fps,
     }
-    values = export.preset(base, plan.how, path=weights.absolute(), is_lora=is_lora)
-    path = plan.output / PRESET_FILE
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return export.preset(base, plan.how, path=weights.resolve(), is_lora=is_lora)

@@ -122,7 +122,7 @@ def read(path: Path) -> Course:
     start, model = course.student_start, folder / course.model
     return dataclasses.replace(
         course,
-        model=str(model.absolute()) if model.is_dir() else course.model,
+        model=str(model.resolve()) if model.is_dir() else course.model,
         prompts=folder / course.prompts,
         output=folder / course.output,
         student_start=None if start is None else folder / start,

@@ -315,6 +315,35 @@ def test_another_teacher_or_precision_is_not_continued_with(write, run, known, t
         run(write(model="other", negative_prompt="red"))  # beside the file
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"fps": 240}, "fps must be .* 120"),
+        ({"target_video_length": 1001}, "target_video_length must be .* 481"),
+        ({"target_width": 8192}, "target_width must be .* 2048"),
+        ({"denoising_step_list": list(range(1000, 400, -10))}, "denoising_step_list .* 50"),
+        ({"sample_shift": 200.0}, "sample_shift must be .* 100"),
+        ({"description": "two\nlines"}, "description must be one line of text"),
+        ({"model": "../gone"}, "json: model must be below the models folder"),
+    ],
+)
+def test_what_no_preset_can_say_is_not_trained(write, changes, told):
+    with pytest.raises(errors.FileUnusable, match=told):
+        distill.read(write(**changes))
+
+
+@pytest.mark.parametrize("changes", [{}, LORA])
+def test_a_path_with_dots_in_it_makes_a_good_preset(write, tmp_path, changes):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    plan = distill.read(write(model="x/../models/mine", output="x/../out", **changes))
+    plan.output.mkdir(parents=True)
+    look = presets.read(distill._write_preset(plan, plan.output / "weights")).look
+    assert look.model_path == str(tmp_path / "models" / "mine")
+    weights = look.loras[0].path if look.loras else look.transformer
+    assert weights == str(tmp_path / "out" / "weights")
+
+
 def test_another_method_is_not_continued_with(write, run):
     run(write(student_updates=1))
     with pytest.raises(errors.RushesError, match=r"ratio was 1, now 3.*another output"):
