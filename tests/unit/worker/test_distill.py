@@ -390,6 +390,21 @@ def test_the_command_trains_and_says_what_to_do_next(write, known, tmp_path):
     assert f"--preset {out / distill.PRESET_FILE}" in again.stdout
 
 
+@pytest.mark.parametrize(("updates", "code"), [(1, 130), (2, 0)])
+def test_of_several_processes_only_the_first_talks(write, known, monkeypatch, updates, code):
+    monkeypatch.setattr(
+        distill, "run", lambda *_: distill.Done(updates=updates, weights=None, preset=None)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first = rushes(write(), "-o", "json")
+    assert (json.loads(first.stdout)["updates"], first.exit_code) == (updates, code)
+    monkeypatch.setenv("RANK", "1")
+    for arguments in ([], ["-o", "json"]):
+        result = rushes(write(), *arguments)
+        assert (result.stdout, result.stderr, result.exit_code) == ("", "", code)
+
+
 def test_a_bad_file_is_one_line_and_no_traceback(write, known):
     result = rushes(write(guidence=3))
     assert result.exit_code == 2
