@@ -18,6 +18,7 @@ import json5
 from models import sampling
 from models.distillation import method
 
+MAX_NUMBER = 2**63 - 1  # more fits no counter
 MAX_FILE_BYTES = 65_536  # json5 needs seconds for more
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -183,6 +184,8 @@ def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> 
 def _converted(value: Any, kind: Any, name: str) -> Any:
     """The value as its field wants it: whole numbers do for numbers, lists for tuples."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(value) is int and abs(value) > MAX_NUMBER:
+        raise ValueError(f"{name} must be a number of at most {len(str(MAX_NUMBER))} digits")
     if origin is types.UnionType:
         if value is None and type(None) in arguments:
             return None
