@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.distillation import checkpointing, losses, precision, roles, trainer, tuner
+from models.distillation import checkpointing, cost, losses, precision, roles, trainer, tuner
 
 MODES = [("full", "full"), ("lora", "lora"), ("lora", "full"), ("full", "lora")]
 
@@ -115,6 +115,7 @@ def test_forwards_of_an_update_are_what_the_cost_model_counts(train, monkeypatch
         network = getattr(beginning.nets, name).network
         network.register_forward_pre_hook(lambda *given, name=name: count(*given, name=name))
     exits = [micro_of(beginning, action).drawn.exit_step(4) for action in range(4)]
+    assert cost.walked_in(beginning.how, 1) == sum(exits) + 4
     beginning.step()
     assert counts == {"student": sum(exits) + 4, "teacher": 2, "critic": 1 + 3}
 
