@@ -176,10 +176,11 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
     )
     _resume(train, plan, quiet)
     quiet.on_stage("training")
+    _tell_of_grace(quiet)
     probes = _Probes(plan, files, own, quiet)
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
-            on_update=_Updates(plan, quiet).tell,
+            on_update=lambda update: quiet.on_update(update, plan.student_updates),
             on_saved=lambda path: quiet.on_note(f"checkpoint {path}"),
             on_trouble=quiet.on_note,
             on_probe=probes.write,
@@ -194,25 +195,12 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
     return Done(updates=train.updates, weights=weights, preset=preset)
 
 
-@dataclass
-class _Updates:
-    """Told one after the other; after the first one it is known what a stop takes."""
-
-    plan: course.Course
-    told: Told
-    is_first: bool = True
-
-    def tell(self, update: trainer.Update) -> None:
-        self.told.on_update(update, self.plan.student_updates)
-        grace = group.grace_seconds()
-        # The checkpoint is to be written as well.
-        if self.is_first and group.are_many() and update.seconds > grace / 2:
-            self.told.on_note(
-                f"torchrun kills its processes {grace} s after Ctrl-C or SIGTERM, and an update "
-                f"takes {update.seconds:.0f} s: a stop may come without a checkpoint. Start with "
-                f"{group.GRACE_VARIABLE}=1800 in the environment"
-            )
-        self.is_first = False
+def _tell_of_grace(told: Told) -> None:
+    if group.has_little_grace():
+        told.on_note(
+            "torchrun kills its processes 30 s after Ctrl-C or SIGTERM, unless it is told "
+            f"otherwise: {group.GRACE_VARIABLE}=1800 in the environment gives time for a checkpoint"
+        )
 
 
 _QUIET = Told(
@@ -450,7 +438,7 @@ class _Probes:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """The first SIGTERM or Ctrl-C asks to stop after this update, a second Ctrl-C stops at once."""
+    """The first SIGTERM or Ctrl-C asks to stop after this batch, a second Ctrl-C stops at once."""
     asked = False
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}

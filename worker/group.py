@@ -9,7 +9,6 @@ import torch
 from torch import distributed
 
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-DEFAULT_GRACE_SECONDS = 30  # torchrun's own
 
 
 def is_first() -> bool:
@@ -21,10 +20,10 @@ def are_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def grace_seconds() -> int:
-    """How long after a signal torchrun kills the processes that are still at work."""
-    said = os.environ.get(GRACE_VARIABLE, "")
-    return int(said) if said.isdecimal() else DEFAULT_GRACE_SECONDS
+def has_little_grace() -> bool:
+    """Whether torchrun kills its processes 30 s after a signal, as far as they can tell."""
+    is_of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return is_of_torchrun and are_many() and GRACE_VARIABLE not in os.environ
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Checkpoints of a training: written whole or not at all, read back to the bit.
 
-checkpoints/update_000120/      the newest ones; a name without dot is complete
+checkpoints/update_000120/      the newest ones, by finished updates; a name without dot is complete
     training.json               method, counters, and what else decides the numbers
     .metadata, __0_0.distcp     tensors, in shares of the processes (torch.distributed.checkpoint)
 """
@@ -98,6 +98,7 @@ def load(train: trainer.Trainer, path: Path) -> None:
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ResumeError(path, f"it cannot be read: {_reason(error)}") from error
     train.updates = int(facts["updates"])
+    train.underway = trainer.Underway(**facts["underway"])
 
 
 def method_facts(train: trainer.Trainer) -> dict[str, Any]:
@@ -131,9 +132,12 @@ def _publish(train: trainer.Trainer, part: Path, final: Path) -> None:
     if not processes.is_first():
         return
     _write_facts(train, part)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = part.with_name(f".{final.name}.replaced.part")
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(replaced)
     part.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_facts(train: trainer.Trainer, part: Path) -> None:
@@ -142,6 +146,7 @@ def _write_facts(train: trainer.Trainer, part: Path) -> None:
         "method": method_facts(train),
         "latent_shape": train.data.latent_shape,
         "origin": train.origin,
+        "underway": dataclasses.asdict(train.underway),
     }
     with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
         json.dump(facts, stream, indent=2)
@@ -168,10 +173,11 @@ def _tensors(train: trainer.Trainer) -> dict[str, Tensor]:
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-        kinds = {"method": dict, "updates": int, "origin": dict}
-        facts = {"origin": {}} | facts  # older ones have none
+        kinds = {"method": dict, "updates": int, "origin": dict, "underway": dict}
+        facts = {"origin": {}, "underway": {}} | facts  # older ones have none
         if wrong := [key for key, kind in kinds.items() if not isinstance(facts[key], kind)]:
             raise TypeError(f"{wrong[0]} is of another kind")
+        trainer.Underway(**facts["underway"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(path, f"{FACTS_FILE} cannot be read: {error!r}") from error
     return facts

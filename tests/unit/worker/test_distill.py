@@ -1,7 +1,6 @@
 """`rushes distill` from its file to a video of the student, on the tiny model."""
 
 import csv
-import dataclasses
 import json
 import shutil
 
@@ -14,7 +13,7 @@ from PIL import Image
 from jobs import cli, errors, presets
 from jobs import settings as job_settings
 from models import layout
-from models.distillation import export, saving, trainer
+from models.distillation import export, saving
 from models.tiny import make
 from worker import components, distill, group, pipeline, stopwatch, video
 
@@ -351,21 +350,19 @@ def test_another_method_is_not_continued_with(write, run):
 
 
 @pytest.mark.parametrize(
-    ("processes", "seconds", "grace", "is_told"),
-    [(8, 100.0, "", True), (8, 100.0, "1800", False), (8, 3.0, "", False), (1, 100.0, "", False)],
+    ("variables", "is_told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8"}, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", group.GRACE_VARIABLE: "1800"}, False),
+        ({"WORLD_SIZE": "8"}, False),
+        ({}, False),
+    ],
 )
-def test_torchrun_that_would_kill_before_a_checkpoint_is_told_of_once(
-    write, monkeypatch, processes, seconds, grace, is_told
-):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv(group.GRACE_VARIABLE, grace)
-    update = trainer.Update(
-        **{field.name: 1.0 for field in dataclasses.fields(trainer.Update)} | {"seconds": seconds}
-    )
+def test_torchrun_that_would_kill_before_a_checkpoint_is_told_of(monkeypatch, variables, is_told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     notes = []
-    updates = distill._Updates(distill.read(write()), told_to(notes))
-    updates.tell(update)
-    updates.tell(update)
+    distill._tell_of_grace(told_to(notes))
     assert ["30 s after Ctrl-C" in note for note in notes] == [True] * is_told
 
 

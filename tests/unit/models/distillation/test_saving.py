@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from models.distillation import saving, trainer
+from models.distillation import course, progress, saving, trainer
 
 MODES = [
     {"student": "full"},
@@ -42,6 +43,46 @@ def test_a_resumed_training_takes_the_same_next_update_to_the_bit(train, mode, t
     now, then = tensors(resumed), tensors(straight)
     assert now.keys() == then.keys()
     assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_an_update_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, stop_at):
+    """Before the second batch of its student update, and before that of its critic update."""
+    mode = {"student": "lora", "accumulate": 2, "batch": 1, "ratio": 1}
+    straight, stopped = train(**mode), train(**mode)
+    expected = [straight.step(), straight.step()][-1]
+    stopped.step()
+    asked = itertools.count(1)
+    with pytest.raises(trainer.Stopped):
+        stopped.step(lambda: next(asked) == stop_at)
+    assert stopped.updates == 1
+    assert stopped.underway.actions == (stop_at - 1) // 2
+    resumed = train(**mode)
+    saving.load(resumed, saving.save(stopped, tmp_path))
+    for one in (stopped, resumed):
+        made = one.step()
+        assert dataclasses.replace(made, seconds=0) == dataclasses.replace(expected, seconds=0)
+        now, then = tensors(one), tensors(straight)
+        assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+@pytest.mark.parametrize(("stop_at", "saved"), [(2, ["update_000000"]), (4, ["update_000001"])])
+def test_who_asks_to_stop_gets_one_checkpoint(train, tmp_path, stop_at, saved):
+    """Within the first update; and when it was just saved, before the second is begun."""
+    values = {"model": "m", "prompts": "p", "output": str(tmp_path), "save_every": 1, "ratio": 1}
+    asked, told = itertools.count(1), []
+    watcher = progress.Watcher(
+        on_update=lambda _update: None,
+        on_saved=told.append,
+        on_trouble=told.append,
+        on_probe=lambda *_: None,
+        asks_to_stop=lambda: next(asked) == stop_at,
+    )
+    beginning = train("lora", ratio=1)
+    assert not progress.run(beginning, course.from_values(values), watcher)
+    assert [path.name for path in told] == saved
+    saving.load(beginning, told[-1])
+    assert (beginning.updates, beginning.underway.actions) == ((0, 1) if stop_at == 2 else (1, 0))
 
 
 def test_only_the_newest_are_kept(train, tmp_path):
@@ -121,7 +162,7 @@ def test_other_weights_are_not_continued_with(train, tmp_path):
     del facts["origin"]["teacher_weights"], facts["origin"]["negative_prompt"]
     (path / saving.FACTS_FILE).write_text(json.dumps(facts))
     saving.load(other, path)
-    del facts["origin"]  # as older versions wrote it
+    del facts["origin"], facts["underway"]  # as older versions wrote it
     (path / saving.FACTS_FILE).write_text(json.dumps(facts))
     saving.load(other, path)
 
