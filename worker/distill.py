@@ -37,7 +37,7 @@ from models.distillation import (
     tuner,
 )
 from models.vae import WanVAE
-from worker import device, group, pipeline, video
+from worker import device, group, probes
 from worker import errors as worker_errors
 from worker import settings as worker_settings_module
 
@@ -177,13 +177,13 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
     _resume(train, plan, quiet)
     quiet.on_stage("training")
     _tell_of_grace(quiet)
-    probes = _Probes(plan, files, own, quiet)
+    drawn = probes.Probes(plan, files, own, quiet.on_note)
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
             on_update=lambda update: quiet.on_update(update, plan.student_updates),
             on_saved=lambda path: quiet.on_note(f"checkpoint {path}"),
             on_trouble=quiet.on_note,
-            on_probe=probes.write,
+            on_probe=drawn.write,
             asks_to_stop=asks_to_stop,
         )
         is_done = progress.run(train, plan, watcher)
@@ -389,51 +389,6 @@ def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:
     if saved:
         saving.load(train, saved[-1])
         told.on_note(f"going on from {saved[-1]}")
-
-
-@dataclass
-class _Probes:
-    """Writes probe videos; the autoencoder stays on the processor between them."""
-
-    plan: course.Course
-    files: layout.ModelFiles
-    here: device.Device
-    told: Told
-    vae: WanVAE | None = None
-
-    def write(self, updates: int, place: int, latents_BCTHW: Tensor) -> None:
-        """Of one prompt after so many updates: probes/update_000050_prompt_0.mp4."""
-        path = self.plan.output / "probes" / f"update_{updates:06}_prompt_{place}.mp4"
-        try:
-            with self.here.faults():
-                self._write(path, latents_BCTHW)
-        except worker_errors.DeviceFault:  # the training has no device either
-            raise
-        except (OSError, errors.RushesError) as error:
-            self.told.on_note(f"no probe video {path.name}: {error}")
-
-    def _write(self, path: Path, latents_BCTHW: Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.vae is None:
-            self.vae = checkpoint.load_vae(self.files, device="cpu", dtype=torch.float32)
-        try:
-            self._encode(path, self.vae.to(self.here.torch_device), latents_BCTHW)
-        finally:
-            self.vae.to("cpu")
-
-    def _encode(self, path: Path, vae: WanVAE, latents_BCTHW: Tensor) -> None:
-        plan = self.plan
-        with video.Mp4Writer(
-            path,
-            width=plan.target_width,
-            height=plan.target_height,
-            fps=plan.fps,
-            worker_settings=worker_settings_module.WorkerSettings(),
-        ) as writer:
-            with torch.inference_mode():
-                for frames_BCTHW in vae.decode_chunks(latents_BCTHW):
-                    writer.write(pipeline.to_uint8(frames_BCTHW))
-            writer.finish()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from jobs import settings as job_settings
 from models import layout
 from models.distillation import export, saving
 from models.tiny import make
-from worker import components, distill, group, pipeline, stopwatch, video
+from worker import components, distill, group, pipeline, probes, stopwatch, video
 
 TRAINING = {
     "model": "tiny",
@@ -243,7 +243,7 @@ class FullVAE(torch.nn.Module):
 def test_a_probe_without_room_ends_no_training_and_leaves_the_device(write, known, cpu):
     notes, vae = [], FullVAE()
     plan = distill.read(write())
-    distill._Probes(plan, None, cpu, told_to(notes), vae=vae).write(2, 0, torch.zeros(1))
+    probes.Probes(plan, None, cpu, notes.append, vae=vae).write(2, 0, torch.zeros(1))
     assert notes == [
         "no probe video update_000002_prompt_0.mp4: "
         "CPU test: CUDA out of memory. Tried to allocate 2.00 GiB"
