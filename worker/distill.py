@@ -422,7 +422,7 @@ def _write_preset(plan: course.Course, weights: Path) -> Path:
 
 def _preset(plan: course.Course, weights: Path) -> dict[str, Any]:
     is_lora = plan.how.student.weights == "lora"
-    described = plan.description or f"Distilled from {plan.model}"
+    described = plan.description or f"Distilled from {Path(plan.model).name}"
     base: dict[str, Any] = {
         "description": described[:200],
         "task": plan.task,
