@@ -125,8 +125,7 @@ def test_activations_are_fewer_with_checkpointing_and_those_of_the_forward_witho
     assert counted(gradient_checkpointing=True) < 0.75 * everything
 
 
-@pytest.mark.parametrize("weights", ["full", "lora"])
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("weights", "again"), [("full", True), ("lora", False)])
 def test_sgmd_keeps_the_critics_forward_as_well(train, how, weights, again):
     def real(**changes):
         beginning = train(weights, batch=1, **changes)
