@@ -1,7 +1,8 @@
 """What a distillation takes on a GPU against what is derived: `python -m benchmarks.distill`.
 
 Random weights made on the device, random text and noise: nothing is learnt, only time and memory
-are looked at. The numbers beside them are those of `rushes distill CONFIG --dry-run`.
+are looked at. The numbers beside them are those of `rushes distill CONFIG --dry-run`, which are of
+an average update; `forwards` are those of this one, and `tflops` come from them.
 """
 
 import argparse
@@ -40,6 +41,8 @@ def main() -> None:
         sizes = networks.SIZES[options.model]
         derived = cost.estimate(sizes, gpu.LATENTS_480P, how, student_updates=1)
         for facts in measured(sizes, how, options.updates):
+            walked = cost.walked_in(how, int(facts["update"]))
+            forwards = cost.forwards_per_update(how, walked=walked)
             line = json.dumps(
                 {
                     "model": options.model,
@@ -47,7 +50,8 @@ def main() -> None:
                     **facts,
                     "derived_gb": derived.device_bytes / 1e9,
                     "derived_seconds": derived.seconds_per_update,
-                    "tflops": derived.flops_per_update / facts["seconds"] / 1e12,
+                    "forwards": forwards,
+                    "tflops": forwards * derived.flops_per_forward / facts["seconds"] / 1e12,
                 }
             )
             sys.stdout.write(line + "\n")

@@ -3,6 +3,7 @@
 One process, or several started by torchrun; then each sees one GPU and holds its share.
 """
 
+import dataclasses
 import hashlib
 import json
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs import errors, images, prompt_row, readers, settings
+from jobs import errors, images, preset_values, prompt_row, readers, settings
 from models import checkpoint, conditioning, config, config_files, layout
 from models.distillation import (
     adapters,
@@ -36,7 +37,8 @@ from models.distillation import (
     tuner,
 )
 from models.vae import WanVAE
-from worker import device, group, pipeline, video
+from worker import device, group, probes
+from worker import errors as worker_errors
 from worker import settings as worker_settings_module
 
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
@@ -51,6 +53,7 @@ KNOWN_SIZES = {
 """As their folders are called where they are released."""
 HEAD_BYTES = 65_536  # enough to tell a prompt file's format
 MAX_PROBLEMS = 50
+STAMP_PLACES, STAMP_BYTES = 64, 4096  # other weights differ nearly everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,19 @@ class Told:
 
 
 def read(path: Path) -> course.Course:
-    """A training's file; errors.FileUnusable says what is wrong with it."""
+    """A training's file; errors.FileUnusable says what is wrong with it.
+
+    It is wrong, too, where the preset that the training ends with could not be rendered.
+    """
     try:
-        return course.read(path)
+        plan = course.read(path)
     except course.CourseError as error:
         raise errors.FileUnusable(str(error)) from error
+    problems = preset_values.read(_preset(plan, plan.output / "weights"), name=path.stem).problems
+    if problems:
+        told = "; ".join(problems).replace("model_path", "model")
+        raise errors.FileUnusable(f"{path}: {told}")
+    return plan
 
 
 def cost_of(plan: course.Course, known: settings.Settings, *, processes: int) -> cost.Cost:
@@ -121,15 +132,32 @@ def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     """
     try:
         with group.joined():
-            return _run(plan, known, told)
+            here = _device()
+            with here.faults():
+                return _run(plan, known, told, here)
+    except (worker_errors.DeviceOutOfMemory, worker_errors.HostOutOfMemory) as error:
+        raise errors.RushesError(f"out of memory: {error}. {_smaller(plan)}") from error
     except (ValueError, saving.ResumeError) as error:  # a CheckpointError too
         raise errors.FileUnusable(str(error)) from error
     except (saving.SavingError, tuner.DivergedError, OSError) as error:
         raise errors.RushesError(str(error)) from error
 
 
-def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
-    here = _device()
+def _smaller(plan: course.Course) -> str:
+    """What of the file a person can change, so that less memory is taken."""
+    how = plan.how
+    ways = ["more processes (torchrun)"]
+    if how.batch > 1:
+        ways.append("a smaller batch with more accumulate")
+    if not how.gradient_checkpointing:
+        ways.append("gradient_checkpointing")
+    if "full" in (how.student.weights, how.critic.weights):
+        ways.append('LoRAs (student and critic with "weights": "lora")')
+    return f"It takes less with {', '.join(ways)}; rushes distill --dry-run tells how much"
+
+
+def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.Device) -> Done:
+    here = own.torch_device
     quiet = told if processes.is_first() else _QUIET
     files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
     raw = _raw_examples(plan, known)
@@ -138,16 +166,24 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
     quiet.on_stage("loading the networks")
     nets = _networks(plan, files, here)
     answered = _answers(plan, files, nets, data, here, quiet)
-    train = trainer.Trainer(plan.how, nets=nets, data=data, device=here, answered=answered)
+    train = trainer.Trainer(
+        plan.how,
+        nets=nets,
+        data=data,
+        device=here,
+        answered=answered,
+        origin=_origin(plan, files),
+    )
     _resume(train, plan, quiet)
     quiet.on_stage("training")
-    probes = _Probes(plan, files, here, quiet)
+    _tell_of_grace(quiet)
+    drawn = probes.Probes(plan, files, own, quiet.on_note)
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
             on_update=lambda update: quiet.on_update(update, plan.student_updates),
             on_saved=lambda path: quiet.on_note(f"checkpoint {path}"),
             on_trouble=quiet.on_note,
-            on_probe=probes.write,
+            on_probe=drawn.write,
             asks_to_stop=asks_to_stop,
         )
         is_done = progress.run(train, plan, watcher)
@@ -155,8 +191,16 @@ def _run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
         return Done(updates=train.updates, weights=None, preset=None)
     quiet.on_stage("exporting")
     weights = export.write(train, plan.output)
-    preset = None if weights is None else _write_preset(plan, files, weights)
+    preset = None if weights is None else _write_preset(plan, weights)
     return Done(updates=train.updates, weights=weights, preset=preset)
+
+
+def _tell_of_grace(told: Told) -> None:
+    if group.has_little_grace():
+        told.on_note(
+            "torchrun kills its processes 30 s after Ctrl-C or SIGTERM, unless it is told "
+            f"otherwise: {group.GRACE_VARIABLE}=1800 in the environment gives time for a checkpoint"
+        )
 
 
 _QUIET = Told(
@@ -167,16 +211,18 @@ _QUIET = Told(
 )
 
 
-def _device() -> torch.device:
-    here = device.current(worker_settings_module.WorkerSettings()).torch_device
-    if here.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return here
+def _device() -> device.Device:
+    """Of several GPUs the one of this process."""
+    here = device.current(worker_settings_module.WorkerSettings())
+    if not here.is_cuda:
+        return here
+    own = torch.device("cuda", torch.cuda.current_device())
+    return dataclasses.replace(here, torch_device=own)
 
 
 def _model_folder(plan: course.Course, known: settings.Settings) -> Path:
-    """A folder, or the name of one among the models."""
-    return Path(plan.model) if Path(plan.model).is_dir() else known.models_dir / plan.model
+    """A folder, if its path is absolute, or the name of one among the models."""
+    return known.models_dir / plan.model
 
 
 def _raw_examples(plan: course.Course, known: settings.Settings) -> list[encoding.Raw]:
@@ -263,6 +309,30 @@ def _stamp(paths: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def _weights_stamp(paths: Sequence[Path]) -> str:
+    """Names weights by their bytes at many places: a copy is the same, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with path.open("rb") as stream:
+            for place in range(STAMP_PLACES):
+                stream.seek(size * place // STAMP_PLACES)
+                digest.update(stream.read(STAMP_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _origin(plan: course.Course, files: layout.ModelFiles) -> dict[str, str | None]:
+    """What decides the numbers beside the method, as checkpoints remember it."""
+    start = plan.student_start
+    return {
+        "teacher_weights": _weights_stamp(files.transformer),
+        "student_start": None if start is None else start.name,
+        "precision": plan.precision,
+        "negative_prompt": plan.negative_prompt,
+    }
+
+
 def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device) -> roles.Roles:
     """Networks are read to the host one by one, and each is moved or spread before the next."""
     dtype = DTYPES[plan.precision]
@@ -300,9 +370,10 @@ def _answers(
     """What the teacher is asked before the training."""
     if plan.how.regression is None:
         return None
+    questions = [path.name for path in data.files]  # each named by what it was made of
     wanted = pairs.Pairs(
         folder=plan.output / "answers",
-        made_from=f"{_stamp((*files.transformer, *data.files))} {data.latent_shape}",
+        made_from=f"{_weights_stamp(files.transformer)} {questions} {data.latent_shape}",
         how=plan.how,
         steps=plan.regression_steps,
         count=plan.regression_pairs,
@@ -320,46 +391,9 @@ def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:
         told.on_note(f"going on from {saved[-1]}")
 
 
-@dataclass
-class _Probes:
-    """Writes probe videos; the autoencoder stays on the processor between them."""
-
-    plan: course.Course
-    files: layout.ModelFiles
-    here: torch.device
-    told: Told
-    vae: WanVAE | None = None
-
-    def write(self, updates: int, place: int, latents_BCTHW: Tensor) -> None:
-        """Of one prompt after so many updates: probes/update_000050_prompt_0.mp4."""
-        path = self.plan.output / "probes" / f"update_{updates:06}_prompt_{place}.mp4"
-        try:
-            self._write(path, latents_BCTHW)
-        except (OSError, errors.RushesError) as error:
-            self.told.on_note(f"no probe video {path.name}: {error}")
-
-    def _write(self, path: Path, latents_BCTHW: Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.vae is None:
-            self.vae = checkpoint.load_vae(self.files, device="cpu", dtype=torch.float32)
-        plan, vae = self.plan, self.vae.to(self.here)
-        with video.Mp4Writer(
-            path,
-            width=plan.target_width,
-            height=plan.target_height,
-            fps=plan.fps,
-            worker_settings=worker_settings_module.WorkerSettings(),
-        ) as writer:
-            with torch.inference_mode():
-                for frames_BCTHW in vae.decode_chunks(latents_BCTHW):
-                    writer.write(pipeline.to_uint8(frames_BCTHW))
-            writer.finish()
-        self.vae.to("cpu")
-
-
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """The first SIGTERM or Ctrl-C asks to stop after this update, a second Ctrl-C stops at once."""
+    """The first SIGTERM or Ctrl-C asks to stop after this batch, a second Ctrl-C stops at once."""
     asked = False
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -378,20 +412,24 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _write_preset(plan: course.Course, files: layout.ModelFiles, weights: Path) -> Path:
+def _write_preset(plan: course.Course, weights: Path) -> Path:
     """A preset that renders what was exported, beside it."""
+    path = plan.output / PRESET_FILE
+    text = json.dumps(_preset(plan, weights), indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    return path
+
+
+def _preset(plan: course.Course, weights: Path) -> dict[str, Any]:
     is_lora = plan.how.student.weights == "lora"
-    described = plan.description or f"Distilled from {plan.model}"
+    described = plan.description or f"Distilled from {Path(plan.model).name}"
     base: dict[str, Any] = {
         "description": described[:200],
         "task": plan.task,
-        "model_path": str(files.root.absolute()) if Path(plan.model).is_dir() else plan.model,
+        "model_path": plan.model,
         "target_width": plan.target_width,
         "target_height": plan.target_height,
         "target_video_length": plan.target_video_length,
         "fps": plan.fps,
     }
-    values = export.preset(base, plan.how, path=weights.absolute(), is_lora=is_lora)
-    path = plan.output / PRESET_FILE
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return export.preset(base, plan.how, path=weights.resolve(), is_lora=is_lora)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import distributed
 
+GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
 
 def is_first() -> bool:
     """Also where there is no other one."""
@@ -16,6 +18,12 @@ def is_first() -> bool:
 
 def are_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def has_little_grace() -> bool:
+    """Whether torchrun kills its processes 30 s after a signal, as far as they can tell."""
+    is_of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return is_of_torchrun and are_many() and GRACE_VARIABLE not in os.environ
 
 
 @contextmanager

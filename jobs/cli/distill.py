@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs import parts, settings
-from jobs.cli import exits, options, output
+from jobs.cli import exits, options, output, torchrun
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -39,7 +39,8 @@ def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
 
     CONFIG says what: see docs/distillation.md and examples/distill. Goes on from the last
     checkpoint in its output folder. The first Ctrl-C stops after a checkpoint, the second at once.
-    On several GPUs: torchrun --nproc-per-node N --no-python rushes distill CONFIG.
+    On several GPUs: TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 torchrun --nproc-per-node N --no-python
+    rushes distill CONFIG.
     """
     known = settings.load()
     plan = parts.READ_TRAINING.load()(config)
@@ -51,6 +52,12 @@ def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
         raise click.UsageError("--processes is for --dry-run; torchrun starts several processes")
     with _shown(as_json=as_json) as told:
         done = parts.TRAIN.load()(plan, known, parts.TRAINING_LISTENER.load()(**told))
+    if not torchrun.is_beside_the_first():
+        _tell_end(done, plan, as_json=as_json)
+    return exits.OK if done.updates >= plan.student_updates else exits.INTERRUPTED
+
+
+def _tell_end(done: Any, plan: Any, *, as_json: bool) -> None:
     if as_json:
         output.emit(
             {
@@ -67,8 +74,6 @@ def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
             f"stopped after {done.updates} of {plan.student_updates} updates; "
             "the same command goes on from there"
         )
-        return exits.INTERRUPTED
-    return exits.OK
 
 
 def _tell_cost(cost: Any, *, as_json: bool) -> None:
@@ -104,7 +109,7 @@ Told = dict[str, Callable[..., None]]
 @contextmanager
 def _shown(*, as_json: bool) -> Iterator[Told]:
     """A bar on a terminal, else a line a minute on stderr."""
-    if not as_json and sys.stderr.isatty():
+    if not as_json and sys.stderr.isatty() and not torchrun.is_beside_the_first():
         with _bar() as progress:
             yield _told_by_bar(progress)
     else:

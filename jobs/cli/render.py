@@ -1,6 +1,5 @@
 """`rushes render`."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import get_args
 import click
 
 from jobs import errors, logs, parts, readers, settings, standalone, submission, unqueued
-from jobs.cli import exits, options, output, prompt_files
+from jobs.cli import exits, options, output, prompt_files, torchrun
 
 NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
 
@@ -46,7 +45,7 @@ def render(
     """
     config = settings.load()
     logs.configure(config, level="WARNING")
-    if _is_beside_the_first():
+    if torchrun.is_beside_the_first():  # which tells this one what to do
         _run(NOTHING, target, config, on_video=lambda _name, _video: None)
         return exits.OK
     look = prompt_files.preset(preset, config)
@@ -80,11 +79,6 @@ def render(
     if as_json:
         output.emit({"videos": videos})
     return exits.OK
-
-
-def _is_beside_the_first() -> bool:
-    """One of several that torchrun started: the first one tells it what to do."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def _run(

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import config, transformer
-from models.distillation import adapters, checkpointing, method, roles
+from models.distillation import adapters, checkpointing, draws, method, roles
 
 FP32, BF16 = 4, 2
 ADAM_BYTES = 8  # two moments in fp32
@@ -95,17 +95,30 @@ def estimate(
     )
 
 
-def forwards_per_update(how: method.Method) -> float:
-    """One student update and its critic updates, averaged over the random exit step."""
-    rollout = (len(how.denoising_step_list) + 1) / 2
+def forwards_per_update(how: method.Method, *, walked: float | None = None) -> float:
+    """One student update and its critic updates.
+
+    `walked`: the forwards of the student on its way to all of their exits, where it is known
+    (`walked_in`); None: the average over random exits.
+    """
+    if walked is None:
+        walked = (1 + how.ratio) * (len(how.denoising_step_list) + 1) / 2
     again = float(how.gradient_checkpointing)
     of_student = BACKWARD_FORWARDS[how.student.weights] + again
     of_critic = BACKWARD_FORWARDS[how.critic.weights] + again
-    student = rollout + 1 + _teacher_forwards(how) + of_student
+    student = 1 + _teacher_forwards(how) + of_student
     student += of_critic if how.sgmd is not None else 0
     student += 1 + of_student if how.regression is not None else 0
-    critic = rollout + 1 + of_critic
-    return student + how.ratio * critic
+    critic = 1 + of_critic
+    return walked + student + how.ratio * critic
+
+
+def walked_in(how: method.Method, update: int) -> float:
+    """The student's forwards to the exits of update 1, 2, ..., which follow from the seed."""
+    batches = (how.ratio + 1) * how.accumulate
+    places = [draws.Place(batch=batches * (update - 1) + number) for number in range(batches)]
+    exits = [draws.Draws(how.seed, each).exit_step(len(how.denoising_step_list)) for each in places]
+    return sum(step + 1 for step in exits) / how.accumulate
 
 
 def _teacher_forwards(how: method.Method) -> int:
@@ -129,32 +142,41 @@ def _product_with_gelu(
 
 
 def count_activations(nets: roles.Roles, how: method.Method, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that a forward of the student leaves for its backward, at the worst moment."""
-    role = nets.student
+    """Bytes that the student's loss leaves for its backward, at the worst moment.
+
+    SGMD's goes through the critic too, whose forward stands on the student's.
+    """
+    seen = [(nets.student, inputs)]
+    if how.sgmd is not None:
+        seen.append((nets.critic, (inputs[0].clone().requires_grad_(), *inputs[1:])))
+    everything = [_kept(role, given) for role, given in seen]
+    if not how.gradient_checkpointing:
+        return sum(everything)
+    for network, switch in {role.network: role.switch for role, _ in seen}.items():
+        checkpointing.checkpoint_blocks(network, switch)
+    between = [_kept(role, given) for role, given in seen]
+    num_blocks = len(nets.student.network.blocks)  # type: ignore[arg-type]  # a ModuleList
+    # One block is computed again at a time.
+    again = max(whole - ends for whole, ends in zip(everything, between, strict=True))
+    return sum(between) + again // num_blocks
+
+
+def _kept(role: roles.Role, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps of one forward, beside the weights themselves."""
+    weights = {id(weight.untyped_storage()) for weight in role.network.parameters()}
     kept: dict[int, tuple[Any, int]] = {}
     num_tokens = _tokens(role.network.config, tuple(inputs[0].shape[1:]))  # type: ignore[arg-type]
 
     def keep(tensor: Tensor) -> Tensor:
         # Attention's matrix is never stored on a GPU; `meta` computes as if it were.
-        if num_tokens not in tensor.shape[-1:] and not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if num_tokens not in tensor.shape[-1:] and id(storage) not in weights:
             kept[id(storage)] = storage, storage.nbytes()
         return tensor
 
-    def counted() -> int:
-        kept.clear()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), role.switched():
-            role.network(*inputs)
-        return sum(count for _, count in kept.values())
-
-    everything = counted()
-    if not how.gradient_checkpointing:
-        return everything
-    num_blocks = len(role.network.blocks)  # type: ignore[arg-type]  # a ModuleList
-    checkpointing.checkpoint_blocks(role.network, role.switch)
-    between = counted()
-    # One block is computed again at a time.
-    return between + (everything - between) // num_blocks
+    with saved_tensors_hooks(keep, lambda tensor: tensor), role.switched():
+        role.network(*inputs)
+    return sum(count for _, count in kept.values())
 
 
 def _networks(

@@ -18,6 +18,7 @@ import json5
 from models import sampling
 from models.distillation import method
 
+MAX_NUMBER = 2**63 - 1  # more fits no counter
 MAX_FILE_BYTES = 65_536  # json5 needs seconds for more
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -40,10 +41,10 @@ class CourseError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """One training. Paths are as written; `model` may be the name of a folder of models."""
+    """One training. Paths are as written."""
 
     model: str
-    """The folder of the undistilled model, which becomes the teacher."""
+    """The folder of the undistilled model, which becomes the teacher, or its name among models."""
     prompts: Path
     output: Path
     how: method.Method
@@ -101,6 +102,7 @@ class Course:
 def read(path: Path) -> Course:
     """Read a training's file; relative paths in it start from its folder.
 
+    So does `model`, which stays a name where there is no such folder.
     Raises CourseError for a file that is missing, broken, has unknown keys or bad values.
     """
     try:
@@ -118,9 +120,10 @@ def read(path: Path) -> Course:
     except ValueError as error:
         raise CourseError(path, str(error)) from error
     folder = path.parent
-    start = course.student_start
+    start, model = course.student_start, folder / course.model
     return dataclasses.replace(
         course,
+        model=str(model.resolve()) if model.is_dir() else course.model,
         prompts=folder / course.prompts,
         output=folder / course.output,
         student_start=None if start is None else folder / start,
@@ -181,6 +184,8 @@ def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> 
 def _converted(value: Any, kind: Any, name: str) -> Any:
     """The value as its field wants it: whole numbers do for numbers, lists for tuples."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(value) is int and abs(value) > MAX_NUMBER:
+        raise ValueError(f"{name} must be a number of at most {len(str(MAX_NUMBER))} digits")
     if origin is types.UnionType:
         if value is None and type(None) in arguments:
             return None

@@ -24,7 +24,7 @@ class Watcher:
     on_probe: Callable[[int, int, Tensor], None]
     """(update, number of the prompt, latents)"""
     asks_to_stop: Callable[[], bool] = _never
-    """Asked after each update, in every process."""
+    """Asked before each batch and after each update, in every process."""
 
 
 def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
@@ -34,14 +34,25 @@ def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
     last checkpoint has to succeed. Called by every process.
     """
     lines = _metrics(train, plan, watcher)
+
+    def asks_to_stop() -> bool:
+        return processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
+
+    saved: int | None = None
     while train.updates < plan.student_updates:
-        update = train.step()
+        try:
+            update = train.step(asks_to_stop)
+        except trainer.Stopped:
+            if train.underway.actions or saved != train.updates:
+                _save(train, plan, watcher, must_succeed=True)
+            return False
         is_last = train.updates == plan.student_updates
         if processes.is_first():
             _tell(update, lines, watcher)
-        stops = processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
-        if is_last or stops or train.updates % plan.save_every == 0:
-            _save(train, plan, watcher, must_succeed=is_last or stops)
+        stops = asks_to_stop()
+        is_due = is_last or stops or train.updates % plan.save_every == 0
+        if is_due and _save(train, plan, watcher, must_succeed=is_last or stops):
+            saved = train.updates
         if plan.probe_every and (is_last or train.updates % plan.probe_every == 0):
             _probe(train, plan, watcher)
         if stops and not is_last:
@@ -73,7 +84,8 @@ def _tell(update: trainer.Update, lines: metrics.Metrics | None, watcher: Watche
 
 def _save(
     train: trainer.Trainer, plan: course.Course, watcher: Watcher, *, must_succeed: bool
-) -> None:
+) -> bool:
+    """Whether there is a checkpoint now."""
     try:
         path = saving.save(train, plan.output, keep=plan.keep)
     except saving.SavingError as error:
@@ -81,9 +93,10 @@ def _save(
             raise
         if processes.is_first():
             watcher.on_trouble(f"{error}; the training goes on")
-    else:
-        if processes.is_first():
-            watcher.on_saved(path)
+        return False
+    if processes.is_first():
+        watcher.on_saved(path)
+    return True
 
 
 def _probe(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> None:

@@ -90,23 +90,27 @@ def of_teacher(
     """What `how` trains, from the teacher: full weights are a copy, LoRAs share its network.
 
     `start` makes the fp32 network that full training of "student" or "critic" begins with, in
-    place of a copy of the teacher. `prepare` is called once with each network and the switch of
-    its LoRAs, before anything holds on to its parameters: to move or shard it, or to checkpoint
-    its blocks.
+    place of a copy of the teacher; it is asked when the network before is prepared. `prepare` is
+    called once with each network and the switch of its LoRAs, before anything holds on to its
+    parameters: to move or shard it, or to checkpoint its blocks.
     """
     teacher.requires_grad_(False)
     tunings = {"student": how.student, "critic": how.critic}
-    networks = {}
-    for name, tuning in tunings.items():
-        if tuning.weights == "full":
-            network = start(name) if start else _wide_copy(teacher)
-            prepare(network.requires_grad_(True), None)
-            networks[name] = network
+    full = [name for name, tuning in tunings.items() if tuning.weights == "full"]
+
+    def ready(network: nn.Module) -> nn.Module:
+        prepare(network.requires_grad_(True), None)
+        return network
+
+    # A copy is of the teacher as it is, without LoRAs and whole.
+    networks = {} if start else {name: ready(_wide_copy(teacher)) for name in full}
     switch = None
     for name, tuning in tunings.items():
         if tuning.weights == "lora":
             switch = adapters.add(teacher, name, tuning, seed=how.seed)
     prepare(teacher, switch)
+    if start:
+        networks = {name: ready(start(name)) for name in full}
 
     def role(name: str) -> Role:
         if name in networks:

@@ -3,8 +3,8 @@
 # B batch, C latent channels, T H W latent frames, rows, columns
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,27 @@ class Update:
     seconds: float
 
 
+class Stopped(Exception):
+    """An update was asked to end between two batches: the next `step` goes on from there."""
+
+
+@dataclass
+class Underway:
+    """What is done of an update that was stopped."""
+
+    actions: int = 0
+    """None; the student's; then each of the critic's."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """What the `Update` will say of them; the mean over all processes once it was stopped."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of the gradients."""
+    seconds: float = 0.0
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class _Micro:
     """A batch with its random numbers."""
@@ -73,15 +94,23 @@ class Trainer:
         data: examples.Examples,
         device: torch.device | str = "cpu",
         answered: pairs.Pairs | None = None,
+        origin: Mapping[str, str | None] | None = None,
     ) -> None:
-        """`answered` goes with `how.regression`."""
+        """`answered` goes with `how.regression`.
+
+        `origin` names what else decides the numbers, such as the teacher's weights: a checkpoint is
+        continued with the same only.
+        """
         assert (answered is None) == (how.regression is None)
         self.how = how
+        self.origin = dict(origin or {})
         self.answered = answered
         self.nets = nets
         self.data = data
         self.device = torch.device(device)
         self.updates = 0
+        self.underway = Underway()
+        self._asks_to_stop = _never
         self.student = tuner.Tuner(nets.student, how.student)
         self.critic = tuner.Tuner(nets.critic, how.critic)
         self.average = (
@@ -93,29 +122,49 @@ class Trainer:
         for network in nets.networks:
             network.eval()
 
-    def step(self) -> Update:
-        """One student update, then `ratio` critic updates.
+    def step(self, asks_to_stop: Callable[[], bool] = _never) -> Update:
+        """One student update, then `ratio` critic updates; or the rest of one that was stopped.
 
-        Raises DivergedError for gradients that are not finite.
+        Raises DivergedError for gradients that are not finite; Stopped where `asks_to_stop` says
+        so, which is asked before each batch and answers the same in every process.
         """
         began = time.perf_counter()
-        facts, student_norm = self._update_student()
-        self._check("student", student_norm)
-        self._mix_critic()
-        for action in range(1, self.how.ratio + 1):
-            critic_loss, critic_norm = self._update_critic(action)
-            self._check("critic", critic_norm)
+        self._asks_to_stop = asks_to_stop
+        done = self.underway
+        try:
+            while done.actions <= self.how.ratio:
+                self._act(done)
+        except Stopped:
+            self._leave(done)
+            raise
+        finally:
+            done.seconds += time.perf_counter() - began
+        self.underway = Underway()
         self.updates += 1
         if self.average is not None:
             self.average.update(self.updates)
-        facts = processes.mean({**facts, "critic_loss": critic_loss}, self.device)
-        return Update(
-            number=self.updates,
-            student_gradient=student_norm,
-            critic_gradient=critic_norm,
-            seconds=time.perf_counter() - began,
-            **facts,
-        )
+        facts = processes.mean(done.facts, self.device)
+        return Update(number=self.updates, seconds=done.seconds, **facts, **done.norms)
+
+    def _act(self, done: Underway) -> None:
+        """The next action of an update."""
+        if done.actions == 0:
+            done.facts, done.norms["student_gradient"] = self._update_student()
+            self._check("student", done.norms["student_gradient"])
+            self._mix_critic()
+        else:
+            loss, norm = self._update_critic(done.actions)
+            self._check("critic", norm)
+            done.facts["critic_loss"] = loss
+            done.norms["critic_gradient"] = norm
+        done.actions += 1
+
+    def _leave(self, done: Underway) -> None:
+        """An action that was begun is as if it had not been; its batches come again."""
+        self.student.forget()
+        self.critic.forget()
+        if done.actions:
+            done.facts = processes.mean(done.facts, self.device)
 
     def _update_student(self) -> tuple[dict[str, float], float]:
         total: dict[str, float] = {}
@@ -238,6 +287,8 @@ class Trainer:
         how = self.how
         first = (self.updates * (how.ratio + 1) + action) * how.accumulate
         for number in range(first, first + how.accumulate):
+            if self._asks_to_stop():
+                raise Stopped
             place = draws.Place(
                 batch=number,
                 first=processes.rank() * how.batch,

@@ -3,12 +3,16 @@
 Writes what every process has to say to FOLDER; the test compares it with one process alone.
 """
 
+import errno
+import itertools
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 from torch import distributed
 
@@ -66,18 +70,35 @@ def build(folder: Path, weights: str, dtype: torch.dtype, **changes) -> trainer.
 
 
 def run(folder: Path, weights: str, dtype: torch.dtype, **changes) -> None:
-    """Train, save, go on; then go on from what was saved, and export."""
+    """Train, stop in an update, save, go on; then go on from what was saved, and export."""
     train = build(folder, weights, dtype, **changes)
     updates = [train.step() for _ in range(UPDATES)]
+    save_where_the_first_cannot(train, folder)
+    asked = itertools.count(1)
+    with pytest.raises(trainer.Stopped):
+        train.step(lambda: next(asked) == 3)
     saving.save(train, folder)
     straight = train.step()
     resumed = build(folder, weights, dtype, **changes)
     saving.load(resumed, saving.complete(folder)[-1])
-    assert resumed.step().student_loss == straight.student_loss
+    after = resumed.step()
+    assert replace(after, seconds=0) == replace(straight, seconds=0)
     export.write(resumed, folder)
     if processes.is_first():
         facts = [asdict(update) for update in [*updates, straight]]
         (folder / "updates.json").write_text(json.dumps(facts))
+
+
+def save_where_the_first_cannot(train: trainer.Trainer, folder: Path) -> None:
+    """Every process is told, and none waits for another."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    told = "No space left" if processes.is_first() else "another process failed"
+    with (
+        mock.patch.object(saving, "_write_facts", side_effect=full),
+        pytest.raises(saving.SavingError, match=told),
+    ):
+        saving.save(train, folder)
+    assert not saving.complete(folder)
 
 
 def main() -> None:

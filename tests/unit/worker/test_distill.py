@@ -2,17 +2,20 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from jobs import cli, errors, presets
 from jobs import settings as job_settings
+from models import layout
 from models.distillation import export, saving
 from models.tiny import make
-from worker import components, distill, pipeline, stopwatch, video
+from worker import components, distill, group, pipeline, probes, stopwatch, video
 
 TRAINING = {
     "model": "tiny",
@@ -78,15 +81,18 @@ def run(known):
 
     def of(path, *, on_update=lambda _update, _count: None):
         notes = []
-        told = distill.Told(
-            on_stage=notes.append,
-            on_part=lambda _done, _count: None,
-            on_update=on_update,
-            on_note=notes.append,
-        )
-        return distill.run(distill.read(path), known, told), notes
+        return distill.run(distill.read(path), known, told_to(notes, on_update)), notes
 
     return of
+
+
+def told_to(notes, on_update=lambda _update, _count: None):
+    return distill.Told(
+        on_stage=notes.append,
+        on_part=lambda _done, _count: None,
+        on_update=on_update,
+        on_note=notes.append,
+    )
 
 
 def rendered(preset_path, known, cpu, *, image=None):
@@ -187,6 +193,14 @@ def test_other_prompts_get_other_answers(write, run, tmp_path):
     assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
 
 
+def test_an_example_that_was_encoded_again_gets_the_same_answers(write, run, tmp_path):
+    run(write(student_updates=1, **REGRESSION))
+    answers = set((tmp_path / "out" / "answers").iterdir())
+    next((tmp_path / "out" / "examples").iterdir()).unlink()
+    run(write(student_updates=2, **REGRESSION))
+    assert set((tmp_path / "out" / "answers").iterdir()) == answers
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
     write, run, monkeypatch
 ):
@@ -211,6 +225,49 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
         run(write(output="other"))
 
 
+class FullVAE(torch.nn.Module):
+    """An autoencoder for which there is no room beside the training."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def to(self, place):
+        self.places.append(str(place))
+        return self
+
+    def decode_chunks(self, _latents):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_probe_without_room_ends_no_training_and_leaves_the_device(write, known, cpu):
+    notes, vae = [], FullVAE()
+    plan = distill.read(write())
+    probes.Probes(plan, None, cpu, notes.append, vae=vae).write(2, 0, torch.zeros(1))
+    assert notes == [
+        "no probe video update_000002_prompt_0.mp4: "
+        "CPU test: CUDA out of memory. Tried to allocate 2.00 GiB"
+    ]
+    assert vae.places == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"batch": 8}, "a smaller batch with more accumulate, LoRAs"),
+        ({**LORA, "gradient_checkpointing": False}, "gradient_checkpointing;"),
+        (LORA, r"It takes less with more processes \(torchrun\); rushes distill --dry-run"),
+    ],
+)
+def test_a_device_that_is_too_small_comes_with_advice(write, run, monkeypatch, changes, advice):
+    def fails(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(distill, "_run", fails)
+    with pytest.raises(errors.RushesError, match=f"out of memory.*2.00 GiB.*{advice}"):
+        run(write(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -232,10 +289,81 @@ def test_what_cannot_be_trained_says_why(write, run, tmp_path, changes, told):
         run(write(**changes))
 
 
+def test_weights_are_known_by_what_they_are(tmp_path, models_dir):
+    """Not by when and where they were written."""
+    files = layout.find(models_dir / "tiny").transformer
+    stamp = distill._weights_stamp(files)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[0].read_bytes())
+    assert distill._weights_stamp([copy]) == stamp
+    content = safetensors.torch.load_file(copy)
+    safetensors.torch.save_file({name: 2 * each for name, each in content.items()}, copy)
+    assert copy.stat().st_size == files[0].stat().st_size
+    assert distill._weights_stamp([copy]) != stamp
+
+
+def test_another_teacher_or_precision_is_not_continued_with(write, run, known, tmp_path):
+    run(write(student_updates=1))
+    copy = tmp_path / "other"
+    shutil.copytree(known.models_dir / "tiny", copy)
+    for path in layout.find(copy, base=True).transformer:
+        content = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: 2 * each for name, each in content.items()}, path)
+    told = "negative_prompt was grey, now red; teacher_weights was .*, now .*another output"
+    with pytest.raises(errors.RushesError, match=told):
+        run(write(model="other", negative_prompt="red"))  # beside the file
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"fps": 240}, "fps must be .* 120"),
+        ({"target_video_length": 1001}, "target_video_length must be .* 481"),
+        ({"target_width": 8192}, "target_width must be .* 2048"),
+        ({"denoising_step_list": list(range(1000, 400, -10))}, "denoising_step_list .* 50"),
+        ({"sample_shift": 200.0}, "sample_shift must be .* 100"),
+        ({"description": "two\nlines"}, "description must be one line of text"),
+        ({"model": "../gone"}, "json: model must be below the models folder"),
+    ],
+)
+def test_what_no_preset_can_say_is_not_trained(write, changes, told):
+    with pytest.raises(errors.FileUnusable, match=told):
+        distill.read(write(**changes))
+
+
+@pytest.mark.parametrize("changes", [{}, LORA])
+def test_a_path_with_dots_in_it_makes_a_good_preset(write, tmp_path, changes):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    plan = distill.read(write(model="x/../models/mine", output="x/../out", **changes))
+    plan.output.mkdir(parents=True)
+    look = presets.read(distill._write_preset(plan, plan.output / "weights")).look
+    assert look.model_path == str(tmp_path / "models" / "mine")
+    weights = look.loras[0].path if look.loras else look.transformer
+    assert weights == str(tmp_path / "out" / "weights")
+
+
 def test_another_method_is_not_continued_with(write, run):
     run(write(student_updates=1))
     with pytest.raises(errors.RushesError, match=r"ratio was 1, now 3.*another output"):
         run(write(ratio=3))
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8"}, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", group.GRACE_VARIABLE: "1800"}, False),
+        ({"WORLD_SIZE": "8"}, False),
+        ({}, False),
+    ],
+)
+def test_torchrun_that_would_kill_before_a_checkpoint_is_told_of(monkeypatch, variables, is_told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    notes = []
+    distill._tell_of_grace(told_to(notes))
+    assert ["30 s after Ctrl-C" in note for note in notes] == [True] * is_told
 
 
 # The command line.
@@ -257,6 +385,21 @@ def test_the_command_trains_and_says_what_to_do_next(write, known, tmp_path):
     }
     again = rushes(write(student_updates=1))
     assert f"--preset {out / distill.PRESET_FILE}" in again.stdout
+
+
+@pytest.mark.parametrize(("updates", "code"), [(1, 130), (2, 0)])
+def test_of_several_processes_only_the_first_talks(write, known, monkeypatch, updates, code):
+    monkeypatch.setattr(
+        distill, "run", lambda *_: distill.Done(updates=updates, weights=None, preset=None)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    first = rushes(write(), "-o", "json")
+    assert (json.loads(first.stdout)["updates"], first.exit_code) == (updates, code)
+    monkeypatch.setenv("RANK", "1")
+    for arguments in ([], ["-o", "json"]):
+        result = rushes(write(), *arguments)
+        assert (result.stdout, result.stderr, result.exit_code) == ("", "", code)
 
 
 def test_a_bad_file_is_one_line_and_no_traceback(write, known):

@@ -29,6 +29,16 @@ def test_only_model_prompts_and_output_must_be_named(read, tmp_path):
     assert plan.output == tmp_path / "out"
 
 
+def test_a_model_beside_the_file_goes_before_one_of_that_name(read, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read("{" + LEAST + "}").model == "tiny"
+    (tmp_path / "tiny").mkdir()
+    assert read("{" + LEAST + "}").model == str(tmp_path / "tiny")
+    beside = LEAST.replace('"tiny"', '"./tiny"')
+    assert read("{" + beside + "}").model == str(tmp_path / "tiny")
+
+
 def test_defaults_are_the_published_ones():
     how = method.Method()
     assert (how.guidance, how.ratio, how.ema, how.score_shift) == (6.0, 5, 0.99, 5.0)
@@ -88,6 +98,11 @@ def test_every_key_reaches_its_place(read):
         (LEAST + ', "student_start": "x", "student": {"weights": "lora"}', "a LoRA starts from"),
         (LEAST.replace('"out"', '" "'), "output must be a path"),
         (LEAST + ', "seed": -1', "seed must be from 0"),
+        (LEAST + f', "guidance": {"9" * 400}', "guidance must be a number of at most 19 digits$"),
+        (LEAST + f', "batch": -{"9" * 400}', "batch must be a number of at most 19 digits$"),
+        (LEAST + f', "score_range": [0.1, {10**400}]', "score_range must be a number of at most"),
+        (LEAST + f', "critic": {{"clip": {10**400}}}', "critic.clip must be a number of at most"),
+        (LEAST + f', "seed": {"9" * 5000}', "is not JSON: .*digits"),
         (LEAST + ', "save_every": 0', "save_every must be at least 1"),
         (LEAST + f', "description": "{"x" * 70_000}"', "is larger than"),
     ],

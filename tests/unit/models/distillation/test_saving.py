@@ -1,5 +1,8 @@
 """A checkpoint is whole or not there, and what comes after it is what would have come anyway."""
 
+import dataclasses
+import errno
+import itertools
 import json
 import os
 import resource
@@ -10,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from models.distillation import saving
+from models.distillation import course, progress, saving, trainer
 
 MODES = [
     {"student": "full"},
@@ -42,6 +45,46 @@ def test_a_resumed_training_takes_the_same_next_update_to_the_bit(train, mode, t
     assert all(torch.equal(now[name], then[name]) for name in then)
 
 
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_an_update_that_was_stopped_goes_on_to_the_same_bits(train, tmp_path, stop_at):
+    """Before the second batch of its student update, and before that of its critic update."""
+    mode = {"student": "lora", "accumulate": 2, "batch": 1, "ratio": 1}
+    straight, stopped = train(**mode), train(**mode)
+    expected = [straight.step(), straight.step()][-1]
+    stopped.step()
+    asked = itertools.count(1)
+    with pytest.raises(trainer.Stopped):
+        stopped.step(lambda: next(asked) == stop_at)
+    assert stopped.updates == 1
+    assert stopped.underway.actions == (stop_at - 1) // 2
+    resumed = train(**mode)
+    saving.load(resumed, saving.save(stopped, tmp_path))
+    for one in (stopped, resumed):
+        made = one.step()
+        assert dataclasses.replace(made, seconds=0) == dataclasses.replace(expected, seconds=0)
+        now, then = tensors(one), tensors(straight)
+        assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+@pytest.mark.parametrize(("stop_at", "saved"), [(2, ["update_000000"]), (4, ["update_000001"])])
+def test_who_asks_to_stop_gets_one_checkpoint(train, tmp_path, stop_at, saved):
+    """Within the first update; and when it was just saved, before the second is begun."""
+    values = {"model": "m", "prompts": "p", "output": str(tmp_path), "save_every": 1, "ratio": 1}
+    asked, told = itertools.count(1), []
+    watcher = progress.Watcher(
+        on_update=lambda _update: None,
+        on_saved=told.append,
+        on_trouble=told.append,
+        on_probe=lambda *_: None,
+        asks_to_stop=lambda: next(asked) == stop_at,
+    )
+    beginning = train("lora", ratio=1)
+    assert not progress.run(beginning, course.from_values(values), watcher)
+    assert [path.name for path in told] == saved
+    saving.load(beginning, told[-1])
+    assert (beginning.updates, beginning.underway.actions) == ((0, 1) if stop_at == 2 else (1, 0))
+
+
 def test_only_the_newest_are_kept(train, tmp_path):
     beginning = train()
     for updates in (1, 2, 3):
@@ -56,6 +99,39 @@ def test_another_method_is_not_continued_with(train, tmp_path):
         saving.load(train(guidance=4.0), path)
 
 
+def test_another_tuning_is_named_by_its_key(train, tmp_path):
+    path = saving.save(train("lora"), tmp_path)
+    other = train("lora")
+    tuning = dataclasses.replace(other.how.critic, betas=(0.5, 0.9))
+    other.how = dataclasses.replace(other.how, critic=tuning)
+    told = r"otherwise: critic.betas was \[0.9, 0.999\], now \[0.5, 0.9\]\. Use"
+    with pytest.raises(saving.ResumeError, match=told):
+        saving.load(other, path)
+
+
+def test_a_training_goes_on_with_a_smaller_learning_rate(train, tmp_path, how):
+    """As a diverged one is told to; the rate is the new one, the rest as it was."""
+    path = saving.save(train(), tmp_path)
+    slow = how()
+    tuning = {"learning_rate": 1e-5, "clip": 1.0}
+    slow = dataclasses.replace(
+        slow,
+        student=dataclasses.replace(slow.student, **tuning),
+        critic=dataclasses.replace(slow.critic, **tuning),
+    )
+    made = train()
+    resumed = trainer.Trainer(slow, nets=made.nets, data=made.data)
+    before = {name: weight.clone() for name, weight in resumed.student.tensors()}
+    saving.load(resumed, path)
+    resumed.step()
+    changes = [
+        float((weight - before[name]).abs().max())
+        for name, weight in resumed.student.tensors()
+        if name.startswith("weight.")
+    ]
+    assert 0.5e-5 < max(changes) < 2e-5  # Adam's first step is the rate
+
+
 def test_another_size_is_not_continued_with(train, tmp_path):
     beginning = train()
     path = saving.save(beginning, tmp_path)
@@ -65,6 +141,28 @@ def test_another_size_is_not_continued_with(train, tmp_path):
         saving.load(other, path)
     facts = json.loads((path / saving.FACTS_FILE).read_text())
     del facts["latent_shape"]  # as older versions wrote it
+    (path / saving.FACTS_FILE).write_text(json.dumps(facts))
+    saving.load(other, path)
+
+
+def test_other_weights_are_not_continued_with(train, tmp_path):
+    """As far as a checkpoint says which ones it was trained with."""
+    beginning = train()
+    beginning.origin = {"teacher_weights": "a1", "negative_prompt": "x" * 99, "student_start": None}
+    path = saving.save(beginning, tmp_path)
+    saving.load(beginning, path)
+    other = train()
+    other.origin = beginning.origin | {"teacher_weights": "b2", "negative_prompt": "grey"}
+    told = (
+        r"negative_prompt was x{60}\.\.\., now grey; teacher_weights was a1, now b2\. Use another"
+    )
+    with pytest.raises(saving.ResumeError, match=told):
+        saving.load(other, path)
+    facts = json.loads((path / saving.FACTS_FILE).read_text())
+    del facts["origin"]["teacher_weights"], facts["origin"]["negative_prompt"]
+    (path / saving.FACTS_FILE).write_text(json.dumps(facts))
+    saving.load(other, path)
+    del facts["origin"], facts["underway"]  # as older versions wrote it
     (path / saving.FACTS_FILE).write_text(json.dumps(facts))
     saving.load(other, path)
 
@@ -98,6 +196,27 @@ def test_what_does_not_fit_on_the_disk_leaves_the_checkpoint_before(train, tmp_p
     saving.load(train(), before)
     after = saving.save(beginning, tmp_path)
     assert saving.complete(tmp_path) == [before, after]
+
+
+@pytest.mark.parametrize("step", ["_write_facts", "_sync"])
+def test_a_disk_that_fails_after_the_tensors_is_told_as_any_other(
+    train, tmp_path, monkeypatch, step
+):
+    def fails(*_arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(saving, step, fails)
+    with pytest.raises(saving.SavingError, match=r"could not be written.*Input/output error"):
+        saving.save(train(), tmp_path)
+    assert not list((tmp_path / saving.FOLDER).glob(".*"))
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_save(train, tmp_path):
+    left = tmp_path / saving.FOLDER / ".update_000007.part"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    saved = saving.save(train(), tmp_path)
+    assert list((tmp_path / saving.FOLDER).iterdir()) == [saved]
 
 
 KILLED_WHILE_WRITING = """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.distillation import checkpointing, losses, precision, roles, trainer, tuner
+from models.distillation import checkpointing, cost, losses, precision, roles, trainer, tuner
 
 MODES = [("full", "full"), ("lora", "lora"), ("lora", "full"), ("full", "lora")]
 
@@ -115,6 +115,7 @@ def test_forwards_of_an_update_are_what_the_cost_model_counts(train, monkeypatch
         network = getattr(beginning.nets, name).network
         network.register_forward_pre_hook(lambda *given, name=name: count(*given, name=name))
     exits = [micro_of(beginning, action).drawn.exit_step(4) for action in range(4)]
+    assert cost.walked_in(beginning.how, 1) == sum(exits) + 4
     beginning.step()
     assert counts == {"student": sum(exits) + 4, "teacher": 2, "critic": 1 + 3}
 
@@ -212,6 +213,26 @@ def test_lora_students_start_as_the_teacher_to_the_bit(train):
         for role in (beginning.nets.student, beginning.nets.teacher)
     )
     assert torch.equal(student, teacher)
+
+
+@pytest.mark.parametrize(("student", "critic"), MODES)
+def test_each_network_is_prepared_before_the_next_is_read(teacher, how, student, critic):
+    """Then main memory holds one at a time."""
+    happened, base = [], teacher()
+
+    def start(name):
+        happened.append(f"read {name}")
+        return teacher()
+
+    def prepare(network, switch):
+        happened.append("prepared" if network is not base else f"teacher {switch is not None}")
+
+    roles.of_teacher(base, how(student, critic), start=start, prepare=prepare)
+    full = [name for name, kind in (("student", student), ("critic", critic)) if kind == "full"]
+    expected = [f"teacher {'lora' in (student, critic)}"]
+    for name in full:
+        expected += [f"read {name}", "prepared"]
+    assert happened == expected
 
 
 def test_student_and_critic_of_one_base_do_not_see_each_other(train):
