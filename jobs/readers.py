@@ -18,6 +18,7 @@ Format = Literal["jsonl", "csv", "text"]
 MAX_LINE_BYTES = 1_048_576  # a line is held in memory whole; the longest prompt needs 60 kB
 MAX_COLUMNS = 100  # every key and all metadata are 30
 VIDEOS_URL = "/v1/videos"
+REFERENCE = "input_reference"
 
 
 # Which format a file is.
@@ -309,6 +310,11 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
         raise Invalid("; ".join([*wrong, f"body must be an object, got {shown(body)}"]))
     if "custom_id" in body:
         wrong.append("custom_id belongs beside body, not into it")
+    if REFERENCE in body:
+        try:
+            referred(body[REFERENCE])
+        except Invalid as invalid:
+            wrong.append(f"{REFERENCE} {invalid}")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
     wrong += [f"key {shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
@@ -317,6 +323,15 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("seconds"), str):
         fields["seconds"] = prompt_row.number(fields["seconds"])
     return {"custom_id": envelope.get("custom_id"), **fields}
+
+
+def referred(reference: Any) -> tuple[str, str]:
+    """What OpenAI's `input_reference` names, `file_id` or `image_url`, and its value. Invalid."""
+    if type(reference) is dict and len(reference) == 1:
+        ((kind, value),) = reference.items()
+        if kind in ("file_id", "image_url") and type(value) is str:
+            return kind, value
+    raise Invalid(f"must be an object with file_id or image_url, got {shown(reference)}")
 
 
 # CSV.

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from jobs import errors, orders, presets, queries, requests, results, states
+from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.web import access, answers, finding, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
@@ -25,7 +25,7 @@ router = APIRouter(
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
 NUMBERS = ("seed", "num_frames", "fps", "priority")
-REFERENCE = "input_reference"
+REFERENCE = readers.REFERENCE
 STATUSES = {
     states.JobState.QUEUED: "queued",
     states.JobState.RUNNING: "in_progress",
@@ -154,13 +154,13 @@ def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image(reference: Any) -> str:
-    if isinstance(reference, dict) and len(reference) == 1:
-        (kind, value), *_ = reference.items()
-        if kind == "file_id" and isinstance(value, str):
-            return f"{images.UPLOAD}{value}"
-        if kind == "image_url" and isinstance(value, str):
-            return value
-    raise service.invalid(REFERENCE, "must be a file, or an object with file_id or image_url")
+    try:
+        kind, value = readers.referred(reference)
+    except prompt_row.Invalid:
+        raise service.invalid(
+            REFERENCE, "must be a file, or an object with file_id or image_url"
+        ) from None
+    return f"{images.UPLOAD}{value}" if kind == "file_id" else value
 
 
 def preset_of(serving: service.Service, model: Any, *, with_image: bool) -> presets.Preset:

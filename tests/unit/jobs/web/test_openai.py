@@ -265,6 +265,34 @@ def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.
     assert client.batches.retrieve(made.id).status == "failed"
 
 
+def test_a_line_with_a_malformed_input_reference_is_told_what_it_must_be(
+    client: openai.OpenAI,
+) -> None:
+    data = lines(
+        {"prompt": "ok", "input_reference": {"image_url": "https://127.0.0.1/a.png"}},
+        {"prompt": "x", "input_reference": {"url": "https://127.0.0.1/a.png"}},
+        {"prompt": "x", "input_reference": "a.png"},
+    )
+    file = client.files.create(file=("bad.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    told = {error.line: error.message for error in made.errors.data}
+    for line, got in ((2, "an object"), (3, '"a.png"')):
+        wanted = "must be an object with file_id or image_url"
+        assert told[line] == f"input_reference {wanted}, got {got}"
+
+
+def test_an_input_reference_that_is_null_is_none(live: Live, client: openai.OpenAI) -> None:
+    data = lines({"prompt": "x", "input_reference": None})
+    file = client.files.create(file=("b.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.status == "in_progress", made.errors
+    assert live.web.client.get("/api/batches").json()["batches"][0]["preset"] == "tiny"
+
+
 def test_images_in_a_batch_are_files_or_addresses(
     live: Live, client: openai.OpenAI, image: bytes
 ) -> None:
