@@ -54,7 +54,7 @@ def list_files(
     with serving_.db.reading() as session:
         last = None
         if after is not None:
-            last = uploads.find(session, after, owner=principal.sees)
+            last = uploads.place(session, after, owner=principal.sees)
         rows = uploads.every(
             session,
             owner=principal.sees,

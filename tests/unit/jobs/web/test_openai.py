@@ -9,9 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import select
 
 from jobs import lifecycle, orders
-from jobs.schema import Batch
+from jobs.schema import Batch, StoredFile
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -88,6 +89,14 @@ def test_videos_are_listed_page_by_page_both_ways(client: openai.OpenAI) -> None
     made = [client.videos.create(prompt=f"p{n}").id for n in range(5)]
     assert [video.id for video in client.videos.list(limit=2)] == made[::-1]
     assert [video.id for video in client.videos.list(limit=2, order="asc")] == made
+
+
+def test_a_list_goes_on_after_a_video_that_was_deleted(client: openai.OpenAI) -> None:
+    made = [client.videos.create(prompt=f"p{n}").id for n in range(3)]
+    assert [client.videos.delete(v.id).id for v in client.videos.list(limit=1)] == made[::-1]
+    assert list(client.videos.list()) == []
+    with pytest.raises(openai.NotFoundError, match="video_9"):
+        client.videos.list(after="video_9")
 
 
 def test_a_deleted_video_is_gone_and_stops(live: Live, client: openai.OpenAI) -> None:
@@ -329,6 +338,23 @@ def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
         )
 
 
+def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(
+    live: Live, client: openai.OpenAI
+) -> None:
+    file = client.files.create(file=("b.jsonl", lines({"prompt": "x"})), purpose="batch")
+    made = [
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+        ).id
+        for _ in range(2)
+    ]
+    page = client.batches.list(limit=1)
+    with live.web.db.transaction() as session:
+        for batch in session.scalars(select(Batch)):
+            batch.forgotten_at = batch.created_at
+    assert [batch.id for batch in page] == made[1:]
+
+
 def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
     made = [
         client.files.create(file=(f"{n}.jsonl", lines({"prompt": str(n)})), purpose="batch").id
@@ -339,6 +365,26 @@ def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.files.content(made[0])
     assert client.files.content(made[1]).read() == lines({"prompt": "1"})
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_list_goes_on_after_a_file_that_was_deleted(client: openai.OpenAI, order: Any) -> None:
+    made = [client.files.create(file=(f"{n}.jsonl", b"{}"), purpose="batch").id for n in range(3)]
+    listed = client.files.list(limit=1, order=order)
+    gone = [client.files.delete(file.id).id for file in listed]
+    assert gone == (made if order == "asc" else made[::-1])
+    with pytest.raises(openai.NotFoundError, match="file-no"):
+        client.files.list(after="file-no")
+
+
+def test_files_whose_ids_tell_no_moment_are_listed_among_the_others(
+    live: Live, client: openai.OpenAI
+) -> None:
+    made = [client.files.create(file=(f"{n}.jsonl", b"{}"), purpose="batch").id for n in range(3)]
+    older = f"file-{'a' * 24}"
+    with live.web.db.transaction() as session:
+        session.get_one(StoredFile, made[1]).id = older
+    assert [file.id for file in client.files.list(limit=1)] == [made[2], older, made[0]]
 
 
 def test_deleting_a_file_takes_nothing_from_others_with_the_same_bytes(
