@@ -1,6 +1,6 @@
 """What the compatible APIs call a batch: a name of their own, and what was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -69,6 +69,18 @@ def find(
     if row is None or row.deleted_at is not None or is_forgotten:
         raise errors.NotFound(f"no {name[:100]!r} here")
     return row
+
+
+def bodies(
+    session: Session, *, api: str, owners: Collection[str], names: Collection[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was asked for, by owner and name; of deleted ones too."""
+    found = session.execute(
+        select(ApiRequest.owner, ApiRequest.name, ApiRequest.body)
+        .where(ApiRequest.api == api)
+        .where(ApiRequest.owner.in_(owners), ApiRequest.name.in_(names))
+    )
+    return {(owner, name): body for owner, name, body in found}
 
 
 def page(

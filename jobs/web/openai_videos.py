@@ -1,7 +1,7 @@
 """OpenAI's videos API. A video is a job, `video_<number>`, whoever submitted it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
-from jobs.schema import Attempt, Batch, Job
+from jobs.schema import Attempt, Batch, Job, Look
 from jobs.web import access, answers, finding, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
@@ -190,11 +190,12 @@ def list_videos(
             limit=limit + 1,
             oldest_first=order == "asc",
         )
-        found = [
-            shape(session, queries.jobs(session, row.batch_id, limit=1)[0])
+        jobs = [
+            queries.jobs(session, row.batch_id, limit=1)[0]
             for row in rows[:limit]
             if row.batch_id is not None
         ]
+        found = shapes(session, jobs)
     return page_of(found, has_more=len(rows) > limit)
 
 
@@ -289,12 +290,38 @@ def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
 
 def shape(session: Session, job: Job) -> dict[str, Any]:
     """OpenAI's video object of a job."""
-    batch = session.get_one(Batch, job.batch_id)
-    request = requests.get(
-        session, api=requests.VIDEOS, owner=batch.owner, name=requests.video_name(job.id)
+    return shapes(session, [job])[0]
+
+
+def shapes(session: Session, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Of many, with no more queries than of one."""
+    their_batches = select(Batch).where(Batch.id.in_({job.batch_id for job in jobs}))
+    batches = {batch.id: batch for batch in session.scalars(their_batches)}
+    their_looks = select(Look).where(Look.id.in_({job.look_id for job in jobs}))
+    looks = {look.id: look.body for look in session.scalars(their_looks)}
+    attempts = queries.running_attempts(session, jobs)
+    asked = requests.bodies(
+        session,
+        api=requests.VIDEOS,
+        owners={batch.owner for batch in batches.values()},
+        names=[requests.video_name(job.id) for job in jobs],
     )
-    attempt = session.get(Attempt, job.attempt_id) if job.attempt_id is not None else None
-    look = queries.look(session, job)
+    found = []
+    for job in jobs:
+        batch, attempt = batches[job.batch_id], attempts.get(job.id)
+        body = asked.get((batch.owner, requests.video_name(job.id)), {})
+        found.append(_shape(job, batch=batch, look=looks[job.look_id], attempt=attempt, asked=body))
+    return found
+
+
+def _shape(
+    job: Job,
+    *,
+    batch: Batch,
+    look: Mapping[str, Any],
+    attempt: Attempt | None,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
     return {
         "id": requests.video_name(job.id),
         "object": "video",
@@ -306,7 +333,7 @@ def shape(session: Session, job: Job) -> dict[str, Any]:
         else None,
         "expires_at": None,
         "error": _error(job),
-        "model": request.body.get("model", batch.preset) if request else batch.preset,
+        "model": asked.get("model", batch.preset),
         "prompt": job.prompt,
         "seconds": f"{look['num_frames'] / look['fps']:g}",
         "size": f"{look['width']}x{look['height']}",

@@ -4,12 +4,13 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from jobs import lifecycle, orders
 from jobs.schema import Batch, StoredFile
@@ -261,6 +262,54 @@ def test_a_batch_of_which_nothing_succeeded_has_failed(live: Live, client: opena
     assert (ended.status, ended.completed_at) == ("failed", None)
     assert ended.failed_at >= ended.in_progress_at
     assert len(client.files.content(ended.error_file_id).text.splitlines()) == 2
+
+
+@contextmanager
+def counted(live: Live) -> Iterator[list[str]]:
+    """The statements that the database is asked meanwhile."""
+    asked: list[str] = []
+
+    def note(*given: Any) -> None:
+        asked.append(given[2])
+
+    event.listen(live.web.db.engine, "before_cursor_execute", note)
+    yield asked
+    event.remove(live.web.db.engine, "before_cursor_execute", note)
+
+
+def test_a_result_file_asks_the_database_no_more_often_for_more_jobs(
+    live: Live, client: openai.OpenAI
+) -> None:
+    numbers = []
+    for num_jobs in (2, 6):
+        batch_id = live.web.submit(num_jobs)
+        for position in range(0, num_jobs, 2):
+            live.web.succeed(live.web.job_id(batch_id, position))
+            live.web.fail(live.web.job_id(batch_id, position + 1))
+        for which in ("output", "errors"):
+            with counted(live) as asked:
+                found = client.files.content(f"file-{batch_id}_{which}").text.splitlines()
+            assert len(found) == num_jobs // 2
+            numbers.append(len(asked))
+    assert numbers[:2] == numbers[2:]
+
+
+def test_the_size_of_a_result_file_is_counted_once_for_each_end_of_its_batch(
+    live: Live, client: openai.OpenAI
+) -> None:
+    batch_id = live.web.submit(2)
+    file_id = f"file-{batch_id}_errors"
+    for position in range(2):
+        live.web.fail(live.web.job_id(batch_id, position))
+    first = client.files.retrieve(file_id).bytes
+    with counted(live) as asked:
+        assert client.files.retrieve(file_id).bytes == first
+    assert not [statement for statement in asked if "FROM jobs" in statement]
+    job_id = live.web.job_id(batch_id, 1)
+    assert live.web.client.post(f"/api/jobs/{job_id}/retry").json() == {"retried": 1}
+    live.web.fail(job_id, "it broke in another way")
+    second = client.files.retrieve(file_id).bytes
+    assert second == len(client.files.content(file_id).read()) > first
 
 
 def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.OpenAI) -> None:
