@@ -468,17 +468,25 @@ def _csv_fields(cells: list[str], columns: list[str]) -> dict[str, Any]:
         elif name.startswith(_METADATA_PREFIX):
             metadata[name.removeprefix(_METADATA_PREFIX)] = cell
         else:
-            convert = _CELLS.get(name)
-            fields[name] = cell if convert is None else convert(cell)
+            fields[name] = typed(name, cell)
     if metadata:
         fields["metadata"] = metadata
     return fields
 
 
+def typed(name: str, text: str) -> Any:
+    """The value of a CSV cell, or of a form's field, as JSON would have it."""
+    convert = _CELLS.get(name)
+    return text if convert is None else convert(text)
+
+
 def _lora_cell(text: str) -> Any:
     """A list as in JSON Lines, or the name of one LoRA."""
-    if not text.lstrip().startswith("["):
-        return [{"name": text.strip()}]
+    return _json_cell(text) if text.lstrip().startswith("[") else [{"name": text.strip()}]
+
+
+def _json_cell(text: str) -> Any:
+    """What is no JSON stays a text, of which the check of its key tells."""
     try:
         return _json_value(text)
     except Invalid:
@@ -495,6 +503,7 @@ _CELLS: dict[str, Callable[[str], Any]] = {
     "priority": prompt_row.number,
     "size": str.strip,
     "lora": _lora_cell,
+    "metadata": _json_cell,  # of forms: a CSV has a column per pair
 }
 
 

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 
 from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
 from jobs.schema import Attempt, Batch, Job, Look
-from jobs.web import access, answers, finding, images, receiving, service, videos
+from jobs.web import access, answers, finding, form, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
 router = APIRouter(
@@ -24,7 +24,6 @@ router = APIRouter(
 
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
-NUMBERS = ("seed", "num_frames", "fps", "priority")
 REFERENCE = readers.REFERENCE
 STATUSES = {
     states.JobState.QUEUED: "queued",
@@ -47,6 +46,14 @@ FORM = {
         REFERENCE: {"type": "string", "format": "binary"},
         "seed": {"type": "integer"},
         "negative_prompt": {"type": "string"},
+        "width": {"type": "integer"},
+        "height": {"type": "integer"},
+        "lora": {
+            "type": "string",
+            "description": "JSON, or the name of one.",
+            "examples": ['[{"name": "film", "strength": 0.8}]'],
+        },
+        "metadata": {"type": "string", "description": "JSON.", "examples": ['{"scene": "12"}']},
     },
 }
 BODY = {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}}}
@@ -87,25 +94,22 @@ async def _asked(request: Request) -> Asked:
         if not isinstance(body, dict):
             raise service.invalid("body", "must be an object")
         return Asked(fields=body)
-    async with request.form(max_files=1, max_fields=50) as form:
-        fields: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=50) as sent:
+        texts: list[tuple[str, str]] = []
+        reference: dict[str, Any] = {}
         image = None
-        for name, value in form.multi_items():
+        for name, value in sent.multi_items():
             if isinstance(value, UploadFile):
                 if name != REFERENCE:
                     raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
                 image = await run_in_threadpool(receiving.image, value)
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
-                fields[REFERENCE] = {inside[1]: value}
+                reference = {REFERENCE: {inside[1]: value}}
             elif name.startswith("{"):
                 raise service.invalid("body", "JSON needs Content-Type: application/json")
             else:
-                fields[name] = _number(value) if name in NUMBERS else value
-        return Asked(fields=fields, image=image)
-
-
-def _number(text: str) -> Any:
-    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else text
+                texts.append((name, value))
+        return Asked(fields=form.values(texts) | reference, image=image)
 
 
 @router.post("/videos", response_model=Video, openapi_extra=BODY)

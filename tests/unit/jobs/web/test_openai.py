@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -57,6 +57,43 @@ def test_a_preset_is_a_model_and_our_own_keys_go_along(live: Live, client: opena
     job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
     assert (job["seed"], job["negative_prompt"]) == (7, "fog")
     assert "tiny" in [model.id for model in client.models.list()]
+
+
+@pytest.mark.parametrize(
+    "as_sent", [lambda value: value, json.dumps], ids=["taken apart by the client", "JSON texts"]
+)
+def test_sizes_loras_and_metadata_go_along(
+    live: Live, client: openai.OpenAI, as_sent: Callable[[Any], Any]
+) -> None:
+    loras = [{"name": "film", "strength": 0.5}, {"name": "grain", "strength": -1}]
+    metadata = {"scene": "12", "take": "", "note": "a]b"}
+    body = {"width": 64, "height": 32, "lora": as_sent(loras), "metadata": as_sent(metadata)}
+    made = client.videos.create(prompt="a cat", extra_body=body)
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    assert (made.size, job["metadata"]) == ("64x32", metadata)
+    assert [(lora["path"], lora["strength"]) for lora in job["look"]["loras"]] == [
+        ("loras/film.safetensors", 0.5),
+        ("loras/grain.safetensors", -1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "found"),
+    [
+        ([{"name": "film"}], [("film", 1.0)]),
+        ("film", [("film", 1.0)]),
+        ([{"path": "loras/a.safetensors", "strength": 2}], [("a", 2.0)]),
+        ([{"name": "film"}, {"path": "loras/a.safetensors"}], [("film", 1.0), ("a", 1.0)]),
+    ],
+)
+def test_loras_go_along_in_every_form(
+    live: Live, client: openai.OpenAI, lora: Any, found: list[tuple[str, float]]
+) -> None:
+    made = client.videos.create(prompt="a cat", extra_body={"lora": lora})
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    loras = [(f"loras/{name}.safetensors", strength) for name, strength in found]
+    told = [(lora["path"], lora.get("strength", 1.0)) for lora in job["look"]["loras"]]
+    assert told == loras
 
 
 @pytest.mark.parametrize("way", ["file", "file_id", "image_url"])
@@ -149,6 +186,37 @@ def test_a_deleted_video_that_was_rendered_again_is_there(
         ({"prompt": "x", "seconds": "a few"}, openai.BadRequestError, "seconds must be"),
         ({"prompt": " "}, openai.BadRequestError, "prompt is empty"),
         ({"prompt": "x", "extra_body": {"promt": "y"}}, openai.BadRequestError, "unknown key"),
+        ({"prompt": "x", "extra_body": {"width": "7"}}, openai.BadRequestError, "width"),
+        (
+            {"prompt": "x", "extra_body": {"lora": [{"name": "a"}, {"name": "b", "strength": 1}]}},
+            openai.BadRequestError,
+            "which strength belongs",
+        ),
+        (
+            {
+                "prompt": "x",
+                "extra_body": {
+                    "lora": [{"name": "a", "strength": 1}, {"path": "b", "strength": 2}]
+                },
+            },
+            openai.BadRequestError,
+            "which strength belongs",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"lora": [{"name": "a", "strength": "much"}]}},
+            openai.BadRequestError,
+            "strength must be a number",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"metadata": {"a": {"b": "c"}}}},
+            openai.BadRequestError,
+            "unknown key",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"metadata": "{oops"}},
+            openai.BadRequestError,
+            "metadata must be an object",
+        ),
         ({"prompt": "x", "input_reference": b"no image"}, openai.BadRequestError, "image"),
         (
             {"prompt": "x", "extra_body": {"input_reference": {"file_id": "file-no"}}},
