@@ -331,7 +331,7 @@ def referred(reference: Any) -> tuple[str, str]:
         ((kind, value),) = reference.items()
         if kind in ("file_id", "image_url") and type(value) is str:
             return kind, value
-    raise Invalid(f"must be an object with file_id or image_url, got {shown(reference)}")
+    raise Invalid(f"must be an object with file_id or image_url only, got {shown(reference)}")
 
 
 # CSV.

@@ -311,7 +311,7 @@ class TestOpenAiEnvelope:
             ({"body": {}}, "prompt is missing"),
             (
                 {"body": {"prompt": "a", "input_reference": "a.png"}},
-                'input_reference must be an object with file_id or image_url, got "a.png"',
+                'input_reference must be an object with file_id or image_url only, got "a.png"',
             ),
             ({"body": {"prompt": "a", "body": {}}}, 'unknown key "body"'),
         ],

@@ -405,7 +405,7 @@ def test_a_line_with_a_malformed_input_reference_is_told_what_it_must_be(
     )
     told = {error.line: error.message for error in made.errors.data}
     for line, got in ((2, "an object"), (3, '"a.png"')):
-        wanted = "must be an object with file_id or image_url"
+        wanted = "must be an object with file_id or image_url only"
         assert told[line] == f"input_reference {wanted}, got {got}"
 
 
