@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -176,6 +176,15 @@ def running(session: Session, batch_id: str) -> Sequence[tuple[Job, Attempt]]:
         .order_by(Attempt.id)
     ).all()
     return [(row[0], row[1]) for row in rows]
+
+
+def running_attempts(session: Session, jobs: Iterable[Job]) -> dict[int, Attempt]:
+    """Those that render now, by the ids of their jobs."""
+    ids = [job.attempt_id for job in jobs if job.state is states.JobState.RUNNING]
+    if not ids:
+        return {}
+    found = session.scalars(select(Attempt).where(Attempt.id.in_(ids)))
+    return {attempt.job_id: attempt for attempt in found}
 
 
 def winning_attempt(session: Session, job: Job) -> Attempt | None:

@@ -18,6 +18,7 @@ Format = Literal["jsonl", "csv", "text"]
 MAX_LINE_BYTES = 1_048_576  # a line is held in memory whole; the longest prompt needs 60 kB
 MAX_COLUMNS = 100  # every key and all metadata are 30
 VIDEOS_URL = "/v1/videos"
+REFERENCE = "input_reference"
 
 
 # Which format a file is.
@@ -314,6 +315,11 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
         raise Invalid("; ".join([*wrong, f"body must be an object, got {shown(body)}"]))
     if "custom_id" in body:
         wrong.append("custom_id belongs beside body, not into it")
+    if REFERENCE in body:
+        try:
+            referred(body[REFERENCE])
+        except Invalid as invalid:
+            wrong.append(f"{REFERENCE} {invalid}")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
     wrong += [f"key {shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
@@ -322,6 +328,15 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("seconds"), str):
         fields["seconds"] = prompt_row.number(fields["seconds"])
     return {"custom_id": envelope.get("custom_id"), **fields}
+
+
+def referred(reference: Any) -> tuple[str, str]:
+    """What OpenAI's `input_reference` names, `file_id` or `image_url`, and its value. Invalid."""
+    if type(reference) is dict and len(reference) == 1:
+        ((kind, value),) = reference.items()
+        if kind in ("file_id", "image_url") and type(value) is str:
+            return kind, value
+    raise Invalid(f"must be an object with file_id or image_url only, got {shown(reference)}")
 
 
 # CSV.
@@ -457,17 +472,25 @@ def _csv_fields(cells: list[str], columns: list[str]) -> dict[str, Any]:
         elif name.startswith(_METADATA_PREFIX):
             metadata[name.removeprefix(_METADATA_PREFIX)] = cell
         else:
-            convert = _CELLS.get(name)
-            fields[name] = cell if convert is None else convert(cell)
+            fields[name] = typed(name, cell)
     if metadata:
         fields["metadata"] = metadata
     return fields
 
 
+def typed(name: str, text: str) -> Any:
+    """The value of a CSV cell, or of a form's field, as JSON would have it."""
+    convert = _CELLS.get(name)
+    return text if convert is None else convert(text)
+
+
 def _lora_cell(text: str) -> Any:
     """A list as in JSON Lines, or the name of one LoRA."""
-    if not text.lstrip().startswith("["):
-        return [{"name": text.strip()}]
+    return _json_cell(text) if text.lstrip().startswith("[") else [{"name": text.strip()}]
+
+
+def _json_cell(text: str) -> Any:
+    """What is no JSON stays a text, of which the check of its key tells."""
     try:
         return _json_value(text)
     except Invalid:
@@ -484,6 +507,7 @@ _CELLS: dict[str, Callable[[str], Any]] = {
     "priority": prompt_row.number,
     "size": str.strip,
     "lora": _lora_cell,
+    "metadata": _json_cell,  # of forms: a CSV has a column per pair
 }
 
 

@@ -1,6 +1,6 @@
 """What the compatible APIs call a batch: a name of their own, and what was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -71,6 +71,18 @@ def find(
     return row
 
 
+def bodies(
+    session: Session, *, api: str, owners: Collection[str], names: Collection[str]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was asked for, by owner and name; of deleted ones too."""
+    found = session.execute(
+        select(ApiRequest.owner, ApiRequest.name, ApiRequest.body)
+        .where(ApiRequest.api == api)
+        .where(ApiRequest.owner.in_(owners), ApiRequest.name.in_(names))
+    )
+    return {(owner, name): body for owner, name, body in found}
+
+
 def page(
     session: Session,
     *,
@@ -80,7 +92,7 @@ def page(
     limit: int,
     oldest_first: bool = False,
 ) -> Sequence[ApiRequest]:
-    """`after` is the name of the last one that was seen. NotFound."""
+    """`after` is the name of the last one that was seen, deleted meanwhile or not. NotFound."""
     statement = (
         select(ApiRequest)
         .where(ApiRequest.api == api, ApiRequest.deleted_at.is_(None))
@@ -90,8 +102,10 @@ def page(
     if owner is not None:
         statement = statement.where(ApiRequest.owner == owner)
     if after is not None:
-        last = find(session, api=api, owner=owner, name=after).id
-        later, earlier = ApiRequest.id > last, ApiRequest.id < last
+        last = get(session, api=api, owner=owner, name=after)
+        if last is None:
+            raise errors.NotFound(f"no {after[:100]!r} here")
+        later, earlier = ApiRequest.id > last.id, ApiRequest.id < last.id
         statement = statement.where(later if oldest_first else earlier)
     order = ApiRequest.id if oldest_first else ApiRequest.id.desc()
     return session.scalars(statement.order_by(order).limit(limit)).all()

@@ -4,25 +4,34 @@ Images lie under their hash, where jobs start from them. Everything else has an 
 so that deleting it can take nothing from another upload of the same bytes.
 """
 
+import re
 import secrets
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, storage
+from jobs import errors, storage
 from jobs.schema import StoredFile
 
 MAX_NAME_CHARS = 200
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+DATED = re.compile(r"file-([0-9a-f]{13})[0-9a-f]{18}")
+"""An id that tells when its file was created. Older ones do not."""
 
+Place = tuple[datetime, str]
+"""Of a file in the order of creation."""
 
 IMAGE = "vision"
 """The purpose of an image that jobs may start from."""
 
 
-def new_id() -> str:
-    return f"file-{secrets.token_hex(12)}"
+def new_id(created_at: datetime) -> str:
+    """Tells its moment: a list goes on after a file whose row is gone meanwhile."""
+    return f"file-{(created_at - EPOCH) // MICROSECOND:013x}{secrets.token_hex(9)}"
 
 
 def shared_key(sha256: str) -> str:
@@ -55,6 +64,8 @@ def add(
     purpose: str,
     name: str,
 ) -> StoredFile:
+    created_at = _created_at(file_id)
+    assert created_at is not None, "not an id of `new_id`"
     shown = "".join(char if char.isprintable() else "_" for char in name)[:MAX_NAME_CHARS]
     row = StoredFile(
         id=file_id,
@@ -64,7 +75,7 @@ def add(
         key=stored.key,
         size_bytes=stored.size_bytes,
         sha256=stored.sha256,
-        created_at=database.now(session),
+        created_at=created_at,
     )
     session.add(row)
     session.flush()
@@ -79,12 +90,23 @@ def find(session: Session, file_id: str, *, owner: str | None) -> StoredFile:
     return row
 
 
+def place(session: Session, file_id: str, *, owner: str | None) -> Place:
+    """Where a file is, or was until it was deleted. NotFound."""
+    created_at = _created_at(file_id) or find(session, file_id, owner=owner).created_at
+    return created_at, file_id
+
+
+def _created_at(file_id: str) -> datetime | None:
+    dated = DATED.fullmatch(file_id)
+    return None if dated is None else EPOCH + int(dated[1], 16) * MICROSECOND
+
+
 def every(
     session: Session,
     *,
     owner: str | None,
     purpose: str | None,
-    after: StoredFile | None,
+    after: Place | None,
     limit: int,
     oldest_first: bool,
 ) -> Sequence[StoredFile]:
@@ -94,9 +116,10 @@ def every(
     if purpose is not None:
         statement = statement.where(StoredFile.purpose == purpose)
     if after is not None:
-        when, same = StoredFile.created_at, StoredFile.created_at == after.created_at
-        later = (when > after.created_at) | (same & (StoredFile.id > after.id))
-        earlier = (when < after.created_at) | (same & (StoredFile.id < after.id))
+        moment, file_id = after
+        when, same = StoredFile.created_at, StoredFile.created_at == moment
+        later = (when > moment) | (same & (StoredFile.id > file_id))
+        earlier = (when < moment) | (same & (StoredFile.id < file_id))
         statement = statement.where(later if oldest_first else earlier)
     order = [StoredFile.created_at, StoredFile.id]
     return session.scalars(

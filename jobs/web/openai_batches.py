@@ -15,6 +15,7 @@ from jobs import cancelling, errors, readers, requests, uploads
 from jobs.schema import ApiRequest, Batch, StoredFile
 from jobs.web import access, answers, openai_files, openai_videos, service
 from jobs.web.batches import Serving, images_for, options
+from jobs.web.openai_videos import REFERENCE
 
 router = APIRouter(
     prefix="/v1/batches",
@@ -92,19 +93,23 @@ def _convert(source: BinaryIO, target: BinaryIO) -> tuple[set[str], bool]:
         try:
             envelope = json.loads(line)
             body = envelope["body"]
-            reference = body.pop(openai_videos.REFERENCE, None)
-            if reference is not None:
-                body["image"] = openai_videos.as_row({openai_videos.REFERENCE: reference})["image"]
+            model = body.get("model")
+            if REFERENCE in body:
+                body |= openai_videos.as_row({REFERENCE: body.pop(REFERENCE)})
                 line = json.dumps(envelope).encode() + b"\n"
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            target.write(line)
-            continue
-        except errors.InvalidInput:
+        except (
+            errors.InvalidInput,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):
             target.write(line)
             continue
         with_image = with_image or "image" in body
-        if isinstance(body.get("model"), str):
-            models.add(body["model"])
+        if isinstance(model, str):
+            models.add(model)
         target.write(line)
     target.seek(0)
     return models, with_image

@@ -1,15 +1,17 @@
 """OpenAI's files API: uploads, and the two result files of a batch as files of theirs."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 
-from jobs import errors, queries, states, uploads
-from jobs.schema import Batch, StoredFile
+from jobs import database, errors, queries, states, uploads
+from jobs.schema import Batch, Job, StoredFile
 from jobs.web import access, answers, finding, openai_videos, receiving, service, serving
 from jobs.web.batches import Serving
 
@@ -24,6 +26,7 @@ OUTPUT, ERRORS = "output", "errors"
 RESULT_FILE = re.compile(r"file-([0-9a-z-]{1,20})_(output|errors)")
 PURPOSES = ("batch", uploads.IMAGE, "user_data")
 ROWS_AT_ONCE = 500
+KEPT_SIZES = 1_000  # of result files; to know one, the whole file is made
 
 
 @router.post("")
@@ -54,7 +57,7 @@ def list_files(
     with serving_.db.reading() as session:
         last = None
         if after is not None:
-            last = uploads.find(session, after, owner=principal.sees)
+            last = uploads.place(session, after, owner=principal.sees)
         rows = uploads.every(
             session,
             owner=principal.sees,
@@ -84,8 +87,8 @@ def content(
     """The bytes."""
     if match := RESULT_FILE.fullmatch(file_id):
         batch = _batch(serving_, match[1], principal)
-        lines = _lines(serving_, batch.id, match[2])
-        return StreamingResponse(lines, media_type="application/jsonl")
+        pages = _pages(serving_.db, batch.id, match[2])
+        return StreamingResponse(pages, media_type="application/jsonl")
     with serving_.db.reading() as session:
         row = uploads.find(session, file_id, owner=principal.sees)
     return serving.respond(
@@ -126,7 +129,7 @@ def _result_shape(serving_: service.Service, batch: Batch, which: str) -> dict[s
     return {
         "id": result_file_id(batch.id, which),
         "object": "file",
-        "bytes": sum(len(line) for line in _lines(serving_, batch.id, which)),
+        "bytes": _size_bytes(serving_.db, batch.id, which, batch.finished_at),
         "created_at": openai_videos.seconds(batch.finished_at),
         "filename": f"{batch.id}_{which}.jsonl",
         "purpose": "batch_output",
@@ -146,8 +149,16 @@ def _batch(serving_: service.Service, batch_id: str, principal: access.Principal
     return batch
 
 
-def _lines(serving_: service.Service, batch_id: str, which: str) -> Iterator[bytes]:
-    """OpenAI's line per request, a page of jobs at a time."""
+@functools.lru_cache(maxsize=KEPT_SIZES)
+def _size_bytes(
+    db: database.Database, batch_id: str, which: str, finished_at: datetime | None
+) -> int:
+    """Counted once for each end of a batch, which `finished_at` tells apart."""
+    return sum(len(page) for page in _pages(db, batch_id, which))
+
+
+def _pages(db: database.Database, batch_id: str, which: str) -> Iterator[bytes]:
+    """OpenAI's line per request, of a page of jobs at a time."""
     wanted = (
         (states.JobState.SUCCEEDED,)
         if which == OUTPUT
@@ -155,22 +166,25 @@ def _lines(serving_: service.Service, batch_id: str, which: str) -> Iterator[byt
     )
     after = -1
     while True:
-        with serving_.db.reading() as session:
+        with db.reading() as session:
             jobs = queries.jobs(
                 session, batch_id, states_wanted=wanted, after=after, limit=ROWS_AT_ONCE
             )
-            shapes = [openai_videos.shape(session, job) for job in jobs]
-        for job, video in zip(jobs, shapes, strict=True):
-            error = video["error"]
-            line = {
-                "id": f"batch_req_{job.id}",
-                "custom_id": job.custom_id,
-                "response": None
-                if error
-                else {"status_code": 200, "request_id": f"req_{job.id}", "body": video},
-                "error": error,
-            }
-            yield json.dumps(line).encode() + b"\n"
+            videos = openai_videos.shapes(session, jobs)
+        yield b"".join(_line(job, video) for job, video in zip(jobs, videos, strict=True))
         if len(jobs) < ROWS_AT_ONCE:
             return
         after = jobs[-1].position
+
+
+def _line(job: Job, video: dict[str, Any]) -> bytes:
+    error = video["error"]
+    line = {
+        "id": f"batch_req_{job.id}",
+        "custom_id": job.custom_id,
+        "response": None
+        if error
+        else {"status_code": 200, "request_id": f"req_{job.id}", "body": video},
+        "error": error,
+    }
+    return json.dumps(line).encode() + b"\n"

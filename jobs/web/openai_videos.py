@@ -1,7 +1,7 @@
 """OpenAI's videos API. A video is a job, `video_<number>`, whoever submitted it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from jobs import errors, orders, presets, queries, requests, results, states
-from jobs.schema import Attempt, Batch, Job
-from jobs.web import access, answers, finding, images, receiving, service, videos
+from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
+from jobs.schema import Attempt, Batch, Job, Look
+from jobs.web import access, answers, finding, form, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
 router = APIRouter(
@@ -24,8 +24,7 @@ router = APIRouter(
 
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
-NUMBERS = ("seed", "num_frames", "fps", "priority")
-REFERENCE = "input_reference"
+REFERENCE = readers.REFERENCE
 STATUSES = {
     states.JobState.QUEUED: "queued",
     states.JobState.RUNNING: "in_progress",
@@ -47,6 +46,14 @@ FORM = {
         REFERENCE: {"type": "string", "format": "binary"},
         "seed": {"type": "integer"},
         "negative_prompt": {"type": "string"},
+        "width": {"type": "integer"},
+        "height": {"type": "integer"},
+        "lora": {
+            "type": "string",
+            "description": "JSON, or the name of one.",
+            "examples": ['[{"name": "film", "strength": 0.8}]'],
+        },
+        "metadata": {"type": "string", "description": "JSON.", "examples": ['{"scene": "12"}']},
     },
 }
 BODY = {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}}}
@@ -87,25 +94,22 @@ async def _asked(request: Request) -> Asked:
         if not isinstance(body, dict):
             raise service.invalid("body", "must be an object")
         return Asked(fields=body)
-    async with request.form(max_files=1, max_fields=50) as form:
-        fields: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=50) as sent:
+        texts: list[tuple[str, str]] = []
+        reference: dict[str, Any] = {}
         image = None
-        for name, value in form.multi_items():
+        for name, value in sent.multi_items():
             if isinstance(value, UploadFile):
                 if name != REFERENCE:
                     raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
                 image = await run_in_threadpool(receiving.image, value)
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
-                fields[REFERENCE] = {inside[1]: value}
+                reference = {REFERENCE: {inside[1]: value}}
             elif name.startswith("{"):
                 raise service.invalid("body", "JSON needs Content-Type: application/json")
             else:
-                fields[name] = _number(value) if name in NUMBERS else value
-        return Asked(fields=fields, image=image)
-
-
-def _number(text: str) -> Any:
-    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else text
+                texts.append((name, value))
+        return Asked(fields=form.values(texts) | reference, image=image)
 
 
 @router.post("/videos", response_model=Video, openapi_extra=BODY)
@@ -154,13 +158,13 @@ def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _image(reference: Any) -> str:
-    if isinstance(reference, dict) and len(reference) == 1:
-        (kind, value), *_ = reference.items()
-        if kind == "file_id" and isinstance(value, str):
-            return f"{images.UPLOAD}{value}"
-        if kind == "image_url" and isinstance(value, str):
-            return value
-    raise service.invalid(REFERENCE, "must be a file, or an object with file_id or image_url")
+    try:
+        kind, value = readers.referred(reference)
+    except prompt_row.Invalid:
+        raise service.invalid(
+            REFERENCE, "must be a file, or an object with file_id or image_url"
+        ) from None
+    return f"{images.UPLOAD}{value}" if kind == "file_id" else value
 
 
 def preset_of(serving: service.Service, model: Any, *, with_image: bool) -> presets.Preset:
@@ -190,11 +194,12 @@ def list_videos(
             limit=limit + 1,
             oldest_first=order == "asc",
         )
-        found = [
-            shape(session, queries.jobs(session, row.batch_id, limit=1)[0])
+        jobs = [
+            queries.jobs(session, row.batch_id, limit=1)[0]
             for row in rows[:limit]
             if row.batch_id is not None
         ]
+        found = shapes(session, jobs)
     return page_of(found, has_more=len(rows) > limit)
 
 
@@ -289,12 +294,38 @@ def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
 
 def shape(session: Session, job: Job) -> dict[str, Any]:
     """OpenAI's video object of a job."""
-    batch = session.get_one(Batch, job.batch_id)
-    request = requests.get(
-        session, api=requests.VIDEOS, owner=batch.owner, name=requests.video_name(job.id)
+    return shapes(session, [job])[0]
+
+
+def shapes(session: Session, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Of many, with no more queries than of one."""
+    their_batches = select(Batch).where(Batch.id.in_({job.batch_id for job in jobs}))
+    batches = {batch.id: batch for batch in session.scalars(their_batches)}
+    their_looks = select(Look).where(Look.id.in_({job.look_id for job in jobs}))
+    looks = {look.id: look.body for look in session.scalars(their_looks)}
+    attempts = queries.running_attempts(session, jobs)
+    asked = requests.bodies(
+        session,
+        api=requests.VIDEOS,
+        owners={batch.owner for batch in batches.values()},
+        names=[requests.video_name(job.id) for job in jobs],
     )
-    attempt = session.get(Attempt, job.attempt_id) if job.attempt_id is not None else None
-    look = queries.look(session, job)
+    found = []
+    for job in jobs:
+        batch, attempt = batches[job.batch_id], attempts.get(job.id)
+        body = asked.get((batch.owner, requests.video_name(job.id)), {})
+        found.append(_shape(job, batch=batch, look=looks[job.look_id], attempt=attempt, asked=body))
+    return found
+
+
+def _shape(
+    job: Job,
+    *,
+    batch: Batch,
+    look: Mapping[str, Any],
+    attempt: Attempt | None,
+    asked: Mapping[str, Any],
+) -> dict[str, Any]:
     return {
         "id": requests.video_name(job.id),
         "object": "video",
@@ -306,7 +337,7 @@ def shape(session: Session, job: Job) -> dict[str, Any]:
         else None,
         "expires_at": None,
         "error": _error(job),
-        "model": request.body.get("model", batch.preset) if request else batch.preset,
+        "model": asked.get("model", batch.preset),
         "prompt": job.prompt,
         "seconds": f"{look['num_frames'] / look['fps']:g}",
         "size": f"{look['width']}x{look['height']}",

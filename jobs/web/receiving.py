@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from jobs import holds, images, storage, uploads
+from jobs import database, holds, images, storage, uploads
 from jobs.schema import StoredFile
 from jobs.web import access, service
 
@@ -29,7 +29,9 @@ def keep(
 ) -> StoredFile:
     """The row of a file that is in the store now."""
     file.file.seek(0)
-    kind, file_id = file.content_type or "application/octet-stream", uploads.new_id()
+    kind = file.content_type or "application/octet-stream"
+    with serving.db.reading() as session:
+        file_id = uploads.new_id(database.now(session))
     with tempfile.TemporaryDirectory(prefix="rushes-upload-") as folder:
         path = Path(folder, "file")
         with path.open("wb") as target:

@@ -352,7 +352,8 @@ def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
     with bucket.world.db.transaction() as session:
         stored = storage.StoredObject(key=uploaded, size_bytes=1, sha256="0" * 64)
         names = {"owner": "", "purpose": "vision", "name": "a.png"}
-        uploads.add(session, stored, file_id=uploads.new_id(), **names)
+        file_id = uploads.new_id(database.now(session))
+        uploads.add(session, stored, file_id=file_id, **names)
         prompts = f'{{"prompt": "p", "image": "s3://rushes/{scheduled}"}}'
         session.add(schedule(session, prompts=prompts))
         prompts = '{"prompt": "p", "image": "{{first}}"}'

@@ -310,6 +310,10 @@ class TestOpenAiEnvelope:
             ({"body": {"prompt": "a", "seconds": "five"}}, "seconds must be a number"),
             ({"body": {"prompt": "a", "seed": "5"}}, "without quotes"),
             ({"body": {}}, "prompt is missing"),
+            (
+                {"body": {"prompt": "a", "input_reference": "a.png"}},
+                'input_reference must be an object with file_id or image_url only, got "a.png"',
+            ),
             ({"body": {"prompt": "a", "body": {}}}, 'unknown key "body"'),
         ],
     )

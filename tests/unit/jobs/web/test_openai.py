@@ -3,15 +3,17 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import event, select
 
 from jobs import lifecycle, orders
-from jobs.schema import Batch
+from jobs.schema import Batch, StoredFile
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -57,6 +59,43 @@ def test_a_preset_is_a_model_and_our_own_keys_go_along(live: Live, client: opena
     assert "tiny" in [model.id for model in client.models.list()]
 
 
+@pytest.mark.parametrize(
+    "as_sent", [lambda value: value, json.dumps], ids=["taken apart by the client", "JSON texts"]
+)
+def test_sizes_loras_and_metadata_go_along(
+    live: Live, client: openai.OpenAI, as_sent: Callable[[Any], Any]
+) -> None:
+    loras = [{"name": "film", "strength": 0.5}, {"name": "grain", "strength": -1}]
+    metadata = {"scene": "12", "take": "", "note": "a]b"}
+    body = {"width": 64, "height": 32, "lora": as_sent(loras), "metadata": as_sent(metadata)}
+    made = client.videos.create(prompt="a cat", extra_body=body)
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    assert (made.size, job["metadata"]) == ("64x32", metadata)
+    assert [(lora["path"], lora["strength"]) for lora in job["look"]["loras"]] == [
+        ("loras/film.safetensors", 0.5),
+        ("loras/grain.safetensors", -1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "found"),
+    [
+        ([{"name": "film"}], [("film", 1.0)]),
+        ("film", [("film", 1.0)]),
+        ([{"path": "loras/a.safetensors", "strength": 2}], [("a", 2.0)]),
+        ([{"name": "film"}, {"path": "loras/a.safetensors"}], [("film", 1.0), ("a", 1.0)]),
+    ],
+)
+def test_loras_go_along_in_every_form(
+    live: Live, client: openai.OpenAI, lora: Any, found: list[tuple[str, float]]
+) -> None:
+    made = client.videos.create(prompt="a cat", extra_body={"lora": lora})
+    job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
+    loras = [(f"loras/{name}.safetensors", strength) for name, strength in found]
+    told = [(lora["path"], lora.get("strength", 1.0)) for lora in job["look"]["loras"]]
+    assert told == loras
+
+
 @pytest.mark.parametrize("way", ["file", "file_id", "image_url"])
 def test_a_video_starts_from_an_input_reference(
     live: Live, client: openai.OpenAI, image: bytes, way: str
@@ -88,6 +127,14 @@ def test_videos_are_listed_page_by_page_both_ways(client: openai.OpenAI) -> None
     made = [client.videos.create(prompt=f"p{n}").id for n in range(5)]
     assert [video.id for video in client.videos.list(limit=2)] == made[::-1]
     assert [video.id for video in client.videos.list(limit=2, order="asc")] == made
+
+
+def test_a_list_goes_on_after_a_video_that_was_deleted(client: openai.OpenAI) -> None:
+    made = [client.videos.create(prompt=f"p{n}").id for n in range(3)]
+    assert [client.videos.delete(v.id).id for v in client.videos.list(limit=1)] == made[::-1]
+    assert list(client.videos.list()) == []
+    with pytest.raises(openai.NotFoundError, match="video_9"):
+        client.videos.list(after="video_9")
 
 
 def test_a_deleted_video_is_gone_and_stops(live: Live, client: openai.OpenAI) -> None:
@@ -139,6 +186,37 @@ def test_a_deleted_video_that_was_rendered_again_is_there(
         ({"prompt": "x", "seconds": "a few"}, openai.BadRequestError, "seconds must be"),
         ({"prompt": " "}, openai.BadRequestError, "prompt is empty"),
         ({"prompt": "x", "extra_body": {"promt": "y"}}, openai.BadRequestError, "unknown key"),
+        ({"prompt": "x", "extra_body": {"width": "7"}}, openai.BadRequestError, "width"),
+        (
+            {"prompt": "x", "extra_body": {"lora": [{"name": "a"}, {"name": "b", "strength": 1}]}},
+            openai.BadRequestError,
+            "which strength belongs",
+        ),
+        (
+            {
+                "prompt": "x",
+                "extra_body": {
+                    "lora": [{"name": "a", "strength": 1}, {"path": "b", "strength": 2}]
+                },
+            },
+            openai.BadRequestError,
+            "which strength belongs",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"lora": [{"name": "a", "strength": "much"}]}},
+            openai.BadRequestError,
+            "strength must be a number",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"metadata": {"a": {"b": "c"}}}},
+            openai.BadRequestError,
+            "unknown key",
+        ),
+        (
+            {"prompt": "x", "extra_body": {"metadata": "{oops"}},
+            openai.BadRequestError,
+            "metadata must be an object",
+        ),
         ({"prompt": "x", "input_reference": b"no image"}, openai.BadRequestError, "image"),
         (
             {"prompt": "x", "extra_body": {"input_reference": {"file_id": "file-no"}}},
@@ -254,6 +332,54 @@ def test_a_batch_of_which_nothing_succeeded_has_failed(live: Live, client: opena
     assert len(client.files.content(ended.error_file_id).text.splitlines()) == 2
 
 
+@contextmanager
+def counted(live: Live) -> Iterator[list[str]]:
+    """The statements that the database is asked meanwhile."""
+    asked: list[str] = []
+
+    def note(*given: Any) -> None:
+        asked.append(given[2])
+
+    event.listen(live.web.db.engine, "before_cursor_execute", note)
+    yield asked
+    event.remove(live.web.db.engine, "before_cursor_execute", note)
+
+
+def test_a_result_file_asks_the_database_no_more_often_for_more_jobs(
+    live: Live, client: openai.OpenAI
+) -> None:
+    numbers = []
+    for num_jobs in (2, 6):
+        batch_id = live.web.submit(num_jobs)
+        for position in range(0, num_jobs, 2):
+            live.web.succeed(live.web.job_id(batch_id, position))
+            live.web.fail(live.web.job_id(batch_id, position + 1))
+        for which in ("output", "errors"):
+            with counted(live) as asked:
+                found = client.files.content(f"file-{batch_id}_{which}").text.splitlines()
+            assert len(found) == num_jobs // 2
+            numbers.append(len(asked))
+    assert numbers[:2] == numbers[2:]
+
+
+def test_the_size_of_a_result_file_is_counted_once_for_each_end_of_its_batch(
+    live: Live, client: openai.OpenAI
+) -> None:
+    batch_id = live.web.submit(2)
+    file_id = f"file-{batch_id}_errors"
+    for position in range(2):
+        live.web.fail(live.web.job_id(batch_id, position))
+    first = client.files.retrieve(file_id).bytes
+    with counted(live) as asked:
+        assert client.files.retrieve(file_id).bytes == first
+    assert not [statement for statement in asked if "FROM jobs" in statement]
+    job_id = live.web.job_id(batch_id, 1)
+    assert live.web.client.post(f"/api/jobs/{job_id}/retry").json() == {"retried": 1}
+    live.web.fail(job_id, "it broke in another way")
+    second = client.files.retrieve(file_id).bytes
+    assert second == len(client.files.content(file_id).read()) > first
+
+
 def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.OpenAI) -> None:
     data = lines({"prompt": "ok"}, {"prompt": "x", "size": "huge"}) + b"{not json\n"
     file = client.files.create(file=("bad.jsonl", data), purpose="batch")
@@ -263,6 +389,34 @@ def test_a_file_with_bad_lines_is_a_failed_batch_that_names_them(client: openai.
     assert made.status == "failed"
     assert [error.line for error in made.errors.data] == [2, 3]
     assert client.batches.retrieve(made.id).status == "failed"
+
+
+def test_a_line_with_a_malformed_input_reference_is_told_what_it_must_be(
+    client: openai.OpenAI,
+) -> None:
+    data = lines(
+        {"prompt": "ok", "input_reference": {"image_url": "https://127.0.0.1/a.png"}},
+        {"prompt": "x", "input_reference": {"url": "https://127.0.0.1/a.png"}},
+        {"prompt": "x", "input_reference": "a.png"},
+    )
+    file = client.files.create(file=("bad.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    told = {error.line: error.message for error in made.errors.data}
+    for line, got in ((2, "an object"), (3, '"a.png"')):
+        wanted = "must be an object with file_id or image_url only"
+        assert told[line] == f"input_reference {wanted}, got {got}"
+
+
+def test_an_input_reference_that_is_null_is_none(live: Live, client: openai.OpenAI) -> None:
+    data = lines({"prompt": "x", "input_reference": None})
+    file = client.files.create(file=("b.jsonl", data), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.status == "in_progress", made.errors
+    assert live.web.client.get("/api/batches").json()["batches"][0]["preset"] == "tiny"
 
 
 def test_images_in_a_batch_are_files_or_addresses(
@@ -301,6 +455,23 @@ def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
         )
 
 
+def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(
+    live: Live, client: openai.OpenAI
+) -> None:
+    file = client.files.create(file=("b.jsonl", lines({"prompt": "x"})), purpose="batch")
+    made = [
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+        ).id
+        for _ in range(2)
+    ]
+    page = client.batches.list(limit=1)
+    with live.web.db.transaction() as session:
+        for batch in session.scalars(select(Batch)):
+            batch.forgotten_at = batch.created_at
+    assert [batch.id for batch in page] == made[1:]
+
+
 def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
     made = [
         client.files.create(file=(f"{n}.jsonl", lines({"prompt": str(n)})), purpose="batch").id
@@ -311,6 +482,26 @@ def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.files.content(made[0])
     assert client.files.content(made[1]).read() == lines({"prompt": "1"})
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_list_goes_on_after_a_file_that_was_deleted(client: openai.OpenAI, order: Any) -> None:
+    made = [client.files.create(file=(f"{n}.jsonl", b"{}"), purpose="batch").id for n in range(3)]
+    listed = client.files.list(limit=1, order=order)
+    gone = [client.files.delete(file.id).id for file in listed]
+    assert gone == (made if order == "asc" else made[::-1])
+    with pytest.raises(openai.NotFoundError, match="file-no"):
+        client.files.list(after="file-no")
+
+
+def test_files_whose_ids_tell_no_moment_are_listed_among_the_others(
+    live: Live, client: openai.OpenAI
+) -> None:
+    made = [client.files.create(file=(f"{n}.jsonl", b"{}"), purpose="batch").id for n in range(3)]
+    older = f"file-{'a' * 24}"
+    with live.web.db.transaction() as session:
+        session.get_one(StoredFile, made[1]).id = older
+    assert [file.id for file in client.files.list(limit=1)] == [made[2], older, made[0]]
 
 
 def test_deleting_a_file_takes_nothing_from_others_with_the_same_bytes(
