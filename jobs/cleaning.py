@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 INPUTS_AT_ONCE = 100
 LATEST_DELETE_SECONDS = holds.CONDEMNED.total_seconds() / 2
-MOST_REFUSED = 20  # then it is the store that refuses us, and not some objects
+MOST_REFUSED = 20  # in a row: then it is the store that refuses us, and not some objects
 SLASH_IN_JSON = re.compile(r"\\(?:/|u002f)", re.IGNORECASE)  # as programs may write it
 IMAGES_IN_TEXT = re.compile(r"inputs/[0-9a-f]{2}/[0-9a-f]{64}")
 BATCHES_IN_TEXT = re.compile(r"batches/([0-9a-z-]{1,20})/")
@@ -305,23 +305,25 @@ class Cleaner:
     # Files of this machine.
 
     def _scratch(self, before: datetime, tally: "_Tally") -> None:
-        tally.begin("folders", size=True)
+        tally.begin("folders", "of_others", size=True)
         root = self._config.scratch_dir
         folders = parts.SCRATCH_FOLDERS.load()(root)
         with self._db.reading() as session:
             live = expiry.live_attempts(session, [folder.attempt_id for folder in folders])
             known = expiry.known_batches(session, {folder.batch_id for folder in folders})
-        candidates = [
-            folder.path
-            for folder in folders
-            # A finished video of a batch that is not ours: another farm on this disk uploads it.
-            if (folder.batch_id in known or not folder.is_finished)
-            and (folder.batch_id, folder.attempt_id) not in live
+        unneeded = [
+            folder for folder in folders if (folder.batch_id, folder.attempt_id) not in live
         ]
-        for path in (*candidates, *_temporary_folders()):
+        # Finished videos of batches that are not ours: perhaps another farm on this disk uploads
+        # them, perhaps they were ours and are forgotten. Somebody has to look.
+        of_others = {f.path for f in unneeded if f.batch_id not in known and f.is_finished}
+        for path in (*(folder.path for folder in unneeded), *_temporary_folders()):
             newest, size_bytes = _age_and_size(path)
             # This machine's clock made these files, and is compared with itself.
             if time.time() - newest < (self._now - before).total_seconds():
+                continue
+            if path in of_others:
+                tally.add("of_others", 1)
                 continue
             if self._apply:
                 shutil.rmtree(path, ignore_errors=True)
@@ -333,6 +335,7 @@ class _Refused:
 
     def __init__(self) -> None:
         self._problems: list[storage.StorageError] = []
+        self._in_a_row = 0
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -342,8 +345,11 @@ class _Refused:
             raise
         except storage.StorageError as problem:
             self._problems.append(problem)
-            if len(self._problems) == MOST_REFUSED:
+            self._in_a_row += 1
+            if self._in_a_row == MOST_REFUSED:
                 self.tell()
+        else:
+            self._in_a_row = 0
 
     def tell(self) -> None:
         if self._problems:

@@ -58,7 +58,9 @@ LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tri
 IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
 TAKES_NOBODY = (
     *("starting up", "shutting down", "in recovery", "too many clients", "connection slots"),
-    "cannot connect to server",  # a PgBouncer without its PostgreSQL
+    # A PgBouncer without its PostgreSQL, or with too many clients of its own.
+    *("cannot connect to server", "server_login_retry", "query_wait_timeout"),
+    "no more connections allowed",
 )
 """What a server says that refuses everybody, not just us."""
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit

@@ -226,7 +226,7 @@ def fetch_result_files(
     for name in RESULT_FILES:
         target = folder / name
         try:
-            store.download(results.batch_key(batch.id, name), target)
+            _download(store, results.batch_key(batch.id, name), target)
             if name == results.OUTPUT:
                 _name_videos(db, batch.id, target)
             if name == results.MANIFEST:
@@ -329,8 +329,8 @@ def _download(store: storage.ObjectStore, key: str, path: Path) -> None:
     for tries in range(1, FETCH_TRIES):
         try:
             store.download(key, path)
-        except storage.StorageUnavailable as error:
-            log.info("download.again", key=key, error=str(error)[:200])
+        except storage.BrokenOff as error:
+            log.warning("download.again", key=key, error=str(error)[:200])
             time.sleep(retries.growing_wait(RETRY_SECONDS, tries))
         else:
             return

@@ -56,7 +56,7 @@ class Overtaken(errors.RushesError):
 
 
 class Clockwork:
-    """Fires what is due. Another one would go on without what it remembers."""
+    """Fires what is due. Holds nothing that another one could not go on without."""
 
     def __init__(
         self,
@@ -128,11 +128,12 @@ class Clockwork:
             if schedule.busy_until is not None and schedule.busy_until >= now:
                 return None
             is_open = schedules.has_open_batch(session, schedule_id)
-            # The schedules before it, or a server that was away, took their time.
+            # The schedules before it, or a server that was away, took their time: here, or for
+            # another dispatcher, which has left its mark.
+            is_taken_up = schedule.busy_until is not None
             is_in_time = (
-                self._in_time.get(schedule_id) == schedule.next_fire_at
-                and now - schedule.next_fire_at < PATIENCE
-            )
+                is_taken_up or self._in_time.get(schedule_id) == schedule.next_fire_at
+            ) and now - schedule.next_fire_at < PATIENCE
             try:
                 due = schedules.decide(schedule, now, has_open_batch=is_open, is_in_time=is_in_time)
             except Exception as error:  # such as a zone that this host does not know

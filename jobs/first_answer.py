@@ -18,10 +18,10 @@ AGAIN_SECONDS = 5.0
 def wait(db: database.Database, *, stop: threading.Event, alive: Callable[[], None]) -> None:
     """Until the database answers and has tables, or `stop` is set; calls `alive` at each look.
 
-    Raises what no waiting would mend: a wrong address, name or password, tables that were never
-    made. Whoever started us would start us again and again for an outage, with growing pauses.
+    Raises what no waiting would mend: an address that is none, a wrong password or name of the
+    database, tables that were never made. A host that is not found may be one that is away.
+    Whoever started us would start us again and again for an outage, with growing pauses.
     """
-    db.require_file()
     while not stop.is_set():
         alive()
         try:

@@ -12,7 +12,7 @@ from jobs import one_line
 
 MAX_PROMPT_CHARS = 10_000  # the text encoder reads the first 512 tokens
 MAX_CUSTOM_ID_CHARS = 512
-MAX_IMAGE_CHARS = 1_048_576  # a data URL may fill a line
+MAX_IMAGE_CHARS = 1_048_576  # of a data URL; the longest prompt needs 60 kB
 MAX_LORAS = 8
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64

@@ -11,11 +11,10 @@ from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, NoReturn, Self
 
 from jobs import errors, prompt_row
-from jobs.prompt_row import Invalid, PromptRow, shown
 
 Format = Literal["jsonl", "csv", "text"]
 
-MAX_LINE_BYTES = 1_048_576  # a line is held in memory whole; the longest prompt needs 60 kB
+MAX_LINE_BYTES = prompt_row.MAX_IMAGE_CHARS  # a data URL may fill a line, held in memory whole
 MAX_COLUMNS = 100  # every key and all metadata are 30
 VIDEOS_URL = "/v1/videos"
 REFERENCE = "input_reference"
@@ -74,7 +73,7 @@ def detect_format(name: str, head: bytes) -> Format:
 
 def read(
     stream: BinaryIO, *, format: Format, max_problems: int | None = None
-) -> Iterator[PromptRow | errors.Problem]:
+) -> Iterator[prompt_row.PromptRow | errors.Problem]:
     """Rows and problems in the order of the file, one line in memory at a time.
 
     A bad line is a Problem and reading goes on. After `max_problems` of them, one more says that
@@ -83,7 +82,7 @@ def read(
     num_rows = num_problems = 0
     for item in _items(stream, format):
         yield item
-        if isinstance(item, PromptRow):
+        if isinstance(item, prompt_row.PromptRow):
             num_rows += 1
             continue
         num_problems += 1
@@ -97,12 +96,12 @@ def read(
 
 
 def without_duplicates(
-    items: Iterable[PromptRow | errors.Problem],
-) -> Generator[PromptRow | errors.Problem]:
+    items: Iterable[prompt_row.PromptRow | errors.Problem],
+) -> Generator[prompt_row.PromptRow | errors.Problem]:
     """The same items, but a row whose custom_id an earlier row has is a Problem."""
     with DuplicateFinder() as finder:
         for item in items:
-            yield finder.checked(item) if isinstance(item, PromptRow) else item
+            yield finder.checked(item) if isinstance(item, prompt_row.PromptRow) else item
 
 
 class DuplicateFinder:
@@ -136,7 +135,7 @@ class DuplicateFinder:
         found = self._database.execute("SELECT line FROM seen WHERE custom_id = ?", (custom_id,))
         return int(found.fetchone()[0])
 
-    def checked(self, row: PromptRow) -> PromptRow | errors.Problem:
+    def checked(self, row: prompt_row.PromptRow) -> prompt_row.PromptRow | errors.Problem:
         """The row, or the Problem that names both lines."""
         if row.custom_id is None:
             return row
@@ -145,7 +144,7 @@ class DuplicateFinder:
             return row
         return errors.Problem(
             line=row.line,
-            message=f"custom_id {shown(row.custom_id)} is already on line {first}: "
+            message=f"custom_id {prompt_row.shown(row.custom_id)} is already on line {first}: "
             "each must be unique",
         )
 
@@ -158,7 +157,7 @@ _Lines = Iterator[tuple[int, bytes | None]]
 _TOO_LONG = f"longer than {MAX_LINE_BYTES:,} bytes"
 
 
-def _items(stream: BinaryIO, format: Format) -> Iterator[PromptRow | errors.Problem]:
+def _items(stream: BinaryIO, format: Format) -> Iterator[prompt_row.PromptRow | errors.Problem]:
     lines = _numbered_lines(stream)
     first = next(lines, None)
     if first is None:
@@ -206,7 +205,7 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise Invalid(_not_utf8(error)) from None
+        raise prompt_row.Invalid(_not_utf8(error)) from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -220,51 +219,53 @@ LONE_RETURN = "a carriage return stands alone: save with Unix or Windows line en
 # Plain text.
 
 
-def _read_text(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
+def _read_text(lines: _Lines) -> Iterator[prompt_row.PromptRow | errors.Problem]:
     for number, line in lines:
         if line is not None and line.isspace():
             continue
         try:
-            item: PromptRow | errors.Problem | None = _text_row(number, line)
-        except Invalid as invalid:
+            item: prompt_row.PromptRow | errors.Problem | None = _text_row(number, line)
+        except prompt_row.Invalid as invalid:
             item = errors.Problem(line=number, message=str(invalid))
         if item is not None:
             yield item
 
 
-def _text_row(number: int, line: bytes | None) -> PromptRow | None:
+def _text_row(number: int, line: bytes | None) -> prompt_row.PromptRow | None:
     if line is None:
-        raise Invalid(_TOO_LONG)
+        raise prompt_row.Invalid(_TOO_LONG)
     text = _decoded(line).strip()
     if not text:  # blanks that only Unicode knows
         return None
     if text.startswith(('{"', "{'")):
-        raise Invalid("looks like JSON, not like a prompt: name the file .jsonl")
+        raise prompt_row.Invalid("looks like JSON, not like a prompt: name the file .jsonl")
     if "\r" in text:
-        raise Invalid(LONE_RETURN)
+        raise prompt_row.Invalid(LONE_RETURN)
     return prompt_row.checked({"prompt": text}, number)
 
 
 # JSON Lines.
 
 
-def _read_jsonl(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
+def _read_jsonl(lines: _Lines) -> Iterator[prompt_row.PromptRow | errors.Problem]:
     for number, line in lines:
         if line is not None and line.isspace():
             continue
         try:
-            item: PromptRow | errors.Problem = _jsonl_row(number, line)
-        except Invalid as invalid:
+            item: prompt_row.PromptRow | errors.Problem = _jsonl_row(number, line)
+        except prompt_row.Invalid as invalid:
             item = errors.Problem(line=number, message=str(invalid))
         yield item
 
 
-def _jsonl_row(number: int, line: bytes | None) -> PromptRow:
+def _jsonl_row(number: int, line: bytes | None) -> prompt_row.PromptRow:
     if line is None:
-        raise Invalid(_TOO_LONG)
+        raise prompt_row.Invalid(_TOO_LONG)
     fields = _json_value(_decoded(line))
     if type(fields) is not dict:
-        raise Invalid(f'must be an object such as {{"prompt": "..."}}, got {shown(fields)}')
+        raise prompt_row.Invalid(
+            f'must be an object such as {{"prompt": "..."}}, got {prompt_row.shown(fields)}'
+        )
     if "body" in fields:
         fields = _unwrapped(fields)
     return prompt_row.checked(fields, number)
@@ -275,12 +276,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise Invalid(f"key {shown(twice)} is given twice: keep one")
+        raise prompt_row.Invalid(f"key {prompt_row.shown(twice)} is given twice: keep one")
     return fields
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise Invalid(f"{name} is not a number that JSON has")
+    raise prompt_row.Invalid(f"{name} is not a number that JSON has")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -289,41 +290,43 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_co
 def _json_value(text: str) -> Any:
     try:
         return _DECODER.decode(text)
-    except Invalid:
+    except prompt_row.Invalid:
         raise
     except json.JSONDecodeError as error:
         column = min(error.pos, len(text.rstrip())) + 1
         what = f"{error.msg[:1].lower()}{error.msg[1:]} at column {column}"
-        raise Invalid(
+        raise prompt_row.Invalid(
             f'not JSON: {what}; a line must be one object such as {{"prompt": "..."}}'
         ) from None
     except RecursionError:
-        raise Invalid("nested too deeply: no key needs more than three levels") from None
+        raise prompt_row.Invalid("nested too deeply: no key needs more than three levels") from None
     except ValueError:  # Python refuses to convert thousands of digits
-        raise Invalid("holds a number with thousands of digits") from None
+        raise prompt_row.Invalid("holds a number with thousands of digits") from None
 
 
 def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
     """A row from a line of an OpenAI batch file: the keys of its body, and its custom_id."""
     wrong = [
-        f"{key} must be {shown(wanted)}, got {shown(envelope.get(key))}"
+        f"{key} must be {prompt_row.shown(wanted)}, got {prompt_row.shown(envelope.get(key))}"
         for key, wanted in (("method", "POST"), ("url", VIDEOS_URL))
         if envelope.get(key) != wanted
     ]
     body = envelope["body"]
     if type(body) is not dict:
-        raise Invalid("; ".join([*wrong, f"body must be an object, got {shown(body)}"]))
+        raise prompt_row.Invalid(
+            "; ".join([*wrong, f"body must be an object, got {prompt_row.shown(body)}"])
+        )
     if "custom_id" in body:
         wrong.append("custom_id belongs beside body, not into it")
     if REFERENCE in body:
         try:
             referred(body[REFERENCE])
-        except Invalid as invalid:
+        except prompt_row.Invalid as invalid:
             wrong.append(f"{REFERENCE} {invalid}")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
-    wrong += [f"key {shown(key)} does not belong beside body" for key in beside[:3]]
+    wrong += [f"key {prompt_row.shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
-        raise Invalid("; ".join(wrong))
+        raise prompt_row.Invalid("; ".join(wrong))
     fields = {key: value for key, value in body.items() if key != "model"}  # the preset decides
     if isinstance(fields.get("seconds"), str):
         fields["seconds"] = prompt_row.number(fields["seconds"])
@@ -331,12 +334,17 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
 
 
 def referred(reference: Any) -> tuple[str, str]:
-    """What OpenAI's `input_reference` names, `file_id` or `image_url`, and its value. Invalid."""
+    """What OpenAI's `input_reference` names, `file_id` or `image_url`, and its value.
+
+    Raises prompt_row.Invalid.
+    """
     if type(reference) is dict and len(reference) == 1:
         ((kind, value),) = reference.items()
         if kind in ("file_id", "image_url") and type(value) is str:
             return kind, value
-    raise Invalid(f"must be an object with file_id or image_url only, got {shown(reference)}")
+    raise prompt_row.Invalid(
+        f"must be an object with file_id or image_url only, got {prompt_row.shown(reference)}"
+    )
 
 
 # CSV.
@@ -364,10 +372,10 @@ class _CsvLines:
     def __next__(self) -> str:
         self.number, line = next(self._lines)
         if line is None:
-            raise Invalid(_TOO_LONG)
+            raise prompt_row.Invalid(_TOO_LONG)
         self.record_bytes += len(line)
         if self.record_bytes > MAX_LINE_BYTES:
-            raise Invalid(f"a row {_TOO_LONG}: is a quote opened and never closed?")
+            raise prompt_row.Invalid(f"a row {_TOO_LONG}: is a quote opened and never closed?")
         try:
             return line.decode()
         except UnicodeDecodeError as error:
@@ -382,7 +390,7 @@ class _CsvLines:
         return self.number + 1
 
 
-def _read_csv(lines: _Lines) -> Iterator[PromptRow | errors.Problem]:
+def _read_csv(lines: _Lines) -> Iterator[prompt_row.PromptRow | errors.Problem]:
     records = _csv_records(lines)
     header = next((record for record in records), None)
     if header is None:
@@ -408,7 +416,7 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, list[str]] | errors.Probl
             cells = next(reader)
         except StopIteration:
             return
-        except (csv.Error, Invalid) as error:
+        except (csv.Error, prompt_row.Invalid) as error:
             yield _csv_problem(str(error), start, feed.number)
             continue
         if feed.undecodable:
@@ -426,7 +434,7 @@ def _csv_problem(error: str, start: int, end: int) -> errors.Problem:
 def _wrong_header(names: list[str]) -> list[str]:
     columns = [name.strip() for name in names]
     if len(columns) == 1 and columns[0] not in prompt_row.KEYS and re.search(r"[;\t|]", columns[0]):
-        return [f"columns must be separated by commas, got {shown(columns[0])}"]
+        return [f"columns must be separated by commas, got {prompt_row.shown(columns[0])}"]
     if len(columns) > MAX_COLUMNS:
         return [f"has {len(columns)} columns: at most {MAX_COLUMNS} would do"]
     wrong = [
@@ -435,12 +443,14 @@ def _wrong_header(names: list[str]) -> list[str]:
         if name == "metadata" or (name not in prompt_row.KEYS and not _is_metadata(name))
     ]
     wrong += [
-        f"column {shown(name)} is given twice"
+        f"column {prompt_row.shown(name)} is given twice"
         for name, count in Counter(columns).items()
         if name and count > 1
     ]
     if "prompt" not in columns:
-        wrong.append(f"a column named prompt is missing, got {shown(', '.join(columns))}")
+        wrong.append(
+            f"a column named prompt is missing, got {prompt_row.shown(', '.join(columns))}"
+        )
     return wrong
 
 
@@ -448,15 +458,17 @@ def _is_metadata(name: str) -> bool:
     return name.startswith(_METADATA_PREFIX) and name != _METADATA_PREFIX
 
 
-def _csv_item(line: int, cells: list[str], columns: list[str]) -> PromptRow | errors.Problem:
+def _csv_item(
+    line: int, cells: list[str], columns: list[str]
+) -> prompt_row.PromptRow | errors.Problem:
     try:
         if len(cells) != len(columns):
-            raise Invalid(
+            raise prompt_row.Invalid(
                 f"has {len(cells)} cells but the header has {len(columns)}: "
                 "put a cell that holds a comma in quotes"
             )
         return prompt_row.checked(_csv_fields(cells, columns), line)
-    except Invalid as invalid:
+    except prompt_row.Invalid as invalid:
         return errors.Problem(line=line, message=str(invalid))
 
 
@@ -493,7 +505,7 @@ def _json_cell(text: str) -> Any:
     """What is no JSON stays a text, of which the check of its key tells."""
     try:
         return _json_value(text)
-    except Invalid:
+    except prompt_row.Invalid:
         return text
 
 
@@ -511,7 +523,7 @@ _CELLS: dict[str, Callable[[str], Any]] = {
 }
 
 
-_READERS: dict[Format, Callable[[_Lines], Iterator[PromptRow | errors.Problem]]] = {
+_READERS: dict[Format, Callable[[_Lines], Iterator[prompt_row.PromptRow | errors.Problem]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "text": _read_text,

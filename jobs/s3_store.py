@@ -146,7 +146,10 @@ class S3Store:
             address = f"s3://{self._bucket}/{refused[0].get('Key')}"
             if refused[0].get("Code") in DENIED_CODES:
                 raise storage.StorageDenied(address, f"{told}; allow s3:DeleteObject")
-            raise storage.StorageUnavailable(address, f"{len(refused)} were not deleted: {told}")
+            told = f"{len(refused)} were not deleted: {told}"
+            if refused[0].get("Code") in {*BUSY_CODES, "InternalError"}:
+                raise storage.StorageUnavailable(address, told)
+            raise storage.StorageError(address, told)
 
     def presign(self, key: str, *, seconds: int, file_name: str | None = None) -> str:
         storage.check_link_seconds(seconds)
@@ -253,8 +256,11 @@ class _Body:
         self._body = body
 
     def read(self, size: int, /) -> bytes:
-        with self._store.translated(self._key):
-            return self._body.read(size)
+        try:
+            with self._store.translated(self._key):
+                return self._body.read(size)
+        except storage.StorageUnavailable as error:
+            raise storage.BrokenOff(error.address, f"broke off: {error.__cause__}") from error
 
     def close(self) -> None:
         self._body.close()

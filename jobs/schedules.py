@@ -170,7 +170,7 @@ def pause(session: Session, name: str) -> bool:
     if schedule.paused_at is not None:
         return False
     schedule.paused_at = database.now(session)
-    schedule.next_fire_at = None
+    schedule.next_fire_at = schedule.busy_until = None
     return True
 
 

@@ -36,6 +36,10 @@ class StorageUnavailable(StorageError):
     """The store is out of reach, overloaded or full: the same call may work later."""
 
 
+class BrokenOff(StorageUnavailable):
+    """An object began to come and did not end: likely whole at the next try."""
+
+
 class StorageDenied(StorageError):
     """The store refuses us or has no such bucket: someone must change keys, rights or the URL."""
 
@@ -149,6 +153,7 @@ class ObjectStore(Protocol):
 def mismatch(
     address: str, key: str, sent: "Digest", stored_bytes: int | None, stored_sha256: str | None
 ) -> UploadMismatch:
+    """The error for what was sent; `stored_*` as that has them."""
     return UploadMismatch(
         address,
         key=key,
@@ -179,14 +184,19 @@ def digest(source: IO[bytes]) -> Digest:
 
 
 def digest_bytes(data: bytes) -> Digest:
+    """The same of bytes that are here."""
     return digest(io.BytesIO(data))
 
 
 class Readable(Protocol):
+    """What a file or the body of an answer can do."""
+
     def read(self, size: int, /) -> bytes: ...
 
 
 class Closable(Readable, Protocol):
+    """The same, to be closed by who has read it."""
+
     def close(self) -> None: ...
 
 

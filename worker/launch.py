@@ -300,6 +300,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     with _each_only_once(launcher):
+        launcher.db.require_file()
         first_answer.wait(launcher.db, stop=launcher.stop, alive=launcher.sign.touch)
         names = [renderer.name for renderer in launcher.renderers]
         log.info("launcher.started", workers=names, queues=launcher.queues)

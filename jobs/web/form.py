@@ -19,20 +19,23 @@ LORA = re.compile(r"lora\[\]\[(name|path|strength)\]")
 def values(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """By the keys of a prompt row, as far as they are such. InvalidInput."""
     given: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     loras: dict[str, list[str]] = defaultdict(list)
     for name, text in fields:
         if part := LORA.fullmatch(name):
             loras[part[1]].append(text)
-        elif name in given:
+            continue
+        pair = METADATA.fullmatch(name)
+        where, key = (metadata, pair[1]) if pair else (given, name)
+        if key in where:
             raise service.invalid(name, "is given twice: keep one")
-        else:
-            given[name] = text
-    found: dict[str, Any] = {}
-    for name, text in given.items():
-        if pair := METADATA.fullmatch(name):
-            found.setdefault("metadata", {})[pair[1]] = text
-        else:
-            found[name] = readers.typed(name, text)
+        where[key] = text
+    for name, parts in (("metadata", metadata), ("lora", loras)):
+        if parts and name in given:
+            raise service.invalid(name, "is given whole and in parts: keep one form")
+    found = {name: readers.typed(name, text) for name, text in given.items()}
+    if metadata:
+        found["metadata"] = metadata
     if loras:
         found["lora"] = _entries(loras)
     return found

@@ -93,6 +93,7 @@ def both(tmp_path):
         height=16,
         num_frames=5,
         latents=(16, 2, 2, 4),
+        image=(16, 32),
     )
     benchmark_reference.write(
         tmp_path / scales.MODEL, scale.sizes, dtype=cpu.dtype, device=cpu.torch_device
@@ -108,6 +109,10 @@ def test_a_benchmarked_pair_renders_the_same_frames(both, monkeypatch):
     assert ours.shape == theirs.shape == (5, 16, 32, 3)
     assert (ours.int() - theirs.int()).abs().max() <= 1
     assert ours.float().std() > 1
+
+
+def test_an_encoded_image_is_that_of_all_its_frames(both):
+    assert both.image()["relative_difference"] < 1e-5
 
 
 def test_a_compiled_pair_is_one_of_compiled_blocks(both):

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, select, update
 
-from jobs import database, expiry, metrics, schedules
+from jobs import database, expiry, metrics, schedules, totals
 from jobs.schema import Attempt, Batch, Firing, Schedule
 from jobs.states import FailureKind, FiringState, Misfire, Overlap
 from tests.integration.jobs.conftest import QUEUE
@@ -170,6 +170,28 @@ def test_counters_go_on_when_what_they_counted_is_deleted(world, monkeypatch):
     after = counters(early)
     assert after == counters(metrics.Registry(world.db))
     assert after["rushes_claims_total"] == before["rushes_claims_total"] + 5
+
+
+def test_what_is_deleted_during_a_scrape_counts_once(world, monkeypatch):
+    busy_night(world)
+    with world.db.transaction() as session:
+        add_schedule(session)
+        batch_id = session.scalars(select(Batch.id)).one()
+    for attempt_id in range(1, 6):
+        world.release(attempt_id)
+    world.cancel_batch(batch_id)
+    before = counters(metrics.Registry(world.db))
+    past, deleting = totals.past, iter([forget_all])
+
+    def past_then_delete(session):
+        found = past(session)
+        for delete in deleting:
+            delete(world)
+        return found
+
+    monkeypatch.setattr(totals, "past", past_then_delete)
+    registry = metrics.Registry(world.db)
+    assert [counters(registry) for _ in range(2)] == [before, before]
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(sqlite_world):

@@ -168,6 +168,19 @@ def test_a_notice_is_taken_by_one_of_two_notifiers(world):
         assert notifier.take(session, room=8, busy=Counter()) == []
 
 
+def test_a_slow_message_is_not_sent_again_meanwhile(world):
+    """apprise has no limit of time, so the next try of it comes later than that of a webhook."""
+    listen(world, "https://quick.test/")
+    listen(world, "mailto://a:b@mail.test/", name="slow")
+    finish(world)
+    make_due(world)
+    world.db.write(notifier.take, room=8, busy=Counter())
+    with world.db.reading() as session:
+        now = database.now(session)
+    quick, slow = sorted((each.next_try_at - now).total_seconds() for each in notices(world))
+    assert quick < 70 < notifier.APPRISE_SECONDS - 10 < slow
+
+
 def test_a_backlog_of_one_receiver_holds_up_no_other(world):
     listen(world, "https://busy.test/", owner="ann")
     listen(world, "https://quiet.test/", name="quiet", owner="bob")

@@ -270,6 +270,29 @@ def test_what_is_taken_up_in_time_is_not_missed_in_an_outage(
     assert farm.states("a") == [MADE]
 
 
+def test_what_one_took_up_in_time_is_not_missed_for_one_that_starts_later(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm = sqlite_farm
+    skip = states.Misfire.SKIP
+    farm.add("a", cron="0 0 * * *", prompts=None, prompts_url="s3://b/k", misfire=skip)
+
+    def away(*_: object) -> bytes:
+        raise storage.StorageUnavailable("s3://b", "does not answer")
+
+    monkeypatch.setattr(firing, "read_url", away)
+    midnight = farm.schedule("a").next_fire_at
+    for number, minutes in ((0, 1), (1, 9), (2, 58)):
+        farm.now = midnight + timedelta(minutes=minutes)
+        with pytest.raises(storage.StorageUnavailable):
+            farm.clockworks[number].tick()
+    farm.tick(midnight + timedelta(minutes=61))
+    assert farm.states("a") == [SKIPPED]
+    # A mark of before a pause says nothing of the time after it.
+    farm.world.db.write(schedules.pause, "a")
+    assert farm.schedule("a").busy_until is None
+
+
 def test_a_slow_neighbour_makes_nobody_late(
     sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

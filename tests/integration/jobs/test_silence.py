@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import psycopg
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
@@ -53,6 +54,24 @@ def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[datab
     db = database.Database(f"postgresql+psycopg://{address}?{options}", answer_seconds=1.0)
     yield db
     db.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "is_away"),
+    [
+        ("the database system is starting up", True),
+        ("sorry, too many clients already", True),
+        ("pgbouncer cannot connect to server", True),
+        ("server login has been failing, try again later (server_login_retry)", True),
+        ("query_wait_timeout", True),
+        ("no more connections allowed (max_client_conn)", True),
+        ('password authentication failed for user "rushes"', False),
+        ('database "ruhses" does not exist', False),
+    ],
+)
+def test_a_server_that_takes_nobody_is_away(said: str, is_away: bool) -> None:
+    refused = psycopg.OperationalError(f"connection failed: FATAL:  {said}")
+    assert database.is_away(OperationalError("SELECT 1", None, refused)) is is_away
 
 
 def test_a_service_begins_when_the_database_is_there(

@@ -336,9 +336,9 @@ def test_an_image_is_encoded_once_for_all_jobs_that_begin_with_it(
     def count(network):
         real = network.encode
 
-        def encode(self, *arguments):
+        def encode(self, *arguments, **options):
             encoded[network.__name__] += 1
-            return real(self, *arguments)
+            return real(self, *arguments, **options)
 
         monkeypatch.setattr(network, "encode", encode)
 
