@@ -51,7 +51,9 @@ def _row(outcome: cleaning.Outcome) -> tuple[str, ...]:
     return (
         outcome.kind,
         "ever" if days is None else f"{days:g} days",
-        ", ".join(f"{number:,} {name}" for name, number in outcome.counts.items()),
+        ", ".join(
+            f"{number:,} {name.replace('_', ' ')}" for name, number in outcome.counts.items()
+        ),
         "" if outcome.size_bytes is None else output.size(outcome.size_bytes),
     )
 
