@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,10 +158,12 @@ def watch(farm: Farm, stop: threading.Event) -> None:
             child.revive()
 
 
-def place_tiny_models(config: settings.Settings, say: Callable[[str], None]) -> None:
-    """The demo's models, copied from the package where the folder has none of these names."""
+def place_tiny_models(
+    config: settings.Settings, say: Callable[[str], None], names: Iterable[str] = TINY_MODELS
+) -> None:
+    """The demo's models, copied from the package where there is nothing of these names."""
     copy = parts.COPY_TINY_MODEL.load()
-    for name in TINY_MODELS:
+    for name in names:
         folder = config.models_dir / name
         try:
             is_new = copy(name, folder)

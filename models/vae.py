@@ -308,7 +308,7 @@ class WanVAE(nn.Module):
         Takes RGB frames in [-1, 1]. The mean is taken, nothing is sampled: (mu - mean) / std. From
         frame `still_from` on all are equal: then layers that have seen nothing else for as long as
         they remember are not asked again, with the same bits. Of an image with 80 grey frames that
-        is three fifths of the work.
+        is two thirds of the work.
         """
         _, _, num_frames, height, width = frames_BCTHW.shape
         self.latent_shape(num_frames=num_frames, height=height, width=width)

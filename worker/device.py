@@ -21,9 +21,8 @@ OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator|can't allocate memory|_STATUS_ALLOC_FAILED"
     r"|CUDA error: out of memory|CUDA driver error: out of memory|\[CUDA\]: out of memory"
 )
-CUDA_OUT_OF_MEMORY = (
-    2  # cudaErrorMemoryAllocation: the one error after which CUDA can still be used
-)
+# cudaErrorMemoryAllocation: the one error after which CUDA can still be used.
+CUDA_OUT_OF_MEMORY = 2
 DEVICE_FAULT = re.compile(r"CUDA error|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)")
 
 
@@ -125,7 +124,7 @@ def current(worker_settings: WorkerSettings) -> Device:
 def _set_precision() -> None:
     """As torch has it, whatever a library left: on GPUs, fp32 is TF32 in convolutions alone."""
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

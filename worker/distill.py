@@ -135,7 +135,7 @@ def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
             here = _device()
             with here.faults():
                 return _run(plan, known, told, here)
-    except (worker_errors.DeviceOutOfMemory, worker_errors.HostOutOfMemory) as error:
+    except worker_errors.DeviceOutOfMemory as error:
         raise errors.RushesError(f"out of memory: {error}. {_smaller(plan)}") from error
     except (ValueError, saving.ResumeError) as error:  # a CheckpointError too
         raise errors.FileUnusable(str(error)) from error
@@ -370,10 +370,11 @@ def _answers(
     """What the teacher is asked before the training."""
     if plan.how.regression is None:
         return None
-    questions = [path.name for path in data.files]  # each named by what it was made of
+    examples = [path.name for path in data.files]  # each named by what it was made of
+    asked = [_weights_stamp(files.transformer), plan.precision, examples, data.latent_shape]
     wanted = pairs.Pairs(
         folder=plan.output / "answers",
-        made_from=f"{_weights_stamp(files.transformer)} {questions} {data.latent_shape}",
+        made_from=hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         how=plan.how,
         steps=plan.regression_steps,
         count=plan.regression_pairs,

@@ -62,11 +62,11 @@ def render(
                 else None,
             )
         )
+    if look.look.model_path in standalone.TINY_MODELS:
+        standalone.place_tiny_models(config, output.note, [look.look.model_path])
     for text in orders.notes:
         output.note(f"note: {text}")
     _make_folder(target)
-    if look.look.model_path in standalone.TINY_MODELS:
-        standalone.place_tiny_models(config, output.note)
     videos: list[dict[str, object]] = []
 
     def on_video(name: str, video: Path) -> None:

@@ -144,6 +144,8 @@ def from_values(values: Mapping[str, Any]) -> Course:
         name: _converted(value, (of_course | of_method)[name], name)
         for name, value in given.items()
     }
+    if not taken["model"].strip():
+        raise ValueError("model must name a model or its folder")
     taken_of_method: dict[str, Any] = {
         "student": _tuning(values.get("student", {}), "student", method.student_tuning),
         "critic": _tuning(values.get("critic", {}), "critic", method.critic_tuning),
@@ -185,7 +187,7 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
     """The value as its field wants it: whole numbers do for numbers, lists for tuples."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if type(value) is int and abs(value) > MAX_NUMBER:
-        raise ValueError(f"{name} must be a number of at most {len(str(MAX_NUMBER))} digits")
+        raise ValueError(f"{name} must be a number from {-MAX_NUMBER} to {MAX_NUMBER}")
     if origin is types.UnionType:
         if value is None and type(None) in arguments:
             return None

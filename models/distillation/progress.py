@@ -9,10 +9,6 @@ from torch import Tensor
 from models.distillation import course, metrics, probe, processes, saving, trainer
 
 
-def _never() -> bool:
-    return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Watcher:
     """Who is told what, in the first process only."""
@@ -23,7 +19,7 @@ class Watcher:
     """Something failed that the training can do without for now."""
     on_probe: Callable[[int, int, Tensor], None]
     """(update, number of the prompt, latents)"""
-    asks_to_stop: Callable[[], bool] = _never
+    asks_to_stop: Callable[[], bool] = trainer.never
     """Asked before each batch and after each update, in every process."""
 
 
@@ -38,21 +34,22 @@ def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
     def asks_to_stop() -> bool:
         return processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
 
-    saved: int | None = None
-    while train.updates < plan.student_updates:
+    saved = train.updates, train.underway.actions  # loaded so, or nothing is done yet
+    # An update that was begun is ended: half of one is no student.
+    while train.updates < plan.student_updates or train.underway.actions:
         try:
             update = train.step(asks_to_stop)
         except trainer.Stopped:
-            if train.underway.actions or saved != train.updates:
+            if saved != (train.updates, train.underway.actions):
                 _save(train, plan, watcher, must_succeed=True)
             return False
-        is_last = train.updates == plan.student_updates
+        is_last = train.updates >= plan.student_updates
         if processes.is_first():
             _tell(update, lines, watcher)
         stops = asks_to_stop()
         is_due = is_last or stops or train.updates % plan.save_every == 0
         if is_due and _save(train, plan, watcher, must_succeed=is_last or stops):
-            saved = train.updates
+            saved = train.updates, 0
         if plan.probe_every and (is_last or train.updates % plan.probe_every == 0):
             _probe(train, plan, watcher)
         if stops and not is_last:

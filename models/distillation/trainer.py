@@ -66,7 +66,8 @@ class Underway:
     seconds: float = 0.0
 
 
-def _never() -> bool:
+def never() -> bool:
+    """What a training without a watcher is asked to do."""
     return False
 
 
@@ -110,7 +111,7 @@ class Trainer:
         self.device = torch.device(device)
         self.updates = 0
         self.underway = Underway()
-        self._asks_to_stop = _never
+        self._asks_to_stop = never
         self.student = tuner.Tuner(nets.student, how.student)
         self.critic = tuner.Tuner(nets.critic, how.critic)
         self.average = (
@@ -122,7 +123,7 @@ class Trainer:
         for network in nets.networks:
             network.eval()
 
-    def step(self, asks_to_stop: Callable[[], bool] = _never) -> Update:
+    def step(self, asks_to_stop: Callable[[], bool] = never) -> Update:
         """One student update, then `ratio` critic updates; or the rest of one that was stopped.
 
         Raises DivergedError for gradients that are not finite; Stopped where `asks_to_stop` says

@@ -83,10 +83,12 @@ def products():
 def test_what_fp32_means_on_a_gpu_is_not_left_to_libraries(products, monkeypatch):
     monkeypatch.setenv("RUSHES_DEVICE", "cpu")
     convolutions, matrices = products
-    convolutions.allow_tf32, matrices.allow_tf32 = False, True
+    convolutions.allow_tf32 = False
+    torch.set_float32_matmul_precision("high")
     device.current(WorkerSettings())
     assert convolutions.allow_tf32
     assert not matrices.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"  # torch.compile asks for it
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -193,6 +193,14 @@ def test_other_prompts_get_other_answers(write, run, tmp_path):
     assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
 
 
+def test_a_teacher_of_another_precision_is_asked_anew(write, run, tmp_path):
+    run(write(student_updates=1, **REGRESSION))
+    answers = set((tmp_path / "out" / "answers").iterdir())
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    run(write(student_updates=1, precision="bf16", **REGRESSION))
+    assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
+
+
 def test_an_example_that_was_encoded_again_gets_the_same_answers(write, run, tmp_path):
     run(write(student_updates=1, **REGRESSION))
     answers = set((tmp_path / "out" / "answers").iterdir())

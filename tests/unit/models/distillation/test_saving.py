@@ -83,6 +83,26 @@ def test_who_asks_to_stop_gets_one_checkpoint(train, tmp_path, stop_at, saved):
     assert [path.name for path in told] == saved
     saving.load(beginning, told[-1])
     assert (beginning.updates, beginning.underway.actions) == ((0, 1) if stop_at == 2 else (1, 0))
+    at_once = dataclasses.replace(watcher, asks_to_stop=lambda: True)
+    assert not progress.run(beginning, course.from_values(values), at_once)
+    assert len(told) == 1, "what was loaded is not written again"
+
+
+def test_an_update_that_was_begun_is_ended_though_fewer_are_wanted_now(train, tmp_path):
+    beginning = train("lora", ratio=1)
+    beginning.step()
+    asked = itertools.count(1)
+    with pytest.raises(trainer.Stopped):
+        beginning.step(lambda: next(asked) == 2)
+    values = {"model": "m", "prompts": "p", "output": str(tmp_path), "student_updates": 1}
+    quiet = progress.Watcher(
+        on_update=lambda _update: None,
+        on_saved=lambda _path: None,
+        on_trouble=lambda _text: None,
+        on_probe=lambda *_: None,
+    )
+    assert progress.run(beginning, course.from_values(values), quiet)
+    assert (beginning.updates, beginning.underway.actions) == (2, 0)
 
 
 def test_only_the_newest_are_kept(train, tmp_path):
