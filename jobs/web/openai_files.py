@@ -23,6 +23,7 @@ router = APIRouter(
 )
 
 OUTPUT, ERRORS = "output", "errors"
+RESULT_TYPE = "application/jsonl"
 RESULT_FILE = re.compile(r"file-([0-9a-z-]{1,20})_(output|errors)")
 PURPOSES = ("batch", uploads.IMAGE, "user_data")
 ROWS_AT_ONCE = 500
@@ -87,8 +88,11 @@ def content(
     """The bytes."""
     if match := RESULT_FILE.fullmatch(file_id):
         batch = _batch(serving_, match[1], principal)
+        if request.method == "HEAD":
+            size = _size_bytes(serving_.db, batch.id, match[2], batch.finished_at)
+            return Response(headers={"Content-Length": str(size)}, media_type=RESULT_TYPE)
         pages = _pages(serving_.db, batch.id, match[2])
-        return StreamingResponse(pages, media_type="application/jsonl")
+        return StreamingResponse(pages, media_type=RESULT_TYPE)
     with serving_.db.reading() as session:
         row = uploads.find(session, file_id, owner=principal.sees)
     return serving.respond(

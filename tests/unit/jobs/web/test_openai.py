@@ -284,6 +284,8 @@ def test_a_batch_from_its_file_to_its_result_files(live: Live, client: openai.Op
     assert json.loads(failed)["error"] == {"code": "input", "message": "it broke"}
     size = client.files.retrieve(done.output_file_id).bytes
     assert size == len(client.files.content(done.output_file_id).read())
+    asked = client._client.head(f"files/{done.output_file_id}/content")
+    assert (asked.status_code, asked.headers["content-length"]) == (200, str(size))
 
 
 def test_a_batch_that_is_not_finished_in_its_window_expires_and_keeps_what_is(
