@@ -294,6 +294,38 @@ def test_rows_may_go_while_the_bucket_keeps_the_results(bucket: Bucket) -> None:
 
 
 @ONE_DATABASE
+def test_rows_say_what_is_left_of_results_that_are_half_deleted(bucket: Bucket) -> None:
+    batch_id = bucket.finish(bucket.submit(), days_ago=31)
+    with bucket.world.db.transaction() as session:
+        now = database.now(session)
+        going = update(Batch).where(Batch.id == batch_id)
+        session.execute(going.values(results_expired_at=now))
+        assert expiry.forget(session, now, keeps_results=True) == 0
+        session.execute(going.values(results_removed_at=now))
+        assert expiry.forget(session, now, keeps_results=True) == 1
+
+
+@ONE_DATABASE
+def test_images_of_an_open_batch_do_not_expire(bucket: Bucket) -> None:
+    batch_id = bucket.submit()
+    with bucket.world.db.transaction() as session:
+        expiry.expire_inputs(session, [bucket.image(batch_id)], before=database.now(session))
+    assert bucket.world.batch(batch_id).inputs_expired_at is None
+
+
+def test_a_slow_deletion_takes_nothing_from_who_came_after_its_time(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "CONDEMNED", timedelta(seconds=-1))
+    with sqlite_world.db.transaction() as session:
+        assert holds.condemn(session, ["k"]) == ["k"]
+    holds.hold_all(sqlite_world.db, ["k"])
+    with sqlite_world.db.transaction() as session:
+        holds.forget(session, ["k"])
+        assert holds.held(session, ["k"]) == {"k"}
+
+
+@ONE_DATABASE
 def test_nobody_is_told_of_a_batch_whose_rows_are_going(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

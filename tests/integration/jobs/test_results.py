@@ -138,6 +138,17 @@ def test_the_manifest_comes_last(world: World, folder: Path) -> None:
     ]
 
 
+def test_who_has_lost_the_batch_after_the_other_files_writes_no_manifest(
+    world: World, store: storage.ObjectStore, folder: Path
+) -> None:
+    batch_id = mixed_batch(world)
+    answers = iter([True, True, False])
+    assert results.write(world.db, store, batch_id, may_put=lambda: next(answers)) is False
+    written = {path.name for path in (folder / "batches" / batch_id).glob("*.json*")}
+    assert written == {"output.jsonl", "errors.jsonl"}
+    assert world.batch(batch_id).manifest_at is None
+
+
 def test_keys_hold_no_text_of_a_user(world: World, folder: Path) -> None:
     batch_id = mixed_batch(world)
     store = Recording(folder)

@@ -94,6 +94,37 @@ def test_what_is_wrong_is_told_in_the_order_of_the_file(afar: Afar, tmp_path: Pa
     assert [problem.line for problem in refused.value.problems] == [8, 48, 88]
 
 
+def test_each_row_has_the_size_of_its_own_image(afar: Afar, tmp_path: Path) -> None:
+    shapes = {"wide": (96, 32), "tall": (32, 96)}
+
+    def fetch(source: str, **_: object) -> images.FetchedImage:
+        data = io.BytesIO()
+        Image.new("RGB", shapes[source.rpartition("/")[2]]).save(data, "PNG")
+        return images.examine(data.getvalue(), source)
+
+    kept: list[submission.Order] = []
+    file = _file(tmp_path, [f"https://x.example/{shape}" for shape in shapes])
+    with contextlib.closing(file.images), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "fetch", fetch)
+        submission.plan(file, keep=kept.append)
+    wide, tall = (order.look for order in kept)
+    assert wide.width > wide.height
+    assert tall.width < tall.height
+
+
+def test_other_pictures_under_the_same_names_are_other_content(
+    afar: Afar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(shift: int) -> str:
+        shifted = [images.examine(_picture(n + shift), "x") for n in range(2)]
+        monkeypatch.setattr(images, "fetch", lambda source, **_: shifted[int(source[-1])])
+        file = _file(tmp_path, [f"https://x.example/{n}" for n in range(2)])
+        with contextlib.closing(file.images):
+            return submission.plan(file).fingerprint
+
+    assert fingerprint(0) == fingerprint(0) != fingerprint(5)
+
+
 def test_an_end_in_the_middle_leaves_no_thread_at_work(afar: Afar, tmp_path: Path) -> None:
     file = _file(tmp_path, [f"https://x.example/{n}" for n in range(ROWS)])
     file.images.may_wait = True

@@ -69,6 +69,15 @@ def test_the_latents_are_those_of_the_frame_and_zeros(networks):
     assert torch.equal(found[:, :4], conditioning.first_frame_mask(expected, channels=4))
 
 
+def test_frames_that_are_not_computed_again_have_the_same_bits(networks):
+    target = Target(width=16, height=16, num_frames=81)
+    image = picture(16, 16)
+    frames = conditioning.pad_in_time(conditioning.to_signed(image), 81)
+    with torch.inference_mode():
+        expected = networks.vae.encode(frames)
+    assert torch.equal(encode(networks, image, target).y_BCTHW[:, 4:], expected)
+
+
 def test_one_frame_has_only_its_own_mask(networks):
     condition = encode(networks, picture(48, 64), Target(width=64, height=48, num_frames=1))
     assert condition.y_BCTHW.shape == (1, 20, 1, 6, 8)

@@ -229,6 +229,13 @@ def test_peft_settings_in_the_header_or_beside_the_file_give_the_scale(network, 
         read(path, network)
 
 
+def test_settings_of_another_file_in_the_folder_scale_nothing(network, save):
+    pairs = random_pairs(network, MATRICES[:1])
+    path = save(spelled(pairs, "diffusion_model.", lora_keys.PAIRS[0]), "style.safetensors")
+    path.with_name("adapter_config.json").write_text(json.dumps({"lora_alpha": 8}))
+    assert read(path, network).pairs[f"{MATRICES[0]}.weight"].scale == 1
+
+
 def test_a_pair_for_the_patch_convolution(network, save):
     before = weights(network)["patch_embedding.weight"]
     down, up = torch.randn(RANK, 16, 1, 2, 2), torch.randn(24, RANK, 1, 1, 1)
@@ -544,6 +551,14 @@ def test_shapes_and_ranks_that_do_not_fit_are_named(network, save, key, shape):
         ((found, expected),) = error.wrong_shapes.values()
         assert found != expected
         assert "of another shape" in str(error)
+
+
+def test_a_pair_with_a_window_in_its_second_half_is_refused(network, save):
+    pair = {
+        "diffusion_model.patch_embedding.lora_down.weight": torch.zeros(RANK, 16, 1, 2, 2),
+        "diffusion_model.patch_embedding.lora_up.weight": torch.zeros(24, RANK, 1, 2, 2),
+    }
+    assert list(refused(network, save(pair)).wrong_shapes) == ["patch_embedding.weight"]
 
 
 @pytest.mark.parametrize("missing", ["lora_up", "lora_down"])

@@ -221,6 +221,25 @@ def test_a_forward_that_was_broken_off_leaves_no_trace(four_blocks):
     assert torch.equal(velocity(networks), expected)
 
 
+def test_a_block_that_failed_and_the_next_one_take_what_is_changed_after(four_blocks):
+    """As a LoRA that is switched for the job after one that failed."""
+    whole, networks = load(four_blocks), load(four_blocks)
+    offload.BlockStreamer(networks.transformer, CPU)
+
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    hook = networks.transformer.blocks[0].cross_attn.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        velocity(networks)
+    hook.remove()
+    for network in (whole.transformer, networks.transformer):
+        with torch.no_grad():
+            for block in network.blocks[:2]:
+                block.modulation += 1
+    assert torch.equal(velocity(networks), velocity(whole))
+
+
 @pytest.mark.parametrize("mode", Offload)
 def test_a_lora_is_switched_while_the_weights_are_at_home(native_root, tmp_path, mode):
     path = tmp_path / "style.safetensors"

@@ -146,9 +146,18 @@ def test_answers_are_made_once_and_those_to_other_questions_are_others(data, tmp
     assert not torch.equal(latents(other, data), latents(made, data))
 
 
+def test_answers_to_the_noise_of_another_seed_are_others(data, tmp_path):
+    nets, how = begun("full")
+    answers(nets, how, data, tmp_path)
+    other = dataclasses.replace(how, seed=how.seed + 1)
+    alone = answers(nets, other, data, tmp_path / "alone")
+    beside = answers(nets, other, data, tmp_path)
+    assert torch.equal(latents(beside, data), latents(alone, data))
+
+
 def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
-    """The very same updates with a large weight of it end nearer."""
-    errors = []
+    """The very same updates with a large weight of it end nearer, and nearer than they began."""
+    errors, before = [], []
     for weight in (1e-9, 30.0):
         nets, how = begun("full")
         how = dataclasses.replace(
@@ -159,11 +168,13 @@ def test_regression_moves_the_student_towards_the_answers(data, tmp_path):
             guidance=2.0,
         )
         answered = answers(nets, how, data, tmp_path / "answers")
+        before.append(error(nets, how, data, answered))
         train = trainer.Trainer(how, nets=nets, data=data, answered=answered)
         for _ in range(12):
             train.step()
         errors.append(error(nets, how, data, answered))
     assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.9 * before[1]
 
 
 def test_a_beginning_that_was_stopped_goes_on_to_the_same_numbers(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -42,6 +43,25 @@ def test_reservations_of_others_add_up_and_ones_own_does_not_count(tmp_path, pen
     assert pending() == 7
     second.release()
     assert pending() == 0
+
+
+def test_who_comes_in_anothers_turn_waits_and_sees_what_was_reserved_in_it(tmp_path):
+    first, second = (reservations.Reservations(tmp_path) for _ in range(2))
+    seen = []
+
+    def look():
+        with second.turn() as pending_bytes:
+            seen.append(pending_bytes)
+
+    waits = threading.Thread(target=look)
+    with first.turn():
+        waits.start()
+        waits.join(0.2)
+        assert seen == []
+        first.reserve(5)
+    waits.join(30)
+    assert seen == [5]
+    first.release()
 
 
 def test_a_reservation_ends_with_a_killed_process(tmp_path, pending):

@@ -56,3 +56,6 @@ def test_main_memory_that_is_held_already_is_not_asked_for_again(monkeypatch):
     assert here.host_lacks(share, [], held=share) == 0
     before = room.Share(device_resident=8, device_peak=28, host_resident=4, host_peak=4)
     assert here.host_lacks(share, [], held=before) == 12 - 4 - 5
+    # A limit that was set is no promise that there is so much.
+    generous = room.Room(device=on("cuda"), host_bytes=1 << 40)
+    assert generous.host_lacks(share, [], held=None) == 12 - 5

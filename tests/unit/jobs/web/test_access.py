@@ -179,6 +179,9 @@ def test_what_is_kept_in_memory_has_a_limit_of_its_own(guarded: Web) -> None:
     answer = guarded.client.post("/api/batches", content=b"{}", headers=headers)
     assert answer.status_code == 413
     assert "send more as an uploaded file" in answer.json()["detail"]
+    # A path that takes files does so in a form alone.
+    answer = guarded.client.post("/v1/videos", content=b"{}", headers=headers)
+    assert answer.status_code == 413
     form = {"token": "x" * (64 << 10)}
     for path in ("/login", "/logout"):
         assert guarded.client.post(path, data=form).status_code == 413
@@ -285,7 +288,7 @@ def test_on_loopback_other_names_are_not_ours(web: Web, name: str) -> None:
     """A page whose name leads to 127.0.0.1 (DNS rebinding) sends its own name."""
     answer = web.client.get("/api/batches", headers={"Host": f"{name}:8000"})
     assert answer.status_code == 403
-    for good in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+    for good in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "localhost."):
         assert web.client.get("/api/batches", headers={"Host": good}).status_code == 200
 
 
@@ -303,6 +306,7 @@ def test_pages_of_other_sites_change_nothing(web: Web) -> None:
         {"Origin": "http://[x"},
         {"Origin": "http://127.0.0.1:9999"},
         {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
     ):
         answer = web.client.post("/api/batches", json=new, headers=headers)
         assert answer.status_code == 403, headers

@@ -115,6 +115,14 @@ def test_what_the_renderer_would_refuse_is_not_called_exported(train, tmp_path):
     assert list((tmp_path / "loras").iterdir()) == []
 
 
+def test_a_complete_student_that_is_not_finite_is_not_called_exported(train, tmp_path):
+    broken = train(ema=None)
+    next(iter(broken.student.trained.values())).data.fill_(float("nan"))
+    with pytest.raises(errors.UnreadableWeightsError, match="not finite"):
+        export.write(broken, tmp_path)
+    assert list((tmp_path / "distill_models").iterdir()) == []
+
+
 def test_every_layer_of_the_lora_is_read_back(train, tmp_path):
     done = train("lora")
     path = export.write(done, tmp_path)
