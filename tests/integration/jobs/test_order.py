@@ -308,6 +308,15 @@ def test_an_owner_runs_no_more_than_the_quota(world: World) -> None:
     world.check()
 
 
+def test_a_message_that_came_twice_takes_no_second_place_of_the_quota(world: World) -> None:
+    first, *_ = world.job_ids(world.submit(3, owner="ann"))
+    world.claimed(first)
+    with world.db.reading() as session:
+        waiting, quota = {first}, {"max_running_per_owner": 2}
+        chosen = dispatch.choose(session, queues=[QUEUE], room=9, waiting=waiting, **quota)
+    assert len(chosen) == 1
+
+
 def test_claims_at_once_in_several_batches_keep_the_quota(world: World) -> None:
     ids = [job_id for _ in range(6) for job_id in world.job_ids(world.submit(2, owner="ann"))]
     start = threading.Barrier(6)

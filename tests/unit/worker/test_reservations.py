@@ -30,6 +30,16 @@ def pending(tmp_path):
     return look
 
 
+def test_another_host_that_shares_the_home_has_memory_of_its_own(tmp_path, pending, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(reservations.socket, "gethostname", lambda: "elsewhere")
+        other = reservations.Reservations(tmp_path)
+    with other.turn():
+        other.reserve(700)
+    assert pending() == 0
+    other.release()
+
+
 def test_reservations_of_others_add_up_and_ones_own_does_not_count(tmp_path, pending):
     first, second = (reservations.Reservations(tmp_path) for _ in range(2))
     for each, num_bytes in ((first, 5), (second, 7), (first, 11)):
