@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import errors, lora, memory, offload
+from models import errors, lora, offload
 from models.quantization import QuantizedLinear
 
 
@@ -129,14 +129,11 @@ def _host_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[str, Tensor] = {}
     names = list(parameters)
     sizes = [offload.aligned_bytes(parameters[name]) for name in names]
-    for places in memory.stretches(sizes):
-        device = parameters[names[places[0]]].device
-        free = offload.host_bytes(sum(sizes[place] for place in places), device)
-        for place in places:
-            parameter = parameters[names[place]]
-            copy = free[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-            copies[names[place]] = copy.copy_(parameter.detach())
-            free = free[sizes[place] :]
+    on_cuda = (parameter.device for parameter in parameters.values() if parameter.is_cuda)
+    for place, home in offload.homes(sizes, next(on_cuda, torch.device("cpu"))):
+        parameter = parameters[names[place]]
+        copy = home[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        copies[names[place]] = copy.copy_(parameter.detach())
     return copies
 
 

@@ -89,6 +89,15 @@ def host_bytes(count: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
+def homes(sizes: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Place -> so many bytes of host memory, in few allocations, each made when it is asked for."""
+    for places in memory.stretches(sizes):
+        free = host_bytes(sum(sizes[place] for place in places), device)
+        for place in places:
+            yield place, free[: sizes[place]]
+            free = free[sizes[place] :]
+
+
 @contextlib.contextmanager
 def visit(parked: Sequence[Parked], device: torch.device) -> Iterator[None]:
     """The weights are on the device inside, and at home after."""
@@ -220,12 +229,7 @@ def _park_blocks(network: transformer.WanTransformer, device: torch.device) -> l
     """Each block in one piece; several blocks share an allocation."""
     weights = [weights_of(block) for block in network.blocks]
     sizes = [sum(map(aligned_bytes, tensors)) for tensors in weights]
-    parked: dict[int, Parked] = {}
-    for places in memory.stretches(sizes):
-        free = host_bytes(sum(sizes[place] for place in places), device)
-        for place in places:
-            parked[place] = Parked(weights[place], free)
-            free = free[sizes[place] :]
+    parked = {place: Parked(weights[place], home) for place, home in homes(sizes, device)}
     return [parked[place] for place in range(len(weights))]
 
 

@@ -435,14 +435,20 @@ def test_images_in_a_batch_are_files_or_addresses(
     assert batch["preset"] == "tiny_i2v"
 
 
-def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
+def batches(client: openai.OpenAI, number: int) -> tuple[openai.types.FileObject, list[str]]:
+    """A file, and the ids of batches made of it."""
     file = client.files.create(file=("b.jsonl", lines({"prompt": "x"})), purpose="batch")
     made = [
         client.batches.create(
             input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
         ).id
-        for _ in range(3)
+        for _ in range(number)
     ]
+    return file, made
+
+
+def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
+    file, made = batches(client, 3)
     assert [batch.id for batch in client.batches.list(limit=2)] == made[::-1]
     assert client.batches.cancel(made[0]).status == "cancelled"
     with pytest.raises(openai.NotFoundError):
@@ -460,13 +466,7 @@ def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
 def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(
     live: Live, client: openai.OpenAI
 ) -> None:
-    file = client.files.create(file=("b.jsonl", lines({"prompt": "x"})), purpose="batch")
-    made = [
-        client.batches.create(
-            input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
-        ).id
-        for _ in range(2)
-    ]
+    _, made = batches(client, 2)
     page = client.batches.list(limit=1)
     with live.web.db.transaction() as session:
         for batch in session.scalars(select(Batch)):
