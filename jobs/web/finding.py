@@ -12,27 +12,39 @@ from jobs.web import access
 
 def batch(session: Session, reference: str, principal: access.Principal) -> Batch:
     """By its whole id. NotFound."""
-    found = session.get(Batch, reference) if queries.BATCH_ID_PART.fullmatch(reference) else None
-    if found is None or found.forgotten_at is not None or not principal.may_see(found.owner):
-        raise errors.NotFound(f"no batch {reference[:60]!r}")
+    found = _kept(session, reference, principal)
+    if found.forgotten_at is not None:
+        raise _unknown(reference)
     return found
 
 
 def batches(
     session: Session, principal: access.Principal, *, limit: int, cursor: str | None
 ) -> Sequence[Batch]:
-    """Newest first; `cursor` is the last batch that was seen."""
+    """Newest first; `cursor` is the last batch that was seen, being forgotten or not. NotFound."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
     statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if principal.sees is not None:
         statement = statement.where(Batch.owner == principal.sees)
     if cursor is not None:
-        last = batch(session, cursor, principal)
+        last = _kept(session, cursor, principal)
         same = Batch.created_at == last.created_at
         statement = statement.where(
             (Batch.created_at < last.created_at) | (same & (Batch.id < last.id))
         )
     return session.scalars(statement).all()
+
+
+def _kept(session: Session, reference: str, principal: access.Principal) -> Batch:
+    """One whose row is there. NotFound."""
+    found = session.get(Batch, reference) if queries.BATCH_ID_PART.fullmatch(reference) else None
+    if found is None or not principal.may_see(found.owner):
+        raise _unknown(reference)
+    return found
+
+
+def _unknown(reference: str) -> errors.NotFound:
+    return errors.NotFound(f"no batch {reference[:60]!r}")
 
 
 def job(session: Session, job_id: int, principal: access.Principal) -> Job:

@@ -63,7 +63,10 @@ def _submitted(
             if len(models) > 1:
                 raise service.invalid(file.name, f"all lines need one model, got {sorted(models)}")
             model = next(iter(models), None)
-            preset = openai_videos.preset_of(serving, model, with_image=with_image)
+            try:
+                preset = openai_videos.preset_of(serving, model, with_image=with_image)
+            except errors.NotFound as unknown:
+                raise service.invalid(file.name, str(unknown)) from unknown
             name = f"batch_{secrets.token_hex(12)}"
 
             def beside(session: Session, batch_id: str) -> None:

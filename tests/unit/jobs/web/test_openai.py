@@ -411,6 +411,19 @@ def test_a_line_with_a_malformed_input_reference_is_told_what_it_must_be(
         assert told[line] == f"input_reference {wanted}, got {got}"
 
 
+def test_a_model_that_nobody_has_fails_the_batch_and_is_named(client: openai.OpenAI) -> None:
+    file = client.files.create(
+        file=("b.jsonl", lines({"prompt": "x", "model": "sora-9"})), purpose="batch"
+    )
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert made.status == "failed"
+    (told,) = made.errors.data
+    assert "'sora-9'" in told.message
+    assert client.batches.retrieve(made.id).errors == made.errors
+
+
 def test_an_input_reference_that_is_null_is_none(live: Live, client: openai.OpenAI) -> None:
     data = lines({"prompt": "x", "input_reference": None})
     file = client.files.create(file=("b.jsonl", data), purpose="batch")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import results
+from jobs import results, schema
 from jobs.web import events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
@@ -129,6 +129,18 @@ def test_pages_lead_through_everything_once(web: Web) -> None:
         positions += [job["position"] for job in page["jobs"]]
         cursor = page["next_cursor"]
     assert positions == [0, 1, 2]
+
+
+def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(web: Web) -> None:
+    made = [web.submit(1) for _ in range(2)]
+    first = web.client.get("/api/batches", params={"limit": 1}).json()
+    with web.db.transaction() as session:
+        batch = session.get_one(schema.Batch, first["next_cursor"])
+        batch.forgotten_at = batch.created_at
+    page = web.client.get("/api/batches", params={"cursor": first["next_cursor"]}).json()
+    assert [batch["batch_id"] for batch in page["batches"]] == made[:1]
+    assert web.client.get(f"/api/batches/{first['next_cursor']}").status_code == 404
+    assert web.client.get("/api/batches", params={"cursor": "b" * 8}).status_code == 404
 
 
 def test_cancel_and_retry(web: Web) -> None:
