@@ -33,7 +33,9 @@ MOST_REFUSED = 20  # in a row: then it is the store that refuses us, and not som
 SLASH_IN_JSON = re.compile(r"\\(?:/|u002f)", re.IGNORECASE)  # as programs may write it
 IMAGES_IN_TEXT = re.compile(r"inputs/[0-9a-f]{2}/[0-9a-f]{64}")
 BATCHES_IN_TEXT = re.compile(r"batches/([0-9a-z-]{1,20})/")
-TEMPORARY = ("rushes-images-", "rushes-results-", "rushes-upload-", "rushes-batch-", "rushes-card-")
+TEMPORARY = tuple(
+    f"rushes-{name}-" for name in ("images", "results", "upload", "batch", "card", "selftest")
+)
 """Folders of ours in the system's temporary folder, left by processes that were killed."""
 
 

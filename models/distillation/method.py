@@ -9,6 +9,8 @@ from models import sampling
 Weights = Literal["full", "lora"]
 
 DEFAULT_STEPS = (1000, 750, 500, 250)
+MOST = 2**16
+"""Of what is repeated within an update; more would be a slip of the hand."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 
 # Learning rate of student and critic, betas, weight decay: Self-Forcing's for full weights, those
@@ -116,7 +118,8 @@ class Method:
         is_range = len(self.score_range) == 2 and 0 < self.score_range[0] < self.score_range[1] <= 1
         _require(is_range, "score_range", "be [low, high] within 0..1", list(self.score_range))
         for name in ("ratio", "batch", "accumulate"):
-            _require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+            given = getattr(self, name)
+            _require(1 <= given <= MOST, name, f"be from 1 to {MOST}", given)
         for name in ("ema", "ida"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, name, "be from 0 to below 1", value)

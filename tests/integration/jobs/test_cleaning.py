@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import os
+import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -681,6 +683,25 @@ def test_an_idempotency_key_is_free_again_when_it_is_old(bucket: Bucket) -> None
     assert bucket.clean(Kind.KEYS)[Kind.KEYS].counts == {"keys": 1}
     assert bucket.submit(idempotency_key="night") != batch_id
     assert bucket.submit(idempotency_key="live") == live
+
+
+def test_temporary_folders_of_killed_processes_go(
+    sqlite_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = re.compile(r'TemporaryDirectory\(prefix="(rushes-[^"]*)"')
+    top = Path(settings.__file__).parents[1]
+    sources = [path for part in ("jobs", "worker") for path in (top / part).rglob("*.py")]
+    ours = {found for path in sources for found in made.findall(path.read_text(encoding="utf-8"))}
+    assert len(ours) >= 6
+    past = time.time() - 31 * 24 * 3600
+    for prefix in (*ours, "rushes-notes-", "other-"):
+        (tmp_path / f"{prefix}x").mkdir()
+        os.utime(tmp_path / f"{prefix}x", (past, past))
+    (tmp_path / f"{min(ours)}new").mkdir()
+    Bucket(sqlite_world, settings.load()).clean(Kind.SCRATCH, apply=True)
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(("rushes-", "other-"))}
+    assert left == {"rushes-notes-x", "other-x", f"{min(ours)}new"}
 
 
 def test_scratch_folders_go_when_no_attempt_needs_them(sqlite_world: World, tmp_path: Path) -> None:
