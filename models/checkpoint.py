@@ -26,6 +26,7 @@ from models import (
     layout,
     quantization,
     text_encoder,
+    torch_files,
     transformer,
     vae,
     weight_names,
@@ -328,13 +329,27 @@ def _read_transformer(
     paths: tuple[Path, ...], network: transformer.WanTransformer
 ) -> dict[str, Tensor]:
     native = network.state_dict().keys()
-    names = weight_names.transformer_from_diffusers(native)  # no native name is another's there
+    scales = quantization.scale_names(native)
+    # No native name is another's there.
+    names = weight_names.transformer_from_diffusers(native | scales)
     dtypes = WEIGHT_DTYPES + quantization.CODE_DTYPES
     tensors = read_tensors(paths, names, dtypes=dtypes)
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
         raise errors.CheckpointError(f"{_named(paths)}: {problem}")
     return tensors
+
+
+def check_finite(paths: Iterable[Path]) -> None:
+    """Read all that weight files hold: what for, is when a render was not finite.
+
+    UnreadableWeightsError for the first tensor with NaN or infinity in it, or a broken file.
+    """
+    for path in paths:
+        for name, tensor in _read_file(path).items():
+            if not tensor.float().isfinite().all():
+                problem = f"{name} holds NaN or infinity: copy or download the file again"
+                raise errors.UnreadableWeightsError(path, problem)
 
 
 def _dtype_of_frames(dtype: torch.dtype) -> torch.dtype:
@@ -453,7 +468,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        can_map = zipfile.is_zipfile(path)
+        can_map = torch_files.is_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except UnpicklingError as error:
         reason = "it is damaged, or holds Python objects, which are never executed"

@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise errors.ConfigError(path, "is not there") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.ConfigError(path, f"is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise errors.ConfigError(path, f"must hold a JSON object, not a {type(values).__name__}")

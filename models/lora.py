@@ -25,6 +25,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_PAIR = 1_000_000  # elements; LightX2V stores smaller differences whole
 UNCHANGED = 1e-8  # largest difference of a tensor that is left out of an extracted LoRA
 FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+PATCHES = "patch_embedding.weight"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 PEFT_CONFIG = "adapter_config.json"
 
@@ -84,7 +85,10 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     _check_keys(path, tensors, matched)
     parts: dict[str, dict[Role, list[Tensor]]] = {}
     for key, (name, role) in matched.items():
-        parts.setdefault(name, {}).setdefault(role, []).append(tensors[key])
+        part = tensors[key]
+        if name == PATCHES and role in (Role.DOWN, Role.DELTA):
+            part = _for_more_channels(part, shapes[name])
+        parts.setdefault(name, {}).setdefault(role, []).append(part)
     _check_parts(path, parts, len(matched))
     scale_for = _scale_rule(path)
     pairs = {name: _pair(part, scale_for) for name, part in parts.items() if Role.UP in part}
@@ -104,10 +108,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise errors.UnreadableWeightsError(path, reason) from error
     for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and not key.endswith(".alpha"):
+        is_alpha = key.endswith(".alpha")
+        if is_alpha and tensor.numel() != 1:
+            raise errors.UnfitLoraError(path, f"{key} must be one number, not {tensor.numel()}")
+        if tensor.dtype not in FLOATS and not is_alpha:
             problem = f"{key} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             raise errors.UnfitLoraError(path, problem)
     return tensors
+
+
+def _for_more_channels(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Of text-to-video on image-to-video: first come the latents, then mask and condition."""
+    if part.ndim != len(shape):
+        return part
+    more = shape[1] - part.shape[1]
+    return torch.cat((part, part.new_zeros(part.shape[0], max(more, 0), *part.shape[2:])), dim=1)
 
 
 def _check_keys(
@@ -146,7 +161,7 @@ def _check_parts(
 def _pair(part: Mapping[Role, list[Tensor]], scale_for: Callable[[int], float]) -> Pair:
     (down,), (up,) = part[Role.DOWN], part[Role.UP]
     rank = down.shape[0] if down.ndim else 0
-    alpha = float(part[Role.ALPHA][0]) if Role.ALPHA in part else 0.0
+    alpha = part[Role.ALPHA][0].item() if Role.ALPHA in part else 0.0
     return Pair(down, up, alpha / rank if alpha and rank else scale_for(rank))
 
 
@@ -166,11 +181,13 @@ def _scale_rule(path: Path) -> Callable[[int], float]:
     alpha = settings.get("lora_alpha")
     if not alpha:
         return lambda _rank: 1.0
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise errors.UnfitLoraError(path, f"its lora_alpha must be a number, got {alpha!r}")
     if settings.get("alpha_pattern"):
         problem = "gives single layers an alpha of their own (alpha_pattern), which is not read"
         raise errors.UnfitLoraError(path, problem)
     root = bool(settings.get("use_rslora"))
-    return lambda rank: float(alpha) / (math.sqrt(rank) if root else rank)  # type: ignore[arg-type]
+    return lambda rank: alpha / (math.sqrt(rank) if root else rank)
 
 
 def _peft_settings(path: Path) -> dict[str, object]:
@@ -183,7 +200,7 @@ def _peft_settings(path: Path) -> dict[str, object]:
             return {key.removeprefix("transformer."): value for key, value in flat.items()}
         if path.name == "adapter_model.safetensors" and beside.is_file():
             return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise errors.UnreadableWeightsError(path, f"its PEFT settings: {error}") from error
     return {}
 

@@ -145,7 +145,7 @@ def needed(
             DECODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, mode, vae_bytes
         ),
     }
-    if files.image_encoder:
+    if files.task is layout.Task.IMAGE_TO_VIDEO:
         video = 3 * num_frames * height * width * WIDE_BYTES
         activations["image"] = video + _vae_activations(
             ENCODE_ELEMENTS_PER_PIXEL, vae_sizes, height, width, Mode(), WIDE_BYTES

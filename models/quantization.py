@@ -176,6 +176,12 @@ class _Found:
     weights: tuple[str, ...]
 
 
+def scale_names(names: Iterable[str]) -> set[str]:
+    """Of the scales that may lie beside weights of these names."""
+    modules = _modules(names, ".weight")
+    return {module + ending for module in modules for ending in (CHANNEL_SCALE, TENSOR_SCALE)}
+
+
 def prepare(
     network: nn.Module, tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:

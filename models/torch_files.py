@@ -29,6 +29,7 @@ STORAGE_DTYPES = {
 }
 UNTYPED_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 """Those that no kind of storage is named after."""
+ARCHIVE_BEGINS = b"PK\x03\x04"
 BEFORE_CONTENT = 3  # pickles of the older format: magic number, version, machine
 NO_ARCHIVE = (
     OSError,
@@ -45,7 +46,7 @@ NO_ARCHIVE = (
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file by name. Raises UnreadableWeightsError."""
     try:
-        content = _read(path) if zipfile.is_zipfile(path) else _read_older(path)
+        content = _read(path) if is_archive(path) else _read_older(path)
     except NO_ARCHIVE as error:
         raise errors.UnreadableWeightsError(path, f"no file of torch.save: {error}") from error
     except (pickle.UnpicklingError, AttributeError, LookupError, ArithmeticError) as error:
@@ -53,6 +54,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(content, dict) or not all(isinstance(e, Entry) for e in content.values()):
         raise errors.UnreadableWeightsError(path, "it holds more than named tensors")
     return {str(key): entry for key, entry in content.items()}
+
+
+def is_archive(path: Path) -> bool:
+    """Or a row of pickles. Raises BadZipFile for the beginning of an archive."""
+    if zipfile.is_zipfile(path):
+        return True
+    with path.open("rb") as stream:
+        if stream.read(len(ARCHIVE_BEGINS)) == ARCHIVE_BEGINS:
+            raise zipfile.BadZipFile("its end is missing: copy or download it again")
+    return False
 
 
 def _read(path: Path) -> Any:

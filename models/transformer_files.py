@@ -122,10 +122,9 @@ def _experts_in(parent: Path) -> tuple[Path, Path] | None:
 def shards(index: Path) -> Files:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise errors.ConfigError(index, f"is no index of shards: {error!r}") from error
-    paths = tuple(index.parent / name for name in names)
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise errors.MissingFileError(index.parent, f"the shards {missing} that {index.name} lists")

@@ -92,7 +92,11 @@ def decode(
     for step in range(steps):
         reached("decode", step, steps)
         with timings.stage("decode"), torch.inference_mode():
-            frames_THWC = to_uint8(next(chunks))
+            frames_BCTHW = next(chunks)
+            if not frames_BCTHW.isfinite().all():
+                dtype = str(model.networks.vae.dtype).removeprefix("torch.")
+                raise errors.NotFinite(f"NaN or infinity in the frames, decoded in {dtype}")
+            frames_THWC = to_uint8(frames_BCTHW)
         yield frames_THWC
 
 

@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
+import torch
 
-from jobs import dispatch, presets, queues, states
+from jobs import dispatch, presets, queues, states, workers
 from jobs.schema import Worker
+from models import layout
 from tests.integration.worker.conftest import WORKER
 from worker import components, room, scratch, wanted
 
@@ -82,6 +85,57 @@ def test_two_alternating_models_are_loaded_far_less_often_than_there_are_jobs(
         print(f"\n{row.renders} jobs of two alternating models: {row.loads} loads")  # noqa: T201
     assert row.renders == JOBS
     assert row.loads <= JOBS // 5
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"), [("transformer", "blocks.0.ffn.0.weight"), ("vae", "decoder.conv1.bias")]
+)
+def test_weights_that_are_not_finite_are_told_by_name_and_cost_their_jobs_nothing(
+    host, runner, models, part, tensor
+):
+    """No machine is suspected, and mended files are loaded anew."""
+    path = getattr(layout.find(models / "tiny"), part)[0]
+    good = path.read_bytes()
+    damage(path, tensor)
+    host.register()
+    job = host.submit()[0]
+    runner.run_attempt(job.id)
+    (attempt,) = host.attempts(job.id)
+    assert attempt.state is states.AttemptState.RELEASED
+    told = f"{path}: cannot be read as weights: {tensor} holds NaN or infinity"
+    assert told in attempt.note
+    assert host.job(job.id).error_count == 0
+    path.write_bytes(good)
+    host.db.write(workers.accept, WORKER, queue=queues.of_model("tiny"))
+    again = host.submit()[0]
+    runner.run_attempt(again.id)
+    assert host.attempts(again.id)[0].state is states.AttemptState.RENDERED
+
+
+def test_weights_that_were_altered_in_memory_are_loaded_anew(host, runner):
+    """Here the machine is to blame, and the job is tried elsewhere."""
+    host.register()
+    first, second = host.submit(2)
+    model = runner.renderer.components.model_for(presets.load(str(host.preset)).look)
+    model.networks.vae.conv2.bias.data[0] = float("nan")
+    runner.run_attempt(first.id)
+    (attempt,) = host.attempts(first.id)
+    assert (attempt.state, attempt.failure_kind) == (states.AttemptState.FAILED, "internal")
+    assert attempt.error == "NaN or infinity in the frames, decoded in float32"
+    runner.run_attempt(second.id)
+    assert host.attempts(second.id)[0].state is states.AttemptState.RENDERED
+
+
+def damage(path, tensor):
+    """One NaN in one tensor."""
+    if path.suffix == ".safetensors":
+        tensors = safetensors.torch.load_file(path)
+        tensors[tensor].view(-1)[0] = float("nan")
+        safetensors.torch.save_file(tensors, path)
+    else:
+        tensors = torch.load(path)
+        tensors[tensor].view(-1)[0] = float("nan")
+        torch.save(tensors, path)
 
 
 LORA = "tiny/loras/distill_lora.safetensors"

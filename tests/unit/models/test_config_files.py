@@ -112,7 +112,12 @@ def test_image_projections_of_another_width_contradict(written):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "not readable JSON"), ("[1]", "JSON object, not a list")]
+    ("text", "says"),
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "JSON object, not a list"),
+        pytest.param("[" * 100_000, "not readable JSON", id="deep"),
+    ],
 )
 def test_broken_json_is_named(written, text, says):
     with pytest.raises(errors.ConfigError, match=says):

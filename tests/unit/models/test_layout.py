@@ -104,7 +104,11 @@ def test_a_folder_that_is_no_model_hears_of_both_layouts(tmp_path):
         assert "model_index.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    ["not json", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}", "[" * 100_000],
+    ids=lambda content: content[:25],
+)
 def test_a_broken_index_is_named(native_root, content):
     (native_root / DIT).unlink()
     index = native_root / f"{DIT}.index.json"

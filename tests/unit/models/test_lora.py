@@ -245,6 +245,21 @@ def test_a_pair_for_the_patch_convolution(network, save):
     assert torch.equal(after, before + (up.flatten(1) @ down.flatten(1)).view_as(before))
 
 
+@pytest.mark.parametrize("form", ["pair", "difference"])
+def test_a_text_to_video_lora_changes_what_image_to_video_does_with_its_latents(save, form):
+    """LightX2V's distillation LoRAs have a difference of the patch convolution."""
+    network = build(IMAGE_SIZES)
+    before = weights(network)["patch_embedding.weight"]
+    down, up = torch.randn(RANK, 16, 1, 2, 2), torch.randn(24, RANK, 1, 1, 1)
+    change = (up.flatten(1) @ down.flatten(1)).view(24, 16, 1, 2, 2)
+    prefix = "diffusion_model.patch_embedding"
+    tensors = {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
+    path = save({f"{prefix}.diff": change} if form == "difference" else tensors)
+    after = merged(network, path)["patch_embedding.weight"]
+    assert torch.allclose(after[:, :16], before[:, :16] + change, atol=1e-5)
+    assert torch.equal(after[:, 16:], before[:, 16:])
+
+
 def test_merging_rounds_once_from_fp32(save):
     network = build(dtype=torch.bfloat16)
     before, pairs = weights(network), random_pairs(network, dtype=torch.bfloat16)
@@ -571,6 +586,20 @@ def test_half_a_pair_is_refused(network, save, missing):
 def test_an_alpha_without_a_pair_is_refused(network, save):
     tensors = {**one_pair(), "diffusion_model.blocks.0.self_attn.k.alpha": torch.tensor(4.0)}
     assert refused(network, save(tensors)).incomplete == ("blocks.0.self_attn.k.weight",)
+
+
+def test_an_alpha_that_is_not_one_number_is_refused(network, save):
+    key = "diffusion_model.blocks.0.self_attn.q.alpha"
+    for alpha in (torch.tensor([1.0, 2.0]), torch.tensor([])):
+        with pytest.raises(errors.UnfitLoraError, match=f"{key} must be one number"):
+            read(save({**one_pair(), key: alpha}), network)
+
+
+@pytest.mark.parametrize("alpha", ["x", [4], float("inf")])
+def test_an_alpha_in_peft_settings_that_is_no_number_is_refused(network, save, alpha):
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}
+    with pytest.raises(errors.UnfitLoraError, match="lora_alpha must be a number"):
+        read(save(one_pair(), metadata=header), network)
 
 
 def test_a_layer_in_two_spellings_is_refused(network, save):

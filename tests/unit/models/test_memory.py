@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import subprocess
 import sys
 import zipfile
@@ -110,6 +111,14 @@ def test_headers_that_lie_are_named(tmp_path, name, write, content):
     read = safetensors_files if path.suffix == ".safetensors" else torch_files
     with pytest.raises(errors.UnreadableWeightsError, match=name):
         read.read_header(path)
+
+
+def test_the_beginning_of_a_file_is_told_as_that(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(1_000)}, path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(errors.UnreadableWeightsError, match="its end is missing"):
+        torch_files.read_header(path)
 
 
 def test_a_damaged_compressed_file_is_named(tmp_path):
@@ -242,6 +251,18 @@ def test_options_take_from_the_device_what_they_say(files):
     whole = memory.needed(files, **big).stages["decode"]
     ratio = whole["activations"] / tiles["activations"]
     assert ratio == pytest.approx(480 * 832 / 256**2)
+
+
+def test_a_first_frame_is_encoded_also_where_there_is_no_image_encoder(files):
+    """As in Wan2.2."""
+    assert not files.image_encoder
+    for mode in (Mode(), Mode(offload=Offload.BLOCK)):
+        of_text, of_image = (
+            memory.needed(dataclasses.replace(files, task=task), **VIDEO, mode=mode).stages
+            for task in layout.Task
+        )
+        assert of_image.keys() - of_text.keys() == {"image"}
+        assert of_image["image"]["activations"] > of_image["decode"]["activations"]
 
 
 def test_two_transformers_wait_together_and_come_one_at_a_time(files):

@@ -16,6 +16,7 @@ from models import (
     quantization,
     quantized_files,
     safetensors_files,
+    weight_names,
 )
 from models.quantization import Matmul, Scheme
 
@@ -155,6 +156,18 @@ def test_a_lightx2v_file_computes_what_its_dequantized_weights_compute(
         assert torch.equal(tensor.float(), content[name].float()), name
     assert torch.equal(forward(network), forward(plain))
     assert quantization.last_matmuls(network) == Counter({Matmul.DEQUANTIZED: 20})
+
+
+@pytest.mark.parametrize("form", ["lightx2v", "comfyui"])
+def test_scales_may_have_diffusers_names(tensors, load, forward, form):
+    content = comfyui(tensors) if form == "comfyui" else lightx2v(tensors, Scheme.FP8)
+    foreign = {
+        weight_names.rename(name, weight_names.TRANSFORMER): tensor
+        for name, tensor in content.items()
+    }
+    assert foreign.keys() != content.keys()
+    there = load(foreign, name="foreign.safetensors")
+    assert torch.equal(forward(there), forward(load(content)))
 
 
 def test_scales_may_be_stored_in_the_dtype_of_the_source(tensors, load):
