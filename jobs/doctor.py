@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from jobs import (
     beat,
     broker,
     database,
+    direct,
     errors,
     migrate,
     parts,
@@ -60,8 +60,9 @@ def examine() -> Iterator[Check]:
     except errors.RushesError as error:
         yield _fail("settings", str(error), "correct these values; docs/configuration.md")
         return
-    parts: tuple[Callable[[settings.Settings], Iterator[Check]], ...] = (
+    examined: tuple[Callable[[settings.Settings], Iterator[Check]], ...] = (
         _settings,
+        _rendering,
         _database,
         _broker,
         _results,
@@ -72,7 +73,7 @@ def examine() -> Iterator[Check]:
         _weights,
         _processes,
     )
-    for part in parts:
+    for part in examined:
         yield from part(config)
 
 
@@ -96,6 +97,19 @@ def _settings(config: settings.Settings) -> Iterator[Check]:
         source = source_of(config, names)
         if source != "default" or field in ("home", "database_url", "broker_url", "results_url"):
             yield _ok(f"setting {names[0]}", f"{_shown(config, field)} ({source})")
+
+
+def _rendering(_config: settings.Settings) -> Iterator[Check]:
+    """How workers that are started here, as this command was, would render."""
+    try:
+        found = parts.RENDERING_SETTINGS.load()()
+    except errors.RushesError as error:
+        yield _fail("rendering settings", str(error), "correct these values; docs/configuration.md")
+        return
+    for field in sorted(found.model_fields_set):
+        name = str(type(found).model_fields[field].validation_alias.choices[0])
+        source = f"environment {name}" if os.environ.get(name) else ".env"
+        yield _ok(f"setting {name}", f"{getattr(found, field)} ({source})")
 
 
 def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
@@ -297,7 +311,7 @@ def _link(store: storage.ObjectStore, key: str, sha256: str, *, is_aws: bool) ->
     if is_aws:
         advice = "set AWS_REGION to the region of the bucket: links are signed for it"
     try:
-        with urllib.request.urlopen(link, timeout=10) as answer:  # noqa: S310  # scheme checked above
+        with direct.opened(link, seconds=10) as answer:
             content = answer.read(OBJECT_BYTES + 1)
     except urllib.error.HTTPError as error:
         return _fail("results links", f"{where} answers {error.code}", advice)

@@ -123,6 +123,7 @@ def running(
     with ExitStack() as stack:
         refusal = f"`rushes up` already runs in {config.home}; stop it first, or set RUSHES_HOME"
         stack.enter_context(supervisor.only_one(config.home / LOCK, refusal))
+        parts.RENDERING_SETTINGS.load()()  # a bad value is told here, not in the worker's log
         environment, kept_servers = _start_servers(config, stack, say)
         _write_up_file(config.home, _own_addresses(config) | environment)
         stack.callback((config.home / settings.UP_FILE).unlink, missing_ok=True)

@@ -36,6 +36,7 @@ from jobs import (
     workers,
 )
 from worker import finished, gpus, trial
+from worker import settings as worker_settings
 
 log = structlog.get_logger()
 
@@ -330,6 +331,7 @@ def _each_only_once(launcher: Launcher) -> Iterator[None]:
 
 def make(config: settings.Settings, *, devices: str) -> Launcher:
     stores.open_store(config)  # a bad URL is told now, and not after the first render
+    worker_settings.load()  # nor a bad value by children that cannot begin
     slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
     is_simulation = all(slot.device == gpus.SIMULATED for slot in slots)

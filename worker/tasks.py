@@ -59,10 +59,11 @@ def _configure_logs(**_: object) -> None:
 @signals.worker_process_init.connect
 def _begin(**_: object) -> None:
     """A new child renders in place of one that died: what that one held is lost."""
-    config = settings.load()
-    logs.configure(config)
-    name = worker_settings.load().worker_name
+    name = os.environ.get("RUSHES_WORKER_NAME", "")
     try:
+        config = settings.load()
+        logs.configure(config)
+        name = worker_settings.load().worker_name
         database.connect_service(config).write(
             lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=name
         )

@@ -2,8 +2,6 @@
 
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from jobs import (
     broker,
     database,
+    direct,
     orders,
     presets,
     queries,
@@ -123,7 +122,7 @@ def _local_folder(farm: standalone.Farm) -> Path | None:
 
 def _opens(link: str) -> bool:
     try:
-        with urllib.request.urlopen(link, timeout=LINK_TRY_SECONDS) as answer:  # noqa: S310  # http
+        with direct.opened(link, seconds=LINK_TRY_SECONDS) as answer:
             return bool(answer.read(4096))
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +11,7 @@ import click
 from jobs import (
     beat,
     database,
+    direct,
     dispatch,
     firing,
     first_answer,
@@ -188,7 +188,7 @@ def _told_answer(host: str, port: int) -> int:
         host = "localhost"
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/healthz"
     try:
-        with urllib.request.urlopen(address, timeout=CHECK_SECONDS):
+        with direct.opened(address, seconds=CHECK_SECONDS, is_here=True):
             output.line("it answers")
             return exits.OK
     except OSError as error:

@@ -997,9 +997,22 @@ def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes
     assert "--devices" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["worker", "up", "demo"])
+def test_a_bad_setting_of_rendering_is_told_before_anything_starts(
+    db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Else children that cannot begin would be started again and again."""
+    monkeypatch.setenv("RUSHES_X264_CRF", "99")
+    result = rushes(command, "--devices", "cpu")
+    assert result.exit_code == exits.USAGE
+    assert "RUSHES_X264_CRF: Input should be less than" in result.stderr
+    assert not list(Path().rglob("up.json"))
+
+
 def test_the_web_service_is_asked_at_its_own_address(
     rushes: Rushes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     answers = http.server.BaseHTTPRequestHandler
     monkeypatch.setattr(answers, "do_GET", lambda self: self.send_error(200), raising=False)
     with http.server.ThreadingHTTPServer(("127.0.0.2", 0), answers) as server:

@@ -163,6 +163,21 @@ def test_settings_are_shown_with_their_source_and_without_secrets(
     assert "secret@" not in everything
 
 
+def test_settings_of_rendering_are_shown_where_they_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_text("RUSHES_X264_PRESET=slow\n")
+    monkeypatch.setenv("RUSHES_DTYPE", "float32")
+    found = checks()
+    assert found["setting RUSHES_X264_PRESET"].seen == "slow (.env)"
+    assert found["setting RUSHES_DTYPE"].seen == "float32 (environment RUSHES_DTYPE)"
+    assert "setting RUSHES_ENCODER" not in found
+    monkeypatch.setenv("RUSHES_DTYPE", "foo")
+    check = checks()["rendering settings"]
+    assert check.status == "fail"
+    assert "RUSHES_DTYPE" in check.seen
+
+
 def test_a_wrong_setting_is_the_only_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_WINDOW", "0")
     found = checks()

@@ -1,5 +1,6 @@
 """What a worker process loads, and when."""
 
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,20 @@ def test_a_publisher_never_loads_torch():
     loaded = modules_after("from worker import tasks; tasks.publisher().publish(1)")
     assert "worker.publisher" in loaded
     assert loaded.isdisjoint({"torch", "models", "transformers", "worker.runner"})
+
+
+def test_a_child_that_cannot_read_its_settings_ends_its_celery():
+    """Which would go on with it, and take messages for what it cannot render."""
+    script = (
+        "import os; os.setpgrp(); from worker import tasks;"
+        "os.environ['RUSHES_DTYPE'] = 'foo'; tasks._begin()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert "worker.cannot_start" in done.stderr
+    assert "RUSHES_DTYPE" in done.stderr
 
 
 def test_the_launcher_never_loads_torch():
