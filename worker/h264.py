@@ -1,7 +1,8 @@
 """Which of ffmpeg's encoders makes H.264: the processor's x264, or the GPU's own where it has one.
 
-x264 makes the same bytes everywhere. NVENC spares a host's cores, for more bytes and others on each
-kind of GPU; A100, H100 and H200 have none.
+x264 makes the same bytes on every host with processors of one family, such as x86, since
+SAME_EVERYWHERE is given to it. NVENC spares a host's cores, for more bytes and others on each kind
+of GPU; A100, H100 and H200 have none.
 """
 
 import functools
@@ -15,6 +16,9 @@ from worker.settings import WorkerSettings
 X264, NVENC = "libx264", "h264_nvenc"
 NVENC_LEAST = 160  # pixels, both ways: it takes none below 145x49
 TRIAL_SECONDS = 60.0
+SAME_EVERYWHERE = ("-threads", "8", "-x264-params", "cpu-independent=1")
+"""For x264, which else takes as many threads as there are cores and cuts its search for each; and
+whose fastest code for some processors rounds otherwise. 8 keep up with a device."""
 
 
 def ffmpeg() -> str:
@@ -54,7 +58,7 @@ def options(name: str, worker_settings: WorkerSettings) -> list[str]:
     quality = str(worker_settings.x264_crf)
     if name == NVENC:  # its scale of quality is much like x264's
         return ["-preset", "p5", "-rc", "vbr", "-cq", quality, "-b:v", "0"]
-    return ["-preset", worker_settings.x264_preset, "-crf", quality]
+    return ["-preset", worker_settings.x264_preset, "-crf", quality, *SAME_EVERYWHERE]
 
 
 @functools.cache

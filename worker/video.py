@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 END_SECONDS = 120.0  # for the last frames and the move of the index to the front
 PROBE_SECONDS = 120.0
+# Players take small videos for BT.601 unless told; convert and say the same. Said of the frames,
+# since ffmpeg lets what they say, be it "unknown", go before its own options.
+TO_BT709 = "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"
+SAY_BT709 = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 DISK_COMPLAINTS = (  # as the C library words them, and ffmpeg repeats
     "No space left on device",
     "Disk quota exceeded",
@@ -175,10 +179,7 @@ def _encode_command(
         *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
         *("-i", "pipe:0", "-an"),
-        # Players take small videos for BT.601 unless told; convert and say the same.
-        *("-vf", "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"),
-        *("-c:v", *encoder, "-pix_fmt", "yuv420p"),
-        *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-        *("-color_range", "tv", "-metadata", f"comment={comment}"),
+        *("-vf", f"{TO_BT709},{SAY_BT709}", "-c:v", *encoder, "-pix_fmt", "yuv420p"),
+        *("-metadata", f"comment={comment}"),
         *("-movflags", "+faststart", "-f", "mp4", str(path)),
     ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import resource
 import signal
 import subprocess
@@ -30,6 +31,23 @@ def encode(tmp_path, worker_settings):
         return path
 
     return run
+
+
+@pytest.fixture
+def ffmpeg_that(tmp_path, monkeypatch):
+    """`ffmpeg_that("words.remove('-an')")`: lines of Python go before the real one."""
+
+    def put(lines):
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        program = tmp_path / "ffmpeg"
+        program.write_text(
+            f"#!{sys.executable} -SE\nimport os, subprocess, sys, time\nwords = sys.argv[1:]\n"
+            f"real = [{real!r}]\n{textwrap.dedent(lines)}\nos.execv(*real, ['ffmpeg', *words])\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+
+    return put
 
 
 @pytest.fixture
@@ -97,7 +115,33 @@ def test_the_file_is_tagged_as_bt709_of_limited_range(encode):
         check=False,
         text=True,
     ).stderr
-    assert "yuv420p(tv, bt709" in told
+    assert "yuv420p(tv, bt709, " in told
+    assert b"colr" in path.read_bytes()
+
+
+def test_few_cores_make_the_same_bytes_as_many(encode, tmp_path):
+    cores = os.sched_getaffinity(0)
+    if len(cores) == 1:
+        pytest.skip("there is one core")
+    many = encode(noise(9, 64, 96), path=tmp_path / "many.mp4")
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        one = encode(noise(9, 64, 96), path=tmp_path / "one.mp4")
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_an_older_processor_makes_the_same_bytes(tmp_path, worker_settings, ffmpeg_that):
+    """x264 rounds otherwise in its code for newer ones, where that is not forbidden."""
+    medium = worker_settings.model_copy(update={"x264_preset": "medium"})  # as ultrafast needs none
+    files = [tmp_path / name for name in ("newest.mp4", "old.mp4")]
+    for path in files:
+        with video.Mp4Writer(path, width=256, height=160, fps=16, worker_settings=medium) as writer:
+            writer.write(noise(25, 160, 256))
+            writer.finish()
+        ffmpeg_that("words[words.index('-x264-params') + 1] += ':asm=sse2'")
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def truncated(data):
