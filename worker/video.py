@@ -67,7 +67,7 @@ class Mp4Writer:
             )
         except OSError as error:
             self._log.close()
-            raise h264.failure(f"ffmpeg does not start: {error}") from error
+            raise h264.failure(f"ffmpeg does not start: {error}", self.encoder) from error
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +118,7 @@ class Mp4Writer:
         is_too_large = self._process.returncode == -signal.SIGXFSZ  # for `ulimit -f`
         if is_too_large or any(complaint in words for complaint in DISK_COMPLAINTS):
             return errors.DiskUnusable(message)
-        return h264.failure(message)
+        return h264.failure(message, self.encoder)
 
 
 def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:

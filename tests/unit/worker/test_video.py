@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from worker import errors, h264, video
+from jobs import errors as jobs_errors
+from worker import errors, h264, settings, video
 
 
 @pytest.fixture
@@ -283,7 +284,10 @@ def test_a_finished_writer_leaves_nothing_behind(encode):
 
 @pytest.fixture
 def gpu_that_encodes(tmp_path, monkeypatch):
-    """An ffmpeg that takes NVENC's words and lets x264 do it; the words that it was given."""
+    """An ffmpeg that takes NVENC's words and lets x264 do it; the words that it was given.
+
+    Not while there is a file `sessions used up` beside them.
+    """
     told = tmp_path / "told"
     script = f"""\
         #!{sys.executable}
@@ -292,6 +296,8 @@ def gpu_that_encodes(tmp_path, monkeypatch):
         with open({str(told)!r}, "a") as file:
             print(*words, file=file)
         if "h264_nvenc" in words:
+            if os.path.exists({str(tmp_path / "sessions used up")!r}):
+                sys.exit("[h264_nvenc @ 0x1] OpenEncodeSessionEx failed: out of memory (10)")
             start = words.index("h264_nvenc")
             words[start : start + (9 if "-cq" in words else 1)] = ["libx264"]
         os.execv({imageio_ffmpeg.get_ffmpeg_exe()!r}, ["ffmpeg", *words])
@@ -333,5 +339,60 @@ def test_an_encoder_that_is_not_there_is_told_or_passed_over(worker_settings):
     if h264.why_no_nvenc(h264.ffmpeg()) is None:
         pytest.skip("this machine's GPU encodes")
     assert h264.encoder(auto, width=832, height=480) == "libx264"
-    with pytest.raises(errors.DeviceFault, match=r"RUSHES_ENCODER is nvenc.* auto would take x264"):
+    with pytest.raises(
+        errors.EncoderBroken, match=r"RUSHES_ENCODER is nvenc.* auto would take x264"
+    ):
         h264.encoder(nvenc, width=832, height=480)
+
+
+@pytest.fixture
+def encode_with(tmp_path, worker_settings):
+    """`encode_with("auto")`: which encoder made a video."""
+
+    def run(wanted):
+        asked = worker_settings.model_copy(update={"encoder": wanted})
+        with video.Mp4Writer(
+            tmp_path / "video.mp4", width=256, height=256, fps=16, worker_settings=asked
+        ) as writer:
+            writer.write(noise(16, 256, 256))
+            writer.finish()
+        return writer.encoder
+
+    return run
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_gpu_that_no_longer_encodes_is_a_fault_of_the_host_and_left_alone(encode_with, tmp_path):
+    assert encode_with("auto") == "h264_nvenc"
+    (tmp_path / "sessions used up").touch()
+    with pytest.raises(errors.EncoderBroken, match="nor does h264_nvenc encode a test picture"):
+        encode_with("auto")
+    assert encode_with("auto") == "libx264"
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_gpu_that_must_encode_is_asked_again_for_each_video(encode_with, tmp_path):
+    assert encode_with("nvenc") == "h264_nvenc"
+    used_up = tmp_path / "sessions used up"
+    used_up.touch()
+    for _ in range(2):
+        with pytest.raises(errors.EncoderBroken, match="OpenEncodeSessionEx failed"):
+            encode_with("nvenc")
+    used_up.unlink()
+    assert encode_with("nvenc") == "h264_nvenc"
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_video_that_fails_on_a_gpu_that_encodes_is_an_encoding_failure(encode_with, tmp_path):
+    (tmp_path / "video.mp4").mkdir()
+    with pytest.raises(errors.EncodingFailed, match="Is a directory"):
+        encode_with("auto")
+    (tmp_path / "video.mp4").rmdir()
+    assert encode_with("auto") == "h264_nvenc"
+
+
+@pytest.mark.parametrize("crf", [0, 52])
+def test_a_quality_that_players_do_not_play_is_refused(monkeypatch, crf):
+    monkeypatch.setenv("RUSHES_X264_CRF", str(crf))
+    with pytest.raises(jobs_errors.InvalidInput, match="RUSHES_X264_CRF"):
+        settings.load()
