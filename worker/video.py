@@ -5,10 +5,14 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+import psutil
 
 from worker import errors, h264
 from worker.settings import WorkerSettings
@@ -16,7 +20,9 @@ from worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-END_SECONDS = 120.0  # for the last frames and the move of the index to the front
+END_SECONDS = 120.0  # of standstill, in the last frames or the move of the index to the front
+LOOK_SECONDS = 5.0
+LEAST_WORK_SECONDS = 1.0  # of a processor, in END_SECONDS; one that only waits takes 0.02
 PROBE_SECONDS = 120.0
 # Players take small videos for BT.601 unless told; convert and say the same. Said of the frames,
 # since ffmpeg lets what they say, be it "unknown", go before its own options.
@@ -97,19 +103,36 @@ class Mp4Writer:
             self._wait()
             raise self._failure() from None
 
-    def finish(self) -> None:
-        """Wait for the end of the file; DiskUnusable, or what `h264.failure` says."""
+    def finish(self, *, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Wait for the end of the file; DiskUnusable, or what `h264.failure` says.
+
+        Many frames may still be to encode: `on_progress` hears now and then that it goes on.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the exit status below tells why
             self._process.stdin.close()
-        if self._wait() != 0:
+        if self._wait(on_progress) != 0:
             raise self._failure()
 
-    def _wait(self) -> int:
-        try:
-            return self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise h264.failure(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
+    def _wait(self, on_progress: Callable[[], None] = lambda: None) -> int:
+        """Its exit status. It may take as long as it likes, while it does something."""
+        seconds, written_at, moved_at = 0.0, 0, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(LOOK_SECONDS)
+            work = self._work()
+            if work[0] >= seconds + LEAST_WORK_SECONDS or work[1] != written_at:
+                (seconds, written_at), moved_at = work, time.monotonic()
+                on_progress()
+            elif time.monotonic() - moved_at > END_SECONDS:
+                message = f"ffmpeg has done nothing for {END_SECONDS:.0f} s"
+                raise h264.failure(message, self.encoder)
+
+    def _work(self) -> tuple[float, int]:
+        """What ffmpeg has used of processors, in seconds; when its file was last written, in ns."""
+        used = psutil.Process(self._process.pid).cpu_times()
+        written_at = self._path.stat().st_mtime_ns if self._path.exists() else 0
+        return used.user + used.system, written_at
 
     def _failure(self) -> errors.RenderError:
         self._log.seek(0)

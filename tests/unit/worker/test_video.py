@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import imageio_ffmpeg
 import psutil
@@ -216,6 +217,48 @@ def test_an_ffmpeg_that_dies_after_the_last_frame_is_an_encoding_failure(writer)
     kill_ffmpeg()
     with pytest.raises(errors.EncodingFailed, match="ffmpeg ended with -9"):
         writer.finish()
+
+
+AFTER_THE_FRAMES = """
+    if "pipe:0" in words:
+        subprocess.run(real + words, check=True)
+        until = time.monotonic() + {seconds}
+        while time.monotonic() < until:
+            {what}
+        sys.exit()
+"""
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("what", ["pass", "time.sleep(0.1); os.utime(words[-1])"])
+def test_an_ffmpeg_that_computes_or_writes_is_waited_for(encode_slowly, what):
+    assert len(encode_slowly(what, seconds=3.5)) > 1, "and its progress is told"
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_an_ffmpeg_that_does_nothing_is_an_encoding_failure(encode_slowly):
+    with pytest.raises(errors.EncodingFailed, match="ffmpeg has done nothing for 1 s"):
+        encode_slowly("time.sleep(0.1)", seconds=60)
+
+
+@pytest.fixture
+def encode_slowly(tmp_path, worker_settings, monkeypatch, ffmpeg_that):
+    """When the writer heard of progress, of an ffmpeg that does so for so long at its end."""
+    monkeypatch.setattr(video, "END_SECONDS", 1.2)
+    monkeypatch.setattr(video, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(video, "LEAST_WORK_SECONDS", 0.1)
+
+    def run(what, *, seconds):
+        ffmpeg_that(AFTER_THE_FRAMES.format(what=what, seconds=seconds))
+        heard = []
+        with video.Mp4Writer(
+            tmp_path / "video.mp4", width=64, height=64, fps=8, worker_settings=worker_settings
+        ) as writer:
+            writer.write(noise(2, 64, 64))
+            writer.finish(on_progress=lambda: heard.append(time.monotonic()))
+        return heard
+
+    return run
 
 
 @pytest.mark.usefixtures("no_leaks")
