@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import http.client
 import io
+import itertools
 import os
 import ssl
 import stat
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 from jobs import errors, one_line, outside, settings, storage, stores
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageCms, ImageFile
 
 MAX_SHOWN_CHARS = 100
 CHUNK_BYTES = 1 << 16
@@ -48,6 +49,7 @@ CONTENT_TYPES = {
 """The formats that are read, by Pillow's names; of several frames or pages the first."""
 FORMATS = "JPEG, PNG, WebP, BMP, TIFF or GIF"
 
+SRGB_ROUNDING = 3  # of 255, between profiles of sRGB; a plain gamma of 2.2 differs by 9
 ORIENTATION_TAG = 0x0112
 ON_ITS_SIDE = {5, 6, 7, 8}  # values of the tag that exchange width and height
 
@@ -489,6 +491,7 @@ def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]"
     with image:
         if image.width * image.height > limits.max_pixels:
             raise _too_many_pixels(shown, limits, image.size)
+        _match_transparency(image)
         try:
             image.load()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -498,6 +501,16 @@ def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]"
                 shown, f"is a damaged or incomplete {image.format}: send the whole file"
             ) from None
         yield image
+
+
+def _match_transparency(image: "ImageFile.ImageFile") -> None:
+    """Pillow makes 8 bits of a PNG's pixels, not of the colour that it calls transparent."""
+    given = image.info.get("transparency")
+    raw_mode = image.tile[0][3] if image.tile else None
+    if isinstance(given, int) and raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = given * (85 if raw_mode == "L;2" else 17)
+    elif isinstance(given, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in given)
 
 
 def _too_many_pixels(
@@ -546,7 +559,9 @@ def _rgb(image: "Image.Image") -> "Image.Image":
     if not image.has_transparency_data:
         return _srgb(image)
     with_alpha = image.convert("RGBA")
-    colours = _srgb(with_alpha.convert("RGB"), image.info.get("icc_profile"))
+    is_grey = image.mode in ("L", "LA")  # and so is its profile, which does for nothing else
+    opaque = image.getchannel("L") if is_grey else with_alpha.convert("RGB")
+    colours = _srgb(opaque, image.info.get("icc_profile"))
     white = Image.new("RGB", image.size, "white")
     return Image.composite(colours, white, with_alpha.getchannel("A"))
 
@@ -576,10 +591,26 @@ def _srgb(image: "Image.Image", profile: bytes | None = None) -> "Image.Image":
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(own).lower():
-                converted = ImageCms.profileToProfile(
-                    image, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                )
-                if converted is not None:
-                    return converted
+            if image.mode != "RGB" or not _is_srgb(own):
+                return _converted(image, own)
     return image.convert("RGB")
+
+
+def _is_srgb(profile: "ImageCms.ImageCmsProfile") -> bool:
+    """By what it does to colours: linear sRGB has the name as well."""
+    from PIL import Image, ImageChops
+
+    levels = range(0, 256, 51)
+    cube = bytes(level for colour in itertools.product(levels, repeat=3) for level in colour)
+    given = Image.frombytes("RGB", (len(cube) // 3, 1), cube)
+    changes = ImageChops.difference(given, _converted(given, profile))
+    return max(changes.tobytes()) <= SRGB_ROUNDING
+
+
+def _converted(image: "Image.Image", profile: "ImageCms.ImageCmsProfile") -> "Image.Image":
+    from PIL import ImageCms
+
+    srgb = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    assert converted is not None  # it is for one that is changed in place
+    return converted

@@ -65,7 +65,7 @@ class NotSigned(HostFault):
 
 
 class EncoderBroken(HostFault):
-    """ffmpeg is not there, or encodes nothing on this host."""
+    """ffmpeg is not there, or encodes nothing on this host with the encoder that it should use."""
 
     is_of_all_queues = True
     kind = states.FailureKind.ENCODING

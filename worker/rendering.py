@@ -254,7 +254,8 @@ class Encoder:
     def finish(self, signs: "credentials.Credentials | None") -> video.VideoInfo:
         """A whole, marked and checked mp4."""
         self.beside.wait()
-        self.writer.finish()
+        # A slow preset has much left to encode: no stall, and it can still be cancelled.
+        self.writer.finish(on_progress=lambda: self.heart.reached("mux", 0, 1))
         look, path = self.look, self.folder.video
         with scratch.disk_errors():
             provenance.mark(path, self.origin)

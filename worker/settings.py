@@ -123,7 +123,7 @@ class WorkerSettings(BaseSettings):
     )
     x264_crf: int = Field(
         18,
-        ge=0,
+        ge=1,  # 0 would be lossless, in a profile that players do not play
         le=51,
         validation_alias=AliasChoices("RUSHES_X264_CRF"),
         description="Quality of H.264: lower is better, 18 is visually lossless. nvenc's too.",

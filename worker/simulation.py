@@ -168,7 +168,8 @@ def _go_wrong(fault: str | None, ran_out: str | None) -> None:
 @functools.lru_cache(maxsize=8)
 def _card(width: int, height: int, num_frames: int, fps: int) -> tuple[video.VideoInfo, bytes]:
     """A test card as mp4, encoded once per size."""
-    return _encode_card(width, height, num_frames, fps, ("-preset", "ultrafast"))
+    options = ("-preset", "ultrafast", *h264.SAME_EVERYWHERE)
+    return _encode_card(width, height, num_frames, fps, options)
 
 
 def _encode_card(

@@ -5,10 +5,14 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+import psutil
 
 from worker import errors, h264
 from worker.settings import WorkerSettings
@@ -16,8 +20,14 @@ from worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-END_SECONDS = 120.0  # for the last frames and the move of the index to the front
+END_SECONDS = 120.0  # of standstill, in the last frames or the move of the index to the front
+LOOK_SECONDS = 5.0
+LEAST_WORK_SECONDS = 1.0  # of a processor, in END_SECONDS; one that only waits takes 0.02
 PROBE_SECONDS = 120.0
+# Players take small videos for BT.601 unless told; convert and say the same. Said of the frames,
+# since ffmpeg lets what they say, be it "unknown", go before its own options.
+TO_BT709 = "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"
+SAY_BT709 = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 DISK_COMPLAINTS = (  # as the C library words them, and ffmpeg repeats
     "No space left on device",
     "Disk quota exceeded",
@@ -63,7 +73,7 @@ class Mp4Writer:
             )
         except OSError as error:
             self._log.close()
-            raise h264.failure(f"ffmpeg does not start: {error}") from error
+            raise h264.failure(f"ffmpeg does not start: {error}", self.encoder) from error
 
     def __enter__(self) -> Self:
         return self
@@ -93,19 +103,36 @@ class Mp4Writer:
             self._wait()
             raise self._failure() from None
 
-    def finish(self) -> None:
-        """Wait for the end of the file; DiskUnusable, or what `h264.failure` says."""
+    def finish(self, *, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Wait for the end of the file; DiskUnusable, or what `h264.failure` says.
+
+        Many frames may still be to encode: `on_progress` hears now and then that it goes on.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the exit status below tells why
             self._process.stdin.close()
-        if self._wait() != 0:
+        if self._wait(on_progress) != 0:
             raise self._failure()
 
-    def _wait(self) -> int:
-        try:
-            return self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise h264.failure(f"ffmpeg did not end within {END_SECONDS:.0f} s") from None
+    def _wait(self, on_progress: Callable[[], None] = lambda: None) -> int:
+        """Its exit status. It may take as long as it likes, while it does something."""
+        seconds, written_at, moved_at = 0.0, 0, time.monotonic()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(LOOK_SECONDS)
+            work = self._work()
+            if work[0] >= seconds + LEAST_WORK_SECONDS or work[1] != written_at:
+                (seconds, written_at), moved_at = work, time.monotonic()
+                on_progress()
+            elif time.monotonic() - moved_at > END_SECONDS:
+                message = f"ffmpeg has done nothing for {END_SECONDS:.0f} s"
+                raise h264.failure(message, self.encoder)
+
+    def _work(self) -> tuple[float, int]:
+        """What ffmpeg has used of processors, in seconds; when its file was last written, in ns."""
+        used = psutil.Process(self._process.pid).cpu_times()
+        written_at = self._path.stat().st_mtime_ns if self._path.exists() else 0
+        return used.user + used.system, written_at
 
     def _failure(self) -> errors.RenderError:
         self._log.seek(0)
@@ -114,7 +141,7 @@ class Mp4Writer:
         is_too_large = self._process.returncode == -signal.SIGXFSZ  # for `ulimit -f`
         if is_too_large or any(complaint in words for complaint in DISK_COMPLAINTS):
             return errors.DiskUnusable(message)
-        return h264.failure(message)
+        return h264.failure(message, self.encoder)
 
 
 def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:
@@ -175,10 +202,7 @@ def _encode_command(
         *("-hide_banner", "-nostats", "-loglevel", "error", "-y"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
         *("-i", "pipe:0", "-an"),
-        # Players take small videos for BT.601 unless told; convert and say the same.
-        *("-vf", "scale=in_range=pc:out_range=tv:out_color_matrix=bt709"),
-        *("-c:v", *encoder, "-pix_fmt", "yuv420p"),
-        *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-        *("-color_range", "tv", "-metadata", f"comment={comment}"),
+        *("-vf", f"{TO_BT709},{SAY_BT709}", "-c:v", *encoder, "-pix_fmt", "yuv420p"),
+        *("-metadata", f"comment={comment}"),
         *("-movflags", "+faststart", "-f", "mp4", str(path)),
     ]

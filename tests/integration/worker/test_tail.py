@@ -5,10 +5,11 @@ import threading
 import time
 from concurrent.futures import Future
 
+import imageio_ffmpeg
 import pytest
 import sqlalchemy.exc
 
-from jobs import dispatch, lifecycle, safety, states, workers
+from jobs import dispatch, lifecycle, orders, safety, states, workers
 from worker import checks, errors, heartbeat, rendering, runner, video
 
 pytestmark = pytest.mark.timeout(60)
@@ -54,6 +55,46 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
     assert not ended
     for job in (first, second):
         assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
+@pytest.fixture
+def slow_end(monkeypatch, tmp_path):
+    """An ffmpeg that goes on writing its file for so many tenths of a second."""
+    monkeypatch.setattr(video, "LOOK_SECONDS", 0.1)
+
+    def put(tenths):
+        program = tmp_path / "ffmpeg"
+        program.write_text(
+            f"""#!/bin/sh
+            {imageio_ffmpeg.get_ffmpeg_exe()} "$@" || exit
+            for file; do :; done
+            case "$*" in *pipe:0*) for _ in $(seq {tenths}); do touch "$file"; sleep 0.1; done; esac
+            """
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+
+    return put
+
+
+def test_many_frames_that_are_still_to_encode_are_no_stall(host, slow_end, ended):
+    slow_end(30)
+    (job,) = host.submit(1)
+    own = host.worker_settings.model_copy(update={"stall_seconds": 1.5})
+    host.runner(worker_settings=own).run_attempt(job.id)
+    assert not ended
+    assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
+def test_a_cancel_is_heard_while_frames_are_still_to_encode(host, slow_end, until):
+    slow_end(600)
+    (job,) = host.submit(1)
+    made = host.runner()
+    begin(made, job.id)
+    until(lambda: host.attempts(job.id)[0].stage == "mux")
+    host.db.write(orders.cancel_job, job.id)
+    made.tail.wait(seconds=20)
+    assert host.attempts(job.id)[0].state is states.AttemptState.CANCELLED
 
 
 def test_a_lost_device_charges_no_unfinished_tail(host, slow_hashes, until, monkeypatch):

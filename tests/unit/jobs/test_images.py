@@ -38,7 +38,9 @@ def noise(width: int = 48, height: int = 32) -> Image.Image:
     return Image.frombytes("RGB", (width, height), random.Random(7).randbytes(3 * width * height))
 
 
-def png_header(width: int, height: int, *more: bytes) -> bytes:
+def png_header(
+    width: int, height: int, *more: bytes, bits: int = 8, colours: int = 2, clear: bytes = b""
+) -> bytes:
     """A PNG that says it is this large."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -46,10 +48,43 @@ def png_header(width: int, height: int, *more: bytes) -> bytes:
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ihdr = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    trns = [chunk(b"tRNS", clear)] if clear else []
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        [chunk(b"IHDR", ihdr), *(chunk(b"IDAT", body) for body in more), chunk(b"IEND", b"")]
+        [chunk(b"IHDR", ihdr), *trns, *(chunk(b"IDAT", body) for body in more), chunk(b"IEND", b"")]
     )
+
+
+def icc_profile(space: bytes, gamma: float, name: str) -> bytes:
+    """Of sRGB's primaries or of greys, with this tone curve."""
+
+    def fixed(*numbers: float) -> bytes:
+        return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+
+    curve = b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(gamma * 256))
+    text = name.encode() + b"\0"
+    named = b"desc" + bytes(4) + struct.pack(">I", len(text)) + text + bytes(78)
+    tags = {b"desc": named, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        for letter, xyz in (
+            (b"r", (0.4361, 0.2225, 0.0139)),
+            (b"g", (0.3851, 0.7169, 0.0971)),
+            (b"b", (0.1431, 0.0606, 0.7141)),
+        ):
+            tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*xyz)
+            tags[letter + b"TRC"] = curve
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, value in tags.items():
+        table += tag + struct.pack(">II", start + len(body), len(value))
+        body += value + bytes(-len(value) % 4)
+    head = struct.pack(
+        ">I4x4s4s4s4s12x4s28x12s48x",
+        *(start + len(body), b"\2\x10\0\0", b"mntr", space, b"XYZ ", b"acsp"),
+        fixed(0.9642, 1, 0.8249),
+    )
+    return head + table + body
 
 
 PNG = encoded(noise())
@@ -923,6 +958,21 @@ class TestDecoding:
         shown = images.decode_rgb(encoded(image, "PNG", transparency=512))
         assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 156]
 
+    @pytest.mark.parametrize(
+        ("bits", "colours", "clear", "row", "shown"),
+        [
+            (2, 0, b"\0\2", b"\x90", (255, 85)),
+            (4, 0, b"\0\3", b"\x39", (255, 153)),
+            (16, 2, b"\x12\x34\0\7\0\0", b"\x12\x34\0\7\0\0\x56\x78\0\7\0\0", (255, 0x56)),
+        ],
+    )
+    def test_a_transparent_colour_of_other_than_8_bits_is_white(
+        self, bits, colours, clear, row, shown
+    ):
+        body = zlib.compress(b"\0" + row)
+        image = images.decode_rgb(png_header(2, 1, body, bits=bits, colours=colours, clear=clear))
+        assert tuple(image.getpixel((x, 0))[0] for x in (0, 1)) == shown
+
     def test_print_colours_are_converted(self):
         for fmt in ("JPEG", "TIFF"):
             shown = images.decode_rgb(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), fmt))
@@ -945,6 +995,23 @@ class TestDecoding:
         for profile, colour in ((srgb, (200, 100, 50)), (other, (50, 100, 200))):
             shown = images.decode_rgb(encoded(image, icc_profile=profile)).getpixel((0, 0))
             assert all(abs(a - b) <= 1 for a, b in zip(shown, colour, strict=True))
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+    def test_a_profile_is_followed_whatever_its_name(self, mode):
+        space = b"GRAY" if mode.startswith("L") else b"RGB "
+        linear = icc_profile(space, 1.0, "GIMP built-in Linear sRGB")
+        image = Image.new("RGB", (2, 2), (55, 55, 55)).convert(mode)
+        shown = images.decode_rgb(encoded(image, icc_profile=linear))
+        assert shown.getpixel((0, 0)) == (128, 128, 128)
+
+    def test_a_profile_of_srgb_leaves_every_colour_as_it_is(self):
+        plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        exponent, coarser = (struct.pack(">i", round(number * 65536)) for number in (2.4, 2.42))
+        assert exponent in plain
+        image = noise()
+        for profile in (plain, plain.replace(exponent, coarser)):
+            shown = images.decode_rgb(encoded(image, icc_profile=profile))
+            assert shown.tobytes() == image.tobytes()
 
     def test_a_colour_profile_that_cannot_be_read_is_left_out(self):
         image = Image.new("RGB", (2, 2), (200, 100, 50))

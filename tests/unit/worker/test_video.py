@@ -2,18 +2,21 @@
 
 import contextlib
 import gc
+import os
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import imageio_ffmpeg
 import psutil
 import pytest
 import torch
 
-from worker import errors, h264, video
+from jobs import errors as jobs_errors
+from worker import errors, h264, settings, video
 
 
 @pytest.fixture
@@ -30,6 +33,23 @@ def encode(tmp_path, worker_settings):
         return path
 
     return run
+
+
+@pytest.fixture
+def ffmpeg_that(tmp_path, monkeypatch):
+    """`ffmpeg_that("words.remove('-an')")`: lines of Python go before the real one."""
+
+    def put(lines):
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        program = tmp_path / "ffmpeg"
+        program.write_text(
+            f"#!{sys.executable} -SE\nimport os, subprocess, sys, time\nwords = sys.argv[1:]\n"
+            f"real = [{real!r}]\n{textwrap.dedent(lines)}\nos.execv(*real, ['ffmpeg', *words])\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+
+    return put
 
 
 @pytest.fixture
@@ -97,7 +117,33 @@ def test_the_file_is_tagged_as_bt709_of_limited_range(encode):
         check=False,
         text=True,
     ).stderr
-    assert "yuv420p(tv, bt709" in told
+    assert "yuv420p(tv, bt709, " in told
+    assert b"colr" in path.read_bytes()
+
+
+def test_few_cores_make_the_same_bytes_as_many(encode, tmp_path):
+    cores = os.sched_getaffinity(0)
+    if len(cores) == 1:
+        pytest.skip("there is one core")
+    many = encode(noise(9, 64, 96), path=tmp_path / "many.mp4")
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        one = encode(noise(9, 64, 96), path=tmp_path / "one.mp4")
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_an_older_processor_makes_the_same_bytes(tmp_path, worker_settings, ffmpeg_that):
+    """x264 rounds otherwise in its code for newer ones, where that is not forbidden."""
+    medium = worker_settings.model_copy(update={"x264_preset": "medium"})  # as ultrafast needs none
+    files = [tmp_path / name for name in ("newest.mp4", "old.mp4")]
+    for path in files:
+        with video.Mp4Writer(path, width=256, height=160, fps=16, worker_settings=medium) as writer:
+            writer.write(noise(25, 160, 256))
+            writer.finish()
+        ffmpeg_that("words[words.index('-x264-params') + 1] += ':asm=sse2'")
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def truncated(data):
@@ -173,6 +219,48 @@ def test_an_ffmpeg_that_dies_after_the_last_frame_is_an_encoding_failure(writer)
         writer.finish()
 
 
+AFTER_THE_FRAMES = """
+    if "pipe:0" in words:
+        subprocess.run(real + words, check=True)
+        until = time.monotonic() + {seconds}
+        while time.monotonic() < until:
+            {what}
+        sys.exit()
+"""
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("what", ["pass", "time.sleep(0.1); os.utime(words[-1])"])
+def test_an_ffmpeg_that_computes_or_writes_is_waited_for(encode_slowly, what):
+    assert len(encode_slowly(what, seconds=3.5)) > 1, "and its progress is told"
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_an_ffmpeg_that_does_nothing_is_an_encoding_failure(encode_slowly):
+    with pytest.raises(errors.EncodingFailed, match="ffmpeg has done nothing for 1 s"):
+        encode_slowly("time.sleep(0.1)", seconds=60)
+
+
+@pytest.fixture
+def encode_slowly(tmp_path, worker_settings, monkeypatch, ffmpeg_that):
+    """When the writer heard of progress, of an ffmpeg that does so for so long at its end."""
+    monkeypatch.setattr(video, "END_SECONDS", 1.2)
+    monkeypatch.setattr(video, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(video, "LEAST_WORK_SECONDS", 0.1)
+
+    def run(what, *, seconds):
+        ffmpeg_that(AFTER_THE_FRAMES.format(what=what, seconds=seconds))
+        heard = []
+        with video.Mp4Writer(
+            tmp_path / "video.mp4", width=64, height=64, fps=8, worker_settings=worker_settings
+        ) as writer:
+            writer.write(noise(2, 64, 64))
+            writer.finish(on_progress=lambda: heard.append(time.monotonic()))
+        return heard
+
+    return run
+
+
 @pytest.mark.usefixtures("no_leaks")
 def test_the_words_of_ffmpeg_are_in_the_error(encode, tmp_path):
     with pytest.raises(errors.EncodingFailed, match="No such file or directory"):
@@ -239,7 +327,10 @@ def test_a_finished_writer_leaves_nothing_behind(encode):
 
 @pytest.fixture
 def gpu_that_encodes(tmp_path, monkeypatch):
-    """An ffmpeg that takes NVENC's words and lets x264 do it; the words that it was given."""
+    """An ffmpeg that takes NVENC's words and lets x264 do it; the words that it was given.
+
+    Not while there is a file `sessions used up` beside them.
+    """
     told = tmp_path / "told"
     script = f"""\
         #!{sys.executable}
@@ -248,6 +339,8 @@ def gpu_that_encodes(tmp_path, monkeypatch):
         with open({str(told)!r}, "a") as file:
             print(*words, file=file)
         if "h264_nvenc" in words:
+            if os.path.exists({str(tmp_path / "sessions used up")!r}):
+                sys.exit("[h264_nvenc @ 0x1] OpenEncodeSessionEx failed: out of memory (10)")
             start = words.index("h264_nvenc")
             words[start : start + (9 if "-cq" in words else 1)] = ["libx264"]
         os.execv({imageio_ffmpeg.get_ffmpeg_exe()!r}, ["ffmpeg", *words])
@@ -289,5 +382,60 @@ def test_an_encoder_that_is_not_there_is_told_or_passed_over(worker_settings):
     if h264.why_no_nvenc(h264.ffmpeg()) is None:
         pytest.skip("this machine's GPU encodes")
     assert h264.encoder(auto, width=832, height=480) == "libx264"
-    with pytest.raises(errors.DeviceFault, match=r"RUSHES_ENCODER is nvenc.* auto would take x264"):
+    with pytest.raises(
+        errors.EncoderBroken, match=r"RUSHES_ENCODER is nvenc.* auto would take x264"
+    ):
         h264.encoder(nvenc, width=832, height=480)
+
+
+@pytest.fixture
+def encode_with(tmp_path, worker_settings):
+    """`encode_with("auto")`: which encoder made a video."""
+
+    def run(wanted):
+        asked = worker_settings.model_copy(update={"encoder": wanted})
+        with video.Mp4Writer(
+            tmp_path / "video.mp4", width=256, height=256, fps=16, worker_settings=asked
+        ) as writer:
+            writer.write(noise(16, 256, 256))
+            writer.finish()
+        return writer.encoder
+
+    return run
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_gpu_that_no_longer_encodes_is_a_fault_of_the_host_and_left_alone(encode_with, tmp_path):
+    assert encode_with("auto") == "h264_nvenc"
+    (tmp_path / "sessions used up").touch()
+    with pytest.raises(errors.EncoderBroken, match="nor does h264_nvenc encode a test picture"):
+        encode_with("auto")
+    assert encode_with("auto") == "libx264"
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_gpu_that_must_encode_is_asked_again_for_each_video(encode_with, tmp_path):
+    assert encode_with("nvenc") == "h264_nvenc"
+    used_up = tmp_path / "sessions used up"
+    used_up.touch()
+    for _ in range(2):
+        with pytest.raises(errors.EncoderBroken, match="OpenEncodeSessionEx failed"):
+            encode_with("nvenc")
+    used_up.unlink()
+    assert encode_with("nvenc") == "h264_nvenc"
+
+
+@pytest.mark.usefixtures("gpu_that_encodes")
+def test_a_video_that_fails_on_a_gpu_that_encodes_is_an_encoding_failure(encode_with, tmp_path):
+    (tmp_path / "video.mp4").mkdir()
+    with pytest.raises(errors.EncodingFailed, match="Is a directory"):
+        encode_with("auto")
+    (tmp_path / "video.mp4").rmdir()
+    assert encode_with("auto") == "h264_nvenc"
+
+
+@pytest.mark.parametrize("crf", [0, 52])
+def test_a_quality_that_players_do_not_play_is_refused(monkeypatch, crf):
+    monkeypatch.setenv("RUSHES_X264_CRF", str(crf))
+    with pytest.raises(jobs_errors.InvalidInput, match="RUSHES_X264_CRF"):
+        settings.load()
