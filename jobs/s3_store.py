@@ -278,6 +278,8 @@ class S3Options:
     session_token: str | None = None
     addressing_style: AddressingStyle = "path"
     """Of other stores than AWS: the bucket in the `path`, or in the host's name (`virtual`)."""
+    answer_seconds: float | None = None
+    """For callers whom somebody waits for: one try, no silence longer than this."""
 
 
 def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
@@ -308,7 +310,7 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
             "s3",
             endpoint_url=endpoint_url,
             region_name=region,
-            config=_config(endpoint_url, options.addressing_style),
+            config=_config(endpoint_url, options),
         )
 
     own = client(options.endpoint_url)
@@ -316,7 +318,7 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     return own, client(public) if public and public != options.endpoint_url else own
 
 
-def _config(endpoint_url: str | None, addressing_style: AddressingStyle) -> "Config":
+def _config(endpoint_url: str | None, options: S3Options) -> "Config":
     from botocore.config import Config
 
     common: dict[str, Any] = {
@@ -326,6 +328,9 @@ def _config(endpoint_url: str | None, addressing_style: AddressingStyle) -> "Con
         "retries": {"mode": "standard", "total_max_attempts": MAX_TRIES},
         "tcp_keepalive": True,
     }
+    if options.answer_seconds is not None:
+        common["connect_timeout"] = common["read_timeout"] = options.answer_seconds
+        common["retries"] = {"mode": "standard", "total_max_attempts": 1}
     if endpoint_url is None:
         return Config(**common)
     if urllib.parse.urlsplit(endpoint_url).hostname in ("127.0.0.1", "localhost", "::1"):
@@ -333,7 +338,7 @@ def _config(endpoint_url: str | None, addressing_style: AddressingStyle) -> "Con
     # Many compatible stores refuse boto3's newer checksum headers.
     return Config(
         **common,
-        s3={"addressing_style": addressing_style},
+        s3={"addressing_style": options.addressing_style},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

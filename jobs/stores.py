@@ -1,5 +1,6 @@
 """Opens the store at a URL, with the keys and at the endpoint of the settings."""
 
+import dataclasses
 import functools
 import re
 import urllib.parse
@@ -8,15 +9,21 @@ from pathlib import Path
 from jobs import errors, folder_store, s3_store, settings, storage
 
 
-def open_store(values: settings.Settings) -> storage.ObjectStore:
-    """The store at `results_url`. Connects on first use, so it opens while the store is down."""
+def open_store(
+    values: settings.Settings, *, answer_seconds: float | None = None
+) -> storage.ObjectStore:
+    """The store at `results_url`. Connects on first use, so it opens while the store is down.
+
+    Patient, unless `answer_seconds` says how long a silence may last.
+    """
     url = values.results_url
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
         return folder_store.FolderStore(_folder_of(parts))
     if parts.scheme == "s3":
         bucket, prefix = _bucket_of(parts)
-        return s3_store.S3Store(bucket, prefix, options=_options(values))
+        options = dataclasses.replace(_options(values), answer_seconds=answer_seconds)
+        return s3_store.S3Store(bucket, prefix, options=options)
     raise _bad_url(f"got {_shown(parts)}")
 
 

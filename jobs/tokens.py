@@ -92,6 +92,11 @@ def authenticate(session: Session, secret: str) -> ApiToken | None:
     )
 
 
+def is_valid(session: Session, token_id: str) -> bool:
+    found = select(ApiToken.id).where(ApiToken.id == token_id, *_valid(session))
+    return session.scalar(found) is not None
+
+
 def note_use(session: Session, token_id: str) -> None:
     """Leave word of the last use, to the minute."""
     token, now = session.get_one(ApiToken, token_id), database.now(session)

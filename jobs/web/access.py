@@ -38,6 +38,7 @@ class Principal:
     name: str
     owner: str
     scopes: frozenset[str]
+    token_id: str | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -54,6 +55,10 @@ class Principal:
     @property
     def may_submit(self) -> bool:
         return self.may(Scope.SUBMIT)
+
+    @property
+    def may_read(self) -> bool:
+        return self.may(Scope.READ)
 
     def may_see(self, owner: str) -> bool:
         return self.is_admin or owner == self.owner
@@ -90,7 +95,12 @@ class ApiRoute(_WhoFirst):
 
 
 class FormRoute(_WhoFirst):
-    """Of a page: by the cookie."""
+    """Of a page: by the cookie. HEAD works where GET does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.methods is not None and "GET" in self.methods:
+            self.methods.add("HEAD")
 
     async def ask(self, request: Request) -> Principal:
         return await run_in_threadpool(visitor, request)
@@ -101,10 +111,11 @@ def _principal(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """By the token in the header. A browser's cookie counts for what changes nothing."""
-    return _known(request) or _by_token(request, credentials)
+    return known(request) or _by_token(request, credentials)
 
 
-def _known(request: Request) -> Principal | None:
+def known(request: Request) -> Principal | None:
+    """Who asks, where that was found out."""
     return getattr(request.state, "principal", None)
 
 
@@ -116,15 +127,23 @@ def _by_token(request: Request, credentials: HTTPAuthorizationCredentials | None
     return _identified(request, secret, may_be_anybody=_is_no_token(credentials))
 
 
-def check_form(request: Request, csrf: Annotated[str, Form()] = "") -> None:
+def _is_own_form(request: Request, csrf: Annotated[str, Form()] = "") -> bool:
+    return cookies.is_own_form(request, csrf)
+
+
+IsOwnForm = Annotated[bool, Depends(_is_own_form)]
+"""Whether this browser was given the page with this form. If not, nothing may be done for it."""
+
+
+def check_form(is_own: IsOwnForm) -> None:
     """StaleForm, unless this browser was given the page with this form."""
-    if not cookies.is_own_form(request, csrf):
+    if not is_own:
         raise StaleForm
 
 
 def _form_principal(request: Request, _: Annotated[None, Depends(check_form)]) -> Principal:
     """By the cookie, for a form of one of our pages."""
-    return _known(request) or visitor(request)
+    return known(request) or visitor(request)
 
 
 def _identified(request: Request, secret: str | None, *, may_be_anybody: bool) -> Principal:
@@ -138,6 +157,7 @@ def _identified(request: Request, secret: str | None, *, may_be_anybody: bool) -
         _limit(serving, found.name)
     if found is None:
         raise Unauthorized("this needs a valid token: `rushes token create` makes one")
+    request.state.principal = found
     return found
 
 
@@ -155,7 +175,20 @@ def of_token(serving: service.Service, secret: str) -> Principal | None:
         return None
     if is_due:
         serving.db.write(tokens.note_use, row.id)
-    return Principal(name=f"token {row.id}", owner=row.owner, scopes=frozenset(row.scopes))
+    return Principal(
+        name=f"token {row.id}",
+        owner=row.owner,
+        scopes=frozenset(row.scopes),
+        token_id=row.id,
+    )
+
+
+def is_still_valid(serving: service.Service, principal: Principal) -> bool:
+    """Whether the token that let them in has neither ended nor been revoked."""
+    if principal.token_id is None:
+        return True
+    with serving.db.reading() as session:
+        return tokens.is_valid(session, principal.token_id)
 
 
 def limit_address(request: Request) -> None:

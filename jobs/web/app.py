@@ -44,6 +44,10 @@ def make(service: Service) -> FastAPI:
         version=importlib.metadata.version("rushes"),
         docs_url=None,  # these pages load their code from other sites
         redoc_url=None,
+        # Prompts may be typed, or pasted, into a form; FastAPI takes 1 MiB of them.
+        form_limits={
+            "max_part_size": min(service.config.web_max_bytes, guards.MAX_BYTES_IN_MEMORY)
+        },
     )
     app.state.service = service
     problems.install(app)

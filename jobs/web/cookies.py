@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+from typing import Literal
 
 from fastapi import Request, Response
 
@@ -18,7 +19,7 @@ def secret_of(request: Request) -> str | None:
 
 
 def log_in(request: Request, response: Response, secret: str) -> None:
-    _set(request, response, TOKEN, secret)
+    _set(request, response, TOKEN, secret, samesite="strict")
 
 
 def log_out(response: Response) -> None:
@@ -32,7 +33,10 @@ def form_key(request: Request) -> str:
 
 def keep_form_key(request: Request, response: Response, key: str) -> None:
     if request.cookies.get(FORM_KEY) != key:
-        _set(request, response, FORM_KEY, key)
+        # Lax: who comes by a link on another site brings it along, and forms that are open stay
+        # good. Changes still come from our pages alone: a POST of another site has neither cookie,
+        # is refused for its Origin, and lacks the HMAC over a key that no other site can read.
+        _set(request, response, FORM_KEY, key, samesite="lax")
 
 
 def csrf(request: Request, key: str) -> str:
@@ -47,12 +51,19 @@ def is_own_form(request: Request, given: str) -> bool:
     )
 
 
-def _set(request: Request, response: Response, name: str, value: str) -> None:
+def _set(
+    request: Request,
+    response: Response,
+    name: str,
+    value: str,
+    *,
+    samesite: Literal["lax", "strict"],
+) -> None:
     response.set_cookie(
         name,
         value,
         max_age=KEPT_SECONDS,
         httponly=True,
-        samesite="strict",
+        samesite=samesite,
         secure=request.url.scheme == "https",
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ router = APIRouter(
 
 LOOK_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # proxies end connections that say nothing
+TOKEN_SECONDS = 10.0  # a revoked token reads on for no longer
 MAX_LISTENERS = 200  # each looks at the database twice a second
 RETRY_MILLISECONDS = 2_000
 
@@ -43,24 +45,31 @@ def _readable(batch_id: str, serving: Serving, principal: access.Reader) -> str:
     responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def events(
-    batch_id: Annotated[str, Depends(_readable)], request: Request
+    batch_id: Annotated[str, Depends(_readable)], request: Request, principal: access.Reader
 ) -> StreamingResponse:
     """An event `progress` per change (steps of running jobs too), then one `finished`.
 
     Each is the whole state, as GET /api/batches/{batch_id} tells it: who reconnects misses nothing.
     """
-    stream = _stream(service.of(request), batch_id)
+    stream = _stream(service.of(request), batch_id, principal)
     return StreamingResponse(stream, media_type="text/event-stream")
 
 
-async def _stream(serving: service.Service, batch_id: str) -> AsyncIterator[bytes]:
+async def _stream(
+    serving: service.Service, batch_id: str, principal: access.Principal
+) -> AsyncIterator[bytes]:
     me = object()
     _listeners.add(me)
     try:
         yield format_sse_event(comment="hello", retry=RETRY_MILLISECONDS)
         told: dict[str, Any] = {}
         quiet = 0.0
+        checked = time.monotonic()
         while True:
+            if time.monotonic() - checked >= TOKEN_SECONDS:
+                if not await run_in_threadpool(access.is_still_valid, serving, principal):
+                    return
+                checked = time.monotonic()
             snapshot = await run_in_threadpool(watch.look, serving.db, batch_id)
             shape = jsonable_encoder(shapes.snapshot(snapshot))
             essence = _essence(shape)

@@ -24,7 +24,7 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,500}")
+OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,2000}")
 NOTES = {
     "cancelled": "Cancelled: what waited will not be rendered, what runs stops at its next step.",
     "retried": "Queued again, with the same seeds and settings.",

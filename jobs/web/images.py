@@ -1,6 +1,8 @@
 """Images of prompts that came over the network: uploaded, given with the request, or addresses."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
@@ -33,6 +35,8 @@ class WebImages(inputs.InputImages):
     given: dict[str, bytes] = field(default_factory=dict)
     """Images that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
+    storing: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around what waits for the store."""
     _fetching_since: float | None = None
     """None: this request has no turn."""
 
@@ -54,6 +58,11 @@ class WebImages(inputs.InputImages):
         if images.scheme_of(source) == "data":
             return super().read(source)
         return self._fetched_from_afar(source)
+
+    def upload(self, db: database.Database) -> None:
+        storing = self.storing if self._fetched else nullcontext
+        with storing():
+            super().upload(db)
 
     def close(self) -> None:
         super().close()
@@ -84,7 +93,9 @@ class WebImages(inputs.InputImages):
             key = _key(session, file_id, self.owner)
         if key is None:
             raise images.ImageUnusable(source[:60], "there is no such upload")
-        return images.examine(self.store.read_bytes(key), source[:60])
+        with self.storing():
+            data = self.store.read_bytes(key)
+        return images.examine(data, source[:60])
 
 
 def _key(session: Session, file_id: str, owner: str | None) -> str | None:

@@ -57,7 +57,8 @@ def _submitted(
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rushes-batch-") as folder:
         path = Path(folder, "input.jsonl")
-        serving.store.download(file.key, path)
+        with serving.storing():
+            serving.store.download(file.key, path)
         with path.open("rb") as source, tempfile.TemporaryFile() as rows:
             models, with_image = _convert(source, rows)
             if len(models) > 1:

@@ -97,7 +97,7 @@ def content(
         row = uploads.find(session, file_id, owner=principal.sees)
     return serving.respond(
         request,
-        serving_.store,
+        serving_,
         row.key,
         size_bytes=row.size_bytes,
         sha256=row.sha256,
@@ -112,7 +112,8 @@ def delete(file_id: str, serving_: Serving, principal: access.Submitter) -> dict
         row = uploads.find(session, file_id, owner=principal.sees)
     # Before the row: who hears that the store is away asks again.
     if row.key == uploads.own_key(row.id):
-        serving_.store.delete(row.key)
+        with serving_.storing():
+            serving_.store.delete(row.key)
     serving_.db.write(uploads.remove, row.id)
     return {"id": file_id, "object": "file", "deleted": True}
 

@@ -248,8 +248,9 @@ def delete(video_id: str, serving: Serving, principal: access.Submitter) -> dict
         winner = queries.winning_attempt(session, job)
     serving.db.write(orders.cancel_job, job.id)
     if winner is not None and winner.video_key is not None:
-        serving.store.delete(winner.video_key)
-        serving.store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))
+        with serving.storing():
+            serving.store.delete(winner.video_key)
+            serving.store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))
     serving.db.write(_mark_deleted, job)
     return {"id": video_id, "deleted": True, "object": "video.deleted"}
 

@@ -72,8 +72,9 @@ def _page(
 ) -> Response:
     if status == 401:
         login = "/login"
-        if request.method == "GET" and request.url.path != "/":
-            asked = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        if request.method in ("GET", "HEAD") and request.scope["path"] != "/":
+            query = request.scope["query_string"].decode("latin-1")
+            asked = quote(request.scope["path"]) + (f"?{query}" if query else "")
             login += f"?next={quote(asked, safe='')}"
         if "hx-request" in request.headers:
             return Response(status_code=401, headers={"HX-Redirect": login})
@@ -81,7 +82,13 @@ def _page(
     lines = [problem["message"] for problem in more.get("problems", ())]
     title = HTTPStatus(status).phrase
     shown = html.page(
-        request, "error.html", status=status, title=title, detail=detail, lines=lines[:20]
+        request,
+        "error.html",
+        who=access.known(request),
+        status=status,
+        title=title,
+        detail=detail,
+        lines=lines[:20],
     )
     shown.headers.update(headers or {})
     return shown

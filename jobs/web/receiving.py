@@ -36,10 +36,11 @@ def keep(
         path = Path(folder, "file")
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target, COPY_BYTES)
-        if purpose == uploads.IMAGE:
-            stored = _keep_image(serving, path, content_type=kind)
-        else:
-            stored = serving.store.put_file(path, uploads.own_key(file_id), content_type=kind)
+        with serving.storing():
+            if purpose == uploads.IMAGE:
+                stored = _keep_image(serving, path, content_type=kind)
+            else:
+                stored = serving.store.put_file(path, uploads.own_key(file_id), content_type=kind)
     with serving.db.transaction() as session:
         return uploads.add(
             session,

@@ -1,13 +1,16 @@
 """What every request handler needs, made once per process."""
 
+import contextlib
 import functools
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import structlog
+from anyio import CapacityLimiter
 from fastapi import Request
 from limits import parse
 from sqlalchemy.orm import Session
@@ -33,6 +36,11 @@ from jobs.web.history import History
 log = structlog.get_logger()
 
 MAX_ROWS = 10_000  # in one JSON document; more of them come as a file
+STREAM_SECONDS = 5.0  # somebody looks at a video: a store that is silent for longer hangs
+CHECK_SECONDS = 2.0  # probes give up after 5
+MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
+MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
+MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +57,41 @@ class Service:
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
 
+    _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
+
     @functools.cached_property
     def store(self) -> storage.ObjectStore:
+        """Waits out a store that is slow: for `storing`, and for what asks the store nothing."""
         return stores.open_store(self.config)
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """For calls of the patient store: some at a time, or a store that hangs takes all threads.
+
+        StorageUnavailable: so many wait for it already.
+        """
+        if not self._storing.acquire(blocking=False):
+            raise storage.StorageUnavailable(self.store.url, f"{MAX_STORING} requests wait for it")
+        try:
+            yield
+        finally:
+            self._storing.release()
+
+    @functools.cached_property
+    def streaming_store(self) -> storage.ObjectStore:
+        return stores.open_store(self.config, answer_seconds=STREAM_SECONDS)
+
+    @functools.cached_property
+    def checked_store(self) -> storage.ObjectStore:
+        return stores.open_store(self.config, answer_seconds=CHECK_SECONDS)
+
+    @functools.cached_property
+    def opening(self) -> CapacityLimiter:
+        return CapacityLimiter(MAX_OPENED)
+
+    @functools.cached_property
+    def reading(self) -> CapacityLimiter:
+        return CapacityLimiter(MAX_READ)
 
     @functools.cached_property
     def metrics(self) -> metrics.Registry:

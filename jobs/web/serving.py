@@ -1,19 +1,25 @@
 """An object of the store as a response, whole or the range that was asked for."""
 
+import functools
 import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
+from anyio import CapacityLimiter, WouldBlock, to_thread
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from jobs import storage
 from jobs.web import problems
+from jobs.web.service import Service
 
 RANGE = re.compile(r"bytes=(\d{0,30})-(\d{0,30})", re.IGNORECASE)
 
 
 def respond(
     request: Request,
-    store: storage.ObjectStore,
+    service: Service,
     key: str,
     *,
     size_bytes: int,
@@ -48,8 +54,40 @@ def respond(
     status = 206 if wanted is not None else 200
     if request.method == "HEAD" or not size_bytes:
         return Response(status_code=status, headers=headers, media_type=content_type)
-    content = store.stream(key, first=first, last=last)
-    return StreamingResponse(content, status_code=status, headers=headers, media_type=content_type)
+    content = functools.partial(service.streaming_store.stream, key, first=first, last=last)
+    return _Streamed(service, content, status_code=status, headers=headers, media_type=content_type)
+
+
+class _Streamed(StreamingResponse):
+    """Bytes of an object, opened before the answer begins: a store that is away is still a 503.
+
+    In threads beside those of the handlers: a store that hangs takes none from other requests.
+    """
+
+    def __init__(
+        self, service: Service, content: Callable[[], Iterator[bytes]], **how: Any
+    ) -> None:
+        super().__init__((), **how)
+        self._service, self._content = service, content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        opening = self._service.opening
+        try:
+            opening.acquire_on_behalf_of_nowait(self)
+        except WouldBlock:
+            url = self._service.streaming_store.url
+            raise storage.StorageUnavailable(url, "too many requests wait for it") from None
+        try:
+            chunks = await to_thread.run_sync(self._content, limiter=CapacityLimiter(1))
+        finally:
+            opening.release_on_behalf_of(self)
+        self.body_iterator = self._read(chunks)
+        await super().__call__(scope, receive, send)
+
+    async def _read(self, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+        readers = self._service.reading
+        while chunk := await to_thread.run_sync(next, chunks, b"", limiter=readers):
+            yield chunk
 
 
 def _range(text: str, size_bytes: int) -> tuple[int, int] | None:

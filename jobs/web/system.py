@@ -99,7 +99,7 @@ def _broker(serving: Serving) -> str:
 
 def _store(serving: Serving) -> str:
     try:
-        serving.store.check()
+        serving.checked_store.check()
     except errors.RushesError:
         return "unavailable"
     return "ok"

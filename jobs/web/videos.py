@@ -95,7 +95,7 @@ def video_of(request: Request, service: Serving, winner: Attempt, *, name: str) 
     assert winner.video_sha256 is not None
     return serving.respond(
         request,
-        service.store,
+        service,
         winner.video_key,
         size_bytes=winner.video_bytes,
         sha256=winner.video_sha256,

@@ -69,6 +69,7 @@ def _list(
     after: str = "",
     given: Given,
     found: dict[str, list[str]],
+    status: int = 422,
 ) -> Response:
     every = timetable.list_schedules(serving, who)["schedules"]
     rows = [row for row in every if row["name"] > after]
@@ -78,7 +79,7 @@ def _list(
         request,
         "schedules.html",
         who=who,
-        status=422 if found else 200,
+        status=status if found else 200,
         schedules=rows[:ROWS],
         next_url=html.address("/schedules", after=following) if following else None,
         first_url="/schedules" if after else None,
@@ -92,10 +93,14 @@ def _list(
 def add(
     request: Request,
     serving: Serving,
-    who: access.FormAdmin,
+    who: access.Admin,
+    is_own: access.IsOwnForm,
     given: Annotated[Given, Depends()],
 ) -> Response:
     found = Complaints()
+    if not is_own:
+        found.add("", complaints.STALE)
+        return _list(request, serving, who, given=given, found=found.by_field, status=403)
     try:
         _add(serving, who, given, found)
     except complaints.TOLD as error:
@@ -150,6 +155,8 @@ def _lists(text: str, found: Complaints) -> dict[str, list[str]]:
         name, equals, items = line.partition("=")
         if not equals or not name.strip():
             found.add("lists", f"{line[:60]!r} is no list: write it as style=noir,anime")
+        elif name.strip() in lists:
+            found.add("lists", f"{name.strip()[:60]!r} is there twice: write its items in one line")
         lists[name.strip()] = [item.strip() for item in items.split(",") if item.strip()]
     return lists
 

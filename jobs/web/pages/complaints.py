@@ -1,5 +1,7 @@
 """What is wrong with a form, each thing at its field."""
 
+import contextlib
+import math
 from dataclasses import dataclass, field
 
 from jobs import errors
@@ -13,6 +15,7 @@ TOLD = (
 )
 """Errors of a person's own making: the form is shown again with them."""
 MOST_LINES = 20
+STALE = "This form was too old and is fresh now: press the button again."
 
 
 @dataclass
@@ -54,8 +57,8 @@ def number(text: str) -> int | float | str | None:
     if not text:
         return None
     for kind in (int, float):
-        try:
-            return kind(text[:400])
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            found = kind(text[:400])
+            if isinstance(found, int) or math.isfinite(found):
+                return found
     return text

@@ -11,13 +11,16 @@ from jobs.web.batches import Serving
 router = APIRouter(include_in_schema=False)
 
 START = "/batches"
+SUBMIT = "/submit"  # all that there is for who may not read
 
 
+@router.head("/")
 @router.get("/")
-def start(_: access.Visitor) -> RedirectResponse:
-    return RedirectResponse(START, 303)
+def start(who: access.Visitor) -> RedirectResponse:
+    return RedirectResponse(START if who.may_read else SUBMIT, 303)
 
 
+@router.head("/login")
 @router.get("/login")
 def ask(request: Request, next: Annotated[str, Query()] = START) -> Response:
     return html.page(request, "login.html", next=html.own_path(next, otherwise=START), errors={})
@@ -33,9 +36,12 @@ def log_in(
     """Keep the token in a cookie that no script can read."""
     after = html.own_path(next, otherwise=START)
     access.limit_address(request)
-    if access.of_token(serving, token.strip()) is None:
+    who = access.of_token(serving, token.strip())
+    if who is None:
         problem = {"token": ["This is no valid token: it may have ended, or been revoked."]}
         return html.page(request, "login.html", status=401, next=after, errors=problem)
+    if not who.may_read and not after.startswith(SUBMIT):
+        after = SUBMIT
     response = html.go(after, did="login")
     cookies.log_in(request, response, token.strip())
     return response

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO
 
-from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, images, prompt_row, readers, submission
+from jobs import errors, images, prompt_row, queries, readers, submission
 from jobs.web import access, batches, html, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
@@ -71,20 +71,33 @@ class Given:
 
 
 @router.get("")
-def ask(request: Request, serving: Serving, who: access.Submitter, preset: str = "") -> Response:
+def ask(
+    request: Request,
+    serving: Serving,
+    who: access.Submitter,
+    preset: str = "",
+    made: Annotated[str, Query(max_length=50)] = "",
+) -> Response:
+    """`made`: the batch before this one, for who may not look at it."""
     chosen = preset or serving.config.default_preset or ""
-    return _form(request, serving, who, given=DEFAULTS | {"preset": chosen}, found={})
+    if not queries.BATCH_ID_PART.fullmatch(made):
+        made = ""
+    return _form(request, serving, who, given=DEFAULTS | {"preset": chosen}, found={}, made=made)
 
 
 @router.post("")
 def submit(
     request: Request,
     serving: Serving,
-    who: access.FormSubmitter,
+    who: access.Submitter,
+    is_own: access.IsOwnForm,
     given: Annotated[Given, Depends()],
 ) -> Response:
     """All of it is stored, or nothing; what is wrong is told at its field."""
     found = Complaints()
+    if not is_own:
+        found.add("", complaints.STALE)
+        return _form(request, serving, who, given=given.texts, found=found.by_field, status=403)
     made = None
     try:
         made = _submitted(serving, who, given, found)
@@ -92,7 +105,10 @@ def submit(
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
     if made is None:
         return _form(request, serving, who, given=given.texts, found=found.by_field)
-    return html.go(f"/batches/{made.batch_id}", did="submitted" if made.is_new else "again")
+    did = "submitted" if made.is_new else "again"
+    if not who.may_read:
+        return html.go(f"/submit?made={made.batch_id}", did=did)
+    return html.go(f"/batches/{made.batch_id}", did=did)
 
 
 def _form(
@@ -102,13 +118,16 @@ def _form(
     *,
     given: dict[str, Any],
     found: dict[str, list[str]],
+    status: int = 422,
+    made: str = "",
 ) -> Response:
     blank = dict.fromkeys(FIELDS, "") | {"skip_invalid": False}
     return html.page(
         request,
         "submit.html",
         who=who,
-        status=422 if found else 200,
+        status=status if found else 200,
+        made=made,
         given=blank | given,
         errors=found,
         key=secrets.token_urlsafe(16),

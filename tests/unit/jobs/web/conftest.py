@@ -1,5 +1,6 @@
 """The service in this process, over SQLite and a folder, and the moves that workers would make."""
 
+import contextlib
 import io
 import socket
 import threading
@@ -124,9 +125,8 @@ class Live:
     url: str
 
 
-@pytest.fixture
-def live(make_web: Callable[..., Web]) -> Iterator[Live]:
-    web = make_web()
+@contextlib.contextmanager
+def running(web: Web) -> Iterator[Live]:
     listening = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app.make(web.serving), log_config=None))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
@@ -135,6 +135,24 @@ def live(make_web: Callable[..., Web]) -> Iterator[Live]:
     running.should_exit = True
     thread.join(10)
     listening.close()
+
+
+@pytest.fixture
+def live(make_web: Callable[..., Web]) -> Iterator[Live]:
+    with running(make_web()) as live:
+        yield live
+
+
+@pytest.fixture
+def hanging(make_web: Callable[..., Web]) -> Iterator[Callable[[], Web]]:
+    """Services over a store that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
+        yield lambda: make_web(
+            results_url="s3://bucket",
+            s3_endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+        )
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """Our own API, as a program meets it."""
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
 import pytest
 
-from jobs import results, schema
+from jobs import results, schema, tokens
 from jobs.web import events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
@@ -206,6 +209,26 @@ def test_events_tell_each_step_and_end_with_the_batch(
     assert [("denoise", step, 4) for step in range(1, 5)] == list(dict.fromkeys(steps))
     assert found[-1][0] == "finished"
     assert found[-1][1]["state"] == "succeeded"
+    assert not events._listeners
+
+
+def test_events_end_with_their_token(
+    make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(events, "TOKEN_SECONDS", 0.1)
+    web = make_web(web_require_token=True)
+    ann = web.token("ann")
+    batch_id = web.submit(headers=ann)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(web.client.get, f"/api/batches/{batch_id}/events", headers=ann)
+        with contextlib.suppress(TimeoutError):
+            pytest.fail(f"it ended by itself: {reading.result(timeout=1)}")
+        with web.db.transaction() as session:
+            tokens.revoke(session, tokens.every(session)[-1].id)
+        text = reading.result(timeout=10).text
+    assert "event: progress" in text
+    assert "event: finished" not in text
     assert not events._listeners
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from jobs import queries, states, tokens, workers
+from jobs import queries, schedules, states, tokens, workers
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import Web
 
@@ -62,6 +62,11 @@ def batches_of(web: Web) -> list[Any]:
         return list(queries.batches(session, limit=100))
 
 
+def schedules_of(web: Web) -> list[Any]:
+    with web.db.reading() as session:
+        return list(schedules.every(session))
+
+
 def test_each_page_is_there_and_needs_nothing_from_elsewhere(browser: Browser) -> None:
     for path in PAGES:
         answer = browser.get(path)
@@ -75,6 +80,11 @@ def test_each_page_is_there_and_needs_nothing_from_elsewhere(browser: Browser) -
 
 def test_the_start_leads_to_the_batches(browser: Browser) -> None:
     assert browser.get("/").url.path == "/batches"
+
+
+def test_head_is_answered_where_get_is(browser: Browser) -> None:
+    for path in ("/", "/login", *PAGES):
+        assert browser.client.head(path, headers=HTML).status_code == 200, path
 
 
 def test_prompts_become_a_batch(web: Web, browser: Browser) -> None:
@@ -123,16 +133,21 @@ WRONG = [
     ({"preset": "nothing"}, "preset", "no preset"),
     ({"seed": "-1"}, "seed", "seed must"),
     ({"seed": "x"}, "seed", "seed must"),
+    ({"seed": "nan"}, "seed", "seed must"),
+    ({"seed": "1e999"}, "seed", "seed must"),
+    ({"seed": "9" * 400}, "seed", "seed must"),
     ({"repeat": "0"}, "repeat", "must be 1 to"),
     ({"repeat": "two"}, "repeat", "whole number"),
     ({"size": "33x32"}, "size", "multiple of 16"),
     ({"size": "large"}, "size", "size must"),
     ({"seconds": "400"}, "seconds", "at most"),
+    ({"seconds": "inf"}, "seconds", "seconds must"),
     ({"fps": "0"}, "fps", "fps must"),
     ({"lora": "../../secret"}, "lora", "below the models folder"),
     ({"lora": "/etc/x"}, "lora", "below the models folder"),
     ({"lora": "film", "strength": "11"}, "lora", "strength"),
     ({"strength": "strong"}, "strength", "must be a number"),
+    ({"strength": "NaN"}, "strength", "must be a number"),
     ({"priority": "101"}, "priority", "-100 to 100"),
     ({"name": "x" * 201}, "name", "1 to 200"),
     ({"preset": "tiny_i2v"}, "image", "starts from a picture"),
@@ -178,6 +193,18 @@ def test_a_form_that_is_sent_twice_makes_one_batch(web: Web, browser: Browser) -
     assert browser.post("/submit", form, of="/submit").url.path == first.url.path
     browser.post("/submit", form | {"seed": "1"}, of="/submit")
     assert len(batches_of(web)) == 2
+
+
+LONG = "\n".join(f"{number} {'x' * 1_000}" for number in range(1_200))  # more than 1 MiB
+
+
+def test_many_prompts_may_be_typed(web: Web, browser: Browser) -> None:
+    browser.post("/submit", {"prompts": LONG, "preset": "tiny"}, of="/submit")
+    sent = {"prompts": LONG, "preset": "tiny", "seed": "1"}
+    browser.post("/submit", sent, of="/submit", files={"file": ("", b"")})  # as browsers send it
+    assert [batch.total for batch in batches_of(web)] == [1_200] * 2
+    form = {"name": "many", "preset": "tiny", "cron": "@daily", "prompts": LONG}
+    assert browser.post("/schedules", form, of="/schedules").url.path == "/schedules/many"
 
 
 def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
@@ -250,11 +277,14 @@ def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser
 WRONG_SCHEDULES = [
     ({"name": ""}, "name"),
     ({"name": "a/b"}, "name"),
+    ({"name": "."}, "name"),
+    ({"name": ".."}, "name"),
     ({"cron": "99 * * * *"}, "cron"),
     ({"zone": "Europe/Berln"}, "zone"),
     ({"prompts": ""}, "prompts"),
     ({"prompts": "a {{stlye}}"}, "prompts"),
     ({"lists": "style"}, "lists"),
+    ({"lists": "style=\nstyle=noir"}, "lists"),
     ({"repeat": "x"}, "repeat"),
     ({"priority": "101"}, "priority"),
     ({"preset": "nothing"}, "preset"),
@@ -279,6 +309,7 @@ def test_without_a_login_every_page_asks_for_it_and_comes_back(guarded: Web) -> 
         assert browser.get(path).url.path == "/login", path
     login = browser.get("/batches?cursor=x")
     assert 'name="next" value="/batches?cursor=x"' in login.text
+    assert "SameSite=lax" in TestClient(guarded.client.app).get("/login").headers["set-cookie"]
     secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
     answer = browser.post("/login", {"token": secret, "next": "/farm"})
     assert answer.url.path == "/farm"
@@ -291,6 +322,42 @@ def test_without_a_login_every_page_asks_for_it_and_comes_back(guarded: Web) -> 
     assert "Log out" in browser.get("/farm").text
     browser.post("/logout", {}, of="/farm")
     assert browser.get("/farm").url.path == "/login"
+
+
+def test_a_login_comes_back_to_names_of_every_language(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    path = "/schedules/n%C3%A4chtlich%3F%20%E6%9D%B1%E4%BA%AC"
+    asked = browser.get(f"{path}?did=resumed")
+    following = re.search(r'name="next" value="([^"]+)"', asked.text)
+    assert following
+    assert following[1] == f"{path}?did=resumed"
+    secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
+    answer = browser.post("/login", {"token": secret, "next": following[1]})
+    assert answer.url.raw_path.decode() == f"{path}?did=resumed&did=login"
+
+
+def test_who_may_not_read_is_led_to_the_form_and_told_the_batch(guarded: Web) -> None:
+    writer = visitor(guarded, "ann", "submit")
+    secret = guarded.token("ann", "submit")["Authorization"].removeprefix("Bearer ")
+    page = writer.post("/login", {"token": secret, "next": "/batches"})
+    assert page.url.path == "/submit"
+    assert writer.get("/").url.path == "/submit"
+    assert "Log out" in page.text
+    assert not re.search('href="/(batches|gallery|schedules|farm)"', page.text)
+    page = writer.post("/submit", {"prompts": "a cat", "preset": "tiny"}, of="/submit")
+    assert (page.url.path, page.status_code) == ("/submit", 200)
+    assert "Submitted." in page.text
+    assert batches_of(guarded)[0].id in page.text
+
+
+def test_error_pages_lead_on_and_out(guarded: Web) -> None:
+    writer = visitor(guarded, "ann", "submit")
+    refused = writer.get("/batches")
+    assert refused.status_code == 403
+    assert all(words in refused.text for words in ("no scope read", "Log out", 'href="/submit"'))
+    assert "Log out" in writer.get("/nowhere").text
+    writer.post("/logout", {}, of="/batches")
+    assert "Log out" not in writer.get("/nowhere").text
 
 
 def test_what_is_no_token_logs_nobody_in(guarded: Web) -> None:
@@ -315,9 +382,24 @@ def test_a_form_without_its_key_changes_nothing(web: Web, browser: Browser) -> N
 def test_a_form_of_before_the_login_is_refused_after_it(guarded: Web) -> None:
     browser = Browser(guarded.client)
     old = re.search(r'name="csrf" value="(\w+)"', browser.get("/login").text)
-    browser.log_in(guarded.token("ann")["Authorization"].removeprefix("Bearer "))
-    form = {"csrf": old[1], "prompts": "a", "preset": "tiny"}
-    assert guarded.client.post("/submit", data=form, headers=HTML).status_code == 403
+    assert old
+    secret = guarded.token("ann", "admin")["Authorization"].removeprefix("Bearer ")
+    browser.log_in(secret)
+    typed = {"preset": "tiny", "prompts": "a typed prompt", "name": "mine", "cron": "@daily"}
+    for path in ("/submit", "/schedules"):
+        stale = {"csrf": old[1]} | typed
+        answer = guarded.client.post(path, data=stale, headers=HTML)
+        assert answer.status_code == 403
+        assert "press the button again" in answer.text
+        assert "a typed prompt</textarea>" in answer.text
+        assert schedules_of(guarded) == []
+        fresh = re.search(r'name="csrf" value="(\w+)"', answer.text)
+        assert fresh
+        assert (
+            guarded.client.post(path, data=stale | {"csrf": fresh[1]}, headers=HTML).status_code
+            == 200
+        )
+    assert (len(batches_of(guarded)), len(schedules_of(guarded))) == (1, 1)
 
 
 def test_a_cookie_alone_changes_nothing_through_the_api(guarded: Web) -> None:

@@ -1,0 +1,80 @@
+"""How well the service is while its store hangs."""
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from jobs import s3_store
+from jobs.web import service
+from tests.unit.jobs.web.conftest import Web, running
+
+PROBE_SECONDS = 5  # deploy/kubernetes/web.yaml
+STARLETTES_THREADS = 40
+
+
+def asked(url: str) -> tuple[int, str | None, float]:
+    """Status, when to come again, and the seconds that it took."""
+    started = time.monotonic()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310  # our own service
+            found = answer.status, answer.headers["Retry-After"]
+    except urllib.error.HTTPError as error:
+        found = error.code, error.headers["Retry-After"]
+    return *found, time.monotonic() - started
+
+
+def test_a_probe_is_answered_in_its_time_while_the_store_hangs(
+    hanging: Callable[[], Web],
+) -> None:
+    client = hanging().client
+    started = time.monotonic()
+    answer = client.get("/readyz")
+    assert time.monotonic() - started < PROBE_SECONDS
+    assert (answer.status_code, answer.json()["checks"]["store"]) == (200, "unavailable")
+
+
+def test_what_needs_no_store_is_quick_while_videos_hang(
+    web: Web, hanging: Callable[[], Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More people wait for videos than there are threads; who comes too late is told at once."""
+    monkeypatch.setattr(service, "MAX_OPENED", STARLETTES_THREADS + 5)
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    with running(hanging()) as live, ThreadPoolExecutor(STARLETTES_THREADS + 10) as people:
+        address = f"{live.url}/api/jobs/{job_id}/video"
+        videos = [people.submit(asked, address) for _ in range(STARLETTES_THREADS + 10)]
+        time.sleep(2)
+        for path in ("/batches", f"/api/batches/{web.submit()}", "/healthz"):
+            status, _, seconds = asked(f"{live.url}{path}")
+            assert status == 200
+            assert seconds < service.STREAM_SECONDS / 2, path
+        told = [video.result() for video in videos]
+    assert {answer[:2] for answer in told} == {(503, "5")}
+    waited = sorted(seconds for _, _, seconds in told)
+    assert waited[4] < service.STREAM_SECONDS <= waited[5]
+    assert waited[-1] < 2 * service.STREAM_SECONDS
+
+
+def test_uploads_that_hang_leave_threads_to_others(
+    hanging: Callable[[], Web], image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_STORING", 2)
+    monkeypatch.setattr(s3_store, "READ_SECONDS", 4)
+    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
+    web = hanging()
+
+    def upload() -> tuple[int, float]:
+        started = time.monotonic()
+        answer = web.client.post("/api/uploads", files={"file": ("red.png", image, "image/png")})
+        return answer.status_code, time.monotonic() - started
+
+    with ThreadPoolExecutor(3) as people:
+        told = sorted(future.result() for future in [people.submit(upload) for _ in range(3)])
+    assert [status for status, _ in told] == [503] * 3
+    assert told[0][1] < 4 <= told[1][1]
+    web.submit()  # prompts alone need no store
+    assert upload()[1] >= 4  # there are turns again
