@@ -189,7 +189,9 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
 
     assert "Paused" in press("pause")
     assert "It goes on" in press("resume")
-    assert "Its place in the queue" in press("priority", to="first")
+    assert "It goes before all" in press("priority", to="first")
+    assert batches_of(web)[0].boost == 1
+    assert "It is the first already" in press("priority", to="first")
     assert batches_of(web)[0].boost == 1
     press("priority", to="down")
     assert batches_of(web)[0].boost == 0
@@ -202,6 +204,23 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     job = f"/jobs/{web.job_id(batch_id)}"
     assert "Queued again" in browser.post(f"{job}/retry", {}, of=job).text
     assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
+
+
+def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: Browser) -> None:
+    other, mine = web.submit(priority=98), web.submit(priority=5)
+
+    def press(batch_id: str, to: str) -> str:
+        text = browser.post(f"/batches/{batch_id}/priority", {"to": to}, of="/batches").text
+        said = re.search(r'class="note" role="status">([^<]+)', text)[1]
+        return f"{web.client.get(f'/api/batches/{batch_id}').json()['priority']} {said}"
+
+    assert press(mine, "first") == "99 It goes before all that waits."
+    assert press(mine, "first") == "99 It is the first already."
+    assert press(other, "first") == "100 It goes before all that waits."
+    shared = "100 It has the highest priority, and so have others: they take turns."
+    assert press(mine, "first") == shared
+    assert press(mine, "first") == shared
+    assert press(mine, "up").startswith("100 Nothing was changed")
 
 
 def test_the_gallery_leads_through_every_video_once(web: Web, browser: Browser) -> None:
