@@ -277,14 +277,16 @@ def queues_without_workers(session: Session, batch_id: str) -> list[str]:
     return [queue for queue in waited_for if queue not in served]
 
 
-def highest_priority(session: Session) -> int:
-    """Of all jobs that are queued; 0 when there are none."""
+def highest_priority(session: Session, *, but_not: str | None = None) -> int:
+    """Of all jobs that are queued, but not those of this batch; 0 when there are none."""
     urgent = (
         select(func.min(Job.rank))
         .where(Job.state == states.JobState.QUEUED, Job.batch_id == Batch.id)
         .scalar_subquery()
     )
     highest = select(func.max(Batch.boost - urgent)).where(Batch.finished_at.is_(None))
+    if but_not is not None:
+        highest = highest.where(Batch.id != but_not)
     return session.scalar(highest) or 0
 
 

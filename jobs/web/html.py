@@ -1,9 +1,11 @@
 """Templates -> pages: words for numbers and times, headers, the key of a browser's forms."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from os import PathLike, stat_result
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -11,6 +13,7 @@ import jinja2
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from jobs.web import cookies
 
@@ -32,6 +35,9 @@ NOTES = {
     "paused": "Paused: nothing of it starts; what runs goes on.",
     "resumed": "It goes on.",
     "moved": "Its place in the queue is changed.",
+    "first": "It goes before all that waits.",
+    "is-first": "It is the first already.",
+    "among-first": "It has the highest priority, and so have others: they take turns.",
     "unchanged": "Nothing was changed: it is in that state already, or it is finished.",
     "submitted": "Submitted.",
     "again": "These were submitted before: here is their batch.",
@@ -43,17 +49,34 @@ NOTES = {
 """What a page may be asked to say after something was done, by the word in its address."""
 
 
-class Assets(StaticFiles):
-    """Scripts and styles: the same for everybody, so browsers may keep them for an hour."""
+ASSETS = HERE / "assets"
+VERSIONS = {
+    path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in ASSETS.iterdir()
+}
 
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers["Cache-Control"] = "public, max-age=3600"
+
+def asset(name: str) -> str:
+    """Its address: another one when the file is another one."""
+    return f"/assets/{name}?v={VERSIONS[name]}"
+
+
+class Assets(StaticFiles):
+    """Scripts and styles: the same for everybody, so browsers may keep each version for ever."""
+
+    def file_response(
+        self, full_path: str | PathLike[str], stat_result: stat_result, scope: Scope, *args: Any
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, *args)
+        name = Path(full_path).name
+        # While an upgrade goes on, pages of the new version may ask a process of the old one.
+        is_of_version = scope["query_string"].decode("latin-1") == f"v={VERSIONS.get(name)}"
+        kept = "public, max-age=31536000, immutable" if is_of_version else "no-cache"
+        response.headers["Cache-Control"] = kept
         return response
 
 
 def assets() -> Assets:
-    return Assets(directory=HERE / "assets")
+    return Assets(directory=ASSETS)
 
 
 def page(
@@ -151,12 +174,14 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["asset"] = asset
     environment.filters |= {
         "ago": ago,
         "duration": duration,
         "moment": moment,
         "memory": memory,
         "plain": plain,
+        "name": lambda path: PurePath(str(path)).name,
         "path": lambda text: quote(str(text), safe=""),
         "query": _query,
         "number": lambda value: f"{value:,}",

@@ -5,6 +5,7 @@ Debian's package `chromium`, driven by Playwright; without it these tests are sk
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ pytestmark = [
 PRESET = """{"model_path": "simulated", "denoising_step_list": [1000, 750, 500, 250],
  "target_video_length": 17, "target_width": 160, "target_height": 96, "fps": 8}"""
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+CUT_OFF = """[...document.querySelectorAll(".chart text")].filter((text) => {
+  const [own, all] = [text, text.closest("svg")].map((each) => each.getBoundingClientRect());
+  return own.top < all.top || own.left < all.left;
+}).map((text) => text.textContent)"""
 SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
 
 
@@ -81,22 +86,50 @@ def submit(page: Page, prompts: str, **fields: str) -> str:
     return page.url.split("/batches/")[1].partition("?")[0]
 
 
-def test_a_batch_is_submitted_followed_and_played(
-    page: Page, browser: Browser, address: str
-) -> None:
-    submit(page, "a cat boxes", Seed="7", Videos_per_prompt="2")
-    expect(page.locator("#counts")).to_contain_text("0 of 2 done", timeout=WAIT_MILLISECONDS)
+def finished_job(page: Page, prompt: str, **fields: str) -> str:
+    """Its page."""
+    submit(page, prompt, **fields)
+    expect(page.locator("#counts")).to_contain_text("1 of 1 done", timeout=WAIT_MILLISECONDS)
+    return str(page.locator("tbody th a").first.get_attribute("href"))
+
+
+def paused(page: Page) -> str:
+    """A batch of three, of which one may be rendered and the others wait; its page is shown."""
+    batch_id = submit(page, "now\nlater\nlast")
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    return batch_id
+
+
+def requests_of(page: Page) -> list[str]:
+    """Grows with each that it makes from now on, but for its icon."""
+    asked: list[str] = []
+    page.on("request", lambda made: None if "icon" in made.url else asked.append(made.url))
+    return asked
+
+
+@contextmanager
+def window_of(browser: Browser, address: str) -> Iterator[Page]:
+    """One that may complain."""
+    with browser.new_context(base_url=address) as context:
+        context.set_default_timeout(WAIT_MILLISECONDS)
+        yield context.new_page()
+
+
+def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
+    submit(page, "a cat boxes", Seed="7", Videos_per_prompt="4")
+    expect(page.locator("#counts")).to_contain_text("0 of 4 done", timeout=WAIT_MILLISECONDS)
     running = page.locator("ul.running")
-    # Told by events: the page itself is never loaded again.
+    # A part of it is fetched anew: the page itself is never loaded again.
     page.evaluate("window.isTheSame = true")
-    expect(running).to_contain_text("denoise", timeout=WAIT_MILLISECONDS)
+    expect(running).to_contain_text("on sim0", timeout=WAIT_MILLISECONDS)
     step = running.inner_text()
     expect(running).not_to_have_text(step, timeout=WAIT_MILLISECONDS)
-    expect(page.locator("#counts")).to_contain_text("2 of 2 done", timeout=WAIT_MILLISECONDS)
+    expect(page.locator("#counts")).to_contain_text("4 of 4 done", timeout=WAIT_MILLISECONDS)
     assert page.evaluate("window.isTheSame")
 
     page.get_by_role("link", name="Gallery").last.click()
-    expect(page.locator("article")).to_have_count(2)
+    expect(page.locator("article")).to_have_count(4)
     expect(page.locator("article").first).to_contain_text("a cat boxes")
     expect(page.locator("article").first.locator("dl")).to_contain_text("160x96")
     played = page.locator("video").first.evaluate(
@@ -115,17 +148,120 @@ def test_a_batch_is_submitted_followed_and_played(
     for box in page.get_by_label("compare").all():
         box.check()
     page.get_by_role("button", name="Compare the chosen").click()
-    expect(page.locator(".differs")).to_have_text(["seed7", "seed8"])
+    expect(page.locator(".differs")).to_have_text([f"seed{seed}" for seed in range(7, 11)])
     page.get_by_role("button", name="Play together").click()
     # Asked from outside: the page's policy lets nobody evaluate text inside it.
     all_run = "[...document.querySelectorAll('video')].every((video) => video.currentTime > 0.2)"
     until(lambda: page.evaluate(all_run), bool, seconds=WAIT_MILLISECONDS / 1000)
-    with browser.new_context(base_url=address) as context:
-        window = context.new_page()
+
+
+def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
+    page: Page, browser: Browser, address: str
+) -> None:
+    job = finished_job(page, "a video")
+    with window_of(browser, address) as window:
+        video = window.locator("video")
+        window.route("**/api/jobs/*/video", lambda asked: asked.fulfill(status=503))
+        window.goto(job)
+        expect(window.get_by_text("This video cannot be played just now.")).to_be_visible()
+        expect(video).to_have_count(0)
+        window.unroute("**/api/jobs/*/video")
+        window.get_by_role("button", name="Try again").click()
+        until(lambda: video.evaluate("each => each.readyState >= 2"), bool, seconds=20)
         window.route("**/api/jobs/*/video", lambda asked: asked.fulfill(status=404))
-        window.goto("/gallery")
-        gone = window.get_by_text("it may have been deleted")
-        expect(gone.first).to_be_visible(timeout=WAIT_MILLISECONDS)
+        window.goto(job)
+        expect(window.get_by_text("This video was deleted.")).to_be_visible()
+        expect(window.get_by_role("button", name="Try again")).to_have_count(0)
+
+
+def test_videos_of_different_lengths_play_to_the_end_of_the_longest(page: Page) -> None:
+    short, long = (finished_job(page, text, Seconds=text) for text in ("1", "3"))
+    state = """[...document.querySelectorAll("video")].map((video) =>
+        [video.paused, video.currentTime / video.duration])"""
+
+    def reached(share: float) -> None:
+        until(lambda: page.evaluate(state)[1][1] >= share, bool, seconds=20)
+
+    page.goto(f"/compare?job={short[6:]}&job={long[6:]}")
+    until(lambda: page.evaluate("document.readyState") == "complete", bool, seconds=20)
+    page.get_by_role("button", name="Play together").click()
+    reached(0.6)
+    assert page.evaluate(state)[0] == [True, 1]
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("button", name="Play together").click()
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    assert [paused for paused, _ in page.evaluate(state)] == [True, False]
+    assert page.evaluate(state)[1][1] >= 0.6
+    expect(page.get_by_role("button", name="Play together")).to_be_visible(timeout=20_000)
+    assert page.evaluate(state) == [[True, 1], [True, 1]]
+    expect(page.get_by_label("Time")).to_have_value("1000")
+    page.get_by_role("button", name="Play together").click()
+    until(lambda: all(share < 0.9 for _, share in page.evaluate(state)), bool, seconds=20)
+
+
+def test_a_page_without_answers_says_so_and_goes_on_with_the_next(
+    page: Page, browser: Browser, address: str
+) -> None:
+    batch_id = paused(page)
+    with window_of(browser, address) as window:
+        window.goto(f"/batches/{batch_id}")
+        stale = window.locator("#stale")
+        expect(stale).to_be_hidden()
+        window.route(f"**/batches/{batch_id}", lambda asked: asked.abort())
+        expect(stale).to_contain_text("no good answer since", timeout=20_000)
+        window.unroute(f"**/batches/{batch_id}")
+        expect(stale).to_be_hidden(timeout=20_000)
+        window.route(f"**/batches/{batch_id}", lambda asked: asked.fulfill(status=503))
+        page.get_by_role("button", name="Resume").click()
+        expect(page.locator("#counts")).to_contain_text("3 of 3 done", timeout=WAIT_MILLISECONDS)
+        expect(stale).to_be_visible(timeout=20_000)
+        expect(window.locator("#counts")).not_to_contain_text("3 of 3 done")
+        window.unroute(f"**/batches/{batch_id}")
+        expect(window.locator("#counts")).to_contain_text("3 of 3 done", timeout=20_000)
+        expect(stale).to_be_hidden()
+        # Written after its end, and then there is nothing to wait for.
+        expect(window.get_by_role("heading", name="Result files")).to_be_visible(timeout=20_000)
+        asked = requests_of(window)
+        window.wait_for_timeout(5_000)
+        assert asked == []
+
+
+def test_a_page_that_nobody_sees_asks_for_nothing(page: Page) -> None:
+    batch_id = paused(page)
+    page.add_init_script(
+        "Object.defineProperty(document, 'hidden', {get: () => window.isHidden ?? false});"
+    )
+    page.goto(f"/batches/{batch_id}")
+    asked = requests_of(page)
+    page.evaluate("window.isHidden = true")
+    page.wait_for_timeout(5_000)
+    assert asked == []
+    page.evaluate("window.isHidden = false, document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_timeout(500)
+    assert len(asked) == 1
+    expect(page.locator("#stale")).to_be_hidden()
+
+
+def test_many_open_pages_leave_the_browser_free(page: Page) -> None:
+    """It opens six connections to a host at most."""
+    path = f"/batches/{paused(page)}"
+    for _ in range(7):
+        page.context.new_page().goto(path)
+    page.goto("/batches")
+    expect(page.get_by_role("heading", name="Batches")).to_be_visible()
+
+
+def test_after_going_back_the_form_fits_its_preset(page: Page) -> None:
+    page.goto("/submit")
+    image, hint = page.get_by_label("First frame"), page.locator("#preset-hint")
+    expect(image).to_be_hidden()
+    page.get_by_label("Preset").select_option("tiny_i2v")
+    expect(image).to_be_visible()
+    page.goto("/farm")
+    page.go_back()
+    expect(page.get_by_label("Preset")).to_have_value("tiny_i2v")
+    expect(hint).to_contain_text("image to video")
+    expect(image).to_be_visible()
 
 
 def test_a_running_batch_is_cancelled(page: Page) -> None:
@@ -172,8 +308,8 @@ def test_the_form_can_be_filled_in_and_sent_by_keyboard(page: Page) -> None:
 
 
 def test_no_page_keeps_anybody_out(browser: Browser, page: Page, address: str) -> None:
-    """axe finds nothing serious, nothing is wider than the window; light and dark."""
-    batch_id = submit(page, "a cat", Seed="1")
+    """axe finds nothing serious, nothing is wider than the window or cut off; light and dark."""
+    batch_id = submit(page, "a cat " + 300 * "wide", Seed="1")
     expect(page.locator("#counts")).to_contain_text("1 of 1 done", timeout=WAIT_MILLISECONDS)
     job = page.locator("tbody th a").first.get_attribute("href")
     _add_schedule(page)
@@ -207,6 +343,7 @@ def test_no_page_keeps_anybody_out(browser: Browser, page: Page, address: str) -
                     found.append((size, name, violation["id"], nodes))
             if window.evaluate("document.documentElement.scrollWidth") > width:
                 found.append((size, name, "wider than the window"))
+            found += [(size, name, "cut off", text) for text in window.evaluate(CUT_OFF)]
             if SHOTS:
                 window.screenshot(path=Path(SHOTS, f"{name}-{size}.png"), full_page=True)
         context.close()

@@ -1,29 +1,35 @@
 // What the pages cannot do without a script. Everything else works without one.
 "use strict";
 
-const NEWS_MILLISECONDS = 700; // a change is shown at most this often
+const PATIENCE_MILLISECONDS = 10_000; // without an answer, until the page says so
 
-// A batch tells its changes as server-sent events; htmx then fetches the part of the page anew.
-function follow(part) {
-  const stream = new EventSource(part.dataset.events);
-  let timer = null;
-  const show = () => {
-    timer = null;
-    htmx.trigger(part, "news");
-  };
-  const later = () => {
-    timer ??= setTimeout(show, NEWS_MILLISECONDS);
-  };
-  stream.addEventListener("progress", later);
-  stream.addEventListener("finished", () => {
-    stream.close();
-    later();
-  });
+// Parts of a page are fetched anew by htmx every few seconds: while they are seen, and however many
+// answers are errors.
+let answeredAt = new Date();
+let waiting = null;
+
+function tellAge() {
+  const told = document.getElementById("stale");
+  const clock = answeredAt.toISOString().slice(11, 19);
+  told.textContent = `Out of date: no good answer since ${clock} UTC. Trying again.`;
+  told.hidden = false;
 }
 
-function followAll() {
-  for (const part of document.querySelectorAll("[data-events]")) follow(part);
-}
+document.addEventListener("htmx:before:request", (event) => {
+  if (document.hidden) event.preventDefault();
+  else waiting ??= setTimeout(tellAge, PATIENCE_MILLISECONDS);
+});
+document.addEventListener("htmx:after:request", (event) => {
+  if (event.detail.ctx.response.status >= 400) return;
+  clearTimeout(waiting);
+  waiting = null;
+  answeredAt = new Date();
+  document.getElementById("stale").hidden = true;
+});
+document.addEventListener("visibilitychange", () => {
+  const part = document.querySelector("[hx-trigger]");
+  if (part && !document.hidden) htmx.trigger(part, "every");
+});
 
 // Questions before what cannot be undone.
 document.addEventListener("submit", (event) => {
@@ -46,22 +52,35 @@ function explainPreset() {
     field.hidden = !isWanted;
   };
   preset.addEventListener("change", explain);
+  window.addEventListener("pageshow", explain); // after Back, browsers fill in the form late
   explain();
 }
 
-// A video that the store does not have any more.
-function tellThatGone(video) {
+// A video that does not play: the service knows whether it was deleted.
+async function tellWhy(video) {
+  const asked = await fetch(video.src, {method: "HEAD"}).catch(() => null);
   const told = document.createElement("p");
   told.className = "empty";
-  told.textContent = "This video cannot be played: it may have been deleted.";
+  if (asked?.status === 404) told.textContent = "This video was deleted.";
+  else {
+    const again = document.createElement("button");
+    again.type = "button";
+    again.textContent = "Try again";
+    again.addEventListener("click", () => {
+      told.replaceWith(video);
+      video.load();
+      video.focus();
+    });
+    told.append("This video cannot be played just now. ", again);
+  }
   video.replaceWith(told);
 }
 
 // Errors of media do not bubble; those of before this script ran are found by their state.
 document.addEventListener("error", (event) => {
-  if (event.target instanceof HTMLVideoElement) tellThatGone(event.target);
+  if (event.target instanceof HTMLVideoElement) tellWhy(event.target);
 }, true);
-for (const video of document.querySelectorAll("video")) if (video.error) tellThatGone(video);
+for (const video of document.querySelectorAll("video")) if (video.error) tellWhy(video);
 
 // Videos side by side, at the same moment.
 function playTogether() {
@@ -70,15 +89,17 @@ function playTogether() {
   const videos = [...document.querySelectorAll(".compared video")];
   const button = panel.querySelector("[data-play]");
   const scrub = document.getElementById("scrub");
-  const longest = () => Math.max(...videos.map((video) => video.duration || 0));
+  const length = (video) => video.duration || 0;
+  const longest = () => videos.reduce((one, other) => (length(other) > length(one) ? other : one));
   panel.hidden = false;
   button.addEventListener("click", () => {
     const isPaused = videos.every((video) => video.paused);
+    const seconds = longest().ended ? 0 : longest().currentTime;
     for (const video of videos) {
       if (!isPaused) video.pause();
-      else {
-        video.currentTime = videos[0].ended ? 0 : videos[0].currentTime;
-        video.play();
+      else if (!(seconds >= video.duration)) {
+        video.currentTime = seconds;
+        video.play().catch(() => {}); // refused when it is paused before it began
       }
     }
   });
@@ -88,18 +109,17 @@ function playTogether() {
   for (const video of videos) {
     video.muted = true;
     for (const what of ["play", "pause", "ended"]) video.addEventListener(what, name);
+    video.addEventListener("timeupdate", () => {
+      if (video === longest()) scrub.value = (video.currentTime / (length(video) || 1)) * 1000;
+    });
   }
   scrub.addEventListener("input", () => {
-    const seconds = (scrub.value / 1000) * longest();
-    for (const video of videos) video.currentTime = Math.min(seconds, video.duration || 0);
-  });
-  videos[0].addEventListener("timeupdate", () => {
-    scrub.value = longest() ? (videos[0].currentTime / longest()) * 1000 : 0;
+    const seconds = (scrub.value / 1000) * length(longest());
+    for (const video of videos) video.currentTime = Math.min(seconds, length(video));
   });
 }
 
 document.addEventListener("DOMContentLoaded", () => {
-  followAll();
   explainPreset();
   playTogether();
   document.getElementById("summary")?.focus();

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 WIDTH, HEIGHT = 720, 240
-LEFT, TOP, BOTTOM = 72, 14, 32  # room for numbers and times, also in the large type of phones
+LEFT, TOP, BOTTOM = 72, 24, 32  # room for numbers and times, also in the large type of phones
 MOST_POINTS = 240
 GAP_SECONDS = 120.0  # longer between two samples: nobody looked
 
@@ -126,7 +126,15 @@ def _y(value: float, top: int) -> float:
 
 
 def _ticks(top: int) -> list[tuple[float, str]]:
-    return [(_y(value, top), f"{value:,}") for value in (0, top // 2, top)]
+    return [(_y(value, top), _short(value)) for value in (0, top // 2, top)]
+
+
+def _short(value: int) -> str:
+    """2500 -> 2.5k: a long number has no room beside the drawing."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return str(value)
 
 
 def _clock(moment: datetime) -> str:

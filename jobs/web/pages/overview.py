@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import Response
-from sqlalchemy.orm import Session
 
 from jobs import errors, prompt_row, queries, states
 from jobs.web import access, batches, finding, html
@@ -111,20 +110,30 @@ def prioritize(
 ) -> Response:
     """To a number, one up or down, or before all that waits."""
     with serving.db.reading() as session:
-        wanted = _priority(session, to, finding.batch(session, batch_id, who).id)
+        batch = finding.batch(session, batch_id, who)
+        now = batch.priority + batch.boost
+        others = queries.highest_priority(session, but_not=batch.id)
+    wanted = _priority(to, now=now, others=others)
     new = batches.Priority(priority=wanted)
     changed = batches.prioritize(batch_id, new, serving, who)["changed"]
     after = html.own_path(back, otherwise=f"/batches/{batch_id}")
-    return html.go(after, did="moved" if changed else "unchanged")
+    return html.go(after, did=_done(to, changed=changed, was=now, now=wanted, others=others))
 
 
-def _priority(session: Session, to: str, batch_id: str) -> int:
+def _done(to: str, *, changed: bool, was: int, now: int, others: int) -> str:
+    if not changed or to != "first":
+        return "moved" if changed and now != was else "unchanged"
+    if now <= others:
+        return "among-first"
+    return "first" if now != was else "is-first"
+
+
+def _priority(to: str, *, now: int, others: int) -> int:
     most = prompt_row.MAX_PRIORITY
     if to == "first":
-        wanted = queries.highest_priority(session) + 1
+        wanted = max(now, others + 1)
     elif to in ("up", "down"):
-        row = queries.find_batch(session, batch_id)
-        wanted = row.priority + row.boost + (1 if to == "up" else -1)
+        wanted = now + (1 if to == "up" else -1)
     else:
         try:
             wanted = int(to)

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from jobs import queries, schedules, states, tokens, workers
+from jobs import queries, reports, results, schedules, states, tokens, workers
+from jobs.web.pages import charts
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import Web
 
@@ -216,7 +218,9 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
 
     assert "Paused" in press("pause")
     assert "It goes on" in press("resume")
-    assert "Its place in the queue" in press("priority", to="first")
+    assert "It goes before all" in press("priority", to="first")
+    assert batches_of(web)[0].boost == 1
+    assert "It is the first already" in press("priority", to="first")
     assert batches_of(web)[0].boost == 1
     press("priority", to="down")
     assert batches_of(web)[0].boost == 0
@@ -229,6 +233,23 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     job = f"/jobs/{web.job_id(batch_id)}"
     assert "Queued again" in browser.post(f"{job}/retry", {}, of=job).text
     assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
+
+
+def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: Browser) -> None:
+    other, mine = web.submit(priority=98), web.submit(priority=5)
+
+    def press(batch_id: str, to: str) -> str:
+        text = browser.post(f"/batches/{batch_id}/priority", {"to": to}, of="/batches").text
+        said = re.search(r'class="note" role="status">([^<]+)', text)[1]
+        return f"{web.client.get(f'/api/batches/{batch_id}').json()['priority']} {said}"
+
+    assert press(mine, "first") == "99 It goes before all that waits."
+    assert press(mine, "first") == "99 It is the first already."
+    assert press(other, "first") == "100 It goes before all that waits."
+    shared = "100 It has the highest priority, and so have others: they take turns."
+    assert press(mine, "first") == shared
+    assert press(mine, "first") == shared
+    assert press(mine, "up").startswith("100 Nothing was changed")
 
 
 def test_the_gallery_leads_through_every_video_once(web: Web, browser: Browser) -> None:
@@ -476,6 +497,76 @@ def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Brow
     assert not load["is_cut"]
     text = browser.get("/farm").text
     assert "1 videos and 1 failed attempts" in text
+
+
+def test_numbers_beside_a_chart_are_short() -> None:
+    for queued, told in ((20, ["0", "10", "20"]), (4_000, ["0", "2.5k", "5k"])):
+        samples = [{"at": datetime.now(UTC), "queued": queued, "running": 0}]
+        assert [word for _, word in charts.lines(samples).ticks] == told
+
+
+def test_the_farm_names_models_as_the_command_line_does(web: Web, browser: Browser) -> None:
+    web.db.write(workers.register, registration())
+    held = {"model": "/srv/models/tiny", "loras": ("/srv/loras/noir.safetensors",)}
+    model = reports.Resident(**held, memory="resident", device_bytes=5, host_bytes=7)
+    counts = {"renders": 1, "loads": 1, "lora_switches": 0}
+    told = reports.Report(**counts, resident=(model,), device_used_bytes=5, host_used_bytes=7)
+    web.db.write(workers.report, "gpu0@host", told)
+    text = browser.get("/farm").text
+    assert "loaded: tiny with noir.safetensors, 5 bytes on the device" in text
+    assert "/srv" not in text
+
+
+def test_a_long_word_is_shown_as_far_as_there_is_room(web: Web, browser: Browser) -> None:
+    prompt = "A " + "\N{CJK UNIFIED IDEOGRAPH-732B}" * 300
+    batch_id = web.submit([{"prompt": prompt}])
+    web.db.write(workers.register, registration())
+    attempt_id = web.claim(web.job_id(batch_id))
+    assert prompt[:100] in browser.get(f"/batches/{batch_id}").text
+    assert prompt[:100] in browser.get("/farm").text
+    web.succeed(web.job_id(batch_id), attempt_id)
+    assert prompt[:200] in browser.get("/gallery").text
+
+
+def test_what_people_wrote_is_set_in_its_own_direction(web: Web, browser: Browser) -> None:
+    words = "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET}!"
+    batch_id = web.submit([{"prompt": words, "custom_id": words, "seed": 1}], name=words, repeat=2)
+    ids = [web.job_id(batch_id, number) for number in range(2)]
+    for job_id in ids:
+        web.succeed(job_id)
+    paths = ["/batches", f"/batches/{batch_id}", f"/jobs/{ids[0]}", "/gallery"]
+    for path in [*paths, f"/gallery?batch={batch_id}", f"/compare?job={ids[0]}&job={ids[1]}"]:
+        body = browser.get(path).text.partition("<main")[2]
+        before = re.findall(r"((?:<h2[^<>]*>)?<[^<>]*>)\s*" + words, body)
+        assert before, path
+        for tags in before:
+            assert tags == "<bdi>" or 'dir="auto"' in tags, (path, tags)
+
+
+def test_scripts_and_styles_are_kept_for_ever_by_their_version(web: Web, browser: Browser) -> None:
+    text = browser.get("/farm").text
+    addresses = re.findall(r'(?:href|src)="(/assets/[^"]+)"', text)
+    assert len(addresses) == 4
+    for address in addresses:
+        assert "immutable" in web.client.get(address).headers["cache-control"]
+        plain, _, version = address.partition("?v=")
+        assert re.fullmatch("[0-9a-f]{16}", version)
+        for other in (plain, f"{plain}?v={'0' * 16}"):
+            assert web.client.get(other).headers["cache-control"] == "no-cache"
+
+
+def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    job_id, path = web.job_id(batch_id), f"/batches/{batch_id}"
+    assert 'hx-trigger="every 2s"' in browser.get(path).text
+    web.succeed(job_id)
+    text = browser.get(path).text
+    assert "Finished" in text
+    assert 'hx-trigger="every 2s"' in text
+    results.write(web.db, web.serving.store, batch_id)
+    text = browser.get(path).text
+    assert "Result files" in text
+    assert "hx-trigger" not in text
 
 
 def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
