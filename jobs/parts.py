@@ -22,6 +22,7 @@ class Part:
 
 
 RUN_WORKERS = Part("worker.launch", "run")
+DEVICE_SLOTS = Part("worker.gpus", "slots")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 UNLIKE_HEADERS = Part("worker.wanted", "unlike_headers")
@@ -39,6 +40,7 @@ RENDER_ALONE = Part("worker.alone", "render", loads_torch=True)
 
 ALL = (
     RUN_WORKERS,
+    DEVICE_SLOTS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     UNLIKE_HEADERS,
