@@ -97,7 +97,7 @@ class Cleaner:
                 try:
                     self._steps[kind](self._now - timedelta(days=keep_days), tally)
                 except (errors.RushesError, DBAPIError, OSError) as problem:
-                    error = str(problem)[:500]
+                    error = errors.first_line(problem)
                     log.warning("cleaning.ended_early", kind=kind, error=error)
             yield Outcome(
                 kind=kind,

@@ -102,6 +102,8 @@ class Database:
             raise _wrong_url("has an @ too many: in a password it is written %40")
         if url.get_backend_name() == "sqlite" and not url.database:
             raise _wrong_url("names no file")
+        if url.get_backend_name() == "sqlite" and url.database == ":memory:":
+            raise _wrong_url("names memory, which ends with each command")
         return url
 
     @property
@@ -111,7 +113,7 @@ class Database:
     def require_file(self) -> None:
         """DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
         file = self.url.database
-        if self.is_sqlite and file and file != ":memory:" and not Path(file).exists():
+        if self.is_sqlite and file and not Path(file).exists():
             raise DatabaseUnavailable(
                 self.url,
                 "there is no such file: start everything on this machine with `rushes up`, or "
@@ -356,7 +358,7 @@ def _limit_waits(engine: Engine, answer_seconds: float) -> None:
 
 
 def _make_sqlite(url: URL) -> Engine:
-    if url.database and url.database != ":memory:":
+    if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
         url,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import redis
+from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import (
@@ -95,6 +96,8 @@ def _fail(name: str, seen: str, advice: str) -> Check:
 def _settings(config: settings.Settings) -> Iterator[Check]:
     for field, names in settings.environment_names().items():
         source = source_of(config, names)
+        if getattr(config, field) in (None, "", SecretStr("")):
+            continue
         if source != "default" or field in ("home", "database_url", "broker_url", "results_url"):
             yield _ok(f"setting {names[0]}", f"{_shown(config, field)} ({source})")
 
@@ -168,7 +171,7 @@ def _database(config: settings.Settings) -> Iterator[Check]:
             revision, head = migrate.current(db), migrate.head()
     except (SQLAlchemyError, errors.RushesError) as error:
         advice = "start the server or correct DATABASE_URL"
-        yield _fail("database", _first_line(error), advice)
+        yield _fail("database", errors.first_line(error), advice)
         return
     yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
     if revision == head:
@@ -191,11 +194,6 @@ def _missing_file(db: database.Database) -> Path | None:
     return Path(file) if file and not Path(file).exists() else None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(getattr(error, "orig", None) or error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
 # Redis.
 
 
@@ -209,7 +207,7 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         info = _answer(client.info())
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
         advice = "start Redis or correct CELERY_BROKER_URL; submitted jobs are safe meanwhile"
-        yield _fail("redis", _first_line(error), advice)
+        yield _fail("redis", errors.first_line(error), advice)
         return
     version = info.get("valkey_version") or info.get("redis_version", "?")
     seen = f"version {version} answers in {seconds * 1000:.1f} ms"
@@ -337,7 +335,7 @@ def _ffmpeg(_config: settings.Settings) -> Iterator[Check]:
         version = _said([program, "-version"]).splitlines()[0]
         encoders = _said([program, "-hide_banner", "-encoders"])
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError, IndexError) as error:
-        yield _fail("ffmpeg", _first_line(error), advice)
+        yield _fail("ffmpeg", errors.first_line(error), advice)
         return
     short = " ".join(version.split()[:3])
     if "libx264" not in encoders:
@@ -379,7 +377,9 @@ def _devices(_config: settings.Settings) -> Iterator[Check]:
     try:
         rows = [row for row in _said([program, *query]).splitlines() if row.strip()]
     except (OSError, subprocess.SubprocessError) as error:
-        yield _fail("devices", f"nvidia-smi: {_first_line(error)}", "repair the NVIDIA driver")
+        yield _fail(
+            "devices", f"nvidia-smi: {errors.first_line(error)}", "repair the NVIDIA driver"
+        )
         return
     for row in rows:
         index, name, total, free = (cell.strip() for cell in row.split(","))
@@ -395,6 +395,11 @@ NO_GPU = "fine for the tiny model and for submitting; a 14B model needs a GPU"
 
 
 def _presets(config: settings.Settings) -> Iterator[Check]:
+    try:
+        presets.check_folder(config.presets_dir)
+    except errors.FileUnusable as error:
+        yield _fail("presets", str(error), "make the folder, correct the setting or remove it")
+        return
     found = presets.available(config.presets_dir)
     broken = [entry for entry in found if isinstance(entry, presets.BrokenPreset)]
     for entry in broken:

@@ -1,13 +1,17 @@
 """Videos of a batch into a folder: verified, never outside of it, resumed where it stopped."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +57,16 @@ class DiskUnusable(errors.RushesError):
         )
 
 
+class FolderBusy(errors.RushesError):
+    """Another download writes the same names there now."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder}: another download works in this folder; wait for its end, or give another "
+            "folder"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """A finished video and the name it gets."""
@@ -90,6 +104,8 @@ class Names:
         """The custom_id, as far as it can be a file name everywhere; else the position."""
         number = f"{position:0{POSITION_DIGITS}}"
         name = safe_name(custom_id or "") or number
+        if not _is_written_here(name):
+            name = number
         while _folded(name) in self._taken:
             name = f"{name}-{number}"
         self._taken.add(_folded(name))
@@ -104,6 +120,15 @@ def safe_name(text: str) -> str:
     if not name.strip("_"):
         return ""
     return f"_{name}" if RESERVED_NAMES.fullmatch(name) else name
+
+
+def _is_written_here(name: str) -> bool:
+    """Not where the locale is older than UTF-8 and has no such letters."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def items(db: database.Database, batch_id: str) -> Iterator[Item]:
@@ -130,16 +155,62 @@ def _make(folder: Path) -> None:
         raise errors.FileUnusable(f"{folder} {why}; give another folder") from error
 
 
-def take_folder(folder: Path, batch_id: str) -> None:
-    """Mark the folder as this batch's. InvalidInput when it holds another's, with equal names."""
-    mark = folder / OWNER_FILE
-    owner = mark.read_text("utf-8").strip() if mark.is_file() else ""
-    if owner == batch_id:
-        return
-    if owner:
-        message = f"holds batch {owner}: give another folder, or none for one named like the batch"
-        raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+@contextmanager
+def taken(folder: Path, batch_id: str) -> Iterator[None]:
+    """Alone in the folder, which is marked as this batch's. FolderBusy while another download is.
+
+    InvalidInput when it holds another batch's files, with equal names, or a person's own.
+    """
+    _is_marked(folder, batch_id)
     _make(folder)
+    with _alone_in(folder):
+        if not _is_marked(folder, batch_id):
+            _mark(folder, batch_id)
+        yield
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """The kernel lets go of the folder when we end, however that happens."""
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderBusy(folder) from None
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+
+
+def _is_marked(folder: Path, batch_id: str) -> bool:
+    """As this batch's. InvalidInput when its files may not be replaced by ours."""
+    mark = folder / OWNER_FILE
+    marked = mark.read_text("utf-8").strip() if mark.is_file() else ""
+    owner = marked or _batch_of_manifest(folder)
+    message = ""
+    if owner and owner != batch_id:
+        message = f"holds batch {owner}"
+    elif not owner and (own := [name for name in RESULT_FILES if (folder / name).exists()]):
+        message = f"holds a {own[0]} of no batch, which would be replaced"
+    if message:
+        message += ": give another folder, or none for one named like the batch"
+        raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+    return bool(marked)
+
+
+def _batch_of_manifest(folder: Path) -> str:
+    """Whose files lie in a folder that lost its mark, as by a copy of what is not hidden."""
+    try:
+        manifest = json.loads((folder / results.MANIFEST).read_text("utf-8"))
+        return str(manifest["batch_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _mark(folder: Path, batch_id: str) -> None:
+    mark = folder / OWNER_FILE
     part = mark.with_name(f"{OWNER_FILE}.part")
     try:
         part.write_text(f"{batch_id}\n", "utf-8")
@@ -260,13 +331,19 @@ def _name_videos(db: database.Database, batch_id: str, path: Path) -> None:
 
 def _seal(folder: Path) -> None:
     """The manifest's size and checksum of output.jsonl: of the file that now lies beside it."""
-    manifest = json.loads((folder / results.MANIFEST).read_text("utf-8"))
+    target = folder / results.MANIFEST
+    manifest = json.loads(target.read_text("utf-8"))
     path = folder / results.OUTPUT
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     manifest["files"][results.OUTPUT] |= {"bytes": path.stat().st_size, "sha256": digest}
     body = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (folder / results.MANIFEST).write_text(f"{body}\n", "utf-8")
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_text(f"{body}\n", "utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _item(job: Job, attempt: Attempt, name: str) -> Item:
@@ -292,7 +369,7 @@ def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bo
             _fetch_video(store, item, target)
             status = Status.DOWNLOADED
         sidecar = folder / f"{item.name}.json"
-        if sidecars and (status is Status.DOWNLOADED or not sidecar.is_file()):
+        if sidecars and (status is Status.DOWNLOADED or not _is_sidecar(sidecar, item)):
             _download(store, item.sidecar_key, sidecar)
     except (storage.StorageUnavailable, storage.StorageDenied):
         raise
@@ -342,6 +419,15 @@ def _is_there(path: Path, item: Item) -> bool:
         return False
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == item.sha256
+
+
+def _is_sidecar(path: Path, item: Item) -> bool:
+    """It can be read and is of this video; no more is known of what it should say."""
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        return bool(told["video"]["sha256"] == item.sha256)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _folded(name: str) -> str:

@@ -22,6 +22,12 @@ class Problem:
         return self.message if self.line is None else f"line {self.line}: {self.message}"
 
 
+def first_line(error: BaseException) -> str:
+    """What it says in short; of the database's own words, without the statement."""
+    text = str(getattr(error, "orig", None) or error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
 class InvalidInput(RushesError):
     """What a person typed or a file they gave cannot be used. Nothing was stored."""
 

@@ -238,7 +238,8 @@ def retry_jobs(
         moves.count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
         total += reopened
     if total:
-        _check_not_expired(session, batch_id)
+        # Once the batch's count holds its row: who deletes what is old now waits for us.
+        check_not_expired(session, batch_id)
         session.execute(
             update(Batch)
             .where(Batch.id == batch_id)
@@ -269,8 +270,8 @@ def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> 
     return moves.row_count(session.execute(let))
 
 
-def _check_not_expired(session: Session, batch_id: str) -> None:
-    """Asked once the batch's count holds its row: who deletes what is old now waits for us."""
+def check_not_expired(session: Session, batch_id: str) -> None:
+    """BatchExpired when something was deleted that its jobs would need, or is being deleted."""
     results, inputs, jobs = session.execute(
         select(Batch.results_expired_at, Batch.inputs_expired_at, Batch.forgotten_at).where(
             Batch.id == batch_id

@@ -23,6 +23,7 @@ class Part:
 
 RUN_WORKERS = Part("worker.launch", "run")
 RENDERING_SETTINGS = Part("worker.settings", "load")
+DEVICE_SLOTS = Part("worker.gpus", "slots")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 UNLIKE_HEADERS = Part("worker.wanted", "unlike_headers")
@@ -41,6 +42,7 @@ RENDER_ALONE = Part("worker.alone", "render", loads_torch=True)
 ALL = (
     RUN_WORKERS,
     RENDERING_SETTINGS,
+    DEVICE_SLOTS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     UNLIKE_HEADERS,

@@ -116,6 +116,7 @@ def load(name_or_path: str, *, folder: Path | None = None, names_only: bool = Fa
     A preset in the person's own `folder` goes before a shipped one of the same name. What comes
     over the network is looked up with `names_only`: it must not read any file of this machine.
     """
+    check_folder(folder)
     files = _Files(folder)
     path = files.named(name_or_path)
     if path is not None:
@@ -123,6 +124,12 @@ def load(name_or_path: str, *, folder: Path | None = None, names_only: bool = Fa
     if not names_only and _is_file(name_or_path):
         return read(Path(name_or_path))
     raise errors.NotFound(_not_found(name_or_path, files, names_only=names_only))
+
+
+def check_folder(folder: Path | None) -> None:
+    """FileUnusable where it is missing: a shipped preset would be taken for the person's own."""
+    if folder is not None and not folder.is_dir():
+        raise errors.FileUnusable(f"RUSHES_PRESETS_DIR: there is no folder {folder}")
 
 
 def available(folder: Path | None = None) -> list[Preset | BrokenPreset]:

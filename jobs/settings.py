@@ -380,11 +380,13 @@ class Settings(BaseSettings):
 
     def model_post_init(self, _context: object) -> None:
         """Fill in what depends on `home`; make paths absolute, for children in other folders."""
-        home = self.home.expanduser().absolute()
+        home = _expanded("RUSHES_HOME", self.home).absolute()
+        own_presets = self.presets_dir
         defaults: dict[str, Any] = {
             "home": home,
-            "models_dir": self._folder("models_dir", home / "models"),
-            "scratch_dir": self._folder("scratch_dir", home / "scratch"),
+            "presets_dir": own_presets and _expanded("RUSHES_PRESETS_DIR", own_presets).absolute(),
+            "models_dir": _folder("RUSHES_MODELS_DIR", self.models_dir, home / "models"),
+            "scratch_dir": _folder("RUSHES_SCRATCH_DIR", self.scratch_dir, home / "scratch"),
             "database_url": SecretStr(
                 sqlalchemy_url(self.database_url.get_secret_value())
                 or _sqlite_url(home / "rushes.db")
@@ -392,10 +394,6 @@ class Settings(BaseSettings):
             "results_url": self.results_url or (home / LOCAL_RESULTS).as_uri(),
         }
         self.__dict__.update(defaults)
-
-    def _folder(self, name: str, default: Path) -> Path:
-        value: Path = getattr(self, name)
-        return default if value == Path() else value.expanduser().absolute()
 
     @classmethod
     def settings_customise_sources(
@@ -491,8 +489,22 @@ def _sqlite_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
+def _folder(name: str, given: Path, default: Path) -> Path:
+    return default if given == Path() else _expanded(name, given).absolute()
+
+
+def _expanded(name: str, path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        message = f"{name}={path}: this machine has no user of this name with a home"
+        raise errors.InvalidInput(
+            "settings", [errors.Problem(line=None, message=message)]
+        ) from None
+
+
 def _home(sources: Iterable[PydanticBaseSettingsSource]) -> Path:
-    return Path(_given(sources, "RUSHES_HOME") or ".rushes").expanduser()
+    return _expanded("RUSHES_HOME", Path(_given(sources, "RUSHES_HOME") or ".rushes"))
 
 
 def _given(sources: Iterable[PydanticBaseSettingsSource], name: str) -> str | None:

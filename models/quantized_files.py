@@ -51,7 +51,8 @@ def write(files: layout.ModelFiles, target: Path, scheme: quantization.Scheme) -
     Of a model with two, `target` is a folder: it gets one of each expert's name with a file in it.
     Only the matrices of the blocks become 8-bit; the rest is kept in bf16, or in fp32 where the
     network computes in fp32 and the source has it. Raises FileExistsError for a target that is
-    there, and CheckpointError for a source that cannot be read or is quantized already.
+    there, ValueError for a name that nothing would read, and CheckpointError for a source that
+    cannot be read or is quantized already.
     """
     targets = _targets(files, target)
     if there := [path for path in targets if path.exists()]:
@@ -90,6 +91,8 @@ def target_for(files: layout.ModelFiles, scheme: quantization.Scheme) -> Path:
 
 def _targets(files: layout.ModelFiles, target: Path) -> list[Path]:
     if not files.low_noise_transformer:
+        if target.suffix != ".safetensors":
+            raise ValueError(f"{target}: such weights are a .safetensors file: give it this end")
         return [target]
     return [target / name / EXPERT_FILE for name in transformer_files.EXPERTS]
 

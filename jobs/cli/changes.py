@@ -61,15 +61,19 @@ def _cancel_words(outcome: dict[str, Any]) -> str:
 def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> None:
     """Queue failed or cancelled jobs again.
 
-    With the same seed and look and with fresh budgets. A single JOB may be failed or cancelled.
+    With the same seed and look and with fresh budgets. A single JOB may be failed or cancelled,
+    unless an option names one of them.
     With --cancelled, those that still run and were to stop go on.
     """
     config = settings.load()
     db = connections.open_database(config)
     with db.reading() as session:
         found = references.find(session, reference)
-    batch_id = found.batch_id if isinstance(found, Job) else found.id
-    wanted = RETRYABLE if isinstance(found, Job) else _wanted(failed_only, cancelled)
+        batch_id = found.batch_id if isinstance(found, Job) else found.id
+        orders.check_not_expired(session, batch_id)
+    wanted = _wanted(failed_only, cancelled)
+    if isinstance(found, Job) and not (failed_only or cancelled):
+        wanted = RETRYABLE
     job_ids = [found.id] if isinstance(found, Job) else None
     retried = db.write(orders.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
     if retried and (delayed := bell.kick(config)):
@@ -88,7 +92,8 @@ def _wanted(failed_only: bool, cancelled: bool) -> tuple[states.JobState, ...]:
 
 def _retry_words(found: Batch | Job, retried: int, wanted: tuple[states.JobState, ...]) -> str:
     if isinstance(found, Job):
-        said = "queued again" if retried else f"is {found.state}: nothing to retry"
+        unasked = f", not {' or '.join(wanted)}" if found.state in RETRYABLE else ""
+        said = "queued again" if retried else f"is {found.state}{unasked}: nothing to retry"
         return f"job {found.id} ({display.label(found)}): {said}"
     if retried:
         return f"batch {found.id}: {output.count(retried, 'job')} queued again"

@@ -10,7 +10,9 @@ from jobs import (
     broker,
     database,
     direct,
+    errors,
     orders,
+    parts,
     presets,
     queries,
     servers,
@@ -25,6 +27,7 @@ from jobs.cli import display, exits, output
 
 PROMPTS = Path(__file__).resolve().parents[2] / "examples" / "prompts.jsonl"
 PRESET = "tiny"
+AUTO = "auto"
 LINK_SECONDS = 24 * 3600
 WAIT_SECONDS = 600.0
 WORKER_SECONDS = 30.0
@@ -34,6 +37,7 @@ LINK_TRY_SECONDS = 10.0
 def run(config: settings.Settings, *, devices: str) -> int:
     """Start what is not running yet, render, tell, and stop what was started."""
     began = time.monotonic()
+    _check(devices)
     with _farm(config, devices) as farm:
         db = database.connect(farm.config)
         _wait_for_worker(db)
@@ -48,6 +52,14 @@ def run(config: settings.Settings, *, devices: str) -> int:
         stopping = "; stopping what was started" if farm.children else ""
         output.line(f"\ndone in {time.monotonic() - began:.0f} s{stopping}")
         return exits.of_batch(last.progress.state)
+
+
+def _check(devices: str) -> None:
+    """InvalidInput for devices that are not there, or that render nothing."""
+    if devices.partition(":")[0] == "sim":
+        message = f"{devices!r} only sleeps and takes no job of the demo: give auto or cpu:N"
+        raise errors.InvalidInput("--devices", [errors.Problem(line=None, message=message)])
+    parts.DEVICE_SLOTS.load()(devices, cores=1)
 
 
 def _wait_for_worker(db: database.Database) -> None:
@@ -71,6 +83,8 @@ def _follow(db: database.Database, batch_id: str) -> watch.Snapshot:
 def _farm(config: settings.Settings, devices: str) -> Iterator[standalone.Farm]:
     if settings.read_up_file(config.home):
         output.line("using the `rushes up` that runs in this folder")
+        if devices != AUTO:
+            output.note(f"note: it has devices of its own: --devices {devices} is ignored")
         yield standalone.Farm(config=config, children=(), local_servers=())
         return
     output.line("starting Redis, S3, database, dispatcher and worker on this machine")

@@ -20,7 +20,7 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
 
 
 @click.command("distill")
-@click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("config", metavar="CONFIG", type=options.NamedPath(path_type=Path))
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -62,8 +62,8 @@ def _tell_end(done: Any, plan: Any, *, as_json: bool) -> None:
         output.emit(
             {
                 "updates": done.updates,
-                "weights": None if done.weights is None else str(done.weights),
-                "preset": None if done.preset is None else str(done.preset),
+                "weights": None if done.weights is None else str(done.weights.resolve()),
+                "preset": None if done.preset is None else str(done.preset.resolve()),
             }
         )
     elif done.weights is not None:

@@ -23,6 +23,9 @@ def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> No
     if preset is None and Path(subject).is_file():
         message = f"{subject} is a file: give --preset"
         raise click.UsageError(message, click.get_current_context())
+    if preset is None and repeat != 1:
+        message = "--repeat is for a FILE: give --preset"
+        raise click.UsageError(message, click.get_current_context())
     config = settings.load()
     db = connections.open_database(config)
     if preset is None:

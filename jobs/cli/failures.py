@@ -1,11 +1,14 @@
 """Every way in which a command can end badly, as one line and an exit code."""
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
@@ -22,24 +25,30 @@ class Failure:
     exit_code: int
     problems: tuple[errors.Problem, ...] = ()
     source: str = ""
+    batch_id: str | None = None
 
 
 def exit_code_of(run: Callable[[], object], *, as_json: bool) -> int:
     """Run a command; its exit code. Nothing leaves as a traceback."""
+    _replace_closed_streams()
     _tolerate_narrow_encodings()
     try:
         code = run()
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        with _written_if_it_can():
+            click.echo("interrupted", err=True)
         return exits.INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as no_arguments:
-        click.echo(no_arguments.format_message(), err=True)
+        with _written_if_it_can():
+            click.echo(no_arguments.format_message(), err=True)
         return no_arguments.exit_code
     except BrokenPipeError:
+        _drop_unwritten()
         return exits.ERROR
     except Exception as error:  # whatever it is, a person reads one line of it
         if os.environ.get("RUSHES_DEBUG"):
-            traceback.print_exc()
+            with _written_if_it_can():
+                traceback.print_exc()
         failure = _failure(error)
         _tell(failure, as_json=as_json)
         return failure.exit_code
@@ -48,11 +57,31 @@ def exit_code_of(run: Callable[[], object], *, as_json: bool) -> int:
 
 def _tell(failure: Failure, *, as_json: bool) -> None:
     if as_json:
-        output.emit({"error": _shape(failure)})
-    for problem in failure.problems:
-        output.note(output.problem_line(failure.source, problem))
-    if not failure.problems or len(failure.problems) > 1:
-        output.note(f"error: {failure.message}")
+        with _written_if_it_can():
+            output.emit_line({"error": _shape(failure)})
+    with _written_if_it_can():
+        for problem in failure.problems:
+            output.note(output.problem_line(failure.source, problem))
+        if not failure.problems or len(failure.problems) > 1:
+            output.note(f"error: {failure.message}")
+
+
+@contextmanager
+def _written_if_it_can() -> Iterator[None]:
+    """The exit code is told also where nobody reads and no disk has room."""
+    with contextlib.suppress(OSError):
+        yield
+    _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """What a stream could not get rid of: at its end Python would try again and fail for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _shape(failure: Failure) -> dict[str, Any]:
@@ -61,6 +90,8 @@ def _shape(failure: Failure) -> dict[str, Any]:
         "message": failure.message,
         "exit_code": failure.exit_code,
     }
+    if failure.batch_id is not None:
+        shape["batch_id"] = failure.batch_id
     if failure.problems:
         shape["source"] = failure.source
         shape["problems"] = [output.problem_shape(problem) for problem in failure.problems]
@@ -84,7 +115,12 @@ def _failure(error: Exception) -> Failure:
 
 
 def _of(error: Exception, message: str, exit_code: int) -> Failure:
-    return Failure(kind=type(error).__name__, message=message, exit_code=exit_code)
+    return Failure(
+        kind=type(error).__name__,
+        message=message,
+        exit_code=exit_code,
+        batch_id=getattr(error, "batch_id", None),
+    )
 
 
 def _invalid(error: errors.InvalidInput) -> Failure:
@@ -133,6 +169,18 @@ def _database_url() -> str:
     from jobs import database, settings
 
     return database.shown(database.connect(settings.load()).url)
+
+
+def _replace_closed_streams() -> None:
+    """A stream that was closed before we began is none at all in Python."""
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _tolerate_narrow_encodings() -> None:

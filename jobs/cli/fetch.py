@@ -1,7 +1,7 @@
 """`rushes download`."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from jobs import download, errors, queries, settings, storage, stores
+from jobs import database, download, errors, queries, settings, storage, stores
 from jobs.cli import connections, exits, options, output
 from jobs.schema import Batch
 
 
 @click.command("download")
 @click.argument("batch")
-@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", required=False, type=options.NamedPath(path_type=Path))
 @click.option(
     "--include",
     multiple=True,
@@ -43,17 +43,10 @@ def download_batch(
         raise errors.BatchExpired(row.id, what="results", when=row.results_expired_at)
     target = folder or Path(row.id)
     store = stores.open_store(config)
-    download.take_folder(target, row.id)
-    sidecars = "sidecar" in include
-    if watch:
-        fetched = download.follow(db, store, row.id, target, sidecars=sidecars)
-    else:
-        fetched = chain(
-            download.fetch(store, download.items(db, row.id), target, sidecars=sidecars),
-            download.fetch_result_files(db, store, row, target),
-        )
+    fetched = _fetched(db, store, row, target, sidecars="sidecar" in include, watch=watch)
     try:
-        outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
+        with download.taken(target, row.id):
+            outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
     except storage.StorageUnavailable as error:
         rest = "what is there is whole, and the same command fetches the rest"
         raise errors.RushesError(f"{error}; {rest}") from error
@@ -64,6 +57,23 @@ def download_batch(
     else:
         _tell(row, target, outcomes)
     return exits.ERROR if _count(outcomes, download.Status.FAILED) else exits.OK
+
+
+def _fetched(
+    db: database.Database,
+    store: storage.ObjectStore,
+    row: Batch,
+    target: Path,
+    *,
+    sidecars: bool,
+    watch: bool,
+) -> Iterator[download.Outcome]:
+    if watch:
+        return download.follow(db, store, row.id, target, sidecars=sidecars)
+    return chain(
+        download.fetch(store, download.items(db, row.id), target, sidecars=sidecars),
+        download.fetch_result_files(db, store, row, target),
+    )
 
 
 def _with_progress(

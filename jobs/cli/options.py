@@ -1,6 +1,7 @@
 """Options that many commands share."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,22 @@ class Seconds(click.FloatRange):
         if not math.isfinite(seconds):
             self.fail(f"{value} is not a number of seconds.", param, ctx)
         return seconds
+
+
+class NamedPath(click.Path):
+    """Not an empty text, which would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty: give a path, such as . for this folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def not_empty(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """A script's variable that is not set must not be as if nothing was said."""
+    if value == "":
+        raise click.BadParameter("is empty.")
+    return value
 
 
 def _without_color(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -61,8 +78,8 @@ def asks_for_json(arguments: Sequence[str]) -> bool:
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument == "--":
             return False
-        if argument == "json" and before in ("-o", "--output"):
+        if argument == "json" and re.fullmatch("-q*o|--output", before):
             return True
-        if argument in ("--output=json", "-ojson"):
+        if re.fullmatch("-q*ojson|--output=json", argument):
             return True
     return False

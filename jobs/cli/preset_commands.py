@@ -39,7 +39,9 @@ def show_preset(name: str, as_json: bool) -> None:
 
 
 def list_them(as_json: bool) -> int:
-    found = preset_files.available(settings.load().presets_dir)
+    folder = settings.load().presets_dir
+    preset_files.check_folder(folder)
+    found = preset_files.available(folder)
     broken = [entry for entry in found if isinstance(entry, preset_files.BrokenPreset)]
     good = [entry for entry in found if isinstance(entry, preset_files.Preset)]
     if as_json:

@@ -20,7 +20,7 @@ from jobs import (
     result_writer,
     settings,
 )
-from jobs.cli import connections, exits, output
+from jobs.cli import connections, exits, options, output
 
 CHECK_SECONDS = 10.0
 EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104  # only compared
@@ -198,8 +198,13 @@ def _told_answer(host: str, port: int) -> int:
 
 @click.command()
 @_devices
+@options.no_color
 def demo(devices: str) -> int:
-    """Render a few tiny videos, to see that all works."""
+    """Render a few tiny videos, to see that all works.
+
+    Simulated devices are refused: they would render nothing. Beside a running `rushes up`, whose
+    devices are used, --devices has no effect.
+    """
     config = settings.load()
     logs.configure(config, level="WARNING")
     from jobs.cli import demo as demonstration

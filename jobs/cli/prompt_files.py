@@ -21,7 +21,8 @@ STDIN = "-"
 
 def preset(name: str | None, config: settings.Settings) -> presets.Preset:
     if name is None:
-        names = ", ".join(preset.name for preset in presets.available(config.presets_dir))
+        known = presets.available(config.presets_dir)
+        names = ", ".join(each.name for each in known if isinstance(each, presets.Preset))
         message = f"--preset is missing: give one of {names}, or the path of a preset file"
         raise click.UsageError(message, click.get_current_context())
     return presets.load(name, folder=config.presets_dir)

@@ -21,7 +21,7 @@ NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
     "--to",
     "target",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=options.NamedPath(path_type=Path, file_okay=False),
     help="Folder for the videos; made if it is not there.",
 )
 @click.option(

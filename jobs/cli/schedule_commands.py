@@ -100,7 +100,7 @@ def add(
         catch_up=catch_up,
         overlap=states.Overlap(overlap),
         owner=config.owner if owner is None else owner,
-        lists=dict(map(_list, lists)),
+        lists=_lists(lists),
         **_source(config, file, format_name),
         **wanted,
     )
@@ -122,6 +122,16 @@ def _misfire(text: str) -> tuple[states.Misfire, int]:
     except ValueError:
         message = f"--misfire must be skip, run_once or catch_up:N, got {text!r}"
         raise click.UsageError(message, click.get_current_context()) from None
+
+
+def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
+    lists: dict[str, list[str]] = {}
+    for name, items in map(_list, given):
+        if name in lists:
+            message = f"--list {name} is given twice: give all of its items at once, {name}=A,B"
+            raise click.UsageError(message, click.get_current_context())
+        lists[name] = items
+    return lists
 
 
 def _list(text: str) -> tuple[str, list[str]]:
@@ -246,7 +256,7 @@ def pause(name: str, as_json: bool) -> None:
     _told(name, "paused", changed, as_json=as_json)
 
 
-@schedule.command()
+@schedule.command(short_help="Fire again from now on.")
 @click.argument("name")
 @options.output
 def resume(name: str, as_json: bool) -> None:
@@ -276,7 +286,7 @@ def remove(name: str, as_json: bool) -> None:
         output.line(f"schedule {output.plain(name)} is removed; its batches stay")
 
 
-@schedule.command("run-now")
+@schedule.command("run-now", short_help="Make its next batch at once.")
 @click.argument("name")
 @click.option("-q", "--quiet", is_flag=True, help="Print the batch id alone.")
 @options.output

@@ -95,6 +95,9 @@ def submit(
     """
     if timeout is not None and not wait_for_it:
         raise click.UsageError("--timeout is for --wait", click.get_current_context())
+    if wait_for_it and dry_run:
+        message = "--wait is for a batch, and --dry-run makes none"
+        raise click.UsageError(message, click.get_current_context())
     config = settings.load()
     look = prompt_files.preset(preset, config)
     wanted |= {
@@ -182,14 +185,16 @@ def _tell(
         output.emit(_shape(made, preset, notes))
     elif quiet:
         output.line(made.batch_id)
-    elif made.is_new:
-        output.line(f"batch {made.batch_id}: {output.count(made.jobs, 'job')} queued")
-        output.note(f"follow it with: rushes watch {made.batch_id}")
     else:
-        output.line(
-            f"batch {made.batch_id}: submitted before with this key, "
-            f"{output.count(made.jobs, 'job')}"
-        )
+        output.line(_words(made))
+        if made.is_new:
+            output.note(f"follow it with: rushes watch {made.batch_id}")
+
+
+def _words(made: submission.Submission) -> str:
+    jobs = output.count(made.jobs, "job")
+    said = f"{jobs} queued" if made.is_new else f"submitted before with this key, {jobs}"
+    return f"batch {made.batch_id}: {said}"
 
 
 def _follow(
@@ -203,7 +208,9 @@ def _follow(
     quiet: bool,
 ) -> int:
     snapshots = watch.until_finished(db, made.batch_id, timeout_seconds=timeout)
-    if not as_json:
+    if as_json:
+        output.note(_words(made))  # the document comes at the end, and perhaps never
+    else:
         _tell(made, preset, notes, as_json=False, quiet=quiet)
         if not quiet:
             return waiting.follow(snapshots)

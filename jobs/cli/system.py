@@ -12,7 +12,13 @@ from jobs.cli import exits, options, output
 
 
 @click.command("migrate")
-@click.option("--revision", default="head", show_default=True, help="Go up to this one only.")
+@click.option(
+    "--revision",
+    default="head",
+    show_default=True,
+    callback=options.not_empty,
+    help="Go up to this one only.",
+)
 @options.output
 def migrate_database(revision: str, as_json: bool) -> None:
     """Bring the database to this version.
@@ -41,6 +47,7 @@ def migrate_database(revision: str, as_json: bool) -> None:
 @click.option(
     "--preset",
     metavar="NAME|FILE",
+    callback=options.not_empty,
     help="Say whether its model is here and fits the devices of this machine; nothing else.",
 )
 @options.output
@@ -71,14 +78,14 @@ def _print_check(check: doctor.Check) -> None:
 
 
 @click.command("quantize")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", callback=options.not_empty)
 @click.option(
     "--scheme", type=click.Choice(["fp8", "int8"]), default="fp8", show_default=True, help="Form."
 )
 @click.option(
     "--to",
     "target",
-    type=click.Path(path_type=Path),
+    type=options.NamedPath(path_type=Path),
     help="File, or of a model with two a folder. Default: where presets look in MODEL.",
 )
 @options.output

@@ -6,6 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from jobs import bell, database, errors, health, queries, settings, shapes
 from jobs import workers as jobs_workers
@@ -110,6 +111,9 @@ def test_worker(name: str, no_wait: bool, timeout: float, as_json: bool) -> int:
     It finishes its job and takes no more until the test has passed: a small render on a fresh
     process, compared with the processor's. Exit code 1 when it fails.
     """
+    ctx = click.get_current_context()
+    if no_wait and ctx.get_parameter_source("timeout") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--timeout is for a wait: give it without --no-wait", ctx)
     db = connections.open_database(settings.load())
     before = _find(db, name)
     db.write(health.ask_for_test, name)
@@ -144,7 +148,7 @@ def _wait_for_test(db: database.Database, before: Worker, *, timeout: float) -> 
     )
 
 
-@workers.command()
+@workers.command(short_help="Let a worker that was taken out take jobs again.")
 @click.argument("name", metavar="NAME")
 @options.output
 def readmit(name: str, as_json: bool) -> None:
@@ -161,7 +165,7 @@ def readmit(name: str, as_json: bool) -> None:
         output.line(f"{name} " + ("takes jobs again" if was_out else "takes jobs as it is"))
 
 
-@workers.command()
+@workers.command(short_help="Take a silent worker off the list.")
 @click.argument("name", metavar="NAME")
 @options.output
 def forget(name: str, as_json: bool) -> None:

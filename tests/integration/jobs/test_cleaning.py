@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from sqlalchemy import func, select, true, update
+from sqlalchemy.exc import OperationalError
 
 from jobs import (
     cleaning,
@@ -402,6 +403,17 @@ def test_an_upload_and_a_schedule_keep_their_image(bucket: Bucket) -> None:
         session.execute(update(StoredFile).values(created_at=past))
     bucket.clean(Kind.UPLOADS, Kind.INPUTS, keep_uploads_days=30)
     assert bucket.stored("inputs/") == sorted([scheduled, listed, escaped])
+
+
+@ONE_DATABASE
+def test_an_error_of_the_database_is_told_in_one_line(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OperationalError("DELETE FROM x", {"owner": "me"}, Exception("disk is full\nmore"))
+
+    monkeypatch.setattr(cleaning.expiry, "old_tokens", broken)
+    assert bucket.clean(Kind.TOKENS, **DAYS)[Kind.TOKENS].error == "disk is full"
 
 
 @ONE_DATABASE

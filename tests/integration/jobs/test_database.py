@@ -189,6 +189,7 @@ def test_an_address_that_is_none_is_told_by_its_setting(url: str) -> None:
         ("postgresql://[::1/x", "is not a database URL"),
         ("postgresql://u:hunter@2@h/db", "has an @ too many"),
         ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names memory"),
     ],
 )
 def test_an_address_with_a_mistake_is_told_without_its_password(url: str, says: str) -> None:

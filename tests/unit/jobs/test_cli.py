@@ -36,8 +36,8 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import display, exits, processes, root, worker_commands
-from jobs.schema import Worker
+from jobs.cli import demo, display, exits, processes, root, worker_commands
+from jobs.schema import Batch, Worker
 from tests.registrations import registration
 
 GOOD = (
@@ -236,6 +236,26 @@ def test_a_closed_pipe_is_quiet(farm: Farm) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        ("presets -o json > /dev/full", exits.ERROR),
+        ("presets > /dev/full", exits.ERROR),
+        ("list --nonsense -o json > /dev/full", exits.USAGE),
+        ("list --nonsense -o json | true; exit ${PIPESTATUS[0]}", exits.USAGE),
+        ("list --nonsense 2> /dev/full", exits.USAGE),
+        ("list --nonsense -o json >&- 2>&-", exits.USAGE),
+        ("presets -o json >&-", exits.OK),
+    ],
+)
+def test_the_exit_code_is_right_where_nothing_can_be_written(shell: str, code: int) -> None:
+    command = ["bash", "-c", f"{sys.executable} -m jobs {shell}"]
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
+
+
 # submit
 
 
@@ -308,6 +328,15 @@ def test_a_missing_preset_lists_what_there_is(rushes: Rushes, prompts: str) -> N
     assert result.exit_code == exits.USAGE
     assert "tiny" in result.stderr
     assert "wan_t2v_distill_4step_cfg" in result.stderr
+
+
+def test_a_missing_preset_lists_no_broken_ones(
+    rushes: Rushes, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/wrong.json").write_text('{"stps": 4}')
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", "mine")
+    assert "wrong" not in rushes("submit", prompts).stderr
 
 
 def test_a_mistyped_preset_is_answered_with_the_right_one(rushes: Rushes, prompts: str) -> None:
@@ -390,8 +419,34 @@ def test_submit_and_wait_ends_with_124_in_time(
     assert "it goes on" in result.stderr
 
 
-def test_a_timeout_without_wait_is_refused(rushes: Rushes, prompts: str) -> None:
-    assert rushes("submit", prompts, "--preset", "tiny", "--timeout", "1").exit_code == exits.USAGE
+def test_who_waits_for_json_knows_the_batch_whatever_ends_the_wait(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    given = ("submit", prompts, "--preset", "tiny", "--wait", "--timeout", "0.1")
+    result = rushes(*given, "-qojson")
+    batch_id = parsed(result)["error"]["batch_id"]
+    assert f"batch {batch_id}: 2 jobs queued" in result.stderr.splitlines()
+    with db.reading() as session:
+        assert queries.find_batch(session, "latest").id == batch_id
+
+
+@pytest.mark.parametrize("options", ["--timeout 1", "--dry-run --wait", "--dry-run --timeout 1"])
+def test_a_wait_for_nothing_is_refused(rushes: Rushes, prompts: str, options: str) -> None:
+    result = rushes("submit", prompts, "--preset", "tiny", *options.split())
+    assert result.exit_code == exits.USAGE
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("doctor --preset=", "migrate --revision=", "distill "),
+        *("quantize ", "quantize --to= tiny", "render --to= prompts.jsonl --preset tiny"),
+    ],
+)
+def test_an_empty_value_is_refused(rushes: Rushes, prompts: str, command: str) -> None:
+    result = rushes(*command.split(" "))
+    assert result.exit_code == exits.USAGE
+    assert "is empty" in result.stderr
 
 
 # list, show, logs
@@ -557,6 +612,14 @@ def test_watch_as_json_is_a_line_per_change(farm: Farm) -> None:
     assert process.returncode == exits.OK
 
 
+@pytest.mark.parametrize("reference", ["latest", "nothing"])
+def test_watch_as_json_ends_with_an_error_in_one_line(
+    farm: Farm, rushes: Rushes, reference: str
+) -> None:
+    result = rushes("watch", reference, "-o", "json", "--timeout", "0.1")
+    assert "error" in [json.loads(line) for line in result.stdout.splitlines()][-1]
+
+
 def test_watch_is_drawn_in_place_on_a_terminal(farm: Farm) -> None:
     farm.succeed(0)
     attempt_id = farm.claim(1)
@@ -650,6 +713,15 @@ def test_cancel_of_jobs_as_json(farm: Farm, rushes: Rushes) -> None:
     assert parsed(rushes("show", "latest", "-o", "json"))["state"] == "cancelled"
 
 
+def test_a_job_that_is_named_twice_is_cancelled_once(farm: Farm, rushes: Rushes) -> None:
+    farm.claim(1)
+    given = ("latest/cat", "latest/cat", "latest/dog", "latest", "latest/dog", "latest/cat")
+    told = parsed(rushes("cancel", *given, "-o", "json"))["cancelled"]
+    assert sum(outcome["cancelled"] for outcome in told) == 1
+    jobs = [outcome["stopping"] for outcome in told if outcome["job_id"]]
+    assert sum(jobs) == 1
+
+
 def test_retry_takes_the_failed_jobs_alone(farm: Farm, rushes: Rushes) -> None:
     farm.fail(0)
     rushes("cancel", "latest/dog")
@@ -665,6 +737,27 @@ def test_retry_of_a_job(farm: Farm, rushes: Rushes) -> None:
     result = rushes("retry", "latest/cat")
     assert result.exit_code == 0
     assert "is queued: nothing to retry" in result.stdout
+
+
+def test_retry_of_a_job_that_is_not_as_asked_for_does_nothing(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    rushes("cancel", "latest/dog")
+    assert "is cancelled, not failed" in rushes("retry", "latest/dog", "--failed-only").stdout
+    assert "is failed, not cancelled" in rushes("retry", "latest/cat", "--cancelled").stdout
+    assert "queued again" in rushes("retry", "latest/cat", "--failed-only").stdout
+    both = ("--failed-only", "--cancelled")
+    assert "queued again" in rushes("retry", "latest/dog", *both).stdout
+
+
+def test_retry_of_a_batch_whose_results_are_gone_advises_nothing(
+    farm: Farm, rushes: Rushes
+) -> None:
+    rushes("cancel", "latest")
+    with farm.db.transaction() as session:
+        session.execute(update(Batch).values(results_expired_at=database.now(session)))
+    result = rushes("retry", "latest")
+    assert result.exit_code == exits.USAGE
+    assert "results were deleted as old" in result.stderr
 
 
 # presets, workers, migrate, processes
@@ -693,6 +786,23 @@ def test_a_broken_preset_is_told_and_fails_the_list(
     assert result.exit_code == exits.ERROR
     assert parsed(result)["broken"][0]["name"] == "wrong"
     assert rushes("presets", "show", "wrong").exit_code == exits.USAGE
+
+
+@pytest.mark.parametrize(
+    "command", ["presets", "presets show tiny", "submit prompts.jsonl --preset tiny"]
+)
+def test_own_presets_that_are_not_there_are_told(
+    db: database.Database,
+    rushes: Rushes,
+    prompts: str,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    """A shipped preset of the same name would be taken for them."""
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", "elsewhere")
+    result = rushes(*command.split())
+    assert result.exit_code == exits.USAGE
+    assert f"RUSHES_PRESETS_DIR: there is no folder {Path.cwd()}/elsewhere" in result.stderr
 
 
 def test_workers_tell_what_they_hold_and_what_they_refuse(rushes: Rushes, farm: Farm) -> None:
@@ -813,6 +923,11 @@ def test_a_file_is_no_batch_to_estimate(rushes: Rushes) -> None:
     assert (result.exit_code, "is a file: give --preset" in result.stderr) == (2, True)
 
 
+def test_a_batch_to_estimate_is_not_repeated(farm: Farm, rushes: Rushes) -> None:
+    result = rushes("estimate", "latest", "--repeat", "5")
+    assert (result.exit_code, "--repeat is for a FILE" in result.stderr) == (2, True)
+
+
 def test_a_script_is_no_prompt_file(rushes: Rushes) -> None:
     Path("run").write_text("#!/bin/sh\necho hello\n")
     result = rushes("submit", "run", "--preset", "tiny")
@@ -844,6 +959,8 @@ def test_a_test_that_nobody_runs_is_waited_for_no_longer_than_asked(
     assert result.exit_code == exits.ERROR
     assert "no result of its self-test" in result.stderr
     assert "when its job is done" in rushes("workers", "test", "gpu0@host", "--no-wait").stdout
+    both = rushes("workers", "test", "gpu0@host", "--no-wait", "--timeout", "3")
+    assert (both.exit_code, "--timeout is for a wait" in both.stderr) == (exits.USAGE, True)
 
 
 def test_a_silent_worker_is_forgotten_and_no_other(rushes: Rushes, farm: Farm) -> None:
@@ -1007,6 +1124,27 @@ def test_a_bad_setting_of_rendering_is_told_before_anything_starts(
     assert result.exit_code == exits.USAGE
     assert "RUSHES_X264_CRF: Input should be less than" in result.stderr
     assert not list(Path().rglob("up.json"))
+
+
+@pytest.mark.parametrize("devices", ["gpu", "sim:1"])
+def test_demo_refuses_devices_that_would_render_nothing(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch, devices: str
+) -> None:
+    """Also where `rushes up` runs, whose devices it would use."""
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: {"DATABASE_URL": "sqlite:///x.db"})
+    result = rushes("demo", "--devices", devices)
+    assert result.exit_code == exits.USAGE
+    assert result.stderr.startswith("--devices: ")
+    assert result.stdout == ""
+
+
+def test_demo_says_that_devices_have_no_effect_beside_rushes_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: {"DATABASE_URL": "sqlite:///x.db"})
+    for devices, is_told in (("auto", False), ("cpu:2", True)):
+        with demo._farm(settings.load(), devices):
+            assert ("is ignored" in capsys.readouterr().err) == is_told
 
 
 def test_the_web_service_is_asked_at_its_own_address(

@@ -3,6 +3,9 @@
 import errno
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,7 +65,8 @@ def finish(db: database.Database, store: storage.ObjectStore, batch_id: str, pos
     key = results.video_key(batch_id, job.id, claim.attempt_id)
     sidecar = results.sidecar_key(batch_id, job.id, claim.attempt_id)
     stored = store.put_bytes(CONTENT, key, content_type="video/mp4")
-    store.put_bytes(b"{}", sidecar, content_type="application/json")
+    told = json.dumps({"video": {"sha256": stored.sha256}}).encode()
+    store.put_bytes(told, sidecar, content_type="application/json")
     video = lifecycle.StoredVideo(
         key=stored.key, size_bytes=stored.size_bytes, sha256=stored.sha256
     )
@@ -285,8 +289,118 @@ def test_a_folder_keeps_to_one_batch(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / download.OWNER_FILE).write_text("260101-zzzzzzzz\n")
     with pytest.raises(errors.InvalidInput, match="holds batch 260101-zzzzzzzz"):
-        download.take_folder(folder, "260101-aaaaaaaa")
-    download.take_folder(folder, "260101-zzzzzzzz")
+        take(folder, "260101-aaaaaaaa")
+    take(folder, "260101-zzzzzzzz")
+
+
+def take(folder: Path, batch_id: str) -> None:
+    with download.taken(folder, batch_id):
+        pass
+
+
+def test_two_downloads_do_not_work_in_one_folder(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    """As `--watch` in a terminal and the same command by cron; the second is told at once."""
+    batch_id = finished_batch(db, store, "a")
+    with download.taken(Path("out"), batch_id):
+        result = rushes("download", batch_id, "out")
+        assert result.exit_code == exits.ERROR
+        assert "out: another download works in this folder" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert rushes("download", batch_id, "other").exit_code == exits.OK
+    assert files(Path("out")) == set()
+    assert rushes("download", batch_id, "out").exit_code == exits.OK
+
+
+def test_a_folder_without_locks_is_used_all_the_same(
+    db: database.Database, store: storage.ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(download.fcntl, "flock", refused)
+    batch_id = finished_batch(db, store, "a")
+    assert rushes("download", batch_id, "out").exit_code == exits.OK
+
+
+@pytest.mark.parametrize("name", download.RESULT_FILES)
+def test_a_file_of_ones_own_is_not_replaced_by_one_of_the_batch(
+    db: database.Database, store: storage.ObjectStore, name: str
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    Path("site").mkdir()
+    Path("site", name).write_text("{}")
+    result = rushes("download", batch_id, "site")
+    assert result.exit_code == exits.USAGE
+    assert f"holds a {name} of no batch" in result.stderr
+    assert [path.read_text() for path in Path("site").iterdir()] == ["{}"]
+
+
+def test_a_folder_that_was_copied_without_its_mark_goes_on(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    assert rushes("download", batch_id, "out").exit_code == exits.OK
+    Path("out", download.OWNER_FILE).unlink()
+    other = finished_batch(db, store, "a")
+    assert f"holds batch {batch_id}" in rushes("download", other, "out").stderr
+    assert rushes("download", batch_id, "out").exit_code == exits.OK
+    assert Path("out", download.OWNER_FILE).read_text().strip() == batch_id
+
+
+def test_a_disk_that_is_full_at_the_seal_leaves_a_whole_manifest(
+    db: database.Database, store: storage.ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, *more: str) -> int:
+        if "manifest" not in path.name:
+            return write_text(path, text, *more)
+        write_text(path, text[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left" in rushes("download", batch_id, "out").stderr
+    assert json.loads(Path("out/manifest.json").read_text())["batch_id"] == batch_id
+    assert not list(Path("out").glob(".manifest*"))
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"video": {"sha256": "0"}}'])
+def test_a_sidecar_that_is_not_of_its_video_is_fetched_again(
+    db: database.Database, store: storage.ObjectStore, text: str
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    fetch = ("download", batch_id, "out", "--include", "sidecar")
+    rushes(*fetch)
+    whole = Path("out/a.json").read_text()
+    Path("out/a.json").write_text(text)
+    assert rushes(*fetch).exit_code == exits.OK
+    assert Path("out/a.json").read_text() == whole
+
+
+def test_an_empty_folder_name_is_not_the_current_folder(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "a")
+    before = files(Path())
+    result = rushes("download", batch_id, "")
+    assert (result.exit_code, "is empty" in result.stderr) == (exits.USAGE, True)
+    assert files(Path()) == before
+
+
+def test_a_name_that_the_locale_cannot_write_becomes_the_position(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "cat", "猫")
+    command = [sys.executable, "-m", "jobs", "download", batch_id, "out"]
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        command, env={**os.environ, **narrow}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (exits.OK, "")
+    assert {"cat.mp4", "00001.mp4"} <= files(Path("out"))
 
 
 def test_a_folder_that_a_full_disk_left_unmarked_can_be_taken_later(
@@ -299,10 +413,10 @@ def test_a_folder_that_a_full_disk_left_unmarked_can_be_taken_later(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(download.DiskUnusable, match="when there is room"):
-            download.take_folder(folder, "260101-aaaaaaaa")
+            take(folder, "260101-aaaaaaaa")
     assert list(folder.iterdir()) == []
     (folder / download.OWNER_FILE).write_text("")  # as older versions left it
-    download.take_folder(folder, "260101-aaaaaaaa")
+    take(folder, "260101-aaaaaaaa")
     assert (folder / download.OWNER_FILE).read_text() == "260101-aaaaaaaa\n"
 
 

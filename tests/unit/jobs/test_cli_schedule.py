@@ -77,3 +77,14 @@ def test_what_is_wrong_is_told_and_nothing_is_stored(
     assert result.exit_code == 2, result.output
     assert told in result.output
     assert json.loads(rushes("list", "-o", "json").stdout) == {"schedules": []}
+
+
+def test_a_list_that_is_given_twice_is_refused(rushes: Rushes) -> None:
+    lists = ("--list", "style=noir", "--list", "style=anime,clay")
+    result = rushes("add", "night", *NIGHTLY, "--file", "p.txt", *lists)
+    assert (result.exit_code, "--list style is given twice" in result.output) == (2, True)
+
+
+def test_the_help_tells_each_command_whole() -> None:
+    listed = CliRunner().invoke(cli.main, ["schedule", "--help"]).output
+    assert "..." not in listed.partition("Commands:")[2]

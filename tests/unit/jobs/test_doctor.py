@@ -178,6 +178,22 @@ def test_settings_of_rendering_are_shown_where_they_are_given(
     assert "RUSHES_DTYPE" in check.seen
 
 
+def test_a_setting_that_rushes_up_left_empty_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = {"RUSHES_RESULTS_URL": "s3://b", "AWS_SESSION_TOKEN": "", "AWS_ACCESS_KEY_ID": "me"}
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: store)
+    config = settings.load()
+    shown = {check.name for check in doctor._settings(config)}
+    assert "setting AWS_ACCESS_KEY_ID" in shown
+    assert "setting AWS_SESSION_TOKEN" not in shown
+
+
+def test_a_folder_of_presets_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", "elsewhere")
+    assert checks()["presets"].status == "fail"
+
+
 def test_a_wrong_setting_is_the_only_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_WINDOW", "0")
     found = checks()

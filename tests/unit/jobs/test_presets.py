@@ -565,8 +565,11 @@ class TestLoad:
         write({"fps": 5}, ".checkpoints/tiny.json")
         assert presets.load("tiny", folder=tmp_path).look.fps == 8
 
-    def test_a_folder_that_is_not_there_holds_no_presets(self, tmp_path):
-        assert presets.load("tiny", folder=tmp_path / "none").name == "tiny"
+    def test_a_folder_that_is_not_there_is_told_to_who_wants_a_preset(self, tmp_path):
+        """A worker, which only lists them, may do without."""
+        with pytest.raises(errors.FileUnusable, match="there is no folder"):
+            presets.load("tiny", folder=tmp_path / "none")
+        assert {preset.name for preset in presets.available(tmp_path / "none")} == SHIPPED
 
     def test_an_unknown_name_is_told_with_what_was_meant(self):
         with pytest.raises(errors.NotFound) as caught:

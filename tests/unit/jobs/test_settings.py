@@ -168,10 +168,18 @@ def test_folders_are_absolute_for_children_in_other_folders(
     monkeypatch.setenv("RUSHES_MODELS_DIR", "weights")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUSHES_SCRATCH_DIR", "~/scratch")
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", "~/presets")
     loaded = settings.load()
     assert loaded.home == Path.cwd() / "here"
     assert loaded.models_dir == Path.cwd() / "weights"
     assert loaded.scratch_dir == tmp_path / "scratch"
+    assert loaded.presets_dir == tmp_path / "presets"
+
+
+def test_a_home_of_a_user_who_has_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_HOME", "~nobody-of-this-name/x")
+    with pytest.raises(errors.InvalidInput, match="RUSHES_HOME=~nobody-of-this-name/x"):
+        settings.load()
 
 
 @pytest.mark.parametrize("place", ["dotenv", "file", "argument"])
@@ -348,6 +356,8 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_MAX_ERRORS", "100000"),
         ("RUSHES_RETRY_SECONDS", "-1"),
         ("RUSHES_TICK_SECONDS", "0"),
+        ("RUSHES_MODELS_DIR", "~nobody-of-this-name/x"),
+        ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),
         ("LOG_LEVEL", "LOUD"),
         ("RUSHES_LOG_FORMAT", "xml"),
     ],

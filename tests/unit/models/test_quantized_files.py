@@ -50,6 +50,12 @@ def test_a_copy_says_what_the_original_was_distilled_for(native_root, tmp_path):
     assert found == said | {"format": "pt"}
 
 
+def test_a_name_that_no_preset_could_render_with_is_refused(native_root, tmp_path):
+    with pytest.raises(ValueError, match=r"are a \.safetensors file"):
+        quantized_files.write(layout.find(native_root), tmp_path / "new/weights", Scheme.FP8)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("is_distilled", [True, False])
 def test_both_experts_are_written_where_presets_look_and_load(experts_root, is_distilled):
     if is_distilled:

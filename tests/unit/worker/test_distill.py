@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -379,6 +380,14 @@ def test_torchrun_that_would_kill_before_a_checkpoint_is_told_of(monkeypatch, va
 
 def rushes(*arguments):
     return CliRunner().invoke(cli.main, ["distill", *map(str, arguments)])
+
+
+def test_the_command_tells_whole_paths(write, known, monkeypatch, tmp_path):
+    done = distill.Done(updates=2, weights=Path("a/../b/x"), preset=Path("a/../b/y"))
+    monkeypatch.setattr(distill, "run", lambda *_: done)
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(rushes(write(), "-o", "json").stdout)
+    assert (told["weights"], told["preset"]) == (f"{tmp_path}/b/x", f"{tmp_path}/b/y")
 
 
 def test_the_command_trains_and_says_what_to_do_next(write, known, tmp_path):
