@@ -329,3 +329,13 @@ def test_messages_that_arrive_while_a_worker_refuses_make_it_no_longer(
     world.db.write(workers.refuse, BAD, **told)
     with world.db.reading() as session:
         assert [held.times for held in workers.refusals(session)] == [2]
+
+
+def test_a_job_that_goes_well_says_nothing_of_other_queues(sqlite_world: World) -> None:
+    """Else a worker without one model would be sent its jobs after each video of another."""
+    world = sqlite_world
+    world.register(BAD, also=["rushes.render.other"])
+    for queue in ("rushes.render.other", workers.ALL_QUEUES):
+        world.db.write(workers.refuse, BAD, queue=queue, kind=KIND.WEIGHTS, reason="gone")
+    world.db.write(workers.accept, BAD, queue=QUEUE)
+    assert takes(world, BAD) == (QUEUE,)

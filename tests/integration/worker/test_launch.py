@@ -329,8 +329,23 @@ def test_the_name_of_a_launcher_that_died_is_taken_over_when_it_is_stale(
     until(lambda: registered(host)["cpu0@here"].launcher == another.identity)
 
 
+def given_back(host, claim):
+    assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
+
+
+def rendered(host, claim):
+    """Its video may wait for the store for days."""
+    facts = {"seconds": {}, "peak_memory_bytes": None, "lease_seconds": 3600.0}
+    assert host.db.write(lifecycle.rendered, claim.attempt_id, **facts)
+
+
+def silent(host, claim):
+    assert host.db.write(lifecycle.heartbeat, claim.attempt_id, lease_seconds=-1.0)
+
+
+@pytest.mark.parametrize("end", [given_back, rendered, silent])
 def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
-    host, launcher, another, monkeypatch
+    host, launcher, another, monkeypatch, end
 ):
     """Who begins under that name gives up what its worker holds."""
     draining = launcher()
@@ -341,7 +356,7 @@ def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
     take = [another._claimed(renderer) for renderer in another.renderers]
     held = host.db.write(workers.take_names, take)
     assert held.launcher == draining.identity
-    assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
+    end(host, claim)
     assert host.db.write(workers.take_names, take) is None
 
 
