@@ -534,6 +534,37 @@ def test_run_now_makes_a_batch_beside_the_rule_even_while_paused(farm: Farm) -> 
     assert farm.schedule().next_fire_at is None
 
 
+@pytest.fixture
+def overtaken(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody runs it now while its next batch is being prepared."""
+    submit = submission.submit
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        firing.fire_now(farm.config, farm.world.db, "night")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_of_two_that_run_it_now_one_is_told_to_try_again(farm: Farm) -> None:
+    """Else both would have the same counter in their prompts."""
+    farm.add(prompts="{{counter}}\n")
+    with pytest.raises(firing.Overtaken):
+        firing.fire_now(farm.config, farm.world.db, "night")
+    assert farm.prompts() == ["1"]
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_a_fire_time_that_somebody_overtakes_is_made_with_the_next_counter(farm: Farm) -> None:
+    farm.add(prompts="{{counter}}\n", cron="0 * * * *")
+    farm.tick(START + timedelta(hours=1))
+    assert farm.prompts() == ["1"]
+    farm.tick(START + timedelta(hours=1) + 2 * firing.BUSY)
+    assert farm.prompts() == ["1", "2"]
+
+
 def test_removing_leaves_the_batches(farm: Farm) -> None:
     farm.add(cron="0 * * * *")
     farm.tick(START + timedelta(hours=1))

@@ -507,6 +507,17 @@ def test_a_stop_lets_the_tail_of_a_job_end(host, until, monkeypatch):
     assert attempt.state in (states.AttemptState.RENDERED, states.AttemptState.SUCCEEDED)
 
 
+def test_a_worker_takes_no_message_before_its_device_is_free(host, until, monkeypatch):
+    """It would wait for this one while another worker has nothing to do."""
+    monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "5")
+    jobs = host.submit(3, model_path="simulated")
+    with launched(host, until, "sim:1"):
+        host.bell.send_renders(jobs[0].queue, [job.id for job in jobs])
+        until(lambda: host.attempts(jobs[0].id), seconds=60)
+        time.sleep(2.0)
+        assert host.bell.waiting(jobs[0].queue) == {job.id for job in jobs[1:]}
+
+
 def consumed(host):
     """Queues that the real render process takes from."""
     found = celery_app.make(host.config).control.inspect(["cpu0@here"], timeout=1).active_queues()
