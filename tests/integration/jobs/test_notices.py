@@ -168,6 +168,17 @@ def test_a_notice_is_taken_by_one_of_two_notifiers(world):
         assert notifier.take(session, room=8, busy=Counter()) == []
 
 
+def test_two_notifiers_at_once_neither_wait_nor_send_twice(postgres_world):
+    world = postgres_world
+    listen(world, "https://hooks.test/")
+    for _ in range(3):
+        finish(world)
+    with world.db.transaction() as one, world.db.transaction() as other:
+        taken = [notifier.take(session, room=8, busy=Counter()) for session in (one, other)]
+    ids = [due.notice_id for some in taken for due in some]
+    assert len(ids) == len(set(ids)) == 3
+
+
 def test_a_slow_message_is_not_sent_again_meanwhile(world):
     """apprise has no limit of time, so the next try of it comes later than that of a webhook."""
     listen(world, "https://quick.test/")
