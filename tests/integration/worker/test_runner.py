@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
@@ -249,12 +250,15 @@ def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch, asked,
     """The same attempt renders with less on the device, says so, and others profit."""
     first, second = host.submit(2, **asked)
     host.runner().run_attempt(first.id)
-    real, modes = resident.ResidentModel.encode_text, []
+    real, modes, held = resident.ResidentModel.encode_text, [], []
 
     def short_of_memory(model, prompt):
         modes.append(wanted.told(model.key.mode))
         if len(modes) == 1:
+            of_the_first_try = torch.zeros(1)
+            held.append(weakref.ref(of_the_first_try))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        assert held[0]() is None, "else the second try has less memory than the first"
         return real(model, prompt)
 
     monkeypatch.setattr(resident.ResidentModel, "encode_text", short_of_memory)
