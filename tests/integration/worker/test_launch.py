@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from jobs import (
     beat,
@@ -118,6 +118,31 @@ def test_a_dead_publisher_comes_back(launcher, running, until):
     until(lambda: made.publisher.restarts == 1 and made.publisher.is_alive)
 
 
+def test_a_publisher_that_does_not_end_is_killed(launcher, running, until, tmp_path):
+    log = tmp_path / "publisher.log"
+    made = launcher()
+    made.publisher = supervisor.Child(name="publish@here", command=DEAF, log_path=log)
+    thread = running(made)
+    until(lambda: log.exists() and "deaf" in log.read_text())
+    made.stop.set()
+    made.hurry.set()
+    thread.join(60)
+    assert not made.publisher.is_alive
+
+
+def test_a_worker_without_a_process_is_silent(host, launcher):
+    """One that cannot start is no live worker, though its launcher is there."""
+    made = launcher()
+    assert made._take_names()
+    seen_at = registered(host)["cpu0@here"].heartbeat_at
+    made._beat()
+    assert registered(host)["cpu0@here"].heartbeat_at == seen_at
+    made.renderers[0].child.start()
+    made._beat()
+    assert registered(host)["cpu0@here"].heartbeat_at > seen_at
+    made.renderers[0].end()
+
+
 def test_a_stop_gives_back_what_is_held_at_no_cost(host, launcher, running):
     job = host.submit()[0]
     made = launcher()
@@ -168,6 +193,26 @@ def test_an_outage_of_the_database_ends_no_process(host, launcher, running, unti
         assert made.renderers[0].child.pid == pid
     made._beat()
     assert registered(host)["cpu0@here"].pid == pid
+
+
+def test_a_process_that_dies_in_an_outage_comes_back(host, launcher, running, until):
+    made = launcher()
+    running(made)
+    until(lambda: "cpu0@here" in registered(host))
+    with host.database_outage():
+        made.renderers[0].child.send(signal.SIGKILL)
+        until(lambda: made.renderers[0].child.restarts == 1)
+
+
+def test_an_outage_in_which_a_name_is_taken_is_waited_out(host, launcher, monkeypatch):
+    made, write = launcher(), host.db.write
+
+    def away(*_, **__):
+        monkeypatch.setattr(host.db, "write", write)
+        raise OperationalError("UPDATE", {}, Exception("no answer"))
+
+    monkeypatch.setattr(host.db, "write", away)
+    assert made._take_names()
 
 
 def test_what_lies_on_the_disk_at_the_start_is_announced(host, launcher, running, until):
@@ -461,6 +506,26 @@ def test_after_a_good_self_test_a_fresh_process_renders(
     assert made.renderers[0].child.pid != before
     with host.db.reading() as session:
         assert workers.refusals(session) == []
+
+
+def test_a_self_test_that_ends_in_an_outage_ends_nobody_else(host, launcher, until, monkeypatch):
+    """Nor if no process can be started in that moment: it comes at a later look."""
+    verdict = """print('{"failure": null, "facts": {}}')"""
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", verdict))
+    made = launcher()
+    (renderer,) = made.renderers
+    renderer.child.start()
+    renderer.begin_test()
+
+    def full(_child):
+        raise BlockingIOError("no more processes")
+
+    with host.database_outage(), monkeypatch.context() as patched:
+        patched.setattr(supervisor.Child, "start", full)
+        while renderer.test is not None:
+            made._look_at_test(renderer, renderer.test)
+    until(lambda: not renderer.child.revive() and renderer.child.is_alive)
+    renderer.end()
 
 
 @contextlib.contextmanager

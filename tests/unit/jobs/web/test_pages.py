@@ -293,6 +293,14 @@ def test_without_a_login_every_page_asks_for_it_and_comes_back(guarded: Web) -> 
     assert browser.get("/farm").url.path == "/login"
 
 
+@pytest.mark.parametrize(("scheme", "is_secure"), [("https", True), ("http", False)])
+def test_what_was_kept_over_tls_is_sent_over_tls_alone(
+    guarded: Web, scheme: str, is_secure: bool
+) -> None:
+    kept = guarded.client.get(f"{scheme}://127.0.0.1:8000/login").headers["set-cookie"]
+    assert ("Secure" in kept) is is_secure
+
+
 def test_what_is_no_token_logs_nobody_in(guarded: Web) -> None:
     browser = Browser(guarded.client)
     for token in ("", "x", "rushes_x", "é"):
