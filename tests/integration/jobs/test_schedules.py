@@ -534,6 +534,23 @@ def test_run_now_makes_a_batch_beside_the_rule_even_while_paused(farm: Farm) -> 
     assert farm.schedule().next_fire_at is None
 
 
+@pytest.mark.parametrize("format_", ["text", "jsonl"], ids=["good", "bad"])
+def test_a_pause_while_a_batch_is_prepared_holds(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    farm.add(cron="0 * * * *", format=format_)
+    submit = submission.submit
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        farm.world.db.write(schedules.pause, "night")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    farm.tick(START + timedelta(hours=1))
+    assert (farm.batches(), farm.states()) == (0, [])
+    assert farm.schedule().next_fire_at is None
+
+
 @pytest.fixture
 def overtaken(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody runs it now while its next batch is being prepared."""
