@@ -78,7 +78,7 @@ def test_a_store_that_fails_delays_the_files_and_is_not_asked_again_at_once(
 
 @pytest.mark.parametrize(
     ("error", "asked"),
-    [(storage.StorageUnavailable("no answer"), 1), (errors.RushesError("odd"), 3)],
+    [(storage.StorageUnavailable("s3://here", "no answer"), 1), (errors.RushesError("odd"), 3)],
     ids=["silent", "odd"],
 )
 def test_a_store_that_is_silent_is_waited_for_once_and_not_for_each_batch(

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import random
+import sqlite3
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
 
 from jobs import (
     bulk,
@@ -412,6 +414,10 @@ def test_a_prompt_file_in_a_bucket_is_read_anew_and_waited_for(
     farm.now += firing.BUSY + timedelta(seconds=1)
     assert farm.tick() == 1
     assert farm.prompts()[-1] == "fourth"
+    monkeypatch.setattr(firing, "MAX_URL_BYTES", 6)
+    farm.tick(START + timedelta(hours=5))
+    assert farm.states()[-1] == FAILED
+    assert "is larger than" in farm.firings()[-1].reason
 
 
 def test_one_whose_store_is_away_does_not_hold_up_the_others(
@@ -504,6 +510,35 @@ def test_a_full_disk_delays(sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch) 
     assert farm.states("a") == []
     farm.tick(START + timedelta(hours=1, minutes=5))
     assert farm.states("a") == [MADE]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        sqlite3.OperationalError("disk I/O error"),
+        OperationalError("SELECT", {}, Exception("no answer")),
+        storage.StorageUnavailable("s3://here", "no answer"),
+    ],
+    ids=lambda error: type(error).__module__,
+)
+def test_the_loop_outlives_what_may_be_over_later(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Else the dispatcher would end with it, and nothing would be rendered."""
+    monkeypatch.setattr(firing, "AGAIN_SECONDS", 0.01)
+    stop, ticks = threading.Event(), itertools.count()
+
+    def tick() -> int:
+        if next(ticks) == 0:
+            raise error
+        stop.set()
+        return 0
+
+    (clockwork, *_) = sqlite_farm.clockworks
+    monkeypatch.setattr(clockwork, "tick", tick)
+    clockwork.run(stop)
+    assert next(ticks) == 2
 
 
 def test_a_paused_schedule_does_not_fire_and_a_resumed_one_looks_ahead(sqlite_farm: Farm) -> None:
