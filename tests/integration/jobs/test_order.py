@@ -251,6 +251,22 @@ def test_a_deadline_keeps_what_is_finished_and_gives_the_rest_up_with_a_reason(
     world.check()
 
 
+def test_a_large_batch_past_its_deadline_is_ended_in_steps_by_the_dispatcher(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what the first step leaves would wait for ever: none of it may start."""
+    monkeypatch.setattr(orders, "STOPPED_AT_ONCE", 4)
+    batch_id = world.submit(10)
+    pass_deadline(world, batch_id)
+    for left in (6, 2, 0):
+        with world.db.reading() as session:
+            assert queries.batches_to_stop(session) == ([], [batch_id])
+        world.db.write(orders.expire_batch, batch_id)
+        assert world.batch(batch_id).queued == left
+    assert world.batch(batch_id).state is BatchState.FAILED
+    world.check()
+
+
 def test_a_batch_without_any_video_at_its_deadline_has_failed(world: World) -> None:
     batch_id = world.submit(2)
     pass_deadline(world, batch_id)
