@@ -267,6 +267,20 @@ def test_a_large_batch_past_its_deadline_is_ended_in_steps_by_the_dispatcher(
     world.check()
 
 
+def test_what_somebody_cancelled_before_has_missed_no_deadline(world: World) -> None:
+    batch_id = world.submit(2)
+    attempt_id = world.claimed(world.job_ids(batch_id)[0])
+    world.db.write(orders.request_cancel, batch_id)
+    pass_deadline(world, batch_id)
+    with world.db.reading() as session:
+        assert queries.batches_to_stop(session) == ([batch_id], [])
+    world.cancel_batch(batch_id)
+    with world.db.reading() as session:
+        assert queries.batches_to_stop(session) == ([], [])
+    assert world.cancel_attempt(attempt_id)
+    assert world.batch(batch_id).state is BatchState.CANCELLED
+
+
 def test_a_batch_without_any_video_at_its_deadline_has_failed(world: World) -> None:
     batch_id = world.submit(2)
     pass_deadline(world, batch_id)
