@@ -409,6 +409,28 @@ def test_a_kick_wakes_the_dispatcher(
     bell.kick()
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["many kicks", "no Redis"])
+def test_the_database_is_not_looked_at_without_a_rest(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "REST_SECONDS", 0.2)
+    url = clean_redis_url if is_there else GONE
+    config = config_of(sqlite_world, url, tick_seconds=3600 if is_there else 0.2)
+    began, stop = time.monotonic(), threading.Event()
+    ticks: list[float] = []
+
+    class Kicked(dispatch.Dispatcher):
+        def tick(self) -> dispatch.Tick:
+            ticks.append(time.monotonic())
+            if len(ticks) == 4:
+                stop.set()
+            self._broker.kick()  # as workers do all the time
+            return super().tick()
+
+    Kicked(config, db=sqlite_world.db).run(stop)
+    assert ticks[-1] - began >= 3 * 0.2
+
+
 def test_many_kicks_are_one(world: World, clean_redis_url: str, client: redis.Redis) -> None:
     bell = broker.Broker(config_of(world, clean_redis_url))
     for _ in range(50):

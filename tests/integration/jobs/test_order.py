@@ -17,6 +17,7 @@ from jobs import (
     dispatch,
     errors,
     lifecycle,
+    order,
     orders,
     queries,
     states,
@@ -336,6 +337,16 @@ def test_an_owner_runs_no_more_than_the_quota(world: World) -> None:
     world.succeed(attempt_id)
     assert claim(left[0]) is not None
     world.check()
+
+
+def test_who_is_at_the_quota_keeps_nobody_from_their_turn(sqlite_world: World) -> None:
+    """However many jobs of theirs wait, and however urgent they are."""
+    world = sqlite_world
+    world.submit(2 * order.LOOK_AHEAD, owner="ann", priority=9)
+    ben = world.submit(1, owner="ben")
+    (first,) = sent(world, max_running_per_owner=1)
+    world.claimed(first.id)
+    assert batches_of(sent(world, max_running_per_owner=1)) == [ben]
 
 
 def test_a_message_that_came_twice_takes_no_second_place_of_the_quota(world: World) -> None:
