@@ -583,6 +583,23 @@ def test_a_worker_takes_no_message_before_its_device_is_free(host, until, monkey
         assert host.bell.waiting(jobs[0].queue) == {job.id for job in jobs[1:]}
 
 
+def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(
+    host, until, monkeypatch
+):
+    """Its parent lives, so the launcher hears nothing; and no lease ends here in time."""
+    monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "60")
+    (job,) = host.submit(model_path="simulated")
+    with launched(host, until, "sim:1"):
+        host.bell.send_renders(job.queue, [job.id])
+        until(lambda: host.attempts(job.id), seconds=60)
+        parent = psutil.Process(registered(host)["sim0@here"].pid)
+        (child,) = (one for one in parent.children() if "spawn_main" in " ".join(one.cmdline()))
+        child.kill()
+        until(lambda: host.job(job.id).state is states.JobState.QUEUED, seconds=60)
+        assert parent.is_running()
+    assert host.attempts(job.id)[0].state is states.AttemptState.LOST
+
+
 def consumed(host):
     """Queues that the real render process takes from."""
     found = celery_app.make(host.config).control.inspect(["cpu0@here"], timeout=1).active_queues()
