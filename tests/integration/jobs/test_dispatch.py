@@ -25,6 +25,7 @@ from jobs import (
     lifecycle,
     orders,
     presets,
+    queries,
     queues,
     reordering,
     retries,
@@ -626,6 +627,29 @@ def test_silence_while_the_database_was_away_ends_no_attempt(
         stop.set()
         thread.join()
     assert world.attempt(attempt_id).state is states.AttemptState.LOST
+
+
+def test_a_database_that_answers_late_when_jobs_are_chosen_ends_no_attempt(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What froze there may have kept the workers from renewing their leases as well."""
+    world = sqlite_world
+    world.submit(1)
+    attempt_id = world.claimed(1)
+    real = queries.live_workers_by_queues
+
+    def late(session: database.Session) -> dict[tuple[str, ...], int]:
+        monkeypatch.setattr(queries, "live_workers_by_queues", real)
+        time.sleep(0.5)
+        return real(session)
+
+    monkeypatch.setattr(queries, "live_workers_by_queues", late)
+    dispatcher = dispatcher_of(world, clean_redis_url, lease_seconds=1.8)
+    dispatcher.tick()
+    world.expire(attempt_id)
+    assert dispatcher.tick().ended_attempts == 0
+    time.sleep(1.9)
+    assert dispatcher.tick().ended_attempts == 1
 
 
 def test_a_worker_that_refuses_a_queue_is_sent_nothing_of_it(
