@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from sqlalchemy import select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from jobs import (
     broker,
@@ -552,6 +552,22 @@ def test_a_database_that_is_down_at_the_end_costs_no_video(host):
     made.run_attempt(job.id)  # its message was doubled in the outage: nothing is given back
     assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
     assert host.waiting_publishes() == [folder.attempt_id]
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
+def test_a_database_that_goes_at_the_very_end_costs_no_video(host, monkeypatch):
+    """It does not know that the video is finished, and holds the attempt for a running one."""
+    made, (job,), renew = host.runner(), host.submit(), finished.renew
+
+    def away(*_, **__):
+        monkeypatch.setattr(finished, "renew", renew)
+        raise OperationalError("UPDATE", {}, Exception("no answer"))
+
+    monkeypatch.setattr(finished, "renew", away)
+    made.run_attempt(job.id)
+    made.run_attempt(job.id)  # its message was doubled: nothing is given back
+    (folder,) = leftovers(host)
+    assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
     assert host.attempt(folder).state is states.AttemptState.RENDERED
 
 
