@@ -94,6 +94,12 @@ def test_a_rendered_job_is_a_finished_folder_and_a_message_to_the_publisher(host
     assert (info.width, info.height, info.num_frames, info.fps) == (16, 16, 9, 8.0)
 
 
+def test_the_end_of_an_attempt_wakes_the_dispatcher(host):
+    """Else a device whose window is empty waits for the next tick."""
+    host.runner().run_attempt(host.submit(model_path="gone")[0].id)
+    assert host.bell.wait_for_kick(0.1)
+
+
 def test_the_sidecar_tells_everything_that_made_the_video(host):
     job = host.submit()[0]
     host.runner().run_attempt(job.id)
