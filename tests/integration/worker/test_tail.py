@@ -165,6 +165,28 @@ def test_frames_of_two_videos_are_checked_one_after_the_other(host):
     assert len(most) == 6
 
 
+def test_a_device_waits_for_frames_that_nobody_takes(host, monkeypatch):
+    """Else those of a large video would fill the memory of its host."""
+    monkeypatch.setattr(rendering, "MOST_WAITING_BYTES", 0)
+    [job] = host.submit(target_video_length=9)
+    looking, go_on = threading.Event(), threading.Event()
+
+    def check(_asked):
+        looking.set()
+        go_on.wait(30)
+
+    made = with_check(host.runner(), check)
+    render = threading.Thread(target=begin, args=(made, job.id))
+    render.start()
+    assert looking.wait(30)
+    render.join(1.0)
+    assert render.is_alive(), "it waits"
+    go_on.set()
+    render.join()
+    made.tail.wait()
+    assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
 def test_a_check_that_takes_long_over_each_piece_is_no_stall(host, ended):
     [job] = host.submit(target_video_length=9)
     pieces = []
