@@ -600,6 +600,15 @@ def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(
     assert host.attempts(job.id)[0].state is states.AttemptState.LOST
 
 
+def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, until, monkeypatch):
+    """Celery would keep it: each job would be taken by it, and sent again, for ever."""
+    monkeypatch.setenv("RUSHES_FRAME_CHECK", "nowhere:check")
+    log = host.config.home / "worker.log"
+    with launched(host, until, "sim:1"):
+        until(lambda: "worker.cannot_start" in log.read_text(), seconds=60)
+        until(lambda: "process.ended" in log.read_text(), seconds=20)
+
+
 def consumed(host):
     """Queues that the real render process takes from."""
     found = celery_app.make(host.config).control.inspect(["cpu0@here"], timeout=1).active_queues()

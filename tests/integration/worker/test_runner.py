@@ -1,5 +1,6 @@
 """One attempt: how each way it may end is written down, and what it leaves on the disk."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -28,7 +29,18 @@ from jobs import (
 )
 from jobs.schema import Job, Refusal, Worker
 from tests.integration.worker.conftest import WORKER
-from worker import components, errors, finished, heartbeat, resident, runner, scratch, video, wanted
+from worker import (
+    components,
+    errors,
+    finished,
+    heartbeat,
+    provenance,
+    resident,
+    runner,
+    scratch,
+    video,
+    wanted,
+)
 
 
 class Raising(torch.nn.Module):
@@ -314,6 +326,16 @@ def test_a_disk_that_fills_up_gives_the_job_back(host):
     assert attempt.id == 1
     assert "No space left on device" in attempt.note
     assert refused(host)[workers.ALL_QUEUES].kind is states.FailureKind.DISK
+
+
+def test_a_disk_that_is_full_when_the_video_is_marked_gives_the_job_back(host, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(provenance, "mark", full)
+    job = host.submit()[0]
+    host.runner().run_attempt(job.id)
+    assert "No space left" in assert_given_back(host, job).note
 
 
 def test_a_host_without_room_takes_no_job(host, monkeypatch):
