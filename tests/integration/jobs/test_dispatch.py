@@ -25,6 +25,7 @@ from jobs import (
     lifecycle,
     orders,
     presets,
+    queries,
     queues,
     reordering,
     retries,
@@ -409,6 +410,28 @@ def test_a_kick_wakes_the_dispatcher(
     bell.kick()
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["many kicks", "no Redis"])
+def test_the_database_is_not_looked_at_without_a_rest(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "REST_SECONDS", 0.2)
+    url = clean_redis_url if is_there else GONE
+    config = config_of(sqlite_world, url, tick_seconds=3600 if is_there else 0.2)
+    began, stop = time.monotonic(), threading.Event()
+    ticks: list[float] = []
+
+    class Kicked(dispatch.Dispatcher):
+        def tick(self) -> dispatch.Tick:
+            ticks.append(time.monotonic())
+            if len(ticks) == 4:
+                stop.set()
+            self._broker.kick()  # as workers do all the time
+            return super().tick()
+
+    Kicked(config, db=sqlite_world.db).run(stop)
+    assert ticks[-1] - began >= 3 * 0.2
+
+
 def test_many_kicks_are_one(world: World, clean_redis_url: str, client: redis.Redis) -> None:
     bell = broker.Broker(config_of(world, clean_redis_url))
     for _ in range(50):
@@ -604,6 +627,29 @@ def test_silence_while_the_database_was_away_ends_no_attempt(
         stop.set()
         thread.join()
     assert world.attempt(attempt_id).state is states.AttemptState.LOST
+
+
+def test_a_database_that_answers_late_when_jobs_are_chosen_ends_no_attempt(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What froze there may have kept the workers from renewing their leases as well."""
+    world = sqlite_world
+    world.submit(1)
+    attempt_id = world.claimed(1)
+    real = queries.live_workers_by_queues
+
+    def late(session: database.Session) -> dict[tuple[str, ...], int]:
+        monkeypatch.setattr(queries, "live_workers_by_queues", real)
+        time.sleep(0.5)
+        return real(session)
+
+    monkeypatch.setattr(queries, "live_workers_by_queues", late)
+    dispatcher = dispatcher_of(world, clean_redis_url, lease_seconds=1.8)
+    dispatcher.tick()
+    world.expire(attempt_id)
+    assert dispatcher.tick().ended_attempts == 0
+    time.sleep(1.9)
+    assert dispatcher.tick().ended_attempts == 1
 
 
 def test_a_worker_that_refuses_a_queue_is_sent_nothing_of_it(

@@ -121,6 +121,9 @@ def test_one_bad_job_is_quarantined_after_three_workers_and_takes_none_out(
         assert world.job(job_id).quarantined
         world.db.write(workers.accept, BAD, queue=QUEUE)  # which was the first one each time
     assert out(world) == {}
+    assert world.retry(world.job(ids[0]).batch_id) == 3
+    again = [fail_on(world, ids[0], name, KIND.INTERNAL) for name in names]
+    assert again == ends, "what was before the retry is forgotten"
 
 
 def test_the_same_job_again_and_again_takes_no_worker_out(sqlite_world: World) -> None:
@@ -250,6 +253,11 @@ def test_a_test_that_was_asked_for_begins_when_the_worker_is_idle(world: World) 
     world.rendered(attempt_id)
     world.db.write(workers.accept, BAD, queue=QUEUE)
     assert due(world), "a job that goes well is no test"
+    world.db.write(health.tested, BAD, failure="NaN")
+    assert not due(world)
+    world.db.write(health.ask_for_test, BAD)
+    assert due(world)
+    assert out(world)[BAD].reason == "its self-test failed: NaN", "which is still why it is out"
 
 
 def test_a_full_disk_or_another_failure_does_not_end_the_need_of_a_test(world: World) -> None:
@@ -270,6 +278,24 @@ def test_an_operator_may_readmit_without_a_test(world: World) -> None:
     assert not world.db.write(health.readmit, BAD)
     world.db.write(health.tested, BAD, failure="too late to matter")
     assert takes(world, BAD) == (QUEUE,)
+    refused = {"queue": workers.ALL_QUEUES, "kind": KIND.DISK, "reason": "a full disk"}
+    world.db.write(workers.refuse, BAD, **refused)
+    world.db.write(health.tested, BAD, failure="too late as well")
+    with world.db.reading() as session:
+        assert [held.reason for held in workers.refusals(session)] == ["a full disk"]
+
+
+def test_any_words_of_a_failure_can_be_stored(world: World) -> None:
+    """Else a worker that fails in such words would be taken out of nothing."""
+    told = "/mnt/\0/\udcff"
+    world.register(BAD)
+    refused = {"queue": QUEUE, "kind": KIND.WEIGHTS, "reason": told}
+    assert world.db.write(workers.refuse, BAD, **refused)
+    for job_id in (1, 2, 3):
+        world.db.write(health.suspect, BAD, job_id=job_id, kind=KIND.DEVICE, error=told)
+    assert "/mnt/" in out(world)[BAD].reason
+    world.db.write(health.tested, BAD, failure=told)
+    assert "/mnt/" in out(world)[BAD].reason
 
 
 @pytest.mark.parametrize("kind", [KIND.ENCODING, KIND.OUT_OF_MEMORY])
@@ -303,3 +329,13 @@ def test_messages_that_arrive_while_a_worker_refuses_make_it_no_longer(
     world.db.write(workers.refuse, BAD, **told)
     with world.db.reading() as session:
         assert [held.times for held in workers.refusals(session)] == [2]
+
+
+def test_a_job_that_goes_well_says_nothing_of_other_queues(sqlite_world: World) -> None:
+    """Else a worker without one model would be sent its jobs after each video of another."""
+    world = sqlite_world
+    world.register(BAD, also=["rushes.render.other"])
+    for queue in ("rushes.render.other", workers.ALL_QUEUES):
+        world.db.write(workers.refuse, BAD, queue=queue, kind=KIND.WEIGHTS, reason="gone")
+    world.db.write(workers.accept, BAD, queue=QUEUE)
+    assert takes(world, BAD) == (QUEUE,)

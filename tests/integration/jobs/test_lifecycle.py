@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from jobs import database, health, lifecycle, orders, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
-from tests.integration.jobs.conftest import BUDGETS, World
+from tests.integration.jobs.conftest import BUDGETS, LEASE_SECONDS, World
 
 # One job in each state, reached by the functions themselves.
 
@@ -334,6 +334,7 @@ def test_cancel_wins_over_every_requeue(world: World) -> None:
         assert world.heartbeat(attempt_id) is lifecycle.Verdict.CANCELLED
         end(attempt_id)
         assert world.job(job_id).state is JobState.CANCELLED
+        assert not world.job(job_id).quarantined, "it was not given up"
         world.check()
 
 
@@ -687,9 +688,33 @@ def test_errors_are_stored_in_bounds(world: World) -> None:
 
 def test_any_text_of_an_exception_can_be_stored(world: World) -> None:
     """A message with NUL or half a character must not cost the job its failure."""
-    attempt_id = world.claimed(_queued(world))
-    assert world.fail(attempt_id, error="before\0after \udcff") is JobState.QUEUED
-    assert (world.attempt(attempt_id).error or "").startswith("before")
+    told = "before\0after \udcff"
+    job_id = _queued(world)
+    released = world.claimed(job_id)
+    assert world.heartbeat(released, note=told) is lifecycle.Verdict.GO_ON
+    assert world.db.write(
+        lifecycle.rendered,
+        released,
+        seconds={},
+        peak_memory_bytes=None,
+        lease_seconds=LEASE_SECONDS,
+        memory=told,
+        note=told,
+    )
+    assert world.db.write(lifecycle.release, released, reason=told)
+    failed = world.claimed(job_id)
+    state = world.db.write(
+        lifecycle.fail,
+        failed,
+        kind=FailureKind.INTERNAL,
+        error=told,
+        detail=told,
+        budgets=BUDGETS,
+    )
+    assert state is JobState.QUEUED
+    texts = (world.attempt(released).note, world.attempt(released).memory)
+    texts += (world.attempt(failed).error, world.attempt(failed).error_detail)
+    assert all((text or "").startswith("before") for text in texts)
 
 
 def test_a_batch_ends_exactly_with_its_last_open_job(world: World) -> None:

@@ -1,9 +1,11 @@
 """Who asked is told once of what happened, and nobody of what did not."""
 
+import contextlib
 import http.server
 import json
 import os
 import re
+import socket
 import socketserver
 import threading
 import time
@@ -168,6 +170,17 @@ def test_a_notice_is_taken_by_one_of_two_notifiers(world):
         assert notifier.take(session, room=8, busy=Counter()) == []
 
 
+def test_two_notifiers_at_once_neither_wait_nor_send_twice(postgres_world):
+    world = postgres_world
+    listen(world, "https://hooks.test/")
+    for _ in range(3):
+        finish(world)
+    with world.db.transaction() as one, world.db.transaction() as other:
+        taken = [notifier.take(session, room=8, busy=Counter()) for session in (one, other)]
+    ids = [due.notice_id for some in taken for due in some]
+    assert len(ids) == len(set(ids)) == 3
+
+
 def test_a_slow_message_is_not_sent_again_meanwhile(world):
     """apprise has no limit of time, so the next try of it comes later than that of a webhook."""
     listen(world, "https://quick.test/")
@@ -272,6 +285,56 @@ def test_a_receiver_that_fails_is_asked_again_by_the_same_id_and_then_no_more(
     (notice,) = notices(sqlite_world)
     assert (notice.next_try_at, notice.delivered_at) == (None, None)
     assert notice.given_up_at is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("hidden-key"), "KeyError"),
+        (couriers.NotDelivered("before\0after \udcff"), "before\\0after \\udcff"),
+    ],
+    ids=["of a library", "in odd words"],
+)
+def test_a_courier_that_breaks_is_told_and_given_up_in_the_end(postgres_world, error, told):
+    class Broken:
+        def deliver(self, _letter):
+            raise error
+
+    listen(postgres_world, "https://hooks.test/")
+    finish(postgres_world)
+    made = notifier.Notifier(settings.load(), db=postgres_world.db, courier=Broken())
+    for _ in range(len(notifier.WAITS_SECONDS) + 1):
+        make_due(postgres_world)
+        made.tick()
+        made.wait()
+    made.close()
+    (notice,) = notices(postgres_world)
+    assert (notice.error, notice.next_try_at) == (told, None)
+    assert notice.given_up_at is not None
+
+
+def test_a_receiver_that_answers_a_byte_now_and_then_is_given_up(sqlite_world, sender, monkeypatch):
+    """No time limit of a socket runs out, and few threads are there for all receivers."""
+    monkeypatch.setattr(couriers, "TOTAL_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listen(sqlite_world, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        finish(sqlite_world)
+
+        def trickle():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 80:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        sender()
+        assert time.monotonic() - began < 3
+        thread.join()
+    (notice,) = notices(sqlite_world)
+    assert notice.error
 
 
 def test_a_receiver_that_is_gone_is_told_no_more(sqlite_world, receiver, sender):

@@ -17,6 +17,7 @@ from jobs import (
     dispatch,
     errors,
     lifecycle,
+    order,
     orders,
     queries,
     states,
@@ -251,6 +252,36 @@ def test_a_deadline_keeps_what_is_finished_and_gives_the_rest_up_with_a_reason(
     world.check()
 
 
+def test_a_large_batch_past_its_deadline_is_ended_in_steps_by_the_dispatcher(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what the first step leaves would wait for ever: none of it may start."""
+    monkeypatch.setattr(orders, "STOPPED_AT_ONCE", 4)
+    batch_id = world.submit(10)
+    pass_deadline(world, batch_id)
+    for left in (6, 2, 0):
+        with world.db.reading() as session:
+            assert queries.batches_to_stop(session) == ([], [batch_id])
+        world.db.write(orders.expire_batch, batch_id)
+        assert world.batch(batch_id).queued == left
+    assert world.batch(batch_id).state is BatchState.FAILED
+    world.check()
+
+
+def test_what_somebody_cancelled_before_has_missed_no_deadline(world: World) -> None:
+    batch_id = world.submit(2)
+    attempt_id = world.claimed(world.job_ids(batch_id)[0])
+    world.db.write(orders.request_cancel, batch_id)
+    pass_deadline(world, batch_id)
+    with world.db.reading() as session:
+        assert queries.batches_to_stop(session) == ([batch_id], [])
+    world.cancel_batch(batch_id)
+    with world.db.reading() as session:
+        assert queries.batches_to_stop(session) == ([], [])
+    assert world.cancel_attempt(attempt_id)
+    assert world.batch(batch_id).state is BatchState.CANCELLED
+
+
 def test_a_batch_without_any_video_at_its_deadline_has_failed(world: World) -> None:
     batch_id = world.submit(2)
     pass_deadline(world, batch_id)
@@ -306,6 +337,16 @@ def test_an_owner_runs_no_more_than_the_quota(world: World) -> None:
     world.succeed(attempt_id)
     assert claim(left[0]) is not None
     world.check()
+
+
+def test_who_is_at_the_quota_keeps_nobody_from_their_turn(sqlite_world: World) -> None:
+    """However many jobs of theirs wait, and however urgent they are."""
+    world = sqlite_world
+    world.submit(2 * order.LOOK_AHEAD, owner="ann", priority=9)
+    ben = world.submit(1, owner="ben")
+    (first,) = sent(world, max_running_per_owner=1)
+    world.claimed(first.id)
+    assert batches_of(sent(world, max_running_per_owner=1)) == [ben]
 
 
 def test_a_message_that_came_twice_takes_no_second_place_of_the_quota(world: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import update
 from structlog.testing import capture_logs
 
-from jobs import database, result_writer, results, settings, states, storage
+from jobs import database, errors, result_writer, results, settings, states, storage
 from jobs.schema import Batch
 from tests.integration.jobs.conftest import World
 
@@ -76,6 +76,27 @@ def test_a_store_that_fails_delays_the_files_and_is_not_asked_again_at_once(
     assert writer.write_finished() == 3
 
 
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [(storage.StorageUnavailable("s3://here", "no answer"), 1), (errors.RushesError("odd"), 3)],
+    ids=["silent", "odd"],
+)
+def test_a_store_that_is_silent_is_waited_for_once_and_not_for_each_batch(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, error: errors.RushesError, asked: int
+) -> None:
+    for _ in range(3):
+        finished(sqlite_world)
+    tries: list[str] = []
+
+    def fail(_db: object, _store: object, batch_id: str, **_options: Any) -> bool:
+        tries.append(batch_id)
+        raise error
+
+    monkeypatch.setattr(results, "write", fail)
+    assert writer_of(sqlite_world).write_finished() == 0
+    assert len(tries) == asked
+
+
 def test_a_store_that_is_set_wrongly_is_told(world: World) -> None:
     finished(world)
     with capture_logs() as logs:
@@ -134,6 +155,29 @@ def test_the_lease_is_renewed_while_the_files_are_written(
     monkeypatch.setattr(results, "write", slow)
     assert writer_of(world).write_finished() == 1
     assert others == [0]
+
+
+def test_a_lease_outlives_an_outage_of_the_database(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = finished(sqlite_world)
+    monkeypatch.setattr(result_writer, "LEASE_SECONDS", 0.6)
+    taken = sqlite_world.db.write(result_writer.take, seconds=0.6, but_not=[])
+    assert taken is not None
+    renew, tried = result_writer.renew, threading.Semaphore(0)
+
+    def away(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(result_writer, "renew", renew)
+        tried.release()
+        raise database.DatabaseUnavailable(sqlite_world.db.url, "no answer")
+
+    monkeypatch.setattr(result_writer, "renew", away)
+    with result_writer._Lease(sqlite_world.db, batch_id, taken[1]):
+        assert tried.acquire(timeout=20)
+        deadline = time.monotonic() + 20
+        while sqlite_world.batch(batch_id).results_lease_until == taken[1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_a_writer_that_has_lost_its_lease_replaces_no_file(
@@ -212,3 +256,20 @@ def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:
         stop.set()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_the_loop_outlives_the_database() -> None:
+    config = settings.load(database_url="postgresql://x@127.0.0.1:1/y", tick_seconds=0.05)
+    writer = result_writer.ResultWriter(config, db=database.connect(config))
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
+        running = pool.submit(writer.run, stop)
+        try:
+            deadline = time.monotonic() + 20
+            while len(logs) < 2 and not running.done():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            stop.set()
+        running.result(20)
+    assert {entry["event"] for entry in logs} == {"results.database_unavailable"}

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import random
+import sqlite3
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
 
 from jobs import (
     bulk,
@@ -412,6 +414,10 @@ def test_a_prompt_file_in_a_bucket_is_read_anew_and_waited_for(
     farm.now += firing.BUSY + timedelta(seconds=1)
     assert farm.tick() == 1
     assert farm.prompts()[-1] == "fourth"
+    monkeypatch.setattr(firing, "MAX_URL_BYTES", 6)
+    farm.tick(START + timedelta(hours=5))
+    assert farm.states()[-1] == FAILED
+    assert "is larger than" in farm.firings()[-1].reason
 
 
 def test_one_whose_store_is_away_does_not_hold_up_the_others(
@@ -506,6 +512,35 @@ def test_a_full_disk_delays(sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch) 
     assert farm.states("a") == [MADE]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        sqlite3.OperationalError("disk I/O error"),
+        OperationalError("SELECT", {}, Exception("no answer")),
+        storage.StorageUnavailable("s3://here", "no answer"),
+    ],
+    ids=lambda error: type(error).__module__,
+)
+def test_the_loop_outlives_what_may_be_over_later(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Else the dispatcher would end with it, and nothing would be rendered."""
+    monkeypatch.setattr(firing, "AGAIN_SECONDS", 0.01)
+    stop, ticks = threading.Event(), itertools.count()
+
+    def tick() -> int:
+        if next(ticks) == 0:
+            raise error
+        stop.set()
+        return 0
+
+    (clockwork, *_) = sqlite_farm.clockworks
+    monkeypatch.setattr(clockwork, "tick", tick)
+    clockwork.run(stop)
+    assert next(ticks) == 2
+
+
 def test_a_paused_schedule_does_not_fire_and_a_resumed_one_looks_ahead(sqlite_farm: Farm) -> None:
     farm = sqlite_farm
     farm.now = datetime.now(UTC)
@@ -532,6 +567,54 @@ def test_run_now_makes_a_batch_beside_the_rule_even_while_paused(farm: Farm) -> 
     assert (fired.state, fired.is_manual, fired.batch_id) == (MADE, True, batch_id)
     assert farm.world.only_job(batch_id).prompt == "1"
     assert farm.schedule().next_fire_at is None
+
+
+@pytest.mark.parametrize("format_", ["text", "jsonl"], ids=["good", "bad"])
+def test_a_pause_while_a_batch_is_prepared_holds(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    farm.add(cron="0 * * * *", format=format_)
+    submit = submission.submit
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        farm.world.db.write(schedules.pause, "night")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    farm.tick(START + timedelta(hours=1))
+    assert (farm.batches(), farm.states()) == (0, [])
+    assert farm.schedule().next_fire_at is None
+
+
+@pytest.fixture
+def overtaken(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody runs it now while its next batch is being prepared."""
+    submit = submission.submit
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        firing.fire_now(farm.config, farm.world.db, "night")
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_of_two_that_run_it_now_one_is_told_to_try_again(farm: Farm) -> None:
+    """Else both would have the same counter in their prompts."""
+    farm.add(prompts="{{counter}}\n")
+    with pytest.raises(firing.Overtaken):
+        firing.fire_now(farm.config, farm.world.db, "night")
+    assert farm.prompts() == ["1"]
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_a_fire_time_that_somebody_overtakes_is_made_with_the_next_counter(farm: Farm) -> None:
+    farm.add(prompts="{{counter}}\n", cron="0 * * * *")
+    farm.tick(START + timedelta(hours=1))
+    assert farm.prompts() == ["1"]
+    farm.tick(START + timedelta(hours=1) + 2 * firing.BUSY)
+    assert farm.prompts() == ["1", "2"]
 
 
 def test_removing_leaves_the_batches(farm: Farm) -> None:

@@ -181,6 +181,8 @@ def test_a_finished_video_that_vanished_is_rendered_again_at_no_cost(host, look,
     assert attempt.state is states.AttemptState.RELEASED
     assert f"the finished video is gone: {gone.path}" in attempt.note
     assert (job.state, job.error_count, job.crash_count) == (states.JobState.QUEUED, 0, 0)
+    wait = job.not_before - attempt.finished_at
+    assert wait > timedelta(seconds=1), "a disk that loses all of them keeps no device busy"
     assert host.attempt(there).state is states.AttemptState.RENDERED
     assert vanished() == []
 

@@ -113,8 +113,8 @@ def test_a_stalled_loop_is_given_up_and_its_lease_runs_out(heart, attempt):
     assert attempt().lease_until == last
 
 
-def ended(claim, *, stall_seconds, body, deaf_seconds=60.0):
-    """A process of its own that does `body` under a heartbeat, once it has ended."""
+def ended(claim, *, stall_seconds, body, then="pass", deaf_seconds=60.0):
+    """A process of its own that does `body` under a heartbeat and `then`, once it has ended."""
     script = textwrap.dedent(f"""
         import ctypes, time
         from jobs import database, settings
@@ -128,6 +128,7 @@ def ended(claim, *, stall_seconds, body, deaf_seconds=60.0):
         ) as heart:
             heart.reached("denoise", 1, 4)
             {body}
+        {then}
     """)
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
@@ -164,6 +165,12 @@ def test_the_timer_of_one_outlives_another_that_ends(host, claim):
     assert "Timeout" in done.stderr
 
 
+def test_a_process_that_has_nothing_to_render_does_not_end(host, claim):
+    beats, idle = "time.sleep(0.3)", "time.sleep(2.5)"
+    done = ended(claim, stall_seconds=1, deaf_seconds=0.5, body=beats, then=idle)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nobody_renews_the_lease_of_another(host, claim, heart, until):
     host.db.write(
         lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
@@ -195,6 +202,22 @@ def test_an_outage_of_the_database_is_outlived(host, heart, attempt, until):
             for step in range(4):
                 beating.reached("decode", step, 4)
                 beating._report()  # misses for certain
+        beating.reached("mux", 0, 1)
+        until(lambda: attempt().stage == "mux")
+
+
+def test_a_pool_without_a_free_connection_is_outlived(host, heart, attempt, until, monkeypatch):
+    """The tail, the device and their heartbeats share a few; one that waits is no dead one."""
+    write, missed = host.db.write, threading.Event()
+
+    def busy(*_, **__):
+        monkeypatch.setattr(host.db, "write", write)
+        missed.set()
+        raise sqlalchemy.exc.TimeoutError("QueuePool limit")
+
+    with heart() as beating:
+        monkeypatch.setattr(host.db, "write", busy)
+        assert missed.wait(30)
         beating.reached("mux", 0, 1)
         until(lambda: attempt().stage == "mux")
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from jobs import (
     beat,
@@ -118,6 +118,31 @@ def test_a_dead_publisher_comes_back(launcher, running, until):
     until(lambda: made.publisher.restarts == 1 and made.publisher.is_alive)
 
 
+def test_a_publisher_that_does_not_end_is_killed(launcher, running, until, tmp_path):
+    log = tmp_path / "publisher.log"
+    made = launcher()
+    made.publisher = supervisor.Child(name="publish@here", command=DEAF, log_path=log)
+    thread = running(made)
+    until(lambda: log.exists() and "deaf" in log.read_text())
+    made.stop.set()
+    made.hurry.set()
+    thread.join(60)
+    assert not made.publisher.is_alive
+
+
+def test_a_worker_without_a_process_is_silent(host, launcher):
+    """One that cannot start is no live worker, though its launcher is there."""
+    made = launcher()
+    assert made._take_names()
+    seen_at = registered(host)["cpu0@here"].heartbeat_at
+    made._beat()
+    assert registered(host)["cpu0@here"].heartbeat_at == seen_at
+    made.renderers[0].child.start()
+    made._beat()
+    assert registered(host)["cpu0@here"].heartbeat_at > seen_at
+    made.renderers[0].end()
+
+
 def test_a_stop_gives_back_what_is_held_at_no_cost(host, launcher, running):
     job = host.submit()[0]
     made = launcher()
@@ -168,6 +193,26 @@ def test_an_outage_of_the_database_ends_no_process(host, launcher, running, unti
         assert made.renderers[0].child.pid == pid
     made._beat()
     assert registered(host)["cpu0@here"].pid == pid
+
+
+def test_a_process_that_dies_in_an_outage_comes_back(host, launcher, running, until):
+    made = launcher()
+    running(made)
+    until(lambda: "cpu0@here" in registered(host))
+    with host.database_outage():
+        made.renderers[0].child.send(signal.SIGKILL)
+        until(lambda: made.renderers[0].child.restarts == 1)
+
+
+def test_an_outage_in_which_a_name_is_taken_is_waited_out(host, launcher, monkeypatch):
+    made, write = launcher(), host.db.write
+
+    def away(*_, **__):
+        monkeypatch.setattr(host.db, "write", write)
+        raise OperationalError("UPDATE", {}, Exception("no answer"))
+
+    monkeypatch.setattr(host.db, "write", away)
+    assert made._take_names()
 
 
 def test_what_lies_on_the_disk_at_the_start_is_announced(host, launcher, running, until):
@@ -329,8 +374,23 @@ def test_the_name_of_a_launcher_that_died_is_taken_over_when_it_is_stale(
     until(lambda: registered(host)["cpu0@here"].launcher == another.identity)
 
 
+def given_back(host, claim):
+    assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
+
+
+def rendered(host, claim):
+    """Its video may wait for the store for days."""
+    facts = {"seconds": {}, "peak_memory_bytes": None, "lease_seconds": 3600.0}
+    assert host.db.write(lifecycle.rendered, claim.attempt_id, **facts)
+
+
+def silent(host, claim):
+    assert host.db.write(lifecycle.heartbeat, claim.attempt_id, lease_seconds=-1.0)
+
+
+@pytest.mark.parametrize("end", [given_back, rendered, silent])
 def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
-    host, launcher, another, monkeypatch
+    host, launcher, another, monkeypatch, end
 ):
     """Who begins under that name gives up what its worker holds."""
     draining = launcher()
@@ -341,7 +401,7 @@ def test_the_name_of_a_launcher_that_drains_is_free_when_its_job_has_ended(
     take = [another._claimed(renderer) for renderer in another.renderers]
     held = host.db.write(workers.take_names, take)
     assert held.launcher == draining.identity
-    assert host.db.write(lifecycle.release, claim.attempt_id, reason="drained")
+    end(host, claim)
     assert host.db.write(workers.take_names, take) is None
 
 
@@ -448,6 +508,26 @@ def test_after_a_good_self_test_a_fresh_process_renders(
         assert workers.refusals(session) == []
 
 
+def test_a_self_test_that_ends_in_an_outage_ends_nobody_else(host, launcher, until, monkeypatch):
+    """Nor if no process can be started in that moment: it comes at a later look."""
+    verdict = """print('{"failure": null, "facts": {}}')"""
+    monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", verdict))
+    made = launcher()
+    (renderer,) = made.renderers
+    renderer.child.start()
+    renderer.begin_test()
+
+    def full(_child):
+        raise BlockingIOError("no more processes")
+
+    with host.database_outage(), monkeypatch.context() as patched:
+        patched.setattr(supervisor.Child, "start", full)
+        while renderer.test is not None:
+            made._look_at_test(renderer, renderer.test)
+    until(lambda: not renderer.child.revive() and renderer.child.is_alive)
+    renderer.end()
+
+
 @contextlib.contextmanager
 def launched(host, until, devices):
     """`rushes worker` itself, with Celery."""
@@ -490,6 +570,43 @@ def test_a_stop_lets_the_tail_of_a_job_end(host, until, monkeypatch):
         process.wait(60)
     (attempt,) = host.attempts(job.id)
     assert attempt.state in (states.AttemptState.RENDERED, states.AttemptState.SUCCEEDED)
+
+
+def test_a_worker_takes_no_message_before_its_device_is_free(host, until, monkeypatch):
+    """It would wait for this one while another worker has nothing to do."""
+    monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "5")
+    jobs = host.submit(3, model_path="simulated")
+    with launched(host, until, "sim:1"):
+        host.bell.send_renders(jobs[0].queue, [job.id for job in jobs])
+        until(lambda: host.attempts(jobs[0].id), seconds=60)
+        time.sleep(2.0)
+        assert host.bell.waiting(jobs[0].queue) == {job.id for job in jobs[1:]}
+
+
+def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(
+    host, until, monkeypatch
+):
+    """Its parent lives, so the launcher hears nothing; and no lease ends here in time."""
+    monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "60")
+    (job,) = host.submit(model_path="simulated")
+    with launched(host, until, "sim:1"):
+        host.bell.send_renders(job.queue, [job.id])
+        until(lambda: host.attempts(job.id), seconds=60)
+        parent = psutil.Process(registered(host)["sim0@here"].pid)
+        (child,) = (one for one in parent.children() if "spawn_main" in " ".join(one.cmdline()))
+        child.kill()
+        until(lambda: host.job(job.id).state is states.JobState.QUEUED, seconds=60)
+        assert parent.is_running()
+    assert host.attempts(job.id)[0].state is states.AttemptState.LOST
+
+
+def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, until, monkeypatch):
+    """Celery would keep it: each job would be taken by it, and sent again, for ever."""
+    monkeypatch.setenv("RUSHES_FRAME_CHECK", "nowhere:check")
+    log = host.config.home / "worker.log"
+    with launched(host, until, "sim:1"):
+        until(lambda: "worker.cannot_start" in log.read_text(), seconds=60)
+        until(lambda: "process.ended" in log.read_text(), seconds=20)
 
 
 def consumed(host):

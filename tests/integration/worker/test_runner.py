@@ -1,9 +1,11 @@
 """One attempt: how each way it may end is written down, and what it leaves on the disk."""
 
+import errno
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
@@ -11,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from sqlalchemy import select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from jobs import (
     broker,
@@ -27,7 +29,18 @@ from jobs import (
 )
 from jobs.schema import Job, Refusal, Worker
 from tests.integration.worker.conftest import WORKER
-from worker import components, errors, finished, heartbeat, resident, runner, scratch, video, wanted
+from worker import (
+    components,
+    errors,
+    finished,
+    heartbeat,
+    provenance,
+    resident,
+    runner,
+    scratch,
+    video,
+    wanted,
+)
 
 
 class Raising(torch.nn.Module):
@@ -91,6 +104,12 @@ def test_a_rendered_job_is_a_finished_folder_and_a_message_to_the_publisher(host
     assert host.waiting_publishes() == [attempt.id]
     info = video.probe(folder.video)
     assert (info.width, info.height, info.num_frames, info.fps) == (16, 16, 9, 8.0)
+
+
+def test_the_end_of_an_attempt_wakes_the_dispatcher(host):
+    """Else a device whose window is empty waits for the next tick."""
+    host.runner().run_attempt(host.submit(model_path="gone")[0].id)
+    assert host.bell.wait_for_kick(0.1)
 
 
 def test_the_sidecar_tells_everything_that_made_the_video(host):
@@ -249,12 +268,15 @@ def test_too_little_memory_steps_down_once_and_goes_on(host, monkeypatch, asked,
     """The same attempt renders with less on the device, says so, and others profit."""
     first, second = host.submit(2, **asked)
     host.runner().run_attempt(first.id)
-    real, modes = resident.ResidentModel.encode_text, []
+    real, modes, held = resident.ResidentModel.encode_text, [], []
 
     def short_of_memory(model, prompt):
         modes.append(wanted.told(model.key.mode))
         if len(modes) == 1:
+            of_the_first_try = torch.zeros(1)
+            held.append(weakref.ref(of_the_first_try))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        assert held[0]() is None, "else the second try has less memory than the first"
         return real(model, prompt)
 
     monkeypatch.setattr(resident.ResidentModel, "encode_text", short_of_memory)
@@ -304,6 +326,16 @@ def test_a_disk_that_fills_up_gives_the_job_back(host):
     assert attempt.id == 1
     assert "No space left on device" in attempt.note
     assert refused(host)[workers.ALL_QUEUES].kind is states.FailureKind.DISK
+
+
+def test_a_disk_that_is_full_when_the_video_is_marked_gives_the_job_back(host, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(provenance, "mark", full)
+    job = host.submit()[0]
+    host.runner().run_attempt(job.id)
+    assert "No space left" in assert_given_back(host, job).note
 
 
 def test_a_host_without_room_takes_no_job(host, monkeypatch):
@@ -548,6 +580,22 @@ def test_a_database_that_is_down_at_the_end_costs_no_video(host):
     made.run_attempt(job.id)  # its message was doubled in the outage: nothing is given back
     assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
     assert host.waiting_publishes() == [folder.attempt_id]
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
+def test_a_database_that_goes_at_the_very_end_costs_no_video(host, monkeypatch):
+    """It does not know that the video is finished, and holds the attempt for a running one."""
+    made, (job,), renew = host.runner(), host.submit(), finished.renew
+
+    def away(*_, **__):
+        monkeypatch.setattr(finished, "renew", renew)
+        raise OperationalError("UPDATE", {}, Exception("no answer"))
+
+    monkeypatch.setattr(finished, "renew", away)
+    made.run_attempt(job.id)
+    made.run_attempt(job.id)  # its message was doubled: nothing is given back
+    (folder,) = leftovers(host)
+    assert finished.find_unfinished(host.db, host.bell, host.config) == [folder.attempt_id]
     assert host.attempt(folder).state is states.AttemptState.RENDERED
 
 

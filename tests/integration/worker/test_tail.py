@@ -97,8 +97,9 @@ def test_a_cancel_is_heard_while_frames_are_still_to_encode(host, slow_end, unti
     assert host.attempts(job.id)[0].state is states.AttemptState.CANCELLED
 
 
-def test_a_lost_device_charges_no_unfinished_tail(host, slow_hashes, until, monkeypatch):
-    """Nor does the process that comes after it."""
+@pytest.fixture
+def lose_device(host, slow_hashes, until, monkeypatch):
+    """Loses the device on a second job while the tail of the first is at work; that one."""
     monkeypatch.setattr(runner, "LAST_TAIL_SECONDS", 0.2)
 
     class Exit(BaseException):
@@ -111,16 +112,35 @@ def test_a_lost_device_charges_no_unfinished_tail(host, slow_hashes, until, monk
     first, second = host.submit(2)
     networks, _ = slow_hashes
     made = host.runner(networks)
-    begin(made, first.id)
-    until(lambda: host.attempts(first.id)[0].stage == "hash")
-    with pytest.raises(Exit):
-        begin(
-            dataclasses.replace(made, renderer=Broken(made, errors.DeviceFault("gone"))), second.id
-        )
-    name = made.worker_settings.worker_name
+
+    def lose():
+        begin(made, first.id)
+        until(lambda: host.attempts(first.id)[0].stage == "hash")
+        broken = Broken(made, errors.DeviceFault("gone"))
+        with pytest.raises(Exit):
+            begin(dataclasses.replace(made, renderer=broken), second.id)
+        return first
+
+    return lose
+
+
+def test_a_lost_device_charges_no_unfinished_tail(host, lose_device):
+    """Nor does the process that comes after it."""
+    first = lose_device()
+    name = host.worker_settings.worker_name
     host.db.write(lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker=name)
     assert host.attempts(first.id)[0].state is states.AttemptState.RELEASED
     assert host.job(first.id).crash_count == 0
+
+
+def test_a_process_without_a_device_ends_whatever_the_database_says(lose_device, monkeypatch):
+    """Else it would fail one job after the other."""
+
+    def away(*_, **__):
+        raise sqlalchemy.exc.OperationalError("UPDATE", {}, Exception("no answer"))
+
+    monkeypatch.setattr(lifecycle, "release_worker", away)
+    lose_device()
 
 
 def test_a_tail_takes_back_no_refusal_that_came_after_it_began(host, monkeypatch):
@@ -136,6 +156,23 @@ def test_a_tail_takes_back_no_refusal_that_came_after_it_began(host, monkeypatch
     made.tail.wait()
     with host.db.reading() as session:
         assert [refusal.reason for refusal in workers.refusals(session)] == ["full"]
+
+
+def test_what_goes_wrong_after_a_tail_is_not_heard_by_the_next_job(host, monkeypatch):
+    """Nor by the end of the process, which waits for the tail."""
+    first, second = host.submit(2)
+    report, made = runner.Runner._report, host.runner()
+
+    def odd(_runner):
+        monkeypatch.setattr(runner.Runner, "_report", report)
+        raise KeyError("odd")
+
+    monkeypatch.setattr(runner.Runner, "_report", odd)
+    for job in (first, second):
+        begin(made, job.id)
+    made.tail.wait()
+    for job in (first, second):
+        assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
 
 
 def test_a_process_that_stands_still_ends_whatever_the_database_says(host, ended, monkeypatch):
@@ -167,6 +204,28 @@ def test_frames_of_two_videos_are_checked_one_after_the_other(host):
     made.tail.wait()
     assert max(most) == 1
     assert len(most) == 6
+
+
+def test_a_device_waits_for_frames_that_nobody_takes(host, monkeypatch):
+    """Else those of a large video would fill the memory of its host."""
+    monkeypatch.setattr(rendering, "MOST_WAITING_BYTES", 0)
+    [job] = host.submit(target_video_length=9)
+    looking, go_on = threading.Event(), threading.Event()
+
+    def check(_asked):
+        looking.set()
+        go_on.wait(30)
+
+    made = with_check(host.runner(), check)
+    render = threading.Thread(target=begin, args=(made, job.id))
+    render.start()
+    assert looking.wait(30)
+    render.join(1.0)
+    assert render.is_alive(), "it waits"
+    go_on.set()
+    render.join()
+    made.tail.wait()
+    assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
 
 
 def test_a_check_that_takes_long_over_each_piece_is_no_stall(host, ended):

@@ -54,6 +54,16 @@ def test_who_was_served_least_recently_goes_first() -> None:
     assert ids(order.arrange(jobs, waits({"a": 2, "b": 1}, batches), running="w")) == [1, 2]
 
 
+def test_where_nothing_is_loaded_the_weights_of_whose_turn_it_is_go_first() -> None:
+    jobs = [
+        job(1, owner="a", batch="a1", weights="one"),
+        job(2, owner="b", batch="b1", weights="other"),
+    ]
+    batches = {"a1": 10.0, "b1": 10.0}
+    assert ids(order.arrange(jobs, waits({"a": 1, "b": 2}, batches), running=None)) == [2, 1]
+    assert ids(order.arrange(jobs, waits({"a": 2, "b": 1}, batches), running=None)) == [1, 2]
+
+
 def test_a_run_of_warm_jobs_goes_on_until_another_batch_has_waited_long_enough() -> None:
     jobs = [job(1, owner="a", batch="a1", weights="cold"), job(2, owner="b", batch="b1")]
     short = waits({"a": 50, "b": 0}, {"a1": order.PATIENCE_SECONDS - 1, "b1": 0})

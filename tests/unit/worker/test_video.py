@@ -310,6 +310,21 @@ def test_an_ffmpeg_that_encodes_nothing_is_a_fault_of_the_host(encode, monkeypat
         encode(noise(1, 16, 16))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("no_leaks")
+def test_an_ffmpeg_that_hangs_is_given_up(encode, monkeypatch, tmp_path):
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    for module, limit in ((video, "END"), (video, "PROBE"), (h264, "TRIAL")):
+        monkeypatch.setattr(module, f"{limit}_SECONDS", 0.2)
+    with pytest.raises(errors.EncoderBroken, match=r"did not end within 0 s; nor"):
+        encode(noise(1, 16, 16))
+    with pytest.raises(errors.EncoderBroken, match=r"cannot be checked.*timed out"):
+        video.probe(tmp_path / "video.mp4")
+
+
 @pytest.mark.usefixtures("no_leaks")
 def test_whoever_leaves_in_mid_stream_leaves_no_ffmpeg_behind(tmp_path, worker_settings):
     writer = video.Mp4Writer(

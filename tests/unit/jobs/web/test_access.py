@@ -362,13 +362,33 @@ def test_several_processes_count_together_and_alone_when_redis_is_gone(
     with redis.Redis.from_url(clean_redis_url) as client:
         client.flushall()
     assert asked(6) == [200] * 4 + [429] * 2
+    tried: list[object] = []
+
+    def cut(connection: object, *_: object, **__: object) -> None:
+        tried.append(connection)
+        raise redis.ConnectionError("cut")
+
     with monkeypatch.context() as patch:
-        patch.setattr(redis.Connection, "send_packed_command", _cut)
+        patch.setattr(redis.Connection, "send_packed_command", cut)
         assert asked(10) == [200] * 8 + [429] * 2
+        assert len(tried) == 2, "each asks once, and no request after that waits for it"
 
 
-def _cut(*_: object, **__: object) -> None:
-    raise redis.ConnectionError("cut")
+def test_a_request_writes_nothing_where_its_token_was_used_just_now(
+    guarded: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SQLite it would wait while somebody stores a large batch."""
+    ann, noted = guarded.token("ann"), []
+    note = tokens.note_use
+
+    def count(session: database.Session, token_id: str) -> None:
+        noted.append(token_id)
+        note(session, token_id)
+
+    monkeypatch.setattr(tokens, "note_use", count)
+    for _ in range(3):
+        assert guarded.client.get("/api/batches", headers=ann).status_code == 200
+    assert len(noted) == 1
 
 
 def test_guessing_tokens_is_limited_too(make_web: MakeWeb) -> None:

@@ -381,6 +381,14 @@ def test_error_pages_lead_on_and_out(guarded: Web) -> None:
     assert "Log out" not in writer.get("/nowhere").text
 
 
+@pytest.mark.parametrize(("scheme", "is_secure"), [("https", True), ("http", False)])
+def test_what_was_kept_over_tls_is_sent_over_tls_alone(
+    guarded: Web, scheme: str, is_secure: bool
+) -> None:
+    kept = guarded.client.get(f"{scheme}://127.0.0.1:8000/login").headers["set-cookie"]
+    assert ("Secure" in kept) is is_secure
+
+
 def test_what_is_no_token_logs_nobody_in(guarded: Web) -> None:
     browser = Browser(guarded.client)
     for token in ("", "x", "rushes_x", "é"):
