@@ -81,16 +81,16 @@ class Clockwork:
             try:
                 if self.tick():
                     broker.Broker(self._config).kick()
-            except (DBAPIError, OSError, sqlite3.Error, *OUTAGES) as error:
-                log.error("schedule.delayed", error=str(error)[:300])
+            except Exception as error:  # one schedule that meets a defect must not end dispatch
+                is_defect = not isinstance(error, (DBAPIError, OSError, sqlite3.Error, *OUTAGES))
+                log.error("schedule.delayed", error=str(error)[:300], exc_info=is_defect)
                 pause = min(AGAIN_SECONDS, 5 * pause)
             stop.wait(pause)
 
     def tick(self) -> int:
         """Everything that is due now; how many batches were made.
 
-        One of LATER, OSError or sqlite3.Error: a prompt file could not be read or checked now.
-        Others went first.
+        Raises what kept one of them back, such as one of LATER, after the others.
         """
         made = 0
         delayed: Exception | None = None
@@ -98,7 +98,7 @@ class Clockwork:
             try:
                 while (batch_id := self._fire_next(schedule_id)) is not None:
                     made += batch_id != ""
-            except (OSError, sqlite3.Error, *LATER) as error:  # such as a full disk
+            except Exception as error:
                 delayed = error
         if delayed is not None:
             raise delayed
@@ -180,6 +180,7 @@ class Clockwork:
         return submitted.batch_id
 
     def _failed(self, schedule: Schedule, due: schedules.Due, reason: str) -> str | None:
+        reason = database.storable(reason)
         with self._db.transaction() as session:
             locked = _locked(session, schedule.id)
             if locked is None or not _is_as_planned(locked, schedule):
@@ -314,7 +315,7 @@ def _record(
             schedule_id=schedule_id,
             fire_at=fire_at,
             state=state,
-            reason=None if reason is None else reason[:MAX_REASON_CHARS].replace("\0", ""),
+            reason=None if reason is None else reason[:MAX_REASON_CHARS],
             batch_id=batch_id,
             is_manual=is_manual,
             created_at=database.now(session),

@@ -113,11 +113,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
-            with _live_lock:
-                if self not in _live:
-                    return
-                seconds = self._stall_seconds + DEAF_SECONDS
-                faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+            seconds = self._stall_seconds + DEAF_SECONDS
+            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
             self._news.wait(self._interval)
             self._news.clear()
             if self._stop.is_set():

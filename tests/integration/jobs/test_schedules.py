@@ -368,6 +368,47 @@ def test_prompts_that_cannot_be_used_are_a_failed_firing_and_the_rule_goes_on(
     assert farm.schedule().next_fire_at > farm.now
 
 
+@pytest.mark.parametrize(("word", "told"), [("a\0b", "a\\0b"), ("a\udcffb", "a\\udcffb")])
+def test_reasons_that_no_database_takes_are_told_in_others(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch, word: str, told: str
+) -> None:
+    """Or each dispatcher would end at this schedule, and fire no other one."""
+    farm = sqlite_farm
+    for name in ("a", "b"):
+        farm.add(name)
+    with farm.world.db.transaction() as session:
+        url, events = "https://hooks.example/x", (outbox.SCHEDULE_FAILED,)
+        listeners.add(session, name="me", url=url, owner=None, events=events)
+
+    def refuse(*_: object) -> bytes:
+        raise errors.RushesError(word)
+
+    monkeypatch.setattr(firing, "_prompts", refuse)
+    farm.tick(START + timedelta(hours=2))
+    for name in ("a", "b"):
+        assert told in farm.firings(name)[0].reason
+    with farm.world.db.reading() as session:
+        bodies = session.scalars(select(Notice.body)).all()
+    assert all(told in body["data"]["reason"] for body in bodies)
+    assert len(bodies) == 2
+
+
+def test_a_defect_that_one_schedule_meets_ends_nothing(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm = sqlite_farm
+    farm.add("a", prompts='{"promt": "x"}\n', format="jsonl")
+    farm.add("b")
+
+    def tell(*_: object, **__: object) -> None:
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr(outbox, "tell", tell)
+    with pytest.raises(AssertionError, match="a defect"):
+        farm.tick(START + timedelta(hours=2))
+    assert (farm.states("a"), farm.states("b")) == ([], [MADE])
+
+
 def test_who_asked_is_told_of_a_fire_time_that_made_no_batch(sqlite_farm: Farm) -> None:
     farm = sqlite_farm
     with farm.world.db.transaction() as session:
@@ -519,10 +560,11 @@ def test_a_full_disk_delays(sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch) 
         sqlite3.OperationalError("disk I/O error"),
         OperationalError("SELECT", {}, Exception("no answer")),
         storage.StorageUnavailable("s3://here", "no answer"),
+        AssertionError("a defect"),
     ],
     ids=lambda error: type(error).__module__,
 )
-def test_the_loop_outlives_what_may_be_over_later(
+def test_the_loop_outlives_whatever_happens(
     sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Else the dispatcher would end with it, and nothing would be rendered."""
