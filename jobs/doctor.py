@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from jobs import (
 MAX_CLOCK_SKEW_SECONDS = 5.0  # log lines and rows are compared by people
 SLOW_BROKER_SECONDS = 0.1
 MIN_SCRATCH_BYTES = 2_000_000_000  # a few hundred videos that wait for upload
+PASSWORD_IN_URL = re.compile(r"://[^/\s]*@")
 OBJECT_BYTES = 100_000
 LINK_SECONDS = 60
 PROGRAM_SECONDS = 20.0
@@ -112,7 +114,8 @@ def _rendering(_config: settings.Settings) -> Iterator[Check]:
     for field in sorted(found.model_fields_set):
         name = str(type(found).model_fields[field].validation_alias.choices[0])
         source = f"environment {name}" if os.environ.get(name) else ".env"
-        yield _ok(f"setting {name}", f"{getattr(found, field)} ({source})")
+        shown = PASSWORD_IN_URL.sub("://***@", str(getattr(found, field)))
+        yield _ok(f"setting {name}", f"{shown} ({source})")
 
 
 def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:

@@ -509,8 +509,6 @@ def _match_transparency(image: "ImageFile.ImageFile") -> None:
     raw_mode = image.tile[0][3] if image.tile else None
     if isinstance(given, int) and raw_mode in ("L;2", "L;4"):
         image.info["transparency"] = given * (85 if raw_mode == "L;2" else 17)
-    elif isinstance(given, tuple) and raw_mode == "RGB;16B":
-        image.info["transparency"] = tuple(level >> 8 for level in given)
 
 
 def _too_many_pixels(

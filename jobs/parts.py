@@ -22,7 +22,7 @@ class Part:
 
 
 RUN_WORKERS = Part("worker.launch", "run")
-RENDERING_SETTINGS = Part("worker.settings", "load")
+RENDERING_SETTINGS = Part("worker.launch", "check_settings")
 DEVICE_SLOTS = Part("worker.gpus", "slots")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")

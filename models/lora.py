@@ -22,10 +22,11 @@ from models import errors, lora_keys, safetensors_files
 from models.lora_keys import Role
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SMALLEST_PAIR = 1_000_000  # elements; LightX2V stores smaller differences whole
 UNCHANGED = 1e-8  # largest difference of a tensor that is left out of an extracted LoRA
 FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
-PATCHES = "patch_embedding.weight"
+PATCHES, HEAD = "patch_embedding.weight", "head.head.weight"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 PEFT_CONFIG = "adapter_config.json"
 
@@ -87,7 +88,7 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     for key, (name, role) in matched.items():
         part = tensors[key]
         if name == PATCHES and role in (Role.DOWN, Role.DELTA):
-            part = _for_more_channels(part, shapes[name])
+            part = _for_more_channels(part, shapes)
         parts.setdefault(name, {}).setdefault(role, []).append(part)
     _check_parts(path, parts, len(matched))
     scale_for = _scale_rule(path)
@@ -111,18 +112,19 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         is_alpha = key.endswith(".alpha")
         if is_alpha and tensor.numel() != 1:
             raise errors.UnfitLoraError(path, f"{key} must be one number, not {tensor.numel()}")
-        if tensor.dtype not in FLOATS and not is_alpha:
+        if tensor.dtype not in (*FLOATS, *(INTEGERS if is_alpha else ())):
             problem = f"{key} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             raise errors.UnfitLoraError(path, problem)
     return tensors
 
 
-def _for_more_channels(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _for_more_channels(part: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Of text-to-video on image-to-video: first come the latents, then mask and condition."""
-    if part.ndim != len(shape):
+    _, channels, *patch = shapes[PATCHES]
+    latents = shapes[HEAD][0] // math.prod(patch)
+    if part.ndim != 2 + len(patch) or part.shape[1] != latents:
         return part
-    more = shape[1] - part.shape[1]
-    return torch.cat((part, part.new_zeros(part.shape[0], max(more, 0), *part.shape[2:])), dim=1)
+    return torch.cat((part, part.new_zeros(len(part), channels - latents, *part.shape[2:])), dim=1)
 
 
 def _check_keys(
@@ -181,13 +183,17 @@ def _scale_rule(path: Path) -> Callable[[int], float]:
     alpha = settings.get("lora_alpha")
     if not alpha:
         return lambda _rank: 1.0
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise errors.UnfitLoraError(path, f"its lora_alpha must be a number, got {alpha!r}")
+    try:
+        number = float(alpha)  # type: ignore[arg-type]  # whatever it is
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise errors.UnfitLoraError(path, f"its lora_alpha must be a number, got {alpha!r}"[:200])
     if settings.get("alpha_pattern"):
         problem = "gives single layers an alpha of their own (alpha_pattern), which is not read"
         raise errors.UnfitLoraError(path, problem)
     root = bool(settings.get("use_rslora"))
-    return lambda rank: alpha / (math.sqrt(rank) if root else rank)
+    return lambda rank: number / (math.sqrt(rank) if root else rank)
 
 
 def _peft_settings(path: Path) -> dict[str, object]:

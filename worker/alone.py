@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +132,8 @@ def _make(renderer: rendering.Renderer, claim: lifecycle.Claim, video: Path) -> 
 def _follow(renderer: rendering.Renderer) -> None:
     timings = stopwatch.Timings(renderer.device.synchronize)
     while (work := _told_by_first()) is not None:
-        with renderer.device.faults():
+        # What is not finite is so for all, and the first one says it.
+        with renderer.device.faults(), suppress(errors.NotFinite):
             _with_image(renderer, work.image).make_latents(work.spec, timings, _Unwatched().reached)
 
 
@@ -143,5 +144,6 @@ def _tell_others(work: Work | None) -> None:
 
 def _told_by_first() -> Work | None:
     heard: list[Work | None] = [None]
-    distributed.broadcast_object_list(heard)
+    with suppress(RuntimeError):  # the first one has ended, and has said why
+        distributed.broadcast_object_list(heard)
     return heard[0]

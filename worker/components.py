@@ -2,9 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -93,37 +91,19 @@ class Components:
         self._loras[key] = look.loras
         self.lora_switches += has_changed
 
-    def check_weights(self, look: presets.Look) -> None:
-        """After a render that was not finite: WeightsAbsent or WeightsUnusable if a file is so.
-
-        What is loaded goes: it may be the device that altered it.
-        """
-        key = self._key(look)
-        model = self._resident.get(key)
-        if model is not None:
-            self._evict(key)
-            with self._blame(look):
-                checkpoint.check_finite(model.files.weights)
-
     def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
-        with self._blame(look):
+        try:
             model = self._resident.get(key)
             files = wanted.find(look, self.models_dir) if model is None else model.files
             self._make_room(key, files, look)  # a bad folder cost no warm model
             model = model or self._load(key, files)
-        self._resident[key] = model
-        self._resident.move_to_end(key)
-        return model
-
-    @contextmanager
-    def _blame(self, look: presets.Look) -> Iterator[None]:
-        """The host, or what the look asks for in particular."""
-        try:
-            yield
         except (model_errors.CheckpointError, OSError) as error:
             is_of_host = wanted.is_fault_of_host(error, look, self.models_dir)
             raised = errors.WeightsAbsent if is_of_host else errors.WeightsUnusable
             raise raised(str(error)) from error
+        self._resident[key] = model
+        self._resident.move_to_end(key)
+        return model
 
     def report(self, *, renders: int) -> reports.Report:
         """What is loaded and how often it changed."""

@@ -35,7 +35,7 @@ from jobs import (
     supervisor,
     workers,
 )
-from worker import finished, gpus, trial
+from worker import credentials, finished, gpus, trial
 from worker import settings as worker_settings
 
 log = structlog.get_logger()
@@ -329,9 +329,16 @@ def _each_only_once(launcher: Launcher) -> Iterator[None]:
         yield
 
 
+def check_settings() -> worker_settings.WorkerSettings:
+    """How its workers would render. InvalidInput for values that cannot be used."""
+    found = worker_settings.load()
+    credentials.load(found)
+    return found
+
+
 def make(config: settings.Settings, *, devices: str) -> Launcher:
     stores.open_store(config)  # a bad URL is told now, and not after the first render
-    worker_settings.load()  # nor a bad value by children that cannot begin
+    check_settings()  # nor a bad value by children that cannot begin
     slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
     is_simulation = all(slot.device == gpus.SIMULATED for slot in slots)

@@ -95,7 +95,7 @@ def decode(
             frames_BCTHW = next(chunks)
             if not frames_BCTHW.isfinite().all():
                 dtype = str(model.networks.vae.dtype).removeprefix("torch.")
-                raise errors.NotFinite(f"NaN or infinity in the frames, decoded in {dtype}")
+                raise errors.NotFinite(f"NaN in the frames, decoded in {dtype}")
             frames_THWC = to_uint8(frames_BCTHW)
         yield frames_THWC
 

@@ -70,7 +70,7 @@ class Renderer:
         DeviceOutOfMemory: step down, then try again.
         """
         timings = stopwatch.Timings(self.device.synchronize)
-        with self.device.faults(), self._weights_blamed(claim.spec, heart), ExitStack() as parts:
+        with self.device.faults(), ExitStack() as parts:
             folder.make()
             self.device.reset_peak_memory()
             model, latents_BCTHW = self.make_latents(claim.spec, timings, heart.reached)
@@ -94,18 +94,6 @@ class Renderer:
                 loras_sha256=self.components.lora_hashes(claim.spec.look, model),
             )
             return functools.partial(self._finish, left, encoder, parts.pop_all())
-
-    @contextmanager
-    def _weights_blamed(
-        self, spec: presets.RenderSpec, heart: heartbeat.Progress
-    ) -> Iterator[None]:
-        """What was not finite may have been read so, and is no defect of this machine then."""
-        try:
-            yield
-        except errors.NotFinite:
-            heart.reached("load", 0, 1)
-            self.components.check_weights(spec.look)
-            raise
 
     def _finish(self, left: "Unfinished", encoder: "Encoder", parts: ExitStack) -> None:
         """What needs no device: in a thread, while the next job is rendered."""
@@ -253,8 +241,9 @@ class Encoder:
 
     def finish(self, signs: "credentials.Credentials | None") -> video.VideoInfo:
         """A whole, marked and checked mp4."""
-        self.beside.wait()
         # A slow preset has much left to encode: no stall, and it can still be cancelled.
+        while not self.beside.wait(seconds=video.LOOK_SECONDS):
+            self.heart.reached("mux", 0, 1)
         self.writer.finish(on_progress=lambda: self.heart.reached("mux", 0, 1))
         look, path = self.look, self.folder.video
         with scratch.disk_errors():

@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_told_by_name_and_cost_their_jobs_nothin
     runner.run_attempt(job.id)
     (attempt,) = host.attempts(job.id)
     assert attempt.state is states.AttemptState.RELEASED
-    told = f"{path}: cannot be read as weights: {tensor} holds NaN or infinity"
+    told = f"{path}: cannot be read as weights: {tensor} holds NaN or infinity in torch.float32"
     assert told in attempt.note
     assert host.job(job.id).error_count == 0
     path.write_bytes(good)
@@ -110,20 +110,6 @@ def test_weights_that_are_not_finite_are_told_by_name_and_cost_their_jobs_nothin
     again = host.submit()[0]
     runner.run_attempt(again.id)
     assert host.attempts(again.id)[0].state is states.AttemptState.RENDERED
-
-
-def test_weights_that_were_altered_in_memory_are_loaded_anew(host, runner):
-    """Here the machine is to blame, and the job is tried elsewhere."""
-    host.register()
-    first, second = host.submit(2)
-    model = runner.renderer.components.model_for(presets.load(str(host.preset)).look)
-    model.networks.vae.conv2.bias.data[0] = float("nan")
-    runner.run_attempt(first.id)
-    (attempt,) = host.attempts(first.id)
-    assert (attempt.state, attempt.failure_kind) == (states.AttemptState.FAILED, "internal")
-    assert attempt.error == "NaN or infinity in the frames, decoded in float32"
-    runner.run_attempt(second.id)
-    assert host.attempts(second.id)[0].state is states.AttemptState.RENDERED
 
 
 def damage(path, tensor):

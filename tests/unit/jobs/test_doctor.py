@@ -172,6 +172,10 @@ def test_settings_of_rendering_are_shown_where_they_are_given(
     assert found["setting RUSHES_X264_PRESET"].seen == "slow (.env)"
     assert found["setting RUSHES_DTYPE"].seen == "float32 (environment RUSHES_DTYPE)"
     assert "setting RUSHES_ENCODER" not in found
+    monkeypatch.setenv("RUSHES_C2PA_TIMESTAMP_URL", "https://me:hidden@tsa.example/ts")
+    assert checks()["setting RUSHES_C2PA_TIMESTAMP_URL"].seen.startswith("https://***@tsa.example/")
+    monkeypatch.setenv("RUSHES_C2PA_CERTIFICATE", "nowhere.pem")
+    assert "RUSHES_C2PA_KEY belong together" in checks()["rendering settings"].seen
     monkeypatch.setenv("RUSHES_DTYPE", "foo")
     check = checks()["rendering settings"]
     assert check.status == "fail"

@@ -963,7 +963,6 @@ class TestDecoding:
         [
             (2, 0, b"\0\2", b"\x90", (255, 85)),
             (4, 0, b"\0\3", b"\x39", (255, 153)),
-            (16, 2, b"\x12\x34\0\7\0\0", b"\x12\x34\0\7\0\0\x56\x78\0\7\0\0", (255, 0x56)),
         ],
     )
     def test_a_transparent_colour_of_other_than_8_bits_is_white(

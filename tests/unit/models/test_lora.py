@@ -260,6 +260,12 @@ def test_a_text_to_video_lora_changes_what_image_to_video_does_with_its_latents(
     assert torch.equal(after[:, 16:], before[:, 16:])
 
 
+@pytest.mark.parametrize("channels", [0, 1, 15, 17, 35])
+def test_a_change_of_other_channels_than_those_of_latents_fits_nothing(save, channels):
+    tensors = {"diffusion_model.patch_embedding.diff": torch.zeros(24, channels, 1, 2, 2)}
+    assert refused(build(IMAGE_SIZES), save(tensors)).wrong_shapes
+
+
 def test_merging_rounds_once_from_fp32(save):
     network = build(dtype=torch.bfloat16)
     before, pairs = weights(network), random_pairs(network, dtype=torch.bfloat16)
@@ -593,9 +599,12 @@ def test_an_alpha_that_is_not_one_number_is_refused(network, save):
     for alpha in (torch.tensor([1.0, 2.0]), torch.tensor([])):
         with pytest.raises(errors.UnfitLoraError, match=f"{key} must be one number"):
             read(save({**one_pair(), key: alpha}), network)
+    for dtype in (torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(errors.UnfitLoraError, match=f"{key} is {dtype}"):
+            read(save({**one_pair(), key: torch.tensor(4.0).to(dtype)}), network)
 
 
-@pytest.mark.parametrize("alpha", ["x", [4], float("inf")])
+@pytest.mark.parametrize("alpha", ["x", [4], float("inf"), 10**400])
 def test_an_alpha_in_peft_settings_that_is_no_number_is_refused(network, save, alpha):
     header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}
     with pytest.raises(errors.UnfitLoraError, match="lora_alpha must be a number"):

@@ -224,6 +224,13 @@ def test_frames_are_rows_of_rgb_pixels():
     assert frames[0, 1, 2].tolist() == [255, 128, 0]
 
 
+def test_frames_that_are_not_numbers_are_refused(model, networks, render, spec, monkeypatch):
+    """They would be black."""
+    monkeypatch.setattr(networks.vae.conv2.bias, "data", networks.vae.conv2.bias * float("nan"))
+    with pytest.raises(errors.NotFinite, match="NaN in the frames, decoded in float32"):
+        render(spec())
+
+
 def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, monkeypatch):
     broken = networks.transformer.head.head.bias.clone()
     broken[0] = float("nan")
