@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
 from jobs import database, errors, moves, schema, states
@@ -87,7 +87,8 @@ def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[in
     running = of_batch.where(Job.state == states.JobState.RUNNING, schema.HAS_STARTED)
     queued = of_batch.where(Job.state == states.JobState.QUEUED)
     in_index_order = queued.order_by(Job.queue, Job.rank, Job.id).limit(STOPPED_AT_ONCE)
-    ids = [*session.scalars(in_index_order), *session.scalars(running)]
+    # In one statement: a job that is given back between two would be found by neither.
+    ids = session.scalars(union_all(select(in_index_order.subquery().c.id), running)).all()
     # Locked before the first is changed: a job that is claimed or requeued between the two
     # statements below would be missed by both.
     moves.lock_jobs(session, Job.id.in_(ids))

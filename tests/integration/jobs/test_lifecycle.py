@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 from sqlalchemy.orm import Session
 
 from jobs import database, health, lifecycle, orders, retries, schema, states
@@ -479,6 +479,30 @@ def test_a_retry_in_the_middle_of_a_look_at_what_is_cancelled_is_not_undone(
     assert (batch.queued, batch.cancelled, batch.cancel_requested_at) == (2, 0, None)
     assert batch.expired_at is None
     assert world.heartbeat(running) is lifecycle.Verdict.GO_ON
+
+
+def test_a_job_that_is_given_back_while_its_batch_is_cancelled_is_found(
+    postgres_world: World,
+) -> None:
+    """It was running when those that wait were looked for."""
+    world = postgres_world
+    batch_id = world.submit(1)
+    (job_id,) = world.job_ids(batch_id)
+    claim = world.claim(job_id)
+    given_back: list[bool] = []
+
+    def give_back(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not given_back and statement.startswith("SELECT") and "jobs" in statement:
+            given_back.append(False)
+            given_back[0] = world.release(claim.attempt_id)
+
+    event.listen(world.db.engine, "after_cursor_execute", give_back)
+    try:
+        world.cancel_batch(batch_id)
+    finally:
+        event.remove(world.db.engine, "after_cursor_execute", give_back)
+    assert given_back == [True]
+    assert world.jobs(batch_id)[0].state is JobState.CANCELLED
 
 
 def test_no_job_escapes_a_cancel_while_workers_claim_and_requeue(postgres_world: World) -> None:

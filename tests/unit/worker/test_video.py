@@ -319,7 +319,7 @@ def test_an_ffmpeg_that_hangs_is_given_up(encode, monkeypatch, tmp_path):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
     for module, limit in ((video, "END"), (video, "PROBE"), (h264, "TRIAL")):
         monkeypatch.setattr(module, f"{limit}_SECONDS", 0.2)
-    with pytest.raises(errors.EncoderBroken, match=r"did not end within 0 s; nor"):
+    with pytest.raises(errors.EncoderBroken, match=r"has done nothing for 0 s; nor"):
         encode(noise(1, 16, 16))
     with pytest.raises(errors.EncoderBroken, match=r"cannot be checked.*timed out"):
         video.probe(tmp_path / "video.mp4")
