@@ -4,7 +4,7 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +33,7 @@ class FolderStore:
         with self._translated(key):
             return self._path(key).read_bytes()
 
-    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+    def stream(self, key: str, *, first: int, last: int) -> Generator[bytes]:
         with self._translated(key):
             source = self._path(key).open("rb")
             source.seek(first)

@@ -5,7 +5,7 @@ import binascii
 import contextlib
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -76,7 +76,7 @@ class S3Store:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(key))
             return answer["Body"].read()
 
-    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+    def stream(self, key: str, *, first: int, last: int) -> Generator[bytes]:
         with self.translated(key):
             answer = self._client.get_object(
                 Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
@@ -279,7 +279,7 @@ class S3Options:
     addressing_style: AddressingStyle = "path"
     """Of other stores than AWS: the bucket in the `path`, or in the host's name (`virtual`)."""
     answer_seconds: float | None = None
-    """For callers whom somebody waits for: one try, no silence longer than this."""
+    """For callers whom somebody waits for: two tries, no silence longer than this in each."""
 
 
 def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
@@ -330,7 +330,7 @@ def _config(endpoint_url: str | None, options: S3Options) -> "Config":
     }
     if options.answer_seconds is not None:
         common["connect_timeout"] = common["read_timeout"] = options.answer_seconds
-        common["retries"] = {"mode": "standard", "total_max_attempts": 1}
+        common["retries"] = {"mode": "standard", "total_max_attempts": 2}
     if endpoint_url is None:
         return Config(**common)
     if urllib.parse.urlsplit(endpoint_url).hostname in ("127.0.0.1", "localhost", "::1"):

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -121,7 +121,7 @@ class ObjectStore(Protocol):
 
     def read_bytes(self, key: str) -> bytes: ...
 
-    def stream(self, key: str, *, first: int, last: int) -> Iterator[bytes]:
+    def stream(self, key: str, *, first: int, last: int) -> Generator[bytes]:
         """Bytes `first` to `last`, that one included. What cannot be read is told by this call."""
 
     def download(self, key: str, path: Path) -> None:
@@ -200,8 +200,8 @@ class Closable(Readable, Protocol):
     def close(self) -> None: ...
 
 
-def chunks(source: Closable, count: int) -> Iterator[bytes]:
-    """The next `count` bytes, or what there is; then the source is closed."""
+def chunks(source: Closable, count: int) -> Generator[bytes]:
+    """The next `count` bytes, or what there is; then, or with the generator, it is closed."""
     with contextlib.closing(source):
         while count > 0 and (chunk := source.read(min(CHUNK_BYTES, count))):
             count -= len(chunk)

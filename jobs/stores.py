@@ -14,7 +14,7 @@ def open_store(
 ) -> storage.ObjectStore:
     """The store at `results_url`. Connects on first use, so it opens while the store is down.
 
-    Patient, unless `answer_seconds` says how long a silence may last.
+    Patient, unless `answer_seconds` says how long a silence may last, of each address and try.
     """
     url = values.results_url
     parts = urllib.parse.urlsplit(url)

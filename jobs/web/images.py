@@ -12,7 +12,7 @@ from jobs.web import rates
 
 MAX_FETCH_SECONDS = 300.0
 """Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
-MAX_FETCHES = 16  # requests of one owner at a time; Starlette has 40 threads
+MAX_FETCHES, OF_ONE_OWNER = 16, 12  # requests at a time; Starlette has 40 threads
 WAIT_SECONDS = 10.0  # before one who has so many asks again
 GIVEN = "given:"
 UPLOAD = "upload:"
@@ -21,7 +21,7 @@ UPLOAD = "upload:"
 def fetch_turns() -> rates.Turns:
     """Of one process, for all its requests."""
     what = "requests at once that fetch images"
-    return rates.Turns(MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
+    return rates.Turns(OF_ONE_OWNER, of_all=MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
 
 
 @dataclass

@@ -30,19 +30,24 @@ class TooManyRequests(errors.RushesError):
 
 
 class Turns:
-    """How many requests of each owner hold a thread of this process for long, at most."""
+    """How many requests, of each owner and of all, hold a thread of this process for long."""
 
-    def __init__(self, most: int, *, what: str, wait_seconds: float) -> None:
-        self._most, self._what, self._wait_seconds = most, what, wait_seconds
+    def __init__(self, most: int, *, of_all: int, what: str, wait_seconds: float) -> None:
+        self._most, self._of_all = most, of_all
+        self._what, self._wait_seconds = what, wait_seconds
         self._taken: Counter[str | None] = Counter()
         self._lock = threading.Lock()
 
     def take(self, owner: str | None) -> None:
-        """TooManyRequests: he has all that one may have."""
+        """TooManyRequests: he has all that one may have, or all have what there is."""
         with self._lock:
-            if self._taken[owner] >= self._most:
-                rate = f"{self._most} {self._what}"
-                raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
+            for taken, most in (
+                (self._taken[owner], self._most),
+                (self._taken.total(), self._of_all),
+            ):
+                if taken >= most:
+                    rate = f"{most} {self._what}"
+                    raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
             self._taken[owner] += 1
 
     def give_back(self, owner: str | None) -> None:

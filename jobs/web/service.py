@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -38,6 +39,7 @@ log = structlog.get_logger()
 MAX_ROWS = 10_000  # in one JSON document; more of them come as a file
 STREAM_SECONDS = 5.0  # somebody looks at a video: a store that is silent for longer hangs
 CHECK_SECONDS = 2.0  # probes give up after 5
+TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
 MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
@@ -70,7 +72,7 @@ class Service:
 
         StorageUnavailable: so many wait for it already.
         """
-        if not self._storing.acquire(blocking=False):
+        if not self._storing.acquire(timeout=TURN_SECONDS):
             raise storage.StorageUnavailable(self.store.url, f"{MAX_STORING} requests wait for it")
         try:
             yield
@@ -84,6 +86,11 @@ class Service:
     @functools.cached_property
     def checked_store(self) -> storage.ObjectStore:
         return stores.open_store(self.config, answer_seconds=CHECK_SECONDS)
+
+    @functools.cached_property
+    def checking(self) -> ThreadPoolExecutor:
+        """For those who ask whether something is there, and do not wait for it."""
+        return ThreadPoolExecutor(2, thread_name_prefix="check")
 
     @functools.cached_property
     def opening(self) -> CapacityLimiter:

@@ -1,18 +1,19 @@
 """An object of the store as a response, whole or the range that was asked for."""
 
+import contextlib
 import functools
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
-from anyio import CapacityLimiter, WouldBlock, to_thread
+from anyio import CapacityLimiter, move_on_after, to_thread
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from jobs import storage
 from jobs.web import problems
-from jobs.web.service import Service
+from jobs.web.service import TURN_SECONDS, Service
 
 RANGE = re.compile(r"bytes=(\d{0,30})-(\d{0,30})", re.IGNORECASE)
 
@@ -65,24 +66,29 @@ class _Streamed(StreamingResponse):
     """
 
     def __init__(
-        self, service: Service, content: Callable[[], Iterator[bytes]], **how: Any
+        self, service: Service, content: Callable[[], Generator[bytes]], **how: Any
     ) -> None:
         super().__init__((), **how)
         self._service, self._content = service, content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         opening = self._service.opening
-        try:
-            opening.acquire_on_behalf_of_nowait(self)
-        except WouldBlock:
+        with move_on_after(TURN_SECONDS) as waiting:
+            await opening.acquire_on_behalf_of(self)
+        if waiting.cancelled_caught:
             url = self._service.streaming_store.url
-            raise storage.StorageUnavailable(url, "too many requests wait for it") from None
+            raise storage.StorageUnavailable(url, "too many requests wait for it")
         try:
             chunks = await to_thread.run_sync(self._content, limiter=CapacityLimiter(1))
         finally:
             opening.release_on_behalf_of(self)
         self.body_iterator = self._read(chunks)
-        await super().__call__(scope, receive, send)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # The store's connection; at a stop of the service a thread may still read from it.
+            with contextlib.suppress(ValueError):
+                chunks.close()
 
     async def _read(self, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
         readers = self._service.reading

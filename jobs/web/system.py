@@ -1,5 +1,7 @@
 """Our own API: uploads, presets, workers, and how well the service is."""
 
+import time
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Response, UploadFile
@@ -9,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from jobs import broker, database, errors, presets, queries, shapes, uploads
-from jobs.web import access, answers, images, receiving
+from jobs.web import access, answers, images, receiving, service
 from jobs.web.batches import Serving
 
 router = APIRouter(prefix="/api", responses=answers.PROBLEMS, route_class=access.ApiRoute)
@@ -74,10 +76,25 @@ async def is_alive() -> dict[str, str]:
 @health.get("/readyz")
 def is_ready(serving: Serving, response: Response) -> dict[str, Any]:
     """503 when requests cannot be served: without the database. The rest may come back later."""
-    checks = {"database": _database(serving), "broker": _broker(serving), "store": _store(serving)}
+    until = time.monotonic() + service.CHECK_SECONDS
+    asked = {
+        name: serving.checking.submit(check, serving)
+        for name, check in (("broker", _broker), ("store", _store))
+    }
+    checks = {"database": _database(serving)}
+    checks |= {name: _answer(found, until) for name, found in asked.items()}
     if checks["database"] != "ok":
         response.status_code = 503
     return {"status": checks["database"], "checks": checks}
+
+
+def _answer(found: Future[str], until: float) -> str:
+    """Names with many addresses are tried for longer than a probe waits."""
+    try:
+        return found.result(max(0.0, until - time.monotonic()))
+    except TimeoutError:
+        found.cancel()
+        return "unavailable"
 
 
 def _database(serving: Serving) -> str:
