@@ -38,6 +38,7 @@ NOTES = {
     "first": "It goes before all that waits.",
     "is-first": "It is the first already.",
     "among-first": "It has the highest priority, and so have others: they take turns.",
+    "below-others": "Its priority is as high as it may be, and others still go before it.",
     "unchanged": "Nothing was changed: it is in that state already, or it is finished.",
     "submitted": "Submitted.",
     "again": "These were submitted before: here is their batch.",

@@ -252,6 +252,37 @@ def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: 
     assert press(mine, "up").startswith("100 Nothing was changed")
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "told"),
+    [
+        (-10, 3, "14 It goes before all that waits."),
+        (90, 3, "0 It is the first already."),
+        (-10, 90, "100 It has the highest priority, and so have others: they take turns."),
+        (-10, 95, "100 Its priority is as high as it may be, and others still go before it."),
+    ],
+)
+def test_first_counts_the_priorities_that_rows_have_of_their_own(
+    web: Web, browser: Browser, own: int, others: int, told: str
+) -> None:
+    web.submit(priority=others)
+    mine = web.submit([{"prompt": "a cat", "priority": own}])
+    text = browser.post(f"/batches/{mine}/priority", {"to": "first"}, of="/batches").text
+    said = re.search(r'class="note" role="status">([^<]+)', text)[1]
+    assert f"{web.client.get(f'/api/batches/{mine}').json()['priority']} {said}" == told
+
+
+def test_a_batch_of_which_nothing_waits_is_moved_by_its_own_priority(
+    web: Web, browser: Browser
+) -> None:
+    """Its job may come back, to be tried again."""
+    web.submit(priority=7)
+    mine = web.submit(priority=5)
+    web.claim(web.job_id(mine))
+    text = browser.post(f"/batches/{mine}/priority", {"to": "first"}, of="/batches").text
+    assert "It goes before all that waits." in text
+    assert web.client.get(f"/api/batches/{mine}").json()["priority"] == 8
+
+
 def test_the_gallery_leads_through_every_video_once(web: Web, browser: Browser) -> None:
     made = [web.submit(count) for count in (9, 1, 8)]
     wanted = []
