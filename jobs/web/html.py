@@ -81,19 +81,26 @@ def assets() -> Assets:
 
 
 def page(
-    request: Request, template: str, *, who: Any = None, status: int = 200, **context: Any
+    request: Request,
+    template: str,
+    *,
+    who: Any = None,
+    status: int = 200,
+    is_login: bool = False,
+    **context: Any,
 ) -> HTMLResponse:
     """A whole page; `who` decides which links and buttons there are."""
     key = cookies.form_key(request)
+    secret = cookies.secret_of(request)
     text = _ENVIRONMENT.get_template(template).render(
         context
         | {
             "who": who,
             "path": request.url.path,
             "note": NOTES.get(request.query_params.get("did", "")),
-            "csrf": cookies.csrf(request, key),
+            "csrf": cookies.csrf(key, secret=None if is_login else secret),
             "now": datetime.now(UTC),
-            "is_logged_in": cookies.secret_of(request) is not None,
+            "is_logged_in": secret is not None and not is_login,
         }
     )
     response = HTMLResponse(text, status, HEADERS)

@@ -388,6 +388,36 @@ def test_a_login_comes_back_to_names_of_every_language(guarded: Web) -> None:
     assert answer.url.raw_path.decode() == f"{path}?did=resumed&did=login"
 
 
+def test_a_login_after_a_link_on_another_site_is_one(guarded: Web) -> None:
+    """The page is asked for without the cookie of the login before, and sent with it."""
+    ann = visitor(guarded, "ann")
+    kept = ann.client.cookies["rushes_token"]
+    ann.client.cookies.delete("rushes_token")
+    shown = ann.get("/batches?cursor=x")
+    assert shown.url.path == "/login"
+    csrf = re.search(r'name="csrf" value="(\w+)"', shown.text)[1]
+    ann.client.cookies.set("rushes_token", kept)
+    form = {"csrf": csrf, "token": kept, "next": "/farm"}
+    answer = ann.client.post("/login", data=form, headers=HTML)
+    assert (answer.status_code, answer.url.path) == (200, "/farm")
+
+
+def test_a_login_that_is_too_old_comes_back_with_where_it_leads(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
+    browser.get("/login")
+    form = {"csrf": "0" * 64, "token": secret, "next": "/farm"}
+    answer = guarded.client.post("/login", data=form, headers=HTML)
+    assert answer.status_code == 403
+    assert "press the button again" in answer.text
+    assert 'name="next" value="/farm"' in answer.text
+    assert secret not in answer.text
+    assert browser.get("/farm").url.path == "/login"
+    fresh = re.search(r'name="csrf" value="(\w+)"', answer.text)[1]
+    answer = guarded.client.post("/login", data=form | {"csrf": fresh}, headers=HTML)
+    assert answer.url.path == "/farm"
+
+
 def test_who_may_not_read_is_led_to_the_form_and_told_the_batch(guarded: Web) -> None:
     writer = visitor(guarded, "ann", "submit")
     secret = guarded.token("ann", "submit")["Authorization"].removeprefix("Bearer ")
