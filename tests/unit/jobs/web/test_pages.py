@@ -1,18 +1,21 @@
 """The pages without a browser: who may see what, what forms do, and how they tell what is wrong."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from jobs import queries, reports, results, schedules, states, tokens, workers
+from jobs.web import app, html
 from jobs.web.pages import charts
 from tests.registrations import registration
-from tests.unit.jobs.web.conftest import Web
+from tests.unit.jobs.web.conftest import HOST, Web
 
 HTML = {"Accept": "text/html"}
 PAGES = ("/batches", "/submit", "/gallery", "/schedules", "/farm")
@@ -622,6 +625,19 @@ def test_scripts_and_styles_are_kept_for_ever_by_their_version(web: Web, browser
         assert re.fullmatch("[0-9a-f]{16}", version)
         for other in (plain, f"{plain}?v={'0' * 16}"):
             assert web.client.get(other).headers["cache-control"] == "no-cache"
+
+
+def test_a_script_replaced_under_a_service_that_runs_is_not_kept(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(html.ASSETS, tmp_path / "assets")  # with the times of its files
+    monkeypatch.setattr(html, "ASSETS", tmp_path / "assets")
+    client = TestClient(app.make(web.serving), base_url=HOST)
+    address = html.asset("page.js")
+    assert "immutable" in client.get(address).headers["cache-control"]
+    (tmp_path / "assets" / "page.js").write_text("// the next version")
+    answer = client.get(address)
+    assert (answer.text, answer.headers["cache-control"]) == ("// the next version", "no-cache")
 
 
 def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser: Browser) -> None:
