@@ -277,17 +277,21 @@ def queues_without_workers(session: Session, batch_id: str) -> list[str]:
     return [queue for queue in waited_for if queue not in served]
 
 
-def highest_priority(session: Session, *, but_not: str | None = None) -> int:
-    """Of all jobs that are queued, but not those of this batch; 0 when there are none."""
+def highest_priority(
+    session: Session, *, of: str | None = None, but_not: str | None = None
+) -> int | None:
+    """Of all jobs that are queued, of this batch alone or but not of that; None: there are none."""
     urgent = (
         select(func.min(Job.rank))
         .where(Job.state == states.JobState.QUEUED, Job.batch_id == Batch.id)
         .scalar_subquery()
     )
     highest = select(func.max(Batch.boost - urgent)).where(Batch.finished_at.is_(None))
+    if of is not None:
+        highest = highest.where(Batch.id == of)
     if but_not is not None:
         highest = highest.where(Batch.id != but_not)
-    return session.scalar(highest) or 0
+    return session.scalar(highest)
 
 
 def batches_to_stop(session: Session) -> tuple[Sequence[str], Sequence[str]]:

@@ -103,7 +103,8 @@ def prioritize(
 
 def _moved(db: database.Database, row: Batch | Job, priority: int | None) -> dict[str, Any]:
     def move(session: Session) -> tuple[int, bool]:
-        wanted = queries.highest_priority(session) + 1 if priority is None else priority
+        first = (queries.highest_priority(session) or 0) + 1
+        wanted = first if priority is None else priority
         if isinstance(row, Job):
             return wanted, orders.prioritize_job(session, row.id, wanted)
         return wanted, orders.prioritize_batch(session, row.id, wanted)

@@ -128,7 +128,7 @@ def _by_token(request: Request, credentials: HTTPAuthorizationCredentials | None
 
 
 def _is_own_form(request: Request, csrf: Annotated[str, Form()] = "") -> bool:
-    return cookies.is_own_form(request, csrf)
+    return cookies.is_own_form(request, csrf, secret=cookies.secret_of(request))
 
 
 IsOwnForm = Annotated[bool, Depends(_is_own_form)]

@@ -39,15 +39,19 @@ def keep_form_key(request: Request, response: Response, key: str) -> None:
         _set(request, response, FORM_KEY, key, samesite="lax")
 
 
-def csrf(request: Request, key: str) -> str:
-    """What a form must carry: made of both cookies, which no other site and no script can read."""
-    return hmac.new(key.encode(), (secret_of(request) or "").encode(), hashlib.sha256).hexdigest()
+def csrf(key: str, *, secret: str | None) -> str:
+    """What a form must carry: made of both cookies, which no other site and no script can read.
+
+    A login's is made without a secret. It may have been shown after a link on another site, where
+    the cookie of an earlier login stays behind; when the form is sent from here, it comes along.
+    """
+    return hmac.new(key.encode(), (secret or "").encode(), hashlib.sha256).hexdigest()
 
 
-def is_own_form(request: Request, given: str) -> bool:
+def is_own_form(request: Request, given: str, *, secret: str | None) -> bool:
     key = request.cookies.get(FORM_KEY)
     return key is not None and hmac.compare_digest(
-        csrf(request, key).encode(), given.encode(errors="replace")
+        csrf(key, secret=secret).encode(), given.encode(errors="replace")
     )
 
 

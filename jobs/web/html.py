@@ -38,6 +38,7 @@ NOTES = {
     "first": "It goes before all that waits.",
     "is-first": "It is the first already.",
     "among-first": "It has the highest priority, and so have others: they take turns.",
+    "below-others": "Its priority is as high as it may be, and others still go before it.",
     "unchanged": "Nothing was changed: it is in that state already, or it is finished.",
     "submitted": "Submitted.",
     "again": "These were submitted before: here is their batch.",
@@ -49,7 +50,14 @@ NOTES = {
 """What a page may be asked to say after something was done, by the word in its address."""
 
 
+def _written(stat: stat_result) -> tuple[int, int]:
+    """Another one when a file was replaced."""
+    return stat.st_mtime_ns, stat.st_size
+
+
 ASSETS = HERE / "assets"
+# Before they are read: one that is replaced meanwhile counts as changed.
+WRITTEN = {path.name: _written(path.stat()) for path in ASSETS.iterdir()}
 VERSIONS = {
     path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in ASSETS.iterdir()
 }
@@ -68,9 +76,12 @@ class Assets(StaticFiles):
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, *args)
         name = Path(full_path).name
-        # While an upgrade goes on, pages of the new version may ask a process of the old one.
+        # While an upgrade goes on, pages of the new version may ask a process of the old one, and
+        # that one may find the files of the new one.
         is_of_version = scope["query_string"].decode("latin-1") == f"v={VERSIONS.get(name)}"
-        kept = "public, max-age=31536000, immutable" if is_of_version else "no-cache"
+        is_as_hashed = WRITTEN.get(name) == _written(stat_result)
+        is_kept = is_of_version and is_as_hashed
+        kept = "public, max-age=31536000, immutable" if is_kept else "no-cache"
         response.headers["Cache-Control"] = kept
         return response
 
@@ -80,19 +91,26 @@ def assets() -> Assets:
 
 
 def page(
-    request: Request, template: str, *, who: Any = None, status: int = 200, **context: Any
+    request: Request,
+    template: str,
+    *,
+    who: Any = None,
+    status: int = 200,
+    is_login: bool = False,
+    **context: Any,
 ) -> HTMLResponse:
     """A whole page; `who` decides which links and buttons there are."""
     key = cookies.form_key(request)
+    secret = cookies.secret_of(request)
     text = _ENVIRONMENT.get_template(template).render(
         context
         | {
             "who": who,
             "path": request.url.path,
             "note": NOTES.get(request.query_params.get("did", "")),
-            "csrf": cookies.csrf(request, key),
+            "csrf": cookies.csrf(key, secret=None if is_login else secret),
             "now": datetime.now(UTC),
-            "is_logged_in": cookies.secret_of(request) is not None,
+            "is_logged_in": secret is not None and not is_login,
         }
     )
     response = HTMLResponse(text, status, HEADERS)

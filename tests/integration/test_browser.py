@@ -13,6 +13,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from jobs import queries
+from jobs.schema import Job
 from tests.integration import browsing
 from tests.integration.browsing import CHROMIUM, SERIOUS, WAIT_MILLISECONDS
 from tests.integration.conftest import Farm, start_farm, stop_farm, until
@@ -156,7 +158,7 @@ def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
 
 
 def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
-    page: Page, browser: Browser, address: str
+    page: Page, browser: Browser, address: str, farm: Farm
 ) -> None:
     job = finished_job(page, "a video")
     with window_of(browser, address) as window:
@@ -168,7 +170,12 @@ def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
         window.unroute("**/api/jobs/*/video")
         window.get_by_role("button", name="Try again").click()
         until(lambda: video.evaluate("each => each.readyState >= 2"), bool, seconds=20)
-        window.route("**/api/jobs/*/video", lambda asked: asked.fulfill(status=404))
+    with farm.db.reading() as session:
+        winner = queries.winning_attempt(session, session.get_one(Job, int(job[6:])))
+    assert winner is not None
+    assert winner.video_key is not None
+    farm.store.delete(winner.video_key)  # the database does not know it
+    with window_of(browser, address) as window:  # which has kept nothing of it
         window.goto(job)
         expect(window.get_by_text("This video was deleted.")).to_be_visible()
         expect(window.get_by_role("button", name="Try again")).to_have_count(0)
@@ -224,6 +231,21 @@ def test_a_page_without_answers_says_so_and_goes_on_with_the_next(
         asked = requests_of(window)
         window.wait_for_timeout(5_000)
         assert asked == []
+
+
+def test_a_page_of_what_was_deleted_says_so_and_asks_no_more(
+    page: Page, browser: Browser, address: str
+) -> None:
+    batch_id = paused(page)
+    with window_of(browser, address) as window:
+        window.goto(f"/batches/{batch_id}")
+        window.route(f"**/batches/{batch_id}", lambda asked: asked.fulfill(status=404))
+        stale = window.locator("#stale")
+        expect(stale).to_contain_text("This was deleted", timeout=20_000)
+        asked = requests_of(window)
+        window.wait_for_timeout(12_000)  # longer than the page waits for an answer
+        assert asked == []
+        expect(stale).to_contain_text("This was deleted")
 
 
 def test_a_page_that_nobody_sees_asks_for_nothing(page: Page) -> None:

@@ -7,24 +7,32 @@ const PATIENCE_MILLISECONDS = 10_000; // without an answer, until the page says 
 // answers are errors.
 let answeredAt = new Date();
 let waiting = null;
+let isGone = false;
 
-function tellAge() {
+function tell(words) {
   const told = document.getElementById("stale");
-  const clock = answeredAt.toISOString().slice(11, 19);
-  told.textContent = `Out of date: no good answer since ${clock} UTC. Trying again.`;
+  told.textContent = words;
   told.hidden = false;
 }
 
+function tellAge() {
+  const clock = answeredAt.toISOString().slice(11, 19);
+  tell(`Out of date: no good answer since ${clock} UTC. Trying again.`);
+}
+
 document.addEventListener("htmx:before:request", (event) => {
-  if (document.hidden) event.preventDefault();
+  if (document.hidden || isGone) event.preventDefault();
   else waiting ??= setTimeout(tellAge, PATIENCE_MILLISECONDS);
 });
 document.addEventListener("htmx:after:request", (event) => {
-  if (event.detail.ctx.response.status >= 400) return;
+  const status = event.detail.ctx.response.status;
+  isGone = status === 404;
+  if (status >= 400 && !isGone) return;
   clearTimeout(waiting);
   waiting = null;
   answeredAt = new Date();
-  document.getElementById("stale").hidden = true;
+  if (isGone) tell("This was deleted: the page shows the last that was known of it.");
+  else document.getElementById("stale").hidden = true;
 });
 document.addEventListener("visibilitychange", () => {
   const part = document.querySelector("[hx-trigger]");
@@ -56,9 +64,10 @@ function explainPreset() {
   explain();
 }
 
-// A video that does not play: the service knows whether it was deleted.
+// A video that does not play: a byte of it tells whether it was deleted. HEAD asks no store.
 async function tellWhy(video) {
-  const asked = await fetch(video.src, {method: "HEAD"}).catch(() => null);
+  const aByte = {headers: {Range: "bytes=0-0"}, cache: "no-store"};
+  const asked = await fetch(video.src, aByte).catch(() => null);
   const told = document.createElement("p");
   told.className = "empty";
   if (asked?.status === 404) told.textContent = "This video was deleted.";

@@ -69,7 +69,7 @@ def _list(
     after: str = "",
     given: Given,
     found: dict[str, list[str]],
-    status: int = 422,
+    status: int = 200,
 ) -> Response:
     every = timetable.list_schedules(serving, who)["schedules"]
     rows = [row for row in every if row["name"] > after]
@@ -79,7 +79,7 @@ def _list(
         request,
         "schedules.html",
         who=who,
-        status=status if found else 200,
+        status=status,
         schedules=rows[:ROWS],
         next_url=html.address("/schedules", after=following) if following else None,
         first_url="/schedules" if after else None,
@@ -106,7 +106,7 @@ def add(
     except complaints.TOLD as error:
         _complain(error, found)
     if found:
-        return _list(request, serving, who, given=given, found=found.by_field)
+        return _list(request, serving, who, given=given, found=found.by_field, status=422)
     return html.go(_path(given.name.strip()), did="added")
 
 

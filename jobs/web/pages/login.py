@@ -7,6 +7,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from jobs.web import access, cookies, html
 from jobs.web.batches import Serving
+from jobs.web.pages import complaints
 
 router = APIRouter(include_in_schema=False)
 
@@ -23,23 +24,32 @@ def start(who: access.Visitor) -> RedirectResponse:
 @router.head("/login")
 @router.get("/login")
 def ask(request: Request, next: Annotated[str, Query()] = START) -> Response:
-    return html.page(request, "login.html", next=html.own_path(next, otherwise=START), errors={})
+    return _form(request, after=html.own_path(next, otherwise=START), found={})
 
 
-@router.post("/login", dependencies=[Depends(access.check_form)])
+def _form(
+    request: Request, *, after: str, found: dict[str, list[str]], status: int = 200
+) -> Response:
+    return html.page(request, "login.html", status=status, is_login=True, next=after, errors=found)
+
+
+@router.post("/login")
 def log_in(
     request: Request,
     serving: Serving,
     token: Annotated[str, Form(max_length=500)] = "",
     next: Annotated[str, Form()] = START,
+    csrf: Annotated[str, Form()] = "",
 ) -> Response:
     """Keep the token in a cookie that no script can read."""
     after = html.own_path(next, otherwise=START)
     access.limit_address(request)
+    if not cookies.is_own_form(request, csrf, secret=None):
+        return _form(request, after=after, found={"": [complaints.STALE]}, status=403)
     who = access.of_token(serving, token.strip())
     if who is None:
         problem = {"token": ["This is no valid token: it may have ended, or been revoked."]}
-        return html.page(request, "login.html", status=401, next=after, errors=problem)
+        return _form(request, after=after, found=problem, status=401)
     if not who.may_read and not after.startswith(SUBMIT):
         after = SUBMIT
     response = html.go(after, did="login")

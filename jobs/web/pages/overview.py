@@ -112,26 +112,30 @@ def prioritize(
     with serving.db.reading() as session:
         batch = finding.batch(session, batch_id, who)
         now = batch.priority + batch.boost
-        others = queries.highest_priority(session, but_not=batch.id)
-    wanted = _priority(to, now=now, others=others)
+        others = queries.highest_priority(session, but_not=batch.id) or 0
+        highest = queries.highest_priority(session, of=batch.id)
+    lead = (now if highest is None else highest) - others
+    wanted = _priority(to, now=now, lead=lead)
     new = batches.Priority(priority=wanted)
     changed = batches.prioritize(batch_id, new, serving, who)["changed"]
     after = html.own_path(back, otherwise=f"/batches/{batch_id}")
-    return html.go(after, did=_done(to, changed=changed, was=now, now=wanted, others=others))
+    moved_by = wanted - now if changed else 0
+    return html.go(after, did=_done(to, changed=changed, moved_by=moved_by, lead=lead + moved_by))
 
 
-def _done(to: str, *, changed: bool, was: int, now: int, others: int) -> str:
+def _done(to: str, *, changed: bool, moved_by: int, lead: int) -> str:
     if not changed or to != "first":
-        return "moved" if changed and now != was else "unchanged"
-    if now <= others:
-        return "among-first"
-    return "first" if now != was else "is-first"
+        return "moved" if moved_by else "unchanged"
+    if lead <= 0:
+        return "among-first" if lead == 0 else "below-others"
+    return "first" if moved_by else "is-first"
 
 
-def _priority(to: str, *, now: int, others: int) -> int:
+def _priority(to: str, *, now: int, lead: int) -> int:
+    """`lead` of its most urgent job over those of all others: some have priorities of their own."""
     most = prompt_row.MAX_PRIORITY
     if to == "first":
-        wanted = max(now, others + 1)
+        wanted = now + max(0, 1 - lead)
     elif to in ("up", "down"):
         wanted = now + (1 if to == "up" else -1)
     else:

@@ -104,7 +104,7 @@ def submit(
     except complaints.TOLD as error:
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
     if made is None:
-        return _form(request, serving, who, given=given.texts, found=found.by_field)
+        return _form(request, serving, who, given=given.texts, found=found.by_field, status=422)
     did = "submitted" if made.is_new else "again"
     if not who.may_read:
         return html.go(f"/submit?made={made.batch_id}", did=did)
@@ -118,7 +118,7 @@ def _form(
     *,
     given: dict[str, Any],
     found: dict[str, list[str]],
-    status: int = 422,
+    status: int = 200,
     made: str = "",
 ) -> Response:
     blank = dict.fromkeys(FIELDS, "") | {"skip_invalid": False}
@@ -126,7 +126,7 @@ def _form(
         request,
         "submit.html",
         who=who,
-        status=status if found else 200,
+        status=status,
         made=made,
         given=blank | given,
         errors=found,

@@ -1,18 +1,21 @@
 """The pages without a browser: who may see what, what forms do, and how they tell what is wrong."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from jobs import queries, reports, results, schedules, states, tokens, workers
+from jobs.web import app, html
 from jobs.web.pages import charts
 from tests.registrations import registration
-from tests.unit.jobs.web.conftest import Web
+from tests.unit.jobs.web.conftest import HOST, Web
 
 HTML = {"Accept": "text/html"}
 PAGES = ("/batches", "/submit", "/gallery", "/schedules", "/farm")
@@ -252,6 +255,37 @@ def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: 
     assert press(mine, "up").startswith("100 Nothing was changed")
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "told"),
+    [
+        (-10, 3, "14 It goes before all that waits."),
+        (90, 3, "0 It is the first already."),
+        (-10, 90, "100 It has the highest priority, and so have others: they take turns."),
+        (-10, 95, "100 Its priority is as high as it may be, and others still go before it."),
+    ],
+)
+def test_first_counts_the_priorities_that_rows_have_of_their_own(
+    web: Web, browser: Browser, own: int, others: int, told: str
+) -> None:
+    web.submit(priority=others)
+    mine = web.submit([{"prompt": "a cat", "priority": own}])
+    text = browser.post(f"/batches/{mine}/priority", {"to": "first"}, of="/batches").text
+    said = re.search(r'class="note" role="status">([^<]+)', text)[1]
+    assert f"{web.client.get(f'/api/batches/{mine}').json()['priority']} {said}" == told
+
+
+def test_a_batch_of_which_nothing_waits_is_moved_by_its_own_priority(
+    web: Web, browser: Browser
+) -> None:
+    """Its job may come back, to be tried again."""
+    web.submit(priority=7)
+    mine = web.submit(priority=5)
+    web.claim(web.job_id(mine))
+    text = browser.post(f"/batches/{mine}/priority", {"to": "first"}, of="/batches").text
+    assert "It goes before all that waits." in text
+    assert web.client.get(f"/api/batches/{mine}").json()["priority"] == 8
+
+
 def test_the_gallery_leads_through_every_video_once(web: Web, browser: Browser) -> None:
     made = [web.submit(count) for count in (9, 1, 8)]
     wanted = []
@@ -355,6 +389,36 @@ def test_a_login_comes_back_to_names_of_every_language(guarded: Web) -> None:
     secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
     answer = browser.post("/login", {"token": secret, "next": following[1]})
     assert answer.url.raw_path.decode() == f"{path}?did=resumed&did=login"
+
+
+def test_a_login_after_a_link_on_another_site_is_one(guarded: Web) -> None:
+    """The page is asked for without the cookie of the login before, and sent with it."""
+    ann = visitor(guarded, "ann")
+    kept = ann.client.cookies["rushes_token"]
+    ann.client.cookies.delete("rushes_token")
+    shown = ann.get("/batches?cursor=x")
+    assert shown.url.path == "/login"
+    csrf = re.search(r'name="csrf" value="(\w+)"', shown.text)[1]
+    ann.client.cookies.set("rushes_token", kept)
+    form = {"csrf": csrf, "token": kept, "next": "/farm"}
+    answer = ann.client.post("/login", data=form, headers=HTML)
+    assert (answer.status_code, answer.url.path) == (200, "/farm")
+
+
+def test_a_login_that_is_too_old_comes_back_with_where_it_leads(guarded: Web) -> None:
+    browser = Browser(guarded.client)
+    secret = guarded.token("ann")["Authorization"].removeprefix("Bearer ")
+    browser.get("/login")
+    form = {"csrf": "0" * 64, "token": secret, "next": "/farm"}
+    answer = guarded.client.post("/login", data=form, headers=HTML)
+    assert answer.status_code == 403
+    assert "press the button again" in answer.text
+    assert 'name="next" value="/farm"' in answer.text
+    assert secret not in answer.text
+    assert browser.get("/farm").url.path == "/login"
+    fresh = re.search(r'name="csrf" value="(\w+)"', answer.text)[1]
+    answer = guarded.client.post("/login", data=form | {"csrf": fresh}, headers=HTML)
+    assert answer.url.path == "/farm"
 
 
 def test_who_may_not_read_is_led_to_the_form_and_told_the_batch(guarded: Web) -> None:
@@ -561,6 +625,19 @@ def test_scripts_and_styles_are_kept_for_ever_by_their_version(web: Web, browser
         assert re.fullmatch("[0-9a-f]{16}", version)
         for other in (plain, f"{plain}?v={'0' * 16}"):
             assert web.client.get(other).headers["cache-control"] == "no-cache"
+
+
+def test_a_script_replaced_under_a_service_that_runs_is_not_kept(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(html.ASSETS, tmp_path / "assets")  # with the times of its files
+    monkeypatch.setattr(html, "ASSETS", tmp_path / "assets")
+    client = TestClient(app.make(web.serving), base_url=HOST)
+    address = html.asset("page.js")
+    assert "immutable" in client.get(address).headers["cache-control"]
+    (tmp_path / "assets" / "page.js").write_text("// the next version")
+    answer = client.get(address)
+    assert (answer.text, answer.headers["cache-control"]) == ("// the next version", "no-cache")
 
 
 def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser: Browser) -> None:
