@@ -497,7 +497,7 @@ def load_strictly(
     on_device = owned({name: tensors[name] for name in expected}, device, dtypes)
     for name, tensor in on_device.items():
         if not _is_finite(tensor):
-            problem = f"{name} holds NaN or infinity in {tensor.dtype}: is the file as published?"
+            problem = f"{name} holds NaN or infinity in {tensor.dtype}"
             raise errors.UnreadableWeightsError(path, problem)
     network.load_state_dict(on_device, assign=True)
     network.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from jobs import queries
 from jobs.schema import Job
+from jobs.web import html
 from tests.integration import browsing
 from tests.integration.browsing import CHROMIUM, SERIOUS, WAIT_MILLISECONDS
 from tests.integration.conftest import Farm, start_farm, stop_farm, until
@@ -118,6 +119,16 @@ def window_of(browser: Browser, address: str) -> Iterator[Page]:
         yield context.new_page()
 
 
+def make_impatient(window: Page) -> None:
+    """Without a good answer it waits for one second, and not ten, before it says so."""
+    script = (html.ASSETS / "page.js").read_text(encoding="utf-8")
+    assert script.count("10_000") == 1
+    body = script.replace("10_000", "1_000")
+    window.route(
+        "**/assets/page.js*", lambda asked: asked.fulfill(body=body, content_type="text/javascript")
+    )
+
+
 def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
     submit(page, "a cat boxes", Seed="7", Videos_per_prompt="4")
     expect(page.locator("#counts")).to_contain_text("0 of 4 done", timeout=WAIT_MILLISECONDS)
@@ -211,6 +222,7 @@ def test_a_page_without_answers_says_so_and_goes_on_with_the_next(
 ) -> None:
     batch_id = paused(page)
     with window_of(browser, address) as window:
+        make_impatient(window)
         window.goto(f"/batches/{batch_id}")
         stale = window.locator("#stale")
         expect(stale).to_be_hidden()
@@ -238,12 +250,13 @@ def test_a_page_of_what_was_deleted_says_so_and_asks_no_more(
 ) -> None:
     batch_id = paused(page)
     with window_of(browser, address) as window:
+        make_impatient(window)
         window.goto(f"/batches/{batch_id}")
         window.route(f"**/batches/{batch_id}", lambda asked: asked.fulfill(status=404))
         stale = window.locator("#stale")
         expect(stale).to_contain_text("This was deleted", timeout=20_000)
         asked = requests_of(window)
-        window.wait_for_timeout(12_000)  # longer than the page waits for an answer
+        window.wait_for_timeout(5_000)  # two polls, and longer than it waits for an answer
         assert asked == []
         expect(stale).to_contain_text("This was deleted")
 

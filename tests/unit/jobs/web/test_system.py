@@ -47,6 +47,7 @@ def test_a_probe_does_not_wait_for_a_store_with_many_addresses(
 ) -> None:
     """Each of them may be silent for as long as a try lasts."""
     enough = threading.Event()
+    monkeypatch.setattr(service, "CHECK_SECONDS", 0.5)
     monkeypatch.setattr(folder_store.FolderStore, "check", lambda _: enough.wait(30))
     for _ in range(4):
         started = time.monotonic()
