@@ -362,21 +362,26 @@ def _explains(strike: Strike, attempt: Attempt) -> bool:
 
 
 def detection_seconds(world: World, strikes: Sequence[Strike]) -> list[float]:
-    """From a kill to the moment at which the database knew, while it was there to be told."""
+    """From a kill, or from when PostgreSQL was back after it, until the database knew.
+
+    Dispatchers give every lease its whole time again after each absence of the database.
+    """
     found = []
     for attempts in world.attempts.values():
         for attempt in attempts:
             if attempt.state is not states.AttemptState.LOST or attempt.finished_at is None:
                 continue
+            ended = attempt.finished_at
             blows = [
                 strike.at
                 for strike in strikes
                 if strike.what.startswith(("kill", "stop"))
                 and attempt.worker in strike.workers
-                and attempt.started_at <= strike.at <= attempt.finished_at
+                and attempt.started_at <= strike.at <= ended
             ]
             if blows:
-                found.append(seconds_with_database(strikes, min(blows), attempt.finished_at))
+                back = (s.until for s in strikes if s.what in DATABASE_AWAY and s.until <= ended)
+                found.append((ended - max([min(blows), *back])).total_seconds())
     return found
 
 

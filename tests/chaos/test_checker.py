@@ -234,6 +234,24 @@ def test_time_without_a_database_is_nobodys_delay(begin: int, end: int, seconds:
     assert checker.seconds_with_database(strikes, at(begin), at(end)) == seconds
 
 
+@pytest.mark.parametrize(("away", "seconds"), [((), 40), ((5, 10), 30), ((5, 90), 40)])
+def test_a_crash_is_to_be_noticed_from_when_the_database_is_back(
+    night: Night, away: tuple[int, ...], seconds: float
+) -> None:
+    night.change("UPDATE attempts SET state = 'lost'", night.failed)
+    seen = checker.read(night.db, night.store, plan=PLAN, promises=night.promises)
+    (lost,) = (a for each in seen.attempts.values() for a in each if a.id == night.failed)
+    lost.started_at, lost.finished_at = (datetime(2026, 1, 1, 0, 0, n, tzinfo=UTC) for n in (0, 40))
+
+    def strike(what: str, at: int, until: int) -> Strike:
+        begin, end = (lost.started_at + timedelta(seconds=n) for n in (at, until))
+        return Strike(what=what, target="", at=begin, until=end, workers=(lost.worker,))
+
+    strikes = [strike("kill launcher", 0, 0)]
+    strikes += [strike("postgresql stopped", *away)] if away else []
+    assert checker.detection_seconds(seen, strikes) == [seconds]
+
+
 def test_a_secret_in_a_log_is_found(tmp_path: Path) -> None:
     log = tmp_path / "host.log"
     log.write_text("connecting to redis://:hush@127.0.0.1")
