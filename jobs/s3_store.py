@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from jobs import errors, storage
+from jobs import direct, errors, storage
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -333,7 +333,7 @@ def _config(endpoint_url: str | None, options: S3Options) -> "Config":
         common["retries"] = {"mode": "standard", "total_max_attempts": 2}
     if endpoint_url is None:
         return Config(**common)
-    if urllib.parse.urlsplit(endpoint_url).hostname in ("127.0.0.1", "localhost", "::1"):
+    if urllib.parse.urlsplit(endpoint_url).hostname in direct.LOOPBACK:
         common["proxies"] = {}  # HTTP_PROXY is for other machines
     # Many compatible stores refuse boto3's newer checksum headers.
     return Config(

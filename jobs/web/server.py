@@ -10,13 +10,12 @@ import structlog
 import uvicorn
 from sqlalchemy.exc import DBAPIError
 
-from jobs import database, errors, settings, tokens
+from jobs import database, direct, errors, settings, tokens
 from jobs.web import app
 from jobs.web.service import Service, names
 
 log = structlog.get_logger()
 
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 BACKLOG = 2048  # as uvicorn has it
 STOP_SECONDS = 10  # event streams do not end by themselves
 
@@ -94,7 +93,7 @@ def make_service(config: settings.Settings, db: database.Database) -> Service:
             "`rushes token create NAME`"
         )
     allowed = names(config.web_names)
-    host_names = None if needs_token and not allowed else LOOPBACK_NAMES | allowed
+    host_names = None if needs_token and not allowed else direct.LOOPBACK | allowed
     serving = Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
     _ = serving.prompt_check  # one that cannot be loaded is told now
     return serving

@@ -119,14 +119,19 @@ def window_of(browser: Browser, address: str) -> Iterator[Page]:
         yield context.new_page()
 
 
-def make_impatient(window: Page) -> None:
-    """Without a good answer it waits for one second, and not ten, before it says so."""
+@contextmanager
+def impatient_window_of(browser: Browser, address: str, batch_id: str) -> Iterator[Page]:
+    """On a batch. Without a good answer it waits for one second, not ten, before it says so."""
     script = (html.ASSETS / "page.js").read_text(encoding="utf-8")
     assert script.count("10_000") == 1
     body = script.replace("10_000", "1_000")
-    window.route(
-        "**/assets/page.js*", lambda asked: asked.fulfill(body=body, content_type="text/javascript")
-    )
+    with window_of(browser, address) as window:
+        window.route(
+            "**/assets/page.js*",
+            lambda asked: asked.fulfill(body=body, content_type="text/javascript"),
+        )
+        window.goto(f"/batches/{batch_id}")
+        yield window
 
 
 def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
@@ -221,9 +226,7 @@ def test_a_page_without_answers_says_so_and_goes_on_with_the_next(
     page: Page, browser: Browser, address: str
 ) -> None:
     batch_id = paused(page)
-    with window_of(browser, address) as window:
-        make_impatient(window)
-        window.goto(f"/batches/{batch_id}")
+    with impatient_window_of(browser, address, batch_id) as window:
         stale = window.locator("#stale")
         expect(stale).to_be_hidden()
         window.route(f"**/batches/{batch_id}", lambda asked: asked.abort())
@@ -249,9 +252,7 @@ def test_a_page_of_what_was_deleted_says_so_and_asks_no_more(
     page: Page, browser: Browser, address: str
 ) -> None:
     batch_id = paused(page)
-    with window_of(browser, address) as window:
-        make_impatient(window)
-        window.goto(f"/batches/{batch_id}")
+    with impatient_window_of(browser, address, batch_id) as window:
         window.route(f"**/batches/{batch_id}", lambda asked: asked.fulfill(status=404))
         stale = window.locator("#stale")
         expect(stale).to_contain_text("This was deleted", timeout=20_000)
