@@ -23,6 +23,7 @@ from benchmarks import farm, steady
 
 START_SECONDS = 60.0  # for one device, and
 MORE_SECONDS = 8.0  # for each further one on two processors
+SIZE = "64x64x5"  # each process encodes a test card once: half a second of processor at 480p
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
         home = Path(folder)
         step_seconds = arguments.job_seconds / steady.SIM_STEPS
         environment = {"RUSHES_SIM_STEP_SECONDS": f"{step_seconds:.6f}"}
-        preset = steady.write_preset(home / "scaling.json", "simulated", "832x480x81")
+        preset = steady.write_preset(home / "scaling.json", "simulated", SIZE)
         with farm.running(
             home,
             devices=f"sim:{number}",
