@@ -24,11 +24,16 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs import database, queries, states, totals
+from jobs import database, queries, retries, states, totals
 from jobs.schema import Attempt, Batch, Firing, Job, Notice
 
 LATECOMERS = 2_000
 """The newest attempts are read each time: a claim may commit after one with a higher id."""
+LOST, FAILED = states.AttemptState.LOST.value, states.AttemptState.FAILED.value
+NO_FAILURES = {
+    (LOST if kind in retries.CRASHES else FAILED, kind.value): 0 for kind in states.FailureKind
+}
+"""Told before there are any: Prometheus sees no increase in a series that begins with its first."""
 
 
 class Farm(Collector):
@@ -119,11 +124,18 @@ def _queues(session: Session) -> Iterator[Metric]:
         .where(Job.batch_id == Batch.id, Job.state == states.JobState.QUEUED)
         .scalar_subquery()
     )
-    waiting = select(queue, Batch.queued).where(Batch.finished_at.is_(None), Batch.queued > 0)
+    # As the scaler of deploy/kubernetes counts: nobody waits for a worker in the others.
+    waiting = select(queue, Batch.queued).where(
+        Batch.finished_at.is_(None),
+        Batch.queued > 0,
+        Batch.paused_at.is_(None),
+        Batch.cancel_requested_at.is_(None),
+    )
     depth: Counter[tuple[str, ...]] = Counter()
     for name, queued in session.execute(waiting):
         depth[name or "",] += queued
-    yield _gauge("queue_jobs", "Queued jobs by queue.", depth, "queue")
+    about = "Queued jobs by queue, but for those of paused and cancelled batches."
+    yield _gauge("queue_jobs", about, depth, "queue")
     served = {(name,): n for name, n in queries.live_workers_by_queue(session).items()}
     yield _gauge("queue_workers", "Live workers that take from a queue.", served, "queue")
 
@@ -197,8 +209,8 @@ def _between(session: Session, *, after: int, until: int) -> totals.Totals:
 
 
 def _attempts_ever(found: totals.Totals) -> Iterator[Metric]:
-    claims, ended, stages = Counter[str](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    succeeded = Counter[str]()
+    claims, succeeded = Counter[str](), Counter[str]()
+    ended, stages = Counter[tuple[str, ...]](NO_FAILURES), Counter[tuple[str, ...]]()
     for (state, kind, name), value in found.items():
         if name == "count":
             claims["all"] += value

@@ -6,6 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
@@ -70,11 +73,14 @@ def test_an_event_has_a_noun_and_what_became_of_it():
     assert all(EVENT.fullmatch(name) for name in logged())
 
 
+def alerts() -> list[dict[str, Any]]:
+    rules = yaml.safe_load((REPOSITORY / "deploy/prometheus/rushes.yml").read_text())
+    return [rule for group in rules["groups"] for rule in group["rules"]]
+
+
 def expressions() -> Iterator[str]:
-    """Of the alerts in the docs, and of the dashboard."""
-    text = (REPOSITORY / "docs/monitoring.md").read_text()
-    alerts = text.split("Worth an alert:", 1)[1].split("```")[1]
-    yield from (line.partition("#")[0].strip() for line in alerts.strip().splitlines())
+    """Of the alerts, and of the dashboard."""
+    yield from (alert["expr"] for alert in alerts())
     dashboard = json.loads((REPOSITORY / "deploy/grafana/rushes.json").read_text())
     for panel in dashboard["panels"]:
         yield from (target["expr"] for target in panel.get("targets", ()))
@@ -89,3 +95,20 @@ def test_both_sides_of_an_operator_have_the_same_labels():
         assert not any(sums) or found["on"] == "", found[0]
         if found["ignoring"]:
             assert f"sum without ({found['ignoring']})" in found["right"], found[0]
+
+
+def test_each_alert_waits_and_says_what_it_means_and_stands_in_the_docs():
+    for alert in alerts():
+        assert set(alert) == {"alert", "expr", "for", "annotations"}, alert
+        assert re.fullmatch(r"[0-9]+m", alert["for"]), alert
+        assert alert["annotations"]["summary"].endswith("."), alert
+    told = (REPOSITORY / "docs/monitoring.md").read_text()
+    assert re.findall(r"^\| `(Rushes\w+)` \|", told, re.MULTILINE) == [a["alert"] for a in alerts()]
+
+
+def test_the_alert_that_scraping_fails_is_of_the_job_in_the_docs():
+    told = (REPOSITORY / "docs/monitoring.md").read_text()
+    config = yaml.safe_load(told.split("```yaml\n", 1)[1].split("```", 1)[0])
+    (scrape,) = config["scrape_configs"]
+    assert f'up{{job="{scrape["job_name"]}"}} == 0' in expressions()
+    assert config["rule_files"] == ["rushes.yml"]

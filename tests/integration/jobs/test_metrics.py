@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, select, update
 
-from jobs import database, expiry, metrics, schedules, totals
+from jobs import database, expiry, metrics, orders, schedules, totals
 from jobs.schema import Attempt, Batch, Firing, Schedule
 from jobs.states import FailureKind, FiringState, Misfire, Overlap
 from tests.integration.jobs.conftest import QUEUE
@@ -70,6 +70,31 @@ def test_every_number_is_that_of_the_tables(world):
         "rushes_attempt_seconds_count": 1,
     }.items() <= found.items()
     assert found["rushes_attempt_seconds_sum"] == pytest.approx(20, abs=2)
+
+
+def test_what_is_paused_or_cancelled_waits_for_no_worker(sqlite_world):
+    """Else an alert would say that nobody renders it."""
+    registry = metrics.Registry(sqlite_world.db)
+    queue = f'rushes_queue_jobs{{queue="{QUEUE}"}}'
+    waiting, paused, cancelled = (sqlite_world.submit(number) for number in (1, 2, 4))
+    assert told(registry)[queue] == 7
+    sqlite_world.db.write(orders.pause_batch, paused)
+    assert told(registry)[queue] == 5
+    sqlite_world.db.write(orders.pause_batch, waiting)
+    sqlite_world.db.write(orders.request_cancel, cancelled)
+    found = told(registry)
+    assert queue not in found
+    assert found['rushes_jobs{state="queued"}'] >= 3
+    sqlite_world.db.write(orders.resume_batch, waiting)
+    assert told(registry)[queue] == 1
+
+
+def test_failures_are_told_before_there_are_any(sqlite_world):
+    """The increase of a series that begins with 1 is 0."""
+    found = told(metrics.Registry(sqlite_world.db))
+    for kind in FailureKind:
+        state = "lost" if kind is FailureKind.WORKER_LOST else "failed"
+        assert found[f'rushes_attempts_total{{kind="{kind}",state="{state}"}}'] == 0
 
 
 def test_counters_are_the_same_whoever_counted_from_when_on(sqlite_world, monkeypatch):
@@ -194,7 +219,7 @@ def test_what_is_deleted_during_a_scrape_counts_once(world, monkeypatch):
     assert [counters(registry) for _ in range(2)] == [before, before]
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(sqlite_world):
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(sqlite_world):
     busy_night(sqlite_world)
     families = list(metrics.Farm(sqlite_world.db).collect())
     names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
@@ -212,6 +237,10 @@ def test_the_dashboard_asks_for_metrics_that_exist(sqlite_world):
         for name in re.findall(r"\brushes_\w+", target["expr"])
     }
     assert asked <= names
+    rules = (REPOSITORY / "deploy/prometheus/rushes.yml").read_text()
+    alerted = set(re.findall(r"\brushes_\w+", rules))
+    assert alerted
+    assert alerted <= names
     charted = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
     shown = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     assert shown == charted, "each metric has a place on the dashboard"
