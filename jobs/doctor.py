@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -259,14 +260,14 @@ def _persistence(client: redis.Redis, info: dict[str, Any]) -> Check:
 def _results(config: settings.Settings) -> Iterator[Check]:
     try:
         store = stores.open_store(config)
-        yield from _round_trip(store, is_aws=config.s3_endpoint_url is None)
+        yield from _round_trip(store, config)
     except storage.StorageDenied as error:
         yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
     except errors.RushesError as error:
         yield _fail("results store", str(error), "start the store or correct RUSHES_RESULTS_URL")
 
 
-def _round_trip(store: storage.ObjectStore, *, is_aws: bool) -> Iterator[Check]:
+def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterator[Check]:
     key = f"doctor/{secrets.token_hex(8)}.bin"
     content = secrets.token_bytes(OBJECT_BYTES)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -288,7 +289,7 @@ def _round_trip(store: storage.ObjectStore, *, is_aws: bool) -> Iterator[Check]:
             )
             yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
         yield _listing(store, key)
-        yield _link(store, key, sha256, is_aws=is_aws)
+        yield _link(store, key, sha256, config)
     finally:
         with contextlib.suppress(errors.RushesError):
             store.delete(key)
@@ -302,21 +303,23 @@ def _listing(store: storage.ObjectStore, key: str) -> Check:
     return _warn("results listing", "a new object does not show up", "allow s3:ListBucket")
 
 
-def _link(store: storage.ObjectStore, key: str, sha256: str, *, is_aws: bool) -> Check:
+def _link(store: storage.ObjectStore, key: str, sha256: str, config: settings.Settings) -> Check:
     link = store.presign(key, seconds=LINK_SECONDS)
     parts = urlsplit(link)
     where = f"{parts.scheme}://{parts.netloc}"
     if parts.scheme not in ("http", "https"):
         return _ok("results links", "files of this machine: no links needed")
     advice = "S3_PUBLIC_ENDPOINT_URL must be the store's address as readers reach it"
-    if is_aws:
+    if config.s3_endpoint_url is None:
         advice = "set AWS_REGION to the region of the bucket: links are signed for it"
     try:
-        with direct.opened(link, seconds=10) as answer:
+        with direct.opened(link, seconds=10, tls=_trust(config)) as answer:
             content = answer.read(OBJECT_BYTES + 1)
     except urllib.error.HTTPError as error:
         return _fail("results links", f"{where} answers {error.code}", advice)
     except OSError as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            advice = NOT_TRUSTED
         return _fail("results links", f"{where}: {error}", advice)
     if hashlib.sha256(content).hexdigest() != sha256:
         return _fail("results links", f"{where} gives other bytes", advice)
@@ -324,6 +327,20 @@ def _link(store: storage.ObjectStore, key: str, sha256: str, *, is_aws: bool) ->
         seen = f"a presigned link works: {where}, until the temporary credentials end, within hours"
         return _warn("results links", seen, "for links that live longer, give lasting keys")
     return _ok("results links", f"a presigned link works: {where}")
+
+
+def _trust(config: settings.Settings) -> ssl.SSLContext:
+    """As this machine trusts, and as we trust the store."""
+    trust = ssl.create_default_context()
+    if config.aws_ca_bundle is not None:
+        trust.load_verify_locations(config.aws_ca_bundle)
+    return trust
+
+
+NOT_TRUSTED = (
+    "AWS_CA_BUNDLE must name the file of its authority, which readers have to trust too; or "
+    "correct the certificate, or S3_PUBLIC_ENDPOINT_URL"
+)
 
 
 # This machine.

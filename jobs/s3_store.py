@@ -3,6 +3,7 @@
 import base64
 import binascii
 import contextlib
+import os
 import re
 import urllib.parse
 from collections.abc import Generator, Iterator, Sequence
@@ -278,6 +279,8 @@ class S3Options:
     session_token: str | None = None
     addressing_style: AddressingStyle = "path"
     """Of other stores than AWS: the bucket in the `path`, or in the host's name (`virtual`)."""
+    ca_bundle: Path | None = None
+    """In place of the well-known authorities."""
     answer_seconds: float | None = None
     """For callers whom somebody waits for: two tries, no silence longer than this in each."""
 
@@ -304,12 +307,17 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
         region_name=options.region,
     )
 
+    # An empty AWS_CA_BUNDLE is none to our settings, and an error to boto3.
+    is_empty = os.environ.get("AWS_CA_BUNDLE") == ""
+    trusted = str(options.ca_bundle) if options.ca_bundle else is_empty or None
+
     def client(endpoint_url: str | None) -> "S3Client":
         region = session.region_name or ("us-east-1" if endpoint_url else None)
         return session.client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=region,
+            verify=trusted,
             config=_config(endpoint_url, options),
         )
 

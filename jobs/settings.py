@@ -114,6 +114,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION"),
         description="Region of the bucket.",
     )
+    aws_ca_bundle: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("AWS_CA_BUNDLE"),
+        description="File (PEM) with the certificates that the store is to be trusted by.",
+    )
     presets_dir: Path | None = Field(
         None,
         validation_alias=AliasChoices("RUSHES_PRESETS_DIR"),
@@ -381,10 +386,11 @@ class Settings(BaseSettings):
     def model_post_init(self, _context: object) -> None:
         """Fill in what depends on `home`; make paths absolute, for children in other folders."""
         home = _expanded("RUSHES_HOME", self.home).absolute()
-        own_presets = self.presets_dir
+        own_presets, ca_bundle = self.presets_dir, self.aws_ca_bundle
         defaults: dict[str, Any] = {
             "home": home,
             "presets_dir": own_presets and _expanded("RUSHES_PRESETS_DIR", own_presets).absolute(),
+            "aws_ca_bundle": ca_bundle and _expanded("AWS_CA_BUNDLE", ca_bundle).absolute(),
             "models_dir": _folder("RUSHES_MODELS_DIR", self.models_dir, home / "models"),
             "scratch_dir": _folder("RUSHES_SCRATCH_DIR", self.scratch_dir, home / "scratch"),
             "database_url": SecretStr(

@@ -44,6 +44,7 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
         secret_access_key=(secret.get_secret_value() or None) if secret else None,
         session_token=(token.get_secret_value() or None) if token else None,
         addressing_style=values.s3_addressing_style or "path",
+        ca_bundle=values.aws_ca_bundle,
     )
     if bool(options.access_key_id) != bool(options.secret_access_key):
         raise errors.InvalidInput(

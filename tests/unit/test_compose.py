@@ -42,6 +42,7 @@ NOT_IN_COMPOSE = {  # second names, paths and ports of the host, credentials of 
     "RUSHES_PRESETS_DIR",
     "RUSHES_SCRATCH_DIR",
     # Files of yours: they come with a volume, in a compose file of your own.
+    "AWS_CA_BUNDLE",
     "RUSHES_C2PA_CERTIFICATE",
     "RUSHES_C2PA_KEY",
     "RUSHES_C2PA_ALGORITHM",

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import json5
@@ -12,7 +14,7 @@ import safetensors.torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from jobs import cli, database, doctor, migrate, presets, settings
+from jobs import cli, database, doctor, migrate, presets, servers, settings
 from models.tiny import shipped
 from worker import host_memory
 
@@ -227,3 +229,44 @@ def test_real_servers_pass(
     links = checks()["results links"]
     assert links.status == "warn", links
     assert "until the temporary credentials end" in links.seen
+
+
+class OwnAuthority(servers.S3Server):
+    """With a certificate that no machine trusts by itself."""
+
+    def _command(self) -> Sequence[str]:
+        files = (f"--{name}={self.folder / name}" for name in ("cert", "key"))
+        return [*super()._command(), *files]
+
+    @property
+    def endpoint_url(self) -> str:
+        return super().endpoint_url.replace("http:", "https:")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command")
+def test_a_store_with_a_certificate_of_its_own_passes_where_its_authority_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=store"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "cert")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with OwnAuthority.start(tmp_path) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_CA_BUNDLE", "")
+        assert "CERTIFICATE_VERIFY_FAILED" in checks()["results store"].seen
+        Path(".env").write_text(f"AWS_CA_BUNDLE={tmp_path / 'cert'}\n")
+        found = checks()
+        assert found["results store"].status == "ok"
+        assert found["results links"].status == "ok"
+        monkeypatch.setattr(doctor, "_trust", lambda _config: None)
+        links = checks()["results links"]
+        assert links.status == "fail"
+        assert "AWS_CA_BUNDLE" in links.advice
