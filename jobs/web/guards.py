@@ -113,9 +113,13 @@ class Guards:
         origin = headers.get("origin")
         if origin is None:
             is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        else:
-            is_foreign = _host_of(origin) != host and origin.lower() not in self._cors_origins
-        return "a page of another site may not change anything here" if is_foreign else None
+            return "a page of another site may not change anything here" if is_foreign else None
+        if _host_of(origin) == host or origin.lower() in self._cors_origins:
+            return None
+        return (
+            f"a page of {origin[:100]!r} may not change anything at {host[:100]!r}; if they are "
+            "the same site, its proxy must pass on the Host header"
+        )
 
 
 def _length(headers: Headers) -> int:

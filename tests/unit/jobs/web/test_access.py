@@ -315,6 +315,9 @@ def test_pages_of_other_sites_change_nothing(web: Web) -> None:
     ):
         answer = web.client.post("/api/batches", json=new, headers=headers)
         assert answer.status_code == 403, headers
+    assert "'http://127.0.0.1:9999' may not change anything at '127.0.0.1:8000'" in (
+        web.client.post("/api/batches", json=new, headers={"Origin": "http://127.0.0.1:9999"}).text
+    )
     own = {"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}
     assert web.client.post("/api/batches", json=new, headers=own).status_code == 201
 
