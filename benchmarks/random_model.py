@@ -34,6 +34,7 @@ def write(
     folders.save(folders.tensors(dit, BF16), folder / f"{layout.TRANSFORMER_STEM}.safetensors")
     folders.write_vae(folder, frames, dtype=BF16)  # type: ignore[arg-type]  # the WanVAE again
     folders.write_text_encoder(folder, encoder, text, dtype=BF16)
+    torch.cuda.empty_cache()  # else as much of the GPU stays with this process as they took on it
 
 
 @torch.no_grad()

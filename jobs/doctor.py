@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
+import runpy
 import secrets
 import shutil
 import ssl
@@ -44,6 +46,7 @@ PASSWORD_IN_URL = re.compile(r"://[^/\s]*@")
 OBJECT_BYTES = 100_000
 LINK_SECONDS = 60
 PROGRAM_SECONDS = 20.0
+LEAST_DRIVERS = {"12": 525, "13": 580}  # of NVIDIA, by CUDA's major version
 KICK_SAMPLES = 10  # a dispatcher listens between its ticks, so one look may miss it
 
 
@@ -78,7 +81,12 @@ def examine() -> Iterator[Check]:
         _processes,
     )
     for part in examined:
-        yield from part(config)
+        try:
+            yield from part(config)
+        except Exception as error:  # what this check did not expect: the others are worth having
+            seen = f"{type(error).__name__}: {errors.first_line(error)}"
+            advice = "look at this part yourself: its check met a defect in rushes"
+            yield _fail(part.__name__.strip("_"), seen, advice)
 
 
 def _ok(name: str, seen: str) -> Check:
@@ -365,10 +373,15 @@ def _ffmpeg(_config: settings.Settings) -> Iterator[Check]:
 
 
 def _said(command: list[str]) -> str:
-    done = subprocess.run(  # noqa: S603  # our own argument list, no shell
-        command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=True
-    )
+    done = _ran(command)
+    done.check_returncode()
     return done.stdout
+
+
+def _ran(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603  # our own argument list, no shell
+        command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
+    )
 
 
 def _scratch(config: settings.Settings) -> Iterator[Check]:
@@ -393,22 +406,59 @@ def _devices(_config: settings.Settings) -> Iterator[Check]:
     if program is None:
         yield _warn("devices", "no NVIDIA driver here: workers would render on the CPU", NO_GPU)
         return
-    query = ["--query-gpu=index,name,memory.total,memory.free", "--format=csv,noheader"]
+    columns = "index,name,memory.total,memory.free,driver_version"
     try:
-        rows = [row for row in _said([program, *query]).splitlines() if row.strip()]
+        done = _ran([program, f"--query-gpu={columns}", "--format=csv,noheader"])
     except (OSError, subprocess.SubprocessError) as error:
-        yield _fail(
-            "devices", f"nvidia-smi: {errors.first_line(error)}", "repair the NVIDIA driver"
-        )
+        yield _fail("devices", f"nvidia-smi: {errors.first_line(error)}", NO_DRIVER)
         return
-    for row in rows:
-        index, name, total, free = (cell.strip() for cell in row.split(","))
-        yield _ok(f"device {index}", f"{name}, {total}, {free} free")
-    if not rows:
-        yield _warn("devices", "the NVIDIA driver lists no GPU", NO_GPU)
+    driver, odd = None, []
+    for row in filter(str.strip, (*done.stdout.splitlines(), *done.stderr.splitlines())):
+        cells = [cell.strip() for cell in row.split(",")]
+        if len(cells) == 5 and cells[0].isdecimal() and all(cells):
+            index, name, total, free, driver = cells
+            yield _ok(f"device {index}", f"{name}, {total}, {free} free")
+        else:
+            odd.append(row.strip())
+    said = "; ".join(odd)[:300]
+    seen = f"nvidia-smi ends with status {done.returncode}" + (f": {said}" if said else "")
+    if driver is not None:
+        if done.returncode or odd:
+            yield _warn("devices", seen, BAD_GPU)
+        yield from _driver(driver)
+    elif done.returncode:
+        yield _fail("devices", seen, NO_DRIVER)
+    else:
+        seen = "the NVIDIA driver lists no GPU" + (f": {said}" if said else "")
+        yield _warn("devices", seen, NO_GPU)
 
 
 NO_GPU = "fine for the tiny model and for submitting; a 14B model needs a GPU"
+BAD_GPU = "workers render on the GPUs that it lists; look at the others, and at `nvidia-smi -q`"
+NO_DRIVER = "repair the NVIDIA driver; where there is no GPU, start workers with --devices cpu"
+
+
+def _driver(version: str) -> Iterator[Check]:
+    """Whether torch can use it; says nothing where one of the two does not tell its version."""
+    cuda = _cuda_of_torch()
+    least = LEAST_DRIVERS.get(cuda.split(".")[0])
+    major = version.split(".")[0]
+    if least is None or not major.isdecimal():
+        return
+    seen = f"{version}; torch's CUDA {cuda} needs {least} or newer"
+    if int(major) >= least:
+        yield _ok("NVIDIA driver", seen)
+    else:
+        advice = "workers may see no GPU: install a newer driver, or a torch with an older CUDA"
+        yield _warn("NVIDIA driver", seen, advice)
+
+
+def _cuda_of_torch() -> str:
+    """Empty where it has none; read from its file, since to load it takes seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return ""
+    return str(runpy.run_path(str(Path(found.origin).with_name("version.py"))).get("cuda") or "")
 
 
 # Presets and weights.
@@ -468,6 +518,9 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
         found = parts.FIT.load()(preset.look, config.models_dir)
     except ValueError as error:
         yield _fail(name, str(error), "put the model there; docs/weights.md says which file where")
+        return
+    except errors.GpusUnknown as error:
+        yield _fail(name, f"nvidia-smi: {error.said}", NO_DRIVER)
         return
     for fit in found:
         seen = (

@@ -43,6 +43,17 @@ class InvalidInput(RushesError):
         )
 
 
+class GpusUnknown(RushesError):
+    """nvidia-smi is here and fails, and of the GPUs that we may use it lists none."""
+
+    def __init__(self, said: str) -> None:
+        self.said = said
+        super().__init__(
+            f"nvidia-smi is here and fails ({said}): "
+            "repair the NVIDIA driver, or start workers with --devices cpu"
+        )
+
+
 class PresetError(RushesError):
     """A preset file cannot be used: the message names the file, the key and what would do."""
 

@@ -101,6 +101,7 @@ def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str],
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    parts.DEVICE_SLOTS.load()(devices, cores=1)  # told here, not in the worker's log
     with running(config, devices=devices, hurry=hurry, say=say, with_web=True) as farm:
         say(f"results   {farm.config.results_url}")
         say(f"logs      {farm.config.home / 'logs'}")

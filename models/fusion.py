@@ -146,7 +146,7 @@ def _errors_of_compiling() -> tuple[type[Exception], ...]:
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 4 * MAX_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = 16 * MAX_SHAPES
-    # Kernels are not chosen by timing them: the same machine rounds alike on every day.
+    # Kernels that sum are not chosen by timing them: the same machine rounds alike on every day.
     options: dict[str, Any] | None = None
     if BACKEND == "inductor":
         options = {"deterministic": True, "compile_threads": 1}

@@ -18,12 +18,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # What torch and the libraries below it say in errors that have no class of their own.
 OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator|can't allocate memory|_STATUS_ALLOC_FAILED"
-    r"|CUDA error: out of memory|CUDA driver error: out of memory|\[CUDA\]: out of memory"
+    r"DefaultCPUAllocator|can't allocate memory"
+    r"|CUDA (driver )?error: out of memory|\[CUDA\]: out of memory"
+    r"|_STATUS_ALLOC_FAILED|_(HOST|DEVICE)_ALLOCATION_FAILED"
+    r"|_NOT_INITIALIZED when calling `cublas(Lt)?Create"  # it had no memory for its handle
+    r"|NVML_SUCCESS == .*CUDACachingAllocator"  # of a MIG slice: NVML tells nothing for the message
 )
 # cudaErrorMemoryAllocation: the one error after which CUDA can still be used.
 CUDA_OUT_OF_MEMORY = 2
-DEVICE_FAULT = re.compile(r"CUDA error|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)")
+DEVICE_FAULT = re.compile(
+    r"CUDA (driver )?error|Triton Error \[CUDA\]"  # the last two: of the launch of compiled kernels
+    r"|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,8 @@ class Device:
         except (RuntimeError, MemoryError) as error:
             told = f"{self.name}: {_first_line(error)}"
             if _is_out_of_memory(error):
-                torch.cuda.empty_cache()
+                with self.faults():  # cuBLAS calls a lost device the same
+                    torch.cuda.empty_cache()
                 raise errors.DeviceOutOfMemory(told) from error
             # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
             if isinstance(error, torch.AcceleratorError) or DEVICE_FAULT.search(str(error)):
@@ -111,7 +118,10 @@ def current(worker_settings: WorkerSettings) -> Device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     torch_device = torch.device(wanted)
     if torch_device.type == "cuda" and not torch.cuda.is_available():
-        raise errors.DeviceFault("no CUDA device is visible; look at nvidia-smi and the driver")
+        raise errors.DeviceFault(
+            "no CUDA device is visible; look at nvidia-smi and the driver, "
+            f"which must be new enough for torch's CUDA ({torch.version.cuda})"
+        )
     _set_precision()
     is_cuda = torch_device.type == "cuda"
     dtype = worker_settings.dtype

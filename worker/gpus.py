@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -15,6 +15,8 @@ from jobs import errors
 log = structlog.get_logger()
 
 ASK_SECONDS = 20.0
+ROW = re.compile(r"\d+, |GPU \d+:|\s+MIG ")  # of an answer, where other lines are warnings
+NO_DEVICES = ("", "-1", "NoDevFiles")  # what hides all of them in CUDA_VISIBLE_DEVICES
 MAX_CPU_WORKERS = 256
 MAX_SIMULATED = 256
 SIMULATED = "simulated"
@@ -46,12 +48,23 @@ class Gpu:
 
 
 def find() -> list[Gpu]:
-    """The GPUs that we may use; empty without an NVIDIA driver."""
-    return _left_to_us(_all_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    """The GPUs that we may use; empty without an NVIDIA driver. GpusUnknown where that fails."""
+    limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if limit is not None and limit.strip() in NO_DEVICES:
+        return []
+    found, trouble = _all_gpus()
+    left = _left_to_us(found, limit)
+    if trouble and not left:
+        # No reason to compute on the CPU what was meant for GPUs.
+        raise errors.GpusUnknown(trouble)
+    return left
 
 
 def slots(devices: str, *, cores: int) -> list[Slot]:
-    """`auto`, `cpu`, `cpu:N`, `sim:N`, or GPU numbers such as `0,1`; InvalidInput says more."""
+    """`auto`, `cpu`, `cpu:N`, `sim:N`, or GPU numbers such as `0,1`.
+
+    InvalidInput says what would do; GpusUnknown, why nobody can tell.
+    """
     if devices == "auto":
         return [_gpu_slot(gpu) for gpu in find()] or _cpu_slots(1, cores)
     kind, _, number = devices.partition(":")
@@ -78,24 +91,27 @@ def slots(devices: str, *, cores: int) -> list[Slot]:
     return [_gpu_slot(by_number[part]) for part in parts]
 
 
-def _all_gpus() -> list[Gpu]:
+def _all_gpus() -> tuple[list[Gpu], str]:
+    """Those that nvidia-smi lists, and what went wrong; it may fail for one and list the others."""
     found: list[Gpu] = []
     query = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
-    for row in csv.reader(_ask(*query), skipinitialspace=True):
+    lines, trouble = _ask(*query)
+    for row in csv.reader(lines, skipinitialspace=True):
         cells = [cell.strip() for cell in row]
         if len(cells) != 4 or not cells[0].isdecimal() or not cells[1].startswith("GPU-"):
             continue
         memory_bytes = int(cells[3]) << 20 if cells[3].isdecimal() else None
         found.append(Gpu(number=cells[0], uuid=cells[1], name=cells[2], memory_bytes=memory_bytes))
     slices = _mig_slices() if found else {}
-    return [part for gpu in found for part in slices.get(gpu.number) or [gpu]]
+    return [part for gpu in found for part in slices.get(gpu.number) or [gpu]], trouble
 
 
 def _mig_slices() -> dict[str, list[Gpu]]:
     """GPU number -> its MIG slices: CUDA would show only the first slice of such a GPU."""
     slices: dict[str, list[Gpu]] = {}
     number, name = "", ""
-    for line in _ask("-L"):
+    lines, _ = _ask("-L")
+    for line in lines:
         if gpu := re.match(r"GPU (\d+): (.*) \(UUID", line):
             number, name = gpu[1], gpu[2]
         elif part := re.match(r"\s+MIG (\S+)\s.*\(UUID: (MIG-[^)]+)\)", line):
@@ -111,29 +127,44 @@ def _mig_slices() -> dict[str, list[Gpu]]:
     return slices
 
 
-def _ask(*question: str) -> Sequence[str]:
+def _ask(*question: str) -> tuple[list[str], str]:
+    """What nvidia-smi says, and how it failed; empty where it did not, or is not here."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return []
+        return [], ""
     try:
-        done = subprocess.run(  # noqa: S603  # a program found on PATH, fixed arguments
-            [program, *question],
-            capture_output=True,
-            timeout=ASK_SECONDS,
-            check=True,
-            encoding="utf-8",
-            errors="replace",
-        )
+        try:
+            done = _run([program, *question])
+        except subprocess.TimeoutExpired:
+            done = _run([program, *question])  # the first try may have woken the driver
     except (subprocess.SubprocessError, OSError) as error:
-        words = getattr(error, "output", "") or ""
-        log.warning("gpus.unreadable", error=str(error), said=words.strip()[:300])
-        return []
-    return done.stdout.splitlines()
+        log.warning("gpus.unreadable", error=str(error))
+        return [], str(error)
+    lines = done.stdout.splitlines()
+    if done.returncode == 0:
+        return lines, ""
+    odd = [line for line in (*lines, *done.stderr.splitlines()) if not ROW.match(line)]
+    said = " ".join(" ".join(odd).split())[:300]
+    log.warning("gpus.unreadable", error=f"exit status {done.returncode}", said=said)
+    return lines, f"exit status {done.returncode}, {said or 'not a word'}"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603  # a program found on PATH, fixed arguments
+        command,
+        capture_output=True,
+        timeout=ASK_SECONDS,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    )
 
 
 def _left_to_us(gpus: list[Gpu], limit: str | None) -> list[Gpu]:
     """What a scheduler or a container's CUDA_VISIBLE_DEVICES leaves of them, as CUDA reads it."""
-    return gpus if limit is None else list(_named(gpus, limit))
+    if limit is None:
+        return gpus
+    return list(dict.fromkeys(_named(gpus, limit)))  # of one that is named twice, one worker
 
 
 def _named(gpus: list[Gpu], limit: str) -> Iterator[Gpu]:

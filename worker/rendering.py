@@ -169,7 +169,8 @@ class Renderer:
 
     def step_down(self, look: presets.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
-        lower = self.components.step_down(look)
+        with self.device.faults():
+            lower = self.components.step_down(look)
         return None if lower is None else wanted.told(lower)
 
     def report(self, *, renders: int) -> reports.Report:

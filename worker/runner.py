@@ -304,7 +304,7 @@ class Runner:
         try:
             told = self.renderer.report(renders=self.tally.renders)
             self.db.write(workers.report, self.worker_settings.worker_name, told)
-        except DBAPIError as error:
+        except (DBAPIError, RuntimeError) as error:  # the second: torch's, of a lost device
             log.warning("worker.report_missed", error=str(error)[:200])
 
     def _fail(self, claim: lifecycle.Claim, error: Exception) -> None:

@@ -37,7 +37,7 @@ LINK_TRY_SECONDS = 10.0
 def run(config: settings.Settings, *, devices: str) -> int:
     """Start what is not running yet, render, tell, and stop what was started."""
     began = time.monotonic()
-    _check(devices)
+    devices = _usable(config, devices)
     with _farm(config, devices) as farm:
         db = database.connect(farm.config)
         _wait_for_worker(db)
@@ -54,12 +54,20 @@ def run(config: settings.Settings, *, devices: str) -> int:
         return exits.of_batch(last.progress.state)
 
 
-def _check(devices: str) -> None:
+def _usable(config: settings.Settings, devices: str) -> str:
     """InvalidInput for devices that are not there, or that render nothing."""
     if devices.partition(":")[0] == "sim":
         message = f"{devices!r} only sleeps and takes no job of the demo: give auto or cpu:N"
         raise errors.InvalidInput("--devices", [errors.Problem(line=None, message=message)])
-    parts.DEVICE_SLOTS.load()(devices, cores=1)
+    try:
+        parts.DEVICE_SLOTS.load()(devices, cores=1)
+    except errors.GpusUnknown as error:
+        if devices != AUTO:
+            raise
+        if not settings.read_up_file(config.home):
+            output.note(f"note: {error}; the tiny model is rendered on the CPU")
+            return "cpu"
+    return devices
 
 
 def _wait_for_worker(db: database.Database) -> None:

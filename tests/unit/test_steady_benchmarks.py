@@ -8,8 +8,10 @@ import time
 from datetime import datetime
 
 import pytest
+import torch
 
 from benchmarks import farm, gpu_busy, random_model, scaling, steady
+from models import config, layout
 from worker import gpus
 
 
@@ -95,6 +97,21 @@ def test_the_launcher_knows_the_device_that_it_is_told(device, slot, a_gpu, tmp_
     )
     devices, _, _ = steady.prepare(arguments, tmp_path)
     assert [each.short_name for each in gpus.slots(devices, cores=2)] == [slot]
+
+
+def test_a_gpu_that_random_weights_were_made_on_is_all_the_workers(tmp_path, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: given_back.append(layout.find(tmp_path).weights)
+    )
+    random_model.write(
+        tmp_path,
+        text_layers=1,
+        sizes=config.TINY,
+        autoencoder=config.TINY_VAE,
+        text=config.TINY_TEXT_ENCODER,
+    )
+    assert given_back == [layout.find(tmp_path).weights]
 
 
 def test_no_worker_is_waited_for_whose_process_has_ended(tmp_path):

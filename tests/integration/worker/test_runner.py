@@ -31,6 +31,7 @@ from jobs.schema import Job, Refusal, Worker
 from tests.integration.worker.conftest import WORKER
 from worker import (
     components,
+    device,
     errors,
     finished,
     heartbeat,
@@ -505,6 +506,42 @@ def test_a_broken_device_ends_its_process_though_nobody_can_be_told(host):
     away = f"made.db.close(); import os; os.rename({str(path)!r}, 'away'); os.mkdir({str(path)!r})"
     host.db.close()
     assert run_device_fault(job, before=away).returncode == runner.DEVICE_LOST
+
+
+LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("fault", [None, ZeroDivisionError("oh")])
+def test_a_lost_device_that_tells_nothing_of_its_memory_holds_up_no_job(host, monkeypatch, fault):
+    """Neither the job on it nor the end of the one before."""
+
+    def lost(_self):
+        raise LOST
+
+    monkeypatch.setattr(device.Device, "used_bytes", lost)
+    job = host.submit()[0]
+    host.bell.wait_for_kick(0.1)
+    made = host.runner()
+    if fault is not None:
+        broken = host.networks_with(text_encoder=Raising(fault))
+        monkeypatch.setattr(type(broken), "report", lambda _self, *, renders: lost(None))
+        made = host.runner(broken)
+    made.run_attempt(job.id)
+    (attempt,) = host.attempts(job.id)
+    ended = states.AttemptState.RENDERED if fault is None else states.AttemptState.FAILED
+    assert attempt.state is ended
+    assert host.bell.wait_for_kick(0.1)
+
+
+def test_a_device_that_is_lost_when_it_is_to_hold_less_is_lost(host, monkeypatch):
+    networks = host.networks_with()
+
+    def lost(_self, _look):
+        raise LOST
+
+    monkeypatch.setattr(type(networks), "step_down", lost)
+    with pytest.raises(errors.DeviceFault, match="illegal memory access"):
+        host.runner(networks).renderer.step_down(presets.load(str(host.preset)).look)
 
 
 def test_a_job_cancelled_in_mid_render_ends_so_and_leaves_no_files(host, first_doing):

@@ -24,6 +24,7 @@ from jobs import (
     beat,
     cli,
     database,
+    errors,
     health,
     lifecycle,
     migrate,
@@ -1136,6 +1137,44 @@ def test_demo_refuses_devices_that_would_render_nothing(
     assert result.exit_code == exits.USAGE
     assert result.stderr.startswith("--devices: ")
     assert result.stdout == ""
+
+
+@pytest.fixture
+def broken_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho version mismatch\nexit 18\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("broken_driver")
+@pytest.mark.parametrize("command", ["worker", "up"])
+def test_a_driver_that_fails_is_told_before_anything_starts(
+    db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for begin in ("jobs.standalone.running", "worker.launch._each_only_once"):
+        monkeypatch.setattr(begin, lambda *_, **__: pytest.fail("it begins"))
+    result = rushes(command)
+    assert result.exit_code == exits.ERROR
+    assert "nvidia-smi is here and fails (exit status 18, version mismatch)" in result.stderr
+
+
+@pytest.mark.usefixtures("broken_driver")
+def test_demo_goes_on_on_the_cpu_where_the_driver_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless a GPU was asked for, or `rushes up` runs, whose devices it uses."""
+    config = settings.load()
+    assert demo._usable(config, "auto") == "cpu"
+    told = capsys.readouterr().err
+    assert "version mismatch" in told
+    assert "rendered on the CPU" in told
+    with pytest.raises(errors.GpusUnknown):
+        demo._usable(config, "0")
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: {"DATABASE_URL": "sqlite:///x.db"})
+    assert demo._usable(config, "auto") == "auto"
+    assert capsys.readouterr().err == ""
 
 
 def test_demo_says_that_devices_have_no_effect_beside_rushes_up(

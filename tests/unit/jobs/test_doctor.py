@@ -2,10 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import json5
@@ -146,6 +147,114 @@ def test_a_preset_that_does_not_fit_fails_with_the_numbers(
         (check,) = doctor.fits(settings.load(), "tiny")
         assert check.status == status, check.seen
         assert "GPU 0 (Small GPU): needs about 0.7 GB" in check.seen
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`driver(words, status)`: an nvidia-smi that answers so; torch is of CUDA 13."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: "13.0")
+
+    def put(words: str, status: int = 0) -> None:
+        program.write_text(f"#!/bin/sh\nprintf %s {shlex.quote(words)}\nexit {status}\n")
+        program.chmod(0o755)
+
+    return put
+
+
+GPUS = (
+    "0, NVIDIA H100 80GB HBM3, 81559 MiB, 81076 MiB, 580.95.05\n"
+    "1, NVIDIA H100 80GB HBM3, 81559 MiB, 81076 MiB, 580.95.05\n"
+)
+LOST = "Unable to determine the device handle for GPU2: 0000:3B:00.0: GPU is lost\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "found"),
+    [
+        (GPUS, 0, {"device 0": "ok", "device 1": "ok", "NVIDIA driver": "ok"}),
+        ("No devices were found\n", 0, {"devices": "warn"}),
+        ("No devices were found\n", 6, {"devices": "fail"}),
+        ("Failed to initialize NVML: Driver/library version mismatch\n", 18, {"devices": "fail"}),
+        (
+            LOST + GPUS,
+            15,
+            {"device 0": "ok", "device 1": "ok", "devices": "warn", "NVIDIA driver": "ok"},
+        ),
+        ("2, [Unknown Error], , , \n", 0, {"devices": "warn"}),
+        (
+            GPUS + "2, [Unknown Error], , , \n",
+            0,
+            {"device 0": "ok", "device 1": "ok", "devices": "warn", "NVIDIA driver": "ok"},
+        ),
+    ],
+)
+def test_each_line_of_nvidia_smi_is_told(
+    driver: Callable[..., None], words: str, status: int, found: dict[str, str]
+) -> None:
+    driver(words, status)
+    told = {check.name: check for check in doctor._devices(settings.load())}
+    assert {name: check.status for name, check in told.items()} == found
+    odd = [line.strip() for line in words.splitlines() if line not in GPUS]
+    assert all(line in told["devices"].seen for line in odd)
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "status"),
+    [
+        ("580.95.05", "13.0", "ok"),
+        ("575.57.08", "13.0", "warn"),
+        ("575.57.08", "12.8", "ok"),
+        ("520.61.05", "12.8", "warn"),
+        ("575.57.08", "", None),
+        ("575.57.08", "11.8", None),
+        ("[N/A]", "13.0", None),
+    ],
+)
+def test_a_driver_too_old_for_torch_is_told(
+    driver: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    cuda: str,
+    status: str | None,
+) -> None:
+    monkeypatch.setattr(doctor, "_cuda_of_torch", lambda: cuda)
+    driver(GPUS.replace("580.95.05", version))
+    told = {check.name: check for check in doctor._devices(settings.load())}
+    assert told["device 0"].status == "ok"
+    check = told.get("NVIDIA driver")
+    assert (check and check.status) == status
+    assert status != "warn" or (check and version in check.seen)
+
+
+def test_the_cuda_of_torch_is_read_without_loading_it() -> None:
+    script = (
+        "import sys\nfrom jobs import doctor\ncuda = doctor._cuda_of_torch()\n"
+        "assert 'torch' not in sys.modules\nimport torch\nassert cuda == (torch.version.cuda or '')"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_preset_is_not_judged_where_the_gpus_are_unknown(driver: Callable[..., None]) -> None:
+    """By the main memory of this machine it would fit."""
+    shipped.copy("tiny", settings.load().models_dir / "tiny")
+    driver(LOST, 15)
+    (check,) = doctor.fits(settings.load(), "tiny")
+    assert (check.name, check.status) == ("fit tiny", "fail")
+    assert LOST.strip() in check.seen
+
+
+def test_a_check_that_meets_a_defect_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(_config: settings.Settings) -> Iterator[doctor.Check]:
+        raise KeyError("odd")
+
+    odd.__name__ = "_devices"
+    monkeypatch.setattr(doctor, "_devices", odd)
+    found = checks()
+    assert (found["devices"].status, found["devices"].seen) == ("fail", "KeyError: 'odd'")
+    assert "presets" in found
 
 
 def test_settings_are_shown_with_their_source_and_without_secrets(

@@ -23,7 +23,18 @@ def numbered(error_code):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
         RuntimeError("CUDA error: out of memory"),
         torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+        RuntimeError("CUDA driver error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(h)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError(
+            "NVML_SUCCESS == r INTERNAL ASSERT FAILED at "
+            '"/pytorch/c10/cuda/CUDACachingAllocator.cpp":1407, please report a bug to PyTorch. '
+        ),
         numbered(2),
         MemoryError(),
     ],
@@ -40,12 +51,29 @@ def test_too_little_memory_is_named_so(cpu, raised):
         torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         numbered(700),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSetStream`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("CUDA driver error: an illegal memory access was encountered"),
+        RuntimeError("CUDA driver error: unspecified launch failure"),
+        RuntimeError("CUDA driver error: uncorrectable ECC error encountered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
     ],
 )
 def test_a_broken_device_is_named_so(cpu, raised):
     with pytest.raises(errors.DeviceFault, match="CPU test: "), cpu.faults():
         raise raised
+
+
+def test_a_lost_device_that_looks_like_a_full_one_is_lost(cpu, monkeypatch):
+    """cuBLAS says the same of both; what is done about a full one tells them apart."""
+
+    def lost():
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    with pytest.raises(errors.DeviceFault, match="launch failure"), cpu.faults():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +122,8 @@ def test_what_fp32_means_on_a_gpu_is_not_left_to_libraries(products, monkeypatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_a_fault_with_advice(monkeypatch):
     monkeypatch.setenv("RUSHES_DEVICE", "cuda")
-    with pytest.raises(errors.DeviceFault, match="nvidia-smi"):
+    advice = rf"nvidia-smi and the driver, .* torch's CUDA \({torch.version.cuda}\)"
+    with pytest.raises(errors.DeviceFault, match=advice):
         device.current(WorkerSettings())
 
 

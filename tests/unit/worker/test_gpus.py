@@ -25,10 +25,10 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def make(table, *, names="", status=0):
+    def make(table, *, names="", status=0, before=""):
         program = folder / "nvidia-smi"
         program.write_text(
-            "#!/bin/sh\n"
+            f"#!/bin/sh\n{before}\n"
             f'if [ "$1" = -L ]; then printf %s {shlex.quote(names)}; '
             f"else printf %s {shlex.quote(table)}; fi\n"
             f"exit {status}\n"
@@ -76,12 +76,92 @@ def test_a_driver_that_finds_nothing_is_as_none(machine, said):
     assert names(gpus.slots("auto", cores=1)) == ["cpu0"]
 
 
-def test_a_driver_that_fails_is_told_in_the_log(machine, capsys):
-    machine("Driver/library version mismatch", status=18)
-    assert names(gpus.slots("auto", cores=1)) == ["cpu0"]
+@pytest.mark.parametrize("devices", ["auto", "0", "0,1"])
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("Failed to initialize NVML: Driver/library version mismatch\n", 18),
+        ("No devices were found\n", 6),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", 9),
+        ("Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.\n", 15),
+    ],
+)
+def test_a_driver_that_fails_gives_no_worker_on_the_cpu(machine, capsys, devices, said, status):
+    """Jobs that were meant for GPUs would be taken by it, and none of them rendered in time."""
+    machine(said, status=status)
+    with pytest.raises(errors.GpusUnknown, match="start workers with --devices cpu") as caught:
+        gpus.slots(devices, cores=1)
+    assert caught.value.said == f"exit status {status}, {said.strip()}"
     told = capsys.readouterr().out
     assert "gpus.unreadable" in told
-    assert "version mismatch" in told
+    assert said.strip() in told
+
+
+def test_a_program_that_cannot_be_run_is_a_driver_that_fails(machine, tmp_path):
+    machine(H200)
+    (tmp_path / "bin" / "nvidia-smi").write_text("")
+    with pytest.raises(errors.GpusUnknown, match="nvidia-smi is here and fails"):
+        gpus.slots("auto", cores=1)
+
+
+@pytest.mark.parametrize("devices", ["cpu", "sim"])
+def test_a_driver_that_fails_is_not_asked_for_other_devices(machine, devices):
+    machine("Driver/library version mismatch", status=18)
+    assert names(gpus.slots(devices, cores=1)) == [f"{devices}0"]
+
+
+@pytest.mark.parametrize("limit", ["", "-1", "NoDevFiles"])
+def test_nor_where_all_gpus_are_hidden_from_us(machine, monkeypatch, limit):
+    machine("Driver/library version mismatch", status=18)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", limit)
+    assert names(gpus.slots("auto", cores=1)) == ["cpu0"]
+
+
+@pytest.mark.parametrize(
+    ("table", "status"),
+    [
+        (H200 + "WARNING: infoROM is corrupted at gpu 0000:3B:00.0\n", 14),
+        ("Unable to determine the device handle for GPU2: GPU is lost.\n" + H200, 15),
+        (H200, 255),
+    ],
+)
+def test_good_gpus_beside_a_bad_one_are_taken(machine, capsys, table, status):
+    machine(table, status=status)
+    assert names(gpus.slots("auto", cores=1)) == ["gpu0", "gpu1"]
+    assert names(gpus.slots("0,1", cores=1)) == ["gpu0", "gpu1"]
+    told = capsys.readouterr().out
+    assert f"exit status {status}" in told
+    assert ("infoROM" in told, "GPU is lost" in told) == (status == 14, status == 15)
+    assert "GPU-aaaa1111" not in told
+
+
+def test_slices_are_found_beside_a_bad_gpu(machine):
+    machine(H200, names=WITH_SLICES, status=14)
+    assert names(gpus.slots("auto", cores=1)) == ["gpu0.0", "gpu0.1", "gpu1"]
+
+
+def test_a_lost_gpu_that_was_left_to_us_is_not_replaced_by_the_cpu(machine, monkeypatch):
+    machine("GPU is lost.\n" + H200, status=15)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with pytest.raises(errors.GpusUnknown, match="GPU is lost"):
+        gpus.slots("auto", cores=1)
+
+
+@pytest.mark.parametrize(("tries", "is_told"), [(1, False), (2, True)])
+def test_a_driver_that_does_not_answer_is_asked_once_more(
+    machine, monkeypatch, tmp_path, tries, is_told
+):
+    """By its first question it may just have been woken."""
+    monkeypatch.setattr(gpus, "ASK_SECONDS", 0.5)
+    marks = shlex.quote(str(tmp_path / "asked"))
+    # No programs but the shell's own are on PATH.
+    late = f"echo x >> {marks}; n=0; while read -r _; do n=$((n + 1)); done < {marks}"
+    machine(H200, before=f"{late}; if [ $n -le {tries} ]; then exec /bin/sleep 60; fi")
+    if is_told:
+        with pytest.raises(errors.GpusUnknown, match="timed out"):
+            gpus.slots("auto", cores=1)
+    else:
+        assert names(gpus.slots("auto", cores=1)) == ["gpu0", "gpu1"]
 
 
 def test_a_gpu_without_memory_of_its_own_is_a_gpu(machine):
@@ -114,6 +194,8 @@ def test_each_slice_of_a_gpu_is_a_device(machine):
         ("GPU-bb", ["gpu1"]),
         ("GPU-", ["cpu0"]),
         ("0,7,1", ["gpu0"]),
+        ("1,1", ["gpu1"]),
+        ("1,GPU-bbbb2222,0", ["gpu1", "gpu0"]),
         ("", ["cpu0"]),
         ("-1", ["cpu0"]),
         ("NoDevFiles", ["cpu0"]),
