@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 from sqlalchemy import URL, Executable, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.exc import TimeoutError as NoConnectionFree
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from jobs import (
@@ -452,7 +451,7 @@ def _is_stored(db: database.Database, batch_id: str, transaction: str) -> bool:
     """After a COMMIT without an answer. AnswerLost when this has none either."""
     for wait in LOOK_AGAIN_SECONDS:
         time.sleep(wait)
-        with contextlib.suppress(DBAPIError, NoConnectionFree), db.reading() as session:
+        with contextlib.suppress(SQLAlchemyError), db.reading() as session:
             # In this order: one that ends between the two is seen.
             if not _is_under_way(session, transaction):
                 found = select(Batch.id).where(Batch.id == batch_id)

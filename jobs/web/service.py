@@ -88,9 +88,19 @@ class Service:
         return stores.open_store(self.config, answer_seconds=CHECK_SECONDS)
 
     @functools.cached_property
+    def checked_db(self) -> database.Database:
+        """Its connection is nobody else's: requests that hang leave it free."""
+        return database.connect(self.config, answer_seconds=CHECK_SECONDS)
+
+    @functools.cached_property
     def checking(self) -> ThreadPoolExecutor:
         """For those who ask whether something is there, and do not wait for it."""
         return ThreadPoolExecutor(2, thread_name_prefix="check")
+
+    @functools.cached_property
+    def checking_database(self) -> ThreadPoolExecutor:
+        """Apart: a store that hangs takes both of those, and the service goes on without it."""
+        return ThreadPoolExecutor(1, thread_name_prefix="check-database")
 
     @functools.cached_property
     def opening(self) -> CapacityLimiter:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from fastapi.routing import iter_route_contexts
-from sqlalchemy import delete, update
+from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
@@ -424,13 +424,18 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        exc.OperationalError("SELECT", {}, Exception("postgresql://user:secret@host")),
+        exc.TimeoutError("QueuePool limit of size 4: postgresql://user:secret@host"),
+    ],
+)
 def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
-    web: Web, monkeypatch: pytest.MonkeyPatch
+    web: Web, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from sqlalchemy.exc import OperationalError
-
     def away(*_: object) -> None:
-        raise OperationalError("SELECT", {}, Exception("postgresql://user:secret@host"))
+        raise error
 
     monkeypatch.setattr(database.Database, "reading", away)
     answer = web.client.get("/api/batches")
