@@ -445,6 +445,21 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
     assert web.client.get("/healthz").status_code == 200
 
 
+def test_a_database_that_takes_no_writes_can_be_read_with_a_token(
+    make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = make_web(web_require_token=True)
+    ann = web.token("ann")
+    batch_id = web.submit(headers=ann)
+
+    def refused(*_: object) -> None:
+        raise exc.InternalError("UPDATE", {}, Exception("cannot execute UPDATE in a read-only ..."))
+
+    monkeypatch.setattr(tokens, "is_due_for_note", lambda *_: True)
+    monkeypatch.setattr(tokens, "note_use", refused)
+    assert web.client.get(f"/api/batches/{batch_id}", headers=ann).status_code == 200
+
+
 def test_a_port_that_another_one_has_is_told_in_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
