@@ -42,6 +42,7 @@ CHECK_SECONDS = 2.0  # probes give up after 5
 TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
+MAX_LOOKING = 8  # streams of events, at a time; two thirds of the connections to the database
 MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
 
 
@@ -109,6 +110,10 @@ class Service:
     @functools.cached_property
     def reading(self) -> CapacityLimiter:
         return CapacityLimiter(MAX_READ)
+
+    @functools.cached_property
+    def looking(self) -> CapacityLimiter:
+        return CapacityLimiter(MAX_LOOKING)
 
     @functools.cached_property
     def metrics(self) -> metrics.Registry:
