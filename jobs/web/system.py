@@ -103,6 +103,9 @@ def _database(serving: service.Service) -> str:
     try:
         with serving.checked_db.reading() as session:
             session.execute(text("SELECT 1 FROM batches LIMIT 1"))
+            is_server = not serving.checked_db.is_sqlite
+            if is_server and session.scalar(text("SHOW transaction_read_only")) == "on":
+                return "read-only"  # a standby, or a managed one that is full: it serves readers
     except (SQLAlchemyError, database.DatabaseUnavailable):
         return "unavailable"
     return "ok"

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import exc, update
+from sqlalchemy import exc, text, update
 
 from jobs import database, folder_store, s3_store, schema
 from jobs.web import history, service
@@ -90,6 +90,18 @@ def test_a_store_that_hangs_takes_no_check_from_the_database(
     answer = web.client.get("/readyz")
     enough.set()
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
+
+
+def test_a_probe_tells_of_a_database_that_takes_no_writes(
+    make_web: Callable[..., Web], postgres_database_url: str
+) -> None:
+    web = make_web(database_url=postgres_database_url)
+    with web.db.transaction() as session:
+        name = web.db.engine.url.database
+        session.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+    answer = web.client.get("/readyz")
+    web.serving.checked_db.close()
+    assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
 
 
 def test_the_length_of_the_queue_is_kept_after_an_outage(
