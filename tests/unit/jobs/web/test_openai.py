@@ -298,7 +298,7 @@ def test_a_batch_that_is_not_finished_in_its_window_expires_and_keeps_what_is(
     made = client.batches.create(
         input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
     )
-    assert made.expires_at - made.created_at == 24 * 3600
+    assert 24 * 3600 - (made.expires_at - made.created_at) in (0, 1)  # two looks at the clock
     batch_id = live.web.client.get("/api/batches").json()["batches"][0]["batch_id"]
     live.web.succeed(live.web.job_id(batch_id, 0))
     attempt_id = live.web.claim(live.web.job_id(batch_id, 1))
