@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
-from sqlalchemy import Executable, func, select
+from sqlalchemy import URL, Executable, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from jobs import (
@@ -42,6 +43,19 @@ MAX_REMEMBERED = 10_000  # spellings of looks, good and bad
 SEED_BITS = 32  # drawn seeds are as wide as other tools take; given ones may be wider
 REPETITION = re.compile(r"#\d+$")
 BATCH_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # no i l o u: read over the phone
+LOOK_AGAIN_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0)  # a server that is started anew is back by then
+
+
+class AnswerLost(database.DatabaseUnavailable):
+    """Whether the batch is stored is not known: its COMMIT was sent, and no answer came."""
+
+    def __init__(self, url: URL, batch_id: str) -> None:
+        self.batch_id = batch_id
+        super().__init__(
+            url,
+            f"it went away before it said whether batch {batch_id} is stored: once it is back, "
+            f"`rushes show {batch_id}` tells. With --idempotency-key a submit may be repeated",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +324,7 @@ def submit(
 
     The rows are kept on disk in between: parsing is slower than storing, and on SQLite nobody
     else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
-    the same transaction; what it raises undoes all.
+    the same transaction; what it raises undoes all. AnswerLost: it may be stored or not.
     """
     if file.options.max_queued is not None:
         with db.reading() as session:
@@ -323,6 +337,7 @@ def submit(
         # end.
         db.write(_store_looks, file.looks)
         db.write(_store_owner, file.options.owner)
+        transaction: str | None = None
         try:
             with db.transaction() as session:
                 earlier = _earlier(session, file.options.idempotency_key, checked)
@@ -331,6 +346,7 @@ def submit(
                 batch_id = _store(session, file.options, spool, checked)
                 if beside is not None:
                     beside(session, batch_id)
+                transaction = _transaction(session)
         except IntegrityError:
             # Another submit with the same key was faster.
             with db.reading() as session:
@@ -338,6 +354,10 @@ def submit(
             if earlier is None:
                 raise
             return earlier
+        except DBAPIError:
+            # Before the COMMIT was sent, all is undone.
+            if transaction is None or not _is_stored(db, batch_id, transaction):
+                raise
     return Submission(batch_id=batch_id, jobs=checked.jobs, is_new=True, plan=checked)
 
 
@@ -418,6 +438,32 @@ def _store(
     if options.max_queued is not None:
         _check_quota(session, options.owner, new=checked.jobs, most=options.max_queued)
     return batch_id
+
+
+def _transaction(session: Session) -> str:
+    """What PostgreSQL can be asked about it later; "" on SQLite, where a file says how it ended."""
+    if session.get_bind().dialect.name == "sqlite":
+        return ""
+    return str(session.scalar(text("SELECT pg_current_xact_id()::text")))
+
+
+def _is_stored(db: database.Database, batch_id: str, transaction: str) -> bool:
+    """After a COMMIT without an answer. AnswerLost when this has none either."""
+    for wait in LOOK_AGAIN_SECONDS:
+        time.sleep(wait)
+        with contextlib.suppress(SQLAlchemyError), db.reading() as session:
+            # In this order: one that ends between the two is seen.
+            if not _is_under_way(session, transaction):
+                found = select(Batch.id).where(Batch.id == batch_id)
+                return session.scalar(found) is not None
+    raise AnswerLost(db.url, batch_id)
+
+
+def _is_under_way(session: Session, transaction: str) -> bool:
+    if not transaction:
+        return False
+    asked = text("SELECT pg_xact_status(CAST(:id AS xid8))")
+    return bool(session.scalar(asked, {"id": transaction}) == "in progress")
 
 
 def _check_room(session: Session, options: Options, *, most: int) -> None:

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, get_args
 
 import click
+from sqlalchemy.exc import DBAPIError
 
 from jobs import (
     bell,
@@ -158,9 +159,13 @@ def _after_commit(
     notes = []
     if made.is_new and (delayed := bell.kick(config)):
         notes.append(delayed)
-    with db.reading() as session:
-        idle = queries.queues_without_workers(session, made.batch_id)
-        refusals = queries.refusals_of(session, idle)
+    try:
+        with db.reading() as session:
+            idle = queries.queues_without_workers(session, made.batch_id)
+            refusals = queries.refusals_of(session, idle)
+    except DBAPIError as error:
+        told = errors.first_line(error)
+        return [*notes, f"the batch is stored, and then the database went away ({told})"]
     if idle:
         notes.append(display.hint_of_idle(idle, refusals))
     return notes

@@ -6,13 +6,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+import structlog
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import shapes, watch
+from jobs import database, shapes, watch
 from jobs.web import access, answers, finding, rates, service
 from jobs.web.batches import Serving
 
@@ -20,11 +22,15 @@ router = APIRouter(
     prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
 )
 
+log = structlog.get_logger()
+
 LOOK_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 10.0  # between looks while the database is away
 QUIET_SECONDS = 15.0  # proxies end connections that say nothing
 TOKEN_SECONDS = 10.0  # a revoked token reads on for no longer
 MAX_LISTENERS = 200  # each looks at the database twice a second
 RETRY_MILLISECONDS = 2_000
+STILL_HERE = format_sse_event(comment="still here")
 
 
 _listeners: set[object] = set()
@@ -50,6 +56,7 @@ async def events(
     """An event `progress` per change (steps of running jobs too), then one `finished`.
 
     Each is the whole state, as GET /api/batches/{batch_id} tells it: who reconnects misses nothing.
+    While the database is away there are comments alone, and then it goes on.
     """
     stream = _stream(service.of(request), batch_id, principal)
     return StreamingResponse(stream, media_type="text/event-stream")
@@ -63,29 +70,56 @@ async def _stream(
     try:
         yield format_sse_event(comment="hello", retry=RETRY_MILLISECONDS)
         told: dict[str, Any] = {}
-        quiet = 0.0
-        checked = time.monotonic()
+        checked = spoken = time.monotonic()
+        pause = LOOK_SECONDS
         while True:
-            if time.monotonic() - checked >= TOKEN_SECONDS:
-                if not await run_in_threadpool(access.is_still_valid, serving, principal):
+            is_due = time.monotonic() - checked >= TOKEN_SECONDS
+            look = asyncio.create_task(_look(serving, batch_id, principal if is_due else None))
+            try:
+                while not (await asyncio.wait([look], timeout=QUIET_SECONDS))[0]:
+                    yield STILL_HERE
+                    spoken = time.monotonic()
+            finally:
+                look.cancel()  # where the listener has left
+            try:
+                snapshot = look.result()
+            except (SQLAlchemyError, database.DatabaseUnavailable) as error:
+                # An EventSource whose stream ends asks again, is told 503, and asks no more.
+                if pause == LOOK_SECONDS:
+                    log.warning("web.events_delayed", batch_id=batch_id, error=str(error)[:200])
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            else:
+                if snapshot is None:
                     return
-                checked = time.monotonic()
-            snapshot = await run_in_threadpool(watch.look, serving.db, batch_id)
-            shape = jsonable_encoder(shapes.snapshot(snapshot))
-            essence = _essence(shape)
-            if essence != told or snapshot.is_finished:
-                name = "finished" if snapshot.is_finished else "progress"
-                yield format_sse_event(event=name, data_str=json.dumps(shape))
-                told, quiet = essence, 0.0
-            elif quiet >= QUIET_SECONDS:
-                yield format_sse_event(comment="still here")
-                quiet = 0.0
-            if snapshot.is_finished:
-                return
-            await asyncio.sleep(LOOK_SECONDS)
-            quiet += LOOK_SECONDS
+                pause = LOOK_SECONDS
+                checked = time.monotonic() if is_due else checked
+                shape = jsonable_encoder(shapes.snapshot(snapshot))
+                essence = _essence(shape)
+                if essence != told or snapshot.is_finished:
+                    name = "finished" if snapshot.is_finished else "progress"
+                    yield format_sse_event(event=name, data_str=json.dumps(shape))
+                    told, spoken = essence, time.monotonic()
+                if snapshot.is_finished:
+                    return
+            if time.monotonic() - spoken >= QUIET_SECONDS:
+                yield STILL_HERE
+                spoken = time.monotonic()
+            await asyncio.sleep(pause)
     finally:
         _listeners.discard(me)
+
+
+async def _look(
+    serving: service.Service, batch_id: str, doubted: access.Principal | None
+) -> watch.Snapshot | None:
+    """None: the token of `doubted` is valid no more."""
+
+    def look() -> watch.Snapshot | None:
+        if doubted is not None and not access.is_still_valid(serving, doubted):
+            return None
+        return watch.look(serving.db, batch_id)
+
+    return await to_thread.run_sync(look, limiter=serving.looking)
 
 
 def _essence(shape: dict[str, Any]) -> dict[str, Any]:

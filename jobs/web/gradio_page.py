@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.routing import Mount
 
 from jobs import errors, presets, queries, states
@@ -105,7 +105,7 @@ def _handler(gradio: Any, serving: service.Service) -> Callable[..., Told]:
             raise gradio.Error(told, print_exception=False) from None
         except errors.RushesError as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        except DBAPIError:
+        except SQLAlchemyError:
             told = "the database does not answer: what was submitted goes on, look for it later"
             raise gradio.Error(told, print_exception=False) from None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from jobs import database, queries
@@ -57,6 +57,6 @@ class History:
         while True:
             try:
                 await run_in_threadpool(self.look, db)
-            except (DBAPIError, database.DatabaseUnavailable) as error:
+            except (SQLAlchemyError, database.DatabaseUnavailable) as error:
                 log.warning("web.queue_not_seen", error=str(error)[:200])
             await asyncio.sleep(EVERY_SECONDS)

@@ -68,10 +68,11 @@ def _submitted(
                 preset = openai_videos.preset_of(serving, model, with_image=with_image)
             except errors.NotFound as unknown:
                 raise service.invalid(file.name, str(unknown)) from unknown
-            name = f"batch_{secrets.token_hex(12)}"
+            answer: dict[str, Any] = {}
 
             def beside(session: Session, batch_id: str) -> None:
-                _add(session, new, principal, name, batch_id)
+                # Before the commit: after it, a database that goes away would make this a failure.
+                answer.update(_added(session, new, principal, batch_id))
 
             serving.submit(
                 rows,
@@ -83,7 +84,7 @@ def _submitted(
                 found=images_for(serving, principal),
                 beside=beside,
             )
-    return _found(name, serving, principal)
+    return answer
 
 
 def _convert(source: BinaryIO, target: BinaryIO) -> tuple[set[str], bool]:
@@ -129,28 +130,26 @@ def _refused(
         {"code": "invalid_line", "line": problem.line, "message": problem.message, "param": None}
         for problem in refused.problems[:MAX_ERRORS]
     ]
-    name = f"batch_{secrets.token_hex(12)}"
     with serving.db.transaction() as session:
-        _add(session, new, principal, name, None, errors=data)
-    return _found(name, serving, principal)
+        return _added(session, new, principal, None, errors=data)
 
 
-def _add(
+def _added(
     session: Session,
     new: NewBatch,
     principal: access.Principal,
-    name: str,
     batch_id: str | None,
     **more: Any,
-) -> None:
-    requests.add(
+) -> dict[str, Any]:
+    row = requests.add(
         session,
         api=API,
         owner=principal.owner,
-        name=name,
+        name=f"batch_{secrets.token_hex(12)}",
         batch_id=batch_id,
         body=new.model_dump() | more,
     )
+    return _shape(session, row)
 
 
 @router.get("")

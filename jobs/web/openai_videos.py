@@ -125,24 +125,25 @@ def create(
         row["image"] = found.give(asked.image)
     preset = preset_of(serving, row.pop("model", None), with_image="image" in row)
     asked_model = asked.fields.get("model") or preset.name
+    answer: dict[str, Any] = {}
 
     def beside(session: Session, batch_id: str) -> None:
-        job_id = session.scalars(select(Job.id).where(Job.batch_id == batch_id)).one()
+        job = session.scalars(select(Job).where(Job.batch_id == batch_id)).one()
         requests.add(
             session,
             api=requests.VIDEOS,
             owner=principal.owner,
-            name=requests.video_name(job_id),
+            name=requests.video_name(job.id),
             batch_id=batch_id,
             body={"model": asked_model},
         )
+        # Before the commit: after it, a database that goes away would make this a failure.
+        answer.update(shape(session, job))
 
-    made = serving.submit_rows(
+    serving.submit_rows(
         [row], options=options(serving, preset, principal), found=found, beside=beside
     )
-    with serving.db.reading() as session:
-        job = queries.jobs(session, made.batch_id, limit=1)[0]
-        return shape(session, job)
+    return answer
 
 
 def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:

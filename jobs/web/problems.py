@@ -11,9 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 
-from jobs import database, errors, requests, safety, storage
+from jobs import database, errors, requests, safety, storage, submission
 from jobs.web import access, html, rates
 
 log = structlog.get_logger()
@@ -40,6 +41,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(DBAPIError, _on_database_error)
+    app.add_exception_handler(NoConnectionFree, _on_database_error)
     app.add_exception_handler(Exception, _on_defect)
 
 
@@ -144,6 +146,8 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, rates.TooManyRequests):
         headers["Retry-After"] = str(math.ceil(error.wait_seconds))
+    elif isinstance(error, submission.AnswerLost):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and make a second batch
     elif status == 503:
         headers["Retry-After"] = str(AGAIN_SECONDS)
     detail = str(error)
@@ -159,7 +163,10 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
         # Addresses of the store are our own business.
         log.error("web.storage_failed", path=request.url.path, error=str(error))
         detail = "the file is not there any more" if status == 404 else "the store does not answer"
-    if isinstance(error, database.DatabaseUnavailable):
+    if isinstance(error, submission.AnswerLost):
+        more["batch_id"] = error.batch_id
+        detail = f"the database went away before it said whether batch {error.batch_id} is stored"
+    elif isinstance(error, database.DatabaseUnavailable):
         detail = "the database does not answer"
     if isinstance(error, safety.CheckBroken):
         log.error("web.check_broken", path=request.url.path, error=detail)

@@ -44,7 +44,8 @@ def run(config: settings.Settings, *, say: Callable[[str], None]) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt):  # told again, after all has ended
         server.run(sockets=listening)
-    db.close()
+    for each in (db, serving.checked_db):
+        each.close()
     if not server.started:
         raise errors.RushesError("the service did not start: the lines above say why")
 

@@ -42,6 +42,7 @@ CHECK_SECONDS = 2.0  # probes give up after 5
 TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
+MAX_LOOKING = 8  # streams of events, at a time; two thirds of the connections to the database
 MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
 
 
@@ -88,9 +89,19 @@ class Service:
         return stores.open_store(self.config, answer_seconds=CHECK_SECONDS)
 
     @functools.cached_property
+    def checked_db(self) -> database.Database:
+        """Its connection is nobody else's: requests that hang leave it free."""
+        return database.connect(self.config, answer_seconds=CHECK_SECONDS)
+
+    @functools.cached_property
     def checking(self) -> ThreadPoolExecutor:
         """For those who ask whether something is there, and do not wait for it."""
         return ThreadPoolExecutor(2, thread_name_prefix="check")
+
+    @functools.cached_property
+    def checking_database(self) -> ThreadPoolExecutor:
+        """Apart: a store that hangs takes both of those, and the service goes on without it."""
+        return ThreadPoolExecutor(1, thread_name_prefix="check-database")
 
     @functools.cached_property
     def opening(self) -> CapacityLimiter:
@@ -99,6 +110,10 @@ class Service:
     @functools.cached_property
     def reading(self) -> CapacityLimiter:
         return CapacityLimiter(MAX_READ)
+
+    @functools.cached_property
+    def looking(self) -> CapacityLimiter:
+        return CapacityLimiter(MAX_LOOKING)
 
     @functools.cached_property
     def metrics(self) -> metrics.Registry:

@@ -1,14 +1,13 @@
 """Our own API: uploads, presets, workers, and how well the service is."""
 
-import time
-from concurrent.futures import Future
+import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Response, UploadFile
+from fastapi import APIRouter, File, Request, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import broker, database, errors, presets, queries, shapes, uploads
 from jobs.web import access, answers, images, receiving, service
@@ -74,39 +73,45 @@ async def is_alive() -> dict[str, str]:
 
 
 @health.get("/readyz")
-def is_ready(serving: Serving, response: Response) -> dict[str, Any]:
-    """503 when requests cannot be served: without the database. The rest may come back later."""
-    until = time.monotonic() + service.CHECK_SECONDS
+async def is_ready(request: Request, response: Response) -> dict[str, Any]:
+    """503 when requests cannot be served: without the database. The rest may come back later.
+
+    Answered also while all threads of this process are at work.
+    """
+    serving = service.of(request)
     asked = {
-        name: serving.checking.submit(check, serving)
-        for name, check in (("broker", _broker), ("store", _store))
+        "database": asyncio.wrap_future(serving.checking_database.submit(_database, serving)),
+        "broker": asyncio.wrap_future(serving.checking.submit(_broker, serving)),
+        "store": asyncio.wrap_future(serving.checking.submit(_store, serving)),
     }
-    checks = {"database": _database(serving)}
-    checks |= {name: _answer(found, until) for name, found in asked.items()}
-    if checks["database"] != "ok":
+    # Names with many addresses are tried for longer than a probe waits.
+    await asyncio.wait(asked.values(), timeout=service.CHECK_SECONDS)
+    checks = {name: _answer(found) for name, found in asked.items()}
+    if checks["database"] == "unavailable":
         response.status_code = 503
     return {"status": checks["database"], "checks": checks}
 
 
-def _answer(found: Future[str], until: float) -> str:
-    """Names with many addresses are tried for longer than a probe waits."""
-    try:
-        return found.result(max(0.0, until - time.monotonic()))
-    except TimeoutError:
-        found.cancel()
-        return "unavailable"
+def _answer(found: asyncio.Future[str]) -> str:
+    if found.done():
+        return found.result()
+    found.cancel()
+    return "unavailable"
 
 
-def _database(serving: Serving) -> str:
+def _database(serving: service.Service) -> str:
     try:
-        with serving.db.reading() as session:
+        with serving.checked_db.reading() as session:
             session.execute(text("SELECT 1 FROM batches LIMIT 1"))
-    except (DBAPIError, database.DatabaseUnavailable):
+            is_server = not serving.checked_db.is_sqlite
+            if is_server and session.scalar(text("SHOW transaction_read_only")) == "on":
+                return "read-only"  # a standby, or a managed one that is full: it serves readers
+    except (SQLAlchemyError, database.DatabaseUnavailable):
         return "unavailable"
     return "ok"
 
 
-def _broker(serving: Serving) -> str:
+def _broker(serving: service.Service) -> str:
     try:
         broker.Broker(serving.config).redis.ping()
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError):
@@ -114,7 +119,7 @@ def _broker(serving: Serving) -> str:
     return "ok"
 
 
-def _store(serving: Serving) -> str:
+def _store(serving: service.Service) -> str:
     try:
         serving.checked_store.check()
     except errors.RushesError:

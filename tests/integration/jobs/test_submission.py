@@ -5,15 +5,15 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from jobs import bulk, errors, presets, queues, schema, submission
+from jobs import bulk, database, errors, presets, queues, schema, submission
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import PRESET, World, prompt_file
 
@@ -303,6 +303,91 @@ def test_a_connection_that_breaks_while_jobs_are_stored_is_an_outage_of_the_data
     monkeypatch.setattr(submission, "_jobs", jobs)
     assert rows_of(world) == 0
     assert world.submit(2)
+
+
+# A COMMIT without an answer.
+
+
+Broken = Callable[..., Callable[..., None]]
+
+
+@pytest.fixture
+def breaking(world: World, monkeypatch: pytest.MonkeyPatch) -> Broken:
+    """Given to a submit: the connection breaks at its COMMIT, before or after the server had it."""
+    monkeypatch.setattr(submission, "LOOK_AGAIN_SECONDS", (0.0, 0.0))
+    dialect = world.db.engine.dialect
+    commit, error = dialect.do_commit, dialect.loaded_dbapi.OperationalError
+
+    def make(*, is_committed: bool) -> Callable[..., None]:
+        def broken(connection: Any) -> None:
+            monkeypatch.setattr(dialect, "do_commit", commit)
+            (commit if is_committed else dialect.do_rollback)(connection)
+            raise error("server closed the connection unexpectedly")
+
+        return lambda *_: monkeypatch.setattr(dialect, "do_commit", broken)
+
+    return make
+
+
+def test_a_submit_whose_answer_was_lost_is_looked_for(
+    world: World, breaking: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again where the database is not back yet."""
+    reading, looks = database.Database.reading, iter([True])
+
+    def once_away(db: database.Database) -> Any:
+        if next(looks, False):
+            raise OperationalError("SELECT", {}, Exception("the database system is starting up"))
+        return reading(db)
+
+    monkeypatch.setattr(database.Database, "reading", once_away)
+    given = prompt_file([{"prompt": "a cat"}, {"prompt": "a dog"}])
+    made = submission.submit(world.db, given, beside=breaking(is_committed=True))
+    assert (made.is_new, made.jobs, next(looks, None)) == (True, 2, None)
+    assert len(world.jobs(made.batch_id)) == 2
+    assert rows_of(world) == 3
+
+
+def test_a_submit_whose_commit_never_arrived_fails_and_left_nothing(
+    world: World, breaking: Broken
+) -> None:
+    with pytest.raises(OperationalError, match="server closed"):
+        submission.submit(
+            world.db, prompt_file([{"prompt": "a cat"}]), beside=breaking(is_committed=False)
+        )
+    assert rows_of(world) == 0
+
+
+def test_a_submit_of_which_nothing_is_known_names_its_batch(
+    world: World, breaking: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+    lose = breaking(is_committed=True)
+
+    def away(_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("connection refused"))
+
+    def lost(_: object, batch_id: str) -> None:
+        ids.append(batch_id)
+        lose()
+        monkeypatch.setattr(database.Database, "reading", away)
+
+    with pytest.raises(submission.AnswerLost, match="rushes show") as error:
+        submission.submit(world.db, prompt_file([{"prompt": "a cat"}]), beside=lost)
+    assert [error.value.batch_id] == ids
+
+
+def test_a_commit_that_the_server_is_still_at_is_no_failure(
+    postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while it waits for a standby: the batch may be there in a moment."""
+    world = postgres_world
+    monkeypatch.setattr(submission, "LOOK_AGAIN_SECONDS", (0.0,))
+    with world.db.transaction() as other:
+        under_way = submission._transaction(other)
+        with pytest.raises(submission.AnswerLost):
+            submission._is_stored(world.db, "batch", under_way)
+    assert not submission._is_stored(world.db, "batch", under_way)
 
 
 # Looks.

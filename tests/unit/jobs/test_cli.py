@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import text, update
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from jobs import (
     beat,
@@ -34,6 +36,7 @@ from jobs import (
     retries,
     settings,
     states,
+    submission,
     watch,
     workers,
 )
@@ -270,6 +273,45 @@ def test_submit_stores_a_batch_while_redis_is_down(
     assert "no live worker takes from rushes.render.tiny" in result.stderr
     with db.reading() as session:
         assert queries.find_batch(session, "latest").name == "night"
+
+
+def test_a_stored_batch_is_told_though_the_database_goes_away(
+    db: database.Database, rushes: Rushes, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+
+    monkeypatch.setattr(queries, "queues_without_workers", away)
+    result = rushes("submit", prompts, "--preset", "tiny", "-o", "json")
+    assert result.exit_code == 0
+    told = parsed(result)
+    assert "then the database went away (server closed the connection)" in told["notes"][-1]
+    with db.reading() as session:
+        assert queries.find_batch(session, told["batch_id"]).total == 2
+
+
+def test_a_submit_of_which_nothing_is_known_says_how_to_find_out(
+    rushes: Rushes, db: database.Database, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(db: database.Database, batch_id: str, _: object) -> None:
+        raise submission.AnswerLost(db.url, batch_id)
+
+    def broken(_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    arm = submission._transaction
+
+    def armed(session: Session) -> str:
+        monkeypatch.setattr(session.get_bind().dialect, "do_commit", broken)
+        return arm(session)
+
+    monkeypatch.setattr(submission, "_is_stored", lost)
+    monkeypatch.setattr(submission, "_transaction", armed)
+    result = rushes("submit", prompts, "--preset", "tiny", "-o", "json")
+    assert result.exit_code == exits.ERROR
+    error = parsed(result)["error"]
+    assert error["kind"] == "AnswerLost"
+    assert f"`rushes show {error['batch_id']}` tells" in error["message"]
 
 
 def test_submit_prints_the_id_alone_when_quiet(farm: Farm) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from fastapi.routing import iter_route_contexts
-from sqlalchemy import delete, update
+from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
@@ -427,13 +427,18 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        exc.OperationalError("SELECT", {}, Exception("postgresql://user:secret@host")),
+        exc.TimeoutError("QueuePool limit of size 4: postgresql://user:secret@host"),
+    ],
+)
 def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
-    web: Web, monkeypatch: pytest.MonkeyPatch
+    web: Web, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from sqlalchemy.exc import OperationalError
-
     def away(*_: object) -> None:
-        raise OperationalError("SELECT", {}, Exception("postgresql://user:secret@host"))
+        raise error
 
     monkeypatch.setattr(database.Database, "reading", away)
     answer = web.client.get("/api/batches")
@@ -441,6 +446,21 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
     assert "secret" not in answer.text
     assert web.client.get("/readyz").status_code == 503
     assert web.client.get("/healthz").status_code == 200
+
+
+def test_a_database_that_takes_no_writes_can_be_read_with_a_token(
+    make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = make_web(web_require_token=True)
+    ann = web.token("ann")
+    batch_id = web.submit(headers=ann)
+
+    def refused(*_: object) -> None:
+        raise exc.InternalError("UPDATE", {}, Exception("cannot execute UPDATE in a read-only ..."))
+
+    monkeypatch.setattr(tokens, "is_due_for_note", lambda *_: True)
+    monkeypatch.setattr(tokens, "note_use", refused)
+    assert web.client.get(f"/api/batches/{batch_id}", headers=ann).status_code == 200
 
 
 def test_a_port_that_another_one_has_is_told_in_a_line(

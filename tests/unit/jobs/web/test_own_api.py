@@ -1,7 +1,9 @@
 """Our own API, as a program meets it."""
 
 import contextlib
+import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -10,8 +12,9 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
+from sqlalchemy import exc
 
-from jobs import results, schema, tokens
+from jobs import database, orders, results, schema, tokens, watch
 from jobs.web import events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
@@ -229,6 +232,32 @@ def test_events_end_with_their_token(
         text = reading.result(timeout=10).text
     assert "event: progress" in text
     assert "event: finished" not in text
+    assert not events._listeners
+
+
+def test_events_go_on_after_an_outage_of_the_database(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With comments in it, also while a look hangs."""
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(events, "QUIET_SECONDS", 0.2)
+    batch_id = web.submit()
+    look, looks = watch.look, itertools.count(1)
+
+    def now_and_then(db: database.Database, batch_id: str) -> watch.Snapshot:
+        number = next(looks)
+        if number == 2:
+            time.sleep(0.7)
+        if 2 <= number <= 4:
+            raise exc.OperationalError("SELECT", {}, Exception("no answer within 120 s"))
+        if number == 5:
+            db.write(orders.cancel_batch, batch_id)
+        return look(db, batch_id)
+
+    monkeypatch.setattr(watch, "look", now_and_then)
+    told = web.client.get(f"/api/batches/{batch_id}/events").text
+    assert re.findall("event: (.*)", told) == ["progress", "finished"]
+    assert told.count(": still here") >= 2
     assert not events._listeners
 
 

@@ -1,5 +1,6 @@
-"""How well the service is while its store hangs."""
+"""How well the service is while its store, or its database, hangs."""
 
+import asyncio
 import gc
 import http.server
 import itertools
@@ -9,12 +10,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import exc, text, update
 
-from jobs import folder_store, s3_store, schema
-from jobs.web import service
+from jobs import database, folder_store, s3_store, schema
+from jobs.web import history, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web, running
 
 PROBE_SECONDS = 5  # deploy/kubernetes/web.yaml
@@ -56,6 +58,73 @@ def test_a_probe_does_not_wait_for_a_store_with_many_addresses(
         assert (answer.status_code, answer.json()["checks"]["store"]) == (200, "unavailable")
     enough.set()
     assert web.client.get("/readyz").json()["checks"]["store"] == "ok"
+
+
+def test_a_probe_is_answered_while_all_threads_wait_for_the_database(
+    make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = threading.Event()
+
+    def hangs(*_: object) -> None:
+        enough.wait(30)
+        raise exc.OperationalError("SELECT", {}, Exception("no answer within 120 s"))
+
+    with running(make_web()) as live, ThreadPoolExecutor(STARLETTES_THREADS) as people:
+        monkeypatch.setattr(database.Database, "reading", hangs)
+        address = f"{live.url}/api/batches"
+        told = [people.submit(asked, address) for _ in range(STARLETTES_THREADS)]
+        time.sleep(1)
+        status, _, seconds = asked(f"{live.url}/readyz")
+        enough.set()
+        assert {answer.result()[0] for answer in told} == {503}
+    assert (status, seconds < PROBE_SECONDS) == (503, True)
+
+
+def test_a_store_that_hangs_takes_no_check_from_the_database(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = threading.Event()
+    monkeypatch.setattr(service, "CHECK_SECONDS", 0.5)
+    for _ in range(2):
+        web.serving.checking.submit(enough.wait, 30)
+    answer = web.client.get("/readyz")
+    enough.set()
+    assert (answer.status_code, answer.json()["status"]) == (200, "ok")
+
+
+def test_a_probe_tells_of_a_database_that_takes_no_writes(
+    make_web: Callable[..., Web], postgres_database_url: str
+) -> None:
+    web = make_web(database_url=postgres_database_url)
+    with web.db.transaction() as session:
+        name = web.db.engine.url.database
+        session.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+    answer = web.client.get("/readyz")
+    web.serving.checked_db.close()
+    assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
+
+
+def test_the_length_of_the_queue_is_kept_after_an_outage(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all connections of the pool hung in it."""
+    monkeypatch.setattr(history, "EVERY_SECONDS", 0.01)
+    kept, looks = web.serving.history, iter([exc.TimeoutError("QueuePool limit")])
+    reading = database.Database.reading
+
+    def once_away(db: database.Database) -> Any:
+        if error := next(looks, None):
+            raise error
+        return reading(db)
+
+    async def keep() -> None:
+        async with kept.kept(web.db):
+            while not kept.samples:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(database.Database, "reading", once_away)
+    asyncio.run(asyncio.wait_for(keep(), 10))
+    assert next(looks, None) is None
 
 
 def test_one_error_of_the_store_is_not_the_viewers(
