@@ -63,6 +63,9 @@ TAKES_NOBODY = (
     "no more connections allowed",
 )
 """What a server says that refuses everybody, not just us."""
+IDLE_TRANSACTION_SECONDS = 30.0
+"""Between two statements of a change. Ours follow at once: whoever is silent for this long is
+frozen or cut off, and others wait for the rows that it has locked."""
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
 
 
@@ -301,6 +304,8 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
         }
     engine = create_engine(url, pool_size=4, max_overflow=8, connect_args=arguments)
     _ping_idle(engine)
+    if engine.dialect.name == "postgresql":
+        _limit_idle(engine)
     if url.get_driver_name() == "psycopg":
         _limit_waits(engine, answer_seconds)
     return engine
@@ -339,6 +344,19 @@ def _ping_idle(engine: Engine) -> None:
             if engine.dialect.is_disconnect(error, connection, None):
                 raise InvalidatePoolError from error  # another connection is made
             raise
+
+
+def _limit_idle(engine: Engine) -> None:
+    """The server ends a transaction whose client stays silent, and gives its locks free."""
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("rushes_begin") == "BEGIN":
+            return  # it only reads, and holds up nobody
+        # For the transaction, not the session: a pooler that lends connections for a transaction
+        # keeps no settings of sessions.
+        limit = f"{IDLE_TRANSACTION_SECONDS * 1000:.0f}"
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {limit}")
 
 
 def _limit_waits(engine: Engine, answer_seconds: float) -> None:

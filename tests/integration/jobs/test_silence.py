@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 import psycopg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url, text, update
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from jobs import (
@@ -26,6 +26,7 @@ from jobs import (
     storage,
     stores,
 )
+from jobs.schema import Batch
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
 
@@ -136,6 +137,53 @@ def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
     with pytest.raises(OperationalError, match="no answer within 1 s") as error:
         broken_off()
     assert error.value.connection_invalidated
+
+
+def test_a_statement_that_is_given_up_waits_on_for_no_lock(
+    through: database.Database, postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor keeps those that it has: what is tried again would wait for them."""
+    monkeypatch.setattr(database, "WRITE_TRIES", 1)
+    first, second = (postgres_world.submit() for _ in range(2))
+
+    def rename_both(session: database.Session) -> None:
+        session.execute(update(Batch).where(Batch.id == second).values(name="new"))
+        session.execute(update(Batch).where(Batch.id == first).values(name="new"))
+
+    def waiting(session: database.Session) -> int:
+        blocked = "datname = current_database() AND wait_event_type = 'Lock'"
+        return session.scalar(text(f"SELECT count(*) FROM pg_stat_activity WHERE {blocked}")) or 0
+
+    with postgres_world.db.transaction() as session:
+        session.execute(update(Batch).where(Batch.id == first).values(name="held"))
+        with pytest.raises(OperationalError, match="no answer within 1 s"):
+            through.write(rename_both)
+        with postgres_world.db.transaction() as other:
+            other.execute(text("SET LOCAL lock_timeout = '3s'"))
+            other.execute(update(Batch).where(Batch.id == second).values(name="other"))
+            assert waiting(other) == 0
+
+
+def test_a_transaction_of_somebody_frozen_holds_its_locks_no_longer_than_it_may_be_idle(
+    through: database.Database, postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wakes up later does all of it again."""
+    monkeypatch.setattr(database, "IDLE_TRANSACTION_SECONDS", 0.3)
+    batch_id = postgres_world.submit()
+    runs = 0
+
+    def rename(session: database.Session, name: str, pause: float) -> None:
+        nonlocal runs
+        runs += 1
+        session.execute(update(Batch).where(Batch.id == batch_id).values(name=name))
+        if runs == 1:
+            postgres_world.db.write(rename, "of another", 0.0)
+            time.sleep(pause)
+        session.execute(text("SELECT 1"))
+
+    through.write(rename, "of the frozen", 0.5)
+    assert runs == 3
+    assert postgres_world.batch(batch_id).name == "of the frozen"
 
 
 def test_a_statement_of_a_migration_may_take_as_long_as_it_needs(
