@@ -20,6 +20,7 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Engine,
+    ExceptionContext,
     Float,
     any_,
     create_engine,
@@ -57,12 +58,15 @@ CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
 IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
 TAKES_NOBODY = (
-    *("starting up", "shutting down", "in recovery", "too many clients", "connection slots"),
+    *("starting up", "shutting down", "in recovery", "accepting connections"),
+    *("too many clients", "connection slots", "too many connections for"),
     # A PgBouncer without its PostgreSQL, or with too many clients of its own.
     *("cannot connect to server", "server_login_retry", "query_wait_timeout"),
-    "no more connections allowed",
+    *("no more connections allowed", "client_login_timeout"),
 )
 """What a server says that refuses everybody, not just us."""
+READ_ONLY = "25006"
+"""Of a write to a standby, or to a managed database whose disk is full."""
 IDLE_TRANSACTION_SECONDS = 30.0
 """Between two statements of a change. Ours follow at once: whoever is silent for this long is
 frozen or cut off, and others wait for the rows that it has locked."""
@@ -273,7 +277,8 @@ def _may_heal(error: DBAPIError) -> bool:
         return True
     state = getattr(error.orig, "sqlstate", None) or ""
     # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
-    return state.startswith(("08", "40", "57P", "53")) or "database is locked" in str(error.orig)
+    may_heal = ("08", "40", "57P", "53", READ_ONLY)
+    return state.startswith(may_heal) or "database is locked" in str(error.orig)
 
 
 def _is_unreachable(error: DBAPIError) -> bool:
@@ -306,6 +311,7 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
     _ping_idle(engine)
     if engine.dialect.name == "postgresql":
         _limit_idle(engine)
+        _leave_standbys(engine)
     if url.get_driver_name() == "psycopg":
         _limit_waits(engine, answer_seconds)
     return engine
@@ -357,6 +363,15 @@ def _limit_idle(engine: Engine) -> None:
         # keeps no settings of sessions.
         limit = f"{IDLE_TRANSACTION_SECONDS * 1000:.0f}"
         connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {limit}")
+
+
+def _leave_standbys(engine: Engine) -> None:
+    """The address may lead to the new primary by now, but connections that stand do not."""
+
+    @event.listens_for(engine, "handle_error")
+    def _judge(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+            context.is_disconnect = True
 
 
 def _limit_waits(engine: Engine, answer_seconds: float) -> None:

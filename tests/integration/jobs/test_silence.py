@@ -66,6 +66,10 @@ def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[datab
         ("server login has been failing, try again later (server_login_retry)", True),
         ("query_wait_timeout", True),
         ("no more connections allowed (max_client_conn)", True),
+        ('too many connections for role "rushes"', True),
+        ('too many connections for database "rushes"', True),
+        ("the database system is not yet accepting connections", True),
+        ("client_login_timeout", True),
         ('password authentication failed for user "rushes"', False),
         ('database "ruhses" does not exist', False),
     ],
@@ -139,6 +143,23 @@ def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
     assert error.value.connection_invalidated
 
 
+def test_a_service_leaves_a_standby_for_the_primary(postgres_world: World) -> None:
+    """A connection that stood before a failover leads to a server that takes no more writes."""
+    db, batch_id, tries = postgres_world.db, postgres_world.submit(), 0
+
+    def rename(session: database.Session) -> None:
+        nonlocal tries
+        tries += 1
+        session.execute(update(Batch).where(Batch.id == batch_id).values(name="new"))
+
+    with db.engine.connect() as connection:
+        connection.execute(text("SET default_transaction_read_only = on"))
+        connection.commit()
+    db.write(rename)
+    assert tries == 2
+    assert postgres_world.batch(batch_id).name == "new"
+
+
 def test_a_statement_that_is_given_up_waits_on_for_no_lock(
     through: database.Database, postgres_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +172,11 @@ def test_a_statement_that_is_given_up_waits_on_for_no_lock(
         session.execute(update(Batch).where(Batch.id == first).values(name="new"))
 
     def waiting(session: database.Session) -> int:
-        blocked = "datname = current_database() AND wait_event_type = 'Lock'"
-        return session.scalar(text(f"SELECT count(*) FROM pg_stat_activity WHERE {blocked}")) or 0
+        blocked = (
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return session.scalar(text(blocked)) or 0
 
     with postgres_world.db.transaction() as session:
         session.execute(update(Batch).where(Batch.id == first).values(name="held"))
