@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 import sqlite3
 import time
@@ -71,6 +72,7 @@ IDLE_TRANSACTION_SECONDS = 30.0
 """Between two statements of a change. Ours follow at once: whoever is silent for this long is
 frozen or cut off, and others wait for the rows that it has locked."""
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
+LEAST_ANSWER_SECONDS = 0.5  # for whose time is nearly up
 
 
 class DatabaseUnavailable(errors.RushesError):
@@ -182,6 +184,12 @@ class Database:
                 log.warning("database.again", change=change.__name__, error=str(error.orig)[:200])
                 time.sleep(wait)
         raise AssertionError("unreachable: the last wait is None")
+
+    @property
+    def longest_write_seconds(self) -> float:
+        """Until `write` gives up, each of its tries having waited as long as it may."""
+        answer = SQLITE_BUSY_SECONDS if self.is_sqlite else self._answer_seconds + CONNECT_SECONDS
+        return WRITE_TRIES * answer
 
     def close(self) -> None:
         self.engine.dispose()
@@ -308,12 +316,12 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
             "tcp_user_timeout": 30_000,
         }
     engine = create_engine(url, pool_size=4, max_overflow=8, connect_args=arguments)
+    if url.get_driver_name() == "psycopg":
+        _limit_waits(engine, answer_seconds)
     _ping_idle(engine)
     if engine.dialect.name == "postgresql":
         _limit_idle(engine)
         _leave_standbys(engine)
-    if url.get_driver_name() == "psycopg":
-        _limit_waits(engine, answer_seconds)
     return engine
 
 
@@ -328,6 +336,19 @@ def _trusting() -> Iterator[None]:
         yield
     finally:
         _is_trusted.reset(token)
+
+
+_most_seconds = ContextVar("_most_seconds", default=math.inf)
+
+
+@contextmanager
+def answering_within(seconds: float) -> Iterator[None]:
+    """Transactions that begin here wait no longer than this for an answer of a server."""
+    token = _most_seconds.set(max(seconds, LEAST_ANSWER_SECONDS))
+    try:
+        yield
+    finally:
+        _most_seconds.reset(token)
 
 
 def _ping_idle(engine: Engine) -> None:
@@ -382,12 +403,13 @@ def _limit_waits(engine: Engine, answer_seconds: float) -> None:
         _dialect: object, _record: object, arguments: list[Any], named: dict[str, Any]
     ) -> patience.PatientConnection:
         connection = patience.PatientConnection.connect(*arguments, **named)
-        connection.answer_seconds = answer_seconds
+        _set_again(connection)
         return connection
 
     @event.listens_for(engine, "checkout")
     def _set_again(connection: patience.PatientConnection, *_: object) -> None:
-        connection.answer_seconds = answer_seconds  # after `wait_for_ever`
+        # After `wait_for_ever`, or for others who have more time.
+        connection.answer_seconds = min(answer_seconds, _most_seconds.get())
 
 
 def _make_sqlite(url: URL) -> Engine:

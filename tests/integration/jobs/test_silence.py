@@ -25,6 +25,7 @@ from jobs import (
     states,
     storage,
     stores,
+    watch,
 )
 from jobs.schema import Batch
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
@@ -127,6 +128,23 @@ def test_a_forgotten_connection_to_postgresql_is_given_up_for_a_new_one(
     began = time.monotonic()
     assert through.write(ask) == 7
     assert time.monotonic() - began > 0.9  # else the connection was not the forgotten one
+
+
+def test_a_wait_for_a_batch_ends_in_time_on_a_database_that_hangs(
+    through: database.Database, postgres_world: World, postgres_proxy: Proxy
+) -> None:
+    address = through.url.render_as_string(hide_password=False)
+    batch_id = postgres_world.submit()
+    with contextlib.closing(database.Database(address)) as patient:
+        snapshots = watch.until_finished(
+            patient, batch_id, timeout_seconds=1.5, interval_seconds=0.1
+        )
+        next(snapshots)
+        began = time.monotonic()
+        postgres_proxy.fault = Fault.HALF_OPEN
+        with pytest.raises(watch.WaitTimeout):
+            list(snapshots)
+        assert time.monotonic() - began < 30
 
 
 def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
