@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 import sqlite3
 import time
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Engine,
+    ExceptionContext,
     Float,
     any_,
     create_engine,
@@ -57,13 +59,20 @@ CONNECT_SECONDS = 5
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
 IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
 TAKES_NOBODY = (
-    *("starting up", "shutting down", "in recovery", "too many clients", "connection slots"),
+    *("starting up", "shutting down", "in recovery", "accepting connections"),
+    *("too many clients", "connection slots", "too many connections for"),
     # A PgBouncer without its PostgreSQL, or with too many clients of its own.
     *("cannot connect to server", "server_login_retry", "query_wait_timeout"),
-    "no more connections allowed",
+    *("no more connections allowed", "client_login_timeout"),
 )
 """What a server says that refuses everybody, not just us."""
+READ_ONLY = "25006"
+"""Of a write to a standby, or to a managed database whose disk is full."""
+IDLE_TRANSACTION_SECONDS = 30.0
+"""Between two statements of a change. Ours follow at once: whoever is silent for this long is
+frozen or cut off, and others wait for the rows that it has locked."""
 ANSWER_SECONDS = 120.0  # longer than a statement may wait for the locks of a million-row submit
+LEAST_ANSWER_SECONDS = 0.5  # for whose time is nearly up
 
 
 class DatabaseUnavailable(errors.RushesError):
@@ -176,6 +185,12 @@ class Database:
                 time.sleep(wait)
         raise AssertionError("unreachable: the last wait is None")
 
+    @property
+    def longest_write_seconds(self) -> float:
+        """Until `write` gives up, each of its tries having waited as long as it may."""
+        answer = SQLITE_BUSY_SECONDS if self.is_sqlite else self._answer_seconds + CONNECT_SECONDS
+        return WRITE_TRIES * answer
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -270,7 +285,8 @@ def _may_heal(error: DBAPIError) -> bool:
         return True
     state = getattr(error.orig, "sqlstate", None) or ""
     # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
-    return state.startswith(("08", "40", "57P", "53")) or "database is locked" in str(error.orig)
+    may_heal = ("08", "40", "57P", "53", READ_ONLY)
+    return state.startswith(may_heal) or "database is locked" in str(error.orig)
 
 
 def _is_unreachable(error: DBAPIError) -> bool:
@@ -300,9 +316,12 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
             "tcp_user_timeout": 30_000,
         }
     engine = create_engine(url, pool_size=4, max_overflow=8, connect_args=arguments)
-    _ping_idle(engine)
     if url.get_driver_name() == "psycopg":
         _limit_waits(engine, answer_seconds)
+    _ping_idle(engine)
+    if engine.dialect.name == "postgresql":
+        _limit_idle(engine)
+        _leave_standbys(engine)
     return engine
 
 
@@ -317,6 +336,19 @@ def _trusting() -> Iterator[None]:
         yield
     finally:
         _is_trusted.reset(token)
+
+
+_most_seconds = ContextVar("_most_seconds", default=math.inf)
+
+
+@contextmanager
+def answering_within(seconds: float) -> Iterator[None]:
+    """Transactions that begin here wait no longer than this for an answer of a server."""
+    token = _most_seconds.set(max(seconds, LEAST_ANSWER_SECONDS))
+    try:
+        yield
+    finally:
+        _most_seconds.reset(token)
 
 
 def _ping_idle(engine: Engine) -> None:
@@ -341,6 +373,28 @@ def _ping_idle(engine: Engine) -> None:
             raise
 
 
+def _limit_idle(engine: Engine) -> None:
+    """The server ends a transaction whose client stays silent, and gives its locks free."""
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("rushes_begin") == "BEGIN":
+            return  # it only reads, and holds up nobody
+        # For the transaction, not the session: a pooler that lends connections for a transaction
+        # keeps no settings of sessions.
+        limit = f"{IDLE_TRANSACTION_SECONDS * 1000:.0f}"
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {limit}")
+
+
+def _leave_standbys(engine: Engine) -> None:
+    """The address may lead to the new primary by now, but connections that stand do not."""
+
+    @event.listens_for(engine, "handle_error")
+    def _judge(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+            context.is_disconnect = True
+
+
 def _limit_waits(engine: Engine, answer_seconds: float) -> None:
     from jobs import patience  # not at the top: SQLite needs no driver of PostgreSQL
 
@@ -349,12 +403,13 @@ def _limit_waits(engine: Engine, answer_seconds: float) -> None:
         _dialect: object, _record: object, arguments: list[Any], named: dict[str, Any]
     ) -> patience.PatientConnection:
         connection = patience.PatientConnection.connect(*arguments, **named)
-        connection.answer_seconds = answer_seconds
+        _set_again(connection)
         return connection
 
     @event.listens_for(engine, "checkout")
     def _set_again(connection: patience.PatientConnection, *_: object) -> None:
-        connection.answer_seconds = answer_seconds  # after `wait_for_ever`
+        # After `wait_for_ever`, or for others who have more time.
+        connection.answer_seconds = min(answer_seconds, _most_seconds.get())
 
 
 def _make_sqlite(url: URL) -> Engine:

@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 import redis
 from pydantic import SecretStr
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import false, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from jobs import (
     beat,
@@ -38,6 +39,7 @@ from jobs import (
     stores,
     workers,
 )
+from jobs.schema import Batch
 
 MAX_CLOCK_SKEW_SECONDS = 5.0  # log lines and rows are compared by people
 SLOW_BROKER_SECONDS = 0.1
@@ -181,11 +183,15 @@ def _database(config: settings.Settings) -> Iterator[Check]:
                 skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
             milliseconds = (time.monotonic() - began) * 1000
             revision, head = migrate.current(db), migrate.head()
+            refused = None if revision is None else _refused_write(db)
     except (SQLAlchemyError, errors.RushesError) as error:
         advice = "start the server or correct DATABASE_URL"
         yield _fail("database", errors.first_line(error), advice)
         return
     yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
+    if refused is not None:
+        advice = "lead DATABASE_URL to the primary, or give its disk room"
+        yield _fail("database writes", refused, advice)
     if revision == head:
         yield _ok("database tables", f"revision {revision}")
     elif migrate.is_newer(revision):
@@ -198,6 +204,16 @@ def _database(config: settings.Settings) -> Iterator[Check]:
     if skew > MAX_CLOCK_SKEW_SECONDS:
         seen = f"this machine and the database differ by {skew:.0f} s"
         yield _warn("clock", seen, "run NTP on both; leases use the database's clock only")
+
+
+def _refused_write(db: database.Database) -> str | None:
+    """Of a change of no row: what a standby or a disk that is read-only says to it."""
+    try:
+        with db.transaction() as session:
+            session.execute(update(Batch).where(false()).values(name=None))
+    except DBAPIError as error:
+        return errors.first_line(error)
+    return None
 
 
 def _missing_file(db: database.Database) -> Path | None:

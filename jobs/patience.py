@@ -4,6 +4,7 @@ Keepalive notices a server that is gone. It does not notice a middleman (a conne
 load balancer, a tunnel) that keeps its side open and has forgotten the other.
 """
 
+import contextlib
 import time
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from psycopg.abc import PQGen
 R = TypeVar("R")
 
 LOOK_SECONDS = 0.1  # psycopg's own; also how often Ctrl-C is noticed
+CANCEL_SECONDS = 2.0
 
 
 class PatientConnection(psycopg.Connection[Any]):
@@ -36,9 +38,17 @@ class PatientConnection(psycopg.Connection[Any]):
             while True:
                 ready = yield wanted
                 if not ready and time.monotonic() > deadline:
-                    self.pgconn.finish()
+                    self._give_up()
                     raise psycopg.OperationalError(f"no answer within {seconds:.0f} s")
                 wanted = gen.send(ready)
         except StopIteration as end:
             result: R = end.value
             return result
+
+    def _give_up(self) -> None:
+        """The server is told, for it would wait on for a lock, and hold those that it has."""
+        # With an older libpq nothing limits how long the telling takes.
+        if psycopg.capabilities.has_cancel_safe():
+            with contextlib.suppress(psycopg.Error):
+                self.cancel_safe(timeout=CANCEL_SECONDS)
+        self.pgconn.finish()

@@ -1,5 +1,6 @@
 """Following a batch to its end: by the database alone, so it works while Redis is down."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def until_finished(
         _sleep(pause, deadline, batch_id, timeout_seconds)
         began = time.monotonic()
         try:
-            snapshot = look(db, batch_id)
+            with database.answering_within(math.inf if deadline is None else deadline - began):
+                snapshot = look(db, batch_id)
         except (OperationalError, InterfaceError) as error:
             pause = min(pause * 2, max(LONGEST_PAUSE_SECONDS, interval_seconds))
             log.warning("watch.database_unavailable", error=str(error.orig)[:200])

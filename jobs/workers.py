@@ -154,11 +154,11 @@ def _renders(session: Session, name: str, now: datetime) -> bool:
     return session.scalar(live.limit(1)) is not None
 
 
-def stopped(session: Session, name: str, *, launcher: str) -> None:
-    """The process ends, perhaps after the job that it has, and will not come back by itself."""
+def stopped(session: Session, names: Sequence[str], *, launcher: str) -> None:
+    """Their processes end, perhaps after the job that they have, and will not come back."""
     session.execute(
         update(Worker)
-        .where(Worker.name == name, Worker.launcher == launcher)
+        .where(Worker.name.in_(names), Worker.launcher == launcher)
         .values(stopped_at=database.now(session))
     )
 

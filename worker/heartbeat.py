@@ -113,8 +113,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
-            seconds = self._stall_seconds + DEAF_SECONDS
-            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+            self._arm()
             self._news.wait(self._interval)
             self._news.clear()
             if self._stop.is_set():
@@ -124,7 +123,14 @@ class Heartbeat:
                 log.error("attempt.stalled", attempt_id=self._attempt_id, seconds=round(idle))
                 self._on_stall()
                 return
+            # A database that is locked, or does not answer, is no device that hangs.
+            self._arm(more_seconds=self._db.longest_write_seconds)
             self._report()
+            self._arm()
+
+    def _arm(self, *, more_seconds: float = 0.0) -> None:
+        seconds = self._stall_seconds + DEAF_SECONDS + more_seconds
+        faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
     def _report(self) -> None:
         stage, step, steps = self._place

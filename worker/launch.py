@@ -251,10 +251,10 @@ class Launcher:
     def _drain(self) -> None:
         """Let each finish its job within the grace time; what it cannot finish goes back free."""
         log.info("launcher.draining", grace_seconds=self.config.grace_seconds)
-        self._leave_register()
+        deadline = time.monotonic() + self.config.grace_seconds
         for renderer in self.renderers:
             renderer.child.send(signal.SIGTERM)
-        deadline = time.monotonic() + self.config.grace_seconds
+        self._leave_register()
         while time.monotonic() < deadline and not self.hurry.is_set():
             self.sign.touch()
             if not any(renderer.child.is_alive for renderer in self.renderers):
@@ -270,20 +270,23 @@ class Launcher:
 
     def _leave_register(self) -> None:
         """From now on the dispatcher sends nothing more for these workers."""
-        for renderer in self.renderers:
-            try:
-                self.db.write(workers.stopped, renderer.name, launcher=self.identity)
-            except DBAPIError as error:
-                log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+        names = [renderer.name for renderer in self.renderers]
+        try:
+            self.db.write(workers.stopped, names, launcher=self.identity)
+        except DBAPIError as error:
+            log.warning("launcher.not_told", workers=names, error=str(error)[:300])
 
     def _release(self) -> None:
         for renderer in self.renderers:
+            self.sign.touch()
             try:
                 released = self.db.write(
                     lifecycle.release_worker, renderer.name, reason="its worker was stopped"
                 )
             except DBAPIError as error:
                 log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
+                # Each of the others would wait as long, and somebody waits for us to end.
+                break
             else:
                 log.info("worker.stopped", worker=renderer.name, released=released)
         self.bell.kick()

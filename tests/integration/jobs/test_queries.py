@@ -239,7 +239,7 @@ def test_a_worker_lives_while_its_launcher_reports(world: World) -> None:
     for name in ("gpu0@a", "gpu1@a", "gpu0@b"):
         world.register(name)
     world.silence("gpu1@a")
-    world.db.write(workers.stopped, "gpu0@b", launcher="test")
+    world.db.write(workers.stopped, ["gpu0@b"], launcher="test")
     attempt_id = world.claimed(world.only_job(world.submit()).id, worker="gpu0@a")
     with world.db.reading() as session:
         live = queries.live_workers(session)
@@ -260,7 +260,7 @@ def test_a_worker_that_comes_back_keeps_its_row(world: World) -> None:
     world.register("gpu0@a")
     with world.db.reading() as session:
         assert queries.live_workers(session)[0].worker.started_at == first
-    world.db.write(workers.stopped, "gpu0@a", launcher="test")
+    world.db.write(workers.stopped, ["gpu0@a"], launcher="test")
     with world.db.reading() as session:
         assert queries.live_workers(session) == []
     world.register("gpu0@a")

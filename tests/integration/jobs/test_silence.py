@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 import psycopg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url, text, update
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from jobs import (
@@ -25,7 +25,9 @@ from jobs import (
     states,
     storage,
     stores,
+    watch,
 )
+from jobs.schema import Batch
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
 
@@ -65,6 +67,10 @@ def through(postgres_proxy: Proxy, postgres_database_url: str) -> Iterator[datab
         ("server login has been failing, try again later (server_login_retry)", True),
         ("query_wait_timeout", True),
         ("no more connections allowed (max_client_conn)", True),
+        ('too many connections for role "rushes"', True),
+        ('too many connections for database "rushes"', True),
+        ("the database system is not yet accepting connections", True),
+        ("client_login_timeout", True),
         ('password authentication failed for user "rushes"', False),
         ('database "ruhses" does not exist', False),
     ],
@@ -124,6 +130,23 @@ def test_a_forgotten_connection_to_postgresql_is_given_up_for_a_new_one(
     assert time.monotonic() - began > 0.9  # else the connection was not the forgotten one
 
 
+def test_a_wait_for_a_batch_ends_in_time_on_a_database_that_hangs(
+    through: database.Database, postgres_world: World, postgres_proxy: Proxy
+) -> None:
+    address = through.url.render_as_string(hide_password=False)
+    batch_id = postgres_world.submit()
+    with contextlib.closing(database.Database(address)) as patient:
+        snapshots = watch.until_finished(
+            patient, batch_id, timeout_seconds=1.5, interval_seconds=0.1
+        )
+        next(snapshots)
+        began = time.monotonic()
+        postgres_proxy.fault = Fault.HALF_OPEN
+        with pytest.raises(watch.WaitTimeout):
+            list(snapshots)
+        assert time.monotonic() - began < 30
+
+
 def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
     through: database.Database, postgres_proxy: Proxy
 ) -> None:
@@ -136,6 +159,73 @@ def test_a_transaction_on_a_forgotten_connection_fails_and_may_be_tried_again(
     with pytest.raises(OperationalError, match="no answer within 1 s") as error:
         broken_off()
     assert error.value.connection_invalidated
+
+
+def test_a_service_leaves_a_standby_for_the_primary(postgres_world: World) -> None:
+    """A connection that stood before a failover leads to a server that takes no more writes."""
+    db, batch_id, tries = postgres_world.db, postgres_world.submit(), 0
+
+    def rename(session: database.Session) -> None:
+        nonlocal tries
+        tries += 1
+        session.execute(update(Batch).where(Batch.id == batch_id).values(name="new"))
+
+    with db.engine.connect() as connection:
+        connection.execute(text("SET default_transaction_read_only = on"))
+        connection.commit()
+    db.write(rename)
+    assert tries == 2
+    assert postgres_world.batch(batch_id).name == "new"
+
+
+def test_a_statement_that_is_given_up_waits_on_for_no_lock(
+    through: database.Database, postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor keeps those that it has: what is tried again would wait for them."""
+    monkeypatch.setattr(database, "WRITE_TRIES", 1)
+    first, second = (postgres_world.submit() for _ in range(2))
+
+    def rename_both(session: database.Session) -> None:
+        session.execute(update(Batch).where(Batch.id == second).values(name="new"))
+        session.execute(update(Batch).where(Batch.id == first).values(name="new"))
+
+    def waiting(session: database.Session) -> int:
+        blocked = (
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return session.scalar(text(blocked)) or 0
+
+    with postgres_world.db.transaction() as session:
+        session.execute(update(Batch).where(Batch.id == first).values(name="held"))
+        with pytest.raises(OperationalError, match="no answer within 1 s"):
+            through.write(rename_both)
+        with postgres_world.db.transaction() as other:
+            other.execute(text("SET LOCAL lock_timeout = '3s'"))
+            other.execute(update(Batch).where(Batch.id == second).values(name="other"))
+            assert waiting(other) == 0
+
+
+def test_a_transaction_of_somebody_frozen_holds_its_locks_no_longer_than_it_may_be_idle(
+    through: database.Database, postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wakes up later does all of it again."""
+    monkeypatch.setattr(database, "IDLE_TRANSACTION_SECONDS", 0.3)
+    batch_id = postgres_world.submit()
+    runs = 0
+
+    def rename(session: database.Session, name: str, pause: float) -> None:
+        nonlocal runs
+        runs += 1
+        session.execute(update(Batch).where(Batch.id == batch_id).values(name=name))
+        if runs == 1:
+            postgres_world.db.write(rename, "of another", 0.0)
+            time.sleep(pause)
+        session.execute(text("SELECT 1"))
+
+    through.write(rename, "of the frozen", 0.5)
+    assert runs == 3
+    assert postgres_world.batch(batch_id).name == "of the frozen"
 
 
 def test_a_statement_of_a_migration_may_take_as_long_as_it_needs(

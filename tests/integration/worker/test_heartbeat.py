@@ -113,14 +113,15 @@ def test_a_stalled_loop_is_given_up_and_its_lease_runs_out(heart, attempt):
     assert attempt().lease_until == last
 
 
-def ended(claim, *, stall_seconds, body, then="pass", deaf_seconds=60.0):
+def ended(claim, *, stall_seconds, body, then="pass", deaf_seconds=60.0, busy_seconds=0.5):
     """A process of its own that does `body` under a heartbeat and `then`, once it has ended."""
     script = textwrap.dedent(f"""
-        import ctypes, time
+        import ctypes, sqlite3, time
         from jobs import database, settings
         from worker import heartbeat
         from worker.settings import WorkerSettings
         heartbeat.DEAF_SECONDS = {deaf_seconds}
+        database.SQLITE_BUSY_SECONDS = {busy_seconds}
         db = database.connect(settings.load())
         own = WorkerSettings(RUSHES_STALL_SECONDS={stall_seconds}, RUSHES_HEARTBEAT_SECONDS=0.05)
         with heartbeat.Heartbeat(
@@ -150,6 +151,18 @@ def test_a_process_ends_whose_threads_cannot_run_any_more(host, claim):
     assert done.returncode != 0
     assert time.monotonic() - began < 40
     assert "Timeout" in done.stderr
+
+
+def test_a_process_whose_database_is_locked_for_long_goes_on(host, claim):
+    """Its heartbeat waits for the lock, and not its device for anything."""
+    locked = (
+        "lock = sqlite3.connect(db.url.database, isolation_level=None);"
+        "lock.execute('BEGIN IMMEDIATE');"
+        "[(heart.keep(), time.sleep(0.1)) for _ in range(40)];"
+        "lock.execute('ROLLBACK')"
+    )
+    done = ended(claim, stall_seconds=1, deaf_seconds=0.5, busy_seconds=60, body=locked)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_timer_of_one_outlives_another_that_ends(host, claim):

@@ -19,6 +19,7 @@ from jobs import (
     beat,
     broker,
     celery_app,
+    database,
     errors,
     health,
     lifecycle,
@@ -413,6 +414,22 @@ def test_a_scratch_disk_that_cannot_be_read_does_not_end_the_launcher(host, laun
     assert made._take_names()
     monkeypatch.setattr(finished, "find_unfinished", broken)
     made._beat()
+
+
+def test_a_database_that_hangs_holds_up_a_stop_no_longer_for_more_devices(launcher, monkeypatch):
+    """Render processes hear of it first, and each call that gets no answer is made once."""
+    made, happened = launcher(), []
+    made.renderers *= 3
+
+    def hang(_db, change, *_, **__):
+        happened.append(change.__name__)
+        raise OperationalError(change.__name__, None, Exception("no answer within 17 s"))
+
+    monkeypatch.setattr(database.Database, "write", hang)
+    monkeypatch.setattr(supervisor.Child, "send", lambda _, number: happened.append(number))
+    made._drain()
+    asked = ["stopped", "release_worker"]
+    assert happened == [*[signal.SIGTERM] * 3, *asked, signal.SIGTERM]
 
 
 def test_the_same_home_takes_its_names_back_at_once(host, launcher):

@@ -193,6 +193,23 @@ def test_an_empty_database_is_one_line(rushes: Rushes, command: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("pragma", ["query_only = ON", "max_page_count = 1"])
+def test_a_disk_that_is_full_or_read_only_is_told(
+    db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch, pragma: str
+) -> None:
+    prepare = database._use_wal
+
+    def limited(connection: sqlite3.Connection) -> None:
+        prepare(connection)
+        connection.execute(f"PRAGMA {pragma}")
+
+    monkeypatch.setattr(database, "_use_wal", limited)
+    Path("many.txt").write_text("a cat\n" * 5000)
+    result = rushes("submit", "many.txt", "--preset", "tiny")
+    assert result.exit_code == exits.ERROR
+    assert "is its disk full or read-only?" in result.stderr
+
+
 def test_a_file_that_is_no_database_is_one_line(rushes: Rushes) -> None:
     home = settings.load().home
     home.mkdir(parents=True)

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,20 @@ def test_a_missing_database_fails_and_is_not_made() -> None:
     assert found["database"].status == "fail"
     assert "rushes migrate" in found["database"].advice
     assert not (settings.load().home / "rushes.db").exists()
+
+
+def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    migrated()
+    prepare = database._use_wal
+
+    def of_read_only(connection: sqlite3.Connection) -> None:
+        prepare(connection)
+        connection.execute("PRAGMA query_only=ON")
+
+    monkeypatch.setattr(database, "_use_wal", of_read_only)
+    found = checks()
+    assert (found["database"].status, found["database writes"].status) == ("ok", "fail")
+    assert "readonly" in found["database writes"].seen
 
 
 def test_old_tables_fail() -> None:
