@@ -56,6 +56,8 @@ R = TypeVar("R")
 SQLITE_BUSY_SECONDS = 60  # a million-row submit may hold the one write lock for half a minute
 WRITE_TRIES = 6
 CONNECT_SECONDS = 5
+PING_SECONDS = 5.0  # it waits for no locks
+POOL_SECONDS = 10.0  # until one of our connections is free
 LATEST_TRY_SECONDS = 10.0  # after this a server that is out of reach is not tried again
 IDLE_SECONDS = 1.0  # until then a write trusts that the connection still lives
 TAKES_NOBODY = (
@@ -315,7 +317,9 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
         }
-    engine = create_engine(url, pool_size=4, max_overflow=8, connect_args=arguments)
+    engine = create_engine(
+        url, pool_size=4, max_overflow=8, pool_timeout=POOL_SECONDS, connect_args=arguments
+    )
     if url.get_driver_name() == "psycopg":
         _limit_waits(engine, answer_seconds)
     _ping_idle(engine)
@@ -366,11 +370,25 @@ def _ping_idle(engine: Engine) -> None:
         if _is_trusted.get() and time.monotonic() - idle_since < IDLE_SECONDS:
             return
         try:
-            engine.dialect.do_ping(connection)
+            with _waiting_less(connection):
+                engine.dialect.do_ping(connection)
         except engine.dialect.loaded_dbapi.Error as error:
             if engine.dialect.is_disconnect(error, connection, None):
                 raise InvalidatePoolError from error  # another connection is made
             raise
+
+
+@contextmanager
+def _waiting_less(connection: Any) -> Iterator[None]:
+    seconds = getattr(connection, "answer_seconds", None)
+    if seconds is None:  # of another driver
+        yield
+        return
+    connection.answer_seconds = min(seconds, PING_SECONDS)
+    try:
+        yield
+    finally:
+        connection.answer_seconds = seconds
 
 
 def _limit_idle(engine: Engine) -> None:
