@@ -302,6 +302,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
         signal.signal(number, on_signal)
     with _each_only_once(launcher):
         launcher.db.require_file()
+        launcher.bell.refuse_cluster()
         first_answer.wait(launcher.db, stop=launcher.stop, alive=launcher.sign.touch)
         names = [renderer.name for renderer in launcher.renderers]
         log.info("launcher.started", workers=names, queues=launcher.queues)
