@@ -520,6 +520,10 @@ def _workers(found: list[queries.LiveWorker]) -> Check:
         seen = "; ".join(f"{each.worker}: {each.reason}" for each in refusing)
         advice = "mend these hosts; they try again by themselves (`rushes workers` says when)"
         return _warn("workers", f"some take no jobs for now: {seen}", advice)
+    if idle := [live.worker.name for live in found if live.has_no_models]:
+        seen = f"no models on the hosts of {', '.join(idle)}, which take nothing"
+        advice = "put models there or mend RUSHES_MODELS_DIR; docs/operations.md"
+        return _warn("workers", seen, advice)
     if silent:
         seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
         return _warn("workers", seen, "look at their logs, or `rushes workers forget NAME`")

@@ -849,6 +849,13 @@ def test_workers_tell_what_they_hold_and_what_they_refuse(rushes: Rushes, farm: 
     assert "/models/tiny: gone" in rushes("show", "latest").stderr
 
 
+def test_a_worker_whose_host_has_no_models_is_told(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    assert "takes nothing" not in rushes("workers").stderr
+    farm.db.write(workers.register, registration("gpu0@bare", queues=()))
+    assert "gpu0@bare takes nothing: its host has no models" in rushes("workers").stderr
+
+
 def take_out(farm: Farm, name: str = "gpu0@host") -> None:
     """Three jobs fail on it."""
     for number in range(3):

@@ -13,8 +13,9 @@ import safetensors.torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from jobs import cli, database, doctor, migrate, presets, servers, settings
+from jobs import cli, database, doctor, migrate, presets, servers, settings, workers
 from models.tiny import shipped
+from tests.registrations import registration
 from worker import host_memory
 
 
@@ -103,6 +104,16 @@ def test_a_redis_that_answers_and_takes_nothing_fails_in_its_own_words(
         client.execute_command(*change.split())
         found = checks()["redis"]
     assert (found.status, seen.lower() in found.seen.lower()) == ("fail", True), found
+
+
+def test_workers_of_a_host_without_models_are_told() -> None:
+    migrated()
+    db = database.connect(settings.load())
+    db.write(workers.register, registration("gpu0@a"))
+    assert checks()["workers"].status == "ok"
+    db.write(workers.register, registration("gpu0@b", queues=()))
+    found = checks()["workers"]
+    assert (found.status, "gpu0@b" in found.seen, "gpu0@a" in found.seen) == ("warn", True, False)
 
 
 def test_a_results_folder_takes_objects_and_is_left_clean() -> None:
