@@ -7,9 +7,10 @@ def kick(config: settings.Settings) -> str | None:
     """Wake the dispatchers; None, or why they wake by themselves a little later."""
     try:
         connection = broker.Broker(config)
-        if connection.kick():
+        refusal = connection.kick()
+        if refusal is None:
             return None
-        reason = str(broker.BrokerUnavailable(connection.url, "does not answer"))
+        reason = str(broker.BrokerUnavailable(connection.url, refusal.rstrip(".")))
     except (errors.RushesError, ValueError) as error:
         reason = str(error)
     return f"{reason}; the jobs are stored and start when it is back"

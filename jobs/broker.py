@@ -4,15 +4,17 @@ import json
 import uuid
 from collections.abc import Iterable
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import kombu.exceptions
 import redis
 from celery import Celery
+from redis.client import Pipeline
 
 from jobs import celery_app, errors, settings
 
 KICK_KEY = "rushes.kick"
+TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
 
@@ -105,16 +107,31 @@ class Broker:
             raise BrokerUnavailable(self.url, str(error)) from error
         return {message.subject for message in _read(messages)}
 
-    def kick(self) -> bool:
-        """Wake the dispatchers; False when Redis is down, which costs a tick and nothing else."""
+    def kick(self) -> str | None:
+        """Wake the dispatchers; else why it could not, which costs a tick and nothing more."""
+        pipeline = self.redis.pipeline()
+        pipeline.lpush(KICK_KEY, "1")
+        pipeline.ltrim(KICK_KEY, 0, 0)
+        return _refusal_of(pipeline)
+
+    def refusal(self) -> str | None:
+        """Why it takes no writes: a replica, or one that is full, answers all the same."""
+        pipeline = self.redis.pipeline()
+        pipeline.lpush(TRIAL_KEY, "1")
+        pipeline.delete(TRIAL_KEY)
+        return _refusal_of(pipeline)
+
+    def refuse_cluster(self) -> None:
+        """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows."""
         try:
-            pipeline = self.redis.pipeline()
-            pipeline.lpush(KICK_KEY, "1")
-            pipeline.ltrim(KICK_KEY, 0, 0)
-            pipeline.execute()
+            info = self.redis.info("cluster")
         except UNAVAILABLE:
-            return False
-        return True
+            return
+        assert isinstance(info, dict)
+        if info.get("cluster_enabled"):
+            raise _wrong(
+                "names a Cluster: it must be one Redis or Valkey, with or without replicas"
+            )
 
     def wait_for_kick(self, seconds: float) -> bool:
         """True when kicked. Raises BrokerUnavailable at once when Redis is down."""
@@ -148,9 +165,24 @@ def _check(url: str) -> None:
         _ = parts.port
     except ValueError:  # its words may show a part of the password
         message = "has no port: in a password, / is written %2F, : %3A and @ %40"
+    asked = parse_qs(parts.query).get("ssl_cert_reqs", ["required"])[0]
+    if asked not in ("required", "optional", "none"):
+        message = f"has ssl_cert_reqs={asked}: must be required, optional or none"
     if message is not None:
-        problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
-        raise errors.InvalidInput("settings", [problem])
+        raise _wrong(message)
+
+
+def _wrong(message: str) -> errors.InvalidInput:
+    problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
+    return errors.InvalidInput("settings", [problem])
+
+
+def _refusal_of(pipeline: Pipeline) -> str | None:
+    try:
+        pipeline.execute()
+    except UNAVAILABLE as error:
+        return str(error)
+    return None
 
 
 def publish_queue(host: str) -> str:

@@ -14,8 +14,10 @@ BROKER_ANSWER_SECONDS = 30.0  # longer than Redis's own blocking wait of kombu, 
 
 def make(config: settings.Settings) -> Celery:
     """An app on this broker. Makes no connection yet."""
-    app = Celery("rushes", broker=config.broker_url.get_secret_value(), set_as_current=False)
-    app.conf.update(values())
+    url = config.broker_url.get_secret_value()
+    app = Celery("rushes", broker=url, set_as_current=False)
+    # These two count before CELERY_BROKER_URL as it stands in the environment, `broker` does not.
+    app.conf.update(values(), broker_read_url=url, broker_write_url=url)
     return app
 
 

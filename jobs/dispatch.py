@@ -105,10 +105,13 @@ class Dispatcher:
                     ended_attempts=tick.ended_attempts,
                     stopped_jobs=tick.stopped_jobs,
                 )
-            if (tick.broker_error is not None) != was_down:
+            refusal = tick.broker_error
+            if was_down and refusal is None and not tick.sent:
+                refusal = self._broker.refusal()  # it may answer and yet take nothing
+            if (refusal is not None) != was_down:
                 was_down = not was_down
                 report = log.warning if was_down else log.info
-                report("broker.lost" if was_down else "broker.back", error=tick.broker_error)
+                report("broker.lost" if was_down else "broker.back", error=refusal)
             self._wait(stop, took=time.monotonic() - began)
 
     def _end_lost(self) -> list[int]:

@@ -227,7 +227,8 @@ def _missing_file(db: database.Database) -> Path | None:
 
 def _broker(config: settings.Settings) -> Iterator[Check]:
     try:
-        client = broker.Broker(config).redis
+        connection = broker.Broker(config)
+        client = connection.redis
         client.ping()
         began = time.monotonic()
         client.ping()
@@ -239,12 +240,29 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         return
     version = info.get("valkey_version") or info.get("redis_version", "?")
     seen = f"version {version} answers in {seconds * 1000:.1f} ms"
-    if seconds > SLOW_BROKER_SECONDS:
+    if unfit := _unfit(connection, info):
+        yield unfit
+    elif seconds > SLOW_BROKER_SECONDS:
         yield _warn("redis", seen, "it is slow or far away; put it near the dispatcher")
     else:
         yield _ok("redis", seen)
     yield _eviction(client, info)
     yield _persistence(client, info)
+
+
+def _unfit(connection: broker.Broker, info: dict[str, Any]) -> Check | None:
+    """It answers, but nothing would be rendered."""
+    if info.get("cluster_enabled"):
+        advice = "name one Redis or Valkey in CELERY_BROKER_URL, with or without replicas"
+        return _fail("redis", "it is a Cluster, with which Celery cannot work", advice)
+    if info.get("role") == "slave":
+        primary = f"{info.get('master_host')}:{info.get('master_port')}"
+        advice = "name the primary in CELERY_BROKER_URL, by a name that follows it"
+        return _fail("redis", f"it is a replica of {primary}", advice)
+    if refusal := connection.refusal():
+        advice = "docs/operations.md, Redis takes nothing; submitted jobs are safe meanwhile"
+        return _fail("redis", f"it answers, but takes no writes: {refusal}", advice)
+    return None
 
 
 def _answer(value: Any) -> dict[str, Any]:
@@ -588,6 +606,10 @@ def _workers(found: list[queries.LiveWorker]) -> Check:
         seen = "; ".join(f"{each.worker}: {each.reason}" for each in refusing)
         advice = "mend these hosts; they try again by themselves (`rushes workers` says when)"
         return _warn("workers", f"some take no jobs for now: {seen}", advice)
+    if idle := [live.worker.name for live in found if live.has_no_models]:
+        seen = f"no models on the hosts of {', '.join(idle)}, which take nothing"
+        advice = "put models there or mend RUSHES_MODELS_DIR; docs/operations.md"
+        return _warn("workers", seen, advice)
     if silent:
         seen = f"{', '.join(silent)} silent, alive: {', '.join(alive)}"
         return _warn("workers", seen, "look at their logs, or `rushes workers forget NAME`")

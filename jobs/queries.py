@@ -44,6 +44,10 @@ class LiveWorker:
     """What it takes no jobs of for now, because its host failed."""
 
     @property
+    def has_no_models(self) -> bool:
+        return self.is_alive and not self.worker.queues
+
+    @property
     def takes(self) -> tuple[str, ...]:
         """Queues that it takes from now; none if it is silent."""
         if not self.is_alive:

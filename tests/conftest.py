@@ -1,6 +1,7 @@
 """Real servers for the tests, each started by the first test that asks and stopped at the end.
 
     redis_url, clean_redis_url      Redis; the second is empty at the start of the test
+    redis_cluster_url               a Redis that we cannot use
     redis_server, s3_server         the servers themselves; stop or kill only what you started
     s3                              environment values of a store that is empty for this test
     postgres_database_url           an empty PostgreSQL database
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -83,6 +84,20 @@ def clean_redis_url(redis_url: str) -> str:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     return redis_url
+
+
+@pytest.fixture
+def redis_cluster_url(tmp_path: Path) -> Iterator[str]:
+    """A Cluster of one node."""
+
+    class Cluster(servers.RedisServer):
+        def _command(self) -> Sequence[str]:
+            program, *rest = super()._command()
+            bus = str(servers.free_port())  # its default, 10000 above the other, may not exist
+            return [program, "--cluster-enabled", "yes", "--cluster-port", bus, *rest]
+
+    with Cluster.start(tmp_path / "cluster") as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")

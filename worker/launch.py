@@ -63,6 +63,13 @@ class RenderProcess:
     def is_there(self) -> bool:
         return self.child.is_alive or self.test is not None
 
+    def take(self, names: Sequence[str]) -> None:
+        """A fresh process takes from these queues; the one before it took from none."""
+        self.child.command = _render_command(self.name, names)
+        if self.child.is_alive:
+            self.child.kill()
+            self.child.start()
+
     def begin_test(self) -> None:
         """Its process ends: the device is all the test's, and afterwards a fresh one begins."""
         self.child.kill()
@@ -164,6 +171,8 @@ class Launcher:
             finished.find_unfinished(self.db, self.bell, self.config)
             if finished.requeue_vanished(self.db, self.config, launcher=self.identity):
                 self.bell.kick()
+            if not self.queues:
+                self._look_for_models()
             for renderer in self.renderers:
                 self._steer(renderer)
                 self._test_if_due(renderer)
@@ -181,6 +190,17 @@ class Launcher:
             log.critical("launcher.name_lost", worker=renderer.name)
             self.hurry.set()
             self.stop.set()
+
+    def _look_for_models(self) -> None:
+        """Their disk may be mounted after we began.
+
+        Not once there are some: a disk that hangs would hold up the beats of workers that render.
+        """
+        self.queues = queues_of_models(self.config)
+        if self.queues:
+            log.info("launcher.models_found", queues=self.queues)
+            for renderer in self.renderers:
+                renderer.take(self.queues)
 
     def _steer(self, renderer: RenderProcess) -> None:
         """Off the queues that it takes nothing of now, and back: else it would eat messages."""
@@ -305,6 +325,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
         signal.signal(number, on_signal)
     with _each_only_once(launcher):
         launcher.db.require_file()
+        launcher.bell.refuse_cluster()
         first_answer.wait(launcher.db, stop=launcher.stop, alive=launcher.sign.touch)
         names = [renderer.name for renderer in launcher.renderers]
         log.info("launcher.started", workers=names, queues=launcher.queues)
@@ -312,7 +333,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
             log.warning(
                 "launcher.no_models",
                 models_dir=str(config.models_dir),
-                do="put a model folder there, or set RUSHES_MODELS_DIR; then start this again",
+                do="put a model folder there, or set RUSHES_MODELS_DIR and start this again",
             )
         launcher.run()
     return 0
@@ -349,13 +370,10 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     renderers = []
     for slot in slots:
         name = f"{slot.short_name}@{host}"
-        # A queue that nobody sends to keeps Celery from its default queue.
-        taken = ",".join(names or ("rushes.render.nothing",))
-        command = [*_celery(name, taken), "--pool=prefork", "--concurrency=1"]
         environment = {**slot.environment, "RUSHES_WORKER_NAME": name}
         child = supervisor.Child(
             name=name,
-            command=command,
+            command=_render_command(name, names),
             environment=environment,
             # The next launcher starts a process on the same device.
             ends_with_us_by=signal.SIGKILL,
@@ -381,7 +399,7 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
 
 
 def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
-    """One queue per model that lies on this host now; one that comes later needs a restart."""
+    """One queue per model that lies on this host now."""
     folder = config.models_dir
     found = {
         _model_of(path.parent)
@@ -425,6 +443,12 @@ def _cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _render_command(name: str, names: Sequence[str]) -> Sequence[str]:
+    # A queue that nobody sends to keeps Celery from its default queue.
+    taken = ",".join(names or ("rushes.render.nothing",))
+    return [*_celery(name, taken), "--pool=prefork", "--concurrency=1"]
 
 
 def _celery(name: str, taken: str) -> Sequence[str]:

@@ -10,6 +10,7 @@ import click
 
 from jobs import (
     beat,
+    broker,
     database,
     direct,
     dispatch,
@@ -48,6 +49,7 @@ def dispatcher(check: bool) -> int:
     if check:
         return told_beat(beat.of_dispatcher(config), "dispatcher")
     db = connections.open_database(config, connect=database.connect_service)
+    broker.Broker(config).refuse_cluster()
     logs.configure(config)
     stop = stop_on_signals()
     first_answer.wait(db, stop=stop, alive=beat.of_dispatcher(config).touch)

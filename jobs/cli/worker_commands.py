@@ -44,6 +44,8 @@ def _list(*, as_json: bool) -> None:
         output.table(WORKER_HEADERS, [_worker_row(live, now) for live in found])
         for refusal in (each for live in found for each in live.refusals):
             output.note(f"note: {_refused(refusal)}: {display.refusal_line(refusal)}")
+        for name in (live.worker.name for live in found if live.has_no_models):
+            output.note(f"note: {output.plain(name)} takes nothing: its host has no models")
     else:
         output.note("no workers: start one with `rushes worker`, or everything with `rushes up`")
 

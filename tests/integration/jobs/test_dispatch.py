@@ -404,7 +404,7 @@ def test_a_kick_wakes_the_dispatcher(
     assert ticked.wait(20)
     world.submit()
     bell = broker.Broker(config)
-    assert bell.kick()
+    assert bell.kick() is None
     _within(5, lambda: len(sent(client)) == 1)
     stop.set()
     bell.kick()
@@ -441,8 +441,10 @@ def test_many_kicks_are_one(world: World, clean_redis_url: str, client: redis.Re
     assert bell.wait_for_kick(0.1) is False
 
 
-def test_a_kick_without_redis_is_no_error(world: World) -> None:
-    assert broker.Broker(config_of(world, GONE)).kick() is False
+def test_a_kick_without_redis_is_no_error_and_says_why(world: World) -> None:
+    refusal = broker.Broker(config_of(world, GONE)).kick()
+    assert refusal is not None
+    assert "refused" in refusal
 
 
 def test_the_loop_outlives_the_database_and_redis(
@@ -671,3 +673,37 @@ def test_a_worker_that_refuses_a_queue_is_sent_nothing_of_it(
     assert dispatcher.tick().sent == 0
     world.db.write(workers.accept, "gpu0@a", queue=QUEUE)
     assert dispatcher.tick().sent == 2
+
+
+def test_a_redis_that_answers_is_back_only_when_it_takes_messages(
+    world: World,
+    tmp_path: Path,
+    running: Callable[[dispatch.Dispatcher], threading.Event],
+) -> None:
+    """A look that has nothing to send, as between two tries, says nothing about it."""
+    ticks: list[dispatch.Tick] = []
+
+    class Noting(dispatch.Dispatcher):
+        def tick(self) -> dispatch.Tick:
+            ticks.append(super().tick())
+            return ticks[-1]
+
+    world.submit()
+    world.register()
+    with (
+        servers.RedisServer.start(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+        capture_logs() as logs,
+    ):
+        client.config_set("maxmemory", "1")
+        config = config_of(world, server.url, tick_seconds=0.05)
+        running(Noting(config, db=world.db))
+        _within(20, lambda: len(ticks) > 4)
+        assert ticks[0].broker_error is not None
+        assert ticks[1].broker_error is None
+        told = [x["event"] for x in logs if x["event"].startswith("broker.")]
+        assert told == ["broker.lost"]
+        client.config_set("maxmemory", "0")
+        _within(20, lambda: any(x["event"] == "broker.back" for x in logs))
+        age_dispatch(world)
+        _within(20, lambda: len(sent(client)) == 1)

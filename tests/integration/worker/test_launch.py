@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -260,6 +261,47 @@ def test_a_worker_without_models_takes_no_queue_of_a_model(host, monkeypatch, tm
     assert made.queues == ()
     command = list(made.renderers[0].child.command)
     assert command[command.index("--queues") + 1] == "rushes.render.nothing"
+
+
+def test_models_that_come_to_a_host_without_any_are_taken_by_a_fresh_process(
+    host, launcher, running, until, monkeypatch, tmp_path
+):
+    """As from a disk that is mounted later than the launcher began."""
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
+    models = tmp_path / "mounted"
+    made = launcher(models_dir=models)
+    made.queues = ()
+    running(made)
+    until(lambda: registered(host)["cpu0@here"].pid == made.renderers[0].child.pid)
+    first = made.renderers[0].child.pid
+    assert registered(host)["cpu0@here"].queues == []
+    (models / "tiny").mkdir(parents=True)
+    (models / "tiny" / "config.json").write_text("{}")
+    until(lambda: registered(host)["cpu0@here"].queues == ["rushes.render.tiny"])
+    child = made.renderers[0].child
+    assert child.command[-1] == "rushes.render.tiny"
+    until(lambda: registered(host)["cpu0@here"].pid == child.pid)
+    assert child.pid != first
+    assert not psutil.pid_exists(first)
+    assert child.restarts == 0
+
+
+def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
+    host, launcher, running, until, monkeypatch
+):
+    def stale(_config):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "queues_of_models", stale)
+    made = launcher()
+    made.queues = ()
+    thread = running(made)
+    until(lambda: registered(host)["cpu0@here"].pid == made.renderers[0].child.pid)
+    first = registered(host)["cpu0@here"].heartbeat_at
+    until(lambda: registered(host)["cpu0@here"].heartbeat_at > first)
+    assert thread.is_alive()
 
 
 def test_a_bad_results_url_is_told_before_anything_starts(host, monkeypatch):

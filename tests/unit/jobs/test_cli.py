@@ -286,7 +286,7 @@ def test_submit_stores_a_batch_while_redis_is_down(
     result = rushes("submit", prompts, "--preset", "tiny", "--name", "night")
     assert result.exit_code == 0
     assert ": 2 jobs queued" in result.stdout
-    assert "does not answer" in result.stderr
+    assert "Connection refused; the jobs are stored" in result.stderr
     assert "no live worker takes from rushes.render.tiny" in result.stderr
     with db.reading() as session:
         assert queries.find_batch(session, "latest").name == "night"
@@ -909,6 +909,13 @@ def test_workers_tell_what_they_hold_and_what_they_refuse(rushes: Rushes, farm: 
     assert "/models/tiny: gone" in rushes("show", "latest").stderr
 
 
+def test_a_worker_whose_host_has_no_models_is_told(rushes: Rushes, farm: Farm) -> None:
+    farm.live_worker()
+    assert "takes nothing" not in rushes("workers").stderr
+    farm.db.write(workers.register, registration("gpu0@bare", queues=()))
+    assert "gpu0@bare takes nothing: its host has no models" in rushes("workers").stderr
+
+
 def take_out(farm: Farm, name: str = "gpu0@host") -> None:
     """Three jobs fail on it."""
     for number in range(3):
@@ -1140,6 +1147,22 @@ def test_a_service_begins_while_the_database_is_away(
     assert result.exit_code == exits.OK
     assert "database.awaited" in result.stderr
     assert rushes(*command.split(), "--check").exit_code == exits.OK
+
+
+@pytest.mark.parametrize("command", ["dispatcher", "worker"])
+def test_a_service_with_a_cluster_ends_with_a_line(
+    db: database.Database,
+    rushes: Rushes,
+    redis_cluster_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    signals_as_before: None,
+    command: str,
+) -> None:
+    """Else each process of Celery would end at its start, again and again."""
+    monkeypatch.setenv("CELERY_BROKER_URL", redis_cluster_url)
+    result = rushes(command)
+    assert result.exit_code == exits.USAGE
+    assert "CELERY_BROKER_URL names a Cluster" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["dispatcher", "notify run", "worker"])

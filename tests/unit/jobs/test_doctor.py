@@ -12,12 +12,14 @@ from pathlib import Path
 
 import json5
 import pytest
+import redis
 import safetensors.torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from jobs import cli, database, doctor, migrate, presets, servers, settings
+from jobs import cli, database, doctor, migrate, presets, servers, settings, workers
 from models.tiny import shipped
+from tests.registrations import registration
 from worker import host_memory
 
 
@@ -91,6 +93,45 @@ def test_a_wrong_database_fails_and_the_other_checks_go_on(
 
 def test_a_redis_that_is_down_fails() -> None:
     assert checks()["redis"].status == "fail"
+
+
+def test_a_cluster_fails(redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", redis_cluster_url)
+    found = checks()["redis"]
+    assert (found.status, "Cluster" in found.seen) == ("fail", True), found
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ("REPLICAOF 127.0.0.1 1", "a replica of 127.0.0.1:1"),
+        ("CONFIG SET maxmemory 1", "used memory > 'maxmemory'"),
+        ("CONFIG SET min-replicas-to-write 1", "not enough good replicas"),
+    ],
+)
+def test_a_redis_that_answers_and_takes_nothing_fails_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, seen: str
+) -> None:
+    with (
+        servers.RedisServer.start(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        monkeypatch.setenv("CELERY_BROKER_URL", server.url)
+        assert checks()["redis"].status == "ok"
+        assert client.keys() == []
+        client.execute_command(*change.split())
+        found = checks()["redis"]
+    assert (found.status, seen.lower() in found.seen.lower()) == ("fail", True), found
+
+
+def test_workers_of_a_host_without_models_are_told() -> None:
+    migrated()
+    db = database.connect(settings.load())
+    db.write(workers.register, registration("gpu0@a"))
+    assert checks()["workers"].status == "ok"
+    db.write(workers.register, registration("gpu0@b", queues=()))
+    found = checks()["workers"]
+    assert (found.status, "gpu0@b" in found.seen, "gpu0@a" in found.seen) == ("warn", True, False)
 
 
 def test_a_results_folder_takes_objects_and_is_left_clean() -> None:

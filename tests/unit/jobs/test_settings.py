@@ -467,3 +467,22 @@ def test_the_defaults_in_words_are_the_defaults(home: Path) -> None:
     assert loaded.scratch_dir == home / "scratch"
     assert loaded.host_name == os.uname().nodename
     assert loaded.owner == getpass.getuser()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("redis://h/0", "redis://h/0"),
+        ("rediss://:p%2Fw@h:1/0", "rediss://:p%2Fw@h:1/0?ssl_cert_reqs=required"),
+        ("rediss://h?ssl_cert_reqs=CERT_NONE", "rediss://h?ssl_cert_reqs=none"),
+        ("rediss://h?ssl_cert_reqs=", "rediss://h?ssl_cert_reqs=required"),
+        ("rediss://h#x", "rediss://h?ssl_cert_reqs=required"),
+        ("rediss://[", "rediss://[?ssl_cert_reqs=required"),
+    ],
+)
+def test_redis_with_tls_is_asked_for_a_certificate(
+    monkeypatch: pytest.MonkeyPatch, given: str, meant: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", given)
+    assert broker() == meant
+    assert settings.redis_url(meant) == meant

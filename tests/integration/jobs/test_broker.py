@@ -1,0 +1,154 @@
+"""Redis behind TLS, as both of our clients meet it: Celery's, and our own."""
+
+import contextlib
+import datetime
+import ipaddress
+import socket
+import socketserver
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import broker, settings
+
+x509 = pytest.importorskip("cryptography.x509")
+from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
+
+Behind = Callable[[str], "Front"]
+
+
+class Front(socketserver.ThreadingTCPServer):
+    """Ends TLS with a certificate of its own making, and passes on what it hears."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, folder: Path, *, address: str, target: int) -> None:
+        self.certificate = folder / "certificate.pem"
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(*self._write_pair(address))
+        self._target = target
+        self.heard = b""
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def finish_request(self, request: socket.socket, _address: object) -> None:  # type: ignore[override]  # the library's is wider
+        with (
+            contextlib.suppress(OSError),
+            self._context.wrap_socket(request, server_side=True) as near,
+            socket.create_connection(("127.0.0.1", self._target)) as far,
+        ):
+            threading.Thread(target=_pass_on, args=(far, near), daemon=True).start()
+            while data := near.recv(65536):
+                self.heard += data
+                far.sendall(data)
+
+    def _write_pair(self, address: str) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.ObjectIdentifier("2.5.4.3"), "Redis")])
+        now = datetime.datetime.now(datetime.UTC)
+        signed = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=9))
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), False
+            )
+            .sign(key, hashes.SHA256())
+        )
+        self.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+        key_path = self.certificate.with_name("key.pem")
+        key_path.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return self.certificate, key_path
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+
+
+@pytest.fixture
+def front(tmp_path: Path, clean_redis_url: str) -> Iterator[Behind]:
+    """`front(address)`: the test's Redis behind a certificate for this address."""
+    fronts = []
+
+    def start(address: str) -> Front:
+        port = int(clean_redis_url.rpartition(":")[2].partition("/")[0])
+        made = Front(tmp_path, address=address, target=port)
+        fronts.append(made)
+        threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+        return made
+
+    yield start
+    for made in fronts:
+        made.shutdown()
+        made.server_close()
+
+
+@pytest.fixture
+def connected(
+    clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., broker.Broker]:
+    """With CELERY_BROKER_URL in the environment, where Celery would read it by itself."""
+
+    def connect(front: Front, options: str) -> broker.Broker:
+        user, _, _ = clean_redis_url.removeprefix("redis://").rpartition("@")
+        url = f"rediss://{user}@127.0.0.1:{front.port}/0{options}"
+        monkeypatch.setenv("CELERY_BROKER_URL", url)
+        return broker.Broker(settings.load())
+
+    return connect
+
+
+@pytest.mark.parametrize("options", ["", "?ssl_cert_reqs=CERT_REQUIRED"])
+def test_a_password_is_not_given_to_a_server_that_nobody_vouches_for(
+    front: Behind, connected: Callable[..., broker.Broker], options: str
+) -> None:
+    stranger = front("127.0.0.1")
+    bell = connected(stranger, options)
+    assert "CERTIFICATE_VERIFY_FAILED" in str(bell.kick())
+    with pytest.raises(broker.BrokerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        bell.send_renders("queue", [1])
+    assert stranger.heard == b""
+
+
+def test_nor_to_one_whose_certificate_is_for_another(
+    front: Behind, connected: Callable[..., broker.Broker]
+) -> None:
+    other = front("10.0.0.1")
+    bell = connected(other, f"?ssl_ca_certs={other.certificate}")
+    assert "not valid for '127.0.0.1'" in str(bell.kick())
+    with pytest.raises(broker.BrokerUnavailable, match=r"not valid for '127\.0\.0\.1'"):
+        bell.send_renders("queue", [1])
+    assert other.heard == b""
+
+
+@pytest.mark.parametrize(
+    "options", ["ssl_ca_certs={certificate}", "ssl_cert_reqs=none", "ssl_cert_reqs=CERT_NONE"]
+)
+def test_own_authorities_and_none_at_all_are_taken_by_both_clients(
+    front: Behind, connected: Callable[..., broker.Broker], options: str
+) -> None:
+    own = front("127.0.0.1")
+    bell = connected(own, "?" + options.format(certificate=own.certificate))
+    assert bell.kick() is None
+    assert bell.send_renders("queue", [7]) == 1
+    assert bell.waiting("queue") == {7}
