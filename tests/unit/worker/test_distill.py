@@ -160,7 +160,12 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(write, run, tmp
 
     stopped, _ = run(write(output="stopped", student_updates=3, **terms), on_update=stop)
     assert stopped == distill.Done(updates=2, weights=None, preset=None)
-    resumed, notes = run(write(output="stopped", student_updates=3, **terms))
+    made = []
+    resumed, notes = run(
+        write(output="stopped", student_updates=3, **terms),
+        on_update=lambda update, _count: made.append(update.number),
+    )
+    assert made == [3]
     assert f"going on from {tmp_path}/stopped/checkpoints/update_000002" in notes
     assert not any("other prompts" in note for note in notes)
     assert resumed.weights.read_bytes() == straight.weights.read_bytes()

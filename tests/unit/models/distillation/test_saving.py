@@ -90,7 +90,7 @@ def test_who_asks_to_stop_gets_one_checkpoint(train, tmp_path, stop_at, saved):
     assert len(told) == 1, "what was loaded is not written again"
 
 
-@pytest.mark.parametrize("stop_at", [2, 4])
+@pytest.mark.parametrize("stop_at", [2, 3])
 def test_a_stop_without_a_checkpoint_is_an_error(train, tmp_path, monkeypatch, stop_at):
     """Within an update, and after it."""
 
