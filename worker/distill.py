@@ -3,7 +3,9 @@
 One process, or several started by torchrun; then each sees one GPU and holds its share.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import signal
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import errors, images, preset_values, prompt_row, readers, settings
-from models import checkpoint, conditioning, config, config_files, layout
+from models import checkpoint, conditioning, config, config_files, layout, quantization
 from models.distillation import (
     adapters,
     checkpointing,
@@ -44,6 +46,7 @@ from worker import settings as worker_settings_module
 TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRESET_FILE = "preset.json"
+LOCK_FILE = ".lock"
 KNOWN_SIZES = {
     "Wan2.1-T2V-1.3B": config.WAN_T2V_1_3B,
     "Wan2.1-T2V-14B": config.WAN_T2V_14B,
@@ -161,23 +164,26 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
     quiet = told if processes.is_first() else _QUIET
     files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
     raw = _raw_examples(plan, known)
-    quiet.on_stage(f"encoding {len(raw):,} prompts")
-    data = _encoded(plan, files, raw, here, quiet)
-    quiet.on_stage("loading the networks")
-    nets = _networks(plan, files, here)
-    answered = _answers(plan, files, nets, data, here, quiet)
-    train = trainer.Trainer(
-        plan.how,
-        nets=nets,
-        data=data,
-        device=here,
-        answered=answered,
-        origin=_origin(plan, files),
-    )
-    _resume(train, plan, quiet)
+    origin = _origin(plan, files, raw)
+    with _alone_in(plan.output, here):
+        _check_last(plan, files, origin, quiet)  # before what takes hours
+        quiet.on_stage(f"encoding {len(raw):,} prompts")
+        data = _encoded(plan, files, raw, here, quiet)
+        quiet.on_stage("loading the networks")
+        nets = _networks(plan, files, here)
+        answered = _answers(plan, files, nets, data, here, quiet)
+        train = trainer.Trainer(
+            plan.how, nets=nets, data=data, device=here, answered=answered, origin=origin
+        )
+        _resume(train, plan, quiet)
+        return _train(train, plan, probes.Probes(plan, files, own, quiet.on_note), quiet)
+
+
+def _train(train: trainer.Trainer, plan: course.Course, drawn: probes.Probes, quiet: Told) -> Done:
+    """A student that is done is exported, also where its checkpoint could not be written."""
     quiet.on_stage("training")
     _tell_of_grace(quiet)
-    drawn = probes.Probes(plan, files, own, quiet.on_note)
+    unsaved = None
     with _stop_on_signals() as asks_to_stop:
         watcher = progress.Watcher(
             on_update=lambda update: quiet.on_update(update, plan.student_updates),
@@ -186,13 +192,47 @@ def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.
             on_probe=drawn.write,
             asks_to_stop=asks_to_stop,
         )
-        is_done = progress.run(train, plan, watcher)
+        try:
+            is_done = progress.run(train, plan, watcher)
+        except saving.SavingError as error:
+            if not progress.is_done(train, plan):
+                raise
+            quiet.on_note(f"{error}; the student is exported all the same")
+            unsaved, is_done = error, True
     if not is_done:
         return Done(updates=train.updates, weights=None, preset=None)
     quiet.on_stage("exporting")
     weights = export.write(train, plan.output)
     preset = None if weights is None else _write_preset(plan, weights)
+    if unsaved is not None:
+        raise unsaved
     return Done(updates=train.updates, weights=weights, preset=preset)
+
+
+@contextmanager
+def _alone_in(folder: Path, here: torch.device) -> Iterator[None]:
+    """Two trainings in one folder would remove each other's checkpoints. FileUnusable for a second.
+
+    The kernel lets go of the lock when we end, however that happens; the empty file stays.
+    """
+    with contextlib.ExitStack() as stack:
+        is_taken = processes.is_first() and _is_taken(folder, stack)
+        if processes.is_true_anywhere(is_taken, here):
+            raise errors.FileUnusable(f"another rushes distill works in {folder}")
+        yield
+
+
+def _is_taken(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """By another process; else it is ours until `stack` ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context((folder / LOCK_FILE).open("a"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # some network file systems have no locks
+        pass
+    return False
 
 
 def _tell_of_grace(told: Told) -> None:
@@ -322,15 +362,22 @@ def _weights_stamp(paths: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _origin(plan: course.Course, files: layout.ModelFiles) -> dict[str, str | None]:
+def _origin(
+    plan: course.Course, files: layout.ModelFiles, raw: list[encoding.Raw]
+) -> dict[str, str | int | None]:
     """What decides the numbers beside the method, as checkpoints remember it."""
     start = plan.student_start
-    return {
+    asked = json.dumps([(each.prompt, each.image_key) for each in raw])
+    found: dict[str, str | int | None] = {
         "teacher_weights": _weights_stamp(files.transformer),
         "student_start": None if start is None else start.name,
         "precision": plan.precision,
         "negative_prompt": plan.negative_prompt,
+        "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }
+    if plan.how.regression is not None:
+        found |= {name: getattr(plan, name) for name in ("regression_pairs", "regression_steps")}
+    return found
 
 
 def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device) -> roles.Roles:
@@ -342,7 +389,7 @@ def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device)
         read = files
         if path is not None:
             read = layout.find(files.root, transformer_file=path)
-        network = checkpoint.load_transformer(read, device="cpu", dtype=torch.float32)
+        network = _loaded(read, torch.float32)
         if dtype == torch.bfloat16:
             precision.compute_in_bf16(network)
         return network
@@ -355,8 +402,15 @@ def _networks(plan: course.Course, files: layout.ModelFiles, here: torch.device)
         else:
             network.to(here)
 
-    teacher = checkpoint.load_transformer(files, device="cpu", dtype=dtype)
-    return roles.of_teacher(teacher, plan.how, start=start, prepare=prepare)
+    return roles.of_teacher(_loaded(files, dtype), plan.how, start=start, prepare=prepare)
+
+
+def _loaded(files: layout.ModelFiles, dtype: torch.dtype) -> nn.Module:
+    network = checkpoint.load_transformer(files, device="cpu", dtype=dtype)
+    if quantization.quantized_layers(network):
+        path = files.transformer[0]
+        raise errors.FileUnusable(f"{path} is quantized; a training needs bf16 or fp32 weights")
+    return network
 
 
 def _answers(
@@ -383,6 +437,19 @@ def _answers(
     batch = plan.how.batch
     pairs.ask(nets.teacher, wanted, data=data, batch=batch, report=told.on_part, device=here)
     return wanted
+
+
+def _check_last(
+    plan: course.Course,
+    files: layout.ModelFiles,
+    origin: dict[str, str | int | None],
+    told: Told,
+) -> None:
+    """Whether the newest checkpoint, if there is one, may be gone on from."""
+    for path in saving.complete(plan.output)[-1:]:
+        shape = _latent_shape(plan, _vae_sizes(files))
+        if "prompts" in saving.check(path, plan.how, origin=origin, latent_shape=shape):
+            told.on_note(f"{path} was trained with other prompts; it goes on with the new ones")
 
 
 def _resume(train: trainer.Trainer, plan: course.Course, told: Told) -> None:

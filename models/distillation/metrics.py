@@ -35,13 +35,16 @@ class Metrics:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Those of another form, as after a full disk, are passed over."""
+    """Lines of another form, as after a full disk or a power cut, are passed over."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    return [row for row in rows if list(row) == COLUMNS and _is_number(row["number"])]
-
-
-def _is_number(text: str | None) -> bool:
-    return text is not None and text.isdecimal()
+    # Not by csv's reader, which gives up all lines for one that is damaged.
+    head, *lines = path.read_text("utf-8", errors="replace").splitlines() or [""]
+    if head.split(",") != COLUMNS:
+        return []
+    rows = [line.split(",") for line in lines if line.isascii() and line.isprintable()]
+    return [
+        dict(zip(COLUMNS, row, strict=True))
+        for row in rows
+        if len(row) == len(COLUMNS) and row[0].isdecimal()
+    ]

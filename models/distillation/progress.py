@@ -35,8 +35,7 @@ def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
         return processes.is_true_anywhere(watcher.asks_to_stop(), train.device)
 
     saved = train.updates, train.underway.actions  # loaded so, or nothing is done yet
-    # An update that was begun is ended: half of one is no student.
-    while train.updates < plan.student_updates or train.underway.actions:
+    while not is_done(train, plan):
         try:
             update = train.step(asks_to_stop)
         except trainer.Stopped:
@@ -55,6 +54,11 @@ def run(train: trainer.Trainer, plan: course.Course, watcher: Watcher) -> bool:
         if stops and not is_last:
             return False
     return True
+
+
+def is_done(train: trainer.Trainer, plan: course.Course) -> bool:
+    """An update that was begun is ended: half of one is no student."""
+    return train.updates >= plan.student_updates and not train.underway.actions
 
 
 def _metrics(

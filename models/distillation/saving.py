@@ -3,31 +3,37 @@
 checkpoints/update_000120/      the newest ones, by finished updates; a name without dot is complete
     training.json               method, counters, and what else decides the numbers
     .metadata, __0_0.distcp     tensors, in shares of the processes (torch.distributed.checkpoint)
+    __0.sha256                  of the files of each process, as `sha256sum -c` takes them
+.update_000120.replaced/        one that is written anew; has its name back where we were killed
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from models.distillation import processes, trainer
+from models.distillation import method, processes, trainer
 
 FOLDER = "checkpoints"
 FACTS_FILE = "training.json"
 MAX_SHOWN = 60  # characters of a value that differs
 NAME = re.compile(r"update_(\d{6,})")
+REPLACED = ".replaced"
 # What a training may be continued with a different value of.
 FREE = (
+    "prompts",
     "batch",
     "accumulate",
     "gradient_checkpointing",
@@ -66,10 +72,12 @@ def save(train: trainer.Trainer, output: Path, *, keep: int = 2) -> Path:
     )
     for step in steps:
         failure = _failure_of(step)
+        reason = "another process failed"
+        if failure is not None:  # the space before what was written is removed
+            reason = f"{_reason(failure)}{_space(train, output)}"
         if processes.is_true_anywhere(failure is not None, train.device):
             shutil.rmtree(part, ignore_errors=True)
-            reason = "another process failed" if failure is None else _reason(failure)
-            raise SavingError(final, f"{reason}{_free_space(output)}") from failure
+            raise SavingError(final, reason) from failure
     if processes.is_first():
         for path in complete(output)[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
@@ -78,32 +86,49 @@ def save(train: trainer.Trainer, output: Path, *, keep: int = 2) -> Path:
 
 def complete(output: Path) -> list[Path]:
     """The checkpoints of a training, oldest first."""
+    _give_back(output / FOLDER)
     found = [path for path in (output / FOLDER).glob("update_*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("update_")))
+    return sorted(found, key=_updates)
+
+
+def check(
+    path: Path,
+    how: method.Method,
+    *,
+    origin: Mapping[str, str | int | None],
+    latent_shape: Sequence[int],
+) -> list[str]:
+    """The keys that differ from a checkpoint's and may; its tensors are not looked at.
+
+    Raises ResumeError where it was trained otherwise, or does not say how.
+    """
+    facts = _read_facts(path)
+    asked = {**origin, "latent_shape": list(latent_shape)}
+    told = facts["origin"] | facts
+    saved = {key: told.get(key, value) for key, value in asked.items()}  # older ones do not say all
+    return _check(path, saved | facts["method"], asked | method_facts(how))
 
 
 def load(train: trainer.Trainer, path: Path) -> None:
     """Continue from a checkpoint: the next update is the one that would have come anyway.
 
-    Raises ResumeError where it is damaged or was trained otherwise.
+    Raises ResumeError where it is damaged or was trained otherwise. Called by every process.
     """
+    check(path, train.how, origin=train.origin, latent_shape=train.data.latent_shape)
     facts = _read_facts(path)
-    asked = train.origin | {"latent_shape": list(train.data.latent_shape)}
-    told = facts["origin"] | facts
-    saved = {key: told.get(key, value) for key, value in asked.items()}  # older ones do not say all
-    _check(path, saved | facts["method"], asked | method_facts(train))
+    _check_sums(path, train.device)
     try:
         with _alone_without_warning() as alone:
             state_dict_loader.load(_tensors(train), checkpoint_id=path, no_dist=alone)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        raise ResumeError(path, f"it cannot be read: {_reason(error)}") from error
+        raise _damaged(path, f"it cannot be read: {_reason(error)}") from error
     train.updates = int(facts["updates"])
     train.underway = trainer.Underway(**facts["underway"])
 
 
-def method_facts(train: trainer.Trainer) -> dict[str, Any]:
+def method_facts(how: method.Method) -> dict[str, Any]:
     """The method as JSON gives it back."""
-    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(train.how)))
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(how)))
     return found
 
 
@@ -118,13 +143,33 @@ def _failure_of(step: Callable[[], None]) -> BaseException | None:
 def _clear(folder: Path) -> None:
     """Remove what processes that were killed left: a checkpoint may have hundreds of gigabytes."""
     if processes.is_first():
-        for part in folder.glob(".update_*.part"):
+        _give_back(folder)
+        for part in (*folder.glob(".update_*.part"), *folder.glob(f".update_*{REPLACED}")):
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _give_back(folder: Path) -> None:
+    """Their name to checkpoints in whose place none came: any process may do it."""
+    for replaced in folder.glob(f".update_*{REPLACED}"):
+        final = folder / replaced.name.removeprefix(".").removesuffix(REPLACED)
+        if not final.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process has
+                replaced.rename(final)
 
 
 def _write_tensors(train: trainer.Trainer, part: Path) -> None:
     with _alone_without_warning() as alone:
         state_dict_saver.save(_tensors(train), checkpoint_id=part, no_dist=alone)
+    own = sorted(part.glob(f"__{processes.rank()}_*"))
+    if processes.is_first():
+        own.append(part / ".metadata")
+    sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in own)
+    _write_text(part / f"__{processes.rank()}.sha256", sums)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _publish(train: trainer.Trainer, part: Path, final: Path) -> None:
@@ -132,10 +177,14 @@ def _publish(train: trainer.Trainer, part: Path, final: Path) -> None:
     if not processes.is_first():
         return
     _write_facts(train, part)
-    replaced = part.with_name(f".{final.name}.replaced.part")
+    replaced = part.with_name(f".{final.name}{REPLACED}")
     with contextlib.suppress(FileNotFoundError):
         final.rename(replaced)
-    part.rename(final)
+    try:
+        part.rename(final)
+    except OSError:
+        _give_back(final.parent)
+        raise
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -143,13 +192,17 @@ def _publish(train: trainer.Trainer, part: Path, final: Path) -> None:
 def _write_facts(train: trainer.Trainer, part: Path) -> None:
     facts = {
         "updates": train.updates,
-        "method": method_facts(train),
+        "method": method_facts(train.how),
         "latent_shape": train.data.latent_shape,
         "origin": train.origin,
         "underway": dataclasses.asdict(train.underway),
     }
-    with (part / FACTS_FILE).open("w", encoding="utf-8") as stream:
-        json.dump(facts, stream, indent=2)
+    _write_text(part / FACTS_FILE, json.dumps(facts, indent=2))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -179,11 +232,38 @@ def _read_facts(path: Path) -> dict[str, Any]:
             raise TypeError(f"{wrong[0]} is of another kind")
         trainer.Underway(**facts["underway"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResumeError(path, f"{FACTS_FILE} cannot be read: {error!r}") from error
+        raise _damaged(path, f"{FACTS_FILE} cannot be read: {error!r}") from error
     return facts
 
 
-def _check(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_sums(path: Path, device: torch.device) -> None:
+    """Each process reads its share of the files; older checkpoints have no sums."""
+    reason = None
+    try:
+        files = sorted(path.glob("__*.sha256"))
+        lines = [line for file in files for line in file.read_text("ascii").splitlines()]
+        for line in lines[processes.rank() :: processes.count()]:
+            told, _, name = line.partition("  ")
+            if _sha256(path / name) != told:
+                reason = f"it cannot be read: {name} is not what was written"
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read: {_reason(error)}"
+    if processes.is_true_anywhere(reason is not None, device):
+        raise _damaged(path, reason or "it cannot be read by another process")
+
+
+def _damaged(path: Path, reason: str) -> ResumeError:
+    older = [each for each in complete(path.parent.parent) if _updates(each) < _updates(path)]
+    then = f"go on from {older[-1].name}" if older else "begin anew"
+    return ResumeError(path, f"{reason}. If it is damaged, remove that folder to {then}")
+
+
+def _updates(path: Path) -> int:
+    return int(path.name.removeprefix("update_"))
+
+
+def _check(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The keys that differ and may."""
     before, now = _by_key(saved), _by_key(asked)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     refused = [key for key in changed if key not in FREE]
@@ -192,6 +272,7 @@ def _check(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> No
             f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}" for key in refused
         )
         raise ResumeError(path, f"it was trained otherwise: {told}. Use another output folder")
+    return changed
 
 
 def _shown(value: Any) -> str:
@@ -218,9 +299,11 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _free_space(output: Path) -> str:
+def _space(train: trainer.Trainer, output: Path) -> str:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(train).values())
     with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(output).free:,} bytes are free there)"
+        free = shutil.disk_usage(output).free
+        return f" (a checkpoint takes {size:,} bytes, {free:,} are free there)"
     return ""
 
 

@@ -95,7 +95,7 @@ class Trainer:
         data: examples.Examples,
         device: torch.device | str = "cpu",
         answered: pairs.Pairs | None = None,
-        origin: Mapping[str, str | None] | None = None,
+        origin: Mapping[str, str | int | None] | None = None,
     ) -> None:
         """`answered` goes with `how.regression`.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import sampling
-from models.distillation import examples, method, pairs, roles, trainer
+from models.distillation import examples, method, pairs, roles, tensor_files, trainer
 from models.tiny import apprentices, loop, on_policy, recipes, reflow, teacher, words
 
 SMALL = recipes.Transformer(dim=32, ffn_dim=48, num_heads=2, num_layers=1)
@@ -296,6 +296,40 @@ def reflowed(nets, how, data, folder):
     answered = answers(nets, how, data, folder / "answers")
     train(nets, how, data, answered, folder / f"{how.student.weights}.pt")
     return answered
+
+
+def test_a_student_is_taught_the_straight_way_from_where_it_stands(data, tmp_path, monkeypatch):
+    """(where it is - the end) / its level, by hand; a quarter are noises and their answers."""
+    nets, how = begun("full")
+    answered = answers(nets, how, data, tmp_path / "answers")
+    normal = torch.Generator().manual_seed(5)
+    x, ends = torch.randn((2, 20, *SHAPE), generator=normal)
+    steps, places = torch.arange(20) % 3 + 1, torch.arange(20) % 6
+    there = on_policy.States(x, ends, steps, places)
+    tensor_files.save(dataclasses.asdict(there), tmp_path / "on_policy_states_0.safetensors")
+    taught = []
+
+    def learn(_role, error, **_options):
+        taught.append(float(error(0).detach()))
+
+    monkeypatch.setattr(on_policy.learning, "learn", learn)
+    gone_on(nets, how, data, answered, tmp_path)
+    generator = loop.generator(how.seed, 0)
+    rows = torch.randint(20, (6,), generator=generator).tolist()
+    drawn = torch.randint(6, (2,), generator=generator).tolist()
+    _, noise, made = answered.take(drawn, data, torch.device("cpu"))
+    states = [(x[row], ends[row], int(steps[row]), int(places[row])) for row in rows]
+    states += [(*each, 0, number) for *each, number in zip(noise, made, drawn, strict=True)]
+    assert {gone for _, _, gone, _ in states} == {0, 1, 2, 3}
+    assert any(drawn)
+    expected = 0.0
+    for latents_, end, gone, place in states:
+        sigma = [1, 0.9375, 5 / 6, 0.625][gone]
+        batch = data.batch([place], torch.device("cpu"))
+        asked = latents_[None], torch.tensor([sigma]), batch.context_BSG, None
+        told = nets.student.velocity(*asked).detach()
+        expected += float((told - (latents_ - end) / sigma).square().mean()) / len(states)
+    assert taught == [pytest.approx(expected, rel=1e-4)]
 
 
 def error_at(nets, how, data, there):

@@ -1,7 +1,10 @@
 """`rushes distill` from its file to a video of the student, on the tiny model."""
 
 import csv
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from PIL import Image
 
 from jobs import cli, errors, presets
 from jobs import settings as job_settings
-from models import layout
+from models import layout, quantization, quantized_files
 from models.distillation import export, saving
 from models.tiny import make
 from worker import components, distill, group, pipeline, probes, stopwatch, video
@@ -152,13 +155,19 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(write, run, tmp
     straight, _ = run(write(output="straight", student_updates=3, **terms))
 
     def stop(update, _count):
-        if update.number == 1:
+        if update.number == 2:  # then there are two checkpoints
             signal_self()
 
     stopped, _ = run(write(output="stopped", student_updates=3, **terms), on_update=stop)
-    assert stopped == distill.Done(updates=1, weights=None, preset=None)
-    resumed, notes = run(write(output="stopped", student_updates=3, **terms))
-    assert any("going on from" in note for note in notes)
+    assert stopped == distill.Done(updates=2, weights=None, preset=None)
+    made = []
+    resumed, notes = run(
+        write(output="stopped", student_updates=3, **terms),
+        on_update=lambda update, _count: made.append(update.number),
+    )
+    assert made == [3]
+    assert f"going on from {tmp_path}/stopped/checkpoints/update_000002" in notes
+    assert not any("other prompts" in note for note in notes)
     assert resumed.weights.read_bytes() == straight.weights.read_bytes()
     with (tmp_path / "stopped" / "metrics.csv").open() as stream:
         assert [row["number"] for row in csv.DictReader(stream)] == ["1", "2", "3"]
@@ -190,7 +199,9 @@ def test_other_prompts_get_other_answers(write, run, tmp_path):
     assert len(answers) == REGRESSION["regression_pairs"]
     (tmp_path / "prompts.txt").write_text("a yellow ring\n")
     (tmp_path / "again.json").write_text(path.read_text().replace('_updates": 1', '_updates": 2'))
-    run(tmp_path / "again.json")
+    _, notes = run(tmp_path / "again.json")
+    told = "update_000001 was trained with other prompts; it goes on with the new ones"
+    assert [note for note in notes if note.endswith(told)]
     assert len(set((tmp_path / "out" / "answers").iterdir()) - answers) == len(answers)
 
 
@@ -210,9 +221,8 @@ def test_an_example_that_was_encoded_again_gets_the_same_answers(write, run, tmp
     assert set((tmp_path / "out" / "answers").iterdir()) == answers
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
-    write, run, monkeypatch
-):
+def test_a_checkpoint_that_cannot_be_written_costs_no_student(write, run, monkeypatch, tmp_path):
+    """The last one is an error all the same."""
     real, calls = saving.save, []
 
     def fails_at_first(*arguments, **options):
@@ -232,6 +242,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_the_last_update(
     monkeypatch.setattr(saving, "save", always_fails)
     with pytest.raises(errors.RushesError, match="No space left on device"):
         run(write(output="other"))
+    assert presets.load(str(tmp_path / "other" / distill.PRESET_FILE)).look.transformer
+    assert (tmp_path / "other" / export.FULL_FILE).read_bytes() == done.weights.read_bytes()
 
 
 class FullVAE(torch.nn.Module):
@@ -352,10 +364,94 @@ def test_a_path_with_dots_in_it_makes_a_good_preset(write, tmp_path, changes):
     assert weights == str(tmp_path / "out" / "weights")
 
 
-def test_another_method_is_not_continued_with(write, run):
-    run(write(student_updates=1))
-    with pytest.raises(errors.RushesError, match=r"ratio was 1, now 3.*another output"):
-        run(write(ratio=3))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"regression_pairs": 7}, "regression_pairs was 5, now 7"),
+        ({"regression_steps": 8}, "regression_steps was 4, now 8"),
+        ({"ratio": 3}, "ratio was 1, now 3"),
+    ],
+)
+def test_what_is_not_continued_with_is_refused_before_the_teacher_is_asked(
+    write, run, monkeypatch, changes, told
+):
+    run(write(student_updates=1, **REGRESSION))
+
+    def refuse(*_arguments):
+        raise AssertionError("the prompts are encoded")
+
+    monkeypatch.setattr(distill, "_encoded", refuse)
+    with pytest.raises(errors.RushesError, match=f"{told}.*another output"):
+        run(write(**{**REGRESSION, **changes}))
+
+
+def test_a_folder_in_which_another_training_works_is_refused(write, run, monkeypatch, tmp_path):
+    path = write(student_updates=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / distill.LOCK_FILE).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(errors.FileUnusable, match=f"another rushes distill works in {out}"):
+            run(path)
+    assert [each.name for each in out.iterdir()] == [distill.LOCK_FILE]
+
+    def refuses(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distill.fcntl, "flock", refuses)
+        assert run(path)[0].updates == 1
+    assert run(path)[0].updates == 1
+
+
+@pytest.mark.parametrize("place", ["model", "student_start"])
+def test_quantized_weights_are_not_trained(write, run, known, tmp_path, place):
+    files = layout.find(known.models_dir / "tiny", base=True)
+    path = tmp_path / "quantized.safetensors"
+    quantized_files.write(files, path, quantization.Scheme.INT8)
+    if place == "model":
+        shutil.copytree(known.models_dir / "tiny", tmp_path / "copy")
+        path = path.replace(tmp_path / "copy" / files.transformer[0].name)
+    changes = {"model": "copy"} if place == "model" else {place: path.name}
+    with pytest.raises(errors.FileUnusable, match=f"{path} is quantized"):
+        run(write(**changes))
+
+
+def test_a_critic_begins_as_the_teacher_also_where_the_student_does_not(write, known, tmp_path):
+    files = layout.find(known.models_dir / "tiny", base=True)
+    content = safetensors.torch.load_file(files.transformer[0])
+    name = "blocks.0.self_attn.q.weight"
+    start = tmp_path / "start.safetensors"
+    safetensors.torch.save_file({**content, name: 2 * content[name]}, start)
+    plan = distill.read(write(student_start=start.name))
+    nets = distill._networks(plan, files, torch.device("cpu"))
+    teacher = nets.teacher.network.get_parameter(name)
+    assert torch.equal(nets.critic.trained[name], teacher)
+    assert torch.equal(nets.student.trained[name], 2 * teacher)
+
+
+def test_first_frames_are_cropped_and_other_encoders_encode_anew(write, known, tmp_path):
+    shutil.copytree(known.models_dir / "tiny_i2v", tmp_path / "copy")
+    files = layout.find(tmp_path / "copy", base=True, task=distill.TASKS["i2v"])
+    seen = []
+
+    def encode(encoder, *_arguments):
+        seen.append(encoder)
+        raise EncodedError
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distill.encoding.Encoder, "encode", encode)
+        for changed in (None, *files.text_encoder, *files.vae, *files.image_encoder):
+            if changed is not None:
+                os.utime(changed, (1, 1))
+            with pytest.raises(EncodedError):
+                distill._encoded(distill.read(write()), files, [], torch.device("cpu"), told_to([]))
+    assert all(each.target.crops for each in seen)
+    assert len({each.model for each in seen}) == len(seen) >= 4
+
+
+class EncodedError(Exception):
+    """More is not needed."""
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,11 @@ def test_a_file_tells_how_to_render_it_and_both_readings_of_its_guidance(train, 
     assert told["guidance_as_cond_plus_g"] == "5"
 
 
+def test_a_preset_renders_by_the_step_rule_that_was_trained(how, tmp_path):
+    asked = export.preset({}, how(rollout="renoise"), path=tmp_path, is_lora=False)
+    assert asked["step_rule"] == "renoise"
+
+
 def test_what_the_renderer_would_refuse_is_not_called_exported(train, tmp_path):
     broken = train("lora", ema=None)
     next(iter(broken.student.trained.values())).data.fill_(float("nan"))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +88,28 @@ def test_who_asks_to_stop_gets_one_checkpoint(train, tmp_path, stop_at, saved):
     at_once = dataclasses.replace(watcher, asks_to_stop=lambda: True)
     assert not progress.run(beginning, course.from_values(values), at_once)
     assert len(told) == 1, "what was loaded is not written again"
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_stop_without_a_checkpoint_is_an_error(train, tmp_path, monkeypatch, stop_at):
+    """Within an update, and after it."""
+
+    def fails(*_arguments, **_options):
+        raise saving.SavingError(tmp_path, "No space left on device")
+
+    monkeypatch.setattr(saving, "save", fails)
+    asked = itertools.count(1)
+    watcher = progress.Watcher(
+        on_update=lambda _update: None,
+        on_saved=lambda _path: None,
+        on_trouble=lambda _text: None,
+        on_probe=lambda *_: None,
+        asks_to_stop=lambda: next(asked) == stop_at,
+    )
+    values = {"model": "m", "prompts": "p", "output": str(tmp_path), "ratio": 1}
+    with pytest.raises(saving.SavingError):
+        progress.run(train("lora", ratio=1), course.from_values(values), watcher)
+    assert next(asked) == stop_at + 1
 
 
 def test_an_update_that_was_begun_is_ended_though_fewer_are_wanted_now(train, tmp_path):
@@ -196,19 +220,68 @@ def test_another_split_of_the_batch_is_continued_with(train, tmp_path):
 def test_a_damaged_checkpoint_says_so(train, tmp_path, victim):
     path = saving.save(train(), tmp_path)
     os.truncate(path / victim, (path / victim).stat().st_size // 2)
-    with pytest.raises(saving.ResumeError, match="cannot be read"):
+    with pytest.raises(saving.ResumeError, match=r"cannot be read.*remove that folder to begin"):
         saving.load(train(), path)
 
 
-def test_what_does_not_fit_on_the_disk_leaves_the_checkpoint_before(train, tmp_path):
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_named(train, tmp_path):
+    beginning = train("lora")
+    saving.save(beginning, tmp_path)
+    beginning.updates = 1
+    path = saving.save(beginning, tmp_path)
+    file = path / "__0_0.distcp"
+    written = file.read_bytes()
+    weight = max(tensors(beginning).values(), key=lambda each: each.norm())
+    place = written.index(weight.numpy().tobytes())  # where torch does not notice
+    file.write_bytes(written[:place] + bytes([written[place] ^ 0x40]) + written[place + 1 :])
+    told = r"distcp is not what was written.*remove that folder to go on from update_000000$"
+    with pytest.raises(saving.ResumeError, match=told):
+        saving.load(beginning, path)
+    file.write_bytes(written)
+    (path / "__0.sha256").unlink()  # as older versions wrote it
+    saving.load(beginning, path)
+
+
+def test_a_checkpoint_that_is_overwritten_is_not_lost_with_us(train, tmp_path, monkeypatch):
+    """Killed, and failed, after it gave its name away."""
+    beginning = train("lora")
+    path = saving.save(beginning, tmp_path)
+    rename = type(path).rename
+
+    def fails(self, target, *, error):
+        if self.name.endswith(".part"):
+            raise error
+        return rename(self, target)
+
+    for error in (KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")):
+        monkeypatch.setattr(type(path), "rename", functools.partialmethod(fails, error=error))
+        with pytest.raises((KeyboardInterrupt, saving.SavingError)):
+            saving.save(beginning, tmp_path, keep=1)
+        monkeypatch.undo()
+        assert saving.complete(tmp_path) == [path]
+        saving.load(beginning, path)
+    assert saving.save(beginning, tmp_path, keep=1) == path
+    assert list((tmp_path / saving.FOLDER).iterdir()) == [path]
+
+
+def test_what_does_not_fit_on_the_disk_leaves_the_checkpoint_before(train, tmp_path, monkeypatch):
     beginning = train()
     beginning.step()
     before = saving.save(beginning, tmp_path)
     beginning.step()
+    usage, parts = shutil.disk_usage, tmp_path / saving.FOLDER
+
+    def disk_usage(path):
+        assert list(parts.glob(".*.part")), "what was written counts as used"
+        return usage(path)
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", disk_usage)
+    size = sum(each.nbytes for each in tensors(beginning).values())
+    told = f"update_000002 could not be written.*takes {size:,} bytes, [0-9,]+ are free"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(saving.SavingError, match=r"update_000002 could not be written.*free"):
+        with pytest.raises(saving.SavingError, match=told):
             saving.save(beginning, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

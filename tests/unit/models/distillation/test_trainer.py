@@ -1,5 +1,7 @@
 """What an update does to the three networks."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -131,6 +133,27 @@ def test_accumulated_batches_count_as_one(train):
             total += gradient / 3
     norm = torch.stack([total.norm() for total in sums]).norm()
     assert beginning._update_student()[1] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_no_two_actions_draw_the_same(train):
+    beginning = train(ratio=2, accumulate=2, batch=1)
+    drawn = []
+    for beginning.updates in range(2):
+        for action in range(3):
+            drawn += [float(each.drawn.normal((1,))) for each in beginning._micros(action=action)]
+    assert len(set(drawn)) == len(drawn) == 12
+
+
+def test_a_gradient_is_clipped_and_weights_decay(how):
+    """w (1 - rate decay) - rate sign(gradient): Adam's first step."""
+    tuning = dataclasses.replace(how().student, learning_rate=0.1, weight_decay=0.5, clip=2.0)
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    tuned = tuner.Tuner(roles.Role(torch.nn.Identity(), {"w": weight}), tuning)
+    weight.grad = torch.tensor([3.0, -4.0])
+    assert tuned.step() == pytest.approx(5.0)
+    moments = dict(tuned.tensors())
+    torch.testing.assert_close(moments["exp_avg.w"], torch.tensor([1.2, -1.6]))  # betas[0] is 0
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.85, 2.0]))
 
 
 @pytest.mark.parametrize("student", ["full", "lora"])
