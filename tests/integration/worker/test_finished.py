@@ -8,7 +8,7 @@ from sqlalchemy import update
 
 from jobs import broker, dispatch, lifecycle, orders, settings, states
 from jobs.schema import Attempt
-from worker import finished
+from worker import finished, scratch, tasks
 
 
 @pytest.fixture
@@ -158,6 +158,33 @@ def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeyp
 def test_an_empty_disk_asks_nobody(host, monkeypatch):
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
     assert finished.find_unfinished(host.db, broker.Broker(settings.load()), host.config) == []
+
+
+def test_a_finished_video_of_which_its_dead_worker_could_tell_nobody_is_kept(host, look):
+    """The database was away when it was finished, and came back when its process was gone."""
+    folder, unfinished = host.finished(), host.claim(host.submit()[0])
+    finished.end_lost(host.db, host.config, "cpu0@here")
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+    assert host.attempts(unfinished.job_id)[0].state is states.AttemptState.LOST
+    assert look() == [folder.attempt_id]
+
+
+def test_a_scratch_disk_that_cannot_be_read_keeps_nothing(host, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    folder = host.finished()
+    monkeypatch.setattr(scratch, "folders", broken)
+    finished.end_lost(host.db, host.config, "cpu0@here")
+    assert host.attempt(folder).state is states.AttemptState.LOST
+
+
+def test_a_new_child_keeps_what_the_one_before_it_has_finished(host, monkeypatch):
+    monkeypatch.setattr(tasks, "runner", lambda: None)
+    monkeypatch.setattr(tasks.logs, "configure", lambda _config: None)
+    folder = host.finished()
+    tasks._begin()
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
 
 
 @pytest.fixture
