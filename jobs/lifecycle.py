@@ -7,20 +7,23 @@ Lost attempts are locked before their batches: a heartbeat, which holds nothing 
 one to lock an attempt without its job.
 """
 
+import secrets
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import (
+    BigInteger,
     BindParameter,
     ColumnElement,
     Float,
     Select,
     bindparam,
+    case,
     func,
     insert,
     or_,
@@ -34,6 +37,8 @@ from jobs.schema import Attempt, Batch, Job, Owner
 MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
+IDS_SINCE = datetime(2020, 1, 1, tzinfo=UTC)
+ID_BITS = 12  # below the milliseconds: 53 in all till 2089, which numbers in JSON hold
 SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
 
 
@@ -92,7 +97,8 @@ def claim(
         return None
     lease_until = now + timedelta(seconds=lease_seconds)
     begun = {"of_job": job_id, "by": worker, "at": now, "until": lease_until}
-    attempt = session.execute(_BEGUN, begun).one()
+    ids = {"new_id": _new_id(now), "ahead": 1 + secrets.randbits(ID_BITS)}
+    attempt = session.execute(_BEGUN, begun | ids).one()
     moved = moves.move(
         session,
         job_id,
@@ -121,6 +127,12 @@ def claim(
         queue=job.queue,
         spec=spec,
     )
+
+
+def _new_id(now: datetime) -> int:
+    """Never used before, also by a database that was restored from a backup and counts anew."""
+    milliseconds = (now - IDS_SINCE) // timedelta(milliseconds=1)
+    return milliseconds << ID_BITS | secrets.randbits(ID_BITS)
 
 
 def is_open(now: datetime) -> list[ColumnElement[bool]]:
@@ -594,9 +606,16 @@ _RUNNABLE = (
     .with_for_update()
 )
 
+_NEWEST = select(func.max(Attempt.id)).scalar_subquery()
+_NEW_ID = bindparam("new_id", type_=BigInteger())
+
 _BEGUN = (
     insert(Attempt)
     .values(
+        # Higher than all that there are, also in the same millisecond or when a clock goes back.
+        id=case(
+            (_NEWEST >= _NEW_ID, _NEWEST + bindparam("ahead", type_=BigInteger())), else_=_NEW_ID
+        ),
         job_id=bindparam("of_job"),
         number=(
             select(func.count() + 1)

@@ -99,8 +99,8 @@ def renew_all(db: database.Database, config: settings.Settings) -> list[int]:
     folders = scratch.folders(config.scratch_dir)
     if not folders:
         return []
-    with db.reading() as session:
-        rows = _rows(session, folders, config.publish_lease_seconds)
+    # As a write, which is tried again: a new process begins with this, and ends if it fails.
+    rows = db.write(_rows, folders, config.publish_lease_seconds)
     return [
         folder.attempt_id
         for folder in folders

@@ -1,6 +1,8 @@
 """What lies on a host's disk is published, waited for or removed; nothing stops the look."""
 
+import contextlib
 import shutil
+import sqlite3
 from datetime import timedelta
 
 import pytest
@@ -145,6 +147,26 @@ def test_a_folder_of_another_farm_is_left_alone(host, look):
     assert unfinished.exists()
     assert with_sidecar.exists()
     assert not folder.path.exists()
+
+
+def test_a_video_from_before_a_database_was_restored_is_no_other_jobs(host, look):
+    """The rows are those of the backup, and another job is claimed first."""
+    jobs = host.submit(2)
+    file = host.config.home / "rushes.db"
+    backup = file.with_suffix(".backup")
+    with contextlib.closing(sqlite3.connect(file)) as source:
+        source.execute("VACUUM INTO ?", [str(backup)])
+    lost = host.finished(jobs[0])
+    assert look() == [lost.attempt_id]
+    host.db.close()
+    for end in ("-wal", "-shm"):
+        file.with_name(f"{file.name}{end}").unlink(missing_ok=True)
+    backup.replace(file)
+    claim = host.claim(jobs[1])
+    assert look() == []
+    assert host.attempts(jobs[1].id)[0].state is states.AttemptState.RUNNING
+    host.publisher().publish(claim.attempt_id)
+    assert host.job(jobs[1].id).state is states.JobState.RUNNING
 
 
 def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeypatch):
