@@ -7,11 +7,11 @@ import operator
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from jobs import (
     broker,
     database,
     lifecycle,
+    moves,
     order,
     orders,
     presets,
@@ -34,6 +35,9 @@ from jobs import (
 from jobs.schema import Attempt, Batch, Job, Look, Owner
 
 log = structlog.get_logger()
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
 REST_SECONDS = 0.05  # between two looks however often a farm of thousands kicks; at least
@@ -61,14 +65,20 @@ class Dispatcher:
         self._broker = broker.Broker(config)
         self._leases_count_from = 0.0
         self._slow_seconds = config.lease_seconds / 6
+        self._lock_seconds = self._slow_seconds / 4
+        self._busy_until: dict[int, float] = {}
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
-        """End lost attempts and what is past its deadline, fill the windows."""
-        ended = self._end_lost()
+        """End lost attempts and what is past its deadline, fill the windows.
+
+        Each also when the one before it failed; the first error is raised at the end.
+        """
+        failures: list[DBAPIError] = []
+        ended = self._or_later(self._end_lost, failures) or []
         for attempt_id in ended:
             log.warning("attempt.lost", attempt_id=attempt_id)
-        stopped = self._stop_batches()
+        stopped = self._or_later(self._stop_batches, failures) or 0
         sent, broker_error = 0, None
         try:
             with self._in_time():
@@ -77,12 +87,21 @@ class Dispatcher:
             pass  # told; what was sent counts at the next look
         except broker.BrokerUnavailable as error:
             broker_error = str(error)
+        if failures:
+            raise failures[0]
         return Tick(
             sent=sent,
             ended_attempts=len(ended),
             stopped_jobs=stopped,
             broker_error=broker_error,
         )
+
+    def _or_later(self, part: Callable[[], R], failures: list[DBAPIError]) -> R | None:
+        try:
+            return part()
+        except DBAPIError as error:
+            failures.append(error)
+            return None
 
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop: at once after a kick, else every `tick_seconds`."""
@@ -116,20 +135,54 @@ class Dispatcher:
 
     def _end_lost(self) -> list[int]:
         """Not while the database is slow to answer, nor in the time of a lease after that."""
+        ended: list[int] = []
         try:
             with self._in_time():
                 if time.monotonic() < self._leases_count_from:
                     with self._db.reading() as session:
                         database.now(session)
                     return []
-                return self._db.write(self._end_lost_in_time)
+                lost = self._db.write(lifecycle.lost_attempts)
+            self._spare(lost.busy)
+            # Each batch on its own: one whose row is held for long keeps the others from nothing.
+            for ids in lost.by_batch.values():
+                silent = [each for each in ids if each not in self._busy_until]
+                with self._in_time():
+                    ended += self._unless_held_up(self._end_lost_in_time, silent) or []
         except _DatabaseSilent:
-            return []
+            pass
+        return ended
 
-    def _end_lost_in_time(self, session: Session) -> list[int]:
+    def _spare(self, busy: Collection[int]) -> None:
+        """What is being written when a lease ends is as good as said, once it can be committed.
+
+        The lease that it brings may be over by then: its worker has another one to say more.
+        """
+        now = time.monotonic()
+        until = dict.fromkeys(busy, now + self._config.lease_seconds)
+        self._busy_until = {k: v for k, v in self._busy_until.items() if v > now} | until
+
+    def _end_lost_in_time(self, session: Session, ids: Sequence[int]) -> list[int]:
         """Rolled back if the database fell silent in the middle of it."""
         with self._in_time():
-            return lifecycle.end_lost_attempts(session, budgets=self._budgets)
+            return lifecycle.end_lost_attempts(session, budgets=self._budgets, ids=ids)
+
+    def _unless_held_up(
+        self, change: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R | None:
+        """None: somebody has held a row that it needs for long. It is tried at the next look."""
+
+        def briefly(session: Session) -> R:
+            moves.wait_briefly(session, self._lock_seconds)
+            return change(session, *args, **kwargs)
+
+        try:
+            return self._db.write(briefly)
+        except DBAPIError as error:
+            if not moves.is_held_up(error):
+                raise
+            log.warning("dispatch.held_up", by=str(error.orig).splitlines()[0])
+            return None
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
@@ -190,9 +243,9 @@ class Dispatcher:
             asked, overdue = queries.batches_to_stop(session)
         stopped = 0
         for batch_id in asked:
-            stopped += self._db.write(orders.go_on_cancelling, batch_id)[0]
+            stopped += (self._unless_held_up(orders.go_on_cancelling, batch_id) or (0, 0))[0]
         for batch_id in overdue:
-            stopped += self._db.write(orders.expire_batch, batch_id)[0]
+            stopped += (self._unless_held_up(orders.expire_batch, batch_id) or (0, 0))[0]
         return stopped
 
 
@@ -267,10 +320,16 @@ def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Cand
     ).all()
     taken = [job for job in chosen if job.id in set(free)]
     session.execute(update(Job).where(Job.id.in_(free)).values(dispatched_at=now))
-    # One by one and in order: two dispatchers wait for each other, not in a circle.
-    for batch_id in sorted({job.batch_id for job in taken}):
-        session.execute(update(Batch).where(Batch.id == batch_id).values(served_at=now))
-    # Those that a submit holds, to count its quota, are passed over rather than waited for.
+    # Rows that somebody holds are passed over rather than waited for: a batch's by a claim, perhaps
+    # of a host that froze in it, an owner's by a submit that counts its quota.
+    batches = (
+        select(Batch.id)
+        .where(Batch.id.in_({job.batch_id for job in taken}))
+        .order_by(Batch.id)
+        .with_for_update(skip_locked=True)
+    )
+    batch_ids = session.scalars(batches).all()
+    session.execute(update(Batch).where(Batch.id.in_(batch_ids)).values(served_at=now))
     owners = (
         select(Owner.name)
         .where(Owner.name.in_({job.owner for job in taken}))

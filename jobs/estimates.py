@@ -87,12 +87,12 @@ def of_batch(session: Session, batch_id: str) -> Estimate:
 
 def _measured(session: Session, look_ids: set[str]) -> dict[str, list[float]]:
     """Seconds on the device of the latest jobs of each look, all stages together."""
-    newest = session.scalar(select(func.max(Attempt.id))) or 0
+    too_old = queries.attempt_before_newest(session, RECENT_ATTEMPTS)
     found: dict[str, list[float]] = defaultdict(list)
     rows = session.execute(
         select(Job.look_id, Attempt.seconds)
         .join(Job, Job.id == Attempt.job_id)
-        .where(Attempt.id > newest - RECENT_ATTEMPTS)
+        .where(Attempt.id > too_old)
         .where(Attempt.state == states.AttemptState.SUCCEEDED, Job.look_id.in_(look_ids))
         .order_by(Attempt.id.desc())
     )

@@ -3,20 +3,27 @@
 An attempt's id is a fence: a change names the attempt that it believes holds the job, and does
 nothing when another one does. Every function is safe to call twice. Order of row locks: all the
 jobs by batch and id, then their batches, then attempts, then workers. `orders` has what people ask.
+Lost attempts are locked before their batches: a heartbeat, which holds nothing else, is the only
+one to lock an attempt without its job.
 """
 
-from collections.abc import Sequence
+import secrets
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import (
+    BigInteger,
     BindParameter,
     ColumnElement,
     Float,
+    Select,
     bindparam,
+    case,
     func,
     insert,
     or_,
@@ -30,6 +37,8 @@ from jobs.schema import Attempt, Batch, Job, Owner
 MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
+IDS_SINCE = datetime(2020, 1, 1, tzinfo=UTC)
+ID_BITS = 12  # below the milliseconds: 53 in all till 2089, which numbers in JSON hold
 SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
 
 
@@ -88,7 +97,8 @@ def claim(
         return None
     lease_until = now + timedelta(seconds=lease_seconds)
     begun = {"of_job": job_id, "by": worker, "at": now, "until": lease_until}
-    attempt = session.execute(_BEGUN, begun).one()
+    ids = {"new_id": _new_id(now), "ahead": 1 + secrets.randbits(ID_BITS)}
+    attempt = session.execute(_BEGUN, begun | ids).one()
     moved = moves.move(
         session,
         job_id,
@@ -117,6 +127,12 @@ def claim(
         queue=job.queue,
         spec=spec,
     )
+
+
+def _new_id(now: datetime) -> int:
+    """Never used before, also by a database that was restored from a backup and counts anew."""
+    milliseconds = (now - IDS_SINCE) // timedelta(milliseconds=1)
+    return milliseconds << ID_BITS | secrets.randbits(ID_BITS)
 
 
 def is_open(now: datetime) -> list[ColumnElement[bool]]:
@@ -392,21 +408,53 @@ def cancel_attempt(session: Session, attempt_id: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Attempts whose lease has ended."""
+
+    by_batch: dict[str, list[int]]
+    """Their ids, the longest silent ones first."""
+    busy: frozenset[int]
+    """Those that a transaction holds: a heartbeat, perhaps one that waits to be committed."""
+
+
+def lost_attempts(session: Session) -> Lost:
+    """What there is for `end_lost_attempts`, which ends none that is busy."""
+    found = _longest_silent(Attempt.lease_until < database.now(session))
+    rows = session.execute(found.add_columns(Job.batch_id)).all()
+    ids = [attempt_id for attempt_id, _, _ in rows]
+    by_batch: dict[str, list[int]] = defaultdict(list)
+    for attempt_id, _, batch_id in rows:
+        by_batch[batch_id].append(attempt_id)
+    free = select(Attempt.id).where(Attempt.id.in_(ids)).with_for_update(skip_locked=True)
+    busy = set(ids) - set(session.scalars(free)) if ids else set()
+    return Lost(by_batch=dict(by_batch), busy=frozenset(busy))
+
+
 def end_lost_attempts(
-    session: Session, *, budgets: retries.Budgets, worker: str | None = None
+    session: Session,
+    *,
+    budgets: retries.Budgets,
+    worker: str | None = None,
+    ids: Collection[int] | None = None,
 ) -> list[int]:
     """Fail the attempts whose lease has ended; with `worker`, all that this dead worker held.
 
     The newest one of a worker was on its device. One before it was only being finished, and one
     that is rendered waits for its upload on a host that is away: it goes back at no cost, unless
-    it is the job's third.
+    it is the job's third. With `ids`, only of these.
     """
     is_lost = Attempt.lease_until < database.now(session)
+    if ids is not None:
+        is_lost &= Attempt.id.in_(ids)
     if worker is not None:
         # What is rendered lies on the disk of its host, for the publisher to find.
         is_lost = (Attempt.worker == worker) & (Attempt.state == states.AttemptState.RUNNING)
-    ended, ids = [], []
-    for attempt in _locked_attempts(session, is_lost):
+    # A row that is held says that somebody is there, or will be held for as long as a host that
+    # froze in the middle of a transaction is not given up: the others do not wait for it.
+    attempts = _locked_attempts(session, is_lost, passes_over_held=worker is None)
+    ended, lost = [], []
+    for attempt in attempts:
         silent = (database.now(session) - attempt.heartbeat_at).total_seconds()
         where = f"{attempt.worker} in stage {attempt.stage or 'start'}"
         why = f"{where}: the worker died" if worker else f"{where}: silent for {silent:.0f} s"
@@ -418,11 +466,11 @@ def end_lost_attempts(
             failed = _fail(session, attempt.id, kind=kind, error=why, budgets=budgets)
             if failed is not None:
                 ended.append(failed)
-                ids.append(attempt.id)
+                lost.append(attempt.id)
                 continue
         moves.end_attempt(session, attempt.id, states.AttemptState.LOST, error=why)
     _suspect(session, ended)
-    return ids
+    return lost
 
 
 def _is_tail(session: Session, attempt: Attempt) -> bool:
@@ -446,25 +494,35 @@ def release_worker(
     return [attempt.id for attempt in held if release(session, attempt.id, reason=reason)]
 
 
-def _locked_attempts(session: Session, which: ColumnElement[bool]) -> Sequence[Attempt]:
-    """Live attempts, the longest silent ones, with their jobs locked in the order for all."""
-    found = (
+def _longest_silent(which: ColumnElement[bool]) -> Select[int, int]:
+    """Live attempts, and their jobs."""
+    return (
         select(Attempt.id, Attempt.job_id)
+        .join(Job, Job.id == Attempt.job_id)
         .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), which)
         .order_by(Attempt.lease_until)
         .limit(LOST_AT_ONCE)
     )
-    ids = session.execute(found).all()
+
+
+def _locked_attempts(
+    session: Session, which: ColumnElement[bool], *, passes_over_held: bool = False
+) -> Sequence[Attempt]:
+    """The longest silent ones, locked with their jobs in the order for all."""
+    ids = session.execute(_longest_silent(which)).all()
     if not ids:
         return []
-    moves.lock_jobs(session, Job.id.in_([job_id for _, job_id in ids]))
-    # Looked at again under the lock: meanwhile a worker may have reported after all.
+    if not passes_over_held:
+        moves.lock_jobs(session, Job.id.in_([job_id for _, job_id in ids]))
+    # Looked at again under the locks: meanwhile a worker may have reported after all. The attempts
+    # are locked as well, because a heartbeat that is not yet committed has renewed its lease.
     return session.scalars(
         select(Attempt)
         .join(Job, Job.id == Attempt.job_id)
         .where(Attempt.id.in_([attempt_id for attempt_id, _ in ids]))
         .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), which)
         .order_by(Job.batch_id, Job.id, Attempt.id)
+        .with_for_update(of=(Job, Attempt), skip_locked=passes_over_held)
     ).all()
 
 
@@ -548,9 +606,16 @@ _RUNNABLE = (
     .with_for_update()
 )
 
+_NEWEST = select(func.max(Attempt.id)).scalar_subquery()
+_NEW_ID = bindparam("new_id", type_=BigInteger())
+
 _BEGUN = (
     insert(Attempt)
     .values(
+        # Higher than all that there are, also in the same millisecond or when a clock goes back.
+        id=case(
+            (_NEWEST >= _NEW_ID, _NEWEST + bindparam("ahead", type_=BigInteger())), else_=_NEW_ID
+        ),
         job_id=bindparam("of_job"),
         number=(
             select(func.count() + 1)

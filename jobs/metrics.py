@@ -66,7 +66,8 @@ class Farm(Collector):
             newest = session.scalar(select(func.max(Attempt.id))) or 0
             live = Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
             oldest_live = session.scalar(select(func.min(Attempt.id)).where(live))
-            settled_to = max(min(newest - LATECOMERS, (oldest_live or newest) - 1), 0)
+            before_late = queries.attempt_before_newest(session, LATECOMERS)
+            settled_to = max(min(before_late, (oldest_live or newest) - 1), 0)
             if settled_to > self._settled_to:
                 self._settled += _between(session, after=self._settled_to, until=settled_to)
                 self._settled_to = settled_to

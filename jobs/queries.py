@@ -141,6 +141,12 @@ def attempts(session: Session, job_id: int) -> Sequence[Attempt]:
     return session.scalars(statement).all()
 
 
+def attempt_before_newest(session: Session, number: int) -> int:
+    """Only the `number` newest attempts have higher ids; 0: there are no more than that."""
+    found = select(Attempt.id).order_by(Attempt.id.desc()).offset(number).limit(1)
+    return session.scalar(found) or 0
+
+
 def attempts_of_batch(
     session: Session, batch_id: str, *, after: int = 0, limit: int = 1_000
 ) -> Sequence[tuple[Job, Attempt]]:

@@ -234,7 +234,11 @@ class Input(Base):
 
 
 class Attempt(Base):
-    """One try at a job. Its id is the fencing token: it only grows and is never used again."""
+    """One try at a job. Its id is the fencing token: it only grows and is never used again.
+
+    Its upper bits are the time of the claim and not a count, because a database that is restored
+    from a backup gives its numbers again, while videos of the lost rows wait on some disk.
+    """
 
     __tablename__ = "attempts"
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import database, states
+from jobs import database, queries, states
 from jobs.schema import Attempt
 
 NEWEST_ATTEMPTS = 20_000  # looked at: a chart must not become work for the database
@@ -39,10 +39,10 @@ def lately(session: Session, *, span_seconds: float, spans: int) -> Throughput:
     """The last `spans` spans, by the database's clock."""
     now = database.now(session)
     begin = now - timedelta(seconds=span_seconds * spans)
-    newest = session.scalar(select(func.max(Attempt.id))) or 0
+    left_out = queries.attempt_before_newest(session, NEWEST_ATTEMPTS)
     rows = session.execute(
         select(Attempt.state, Attempt.finished_at)
-        .where(Attempt.id > newest - NEWEST_ATTEMPTS, Attempt.finished_at > begin)
+        .where(Attempt.id > left_out, Attempt.finished_at > begin)
         .where(Attempt.state.in_((states.AttemptState.SUCCEEDED, *BAD)))
     ).all()
     counted: Counter[tuple[int, bool]] = Counter()
@@ -60,16 +60,11 @@ def lately(session: Session, *, span_seconds: float, spans: int) -> Throughput:
             for number in range(spans)
         ],
         span_seconds=span_seconds,
-        is_cut=_is_cut(session, newest, begin),
+        is_cut=_is_cut(session, left_out, begin),
     )
 
 
-def _is_cut(session: Session, newest: int, begin: datetime) -> bool:
+def _is_cut(session: Session, left_out: int, begin: datetime) -> bool:
     """Whether the newest of those that were not looked at ended within the time."""
-    left_out = session.scalar(
-        select(Attempt.finished_at)
-        .where(Attempt.id <= newest - NEWEST_ATTEMPTS)
-        .order_by(Attempt.id.desc())
-        .limit(1)
-    )
-    return left_out is not None and left_out > begin
+    ended_at = session.scalar(select(Attempt.finished_at).where(Attempt.id == left_out))
+    return ended_at is not None and ended_at > begin

@@ -79,18 +79,7 @@ def find_unfinished(
 
     After a restart of the host's processes, or when Redis lost the message.
     """
-    folders = scratch.folders(config.scratch_dir)
-    if not folders:
-        return []
-    with db.reading() as session:
-        rows = _rows(session, folders, config.publish_lease_seconds)
-    found = [
-        folder.attempt_id
-        for folder in folders
-        if (row := rows.get(folder.attempt_id)) is not None
-        and row.batch_id == folder.batch_id  # else it is another farm's
-        and _waits_for_upload(db, config, folder, row)
-    ]
+    found = renew_all(db, config)
     if found:
         # During an outage of the store the same ids are found again and again.
         on_the_way = bell.waiting(broker.publish_queue(config.host_name))
@@ -99,6 +88,36 @@ def find_unfinished(
         for attempt_id in unsent[: max(0, MOST_ON_THE_WAY - len(on_the_way))]:
             bell.send_publish(config.host_name, attempt_id)
     return found
+
+
+def renew_all(db: database.Database, config: settings.Settings) -> list[int]:
+    """Tell the database of every finished video that no publisher works on; remove garbage.
+
+    Before what a dead process held is ended: it may have finished a video and not been able to say
+    so, and that one needs no further render.
+    """
+    folders = scratch.folders(config.scratch_dir)
+    if not folders:
+        return []
+    # As a write, which is tried again: a new process begins with this, and ends if it fails.
+    rows = db.write(_rows, folders, config.publish_lease_seconds)
+    return [
+        folder.attempt_id
+        for folder in folders
+        if (row := rows.get(folder.attempt_id)) is not None
+        and row.batch_id == folder.batch_id  # else it is another farm's
+        and _waits_for_upload(db, config, folder, row)
+    ]
+
+
+def end_lost(db: database.Database, config: settings.Settings, worker: str) -> None:
+    """All that this dead worker of our host held, but for the videos that it has finished."""
+    try:
+        renew_all(db, config)
+    except OSError as error:
+        # A scratch disk that cannot be read has lost them.
+        log.error("scratch.not_read", path=str(config.scratch_dir), error=str(error))
+    db.write(lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=worker)
 
 
 def requeue_vanished(

@@ -24,7 +24,6 @@ from jobs import (
     beat,
     broker,
     database,
-    dispatch,
     first_answer,
     health,
     lifecycle,
@@ -259,11 +258,7 @@ class Launcher:
 
     def _give_up_what_it_held(self, renderer: RenderProcess) -> None:
         try:
-            self.db.write(
-                lifecycle.end_lost_attempts,
-                budgets=dispatch.budgets(self.config),
-                worker=renderer.name,
-            )
+            finished.end_lost(self.db, self.config, renderer.name)
         except DBAPIError as error:
             # The lease ends by itself, somewhat later.
             log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])

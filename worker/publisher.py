@@ -40,15 +40,19 @@ class Publisher:
 
     def _until_done(self, folder: scratch.AttemptFolder) -> None:
         tries = 0
-        while not self._try(folder, tries):
-            time.sleep(wait_seconds(tries))
+        while (longest_seconds := self._try(folder, tries)) is not None:
+            time.sleep(min(wait_seconds(tries), longest_seconds))
             tries += 1
 
-    def _try(self, folder: scratch.AttemptFolder, tries: int) -> bool:
-        """True when nothing is left to do."""
+    def _try(self, folder: scratch.AttemptFolder, tries: int) -> float | None:
+        """None when nothing is left to do; else how long the next try may wait at most.
+
+        A third of the lease that counts meanwhile: after an outage of the database silence is
+        pardoned for as long as `lease_seconds`.
+        """
         try:
             if not self._is_wanted(folder):
-                return True
+                return None
             job_id = folder.facts().job_id
             with tracing.job("upload", batch_id=folder.batch_id, job_id=job_id, tries=tries):
                 stored = self._upload(folder)
@@ -56,20 +60,21 @@ class Publisher:
         except errors.DiskUnusable as error:
             finished.give_up(self.db, self.config, folder, error=str(error))
             self.bell.kick()
-            return True
+            return None
         except storage.StorageError as error:
             attempt_id = folder.attempt_id
             log.warning("publish.delayed", attempt_id=attempt_id, tries=tries, error=str(error))
-            self._note(folder, f"the store does not take the video: {error}")
-            return False
+            if self._note(folder, f"the store does not take the video: {error}"):
+                return self.config.publish_lease_seconds / 3
+            return self.config.lease_seconds / 3
         except DBAPIError as error:
             log.warning("publish.delayed", attempt_id=folder.attempt_id, error=str(error)[:300])
-            return False
+            return self.config.lease_seconds / 3
         folder.remove()
         self.bell.kick()
         event = "attempt.succeeded" if won else "attempt.superseded"
         log.info(event, attempt_id=folder.attempt_id, key=stored.key)
-        return True
+        return None
 
     def _is_wanted(self, folder: scratch.AttemptFolder) -> bool:
         with self.db.reading() as session:
@@ -95,11 +100,13 @@ class Publisher:
             key=stored.key, size_bytes=stored.size_bytes, sha256=stored.sha256
         )
 
-    def _note(self, folder: scratch.AttemptFolder, note: str) -> None:
+    def _note(self, folder: scratch.AttemptFolder, note: str) -> bool:
         try:
             finished.renew(self.db, self.config, folder, note=note)
         except DBAPIError as error:
             log.warning("publish.note_missed", error=str(error)[:200])
+            return False
+        return True
 
 
 def make() -> Publisher:

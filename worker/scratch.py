@@ -3,8 +3,8 @@
     scratch/<batch>.<attempt>/video.mp4
     scratch/<batch>.<attempt>/sidecar.json      written last, by rename: the video is finished
 
-The batch is in the name because attempts are numbered anew in each database, and several farms,
-or a farm and the one before it, may use the same disk.
+The batch is in the name because several farms, or a farm and the one before it, may use the same
+disk, and two databases may have given the same id.
 """
 
 import contextlib

@@ -10,8 +10,8 @@ import structlog
 from celery import signals
 from celery.exceptions import SecurityWarning
 
-from jobs import celery_app, database, dispatch, lifecycle, logs, settings
-from worker import redis_transport, tracing
+from jobs import celery_app, database, logs, settings
+from worker import finished, redis_transport, tracing
 from worker import settings as worker_settings
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def _begin(**_: object) -> None:
         config = settings.load()
         logs.configure(config)
         name = worker_settings.load().worker_name
-        database.connect_service(config).write(
-            lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=name
-        )
+        finished.end_lost(database.connect_service(config), config, name)
         runner()
     except BaseException as error:
         # Celery would go on with a child that cannot render; the launcher starts a fresh pair.

@@ -654,6 +654,23 @@ def test_a_database_that_answers_late_when_jobs_are_chosen_ends_no_attempt(
     assert dispatcher.tick().ended_attempts == 1
 
 
+@pytest.mark.parametrize("part", ["lost_attempts", "batches_to_stop"])
+def test_jobs_are_sent_also_when_what_is_done_before_fails(
+    world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def broken(_session: database.Session) -> None:
+        raise OperationalError("select", {}, Exception("damaged"))
+
+    monkeypatch.setattr(lifecycle if part == "lost_attempts" else queries, part, broken)
+    world.register()
+    world.submit(2)
+    dispatcher = dispatcher_of(world, clean_redis_url)
+    with pytest.raises(OperationalError, match="damaged"):
+        dispatcher.tick()
+    with world.db.reading() as session:
+        assert len(session.scalars(select(Job.id).where(Job.dispatched_at.is_not(None))).all()) == 2
+
+
 def test_a_worker_that_refuses_a_queue_is_sent_nothing_of_it(
     world: World, clean_redis_url: str, client: redis.Redis
 ) -> None:

@@ -6,17 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import event, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from jobs import database, health, lifecycle, orders, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, LEASE_SECONDS, World
+
+BEFORE_IDS = real_datetime.datetime(2026, 1, 1, tzinfo=UTC)
 
 # One job in each state, reached by the functions themselves.
 
@@ -217,6 +220,44 @@ def test_an_attempt_is_numbered_and_its_id_is_never_used_again(world: World) -> 
 
 
 # Budgets.
+
+
+def test_ids_of_attempts_are_no_count_and_fit_into_a_number_of_json(world: World) -> None:
+    """A database that is restored from a backup counts anew, and would give them again."""
+    earliest = (BEFORE_IDS - lifecycle.IDS_SINCE) // timedelta(milliseconds=1)
+    attempt_id = world.claimed(_queued(world))
+    assert earliest << lifecycle.ID_BITS < attempt_id < 1 << 53
+
+
+def test_ids_of_attempts_grow_also_when_a_clock_goes_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is the newest of a worker is told by them."""
+    ids = [world.claimed(_queued(world))]
+    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 7)
+    ids += [world.claimed(_queued(world)) for _ in range(5)]
+    assert ids == sorted(set(ids))
+
+
+def test_an_id_that_two_claims_draw_at_once_is_one_claim_that_is_missed(
+    postgres_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is left, and its message is sent again."""
+    world = postgres_world
+    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 7)
+    first, second = _queued(world), _queued(world)
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.transaction() as session:
+            held = {"worker": "gpu0@here", "lease_seconds": LEASE_SECONDS}
+            assert lifecycle.claim(session, first, **held) is not None
+            other = pool.submit(world.claim, second, worker="gpu1@here")
+            time.sleep(0.2)
+        with pytest.raises(IntegrityError):
+            other.result(30)
+    assert world.job(second).state is JobState.QUEUED
+    world.check()
+    assert world.claimed(second, worker="gpu1@here") > 7
+    world.check()
 
 
 def test_errors_are_retried_until_their_budget_is_spent(world: World) -> None:

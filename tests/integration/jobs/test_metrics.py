@@ -109,8 +109,7 @@ def test_counters_are_the_same_whoever_counted_from_when_on(sqlite_world, monkey
     sqlite_world.rendered(live)
     sqlite_world.succeed(live)
     told(early)
-    for attempt_id in range(1, 12):
-        sqlite_world.release(attempt_id)  # those that live: then all is settled
+    release_all(sqlite_world)  # those that live: then all is settled
     told(early)
     busy_night(sqlite_world)
     counters = [
@@ -123,6 +122,13 @@ def test_counters_are_the_same_whoever_counted_from_when_on(sqlite_world, monkey
     ]
     assert counters[0] == counters[1]
     assert counters[0]["rushes_claims_total"] == 16
+
+
+def release_all(world) -> None:
+    with world.db.reading() as session:
+        ids = session.scalars(select(Attempt.id)).all()
+    for attempt_id in ids:
+        world.release(attempt_id)
 
 
 def counters(registry: metrics.Registry) -> dict[str, float]:
@@ -178,8 +184,7 @@ def test_counters_go_on_when_what_they_counted_is_deleted(world, monkeypatch):
     monkeypatch.setattr(expiry, "JOBS_AT_ONCE", 2)
     for _ in range(2):
         busy_night(world)
-    for attempt_id in range(1, 11):
-        world.release(attempt_id)
+    release_all(world)
     with world.db.transaction() as session:
         add_schedule(session)
         ids = session.scalars(select(Batch.id)).all()
@@ -202,8 +207,7 @@ def test_what_is_deleted_during_a_scrape_counts_once(world, monkeypatch):
     with world.db.transaction() as session:
         add_schedule(session)
         batch_id = session.scalars(select(Batch.id)).one()
-    for attempt_id in range(1, 6):
-        world.release(attempt_id)
+    release_all(world)
     world.cancel_batch(batch_id)
     before = counters(metrics.Registry(world.db))
     past, deleting = totals.past, iter([forget_all])

@@ -19,6 +19,7 @@ from jobs import (
     database,
     dispatch,
     first_answer,
+    lifecycle,
     migrate,
     s3_store,
     settings,
@@ -304,5 +305,56 @@ def test_a_database_that_slept_past_a_lease_ends_none(
     finally:
         waking.join()
     assert postgres_world.job(job.id).state is states.JobState.RUNNING
+    time.sleep(1.3)
+    assert dispatcher.tick().ended_attempts == 1
+
+
+@pytest.mark.parametrize("doing", ["heartbeat", "claim"])
+def test_a_host_that_froze_in_a_transaction_holds_up_nobody_else(
+    postgres_world: World, clean_redis_url: str, doing: str
+) -> None:
+    """Its rows stay locked until the server gives it up: the looks of the dispatcher go on."""
+    world = postgres_world
+    dispatcher = dispatch.Dispatcher(
+        settings.load(broker_url=clean_redis_url, lease_seconds=6.0, window=9), db=world.db
+    )
+    first, second, third = world.job_ids(world.submit(3))
+    frozen, same_batch = world.claimed(first, worker="gpu0@frozen"), world.claimed(second)
+    other_batch = world.claimed(world.only_job(world.submit()).id, worker="gpu1@here")
+    world.submit(2)
+    world.register()
+    for attempt_id in (frozen, same_batch, other_batch):
+        world.expire(attempt_id)
+    with world.db.transaction() as session:
+        if doing == "heartbeat":
+            lifecycle.heartbeat(session, frozen, lease_seconds=6.0)
+        else:
+            assert lifecycle.claim(session, third, worker="gpu0@frozen", lease_seconds=6.0)
+        began = time.monotonic()
+        tick = dispatcher.tick()
+        assert time.monotonic() - began < 1.5
+        assert world.attempt(other_batch).state is states.AttemptState.LOST
+        # A claim holds the row of its batch, which counts the jobs that run.
+        is_held_up = doing == "claim"
+        assert (world.attempt(same_batch).state is states.AttemptState.LOST) is not is_held_up
+        assert tick.ended_attempts == (1 if is_held_up else 2)
+        assert tick.sent >= 2
+        session.rollback()
+    world.check()
+
+
+def test_a_heartbeat_that_is_long_in_being_committed_counts(
+    postgres_world: World, clean_redis_url: str
+) -> None:
+    """Only writes stood still: the lease that it brings is over, but its worker was there."""
+    world = postgres_world
+    config = settings.load(broker_url=clean_redis_url, lease_seconds=1.2)
+    dispatcher = dispatch.Dispatcher(config, db=world.db)
+    attempt_id = world.claimed(world.only_job(world.submit()).id)
+    world.expire(attempt_id)
+    with world.db.transaction() as session:
+        lifecycle.heartbeat(session, attempt_id, lease_seconds=0.0)
+        assert dispatcher.tick().ended_attempts == 0
+    assert dispatcher.tick().ended_attempts == 0
     time.sleep(1.3)
     assert dispatcher.tick().ended_attempts == 1

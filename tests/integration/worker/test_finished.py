@@ -1,6 +1,8 @@
 """What lies on a host's disk is published, waited for or removed; nothing stops the look."""
 
+import contextlib
 import shutil
+import sqlite3
 from datetime import timedelta
 
 import pytest
@@ -8,7 +10,7 @@ from sqlalchemy import update
 
 from jobs import broker, dispatch, lifecycle, orders, settings, states
 from jobs.schema import Attempt
-from worker import finished
+from worker import finished, scratch, tasks
 
 
 @pytest.fixture
@@ -147,6 +149,26 @@ def test_a_folder_of_another_farm_is_left_alone(host, look):
     assert not folder.path.exists()
 
 
+def test_a_video_from_before_a_database_was_restored_is_no_other_jobs(host, look):
+    """The rows are those of the backup, and another job is claimed first."""
+    jobs = host.submit(2)
+    file = host.config.home / "rushes.db"
+    backup = file.with_suffix(".backup")
+    with contextlib.closing(sqlite3.connect(file)) as source:
+        source.execute("VACUUM INTO ?", [str(backup)])
+    lost = host.finished(jobs[0])
+    assert look() == [lost.attempt_id]
+    host.db.close()
+    for end in ("-wal", "-shm"):
+        file.with_name(f"{file.name}{end}").unlink(missing_ok=True)
+    backup.replace(file)
+    claim = host.claim(jobs[1])
+    assert look() == []
+    assert host.attempts(jobs[1].id)[0].state is states.AttemptState.RUNNING
+    host.publisher().publish(claim.attempt_id)
+    assert host.job(jobs[1].id).state is states.JobState.RUNNING
+
+
 def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeypatch):
     folder = host.finished()
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
@@ -158,6 +180,33 @@ def test_a_redis_that_is_down_is_told_after_the_leases_are_renewed(host, monkeyp
 def test_an_empty_disk_asks_nobody(host, monkeypatch):
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
     assert finished.find_unfinished(host.db, broker.Broker(settings.load()), host.config) == []
+
+
+def test_a_finished_video_of_which_its_dead_worker_could_tell_nobody_is_kept(host, look):
+    """The database was away when it was finished, and came back when its process was gone."""
+    folder, unfinished = host.finished(), host.claim(host.submit()[0])
+    finished.end_lost(host.db, host.config, "cpu0@here")
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+    assert host.attempts(unfinished.job_id)[0].state is states.AttemptState.LOST
+    assert look() == [folder.attempt_id]
+
+
+def test_a_scratch_disk_that_cannot_be_read_keeps_nothing(host, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    folder = host.finished()
+    monkeypatch.setattr(scratch, "folders", broken)
+    finished.end_lost(host.db, host.config, "cpu0@here")
+    assert host.attempt(folder).state is states.AttemptState.LOST
+
+
+def test_a_new_child_keeps_what_the_one_before_it_has_finished(host, monkeypatch):
+    monkeypatch.setattr(tasks, "runner", lambda: None)
+    monkeypatch.setattr(tasks.logs, "configure", lambda _config: None)
+    folder = host.finished()
+    tasks._begin()
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
 
 
 @pytest.fixture

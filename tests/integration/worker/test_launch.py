@@ -112,6 +112,13 @@ def test_a_dead_worker_comes_back_and_its_job_goes_back_at_once(host, launcher, 
     until(lambda: made.renderers[0].child.restarts == 1 and made.renderers[0].child.is_alive)
 
 
+def test_what_a_dead_worker_has_finished_is_kept(host, launcher):
+    folder = host.finished()
+    made = launcher()
+    made._give_up_what_it_held(made.renderers[0])
+    assert host.attempt(folder).state is states.AttemptState.RENDERED
+
+
 def test_a_dead_publisher_comes_back(launcher, running, until):
     made = launcher()
     running(made)

@@ -1,12 +1,23 @@
 """A finished video reaches the store once, however often something stands in its way."""
 
+import dataclasses
 import json
 import shutil
 import threading
 
 import pytest
 
-from jobs import dispatch, lifecycle, orders, results, servers, settings, states, stores
+from jobs import (
+    dispatch,
+    lifecycle,
+    orders,
+    results,
+    servers,
+    settings,
+    states,
+    storage,
+    stores,
+)
 from worker import publisher
 
 
@@ -244,3 +255,36 @@ def test_a_store_may_be_away_for_weeks():
     assert publisher.wait_seconds(0) <= publisher.FIRST_WAIT_SECONDS
     longest = publisher.LONGEST_WAIT_SECONDS
     assert longest / 2 <= publisher.wait_seconds(100_000) <= longest
+
+
+@pytest.mark.parametrize("away", ["database", "store", "both"])
+def test_a_wait_is_shorter_than_the_lease_that_counts_meanwhile(host, monkeypatch, away):
+    """After an outage of the database silence is pardoned for a lease, and not for longer."""
+
+    def fail(_path):
+        if away == "both":
+            host.break_database()
+        raise storage.StorageUnavailable("videos", "away")
+
+    config = host.config.model_copy(update={"lease_seconds": 3.0, "publish_lease_seconds": 30.0})
+    folder, store = host.finished(), Store(stores.open_store(host.config), fail)
+    made = dataclasses.replace(host.publisher(store), config=config)
+    if away == "database":
+        host.break_database()
+    longest_seconds = made._try(folder, 0)
+    if away != "store":
+        host.mend_database()
+    assert longest_seconds == (10.0 if away == "store" else 1.0)
+    assert host.attempt(folder).state in states.LIVE_ATTEMPT_STATES
+
+
+def test_the_database_is_asked_again_after_that_wait(host, monkeypatch):
+    slept = []
+    monkeypatch.setattr(publisher, "FIRST_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(publisher, "LONGEST_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(publisher.time, "sleep", slept.append)
+    folder = host.finished()
+    tries = iter([0.5, None])
+    monkeypatch.setattr(publisher.Publisher, "_try", lambda *_: next(tries))
+    host.publisher().publish(folder.attempt_id)
+    assert slept == [0.5]

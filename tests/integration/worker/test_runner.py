@@ -317,14 +317,15 @@ def test_a_lora_that_cannot_fit_fails_its_job_at_once_and_one_that_cannot_be_rea
     assert f"{path}: cannot be read as weights" in attempt.error
 
 
-def test_a_disk_that_fills_up_gives_the_job_back(host):
+def test_a_disk_that_fills_up_gives_the_job_back(host, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 17)
     job = host.submit()[0]
-    full = host.config.scratch_dir / f"{job.batch_id}.1"
+    full = host.config.scratch_dir / f"{job.batch_id}.17"
     full.mkdir(parents=True)
     (full / "video.mp4").symlink_to("/dev/full")
     host.runner().run_attempt(job.id)
     attempt = assert_given_back(host, job)
-    assert attempt.id == 1
+    assert attempt.id == 17
     assert "No space left on device" in attempt.note
     assert refused(host)[workers.ALL_QUEUES].kind is states.FailureKind.DISK
 
