@@ -260,8 +260,10 @@ def _read_jsonl(lines: _Lines) -> Iterator[prompt_row.PromptRow | errors.Problem
 
 def _jsonl_row(number: int, line: bytes | None) -> prompt_row.PromptRow:
     if line is None:
-        raise prompt_row.Invalid(_TOO_LONG)
-    fields = _json_value(_decoded(line))
+        raise prompt_row.Invalid(
+            f"{_TOO_LONG}: name a large image by its address, or upload it and name that"
+        )
+    fields = json_value(_decoded(line))
     if type(fields) is not dict:
         raise prompt_row.Invalid(
             f'must be an object such as {{"prompt": "..."}}, got {prompt_row.shown(fields)}'
@@ -287,7 +289,8 @@ def _refuse_constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
-def _json_value(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """Raises prompt_row.Invalid, also for a key that is given twice."""
     try:
         return _DECODER.decode(text)
     except prompt_row.Invalid:
@@ -318,11 +321,15 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
         )
     if "custom_id" in body:
         wrong.append("custom_id belongs beside body, not into it")
+    if not isinstance(body.get("model"), str | None):
+        wrong.append(f"model must be a text, got {prompt_row.shown(body['model'])}")
     if REFERENCE in body:
         try:
             referred(body[REFERENCE])
         except prompt_row.Invalid as invalid:
             wrong.append(f"{REFERENCE} {invalid}")
+        if body.get("image") is not None:
+            wrong.append(f"{REFERENCE} and image are both given: keep one")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
     wrong += [f"key {prompt_row.shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
@@ -504,7 +511,7 @@ def _lora_cell(text: str) -> Any:
 def _json_cell(text: str) -> Any:
     """What is no JSON stays a text, of which the check of its key tells."""
     try:
-        return _json_value(text)
+        return json_value(text)
     except prompt_row.Invalid:
         return text
 

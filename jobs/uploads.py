@@ -114,7 +114,7 @@ def every(
     if owner is not None:
         statement = statement.where(StoredFile.owner == owner)
     if purpose is not None:
-        statement = statement.where(StoredFile.purpose == purpose)
+        statement = statement.where(StoredFile.purpose == purpose.replace("\0", ""))
     if after is not None:
         moment, file_id = after
         when, same = StoredFile.created_at, StoredFile.created_at == moment

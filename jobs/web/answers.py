@@ -169,20 +169,44 @@ _MEANINGS = {
     403: "The token may not do this.",
     404: "There is no such thing.",
     409: "The name or the key is taken, by other content.",
+    410: "The data of the batch were deleted as old.",
     413: "Larger than RUSHES_WEB_MAX_BYTES.",
     422: "Something in it is wrong. Nothing was stored.",
     429: "The rate limit; Retry-After says when.",
+    502: "The store refuses what it is asked.",
     503: "The database or the store does not answer; Retry-After says when.",
 }
 
 
-def _documented(model: type[Answer]) -> dict[int | str, dict[str, Any]]:
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _documented(model: type[Answer]) -> Responses:
     return {status: {"model": model, "description": text} for status, text in _MEANINGS.items()}
 
 
-PROBLEMS = {
-    status: answer | {"content": {"application/problem+json": {}}}
-    for status, answer in _documented(Problem).items()
+_PROBLEM = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+PROBLEMS: Responses = {
+    status: {"content": _PROBLEM, "description": text} for status, text in _MEANINGS.items()
 }
 OPENAI_ERRORS = _documented(OpenAIError)
+# What is 422 elsewhere is 400 there. A range of statuses keeps FastAPI from naming 422 itself.
+OPENAI_ERRORS["4XX"] = OPENAI_ERRORS.pop(422)
 LIGHTX2V_ERRORS = _documented(Detail)
+REPEATED: Responses = {
+    200: {
+        "model": Submitted,
+        "description": "The Idempotency-Key was used before, with the same content.",
+    }
+}
+
+
+def bytes_of(*media_types: str) -> Responses:
+    """Of a file that may be asked for in part."""
+    content: dict[str, Any] = {media_type: {} for media_type in media_types}
+    return {
+        200: {"content": content},
+        206: {"content": content, "description": "The range that was asked for."},
+        304: {"description": "It is what If-None-Match says."},
+        416: {"description": "There is no such range."},
+    }

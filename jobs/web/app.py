@@ -79,7 +79,9 @@ def make(service: Service) -> FastAPI:
             CORSMiddleware,
             allow_origins=sorted(service.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+            # Those of the pages that were named; OpenAI's client sends a dozen of its own.
+            allow_headers=["*"],
+            expose_headers=["Content-Range", "ETag", "Location", "Retry-After"],
         )
     # Added last, so that it comes first.
     app.add_middleware(

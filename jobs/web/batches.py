@@ -97,7 +97,7 @@ def _key_of(owner: str, key: str) -> str:
     return f"{owner}:{key}"
 
 
-@router.post("", status_code=201, response_model=answers.Submitted)
+@router.post("", status_code=201, response_model=answers.Submitted, responses=answers.REPEATED)
 def submit(
     new: NewBatch,
     serving: Serving,
@@ -116,7 +116,7 @@ def submit(
     return _submitted(made, response)
 
 
-@router.post("/file", status_code=201, response_model=answers.Submitted)
+@router.post("/file", status_code=201, response_model=answers.Submitted, responses=answers.REPEATED)
 def submit_file(
     file: Annotated[UploadFile, File(description="JSON Lines, CSV, or a prompt per line.")],
     preset: Annotated[str, Form()],

@@ -28,20 +28,27 @@ LOOK_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 10.0  # between looks while the database is away
 QUIET_SECONDS = 15.0  # proxies end connections that say nothing
 TOKEN_SECONDS = 10.0  # a revoked token reads on for no longer
-MAX_LISTENERS = 200  # each looks at the database twice a second
+MAX_LISTENERS, OF_ONE_OWNER = 200, 100  # each looks at the database twice a second
 RETRY_MILLISECONDS = 2_000
 STILL_HERE = format_sse_event(comment="still here")
+WAIT_SECONDS = 10.0  # before one who has so many asks again
 
 
-_listeners: set[object] = set()
+_listeners: dict[object, str] = {}
+"""And whose they are."""
 
 
 def _readable(batch_id: str, serving: Serving, principal: access.Reader) -> str:
     """Before the stream begins: after that, no error can be told."""
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
-    if len(_listeners) >= MAX_LISTENERS:
-        raise rates.TooManyRequests(rate=f"{MAX_LISTENERS} listeners", wait_seconds=10)
+    owners = list(_listeners.values())
+    for num_listeners, most in (
+        (owners.count(principal.owner), OF_ONE_OWNER),
+        (len(owners), MAX_LISTENERS),
+    ):
+        if num_listeners >= most:
+            raise rates.TooManyRequests(rate=f"{most} listeners", wait_seconds=WAIT_SECONDS)
     return batch_id
 
 
@@ -66,7 +73,7 @@ async def _stream(
     serving: service.Service, batch_id: str, principal: access.Principal
 ) -> AsyncIterator[bytes]:
     me = object()
-    _listeners.add(me)
+    _listeners[me] = principal.owner
     try:
         yield format_sse_event(comment="hello", retry=RETRY_MILLISECONDS)
         told: dict[str, Any] = {}
@@ -106,7 +113,7 @@ async def _stream(
                 spoken = time.monotonic()
             await asyncio.sleep(pause)
     finally:
-        _listeners.discard(me)
+        del _listeners[me]
 
 
 async def _look(

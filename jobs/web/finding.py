@@ -48,10 +48,13 @@ def _unknown(reference: str) -> errors.NotFound:
 
 
 def job(session: Session, job_id: int, principal: access.Principal) -> Job:
-    """NotFound."""
+    """NotFound, also where its batch is being forgotten."""
     found = session.get(Job, job_id) if 0 < job_id < 2**63 else None
     if found is not None:
-        owner = session.scalar(select(Batch.owner).where(Batch.id == found.batch_id))
-        if principal.may_see(owner or ""):
+        its_batch = select(Batch.owner).where(
+            Batch.id == found.batch_id, Batch.forgotten_at.is_(None)
+        )
+        owner = session.scalar(its_batch)
+        if owner is not None and principal.may_see(owner):
             return found
     raise errors.NotFound(f"no job {job_id}")

@@ -32,23 +32,25 @@ class WebImages(inputs.InputImages):
     owner: str | None = ""
     """Whose uploads; None: everybody's."""
     may_read_buckets: bool = False
-    given: dict[str, bytes] = field(default_factory=dict)
-    """Images that came with the request, by the name that rows call them."""
+    given: dict[str, bytes | str] = field(default_factory=dict)
+    """Images and data URLs that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
     storing: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around what waits for the store."""
     _fetching_since: float | None = None
     """None: this request has no turn."""
 
-    def give(self, data: bytes) -> str:
-        """What a row calls this image."""
+    def give(self, data: bytes | str) -> str:
+        """What a row calls this image, or the data URL of one, which may be longer than a row."""
         name = f"{GIVEN}{len(self.given)}"
         self.given[name] = data
         return name
 
     def read(self, source: str) -> images.FetchedImage:
-        if source in self.given:
-            return images.examine(self.given[source], "the image")
+        given = self.given.get(source, source)
+        if isinstance(given, bytes):
+            return images.examine(given, "the image")
+        source = given
         if source.startswith(UPLOAD):
             return self._uploaded(source)
         if images.scheme_of(source) == "s3" and not self.may_read_buckets:

@@ -35,7 +35,7 @@ STATUSES = {
     states.JobState.FAILED: "failed",
     states.JobState.CANCELLED: "cancelled",
 }
-RESERVED = frozenset({"video", "image", "queue", "all"})
+RESERVED = frozenset({"video", "image", "queue", "all", ".", ".."})
 NOT_RENDERED = (
     "last_frame_path",
     "image_mask_path",
@@ -126,7 +126,8 @@ def _submit(
     principal: access.Principal,
 ) -> dict[str, Any]:
     task_id = task.task_id or str(uuid.uuid4())
-    if task_id in RESERVED or "/" in task_id or not task_id.isprintable():
+    has_slash = "/" in task_id or "%2f" in task_id.lower()
+    if task_id in RESERVED or has_slash or not task_id.isprintable():
         raise HTTPException(400, "task_id: printable characters without /, and no word of a path")
     path = _file_name(task.save_result_path or f"{task_id}.mp4")
 
@@ -236,7 +237,9 @@ def task_status(task_id: str, serving: Serving, principal: access.Reader) -> dic
 
 
 @router.head("/tasks/{task_id}/result", include_in_schema=False)
-@router.get("/tasks/{task_id}/result", response_class=Response)
+@router.get(
+    "/tasks/{task_id}/result", response_class=Response, responses=answers.bytes_of("video/mp4")
+)
 def task_result(
     task_id: str, request: Request, serving: Serving, principal: access.Reader
 ) -> Response:

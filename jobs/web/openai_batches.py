@@ -96,11 +96,12 @@ def _convert(source: BinaryIO, target: BinaryIO) -> tuple[set[str], bool]:
     with_image = False
     while line := source.readline(readers.MAX_LINE_BYTES + 2):
         try:
-            envelope = json.loads(line)
+            envelope = readers.json_value(line.decode("utf-8-sig"))
             body = envelope["body"]
             model = body.get("model")
             if REFERENCE in body:
-                body |= openai_videos.as_row({REFERENCE: body.pop(REFERENCE)})
+                given = {key: body.pop(key) for key in (REFERENCE, "image") if key in body}
+                body |= openai_videos.as_row(given)
                 line = json.dumps(envelope).encode() + b"\n"
         except (
             errors.InvalidInput,

@@ -81,7 +81,11 @@ def retrieve(file_id: str, serving_: Serving, principal: access.Reader) -> dict[
 
 
 @router.head("/{file_id}/content", include_in_schema=False)
-@router.get("/{file_id}/content", response_class=Response)
+@router.get(
+    "/{file_id}/content",
+    response_class=Response,
+    responses=answers.bytes_of("application/octet-stream", RESULT_TYPE),
+)
 def content(
     file_id: str, request: Request, serving_: Serving, principal: access.Reader
 ) -> Response:

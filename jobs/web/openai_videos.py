@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
 from jobs.schema import Attempt, Batch, Job, Look
@@ -25,6 +26,8 @@ router = APIRouter(
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
 REFERENCE = readers.REFERENCE
+BOTH_GIVEN = "and image are both given: keep one"
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 STATUSES = {
     states.JobState.QUEUED: "queued",
     states.JobState.RUNNING: "in_progress",
@@ -56,7 +59,33 @@ FORM = {
         "metadata": {"type": "string", "description": "JSON.", "examples": ['{"scene": "12"}']},
     },
 }
-BODY = {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}}}}
+JSON = {
+    "type": "object",
+    "required": ["prompt"],
+    "description": "And the other keys of a prompt row.",
+    "properties": {
+        "prompt": {"type": "string"},
+        "model": {"type": "string", "description": "A preset."},
+        "seconds": {"type": ["string", "number"]},
+        "size": {"type": "string", "examples": ["832x480"]},
+        REFERENCE: {
+            "type": "object",
+            "description": "One of the two.",
+            "properties": {"file_id": {"type": "string"}, "image_url": {"type": "string"}},
+        },
+        "seed": {"type": "integer"},
+        "lora": {"type": "array", "items": {"type": "object"}},
+        "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+BODY = {
+    "requestBody": {
+        "content": {
+            "multipart/form-data": {"schema": FORM},
+            "application/json": {"schema": JSON},
+        }
+    }
+}
 
 
 class Video(BaseModel):
@@ -85,7 +114,18 @@ class Asked:
 
 
 async def _asked(request: Request) -> Asked:
-    kind = request.headers.get("content-type", "")
+    try:
+        return await _read(request)
+    except HTTPException as refused:
+        if "maximum size" not in refused.detail:
+            raise
+        # Of a text: Starlette does not say that files may be larger.
+        detail = f"{refused.detail} Send an image as a file, or upload it and name its file_id."
+        raise HTTPException(refused.status_code, detail) from None
+
+
+async def _read(request: Request) -> Asked:
+    kind = request.headers.get("content-type", "").lower()
     if kind.startswith("application/json"):
         try:
             body = await request.json()
@@ -94,6 +134,9 @@ async def _asked(request: Request) -> Asked:
         if not isinstance(body, dict):
             raise service.invalid("body", "must be an object")
         return Asked(fields=body)
+    if not kind.startswith(FORM_TYPES):
+        message = "must be a form, or JSON sent with Content-Type: application/json"
+        raise service.invalid("body", message)
     async with request.form(max_files=1, max_fields=50) as sent:
         texts: list[tuple[str, str]] = []
         reference: dict[str, Any] = {}
@@ -122,7 +165,11 @@ def create(
     found = images_for(serving, principal)
     row = as_row(asked.fields)
     if asked.image is not None:
+        if "image" in row:
+            raise service.invalid(REFERENCE, BOTH_GIVEN)
         row["image"] = found.give(asked.image)
+    elif str(row.get("image")).startswith("data:"):
+        row["image"] = found.give(row["image"])
     preset = preset_of(serving, row.pop("model", None), with_image="image" in row)
     asked_model = asked.fields.get("model") or preset.name
     answer: dict[str, Any] = {}
@@ -154,6 +201,8 @@ def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
         row["seconds"] = float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) else text
     reference = fields.get(REFERENCE)
     if reference is not None:
+        if "image" in row:
+            raise service.invalid(REFERENCE, BOTH_GIVEN)
         row["image"] = _image(reference)
     return row
 
@@ -222,7 +271,9 @@ def retrieve(video_id: str, serving: Serving, principal: access.Reader) -> dict[
 
 
 @router.head("/videos/{video_id}/content", include_in_schema=False)
-@router.get("/videos/{video_id}/content", response_class=Response)
+@router.get(
+    "/videos/{video_id}/content", response_class=Response, responses=answers.bytes_of("video/mp4")
+)
 def content(
     video_id: str,
     request: Request,
@@ -267,16 +318,22 @@ def _mark_deleted(session: Session, job: Job) -> None:
     requests.delete(session, row)
 
 
+@router.get("/models/{name}")
+def retrieve_model(name: str, serving: Serving, principal: access.Reader) -> dict[str, Any]:
+    """A preset. 404 names those that there are."""
+    return _model(serving.preset(name))
+
+
 @router.get("/models")
 def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The presets."""
     found = presets.available(serving.config.presets_dir)
-    data = [
-        {"id": preset.name, "object": "model", "created": 0, "owned_by": "rushes"}
-        for preset in found
-        if isinstance(preset, presets.Preset)
-    ]
+    data = [_model(preset) for preset in found if isinstance(preset, presets.Preset)]
     return {"object": "list", "data": data}
+
+
+def _model(preset: presets.Preset) -> dict[str, Any]:
+    return {"id": preset.name, "object": "model", "created": 0, "owned_by": "rushes"}
 
 
 def _find(session: Session, video_id: str, principal: access.Principal) -> Job:

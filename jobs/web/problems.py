@@ -54,11 +54,14 @@ def answer(
     **more: Any,
 ) -> Response:
     """The error in the form of the API that was asked; a page for those who look at pages."""
+    detail = database.storable(detail)  # a name in a form may hold what no answer can
+    for problem in more.get("problems", ()):
+        problem["message"] = database.storable(problem["message"])
     path = request.url.path
     if not path.startswith(API_PATHS) and "text/html" in request.headers.get("accept", ""):
         return _page(request, status, detail, headers, more)
     if path.startswith(LIGHTX2V_PATHS):
-        return JSONResponse({"detail": detail}, status, headers)
+        return JSONResponse({"detail": _with_lines(detail, more)}, status, headers)
     if path.startswith("/v1/"):
         return _openai(status, detail, headers, more)
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
@@ -100,14 +103,19 @@ def _openai(
     status: int, detail: str, headers: Mapping[str, str] | None, more: Mapping[str, Any]
 ) -> JSONResponse:
     status = 400 if status == 422 else status
-    lines = [problem["message"] for problem in more.get("problems", ())]
     error = {
-        "message": "; ".join([detail, *lines[:5]]) if len(lines) > 1 else detail,
+        "message": _with_lines(detail, more),
         "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
         "param": more.get("param"),
         "code": more.get("code"),
     }
     return JSONResponse({"error": error}, status, headers)
+
+
+def _with_lines(detail: str, more: Mapping[str, Any]) -> str:
+    """For forms without a list of problems: the first of them, where `detail` is not the one."""
+    lines = [problem["message"] for problem in more.get("problems", ())]
+    return "; ".join([detail, *lines[:5]]) if len(lines) > 1 else detail
 
 
 def status_of(error: errors.RushesError) -> int:
@@ -183,11 +191,14 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
     if any(e["loc"] == ("body",) for e in error.errors()) and not _is_json(request):
         problems = [{"line": None, "message": NO_JSON}]
     status = 400 if any(e["type"] == "json_invalid" for e in error.errors()) else 422
-    return answer(request, status, "the request cannot be read", problems=problems)
+    detail = "the request cannot be read"
+    if len(problems) == 1:
+        detail += f": {problems[0]['message']}"
+    return answer(request, status, detail, problems=problems)
 
 
 def _is_json(request: Request) -> bool:
-    return "json" in request.headers.get("content-type", "")
+    return "json" in request.headers.get("content-type", "").lower()
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

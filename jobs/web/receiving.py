@@ -12,6 +12,7 @@ from jobs.schema import StoredFile
 from jobs.web import access, service
 
 COPY_BYTES = 1 << 20
+KIND = "application/octet-stream"  # as they are served, whatever the sender calls them
 
 
 def image(file: UploadFile) -> bytes:
@@ -29,7 +30,6 @@ def keep(
 ) -> StoredFile:
     """The row of a file that is in the store now."""
     file.file.seek(0)
-    kind = file.content_type or "application/octet-stream"
     with serving.db.reading() as session:
         file_id = uploads.new_id(database.now(session))
     with tempfile.TemporaryDirectory(prefix="rushes-upload-") as folder:
@@ -38,9 +38,9 @@ def keep(
             shutil.copyfileobj(file.file, target, COPY_BYTES)
         with serving.storing():
             if purpose == uploads.IMAGE:
-                stored = _keep_image(serving, path, content_type=kind)
+                stored = _keep_image(serving, path)
             else:
-                stored = serving.store.put_file(path, uploads.own_key(file_id), content_type=kind)
+                stored = serving.store.put_file(path, uploads.own_key(file_id), content_type=KIND)
     with serving.db.transaction() as session:
         return uploads.add(
             session,
@@ -52,8 +52,8 @@ def keep(
         )
 
 
-def _keep_image(serving: service.Service, path: Path, *, content_type: str) -> storage.StoredObject:
+def _keep_image(serving: service.Service, path: Path) -> storage.StoredObject:
     with path.open("rb") as source:
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
     holds.hold_all(serving.db, [uploads.shared_key(sha256)])
-    return uploads.keep_shared(serving.store, path, sha256=sha256, content_type=content_type)
+    return uploads.keep_shared(serving.store, path, sha256=sha256, content_type=KIND)

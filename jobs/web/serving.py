@@ -40,7 +40,8 @@ def respond(
     }
     if file_name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{file_name}"'
-    if tag in request.headers.get("if-none-match", ""):
+    held = request.headers.get("if-none-match", "")
+    if tag in held or held.strip() == "*":
         return Response(status_code=304, headers=headers)
     wanted = None
     if request.headers.get("if-range", tag) == tag:

@@ -66,12 +66,14 @@ def measure(serving: Serving, principal: access.Reader) -> Response:
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+@health.head("/healthz", include_in_schema=False)
 @health.get("/healthz")
 async def is_alive() -> dict[str, str]:
     """The process answers, even while all its threads are at work."""
     return {"status": "ok"}
 
 
+@health.head("/readyz", include_in_schema=False)
 @health.get("/readyz")
 async def is_ready(request: Request, response: Response) -> dict[str, Any]:
     """503 when requests cannot be served: without the database. The rest may come back later.

@@ -76,7 +76,7 @@ def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[
 @router.get(
     "/{job_id}/video",
     response_class=Response,
-    responses={200: {"content": {"video/mp4": {}}}, 206: {"content": {"video/mp4": {}}}, 416: {}},
+    responses=answers.bytes_of("video/mp4"),
 )
 def video(job_id: JobId, request: Request, service: Serving, principal: access.Reader) -> Response:
     """The video itself; understands Range."""

@@ -314,6 +314,17 @@ class TestOpenAiEnvelope:
                 {"body": {"prompt": "a", "input_reference": "a.png"}},
                 'input_reference must be an object with file_id or image_url only, got "a.png"',
             ),
+            (
+                {
+                    "body": {
+                        "prompt": "a",
+                        "image": "a.png",
+                        "input_reference": {"image_url": "https://x/b.png"},
+                    }
+                },
+                "input_reference and image are both given: keep one",
+            ),
+            ({"body": {"prompt": "a", "model": 5}}, "model must be a text, got 5"),
             ({"body": {"prompt": "a", "body": {}}}, 'unknown key "body"'),
         ],
     )

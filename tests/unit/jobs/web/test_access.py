@@ -102,12 +102,65 @@ def test_an_owner_sees_only_what_is_theirs_and_an_admin_everything(
     assert guarded.client.post("/api/batches", json=stolen, headers=ann).status_code == 201
 
 
+def test_what_is_anothers_is_neither_listed_nor_counted_nor_changed(guarded: Web) -> None:
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}], "name": "anns", "cron": "@daily"}
+    boss = guarded.token("ann", "admin")
+    assert guarded.client.post("/api/schedules", json=new, headers=boss).status_code == 201
+    for path in ("/api/schedules/anns", "/api/schedules/anns/history"):
+        assert guarded.client.get(path, headers=ann).status_code == 200, path
+        assert guarded.client.get(path, headers=ben).status_code == 404, path
+    assert guarded.client.post("/v1/videos", json={"prompt": "x"}, headers=ann).is_success
+    for path, key in (("/api/schedules", "schedules"), ("/v1/videos", "data")):
+        assert len(guarded.client.get(path, headers=ann).json()[key]) == 1, path
+        assert guarded.client.get(path, headers=ben).json()[key] == [], path
+
+
+def test_a_file_and_a_batch_of_another_are_out_of_reach(guarded: Web) -> None:
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    line = b'{"method": "POST", "url": "/v1/videos", "body": {"prompt": "x"}}'
+    up = {"files": {"file": ("b.jsonl", line)}, "data": {"purpose": "batch"}}
+    file_id = guarded.client.post("/v1/files", headers=ann, **up).json()["id"]
+    assert guarded.client.delete(f"/v1/files/{file_id}", headers=ben).status_code == 404
+    new = {"input_file_id": file_id, "endpoint": "/v1/videos"}
+    assert guarded.client.post("/v1/batches", json=new, headers=ben).status_code == 404
+    name = guarded.client.post("/v1/batches", json=new, headers=ann).json()["id"]
+    assert guarded.client.post(f"/v1/batches/{name}/cancel", headers=ben).status_code == 404
+    assert guarded.client.get(f"/v1/batches/{name}", headers=ben).status_code == 404
+    assert guarded.client.get("/v1/batches", headers=ben).json()["data"] == []
+    shown = guarded.client.get(f"/v1/batches/{name}", headers=ann).json()
+    assert shown["status"] == "in_progress"
+    assert guarded.client.get(f"/v1/files/{file_id}/content", headers=ann).content == line
+
+
+def test_tasks_of_another_are_neither_stopped_nor_counted(guarded: Web) -> None:
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    for name in ("first", "second"):
+        task = {"prompt": "x", "task_id": name}
+        assert guarded.client.post("/v1/tasks/", json=task, headers=ann).is_success
+    newest = guarded.client.get("/api/batches", headers=ann).json()["batches"][0]["batch_id"]
+    guarded.claim(guarded.job_id(newest))
+    told = guarded.client.delete("/v1/tasks/first", headers=ben).json()
+    assert told["stop_status"] == "do_nothing"
+    told = guarded.client.delete("/v1/tasks/all/running", headers=ben).json()
+    assert told["reason"].startswith("0 tasks")
+    for who, queued, active, total in ((ann, 1, ["second"], 2), (ben, 0, [], 0)):
+        queue = guarded.client.get("/v1/tasks/queue/status", headers=who).json()
+        current = active[0] if active else None
+        assert (queue["pending_count"], queue["current_task"]) == (queued, current)
+        assert (queue["active_count"], queue["is_processing"]) == (total, bool(active))
+        shown = guarded.client.get("/v1/service/status", headers=who).json()
+        assert (shown["pending_tasks"], shown["active_tasks"]) == (queued, active)
+        assert (shown["total_tasks"], shown["current_task"]) == (total, current)
+
+
 @pytest.mark.parametrize(
     ("one", "its_key", "other", "other_key"),
     [
         ("ann", "night", "ben", "night"),
         ("team", "x:n", "team:x", "n"),
         ("a" * 60 + "1", "night", "a" * 60 + "2", "night"),
+        ("a" * 199 + "1", "n" * 150, "a" * 199 + "2", "n" * 150),
     ],
 )
 def test_the_same_idempotency_key_of_two_owners_is_two_batches(
@@ -329,7 +382,14 @@ def test_no_page_may_read_unless_it_was_allowed(web: Web, make_web: MakeWeb) -> 
     answer = allowing.client.get("/healthz", headers=headers)
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
-    assert allowing.client.post("/api/batches", json=new, headers=headers).status_code == 201
+    made = allowing.client.post("/api/batches", json=new, headers=headers)
+    assert made.status_code == 201
+    assert "Location" in made.headers["access-control-expose-headers"]
+    asking = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, range, x-stainless-os",
+    }
+    assert allowing.client.options("/v1/videos", headers=headers | asking).status_code == 200
     other = {"Origin": "https://evil.example"}
     assert "access-control-allow-origin" not in allowing.client.get("/", headers=other).headers
 
@@ -349,7 +409,7 @@ def test_too_many_requests_are_told_when_to_come_again(make_web: MakeWeb) -> Non
     ann, ben = web.token("ann"), web.token("ben")
     found = [web.client.get("/api/batches", headers=ann) for _ in range(6)]
     assert [answer.status_code for answer in found] == [200] * 5 + [429]
-    assert 1 <= int(found[-1].headers["retry-after"]) <= 60
+    assert 30 < int(found[-1].headers["retry-after"]) <= 60
     assert web.client.get("/api/batches", headers=ben).status_code == 200
     assert web.client.get("/healthz").status_code == 200
     assert web.client.get("/v1/videos", headers=ann).json()["error"]["type"] == "rate_limit_error"
@@ -478,8 +538,34 @@ def test_a_port_that_another_one_has_is_told_in_a_line(
     assert said == []
 
 
-@pytest.mark.parametrize("path", ["/api/batches", "/v1/videos"])
+@pytest.mark.parametrize("path", ["/api/batches", "/v1/videos", "/v1/batches", "/v1/tasks/"])
 def test_json_that_is_not_said_to_be_json_is_told_so(web: Web, path: str) -> None:
-    form = "application/x-www-form-urlencoded"  # as curl -d sends it
-    answer = web.client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": form})
-    assert "Content-Type: application/json" in answer.text
+    for said in (
+        {"Content-Type": "application/x-www-form-urlencoded"},  # as curl -d sends it
+        {"Content-Type": "text/plain"},
+        {},
+    ):
+        answer = web.client.post(path, content=b'{"prompt": "x"}', headers=said)
+        assert answer.status_code in (400, 422)
+        assert "Content-Type: application/json" in answer.text
+
+
+def test_a_name_that_is_no_text_is_told_as_far_as_it_is(web: Web) -> None:
+    for path, field, name in (
+        ("/api/uploads", "file", r"\ud800"),
+        ("/api/batches/file", "file", r"\ud800"),
+        ("/v1/videos", r"\ud800", "a.png"),
+        ("/v1/tasks/video/form", "image_file", r"\ud800"),
+    ):
+        parts = "".join(
+            f"--x\r\nContent-Disposition: form-data; {part}\r\n"
+            for part in (
+                f'name="{field}"; filename="{name}"\r\n\r\n{{',
+                'name="preset"\r\n\r\ntiny',
+            )
+        )
+        kind = "multipart/form-data; boundary=x; charset=unicode_escape"
+        sent = {"content": f"{parts}--x--\r\n".encode(), "headers": {"Content-Type": kind}}
+        answer = web.client.post(path, **sent)
+        assert answer.status_code in (400, 422), answer.text
+        assert "ud800" in answer.text

@@ -158,7 +158,10 @@ def test_length_and_size_by_their_older_and_newer_names(
         ({"prompt": "x", "audio_path": "a.wav"}, 400, "no model here"),
         ({"prompt": "x", "task_id": "a/b"}, 400, "task_id"),
         ({"prompt": "x", "task_id": "video"}, 400, "task_id"),
-        ({"prompt": "x", "seed": "many"}, 422, "cannot be read"),
+        ({"prompt": "x", "task_id": ".."}, 400, "task_id"),
+        ({"prompt": "x", "task_id": "a%2Fb"}, 400, "task_id"),
+        ({"prompt": "x", "seed": "many"}, 422, "cannot be read: body.seed: Input should be"),
+        ({"seed": "many", "size": 1}, 422, "cannot be read; body.seed: Input should be"),
     ],
 )
 def test_what_is_wrong_is_told_in_their_form(
@@ -184,3 +187,12 @@ def test_a_result_path_writes_nothing_anywhere(live: Live) -> None:
         message = {"prompt": "x", "save_result_path": path}
         made = requests.post(f"{live.url}/v1/tasks/", json=message, timeout=9).json()
         assert made["save_result_path"] in ("evil.mp4", "video.mp4")
+
+
+def test_the_name_of_a_result_fits_into_a_header(live: Live) -> None:
+    message = {"prompt": "x", "task_id": "t", "save_result_path": 'a "c" \u732b.mp4'}
+    requests.post(f"{live.url}/v1/tasks/", json=message, timeout=9)
+    live.web.succeed(job_of(live, "t"))
+    answer = requests.get(f"{live.url}/v1/tasks/t/result", timeout=9)
+    assert answer.content == VIDEO
+    assert answer.headers["content-disposition"] == 'attachment; filename="a _c_ _.mp4"'

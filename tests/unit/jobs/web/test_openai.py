@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,13 +11,14 @@ from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
-from jobs import database, lifecycle, orders, submission
+from jobs import database, folder_store, lifecycle, orders, results, storage, submission
 from jobs.schema import Batch, StoredFile
-from jobs.web import service
-from tests.unit.jobs.web.conftest import VIDEO, Live
+from jobs.web import openai_files, service
+from tests.unit.jobs.web.conftest import VIDEO, Live, Web
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -59,6 +61,9 @@ def test_a_preset_is_a_model_and_our_own_keys_go_along(live: Live, client: opena
     job = live.web.client.get(f"/api/jobs/{job_of(made)}").json()
     assert (job["seed"], job["negative_prompt"]) == (7, "fog")
     assert "tiny" in [model.id for model in client.models.list()]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="sora-3"):
+        client.models.retrieve("sora-3")
 
 
 @pytest.mark.parametrize(
@@ -141,14 +146,19 @@ def test_a_list_goes_on_after_a_video_that_was_deleted(client: openai.OpenAI) ->
 
 def test_a_deleted_video_is_gone_and_stops(live: Live, client: openai.OpenAI) -> None:
     waiting, done = client.videos.create(prompt="a"), client.videos.create(prompt="b")
-    live.web.succeed(job_of(done))
+    job_id, store = job_of(done), live.web.serving.store
+    attempt_id = live.web.claim(job_id)
+    live.web.succeed(job_id, attempt_id)
+    batch_id = live.web.client.get(f"/api/jobs/{job_id}").json()["batch_id"]
+    sidecar = results.sidecar_key(batch_id, job_id, attempt_id)
+    store.put_bytes(b"{}", sidecar, content_type="application/json")
     for video in (waiting, done):
         assert client.videos.delete(video.id).deleted is True
         with pytest.raises(openai.NotFoundError, match="deleted"):
             client.videos.retrieve(video.id)
     assert list(client.videos.list()) == []
     assert live.web.client.get(f"/api/jobs/{job_of(waiting)}").json()["state"] == "cancelled"
-    assert list(live.web.serving.store.list("videos")) == []
+    assert list(store.list()) == []
 
 
 def test_our_own_api_and_page_tell_of_a_deleted_video(live: Live, client: openai.OpenAI) -> None:
@@ -233,6 +243,94 @@ def test_errors_are_those_that_the_client_knows(
     with pytest.raises(error, match=told):
         client.videos.create(**asked)
     assert list(client.videos.list()) == []
+
+
+def test_the_one_thing_that_cannot_be_read_is_told(web: Web) -> None:
+    asked: list[tuple[str, str, dict[str, Any], str]] = [
+        ("GET", "/v1/videos?limit=500", {}, "query.limit: Input should be less than or equal"),
+        ("POST", "/v1/batches", {"json": {"input_file_id": "f"}}, "body.endpoint: Field required"),
+        ("POST", "/v1/batches", {"content": b"?"}, "body: must be JSON"),
+        ("POST", "/v1/files", {"files": {"file": b"?"}}, "body.purpose: Field required"),
+    ]
+    for method, path, sent, told in asked:
+        answer = web.client.request(method, path, **sent)
+        assert answer.status_code == 400
+        message = answer.json()["error"]["message"]
+        assert message.startswith(f"the request cannot be read: {told}")
+
+
+def test_an_image_that_no_line_holds_may_be_a_data_url(web: Web) -> None:
+    """Of a form it may not: there it is a file."""
+    target = io.BytesIO()
+    Image.frombytes("RGB", (640, 640), random.Random(1).randbytes(640 * 640 * 3)).save(
+        target, "PNG", compress_level=0
+    )
+    url = f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"
+    assert len(url) > 1 << 20
+    for body in ({"input_reference": {"image_url": url}}, {"image": url}):
+        made = web.client.post("/v1/videos", json={"prompt": "x"} | body)
+        assert made.status_code == 200, made.text
+        job_id = made.json()["id"].removeprefix("video_")
+        key = web.client.get(f"/api/jobs/{job_id}").json()["image_key"]
+        assert web.serving.store.read_bytes(key) == target.getvalue()
+    form = {"prompt": (None, "x"), "input_reference[image_url]": (None, url)}
+    answer = web.client.post("/v1/videos", files=form)  # type: ignore[arg-type]
+    assert answer.status_code == 400
+    assert "Send an image as a file" in answer.json()["error"]["message"]
+    data = lines({"prompt": "x", "input_reference": {"image_url": url}})
+    up = {"files": {"file": ("b.jsonl", data)}, "data": {"purpose": "batch"}}
+    file_id = web.client.post("/v1/files", **up).json()["id"]
+    new = {"input_file_id": file_id, "endpoint": "/v1/videos"}
+    (told,) = web.client.post("/v1/batches", json=new).json()["errors"]["data"]
+    assert (told["line"], "or upload it" in told["message"]) == (1, True)
+    bad = {"prompt": "x", "input_reference": {"image_url": "data:image/png;base64,?"}}
+    answer = web.client.post("/v1/videos", json=bad)
+    assert (answer.status_code, "is not base64" in answer.text) == (400, True)
+
+
+def test_an_image_is_given_once(web: Web, image: bytes) -> None:
+    reference = {"image_url": "https://127.0.0.1/a.png"}
+    both = {"prompt": "x", "image": "https://127.0.0.1/b.png"}
+    asked: list[dict[str, Any]] = [
+        {"json": both | {"input_reference": reference}},
+        {"data": both, "files": {"input_reference": ("a.png", image)}},
+    ]
+    for sent in asked:
+        answer = web.client.post("/v1/videos", **sent)
+        assert (answer.status_code, "both given" in answer.text) == (400, True)
+
+
+def test_the_document_tells_what_is_sent_and_answered(web: Web) -> None:
+    paths = web.client.get("/openapi.json").json()["paths"]
+    assert set(paths["/v1/videos"]["post"]["requestBody"]["content"]) == {
+        "application/json",
+        "multipart/form-data",
+    }
+    for path in ("/v1/videos/{video_id}/content", "/v1/tasks/{task_id}/result"):
+        answers = paths[path]["get"]["responses"]
+        assert "416" in answers
+        assert all("video/mp4" in answers[status]["content"] for status in ("200", "206"))
+    answers = paths["/api/batches"]["post"]["responses"]
+    assert {"200", "201", "410", "502"} <= answers.keys()
+    for status, answer in answers.items():
+        kind = "application/json" if status < "300" else "application/problem+json"
+        assert (list(answer["content"]), "schema" in answer["content"][kind]) == ([kind], True)
+    for path, methods in paths.items():
+        is_openai = any("OpenAI" in each.get("tags", ()) for each in methods.values())
+        for each in methods.values():
+            assert not (is_openai and "422" in each["responses"]), path
+
+
+@pytest.mark.parametrize("model", ["sora-2", "sora-2-pro"])
+def test_a_model_that_scripts_must_name_is_the_default_preset(web: Web, model: str) -> None:
+    made = web.client.post("/v1/videos", json={"prompt": "x", "model": model})
+    assert (made.status_code, made.json().get("model")) == (200, model)
+
+
+def test_json_is_json_however_it_is_written(web: Web) -> None:
+    kind = {"Content-Type": "Application/JSON"}
+    answer = web.client.post("/v1/videos", content=b'{"prompt": "x"}', headers=kind)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("model", [[], {}, 7, True])
@@ -413,6 +511,46 @@ def test_a_line_with_a_malformed_input_reference_is_told_what_it_must_be(
         assert told[line] == f"input_reference {wanted}, got {got}"
 
 
+def test_what_a_line_says_twice_or_not_at_all_is_refused(client: openai.OpenAI) -> None:
+    reference = '"input_reference": {"image_url": "https://127.0.0.1/a.png"}'
+    bodies = [
+        '{"prompt": "x", "model": 5}',
+        f'{{"prompt": "x", "prompt": "y", {reference}}}',
+        f'{{"prompt": "x", "image": "https://127.0.0.1/b.png", {reference}}}',
+    ]
+    data = "\n".join(
+        f'{{"custom_id": "{n}", "method": "POST", "url": "/v1/videos", "body": {body}}}'
+        for n, body in enumerate(bodies)
+    )
+    file = client.files.create(file=("bad.jsonl", data.encode()), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"
+    )
+    assert [(error.line, error.message) for error in made.errors.data] == [
+        (1, "model must be a text, got 5"),
+        (2, 'key "prompt" is given twice: keep one'),
+        (3, "input_reference and image are both given: keep one"),
+    ]
+
+
+def test_a_file_has_one_model_and_is_of_images_when_one_line_has_one(web: Web) -> None:
+    def errors_of(*bodies: dict[str, Any]) -> list[tuple[int | None, str]]:
+        up = {"files": {"file": ("b.jsonl", lines(*bodies))}, "data": {"purpose": "batch"}}
+        file_id = web.client.post("/v1/files", **up).json()["id"]
+        new = {"input_file_id": file_id, "endpoint": "/v1/videos"}
+        made = web.client.post("/v1/batches", json=new).json()
+        assert made["status"] == "failed"
+        return [(error["line"], error["message"]) for error in made["errors"]["data"]]
+
+    two = [{"prompt": "x", "model": "tiny"}, {"prompt": "x", "model": "tiny_i2v"}]
+    ((line, told),) = errors_of(*two)
+    assert (line, "all lines need one model" in told) == (None, True)
+    reference = {"input_reference": {"file_id": "file-none"}}
+    found = errors_of({"prompt": "x"} | reference, {"prompt": "x"})
+    assert "there is no such upload" in found[0][1]
+    assert (found[1][0], "image" in found[1][1]) == (2, True)
+
+
 def test_a_model_that_nobody_has_fails_the_batch_and_is_named(client: openai.OpenAI) -> None:
     file = client.files.create(
         file=("b.jsonl", lines({"prompt": "x", "model": "sora-9"})), purpose="batch"
@@ -487,6 +625,58 @@ def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(
         for batch in session.scalars(select(Batch)):
             batch.forgotten_at = batch.created_at
     assert [batch.id for batch in page] == made[1:]
+
+
+def test_a_file_that_is_empty_is_empty(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store is not asked for a first byte."""
+    monkeypatch.setattr(folder_store.FolderStore, "stream", None)
+    up = {"files": {"file": ("e.jsonl", b"")}, "data": {"purpose": "batch"}}
+    file_id = web.client.post("/v1/files", **up).json()["id"]
+    answer = web.client.get(f"/v1/files/{file_id}/content")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == "0"
+
+
+def test_files_are_listed_by_their_purpose(web: Web, image: bytes) -> None:
+    for purpose in ("batch", "vision"):
+        up = {"files": {"file": ("f", image)}, "data": {"purpose": purpose}}
+        assert web.client.post("/v1/files", **up).status_code == 200
+        found = web.client.get("/v1/files", params={"purpose": purpose}).json()["data"]
+        assert [file["purpose"] for file in found] == [purpose]
+    up = {"files": {"file": ("f", b"no image")}, "data": {"purpose": "vision"}}
+    assert web.client.post("/v1/files", **up).status_code == 400
+
+
+@pytest.mark.parametrize("purpose", ["batch", "vision"])
+def test_a_file_is_kept_as_bytes_whatever_its_sender_calls_it(
+    web: Web, image: bytes, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    """That may be what no header of a store can hold."""
+    kinds: list[str] = []
+    put = folder_store.FolderStore.put_file
+
+    def note(*given: Any, content_type: str) -> storage.StoredObject:
+        kinds.append(content_type)
+        return put(*given, content_type=content_type)
+
+    monkeypatch.setattr(folder_store.FolderStore, "put_file", note)
+    sent = {"file": ("a.txt", image, "text/html")}
+    answer = web.client.post("/v1/files", files=sent, data={"purpose": purpose})
+    assert answer.status_code == 200, answer.text
+    assert kinds == ["application/octet-stream"]
+
+
+def test_a_result_file_has_every_line_of_a_finished_batch(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_files, "ROWS_AT_ONCE", 2)
+    batch_id = web.submit(5)
+    path = f"/v1/files/file-{batch_id}_errors"
+    assert web.client.get(path).status_code == 404
+    assert web.client.get(f"{path}/content").status_code == 404
+    web.client.post(f"/api/batches/{batch_id}/cancel")
+    found = web.client.get(f"{path}/content").text.splitlines()
+    assert [json.loads(line)["custom_id"] for line in found] == [f"p{n}" for n in range(5)]
 
 
 def test_files_are_listed_and_deleted(client: openai.OpenAI) -> None:

@@ -12,9 +12,9 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
-from sqlalchemy import exc
+from sqlalchemy import exc, update
 
-from jobs import database, orders, results, schema, tokens, watch
+from jobs import bell, database, holds, orders, reordering, results, schema, tokens, watch
 from jobs.web import events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
@@ -116,8 +116,65 @@ def test_a_prompt_file_is_submitted_as_the_command_line_does(web: Web) -> None:
     assert shown["name"] == "night"
 
 
-def test_pages_lead_through_everything_once(web: Web) -> None:
+def test_a_format_that_is_named_goes_before_the_name_of_the_file(web: Web) -> None:
+    answer = web.client.post(
+        "/api/batches/file",
+        files={"file": ("p.csv", b"a cat\na dog\n")},
+        data={"preset": "tiny", "format": "text"},
+    )
+    assert (answer.status_code, answer.json().get("jobs")) == (201, 2), answer.text
+
+
+def test_more_than_an_owner_may_have_queued_is_refused(make_web: Callable[..., Web]) -> None:
+    web = make_web(max_queued_per_owner=1)
+    rows = {"preset": "tiny", "prompts": [{"prompt": "a"}, {"prompt": "b"}]}
+    assert web.client.post("/api/batches", json=rows).status_code == 429
+    web.submit(1)
+    for path, body in (
+        ("/api/batches", {"preset": "tiny", "prompts": [{"prompt": "a"}]}),
+        ("/v1/videos", {"prompt": "a"}),
+        ("/v1/tasks/", {"prompt": "a"}),
+    ):
+        answer = web.client.post(path, json=body)
+        assert (answer.status_code, "retry-after" in answer.headers) == (429, False)
+    assert len(web.client.get("/api/batches").json()["batches"]) == 1
+
+
+def test_the_dispatchers_hear_of_what_there_is_to_do(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(bell, "kick", lambda *_: told.append("work"))
+    monkeypatch.setattr(reordering, "send_anew", lambda *_: told.append("order"))
+
+    def heard(path: str, **body: Any) -> list[str]:
+        told.clear()
+        answer = web.client.post(path, json=body)
+        assert answer.is_success, answer.text
+        return list(dict.fromkeys(told))
+
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
+    assert heard("/api/batches", **new) == ["work"]
+    batch = f"/api/batches/{web.submit(2)}"
+    jobs = [f"/api/jobs/{job['job_id']}" for job in web.client.get(f"{batch}/jobs").json()["jobs"]]
+    web.client.post(f"{batch}/pause")
+    assert heard(f"{batch}/resume") == ["work"]
+    assert "order" in heard(f"{batch}/priority", priority=7)
+    web.client.post(f"{batch}/cancel")
+    assert heard(f"{jobs[0]}/retry") == ["work"]
+    assert heard(f"{batch}/retry", states=["cancelled"]) == ["work"]
+    assert heard(f"{batch}/retry", states=["cancelled"]) == []
+    assert heard("/api/schedules", name="n", cron="@daily", **new) == []
+    assert heard("/api/schedules/n/run") == ["work"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_pages_lead_through_everything_once(web: Web, at_once: bool) -> None:
     made = [web.submit(3) for _ in range(5)]
+    if at_once:
+        with web.db.transaction() as session:
+            now = session.get_one(schema.Batch, made[0]).created_at
+            session.execute(update(schema.Batch).values(created_at=now))
     found, cursor = [], None
     while True:
         params = {"limit": 2} | ({"cursor": cursor} if cursor else {})
@@ -139,13 +196,20 @@ def test_pages_lead_through_everything_once(web: Web) -> None:
 
 def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(web: Web) -> None:
     made = [web.submit(1) for _ in range(2)]
+    job_id = web.job_id(made[1])
     first = web.client.get("/api/batches", params={"limit": 1}).json()
     with web.db.transaction() as session:
         batch = session.get_one(schema.Batch, first["next_cursor"])
         batch.forgotten_at = batch.created_at
     page = web.client.get("/api/batches", params={"cursor": first["next_cursor"]}).json()
     assert [batch["batch_id"] for batch in page["batches"]] == made[:1]
-    assert web.client.get(f"/api/batches/{first['next_cursor']}").status_code == 404
+    for path in (
+        f"/api/batches/{first['next_cursor']}",
+        f"/api/jobs/{job_id}",
+        f"/api/jobs/{job_id}/video",
+        f"/v1/videos/video_{job_id}",
+    ):
+        assert web.client.get(path).status_code == 404, path
     assert web.client.get("/api/batches", params={"cursor": "b" * 8}).status_code == 404
 
 
@@ -261,9 +325,29 @@ def test_events_go_on_after_an_outage_of_the_database(
     assert not events._listeners
 
 
+@pytest.mark.parametrize("limit", ["OF_ONE_OWNER", "MAX_LISTENERS"])
+def test_one_owner_does_not_take_all_streams_of_events(
+    make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    web = make_web(web_require_token=True)
+    monkeypatch.setattr(events, "_listeners", {object(): "ann", object(): "ann"})
+    monkeypatch.setattr(events, limit, 2)
+    found = []
+    for who in (web.token("ann"), web.token("ben")):
+        batch_id = web.submit(headers=who)
+        web.succeed(web.job_id(batch_id))
+        answer = web.client.get(f"/api/batches/{batch_id}/events", headers=who)
+        found.append((answer.status_code, answer.headers.get("retry-after")))
+    refused = (429, "10")
+    assert found == [refused, (200, None) if limit == "OF_ONE_OWNER" else refused]
+
+
 def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> None:
     up = web.client.post("/api/uploads", files={"file": ("red.png", image, "image/png")})
     assert up.status_code == 201, up.text
+    with web.db.reading() as session:
+        key = f"inputs/{up.json()['sha256'][:2]}/{up.json()['sha256']}"
+        assert holds.held(session, [key]) == {key}
     batch_id = web.submit([{"prompt": "it moves", "image": up.json()["image"]}], preset="tiny_i2v")
     job = web.client.get(f"/api/jobs/{web.job_id(batch_id)}").json()
     assert web.serving.store.read_bytes(job["image_key"]) == image
@@ -299,6 +383,7 @@ def test_what_is_no_image_is_not_kept(web: Web) -> None:
         ("bytes=0-99", 206, 0, 99),
         ("bytes=10000-", 206, 10000, 10239),
         ("bytes=-5", 206, 10235, 10239),
+        ("bytes=-20000", 206, 0, 10239),
         ("bytes=0-999999", 206, 0, 10239),
         (f"Bytes=0-{10**25}", 206, 0, 10239),
         ("bytes=5-1", 200, 0, 10239),
@@ -322,9 +407,12 @@ def test_what_a_browser_asks_about_a_video(web: Web) -> None:
     path = f"/api/jobs/{job_id}/video"
     whole = web.client.get(path)
     tag = whole.headers["etag"]
-    assert web.client.get(path, headers={"If-None-Match": tag}).status_code == 304
-    beyond = web.client.get(path, headers={"Range": "bytes=20000-"})
-    assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(VIDEO)}")
+    for held in (tag, f'"other", {tag}', "*"):
+        assert web.client.get(path, headers={"If-None-Match": held}).status_code == 304
+    for first in (len(VIDEO), 20_000):
+        beyond = web.client.get(path, headers={"Range": f"bytes={first}-"})
+        told = (beyond.status_code, beyond.headers["content-range"])
+        assert told == (416, f"bytes */{len(VIDEO)}")
     assert web.client.get(path, headers={"Range": f"bytes={2**63}-"}).status_code == 416
     head = web.client.head(path, headers={"Range": "bytes=0-9"})
     assert (head.status_code, head.headers["content-length"], head.content) == (206, "10", b"")
@@ -349,6 +437,10 @@ def test_result_links_come_with_the_result_files(web: Web) -> None:
     web.succeed(web.job_id(batch_id))
     assert results.write(web.db, web.serving.store, batch_id)
     assert web.client.get(path).json()["manifest"].endswith(f"{batch_id}/manifest.json")
+    with web.db.transaction() as session:
+        batch = session.get_one(schema.Batch, batch_id)
+        batch.results_expired_at = batch.manifest_at
+    assert web.client.get(path).json() == {"output": None, "errors": None, "manifest": None}
 
 
 def test_a_schedule_over_http(web: Web) -> None:
@@ -382,6 +474,28 @@ def test_presets_workers_and_health(web: Web) -> None:
     assert "tiny" in names
     assert web.client.get("/api/workers").json() == {"workers": []}
     assert web.client.get("/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz"):
+        assert web.client.head(path).status_code == 200
     ready = web.client.get("/readyz")
     assert ready.status_code == 200
     assert ready.json()["checks"] == {"database": "ok", "broker": "unavailable", "store": "ok"}
+
+
+def test_a_nul_in_an_address_is_nothing_that_there_is(
+    make_web: Callable[..., Web], postgres_database_url: str
+) -> None:
+    """PostgreSQL takes none in a text."""
+    web = make_web(database_url=postgres_database_url)
+    assert web.client.get("/v1/files?purpose=%00").json()["data"] == []
+    for path in (
+        "/api/batches/%00",
+        "/api/batches?cursor=%00",
+        "/api/schedules/%00",
+        "/v1/batches/%00",
+        "/v1/batches?after=%00",
+        "/v1/files/%00",
+        "/v1/files?after=%00",
+        "/v1/videos?after=%00",
+        "/v1/tasks/%00/status",
+    ):
+        assert web.client.get(path).status_code == 404, path

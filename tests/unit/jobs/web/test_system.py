@@ -1,6 +1,7 @@
 """How well the service is while its store, or its database, hangs."""
 
 import asyncio
+import contextlib
 import gc
 import http.server
 import itertools
@@ -223,3 +224,18 @@ def test_uploads_that_hang_leave_threads_to_others(
     assert told[0][1] < 3.5 <= told[1][1]
     web.submit()  # prompts alone need no store
     assert upload()[1] >= 4  # there are turns again
+
+
+def test_a_batch_waits_for_its_turn_to_be_read(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = b'{"method": "POST", "url": "/v1/videos", "body": {"prompt": "x"}}'
+    up = {"files": {"file": ("b.jsonl", line)}, "data": {"purpose": "batch"}}
+    new = {
+        "input_file_id": web.client.post("/v1/files", **up).json()["id"],
+        "endpoint": "/v1/videos",
+    }
+    monkeypatch.setattr(service, "TURN_SECONDS", 0.01)
+    with contextlib.ExitStack() as others:
+        for _ in range(service.MAX_STORING):
+            others.enter_context(web.serving.storing())
+        assert web.client.post("/v1/batches", json=new).status_code == 503
+    assert web.client.post("/v1/batches", json=new).status_code == 200
