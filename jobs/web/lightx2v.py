@@ -243,9 +243,13 @@ def task_result(
     """The video; understands Range."""
     with serving.db.reading() as session:
         row = _find(session, task_id, principal)
-        winner = queries.winning_attempt(session, _job(session, row))
+        job = _job(session, row)
+        winner = queries.winning_attempt(session, job)
+        deleted_at = requests.video_deleted_at(session, job)
     if winner is None:
         raise HTTPException(404, "Task not completed")
+    if deleted_at is not None:
+        raise HTTPException(404, videos.why_none(job.state, deleted_at=deleted_at))
     plain = re.sub(r"[^A-Za-z0-9._ -]", "_", row.body["save_result_path"])
     return videos.video_of(request, serving, winner, name=plain)
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import select, update
 
-from tests.unit.jobs.web.conftest import VIDEO, Live
+from jobs import database
+from jobs.schema import Batch
+from tests.unit.jobs.web.conftest import VIDEO, Live, Web
 
 
 def job_of(live: Live, task_id: str) -> int:
@@ -184,3 +187,16 @@ def test_a_result_path_writes_nothing_anywhere(live: Live) -> None:
         message = {"prompt": "x", "save_result_path": path}
         made = requests.post(f"{live.url}/v1/tasks/", json=message, timeout=9).json()
         assert made["save_result_path"] in ("evil.mp4", "video.mp4")
+
+
+def test_a_result_that_was_deleted_as_old_is_not_there(web: Web) -> None:
+    task = web.client.post("/v1/tasks/", json={"prompt": "x"}).json()["task_id"]
+    with web.db.reading() as session:
+        batch_id = session.scalars(select(Batch.id)).one()
+    web.succeed(web.job_id(batch_id))
+    path = f"/v1/tasks/{task}/result"
+    assert web.client.head(path).status_code == 200
+    with web.db.transaction() as session:
+        session.execute(update(Batch).values(results_expired_at=database.now(session)))
+    assert web.client.head(path).status_code == 404
+    assert "deleted at" in web.client.get(path).json()["detail"]

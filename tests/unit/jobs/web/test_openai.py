@@ -10,9 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import event, select, update
+from sqlalchemy.orm import Session
 
-from jobs import lifecycle, orders
+from jobs import database, lifecycle, orders
 from jobs.schema import Batch, StoredFile
 from tests.unit.jobs.web.conftest import VIDEO, Live
 
@@ -176,6 +177,57 @@ def test_a_deleted_video_that_was_rendered_again_is_there(
     live.web.succeed(job_id)
     assert own.get(f"/api/jobs/{job_id}").json()["video_deleted_at"] is None
     assert own.get(f"/api/jobs/{job_id}/video").content == VIDEO
+    assert client.videos.retrieve(video.id).status == "completed"
+
+
+def test_a_video_that_was_finished_before_the_cancel_was_heard_can_be_deleted_again(
+    live: Live, client: openai.OpenAI
+) -> None:
+    video = client.videos.create(prompt="a")
+    attempt_id = live.web.claim(job_of(video))
+    client.videos.delete(video.id)
+    assert list(client.videos.list()) == []
+    live.web.succeed(job_of(video), attempt_id)
+    assert [listed.id for listed in client.videos.list()] == [video.id]
+    assert client.videos.download_content(video.id).read() == VIDEO
+    client.videos.delete(video.id)
+    assert list(client.videos.list()) == []
+    assert live.web.client.get(f"/api/jobs/{job_of(video)}/video").status_code == 404
+    assert list(live.web.serving.store.list("videos")) == []
+
+
+def test_a_video_whose_job_ends_while_it_is_deleted_is_deleted_too(
+    live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = client.videos.create(prompt="a")
+    attempt_id = live.web.claim(job_of(video))
+    cancel = orders.cancel_job
+
+    def ends_first(session: Session, job_id: int) -> Any:
+        key = f"videos/{attempt_id}.mp4"
+        stored = live.web.serving.store.put_bytes(VIDEO, key, content_type="video/mp4")
+        ended = lifecycle.StoredVideo(key=key, size_bytes=len(VIDEO), sha256=stored.sha256)
+        assert lifecycle.succeed(session, attempt_id, video=ended)
+        return cancel(session, job_id)
+
+    monkeypatch.setattr(orders, "cancel_job", ends_first)
+    client.videos.delete(video.id)
+    assert list(live.web.serving.store.list("videos")) == []
+    with pytest.raises(openai.NotFoundError, match="deleted"):
+        client.videos.retrieve(video.id)
+
+
+def test_a_video_of_expired_results_is_told_as_deleted(live: Live, client: openai.OpenAI) -> None:
+    video = client.videos.create(prompt="a")
+    live.web.succeed(job_of(video))
+    etag = client.videos.download_content(video.id).response.headers["ETag"]
+    with live.web.db.transaction() as session:
+        session.execute(update(Batch).values(results_expired_at=database.now(session)))
+    own, path = live.web.client, f"/v1/videos/{video.id}/content"
+    assert own.head(path).status_code == 404
+    assert own.get(path, headers={"If-None-Match": etag}).status_code == 404
+    with pytest.raises(openai.NotFoundError, match="deleted at"):
+        client.videos.download_content(video.id)
 
 
 @pytest.mark.parametrize(
