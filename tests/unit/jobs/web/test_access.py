@@ -143,6 +143,22 @@ def test_lists_pass_over_what_is_being_forgotten(web: Web) -> None:
     assert web.client.get("/v1/tasks/").json() == {}
 
 
+def test_a_job_of_a_batch_that_is_being_forgotten_is_not_there(web: Web) -> None:
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    with web.db.transaction() as session:
+        session.execute(update(schema.Batch).values(forgotten_at=database.now(session)))
+    for path in (
+        f"/api/jobs/{job_id}",
+        f"/api/jobs/{job_id}/video",
+        f"/jobs/{job_id}",
+        f"/v1/videos/video_{job_id}",
+    ):
+        assert web.client.get(path).status_code == 404, path
+    for what in ("retry", "cancel"):
+        assert web.client.post(f"/api/jobs/{job_id}/{what}").status_code == 404
+
+
 def _writers(web: Web) -> list[tuple[str, str]]:
     """Every path that takes a body, with its method."""
     return [
