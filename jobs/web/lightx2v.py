@@ -106,7 +106,7 @@ def create_by_form(
     found = images_for(serving, principal)
     image = None
     if image_file is not None and image_file.filename:
-        image = found.give(receiving.image(image_file))
+        image = found.give(receiving.image(serving, principal, image_file))
     task = VideoTask(
         prompt=prompt,
         negative_prompt=negative_prompt,

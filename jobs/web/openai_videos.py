@@ -113,7 +113,10 @@ async def _asked(request: Request) -> Asked:
             if isinstance(value, UploadFile):
                 if name != REFERENCE:
                     raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
-                image = await run_in_threadpool(receiving.image, value)
+                who = access.known(request)
+                assert who is not None  # before the body was read
+                serving = service.of(request)
+                image = await run_in_threadpool(receiving.image, serving, who, value)
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
                 reference = {REFERENCE: {inside[1]: value}}
             elif name.startswith("{"):

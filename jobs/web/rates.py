@@ -1,8 +1,10 @@
 """How often somebody may ask: counted in Redis by all processes together, without it by each."""
 
+import contextlib
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import redis
 import structlog
@@ -49,6 +51,15 @@ class Turns:
                     rate = f"{most} {self._what}"
                     raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
             self._taken[owner] += 1
+
+    @contextlib.contextmanager
+    def taken(self, owner: str | None) -> Iterator[None]:
+        """TooManyRequests, as `take`."""
+        self.take(owner)
+        try:
+            yield
+        finally:
+            self.give_back(owner)
 
     def give_back(self, owner: str | None) -> None:
         with self._lock:

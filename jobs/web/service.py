@@ -42,7 +42,7 @@ CHECK_SECONDS = 2.0  # probes give up after 5
 TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
-MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
+MAX_STORING = 14  # requests; with MAX_FETCHES and MAX_CHECKS less than Starlette's 40 threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Service:
     history: History = field(default_factory=History)
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
+    check_turns: rates.Turns = field(default_factory=images.check_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
 

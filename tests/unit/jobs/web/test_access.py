@@ -1,11 +1,13 @@
 """Who may do what, and what is refused before anybody is asked."""
 
+import base64
 import re
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -218,6 +220,45 @@ def test_only_what_takes_files_may_be_large(guarded: Web) -> None:
         in methods.get("post", {}).get("requestBody", {}).get("content", {})
     }
     assert takes_forms | {"/submit", "/schedules"} == guards.UPLOAD_PATHS
+
+
+def test_images_that_are_slow_to_decode_leave_threads_to_others(
+    guarded: Web, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, go_on = threading.Semaphore(0), threading.Event()
+    examine = all_images.examine
+
+    def slow(*given: Any, **named: Any) -> Any:
+        decoding.release()
+        assert go_on.wait(60)
+        return examine(*given, **named)
+
+    monkeypatch.setattr(all_images, "examine", slow)
+    ann = guarded.token("ann")
+    data_url = "data:image/png;base64," + base64.b64encode(image).decode()
+    row = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": data_url}]}
+
+    def upload(who: dict[str, str]) -> Any:
+        files = {"file": ("red.png", image, "image/png")}
+        return guarded.client.post("/api/uploads", files=files, headers=who)
+
+    def submit(who: dict[str, str]) -> Any:
+        return guarded.client.post("/api/batches", json=row, headers=who)
+
+    with ThreadPoolExecutor(images.MAX_CHECKS) as pool:
+        waiting = [pool.submit(upload, ann) for _ in range(images.CHECKS_OF_ONE)]
+        for _ in waiting:
+            assert decoding.acquire(timeout=60)
+        for refused in (upload(ann), submit(ann)):
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+        others = [pool.submit(submit, guarded.token("ben")) for _ in range(2)]
+        for _ in others:
+            assert decoding.acquire(timeout=60)
+        assert upload(guarded.token("eve")).status_code == 429
+        guarded.submit(headers=ann)  # without images: as ever
+        go_on.set()
+        assert {made.result().status_code for made in waiting + others} == {201}
+    assert upload(ann).status_code == submit(ann).status_code == 201  # there are turns again
 
 
 def test_images_that_are_slow_to_fetch_leave_threads_to_others(
