@@ -57,4 +57,5 @@ def job(session: Session, job_id: int, principal: access.Principal) -> Job:
     row = session.execute(statement).one_or_none() if 0 < job_id < 2**63 else None
     if row is None or not principal.may_see(row.owner):
         raise errors.NotFound(f"no job {job_id}")
-    return row.Job
+    found: Job = row.Job
+    return found
