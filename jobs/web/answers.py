@@ -169,7 +169,7 @@ _MEANINGS = {
     403: "The token may not do this.",
     404: "There is no such thing.",
     409: "The name or the key is taken, by other content.",
-    413: "Larger than RUSHES_WEB_MAX_BYTES.",
+    413: "Larger than RUSHES_WEB_MAX_BYTES, or more values than may be parsed.",
     422: "Something in it is wrong. Nothing was stored.",
     429: "The rate limit; Retry-After says when.",
     503: "The database or the store does not answer; Retry-After says when.",
