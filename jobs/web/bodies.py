@@ -1,7 +1,7 @@
-"""JSON bodies: how much of one is parsed.
+"""Bodies: how much of one is taken apart in memory.
 
-Parsed, a value takes many times the bytes that it has in the text, and nobody else is served while
-it is; what a model finds wrong takes a thousand bytes for each key.
+Of JSON, a value takes many times the bytes that it has in the text, and nobody else is served while
+it is parsed; what a model finds wrong takes a thousand bytes for each key.
 """
 
 import re
@@ -20,6 +20,9 @@ MAX_KEYS = 100  # of an object that may have a dozen
 TOKENS_OF_VALUE = 3  # its key, itself where it is a text, and the comma or bracket before it
 BEFORE_VALUES = (b",", b"[", b"{")
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
+
+MAX_TEXT_BYTES, MAX_FIELDS, MAX_FILES = 1 << 20, 40, 4  # of a form: texts are kept in memory
+MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 8 << 20, 20  # where prompts are typed, or pasted
 
 T = TypeVar("T")
 

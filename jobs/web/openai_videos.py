@@ -26,7 +26,7 @@ from jobs import (
     states,
 )
 from jobs.schema import Attempt, Batch, Job, Look
-from jobs.web import access, answers, finding, form, images, receiving, service, videos
+from jobs.web import access, answers, bodies, finding, form, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
 router = APIRouter(
@@ -105,7 +105,7 @@ async def _asked(request: Request) -> Asked:
         if not isinstance(body, dict):
             raise service.invalid("body", "must be an object")
         return Asked(fields=body)
-    async with request.form(max_files=1, max_fields=50) as sent:
+    async with request.form(max_files=1, max_fields=bodies.MAX_FIELDS) as sent:
         texts: list[tuple[str, str]] = []
         reference: dict[str, Any] = {}
         image = None

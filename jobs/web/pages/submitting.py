@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from jobs import errors, prompt_row, queries, readers, submission
-from jobs.web import access, batches, html, receiving, service, system
+from jobs.web import access, batches, bodies, html, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -86,7 +86,13 @@ def ask(
     return _form(request, serving, who, given=DEFAULTS | {"preset": chosen}, found={}, made=made)
 
 
-@router.post("")
+@router.post(
+    "",
+    form_limits={
+        "max_part_size": bodies.MAX_TYPED_BYTES,
+        "max_fields": bodies.MAX_TYPED_FIELDS,
+    },
+)
 def submit(
     request: Request,
     serving: Serving,

@@ -481,6 +481,18 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
     assert answer.status_code == 413
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/videos", "/api/batches/file"])
+def test_texts_of_a_form_are_small_and_few(web: Web, path: str) -> None:
+    """They are kept in memory, whatever a file may be."""
+    for texts in ({"prompt": "x" * ((1 << 20) + 1)}, {f"t{n}": "x" for n in range(41)}):
+        files = {name: (None, text) for name, text in texts.items()}
+        answer = web.client.post(path, files=files)
+        assert answer.status_code == 400, answer.text
+        assert "aximum" in answer.text
+    many = [("file", (f"{n}.txt", b"x")) for n in range(5)]
+    assert web.client.post(path, files=many).status_code == 400
+
+
 def test_a_database_that_is_away_is_a_503_that_says_when_to_ask_again(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
