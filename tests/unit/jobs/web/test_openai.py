@@ -512,6 +512,27 @@ def batches(client: openai.OpenAI, number: int) -> tuple[openai.types.FileObject
     return file, made
 
 
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({f"k{n}": "x" for n in range(17)}, "has 17 pairs: at most 16"),
+        ({"k" * 65: "x"}, "1 to 64 characters"),
+        ({"k": "x" * 513}, "at most 512 characters"),
+        ({"k": "a\0b"}, "NUL"),
+    ],
+)
+def test_metadata_of_a_batch_are_as_small_as_those_of_a_row(
+    client: openai.OpenAI, metadata: dict[str, str], told: str
+) -> None:
+    file, _ = batches(client, 0)
+    asked: dict[str, Any] = {"input_file_id": file.id, "completion_window": "24h"}
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.batches.create(endpoint="/v1/videos", metadata=metadata, **asked)
+    kept = {"scene": "x" * 512}
+    made = client.batches.create(endpoint="/v1/videos", metadata=kept, **asked)
+    assert (made.status, made.metadata) == ("in_progress", kept)
+
+
 def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:
     file, made = batches(client, 3)
     assert [batch.id for batch in client.batches.list(limit=2)] == made[::-1]
