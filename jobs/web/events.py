@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -23,19 +24,23 @@ router = APIRouter(
 LOOK_SECONDS = 0.5
 QUIET_SECONDS = 15.0  # proxies end connections that say nothing
 TOKEN_SECONDS = 10.0  # a revoked token reads on for no longer
-MAX_LISTENERS = 200  # each looks at the database twice a second
+MAX_LISTENERS, OF_ONE_OWNER = 200, 100  # each looks at the database twice a second
 RETRY_MILLISECONDS = 2_000
 
-
-_listeners: set[object] = set()
+_listeners: Counter[str | None] = Counter()
+"""By owner."""
 
 
 def _readable(batch_id: str, serving: Serving, principal: access.Reader) -> str:
     """Before the stream begins: after that, no error can be told."""
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
-    if len(_listeners) >= MAX_LISTENERS:
-        raise rates.TooManyRequests(rate=f"{MAX_LISTENERS} listeners", wait_seconds=10)
+    for listening, most in (
+        (_listeners[principal.sees], OF_ONE_OWNER),
+        (_listeners.total(), MAX_LISTENERS),
+    ):
+        if listening >= most:
+            raise rates.TooManyRequests(rate=f"{most} listeners", wait_seconds=10)
     return batch_id
 
 
@@ -58,8 +63,7 @@ async def events(
 async def _stream(
     serving: service.Service, batch_id: str, principal: access.Principal
 ) -> AsyncIterator[bytes]:
-    me = object()
-    _listeners.add(me)
+    _listeners[principal.sees] += 1
     try:
         yield format_sse_event(comment="hello", retry=RETRY_MILLISECONDS)
         told: dict[str, Any] = {}
@@ -85,7 +89,7 @@ async def _stream(
             await asyncio.sleep(LOOK_SECONDS)
             quiet += LOOK_SECONDS
     finally:
-        _listeners.discard(me)
+        _listeners[principal.sees] -= 1
 
 
 def _essence(shape: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from jobs import results, schema, tokens
+from jobs import cancelling, results, schema, tokens
 from jobs.web import bodies, events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
@@ -234,7 +234,7 @@ def test_events_tell_each_step_and_end_with_the_batch(
     assert [("denoise", step, 4) for step in range(1, 5)] == list(dict.fromkeys(steps))
     assert found[-1][0] == "finished"
     assert found[-1][1]["state"] == "succeeded"
-    assert not events._listeners
+    assert not events._listeners.total()
 
 
 def test_events_end_with_their_token(
@@ -254,7 +254,36 @@ def test_events_end_with_their_token(
         text = reading.result(timeout=10).text
     assert "event: progress" in text
     assert "event: finished" not in text
-    assert not events._listeners
+    assert not events._listeners.total()
+
+
+def test_an_owner_leaves_listeners_to_others(
+    make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(events, "OF_ONE_OWNER", 1)
+    monkeypatch.setattr(events, "MAX_LISTENERS", 2)
+    web = make_web(web_require_token=True)
+    people = {name: web.token(name) for name in ("ann", "ben", "eve")}
+    paths = {
+        name: f"/api/batches/{web.submit(headers=headers)}/events"
+        for name, headers in people.items()
+    }
+
+    def listen(name: str) -> int:
+        return web.client.get(paths[name], headers=people[name]).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        reading = []
+        for name, next_one in (("ann", "ann"), ("ben", "eve")):
+            reading.append(pool.submit(listen, name))
+            while events._listeners.total() < len(reading):
+                time.sleep(0.01)
+            assert listen(next_one) == 429
+        for batch_id in (path.split("/")[3] for path in paths.values()):
+            cancelling.cancel_batch(web.db, batch_id)
+        assert [each.result() for each in reading] == [200, 200]
+    assert listen("ann") == 200
 
 
 def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> None:
