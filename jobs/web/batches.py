@@ -66,7 +66,7 @@ def images_for(serving: service.Service, principal: access.Principal) -> images.
         owner=principal.sees,
         may_read_buckets=principal.is_admin,
         turns=serving.fetch_turns,
-        check_turns=serving.check_turns,
+        checking=serving.check_turns.taken,
         storing=serving.storing,
     )
 

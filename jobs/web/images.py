@@ -14,8 +14,11 @@ MAX_FETCH_SECONDS = 300.0
 """Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
 MAX_FETCHES, OF_ONE_OWNER = 16, 12  # requests at a time; Starlette has 40 threads
 WAIT_SECONDS = 10.0  # before one who has so many asks again
-MAX_CHECKS, CHECKS_OF_ONE = 8, 6  # requests at a time; of those, two decode
-CHECK_WAIT_SECONDS = 2.0  # an image of the most pixels takes a good half of one
+MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 8, 6, 12
+"""Images of all and of one owner at a time, of which two are decoded; more of each owner wait.
+
+An image of the most pixels takes a good half of a second: who waits gets a turn.
+"""
 GIVEN = "given:"
 UPLOAD = "upload:"
 
@@ -28,8 +31,13 @@ def fetch_turns() -> rates.Turns:
 
 def check_turns() -> rates.Turns:
     """The same, for images that are here."""
-    what = "requests at once with images to check"
-    return rates.Turns(CHECKS_OF_ONE, of_all=MAX_CHECKS, what=what, wait_seconds=CHECK_WAIT_SECONDS)
+    return rates.Turns(
+        CHECKS_OF_ONE,
+        of_all=MAX_CHECKS,
+        what="images at once",
+        wait_seconds=WAIT_SECONDS,
+        waiting=CHECKS_WAITING,
+    )
 
 
 @dataclass
@@ -44,14 +52,12 @@ class WebImages(inputs.InputImages):
     """Images that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
     """For images from afar."""
-    check_turns: rates.Turns | None = None
-    """For all others."""
+    checking: Callable[[str | None], AbstractContextManager[None]] = nullcontext
+    """Around an owner's image that is here."""
     storing: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around what waits for the store."""
     _fetching_since: float | None = None
     """None: this request has no turn."""
-    _checks: bool = False
-    """Whether it has one of the others."""
 
     def give(self, data: bytes) -> str:
         """What a row calls this image."""
@@ -61,18 +67,17 @@ class WebImages(inputs.InputImages):
 
     def read(self, source: str) -> images.FetchedImage:
         if source in self.given:
-            self._take_check_turn()
-            return images.examine(self.given[source], "the image")
+            with self.checking(self.owner):
+                return images.examine(self.given[source], "the image")
         if source.startswith(UPLOAD):
-            self._take_check_turn()
             return self._uploaded(source)
         if images.scheme_of(source) == "s3" and not self.may_read_buckets:
             raise images.ImageUnusable(
                 "s3 address", "is for admin tokens only: upload the image, or give https://"
             )
         if images.scheme_of(source) == "data":
-            self._take_check_turn()
-            return super().read(source)
+            with self.checking(self.owner):
+                return super().read(source)
         return self._fetched_from_afar(source)
 
     def upload(self, db: database.Database) -> None:
@@ -85,14 +90,6 @@ class WebImages(inputs.InputImages):
         if self.turns is not None and self._fetching_since is not None:
             self.turns.give_back(self.owner)
         self._fetching_since = None
-        if self.check_turns is not None and self._checks:
-            self.check_turns.give_back(self.owner)
-        self._checks = False
-
-    def _take_check_turn(self) -> None:
-        if self.check_turns is not None and not self._checks:
-            self.check_turns.take(self.owner)
-            self._checks = True
 
     def _fetched_from_afar(self, source: str) -> images.FetchedImage:
         with self._lock:
@@ -119,7 +116,8 @@ class WebImages(inputs.InputImages):
             raise images.ImageUnusable(source[:60], "there is no such upload")
         with self.storing():
             data = self.store.read_bytes(key)
-        return images.examine(data, source[:60])
+        with self.checking(self.owner):
+            return images.examine(data, source[:60])
 
 
 def _key(session: Session, file_id: str, owner: str | None) -> str | None:

@@ -42,7 +42,7 @@ CHECK_SECONDS = 2.0  # probes give up after 5
 TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
-MAX_STORING = 14  # requests; with MAX_FETCHES and MAX_CHECKS less than Starlette's 40 threads
+MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
 
 
 @dataclass(frozen=True, kw_only=True)

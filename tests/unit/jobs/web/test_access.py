@@ -4,6 +4,7 @@ import base64
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_images_that_are_slow_to_decode_leave_threads_to_others(
         return examine(*given, **named)
 
     monkeypatch.setattr(all_images, "examine", slow)
-    ann = guarded.token("ann")
+    ann, ben = guarded.token("ann"), guarded.token("ben")
     data_url = "data:image/png;base64," + base64.b64encode(image).decode()
     row = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": data_url}]}
 
@@ -245,20 +246,26 @@ def test_images_that_are_slow_to_decode_leave_threads_to_others(
     def submit(who: dict[str, str]) -> Any:
         return guarded.client.post("/api/batches", json=row, headers=who)
 
-    with ThreadPoolExecutor(images.MAX_CHECKS) as pool:
-        waiting = [pool.submit(upload, ann) for _ in range(images.CHECKS_OF_ONE)]
-        for _ in waiting:
+    turns = guarded.serving.check_turns
+    with ThreadPoolExecutor(32) as pool:
+        checked = [pool.submit(upload, ann) for _ in range(images.CHECKS_OF_ONE)]
+        checked += [pool.submit(submit, ben) for _ in range(2)]
+        for _ in checked:
             assert decoding.acquire(timeout=60)
+        waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING)]
+        while turns._waiting.total() < len(waiting):
+            time.sleep(0.01)
         for refused in (upload(ann), submit(ann)):
-            assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
-        others = [pool.submit(submit, guarded.token("ben")) for _ in range(2)]
-        for _ in others:
-            assert decoding.acquire(timeout=60)
-        assert upload(guarded.token("eve")).status_code == 429
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        waiting.append(pool.submit(upload, ben))
+        while turns._waiting.total() < len(waiting):
+            time.sleep(0.01)
         guarded.submit(headers=ann)  # without images: as ever
+        assert not decoding.acquire(blocking=False)
         go_on.set()
-        assert {made.result().status_code for made in waiting + others} == {201}
-    assert upload(ann).status_code == submit(ann).status_code == 201  # there are turns again
+        assert {made.result().status_code for made in checked + waiting} == {201}
+    assert not turns._taken
+    assert turns._waiting.total() == 0
 
 
 def test_images_that_are_slow_to_fetch_leave_threads_to_others(
