@@ -52,7 +52,7 @@ class WebImages(inputs.InputImages):
     """Images that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
     """For images from afar."""
-    checking: Callable[[str | None], AbstractContextManager[None]] = nullcontext
+    checking: Callable[[str | None], AbstractContextManager[object]] = nullcontext
     """Around an owner's image that is here."""
     storing: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around what waits for the store."""
