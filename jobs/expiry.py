@@ -201,9 +201,8 @@ def old_uploads(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
 
 
 def old_requests(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
-    """Deleted ones and refused ones; the others go with their batch."""
-    is_refused = ApiRequest.batch_id.is_(None) & (ApiRequest.created_at < before)
-    return ApiRequest, or_(ApiRequest.deleted_at < before, is_refused)
+    """Refused ones. The others go with their batch: that a video was deleted is told by its row."""
+    return ApiRequest, ApiRequest.batch_id.is_(None) & (ApiRequest.created_at < before)
 
 
 def old_tokens(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:

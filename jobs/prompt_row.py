@@ -180,7 +180,8 @@ def _check_seconds(value: Any) -> float:
     return float(value)
 
 
-def _check_metadata(value: Any) -> dict[str, str]:
+def check_metadata(value: Any) -> dict[str, str]:
+    """Of a row, or of a batch: Invalid says what would do."""
     if type(value) is not dict:
         raise Invalid(f'must be an object such as {{"scene": "12"}}, got {shown(value)}')
     if len(value) > MAX_METADATA_PAIRS:
@@ -235,7 +236,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "fps": _check_count,
     "image": _check_image,
     "lora": _check_lora,
-    "metadata": _check_metadata,
+    "metadata": check_metadata,
     "priority": _whole_check(-MAX_PRIORITY, MAX_PRIORITY),
 }
 KEYS = frozenset(_CHECKS)

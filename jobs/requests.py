@@ -4,10 +4,10 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import case, select
+from sqlalchemy import case, exists, or_, select
 from sqlalchemy.orm import Session
 
-from jobs import database, errors
+from jobs import database, errors, states
 from jobs.schema import ApiRequest, Batch, Job
 
 VIDEOS = "videos"  # OpenAI's, in which every job is a video
@@ -92,10 +92,19 @@ def page(
     limit: int,
     oldest_first: bool = False,
 ) -> Sequence[ApiRequest]:
-    """`after` is the name of the last one that was seen, deleted meanwhile or not. NotFound."""
+    """`after` is the name of the last one that was seen, deleted meanwhile or not. NotFound.
+
+    A deleted one whose video is there again, as `delete_asked_at` tells, is among them.
+    """
+    succeeded_later = exists().where(
+        Job.batch_id == ApiRequest.batch_id,
+        Job.state == states.JobState.SUCCEEDED,
+        Job.finished_at > ApiRequest.deleted_at,
+    )
+    is_there_again = (Batch.total == 1) & succeeded_later
     statement = (
         select(ApiRequest)
-        .where(ApiRequest.api == api, ApiRequest.deleted_at.is_(None))
+        .where(ApiRequest.api == api, or_(ApiRequest.deleted_at.is_(None), is_there_again))
         .outerjoin(Batch, Batch.id == ApiRequest.batch_id)
         .where(Batch.forgotten_at.is_(None))
     )
@@ -111,11 +120,6 @@ def page(
     return session.scalars(statement.order_by(order).limit(limit)).all()
 
 
-def delete(session: Session, row: ApiRequest) -> datetime:
-    row.deleted_at = database.now(session)
-    return row.deleted_at
-
-
 def video_name(job_id: int) -> str:
     return f"video_{job_id}"
 
@@ -123,8 +127,19 @@ def video_name(job_id: int) -> str:
 def video_deleted_at(session: Session, job: Job) -> datetime | None:
     """Since when the video of a job that succeeded is gone: with its batch, or by OpenAI's API."""
     batch = session.get_one(Batch, job.batch_id)
+    return delete_asked_at(session, job) or batch.results_expired_at
+
+
+def delete_asked_at(session: Session, job: Job) -> datetime | None:
+    """When OpenAI's API was asked to delete its video; None where it succeeded after that.
+
+    Then it was rendered again, or was finished before the cancel was heard.
+    """
+    batch = session.get_one(Batch, job.batch_id)
     row = get(session, api=VIDEOS, owner=batch.owner, name=video_name(job.id))
-    asked = None if row is None else row.deleted_at
-    if asked is not None and job.finished_at is not None and asked < job.finished_at:
-        asked = None  # it was rendered again, or finished before the cancel was heard
-    return asked or batch.results_expired_at
+    if row is None or row.deleted_at is None:
+        return None
+    if job.state is states.JobState.SUCCEEDED:
+        assert job.finished_at is not None
+        return None if row.deleted_at < job.finished_at else row.deleted_at
+    return row.deleted_at

@@ -309,7 +309,7 @@ class Settings(BaseSettings):
         ge=0,
         le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_REQUESTS_DAYS"),
-        description="Deleted and refused requests to the compatible APIs.",
+        description="Refused requests to the compatible APIs.",
     )
     keep_tokens_days: float = Field(
         90.0,

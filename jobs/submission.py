@@ -326,11 +326,10 @@ def submit(
     else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
     the same transaction; what it raises undoes all. AnswerLost: it may be stored or not.
     """
-    if file.options.max_queued is not None:
-        with db.reading() as session:
-            _check_room(session, file.options, most=file.options.max_queued)
+    _check_room(db, file.options, new=1)
     with bulk.Spool() as spool:
         checked = plan(file, keep=lambda order: spool.add(_kept(order)))
+        _check_room(db, file.options, new=checked.jobs)
         if file.images is not None:
             file.images.upload(db)
         # By itself: in the long transaction, another submit of the same look would wait for its
@@ -466,11 +465,15 @@ def _is_under_way(session: Session, transaction: str) -> bool:
     return bool(session.scalar(asked, {"id": transaction}) == "in progress")
 
 
-def _check_room(session: Session, options: Options, *, most: int) -> None:
-    """Refuse at once what the quota would refuse after its images were fetched."""
-    queued = _queued(session, options.owner)
-    if queued >= most and _of_key(session, options.idempotency_key) is None:
-        raise errors.QuotaExceeded(options.owner, queued=queued, new=1, most=most)
+def _check_room(db: database.Database, options: Options, *, new: int) -> None:
+    """Refuse at once what the quota would refuse after its images or its jobs were stored."""
+    most = options.max_queued
+    if most is None:
+        return
+    with db.reading() as session:
+        queued = _queued(session, options.owner)
+        if queued + new > most and _of_key(session, options.idempotency_key) is None:
+            raise errors.QuotaExceeded(options.owner, queued=queued, new=new, most=most)
 
 
 def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:

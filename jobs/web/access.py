@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs import errors, tokens
 from jobs.tokens import Scope
-from jobs.web import cookies, rates, service
+from jobs.web import bodies, cookies, rates, service
 
 _bearer = HTTPBearer(auto_error=False, description="A token of `rushes token create`.")
 
@@ -81,7 +81,7 @@ class _WhoFirst(APIRoute):
         async def handler(request: Request) -> Response:
             if request.method not in cookies.SAFE_METHODS:
                 request.state.principal = await self.ask(request)
-            return await handle(request)
+            return await handle(bodies.JsonRequest(request.scope, request.receive))
 
         return handler
 

@@ -170,7 +170,7 @@ _MEANINGS = {
     404: "There is no such thing.",
     409: "The name or the key is taken, by other content.",
     410: "The data of the batch were deleted as old.",
-    413: "Larger than RUSHES_WEB_MAX_BYTES.",
+    413: "Larger than RUSHES_WEB_MAX_BYTES, or more values than may be parsed.",
     422: "Something in it is wrong. Nothing was stored.",
     429: "The rate limit; Retry-After says when.",
     502: "The store refuses what it is asked.",

@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from jobs.web import (
     batches,
+    bodies,
     events,
     gradio_page,
     guards,
@@ -44,9 +45,10 @@ def make(service: Service) -> FastAPI:
         version=importlib.metadata.version("rushes"),
         docs_url=None,  # these pages load their code from other sites
         redoc_url=None,
-        # Prompts may be typed, or pasted, into a form; FastAPI takes 1 MiB of them.
         form_limits={
-            "max_part_size": min(service.config.web_max_bytes, guards.MAX_BYTES_IN_MEMORY)
+            "max_part_size": bodies.MAX_TEXT_BYTES,
+            "max_fields": bodies.MAX_FIELDS,
+            "max_files": bodies.MAX_FILES,
         },
     )
     app.state.service = service

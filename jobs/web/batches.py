@@ -21,7 +21,7 @@ from jobs import (
     submission,
     watch,
 )
-from jobs.web import access, answers, finding, images, service
+from jobs.web import access, answers, bodies, finding, images, service
 
 router = APIRouter(
     prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
@@ -66,6 +66,7 @@ def images_for(serving: service.Service, principal: access.Principal) -> images.
         owner=principal.sees,
         may_read_buckets=principal.is_admin,
         turns=serving.fetch_turns,
+        checking=serving.check_turns.taken,
         storing=serving.storing,
     )
 
@@ -99,7 +100,7 @@ def _key_of(owner: str, key: str) -> str:
 
 @router.post("", status_code=201, response_model=answers.Submitted, responses=answers.REPEATED)
 def submit(
-    new: NewBatch,
+    new: bodies.FewKeys[NewBatch],
     serving: Serving,
     principal: access.Submitter,
     response: Response,

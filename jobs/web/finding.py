@@ -48,13 +48,14 @@ def _unknown(reference: str) -> errors.NotFound:
 
 
 def job(session: Session, job_id: int, principal: access.Principal) -> Job:
-    """NotFound, also where its batch is being forgotten."""
-    found = session.get(Job, job_id) if 0 < job_id < 2**63 else None
-    if found is not None:
-        its_batch = select(Batch.owner).where(
-            Batch.id == found.batch_id, Batch.forgotten_at.is_(None)
-        )
-        owner = session.scalar(its_batch)
-        if owner is not None and principal.may_see(owner):
-            return found
-    raise errors.NotFound(f"no job {job_id}")
+    """NotFound, also for one of a batch that is being forgotten."""
+    statement = (
+        select(Job, Batch.owner)
+        .join(Batch, Batch.id == Job.batch_id)
+        .where(Job.id == job_id, Batch.forgotten_at.is_(None))
+    )
+    row = session.execute(statement).one_or_none() if 0 < job_id < 2**63 else None
+    if row is None or not principal.may_see(row.owner):
+        raise errors.NotFound(f"no job {job_id}")
+    found: Job = row.Job
+    return found

@@ -14,6 +14,11 @@ MAX_FETCH_SECONDS = 300.0
 """Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
 MAX_FETCHES, OF_ONE_OWNER = 16, 12  # requests at a time; Starlette has 40 threads
 WAIT_SECONDS = 10.0  # before one who has so many asks again
+MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 8, 6, 12
+"""Images of all and of one owner at a time, of which two are decoded; more of each owner wait.
+
+An image of the most pixels takes a good half of a second: who waits gets a turn.
+"""
 GIVEN = "given:"
 UPLOAD = "upload:"
 
@@ -22,6 +27,17 @@ def fetch_turns() -> rates.Turns:
     """Of one process, for all its requests."""
     what = "requests at once that fetch images"
     return rates.Turns(OF_ONE_OWNER, of_all=MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
+
+
+def check_turns() -> rates.Turns:
+    """The same, for images that are here."""
+    return rates.Turns(
+        CHECKS_OF_ONE,
+        of_all=MAX_CHECKS,
+        what="images at once",
+        wait_seconds=WAIT_SECONDS,
+        waiting=CHECKS_WAITING,
+    )
 
 
 @dataclass
@@ -35,6 +51,9 @@ class WebImages(inputs.InputImages):
     given: dict[str, bytes | str] = field(default_factory=dict)
     """Images and data URLs that came with the request, by the name that rows call them."""
     turns: rates.Turns | None = None
+    """For images from afar."""
+    checking: Callable[[str | None], AbstractContextManager[object]] = nullcontext
+    """Around an owner's image that is here."""
     storing: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around what waits for the store."""
     _fetching_since: float | None = None
@@ -49,7 +68,8 @@ class WebImages(inputs.InputImages):
     def read(self, source: str) -> images.FetchedImage:
         given = self.given.get(source, source)
         if isinstance(given, bytes):
-            return images.examine(given, "the image")
+            with self.checking(self.owner):
+                return images.examine(given, "the image")
         source = given
         if source.startswith(UPLOAD):
             return self._uploaded(source)
@@ -58,7 +78,8 @@ class WebImages(inputs.InputImages):
                 "s3 address", "is for admin tokens only: upload the image, or give https://"
             )
         if images.scheme_of(source) == "data":
-            return super().read(source)
+            with self.checking(self.owner):
+                return super().read(source)
         return self._fetched_from_afar(source)
 
     def upload(self, db: database.Database) -> None:
@@ -97,7 +118,8 @@ class WebImages(inputs.InputImages):
             raise images.ImageUnusable(source[:60], "there is no such upload")
         with self.storing():
             data = self.store.read_bytes(key)
-        return images.examine(data, source[:60])
+        with self.checking(self.owner):
+            return images.examine(data, source[:60])
 
 
 def _key(session: Session, file_id: str, owner: str | None) -> str | None:

@@ -106,7 +106,7 @@ def create_by_form(
     found = images_for(serving, principal)
     image = None
     if image_file is not None and image_file.filename:
-        image = found.give(receiving.image(image_file))
+        image = found.give(receiving.image(serving, principal, image_file))
     task = VideoTask(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -246,9 +246,13 @@ def task_result(
     """The video; understands Range."""
     with serving.db.reading() as session:
         row = _find(session, task_id, principal)
-        winner = queries.winning_attempt(session, _job(session, row))
+        job = _job(session, row)
+        winner = queries.winning_attempt(session, job)
+        deleted_at = requests.video_deleted_at(session, job)
     if winner is None:
         raise HTTPException(404, "Task not completed")
+    if deleted_at is not None:
+        raise HTTPException(404, videos.why_none(job.state, deleted_at=deleted_at))
     plain = re.sub(r"[^A-Za-z0-9._ -]", "_", row.body["save_result_path"])
     return videos.video_of(request, serving, winner, name=plain)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
-from jobs import cancelling, errors, readers, requests, uploads
+from jobs import cancelling, errors, prompt_row, readers, requests, uploads
 from jobs.schema import ApiRequest, Batch, StoredFile
 from jobs.web import access, answers, openai_files, openai_videos, service
 from jobs.web.batches import Serving, images_for, options
@@ -44,6 +44,10 @@ def create(new: NewBatch, serving: Serving, principal: access.Submitter) -> dict
         raise service.invalid("endpoint", f"must be {readers.VIDEOS_URL}")
     if new.completion_window not in WINDOWS:
         raise service.invalid("completion_window", f"must be {' or '.join(WINDOWS)}")
+    try:
+        prompt_row.check_metadata(new.metadata or {})
+    except prompt_row.Invalid as wrong:
+        raise service.invalid("metadata", str(wrong)) from None
     with serving.db.reading() as session:
         file = uploads.find(session, new.input_file_id, owner=principal.sees)
     try:

@@ -41,7 +41,7 @@ def create(
     if purpose not in PURPOSES:
         raise service.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
     if purpose == uploads.IMAGE:
-        receiving.image(file)
+        receiving.image(serving_, principal, file)
     return _shape(receiving.keep(serving_, principal, file, purpose=purpose))
 
 

@@ -14,9 +14,20 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from jobs import errors, orders, presets, prompt_row, queries, readers, requests, results, states
+from jobs import (
+    database,
+    errors,
+    orders,
+    presets,
+    prompt_row,
+    queries,
+    readers,
+    requests,
+    results,
+    states,
+)
 from jobs.schema import Attempt, Batch, Job, Look
-from jobs.web import access, answers, finding, form, images, receiving, service, videos
+from jobs.web import access, answers, bodies, finding, form, images, receiving, service, videos
 from jobs.web.batches import Serving, images_for, options
 
 router = APIRouter(
@@ -137,7 +148,7 @@ async def _read(request: Request) -> Asked:
     if not kind.startswith(FORM_TYPES):
         message = "must be a form, or JSON sent with Content-Type: application/json"
         raise service.invalid("body", message)
-    async with request.form(max_files=1, max_fields=50) as sent:
+    async with request.form(max_files=1, max_fields=bodies.MAX_FIELDS) as sent:
         texts: list[tuple[str, str]] = []
         reference: dict[str, Any] = {}
         image = None
@@ -145,7 +156,10 @@ async def _read(request: Request) -> Asked:
             if isinstance(value, UploadFile):
                 if name != REFERENCE:
                     raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
-                image = await run_in_threadpool(receiving.image, value)
+                who = access.known(request)
+                assert who is not None  # before the body was read
+                serving = service.of(request)
+                image = await run_in_threadpool(receiving.image, serving, who, value)
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
                 reference = {REFERENCE: {inside[1]: value}}
             elif name.startswith("{"):
@@ -287,8 +301,10 @@ def content(
     with serving.db.reading() as session:
         job = _find(session, video_id, principal)
         winner = queries.winning_attempt(session, job)
-    if winner is None:
-        raise errors.NotFound(f"{video_id} has no content: it is {STATUSES[job.state]}")
+        deleted_at = requests.video_deleted_at(session, job) if winner else None
+    if winner is None or deleted_at is not None:
+        why = videos.why_none(STATUSES[job.state], deleted_at=deleted_at)
+        raise errors.NotFound(f"{video_id} has no content: {why}")
     return videos.video_of(request, serving, winner, name=f"{video_id}.mp4")
 
 
@@ -297,17 +313,23 @@ def delete(video_id: str, serving: Serving, principal: access.Submitter) -> dict
     """Stops it if it is not finished, and deletes what is stored of it."""
     with serving.db.reading() as session:
         job = _find(session, video_id, principal)
-        winner = queries.winning_attempt(session, job)
-    serving.db.write(orders.cancel_job, job.id)
+    winner, asked_at = serving.db.write(_stop, job.id)
     if winner is not None and winner.video_key is not None:
         with serving.storing():
             serving.store.delete(winner.video_key)
             serving.store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))
-    serving.db.write(_mark_deleted, job)
+    serving.db.write(_mark_deleted, job, asked_at)
     return {"id": video_id, "deleted": True, "object": "video.deleted"}
 
 
-def _mark_deleted(session: Session, job: Job) -> None:
+def _stop(session: Session, job_id: int) -> tuple[Attempt | None, datetime]:
+    """The attempt whose video is to go, and the moment: what succeeds later is another video."""
+    orders.cancel_job(session, job_id)
+    job = session.get_one(Job, job_id, populate_existing=True)
+    return queries.winning_attempt(session, job), database.now(session)
+
+
+def _mark_deleted(session: Session, job: Job, asked_at: datetime) -> None:
     name = requests.video_name(job.id)
     owner = session.get_one(Batch, job.batch_id).owner
     row = requests.get(session, api=requests.VIDEOS, owner=owner, name=name)
@@ -315,7 +337,7 @@ def _mark_deleted(session: Session, job: Job) -> None:
         row = requests.add(
             session, api=requests.VIDEOS, owner=owner, name=name, batch_id=job.batch_id, body={}
         )
-    requests.delete(session, row)
+    row.deleted_at = asked_at
 
 
 @router.get("/models/{name}")
@@ -344,9 +366,7 @@ def _find(session: Session, video_id: str, principal: access.Principal) -> Job:
         job = finding.job(session, int(number[1]), principal)
     except errors.NotFound:
         raise errors.NotFound(f"no video {video_id!r}") from None
-    owner = session.get_one(Batch, job.batch_id).owner
-    row = requests.get(session, api=requests.VIDEOS, owner=owner, name=video_id)
-    if row is not None and row.deleted_at is not None:
+    if requests.delete_asked_at(session, job) is not None:
         raise errors.NotFound(f"no video {video_id!r}: it was deleted")
     return job
 

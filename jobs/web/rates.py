@@ -1,8 +1,10 @@
 """How often somebody may ask: counted in Redis by all processes together, without it by each."""
 
+import contextlib
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import redis
 import structlog
@@ -30,30 +32,53 @@ class TooManyRequests(errors.RushesError):
 
 
 class Turns:
-    """How many requests, of each owner and of all, hold a thread of this process for long."""
+    """How many requests, of each owner and of all, hold a thread of this process for long.
 
-    def __init__(self, most: int, *, of_all: int, what: str, wait_seconds: float) -> None:
-        self._most, self._of_all = most, of_all
+    `waiting` more of each owner wait for a turn, as long as those who are refused are told to.
+    """
+
+    def __init__(
+        self, most: int, *, of_all: int, what: str, wait_seconds: float, waiting: int = 0
+    ) -> None:
+        self._most, self._of_all, self._most_waiting = most, of_all, waiting
         self._what, self._wait_seconds = what, wait_seconds
         self._taken: Counter[str | None] = Counter()
-        self._lock = threading.Lock()
+        self._waiting: Counter[str | None] = Counter()
+        self._freed = threading.Condition()
 
     def take(self, owner: str | None) -> None:
         """TooManyRequests: he has all that one may have, or all have what there is."""
-        with self._lock:
-            for taken, most in (
-                (self._taken[owner], self._most),
-                (self._taken.total(), self._of_all),
-            ):
-                if taken >= most:
-                    rate = f"{most} {self._what}"
-                    raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
+        with self._freed:
+            if self._reached(owner) and self._waiting[owner] < self._most_waiting:
+                self._waiting[owner] += 1
+                self._freed.wait_for(lambda: not self._reached(owner), self._wait_seconds)
+                self._waiting[owner] -= 1
+            if most := self._reached(owner):
+                rate = f"{most} {self._what}"
+                raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
             self._taken[owner] += 1
 
+    def _reached(self, owner: str | None) -> int | None:
+        """The limit that is."""
+        if self._taken[owner] >= self._most:
+            return self._most
+        return self._of_all if self._taken.total() >= self._of_all else None
+
+    @contextlib.contextmanager
+    def taken(self, owner: str | None) -> Iterator[None]:
+        """TooManyRequests, as `take`."""
+        self.take(owner)
+        try:
+            yield
+        finally:
+            self.give_back(owner)
+
     def give_back(self, owner: str | None) -> None:
-        with self._lock:
+        with self._freed:
             self._taken[owner] -= 1
             self._taken += Counter()  # drops those at zero
+            self._waiting += Counter()
+            self._freed.notify_all()  # another owner's turn may be no use to the first who waits
 
 
 class Limiter:

@@ -15,11 +15,12 @@ COPY_BYTES = 1 << 20
 KIND = "application/octet-stream"  # as they are served, whatever the sender calls them
 
 
-def image(file: UploadFile) -> bytes:
+def image(serving: service.Service, principal: access.Principal, file: UploadFile) -> bytes:
     """The bytes of an image. InvalidInput when it is none that can be rendered from."""
     data = file.file.read(images.LIMITS.max_bytes + 1)
     try:
-        images.examine(data, file.filename or "the image")
+        with serving.check_turns.taken(principal.sees):
+            images.examine(data, file.filename or "the image")
     except images.ImageError as error:
         raise service.invalid(file.filename or "image", str(error.problem)) from None
     return data

@@ -59,6 +59,7 @@ class Service:
     history: History = field(default_factory=History)
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
+    check_turns: rates.Turns = field(default_factory=images.check_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
 

@@ -24,7 +24,7 @@ def upload_image(
     principal: access.Submitter,
 ) -> dict[str, Any]:
     """Keep an image; rows of a batch name it by what `image` says here."""
-    receiving.image(file)
+    receiving.image(serving, principal, file)
     row = receiving.keep(serving, principal, file, purpose=uploads.IMAGE)
     return {
         "upload_id": row.id,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs import firing, prompt_row, schedules, shapes, states, submission
-from jobs.web import access, answers, service
+from jobs.web import access, answers, bodies, service
 from jobs.web.batches import Serving
 
 router = APIRouter(
@@ -40,7 +40,9 @@ class NewSchedule(BaseModel):
 
 
 @router.post("", status_code=201, response_model=answers.Schedule)
-def add(new: NewSchedule, serving: Serving, principal: access.Admin) -> dict[str, Any]:
+def add(
+    new: bodies.FewKeys[NewSchedule], serving: Serving, principal: access.Admin
+) -> dict[str, Any]:
     """Its prompts are checked as for the first firing."""
     given = new.model_dump(exclude={"preset", "prompts"})
     made, _ = firing.add(

@@ -19,10 +19,11 @@ class NoVideo(errors.NotFound):
     """There is none yet, never will be, or not any more."""
 
     def __init__(self, job_id: int, state: str, *, deleted_at: datetime | None) -> None:
-        why = (
-            f"it is {state}" if deleted_at is None else f"it was deleted at {deleted_at:%F %T} UTC"
-        )
-        super().__init__(f"job {job_id} has no video: {why}")
+        super().__init__(f"job {job_id} has no video: {why_none(state, deleted_at=deleted_at)}")
+
+
+def why_none(state: str, *, deleted_at: datetime | None) -> str:
+    return f"it is {state}" if deleted_at is None else f"it was deleted at {deleted_at:%F %T} UTC"
 
 
 JobId = Annotated[int, Path(ge=1, lt=2**63)]

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from jobs import cron, errors
-from jobs.web import access, html, service, timetable
+from jobs.web import access, bodies, html, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
 from jobs.web.pages.complaints import Complaints
@@ -89,7 +89,13 @@ def _list(
     )
 
 
-@router.post("")
+@router.post(
+    "",
+    form_limits={
+        "max_part_size": bodies.MAX_TYPED_BYTES,
+        "max_fields": bodies.MAX_TYPED_FIELDS,
+    },
+)
 def add(
     request: Request,
     serving: Serving,

@@ -1,5 +1,6 @@
 """The page: the form that submits prompts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -13,8 +14,8 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, images, prompt_row, queries, readers, submission
-from jobs.web import access, batches, html, service, system
+from jobs import errors, prompt_row, queries, readers, submission
+from jobs.web import access, batches, bodies, html, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -85,7 +86,13 @@ def ask(
     return _form(request, serving, who, given=DEFAULTS | {"preset": chosen}, found={}, made=made)
 
 
-@router.post("")
+@router.post(
+    "",
+    form_limits={
+        "max_part_size": bodies.MAX_TYPED_BYTES,
+        "max_fields": bodies.MAX_TYPED_FIELDS,
+    },
+)
 def submit(
     request: Request,
     serving: Serving,
@@ -164,19 +171,18 @@ def _submitted(
     repeat = found.whole("repeat", given.repeat or "1")
     priority = found.whole("priority", given.priority or "0")
     preset = serving.preset(given.preset)
-    pictures = batches.images_for(serving, who)
-    with_image = _image(given, pictures, found)
     options = submission.Options(
         preset=preset,
         name=given.name.strip() or None,
         repeat=1 if repeat is None else repeat,
         priority=0 if priority is None else priority,
     )
-    default = _checked(settings | with_image, options, given, pictures, found)
-    if found or default is None:
-        pictures.close()
-        return None
-    return _stored(serving, who, given, options, default, pictures, found)
+    with contextlib.closing(batches.images_for(serving, who)) as pictures:
+        with_image = _image(serving, who, given, pictures, found)
+        default = _checked(settings | with_image, options, given, pictures, found)
+        if found or default is None:
+            return None
+        return _stored(serving, who, given, options, default, pictures, found)
 
 
 def _settings(given: Given, found: Complaints) -> dict[str, Any]:
@@ -199,14 +205,19 @@ def _settings(given: Given, found: Complaints) -> dict[str, Any]:
     return settings
 
 
-def _image(given: Given, pictures: Any, found: Complaints) -> dict[str, str]:
+def _image(
+    serving: service.Service,
+    who: access.Principal,
+    given: Given,
+    pictures: Any,
+    found: Complaints,
+) -> dict[str, str]:
     if given.image is None or not given.image.filename:
         return {}
-    data = given.image.file.read(images.LIMITS.max_bytes + 1)
     try:
-        images.examine(data, given.image.filename)
-    except images.ImageError as error:
-        found.add("image", f"{given.image.filename}: {error.problem}")
+        data = receiving.image(serving, who, given.image)
+    except errors.InvalidInput as error:
+        found.add("image", f"{given.image.filename}: {error.problems[0].message}")
         return {}
     return {"image": pictures.give(data)}
 

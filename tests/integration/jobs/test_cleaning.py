@@ -589,16 +589,19 @@ def add_tokens(session: Any, old: datetime) -> None:
 
 
 def add_requests(session: Any, old: datetime) -> None:
-    for name, created_at, deleted_at in (
-        ("refused long ago", old, None),
-        ("deleted long ago", old, old),
-        ("refused now", database.now(session), None),
+    its_batch = session.scalars(select(Batch.id)).one()
+    for name, created_at, deleted_at, batch_id in (
+        ("refused long ago", old, None, None),
+        # By this row alone it is known that its video was deleted.
+        ("deleted long ago", old, old, its_batch),
+        ("refused now", database.now(session), None, None),
     ):
         session.add(
             ApiRequest(
-                api="batches",
+                api="videos",
                 owner="",
                 name=name,
+                batch_id=batch_id,
                 body={},
                 created_at=created_at,
                 deleted_at=deleted_at,
@@ -641,7 +644,7 @@ def add_notices(session: Any, old: datetime) -> None:
     ("kind", "table", "add", "kept"),
     [
         (Kind.TOKENS, ApiToken, add_tokens, 2),
-        (Kind.REQUESTS, ApiRequest, add_requests, 1),
+        (Kind.REQUESTS, ApiRequest, add_requests, 2),
         (Kind.HISTORY, Firing, add_firings, 2),
         (Kind.NOTICES, Notice, add_notices, 2),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from jobs import (
     bulk,
@@ -413,3 +414,34 @@ def test_a_submit_beyond_the_quota_is_refused_with_the_numbers(world: World) -> 
     file.stream = None  # type: ignore[assignment]  # it is not even read
     with pytest.raises(errors.QuotaExceeded, match="ann has 5 jobs queued"):
         submission.submit(world.db, file)
+
+
+def test_a_submit_beyond_the_quota_stores_nothing_before_it_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else waits for jobs that are undone in the end."""
+
+    def store(*_: object) -> int:
+        raise AssertionError("stored")
+
+    monkeypatch.setattr(bulk, "store", store)
+    with pytest.raises(errors.QuotaExceeded, match="this would add 3,000"):
+        world.submit(3, owner="ann", max_queued=2_999, repeat=1_000)
+
+
+def test_submits_at_once_are_counted_together(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each had room when its file was read."""
+    store = bulk.store
+
+    def queued_meanwhile(session: Session, *given: Any) -> int:
+        stored = store(session, *given)
+        session.execute(update(Batch).values(queued=Batch.queued + 3))
+        return stored
+
+    monkeypatch.setattr(bulk, "store", queued_meanwhile)
+    with pytest.raises(errors.QuotaExceeded, match="ann has 3 jobs queued and this would add 3"):
+        world.submit(3, owner="ann", max_queued=5)
+    with world.db.reading() as session:
+        assert session.scalars(select(Batch)).all() == []

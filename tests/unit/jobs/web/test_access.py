@@ -1,11 +1,14 @@
 """Who may do what, and what is refused before anybody is asked."""
 
+import base64
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -196,6 +199,22 @@ def test_lists_pass_over_what_is_being_forgotten(web: Web) -> None:
     assert web.client.get("/v1/tasks/").json() == {}
 
 
+def test_a_job_of_a_batch_that_is_being_forgotten_is_not_there(web: Web) -> None:
+    job_id = web.job_id(web.submit())
+    web.succeed(job_id)
+    with web.db.transaction() as session:
+        session.execute(update(schema.Batch).values(forgotten_at=database.now(session)))
+    for path in (
+        f"/api/jobs/{job_id}",
+        f"/api/jobs/{job_id}/video",
+        f"/jobs/{job_id}",
+        f"/v1/videos/video_{job_id}",
+    ):
+        assert web.client.get(path).status_code == 404, path
+    for what in ("retry", "cancel"):
+        assert web.client.post(f"/api/jobs/{job_id}/{what}").status_code == 404
+
+
 def _writers(web: Web) -> list[tuple[str, str]]:
     """Every path that takes a body, with its method."""
     return [
@@ -255,6 +274,51 @@ def test_only_what_takes_files_may_be_large(guarded: Web) -> None:
         in methods.get("post", {}).get("requestBody", {}).get("content", {})
     }
     assert takes_forms | {"/submit", "/schedules"} == guards.UPLOAD_PATHS
+
+
+def test_images_that_are_slow_to_decode_leave_threads_to_others(
+    guarded: Web, image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, go_on = threading.Semaphore(0), threading.Event()
+    examine = all_images.examine
+
+    def slow(*given: Any, **named: Any) -> Any:
+        decoding.release()
+        assert go_on.wait(60)
+        return examine(*given, **named)
+
+    monkeypatch.setattr(all_images, "examine", slow)
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    data_url = "data:image/png;base64," + base64.b64encode(image).decode()
+    row = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": data_url}]}
+
+    def upload(who: dict[str, str]) -> Any:
+        files = {"file": ("red.png", image, "image/png")}
+        return guarded.client.post("/api/uploads", files=files, headers=who)
+
+    def submit(who: dict[str, str]) -> Any:
+        return guarded.client.post("/api/batches", json=row, headers=who)
+
+    turns = guarded.serving.check_turns
+    with ThreadPoolExecutor(32) as pool:
+        checked = [pool.submit(upload, ann) for _ in range(images.CHECKS_OF_ONE)]
+        checked += [pool.submit(submit, ben) for _ in range(2)]
+        for _ in checked:
+            assert decoding.acquire(timeout=60)
+        waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING)]
+        while turns._waiting.total() < len(waiting):
+            time.sleep(0.01)
+        for refused in (upload(ann), submit(ann)):
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        waiting.append(pool.submit(upload, ben))
+        while turns._waiting.total() < len(waiting):
+            time.sleep(0.01)
+        guarded.submit(headers=ann)  # without images: as ever
+        assert not decoding.acquire(blocking=False)
+        go_on.set()
+        assert {made.result().status_code for made in checked + waiting} == {201}
+    assert not turns._taken
+    assert turns._waiting.total() == 0
 
 
 def test_images_that_are_slow_to_fetch_leave_threads_to_others(
@@ -485,6 +549,18 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
         "/api/batches", content=endless(), headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/videos", "/api/batches/file"])
+def test_texts_of_a_form_are_small_and_few(web: Web, path: str) -> None:
+    """They are kept in memory, whatever a file may be."""
+    for texts in ({"prompt": "x" * ((1 << 20) + 1)}, {f"t{n}": "x" for n in range(41)}):
+        files = {name: (None, text) for name, text in texts.items()}
+        answer = web.client.post(path, files=files)
+        assert answer.status_code == 400, answer.text
+        assert "aximum" in answer.text
+    many = [("file", (f"{n}.txt", b"x")) for n in range(5)]
+    assert web.client.post(path, files=many).status_code == 400
 
 
 @pytest.mark.parametrize(

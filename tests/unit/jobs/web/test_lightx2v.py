@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import select, update
 
-from tests.unit.jobs.web.conftest import VIDEO, Live
+from jobs import database
+from jobs.schema import Batch
+from tests.unit.jobs.web.conftest import VIDEO, Live, Web
 
 
 def job_of(live: Live, task_id: str) -> int:
@@ -196,3 +199,16 @@ def test_the_name_of_a_result_fits_into_a_header(live: Live) -> None:
     answer = requests.get(f"{live.url}/v1/tasks/t/result", timeout=9)
     assert answer.content == VIDEO
     assert answer.headers["content-disposition"] == 'attachment; filename="a _c_ _.mp4"'
+
+
+def test_a_result_that_was_deleted_as_old_is_not_there(web: Web) -> None:
+    task = web.client.post("/v1/tasks/", json={"prompt": "x"}).json()["task_id"]
+    with web.db.reading() as session:
+        batch_id = session.scalars(select(Batch.id)).one()
+    web.succeed(web.job_id(batch_id))
+    path = f"/v1/tasks/{task}/result"
+    assert web.client.head(path).status_code == 200
+    with web.db.transaction() as session:
+        session.execute(update(Batch).values(results_expired_at=database.now(session)))
+    assert web.client.head(path).status_code == 404
+    assert "deleted at" in web.client.get(path).json()["detail"]

@@ -12,8 +12,9 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
-from sqlalchemy import event, select
+from sqlalchemy import event, select, update
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from jobs import database, folder_store, lifecycle, orders, results, storage, submission
 from jobs.schema import Batch, StoredFile
@@ -188,6 +189,57 @@ def test_a_deleted_video_that_was_rendered_again_is_there(
     live.web.succeed(job_id)
     assert own.get(f"/api/jobs/{job_id}").json()["video_deleted_at"] is None
     assert own.get(f"/api/jobs/{job_id}/video").content == VIDEO
+    assert client.videos.retrieve(video.id).status == "completed"
+
+
+def test_a_video_that_was_finished_before_the_cancel_was_heard_can_be_deleted_again(
+    live: Live, client: openai.OpenAI
+) -> None:
+    video = client.videos.create(prompt="a")
+    attempt_id = live.web.claim(job_of(video))
+    client.videos.delete(video.id)
+    assert list(client.videos.list()) == []
+    live.web.succeed(job_of(video), attempt_id)
+    assert [listed.id for listed in client.videos.list()] == [video.id]
+    assert client.videos.download_content(video.id).read() == VIDEO
+    client.videos.delete(video.id)
+    assert list(client.videos.list()) == []
+    assert live.web.client.get(f"/api/jobs/{job_of(video)}/video").status_code == 404
+    assert list(live.web.serving.store.list("videos")) == []
+
+
+def test_a_video_whose_job_ends_while_it_is_deleted_is_deleted_too(
+    live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = client.videos.create(prompt="a")
+    attempt_id = live.web.claim(job_of(video))
+    cancel = orders.cancel_job
+
+    def ends_first(session: Session, job_id: int) -> Any:
+        key = f"videos/{attempt_id}.mp4"
+        stored = live.web.serving.store.put_bytes(VIDEO, key, content_type="video/mp4")
+        ended = lifecycle.StoredVideo(key=key, size_bytes=len(VIDEO), sha256=stored.sha256)
+        assert lifecycle.succeed(session, attempt_id, video=ended)
+        return cancel(session, job_id)
+
+    monkeypatch.setattr(orders, "cancel_job", ends_first)
+    client.videos.delete(video.id)
+    assert list(live.web.serving.store.list("videos")) == []
+    with pytest.raises(openai.NotFoundError, match="deleted"):
+        client.videos.retrieve(video.id)
+
+
+def test_a_video_of_expired_results_is_told_as_deleted(live: Live, client: openai.OpenAI) -> None:
+    video = client.videos.create(prompt="a")
+    live.web.succeed(job_of(video))
+    etag = client.videos.download_content(video.id).response.headers["ETag"]
+    with live.web.db.transaction() as session:
+        session.execute(update(Batch).values(results_expired_at=database.now(session)))
+    own, path = live.web.client, f"/v1/videos/{video.id}/content"
+    assert own.head(path).status_code == 404
+    assert own.get(path, headers={"If-None-Match": etag}).status_code == 404
+    with pytest.raises(openai.NotFoundError, match="deleted at"):
+        client.videos.download_content(video.id)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +393,7 @@ def test_a_model_is_a_name(live: Live, model: Any) -> None:
 
 
 def test_a_body_nested_too_deeply_is_no_json_to_us(live: Live) -> None:
-    nested = {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}
+    nested = {"content": b"[" * 9_000, "headers": {"Content-Type": "application/json"}}
     answer = live.web.client.post("/v1/videos", **nested)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "body: is not JSON")
 
@@ -598,6 +650,27 @@ def batches(client: openai.OpenAI, number: int) -> tuple[openai.types.FileObject
         for _ in range(number)
     ]
     return file, made
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({f"k{n}": "x" for n in range(17)}, "has 17 pairs: at most 16"),
+        ({"k" * 65: "x"}, "1 to 64 characters"),
+        ({"k": "x" * 513}, "at most 512 characters"),
+        ({"k": "a\0b"}, "NUL"),
+    ],
+)
+def test_metadata_of_a_batch_are_as_small_as_those_of_a_row(
+    client: openai.OpenAI, metadata: dict[str, str], told: str
+) -> None:
+    file, _ = batches(client, 0)
+    asked: dict[str, Any] = {"input_file_id": file.id, "completion_window": "24h"}
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.batches.create(endpoint="/v1/videos", metadata=metadata, **asked)
+    kept = {"scene": "x" * 512}
+    made = client.batches.create(endpoint="/v1/videos", metadata=kept, **asked)
+    assert (made.status, made.metadata) == ("in_progress", kept)
 
 
 def test_batches_are_listed_and_cancelled(client: openai.OpenAI) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import exc, update
+from starlette.requests import Request
 
 from jobs import bell, database, holds, orders, reordering, results, schema, tokens, watch
-from jobs.web import events
+from jobs.web import bodies, events
 from tests.unit.jobs.web.conftest import VIDEO, Web
 
 
@@ -53,6 +54,30 @@ def test_what_is_wrong_is_a_problem_document_with_every_line_and_nothing_is_stor
     assert [problem["line"] for problem in body["problems"]] == [2, 3]
     assert "did you mean prompt" in body["problems"][0]["message"]
     assert web.client.get("/api/batches").json()["batches"] == []
+
+
+def test_values_are_counted_before_they_are_parsed(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "MAX_VALUES_OF_ROWS", 30)
+    web.submit([{"prompt": 'a, "b", [c], {d}, ' * 100}])  # what prompts hold is not counted
+    with monkeypatch.context() as patched:
+        patched.setattr(Request, "json", None)
+        for row in ({"prompt": "x", "seed": 1}, {}, []):
+            new = {"preset": "tiny", "prompts": [row] * 50}
+            answer = web.client.post("/api/batches", json=new)
+            told = "more than 30 values in JSON: send fewer at a time"
+            assert (answer.status_code, answer.json()["detail"]) == (413, told)
+        for path in ("/v1/tasks/", "/v1/videos"):
+            new = {"prompt": "x", "target_shape": [1] * 30_001}
+            assert web.client.post(path, json=new).status_code == 413
+
+
+def test_a_thousand_unknown_keys_are_one_problem(web: Web) -> None:
+    new = {"preset": "tiny", "prompts": [{"prompt": "x"}]} | {f"k{n}": 0 for n in range(1_000)}
+    for path in ("/api/batches", "/api/schedules"):
+        (problem,) = web.client.post(path, json=new).json()["problems"]
+        assert "1,002 keys" in problem["message"]
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,15 @@ def test_a_broken_image_is_told_at_its_field(web: Web, browser: Browser) -> None
     assert batches_of(web) == []
 
 
+def test_megabytes_of_prompts_may_be_pasted(web: Web, browser: Browser) -> None:
+    prompts = ("x" * 9_000 + "\n") * 250
+    answer = browser.post("/submit", {"preset": "tiny", "prompts": prompts}, of="/submit")
+    assert answer.status_code == 200
+    assert web.client.get("/api/batches").json()["batches"][0]["counts"]["total"] == 250
+    answer = browser.post("/submit", {"preset": "tiny", "prompts": prompts * 4}, of="/submit")
+    assert answer.status_code == 400
+
+
 def test_a_form_that_is_sent_twice_makes_one_batch(web: Web, browser: Browser) -> None:
     form = {"prompts": "a cat", "preset": "tiny", "key": "k" * 20}
     first = browser.post("/submit", form, of="/submit")
