@@ -23,7 +23,7 @@ from tests.chaos.nemesis import Pause, Strike
 from tests.chaos.workload import Promise
 
 FINAL = {state.value for state in states.FINAL_JOB_STATES}
-DATABASE_AWAY = ("postgresql stopped", "postgresql restarted")
+DATABASE_AWAY = ("postgresql stopped", "postgresql restarted", "postgresql half open")
 LEASE_SLACK_SECONDS = 0.01  # rounding of the database
 
 

@@ -234,9 +234,10 @@ def test_time_without_a_database_is_nobodys_delay(begin: int, end: int, seconds:
     assert checker.seconds_with_database(strikes, at(begin), at(end)) == seconds
 
 
+@pytest.mark.parametrize("how", checker.DATABASE_AWAY)
 @pytest.mark.parametrize(("away", "seconds"), [((), 40), ((5, 10), 30), ((5, 90), 40)])
 def test_a_crash_is_to_be_noticed_from_when_the_database_is_back(
-    night: Night, away: tuple[int, ...], seconds: float
+    night: Night, away: tuple[int, ...], seconds: float, how: str
 ) -> None:
     night.change("UPDATE attempts SET state = 'lost'", night.failed)
     seen = checker.read(night.db, night.store, plan=PLAN, promises=night.promises)
@@ -248,7 +249,7 @@ def test_a_crash_is_to_be_noticed_from_when_the_database_is_back(
         return Strike(what=what, target="", at=begin, until=end, workers=(lost.worker,))
 
     strikes = [strike("kill launcher", 0, 0)]
-    strikes += [strike("postgresql stopped", *away)] if away else []
+    strikes += [strike(how, *away)] if away else []
     assert checker.detection_seconds(seen, strikes) == [seconds]
 
 
