@@ -68,6 +68,7 @@ TAKES_NOBODY = (
     *("no more connections allowed", "client_login_timeout"),
 )
 """What a server says that refuses everybody, not just us."""
+LOCK_NOT_AVAILABLE = "55P03"
 READ_ONLY = "25006"
 """Of a write to a standby, or to a managed database whose disk is full."""
 IDLE_TRANSACTION_SECONDS = 30.0
@@ -215,6 +216,12 @@ def wait_for_ever(connection: Connection) -> None:
         driver_connection.answer_seconds = None
 
 
+def wait_briefly(connection: Session | Connection, seconds: float) -> None:
+    """PostgreSQL: for each lock of this transaction; then `is_held_up` is true of the error."""
+    limit = f"{seconds * 1000:.0f}ms"
+    connection.execute(select(func.set_config("lock_timeout", limit, True)))
+
+
 def now(session: Session) -> datetime:
     """The database's clock: the only one that leases and waits are measured with."""
     if session.get_bind().dialect.name == "sqlite":
@@ -282,10 +289,25 @@ def is_away(error: DBAPIError) -> bool:
     return _may_heal(error) or _is_unreachable(error)
 
 
+def is_held_up(error: DBAPIError) -> bool:
+    """Somebody holds a lock for longer than `wait_briefly` waits."""
+    return _state(error) == LOCK_NOT_AVAILABLE
+
+
+def is_of_rows(error: DBAPIError) -> bool:
+    """Those that it would change are damaged, or refused: others may be changed all the same."""
+    # 22 data, 23 constraints, P0 triggers, XX damage.
+    return not error.connection_invalidated and _state(error).startswith(("22", "23", "P0", "XX"))
+
+
+def _state(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
 def _may_heal(error: DBAPIError) -> bool:
     if error.connection_invalidated:
         return True
-    state = getattr(error.orig, "sqlstate", None) or ""
+    state = _state(error)
     # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
     may_heal = ("08", "40", "57P", "53", READ_ONLY)
     return state.startswith(may_heal) or "database is locked" in str(error.orig)

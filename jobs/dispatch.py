@@ -23,7 +23,6 @@ from jobs import (
     broker,
     database,
     lifecycle,
-    moves,
     order,
     orders,
     presets,
@@ -67,6 +66,7 @@ class Dispatcher:
         self._slow_seconds = config.lease_seconds / 6
         self._lock_seconds = self._slow_seconds / 4
         self._busy_until: dict[int, float] = {}
+        self._passed_over: set[str] = set()
         self._budgets = budgets(config)
 
     def tick(self) -> Tick:
@@ -75,23 +75,23 @@ class Dispatcher:
         Each also when the one before it failed; the first error is raised at the end.
         """
         failures: list[DBAPIError] = []
-        ended = self._or_later(self._end_lost, failures) or []
-        for attempt_id in ended:
-            log.warning("attempt.lost", attempt_id=attempt_id)
+        ended = self._or_later(self._end_lost, failures) or 0
         stopped = self._or_later(self._stop_batches, failures) or 0
         sent, broker_error = 0, None
+        served: set[str] = set()
         try:
             with self._in_time():
-                sent = self._fill_windows()
+                sent = self._fill_windows(served)
         except _DatabaseSilent:
             pass  # told; what was sent counts at the next look
         except broker.BrokerUnavailable as error:
             broker_error = str(error)
+        self._or_later(lambda: self._mark_served(sorted(served)), failures)
         if failures:
             raise failures[0]
         return Tick(
             sent=sent,
-            ended_attempts=len(ended),
+            ended_attempts=ended,
             stopped_jobs=stopped,
             broker_error=broker_error,
         )
@@ -133,22 +133,31 @@ class Dispatcher:
                 report("broker.lost" if was_down else "broker.back", error=refusal)
             self._wait(stop, took=time.monotonic() - began)
 
-    def _end_lost(self) -> list[int]:
+    def _end_lost(self) -> int:
         """Not while the database is slow to answer, nor in the time of a lease after that."""
-        ended: list[int] = []
+        ended = 0
+        # What could not be ended leaves room for others each second time: a look is limited.
+        passed_over, self._passed_over = self._passed_over, set()
         try:
             with self._in_time():
                 if time.monotonic() < self._leases_count_from:
                     with self._db.reading() as session:
                         database.now(session)
-                    return []
-                lost = self._db.write(lifecycle.lost_attempts)
+                    return 0
+                lost = self._db.write(lifecycle.lost_attempts, but_not=passed_over)
             self._spare(lost.busy)
             # Each batch on its own: one whose row is held for long keeps the others from nothing.
-            for ids in lost.by_batch.values():
+            for batch_id, ids in lost.by_batch.items():
                 silent = [each for each in ids if each not in self._busy_until]
+                if not silent:
+                    continue
                 with self._in_time():
-                    ended += self._unless_held_up(self._end_lost_in_time, silent) or []
+                    found = self._unless_held_up(self._end_lost_in_time, silent)
+                if found is None:
+                    self._passed_over.add(batch_id)
+                for attempt_id in found or ():
+                    log.warning("attempt.lost", attempt_id=attempt_id)
+                    ended += 1
         except _DatabaseSilent:
             pass
         return ended
@@ -167,21 +176,36 @@ class Dispatcher:
         with self._in_time():
             return lifecycle.end_lost_attempts(session, budgets=self._budgets, ids=ids)
 
+    def _mark_served(self, batch_ids: Sequence[str]) -> None:
+        """Once they are sent; in transactions of their own, since claims hold rows of batches."""
+        if not batch_ids:
+            return
+        if self._unless_held_up(mark_served, batch_ids) is None and len(batch_ids) > 1:
+            for batch_id in batch_ids:
+                self._unless_held_up(mark_served, [batch_id])
+
     def _unless_held_up(
         self, change: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R | None:
-        """None: somebody has held a row that it needs for long. It is tried at the next look."""
+        """None: somebody has held a row that it needs for long, or the rows themselves are to
+        blame. It is tried at the next look, and keeps nothing else from being done.
+        """
 
         def briefly(session: Session) -> R:
-            moves.wait_briefly(session, self._lock_seconds)
+            if not self._db.is_sqlite:  # which has no locks of rows
+                database.wait_briefly(session, self._lock_seconds)
             return change(session, *args, **kwargs)
 
         try:
             return self._db.write(briefly)
         except DBAPIError as error:
-            if not moves.is_held_up(error):
+            if database.is_held_up(error):
+                event = "dispatch.held_up"
+            elif database.is_of_rows(error):
+                event = "dispatch.batch_failed"
+            else:
                 raise
-            log.warning("dispatch.held_up", by=str(error.orig).splitlines()[0])
+            log.warning(event, error=str(error.orig).splitlines()[0])
             return None
 
     @contextmanager
@@ -208,7 +232,8 @@ class Dispatcher:
         if was_kicked:
             stop.wait(max(0.0, ended + rest - time.monotonic()))
 
-    def _fill_windows(self) -> int:
+    def _fill_windows(self, served: set[str]) -> int:
+        """How many were sent; their batches are added to `served`."""
         with self._db.reading() as session:
             groups = queries.live_workers_by_queues(session)
         sent = 0
@@ -231,6 +256,7 @@ class Dispatcher:
                     )
                 # Committed before sending: a worker may take the message up at once.
                 taken = self._db.write(take, chosen) if chosen else []
+                served.update(job.batch_id for job in taken)
                 for queue, jobs in itertools.groupby(taken, key=operator.attrgetter("queue")):
                     ids = [job.id for job in jobs]
                     sent += self._broker.send_renders(queue, ids, mark=marks[group])
@@ -320,16 +346,7 @@ def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Cand
     ).all()
     taken = [job for job in chosen if job.id in set(free)]
     session.execute(update(Job).where(Job.id.in_(free)).values(dispatched_at=now))
-    # Rows that somebody holds are passed over rather than waited for: a batch's by a claim, perhaps
-    # of a host that froze in it, an owner's by a submit that counts its quota.
-    batches = (
-        select(Batch.id)
-        .where(Batch.id.in_({job.batch_id for job in taken}))
-        .order_by(Batch.id)
-        .with_for_update(skip_locked=True)
-    )
-    batch_ids = session.scalars(batches).all()
-    session.execute(update(Batch).where(Batch.id.in_(batch_ids)).values(served_at=now))
+    # Those that a submit holds, to count its quota, are passed over rather than waited for.
     owners = (
         select(Owner.name)
         .where(Owner.name.in_({job.owner for job in taken}))
@@ -339,6 +356,15 @@ def take(session: Session, chosen: Sequence[order.Candidate]) -> list[order.Cand
     names = session.scalars(owners).all()
     session.execute(update(Owner).where(Owner.name.in_(names)).values(served_at=now))
     return taken
+
+
+def mark_served(session: Session, batch_ids: Sequence[str]) -> bool:
+    """They have had their turn. Always true."""
+    which = Batch.id.in_(batch_ids)
+    # In order: two dispatchers wait for each other, not in a circle.
+    session.scalars(select(Batch.id).where(which).order_by(Batch.id).with_for_update()).all()
+    session.execute(update(Batch).where(which).values(served_at=database.now(session)))
+    return True
 
 
 def _lanes(

@@ -131,7 +131,7 @@ def claim(
 
 def _new_id(now: datetime) -> int:
     """Never used before, also by a database that was restored from a backup and counts anew."""
-    milliseconds = (now - IDS_SINCE) // timedelta(milliseconds=1)
+    milliseconds = max((now - IDS_SINCE) // timedelta(milliseconds=1), 0)
     return milliseconds << ID_BITS | secrets.randbits(ID_BITS)
 
 
@@ -418,9 +418,10 @@ class Lost:
     """Those that a transaction holds: a heartbeat, perhaps one that waits to be committed."""
 
 
-def lost_attempts(session: Session) -> Lost:
-    """What there is for `end_lost_attempts`, which ends none that is busy."""
-    found = _longest_silent(Attempt.lease_until < database.now(session))
+def lost_attempts(session: Session, *, but_not: Collection[str] = ()) -> Lost:
+    """What there is for `end_lost_attempts`, which ends none that is busy; not of some batches."""
+    is_lost = Attempt.lease_until < database.now(session)
+    found = _longest_silent(is_lost & Job.batch_id.not_in(but_not))
     rows = session.execute(found.add_columns(Job.batch_id)).all()
     ids = [attempt_id for attempt_id, _, _ in rows]
     by_batch: dict[str, list[int]] = defaultdict(list)

@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 LOCK = 7_305_114  # any number of migrators may start at once; one works, the others wait
 LOCK_SECONDS = 2.0  # for a table that somebody uses; leases last much longer
-GIVES_WAY = ("55P03", "40P01")  # a lock that is not free; a deadlock that PostgreSQL ended
+GIVES_WAY = (database.LOCK_NOT_AVAILABLE, "40P01")  # which is a deadlock, ended by PostgreSQL
 TRIES = 15  # about a minute
 LONGEST_PAUSE_SECONDS = 5.0
 
@@ -98,8 +98,7 @@ def _try(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
         if not db.is_sqlite:
             database.wait_for_ever(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
-            limit = f"{LOCK_SECONDS * 1000:.0f}ms"
-            connection.execute(text("SELECT set_config('lock_timeout', :at, true)"), {"at": limit})
+            database.wait_briefly(connection, LOCK_SECONDS)
         config.attributes["connection"] = connection
         before = MigrationContext.configure(connection).get_current_revision()
         if before is not None and revision == "head" and is_newer(before):

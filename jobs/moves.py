@@ -18,14 +18,11 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from jobs import database, outbox, states
 from jobs.schema import Attempt, Batch, Job
-
-LOCK_NOT_AVAILABLE = "55P03"  # PostgreSQL's name for a lock that took longer than `lock_timeout`
 
 NOW = database.Clock()
 """The moment at which a statement runs."""
@@ -98,19 +95,6 @@ def lock_jobs(session: Session, *which: ColumnElement[bool]) -> None:
     """Always in the same order: two that lock many jobs wait for each other, not in a circle."""
     locked = select(Job.id).where(*which).order_by(Job.batch_id, Job.id).with_for_update()
     session.execute(select(func.count()).select_from(locked.subquery()))
-
-
-def wait_briefly(session: Session, seconds: float) -> None:
-    """For each lock of this transaction; then it fails, and `is_held_up` is true of the error.
-
-    SQLite has no locks of rows.
-    """
-    if session.get_bind().dialect.name != "sqlite":
-        session.execute(select(func.set_config("lock_timeout", f"{seconds * 1000:.0f}ms", True)))
-
-
-def is_held_up(error: DBAPIError) -> bool:
-    return getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE
 
 
 def row_count(result: Any) -> int:

@@ -22,6 +22,14 @@ class PatientConnection(psycopg.Connection[Any]):
 
     answer_seconds: float | None = None
     """None: as long as it takes."""
+    _is_committing = False
+
+    def commit(self) -> None:
+        self._is_committing = True
+        try:
+            super().commit()
+        finally:
+            self._is_committing = False
 
     def wait(
         self, gen: PQGen[R], interval: float = LOOK_SECONDS, timeout: float | None = None
@@ -47,8 +55,9 @@ class PatientConnection(psycopg.Connection[Any]):
 
     def _give_up(self) -> None:
         """The server is told, for it would wait on for a lock, and hold those that it has."""
-        # With an older libpq nothing limits how long the telling takes.
-        if psycopg.capabilities.has_cancel_safe():
+        # With an older libpq nothing limits how long the telling takes. A COMMIT that waits for a
+        # synchronous standby would be told done if it were cancelled, and be lost with its server.
+        if not self._is_committing and psycopg.capabilities.has_cancel_safe():
             with contextlib.suppress(psycopg.Error):
                 self.cancel_safe(timeout=CANCEL_SECONDS)
         self.pgconn.finish()

@@ -156,11 +156,9 @@ def _renders(session: Session, name: str, now: datetime) -> bool:
 
 def stopped(session: Session, names: Sequence[str], *, launcher: str) -> None:
     """Their processes end, perhaps after the job that they have, and will not come back."""
-    session.execute(
-        update(Worker)
-        .where(Worker.name.in_(names), Worker.launcher == launcher)
-        .values(stopped_at=database.now(session))
-    )
+    which = Worker.name.in_(names) & (Worker.launcher == launcher)
+    session.scalars(select(Worker.name).where(which).order_by(Worker.name).with_for_update()).all()
+    session.execute(update(Worker).where(which).values(stopped_at=database.now(session)))
 
 
 def forget(session: Session, name: str) -> bool:

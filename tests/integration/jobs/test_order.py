@@ -33,7 +33,9 @@ def sent(world: World, room: int = 1, **quota: Any) -> list[Job]:
     """What a dispatcher chooses now, marked as sent."""
     with world.db.reading() as session:
         chosen = dispatch.choose(session, queues=[QUEUE], room=room, waiting=set(), **quota)
-    return [world.job(job.id) for job in world.db.write(dispatch.take, chosen)]
+    taken = world.db.write(dispatch.take, chosen)
+    world.db.write(dispatch.mark_served, sorted({job.batch_id for job in taken}))
+    return [world.job(job.id) for job in taken]
 
 
 def batches_of(jobs: Sequence[Job]) -> list[str]:

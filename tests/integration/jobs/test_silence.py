@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 import psycopg
 import pytest
-from sqlalchemy import make_url, text, update
+from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from jobs import (
@@ -21,6 +21,7 @@ from jobs import (
     first_answer,
     lifecycle,
     migrate,
+    patience,
     s3_store,
     settings,
     states,
@@ -358,3 +359,75 @@ def test_a_heartbeat_that_is_long_in_being_committed_counts(
     assert dispatcher.tick().ended_attempts == 0
     time.sleep(1.3)
     assert dispatcher.tick().ended_attempts == 1
+
+
+def test_a_batch_whose_row_is_held_for_a_moment_has_had_its_turn(
+    postgres_world: World, clean_redis_url: str
+) -> None:
+    """Or the one with the most claims would always be the one that waited longest."""
+    world = postgres_world
+    dispatcher = dispatch.Dispatcher(settings.load(broker_url=clean_redis_url), db=world.db)
+    batch_id = world.submit(1)
+    world.register()
+    with world.db.transaction() as session:
+        session.execute(select(Batch.id).where(Batch.id == batch_id).with_for_update())
+        ticking = threading.Thread(target=dispatcher.tick)
+        ticking.start()
+        time.sleep(0.5)
+    ticking.join()
+    with world.db.reading() as session:
+        assert session.get_one(Batch, batch_id).served_at is not None
+
+
+def test_a_batch_that_the_database_refuses_to_change_holds_up_no_other(
+    postgres_world: World, clean_redis_url: str
+) -> None:
+    world = postgres_world
+    config = settings.load(broker_url=clean_redis_url, lease_seconds=6.0)
+    dispatcher = dispatch.Dispatcher(config, db=world.db)
+    damaged = world.submit()
+    ids = [world.claimed(world.only_job(batch).id) for batch in (damaged, world.submit())]
+    for attempt_id in ids:
+        world.expire(attempt_id)
+    with world.db.transaction() as session:
+        session.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+                " $$ BEGIN RAISE EXCEPTION 'damaged' USING ERRCODE = 'XX001'; END $$"
+            )
+        )
+        session.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE UPDATE ON batches FOR EACH ROW"
+                f" WHEN (OLD.id = '{damaged}') EXECUTE FUNCTION refuse()"
+            )
+        )
+    assert dispatcher.tick().ended_attempts == 1
+    found = [world.attempt(attempt_id).state for attempt_id in ids]
+    assert found == [states.AttemptState.RUNNING, states.AttemptState.LOST]
+
+
+@pytest.mark.parametrize(("commits", "is_cancelled"), [(True, False), (False, True)])
+def test_a_commit_that_is_given_up_is_not_cancelled(
+    through: database.Database,
+    postgres_proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    commits: bool,
+    is_cancelled: bool,
+) -> None:
+    """PostgreSQL would call it done, though the standby that it waits for has not got it."""
+    cancels: list[float] = []
+    monkeypatch.setattr(
+        patience.PatientConnection, "cancel_safe", lambda _self, *, timeout: cancels.append(timeout)
+    )
+
+    def give_up() -> None:
+        with through.transaction() as session:
+            session.execute(text("SELECT 1"))
+            postgres_proxy.fault = Fault.HALF_OPEN
+            if not commits:
+                session.execute(text("SELECT 2"))
+
+    with pytest.raises(OperationalError, match="no answer within 1 s"):
+        give_up()
+    assert bool(cancels) is is_cancelled
