@@ -102,13 +102,20 @@ class Device:
         except (RuntimeError, MemoryError) as error:
             told = f"{self.name}: {_first_line(error)}"
             if _is_out_of_memory(error):
-                with self.faults():  # cuBLAS calls a lost device the same
-                    torch.cuda.empty_cache()
+                self._give_up_cache_of_full_one()
                 raise errors.DeviceOutOfMemory(told) from error
             # An illegal access, an ECC error, a lost GPU: the CUDA context is gone for good.
             if isinstance(error, torch.AcceleratorError) or DEVICE_FAULT.search(str(error)):
                 raise errors.DeviceFault(told) from error
             raise
+
+    def _give_up_cache_of_full_one(self) -> None:
+        """DeviceFault where it is lost instead: cuBLAS says the same of both."""
+        try:
+            torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise errors.DeviceFault(f"{self.name}: {_first_line(error)}") from error
 
 
 def current(worker_settings: WorkerSettings) -> Device:

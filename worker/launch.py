@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,11 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.5
 PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
+# Longer than a copy pauses, and than NFS keeps a list of files that others add to.
+COPIED_SECONDS = 60.0
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 MODEL_MARKERS = ("config.json", "model_index.json")
+MODEL_DEPTHS = ("*", "*/*", "*/*/*", "*/*/*/*", "*/*/*/*/*")  # of files, also in parts of models
 
 
 @dataclass
@@ -67,7 +70,14 @@ class RenderProcess:
         self.child.command = _render_command(self.name, names)
         if self.child.is_alive:
             self.child.kill()
+            self.begin()
+
+    def begin(self) -> None:
+        """Where it cannot, it is revived at the next look."""
+        try:
             self.child.start()
+        except OSError as error:
+            log.error("process.not_started", name=self.name, error=str(error))
 
     def begin_test(self) -> None:
         """Its process ends: the device is all the test's, and afterwards a fresh one begins."""
@@ -80,6 +90,16 @@ class RenderProcess:
             self.test.end()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelsFound:
+    """What one look at the models folder found."""
+
+    queues: tuple[str, ...]
+    file_bytes: Mapping[Path, int]
+    is_copied: bool
+    """Nothing has changed for a while."""
+
+
 @dataclass
 class Launcher:
     """All processes of one host."""
@@ -90,6 +110,8 @@ class Launcher:
     queues: tuple[str, ...]
     renderers: list[RenderProcess]
     publisher: supervisor.Child
+    found_queues: tuple[str, ...] = ()
+    """Of models that came after we began, for the next beat."""
     lost_name: workers.NameTaken | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
@@ -150,6 +172,8 @@ class Launcher:
 
     def _watch(self) -> None:
         next_beat = 0.0
+        if not self.queues:
+            threading.Thread(target=self._look_for_models, name="models", daemon=True).start()
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
@@ -170,8 +194,8 @@ class Launcher:
             finished.find_unfinished(self.db, self.bell, self.config)
             if finished.requeue_vanished(self.db, self.config, launcher=self.identity):
                 self.bell.kick()
-            if not self.queues:
-                self._look_for_models()
+            if self.found_queues and not self.queues:
+                self._take_found_queues()
             for renderer in self.renderers:
                 self._steer(renderer)
                 self._test_if_due(renderer)
@@ -191,15 +215,27 @@ class Launcher:
             self.stop.set()
 
     def _look_for_models(self) -> None:
-        """Their disk may be mounted after we began.
+        """Their disk may be mounted after we began. In a thread of its own: it may hang.
 
-        Not once there are some: a disk that hangs would hold up the beats of workers that render.
+        What is found is final, so a copy must have ended: two looks agree, and nothing is new.
         """
-        self.queues = queues_of_models(self.config)
-        if self.queues:
-            log.info("launcher.models_found", queues=self.queues)
-            for renderer in self.renderers:
-                renderer.take(self.queues)
+        before: ModelsFound | None = None
+        while not self.stop.wait(workers.BEAT_SECONDS):
+            try:
+                found = look_for_models(self.config)
+            except OSError as error:
+                log.warning("launcher.models_unreadable", error=str(error)[:300])
+                continue
+            if found.queues and found.is_copied and found == before:
+                self.found_queues = found.queues
+                return
+            before = found
+
+    def _take_found_queues(self) -> None:
+        self.queues = self.found_queues
+        log.info("launcher.models_found", queues=self.queues)
+        for renderer in self.renderers:
+            renderer.take(self.queues)
 
     def _steer(self, renderer: RenderProcess) -> None:
         """Off the queues that it takes nothing of now, and back: else it would eat messages."""
@@ -236,11 +272,7 @@ class Launcher:
         except DBAPIError as error:
             # It still needs one, and is tested again.
             log.warning("launcher.not_told", worker=renderer.name, error=str(error)[:300])
-        try:
-            renderer.child.start()
-        except OSError as error:
-            # It is revived at the next look.
-            log.error("process.not_started", name=renderer.name, error=str(error))
+        renderer.begin()
         self.bell.kick()
 
     def _registration(self, renderer: RenderProcess, *, pid: int) -> workers.Registration:
@@ -390,6 +422,19 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
         queues=names,
         renderers=renderers,
         publisher=publisher,
+    )
+
+
+def look_for_models(config: settings.Settings) -> ModelsFound:
+    names = queues_of_models(config)
+    paths = (path for depth in MODEL_DEPTHS for path in config.models_dir.glob(depth))
+    files = {path: path.stat() for path in paths if path.is_file()}
+    now = time.time()
+    return ModelsFound(
+        queues=names,
+        file_bytes={path: status.st_size for path, status in files.items()},
+        # Of the inode: `cp -a` sets the time of the content back. The server's clock may be ahead.
+        is_copied=all(abs(now - each.st_ctime) >= COPIED_SECONDS for each in files.values()),
     )
 
 

@@ -275,6 +275,7 @@ def test_models_that_come_to_a_host_without_any_are_taken_by_a_fresh_process(
 ):
     """As from a disk that is mounted later than the launcher began."""
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "COPIED_SECONDS", 0.0)
     monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
     models = tmp_path / "mounted"
     made = launcher(models_dir=models)
@@ -309,6 +310,102 @@ def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
     first = registered(host)["cpu0@here"].heartbeat_at
     until(lambda: registered(host)["cpu0@here"].heartbeat_at > first)
     assert thread.is_alive()
+
+
+def test_a_disk_of_models_that_hangs_holds_up_neither_beats_nor_a_stop(
+    host, launcher, running, until, monkeypatch
+):
+    answered, asked = threading.Event(), threading.Event()
+
+    def hang(_config):
+        asked.set()
+        answered.wait()
+        return ()
+
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "queues_of_models", hang)
+    made = launcher()
+    made.queues = ()
+    thread = running(made)
+    try:
+        assert asked.wait(30)
+        first = registered(host)["cpu0@here"].heartbeat_at
+        until(lambda: registered(host)["cpu0@here"].heartbeat_at > first)
+        made.stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        answered.set()
+
+
+@pytest.fixture
+def found_after(launcher, monkeypatch, tmp_path):
+    """`found_after(*looks)`: the queues taken, of a launcher whose looks go so, then stop.
+
+    Each look is the content of a file that is copied, and the queues seen meanwhile.
+    """
+
+    def look(*looks):
+        made = launcher(models_dir=tmp_path / "models")
+        (tmp_path / "models" / "a").mkdir(parents=True)
+        rest = list(looks)
+
+        def copy(_config):
+            text, *names = rest.pop(0)
+            (tmp_path / "models" / "a" / "weights").write_text(text)
+            if not rest:
+                made.stop.set()
+            return tuple(names)
+
+        monkeypatch.setattr(workers, "BEAT_SECONDS", 0.0)
+        monkeypatch.setattr(launch, "queues_of_models", copy)
+        made._look_for_models()
+        return made.found_queues
+
+    return look
+
+
+def test_models_that_are_copied_in_are_taken_when_all_are_there(found_after, monkeypatch):
+    """What is found first may be a part of one, and is final."""
+    monkeypatch.setattr(launch, "COPIED_SECONDS", 0.0)
+    looks = [("1", "part"), ("12", "part"), ("123", "part"), ("123", "a"), ("123", "a", "b")]
+    assert found_after(*looks, ("123", "a", "b")) == ("a", "b")
+
+
+def test_a_copy_that_pauses_has_not_ended(found_after):
+    assert found_after(*[("1", "part")] * 5) == ()
+
+
+def test_a_link_to_nothing_keeps_no_model_away(queues_with, tmp_path):
+    queues_with("native/config.json")
+    (tmp_path / "own" / "native" / "gone").symlink_to("nowhere")
+    assert launch.look_for_models(settings.load()).queues == (queues.of_model("native"),)
+
+
+def test_a_renderer_that_cannot_begin_keeps_no_other_from_new_models(launcher, monkeypatch):
+    """It is revived with them at the next look."""
+
+    def full():
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
+    made = launcher()
+    slot = made.renderers[0].slot
+    children = [supervisor.Child(name=name, command=SLEEP) for name in ("cpu0@here", "cpu1@here")]
+    made.renderers = [launch.RenderProcess(slot, child.name, child) for child in children]
+    for child in children:
+        child.start()
+    before = children[1].pid
+    made.found_queues = ("rushes.render.tiny",)
+    monkeypatch.setattr(children[0], "start", full)
+    try:
+        made._take_found_queues()
+        assert [child.command[-1] for child in children] == ["rushes.render.tiny"] * 2
+        assert [child.is_alive for child in children] == [False, True]
+        assert children[1].pid != before
+    finally:
+        for child in children:
+            child.kill()
 
 
 def test_a_bad_results_url_is_told_before_anything_starts(host, monkeypatch):

@@ -76,6 +76,15 @@ def test_a_lost_device_that_looks_like_a_full_one_is_lost(cpu, monkeypatch):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
 
 
+def test_a_device_too_full_to_give_up_its_cache_is_full(cpu, monkeypatch):
+    def full():
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", full)
+    with pytest.raises(errors.DeviceOutOfMemory, match="Tried to allocate"), cpu.faults():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 @pytest.mark.parametrize(
     "raised", [RuntimeError("shape mismatch"), ValueError("no"), errors.AttemptCancelled()]
 )
