@@ -658,7 +658,7 @@ def test_a_database_that_answers_late_when_jobs_are_chosen_ends_no_attempt(
 def test_jobs_are_sent_also_when_what_is_done_before_fails(
     world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    def broken(_session: database.Session) -> None:
+    def broken(_session: database.Session, **_: object) -> None:
         raise OperationalError("select", {}, Exception("damaged"))
 
     monkeypatch.setattr(lifecycle if part == "lost_attempts" else queries, part, broken)
