@@ -337,7 +337,8 @@ def _mark_deleted(session: Session, job: Job, asked_at: datetime) -> None:
         row = requests.add(
             session, api=requests.VIDEOS, owner=owner, name=name, batch_id=job.batch_id, body={}
         )
-    row.deleted_at = asked_at
+    # Another request may have deleted a later video meanwhile.
+    row.deleted_at = max(asked_at, row.deleted_at or asked_at)
 
 
 @router.get("/models/{name}")
