@@ -148,7 +148,9 @@ async def _read(request: Request) -> Asked:
     if not kind.startswith(FORM_TYPES):
         message = "must be a form, or JSON sent with Content-Type: application/json"
         raise service.invalid("body", message)
-    async with request.form(max_files=1, max_fields=bodies.MAX_FIELDS) as sent:
+    async with request.form(
+        max_files=1, max_fields=bodies.MAX_FIELDS, max_part_size=bodies.MAX_TEXT_BYTES
+    ) as sent:
         texts: list[tuple[str, str]] = []
         reference: dict[str, Any] = {}
         image = None

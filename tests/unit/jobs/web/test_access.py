@@ -17,7 +17,7 @@ from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
-from jobs.web import cookies, guards, images, rates, server
+from jobs.web import bodies, cookies, guards, images, rates, server
 from tests.unit.jobs.web.conftest import Web
 
 MakeWeb = Callable[..., Web]
@@ -599,6 +599,15 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
         "/api/batches", content=endless(), headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/submit", "/schedules"])
+def test_all_that_is_typed_has_no_more_memory_than_other_bodies(web: Web, path: str) -> None:
+    most = bodies.MAX_TYPED_BYTES
+    assert most * bodies.MAX_TYPED_FIELDS <= guards.MAX_BYTES_IN_MEMORY
+    for length, refused in ((most, False), (most + 1, True)):
+        answer = web.client.post(path, files={"prompts": (None, "x" * length)})
+        assert ("maximum size" in answer.text) == refused, answer.text[:200]
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/videos", "/api/batches/file"])
