@@ -94,14 +94,16 @@ def page(
 ) -> Sequence[ApiRequest]:
     """`after` is the name of the last one that was seen, deleted meanwhile or not. NotFound.
 
-    A deleted one whose video is there again, as `delete_asked_at` tells, is among them.
+    A deleted one whose video is there again, as `delete_asked_at` tells, is among them, but for
+    those of other APIs' batches.
     """
     succeeded_later = exists().where(
         Job.batch_id == ApiRequest.batch_id,
         Job.state == states.JobState.SUCCEEDED,
         Job.finished_at > ApiRequest.deleted_at,
     )
-    is_there_again = (Batch.total == 1) & succeeded_later
+    was_made_here = ApiRequest.body["model"].as_string().is_not(None)
+    is_there_again = was_made_here & succeeded_later
     statement = (
         select(ApiRequest)
         .where(ApiRequest.api == api, or_(ApiRequest.deleted_at.is_(None), is_there_again))

@@ -4,6 +4,7 @@ Of JSON, a value takes many times the bytes that it has in the text, and nobody 
 it is parsed; what a model finds wrong takes a thousand bytes for each key.
 """
 
+import json
 import re
 from itertools import islice
 from typing import Annotated, Any, TypeVar
@@ -22,7 +23,7 @@ BEFORE_VALUES = (b",", b"[", b"{")
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
 
 MAX_TEXT_BYTES, MAX_FIELDS, MAX_FILES = 1 << 20, 40, 4  # of a form: texts are kept in memory
-MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 8 << 20, 20  # where prompts are typed, or pasted
+MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 2 << 20, 20  # where prompts are typed, or pasted
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         """HTTPException 413 when it holds more than a request of its path can mean."""
         body = await self.body()
+        if not json.detect_encoding(body).startswith("utf-8"):
+            raise HTTPException(400, "JSON must be UTF-8")  # others would be counted wrongly
         most = MAX_VALUES_OF_ROWS if self.url.path in ROWS_PATHS else MAX_VALUES
         if await run_in_threadpool(_has_more_values, body, most):
             raise HTTPException(413, f"more than {most:,} values in JSON: send fewer at a time")

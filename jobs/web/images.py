@@ -12,10 +12,10 @@ from jobs.web import rates
 
 MAX_FETCH_SECONDS = 300.0
 """Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
-MAX_FETCHES, OF_ONE_OWNER = 16, 12  # requests at a time; Starlette has 40 threads
+MAX_FETCHES, FETCHES_OF_ONE = 16, 12  # requests at a time
 WAIT_SECONDS = 10.0  # before one who has so many asks again
-MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 8, 6, 12
-"""Images of all and of one owner at a time, of which two are decoded; more of each owner wait.
+MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 8, 6, 10
+"""Images of all and of one owner at a time, of which two are decoded; so many more wait.
 
 An image of the most pixels takes a good half of a second: who waits gets a turn.
 """
@@ -26,7 +26,7 @@ UPLOAD = "upload:"
 def fetch_turns() -> rates.Turns:
     """Of one process, for all its requests."""
     what = "requests at once that fetch images"
-    return rates.Turns(OF_ONE_OWNER, of_all=MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
+    return rates.Turns(FETCHES_OF_ONE, of_all=MAX_FETCHES, what=what, wait_seconds=WAIT_SECONDS)
 
 
 def check_turns() -> rates.Turns:
@@ -66,11 +66,12 @@ class WebImages(inputs.InputImages):
         return name
 
     def read(self, source: str) -> images.FetchedImage:
-        given = self.given.get(source, source)
+        given = self.given.get(source)
         if isinstance(given, bytes):
             with self.checking(self.owner):
                 return images.examine(given, "the image")
-        source = given
+        if given is not None:
+            source = given
         if source.startswith(UPLOAD):
             return self._uploaded(source)
         if images.scheme_of(source) == "s3" and not self.may_read_buckets:

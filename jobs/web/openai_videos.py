@@ -148,7 +148,9 @@ async def _read(request: Request) -> Asked:
     if not kind.startswith(FORM_TYPES):
         message = "must be a form, or JSON sent with Content-Type: application/json"
         raise service.invalid("body", message)
-    async with request.form(max_files=1, max_fields=bodies.MAX_FIELDS) as sent:
+    async with request.form(
+        max_files=1, max_fields=bodies.MAX_FIELDS, max_part_size=bodies.MAX_TEXT_BYTES
+    ) as sent:
         texts: list[tuple[str, str]] = []
         reference: dict[str, Any] = {}
         image = None
@@ -337,7 +339,8 @@ def _mark_deleted(session: Session, job: Job, asked_at: datetime) -> None:
         row = requests.add(
             session, api=requests.VIDEOS, owner=owner, name=name, batch_id=job.batch_id, body={}
         )
-    row.deleted_at = asked_at
+    # Another request may have deleted a later video meanwhile.
+    row.deleted_at = max(asked_at, row.deleted_at or asked_at)
 
 
 @router.get("/models/{name}")

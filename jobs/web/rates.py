@@ -34,7 +34,7 @@ class TooManyRequests(errors.RushesError):
 class Turns:
     """How many requests, of each owner and of all, hold a thread of this process for long.
 
-    `waiting` more of each owner wait for a turn, as long as those who are refused are told to.
+    `waiting` more wait for a turn, as long as those who are refused are told to.
     """
 
     def __init__(
@@ -43,26 +43,44 @@ class Turns:
         self._most, self._of_all, self._most_waiting = most, of_all, waiting
         self._what, self._wait_seconds = what, wait_seconds
         self._taken: Counter[str | None] = Counter()
-        self._waiting: Counter[str | None] = Counter()
+        self._line: dict[object, str | None] = {}
+        """Who waits, and whose they are, in the order in which they came."""
         self._freed = threading.Condition()
 
     def take(self, owner: str | None) -> None:
-        """TooManyRequests: he has all that one may have, or all have what there is."""
+        """TooManyRequests: so many of his, or of all, are there, or were before him for too long.
+
+        Who gives a turn back and takes one again goes behind those who wait.
+        """
         with self._freed:
-            if self._reached(owner) and self._waiting[owner] < self._most_waiting:
-                self._waiting[owner] += 1
-                self._freed.wait_for(lambda: not self._reached(owner), self._wait_seconds)
-                self._waiting[owner] -= 1
-            if most := self._reached(owner):
-                rate = f"{most} {self._what}"
-                raise TooManyRequests(rate=rate, wait_seconds=self._wait_seconds)
+            if most := self._filled(owner):
+                raise self._refused(most)
+            me = object()
+            self._line[me] = owner
+            is_next = self._freed.wait_for(lambda: self._is_next(me), self._wait_seconds)
+            del self._line[me]
+            self._freed.notify_all()  # there may be a turn for the one behind, too
+            if not is_next:
+                raise self._refused(self._of_all if self._may_have(owner) else self._most)
             self._taken[owner] += 1
 
-    def _reached(self, owner: str | None) -> int | None:
-        """The limit that is."""
-        if self._taken[owner] >= self._most:
+    def _filled(self, owner: str | None) -> int | None:
+        """The limit that leaves no place in the line."""
+        his = self._taken[owner] + list(self._line.values()).count(owner)
+        if his >= self._most + self._most_waiting:
             return self._most
-        return self._of_all if self._taken.total() >= self._of_all else None
+        everybodys = self._taken.total() + len(self._line)
+        return self._of_all if everybodys >= self._of_all + self._most_waiting else None
+
+    def _is_next(self, me: object) -> bool:
+        first = (each for each, owner in self._line.items() if self._may_have(owner))
+        return self._taken.total() < self._of_all and next(first, None) is me
+
+    def _may_have(self, owner: str | None) -> bool:
+        return self._taken[owner] < self._most
+
+    def _refused(self, most: int) -> TooManyRequests:
+        return TooManyRequests(rate=f"{most} {self._what}", wait_seconds=self._wait_seconds)
 
     @contextlib.contextmanager
     def taken(self, owner: str | None) -> Iterator[None]:
@@ -77,8 +95,7 @@ class Turns:
         with self._freed:
             self._taken[owner] -= 1
             self._taken += Counter()  # drops those at zero
-            self._waiting += Counter()
-            self._freed.notify_all()  # another owner's turn may be no use to the first who waits
+            self._freed.notify_all()  # the first may be of an owner who has all that one may have
 
 
 class Limiter:

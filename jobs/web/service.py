@@ -43,7 +43,10 @@ TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
 MAX_LOOKING = 8  # streams of events, at a time; two thirds of the connections to the database
-MAX_STORING = 20  # requests; with images.MAX_FETCHES less than Starlette's 40 threads
+MAX_STORING = 20
+"""Requests. Starlette has 40 threads, which any two of these leave some of: images.MAX_FETCHES,
+MAX_CHECKS with CHECKS_WAITING, and this.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

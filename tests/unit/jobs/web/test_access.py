@@ -17,7 +17,7 @@ from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
-from jobs.web import cookies, guards, images, server
+from jobs.web import bodies, cookies, guards, images, rates, server
 from tests.unit.jobs.web.conftest import Web
 
 MakeWeb = Callable[..., Web]
@@ -305,20 +305,70 @@ def test_images_that_are_slow_to_decode_leave_threads_to_others(
         checked += [pool.submit(submit, ben) for _ in range(2)]
         for _ in checked:
             assert decoding.acquire(timeout=60)
-        waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING)]
-        while turns._waiting.total() < len(waiting):
-            time.sleep(0.01)
-        for refused in (upload(ann), submit(ann)):
-            assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING - 1)]
         waiting.append(pool.submit(upload, ben))
-        while turns._waiting.total() < len(waiting):
+        deadline = time.monotonic() + 9
+        while len(turns._line) < len(waiting):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
+        for refused in (upload(ann), submit(ann), upload(ben)):
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
         guarded.submit(headers=ann)  # without images: as ever
         assert not decoding.acquire(blocking=False)
         go_on.set()
         assert {made.result().status_code for made in checked + waiting} == {201}
     assert not turns._taken
-    assert turns._waiting.total() == 0
+    assert not turns._line
+
+
+@pytest.mark.parametrize(("waiting", "returning"), [("ann", "ann"), ("ben", "ann")])
+def test_who_waits_has_a_turn_before_one_who_just_had_his(waiting: str, returning: str) -> None:
+    turns = rates.Turns(1, of_all=1, what="images", wait_seconds=30, waiting=1)
+    came = []
+
+    def wait() -> None:
+        with turns.taken(waiting):
+            came.append("who waits")
+
+    turns.take(returning)
+    with ThreadPoolExecutor(1) as pool:
+        waiter = pool.submit(wait)
+        while not turns._line:
+            time.sleep(0.001)
+        turns.give_back(returning)
+        with turns.taken(returning):
+            came.append("who returns")
+        waiter.result()
+    assert came == ["who waits", "who returns"]
+
+
+def test_who_has_all_that_one_may_have_keeps_no_other_waiting() -> None:
+    turns = rates.Turns(1, of_all=2, what="images", wait_seconds=30, waiting=1)
+    turns.take("ann")
+    with ThreadPoolExecutor(1) as pool:
+        waiter = pool.submit(turns.take, "ann")
+        while not turns._line:
+            time.sleep(0.001)
+        turns.take("ben")
+        assert not waiter.done()
+        turns.give_back("ann")
+        waiter.result()
+
+
+def test_those_who_wait_are_few_however_many_owners_there_are() -> None:
+    turns = rates.Turns(1, of_all=1, what="images", wait_seconds=30, waiting=2)
+    turns.take("ann")
+    with ThreadPoolExecutor(2) as pool:
+        waiters = [pool.submit(turns.take, "ann"), pool.submit(turns.take, "ben")]
+        while len(turns._line) < 2:
+            time.sleep(0.001)
+        with pytest.raises(rates.TooManyRequests, match="more than 1 images"):
+            turns.take("eve")
+        for owner in ("ann", "ann", "ben"):
+            turns.give_back(owner)
+            time.sleep(0.05)
+        for waiter in waiters:
+            waiter.result()
 
 
 def test_images_that_are_slow_to_fetch_leave_threads_to_others(
@@ -344,8 +394,8 @@ def test_images_that_are_slow_to_fetch_leave_threads_to_others(
     with ThreadPoolExecutor(images.MAX_FETCHES) as pool:
         waiting = []
         for who, turns, next_one in (
-            (ann, images.OF_ONE_OWNER, ann),
-            (ben, images.MAX_FETCHES - images.OF_ONE_OWNER, eve),
+            (ann, images.FETCHES_OF_ONE, ann),
+            (ben, images.MAX_FETCHES - images.FETCHES_OF_ONE, eve),
         ):
             waiting += [pool.submit(submit, who) for _ in range(turns)]
             for _ in range(turns):
@@ -549,6 +599,15 @@ def test_a_request_that_is_too_large_is_refused_in_each_form(make_web: MakeWeb) 
         "/api/batches", content=endless(), headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/submit", "/schedules"])
+def test_all_that_is_typed_has_no_more_memory_than_other_bodies(web: Web, path: str) -> None:
+    most = bodies.MAX_TYPED_BYTES
+    assert most * bodies.MAX_TYPED_FIELDS <= guards.MAX_BYTES_IN_MEMORY
+    for length, refused in ((most, False), (most + 1, True)):
+        answer = web.client.post(path, files={"prompts": (None, "x" * length)})
+        assert ("maximum size" in answer.text) == refused, answer.text[:200]
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/videos", "/api/batches/file"])

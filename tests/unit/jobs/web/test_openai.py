@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import openai
@@ -17,8 +17,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from jobs import database, folder_store, lifecycle, orders, results, storage, submission
-from jobs.schema import Batch, StoredFile
-from jobs.web import openai_files, service
+from jobs.schema import Batch, Job, StoredFile
+from jobs.web import openai_files, openai_videos, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -206,6 +206,35 @@ def test_a_video_that_was_finished_before_the_cancel_was_heard_can_be_deleted_ag
     assert list(client.videos.list()) == []
     assert live.web.client.get(f"/api/jobs/{job_of(video)}/video").status_code == 404
     assert list(live.web.serving.store.list("videos")) == []
+
+
+def test_a_video_of_another_api_is_not_listed_when_it_is_there_again(
+    live: Live, client: openai.OpenAI
+) -> None:
+    job_id = live.web.job_id(live.web.submit())
+    attempt_id = live.web.claim(job_id)
+    client.videos.delete(f"video_{job_id}")
+    live.web.succeed(job_id, attempt_id)
+    assert client.videos.retrieve(f"video_{job_id}").status == "completed"
+    assert list(client.videos.list()) == []
+
+
+def test_a_slow_delete_takes_back_no_later_one(
+    live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = client.videos.create(prompt="a")
+    attempt_id = live.web.claim(job_of(video))
+    mark = openai_videos._mark_deleted
+
+    def after_another(session: Session, job: Job, asked_at: datetime) -> None:
+        mark(session, job, asked_at + timedelta(seconds=60))
+        mark(session, job, asked_at)
+
+    monkeypatch.setattr(openai_videos, "_mark_deleted", after_another)
+    client.videos.delete(video.id)
+    live.web.succeed(job_of(video), attempt_id)
+    with pytest.raises(openai.NotFoundError, match="deleted"):
+        client.videos.retrieve(video.id)
 
 
 def test_a_video_whose_job_ends_while_it_is_deleted_is_deleted_too(

@@ -73,6 +73,16 @@ def test_values_are_counted_before_they_are_parsed(
             assert web.client.post(path, json=new).status_code == 413
 
 
+@pytest.mark.parametrize("path", ["/api/batches", "/v1/videos", "/v1/tasks/"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_json_is_utf_8_as_it_is_counted(web: Web, path: str, encoding: str) -> None:
+    new = {"prompt": "x", "preset": "tiny", "prompts": [{"prompt": "x"}]}
+    headers = {"Content-Type": "application/json"}
+    answer = web.client.post(path, content=json.dumps(new).encode(encoding), headers=headers)
+    assert answer.status_code == 400
+    assert "JSON must be UTF-8" in answer.text
+
+
 def test_a_thousand_unknown_keys_are_one_problem(web: Web) -> None:
     new = {"preset": "tiny", "prompts": [{"prompt": "x"}]} | {f"k{n}": 0 for n in range(1_000)}
     for path in ("/api/batches", "/api/schedules"):
