@@ -23,7 +23,7 @@ BEFORE_VALUES = (b",", b"[", b"{")
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[,\[{]', re.DOTALL)
 
 MAX_TEXT_BYTES, MAX_FIELDS, MAX_FILES = 1 << 20, 40, 4  # of a form: texts are kept in memory
-MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 2 << 20, 20  # where prompts are typed, or pasted
+MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 3 << 20, 16  # where prompts are typed, or pasted
 
 T = TypeVar("T")
 

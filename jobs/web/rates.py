@@ -32,7 +32,7 @@ class TooManyRequests(errors.RushesError):
 
 
 class Turns:
-    """How many requests, of each owner and of all, hold a thread of this process for long.
+    """How many requests, of each owner and of all, hold something of this process for long.
 
     `waiting` more wait for a turn, as long as those who are refused are told to.
     """

@@ -43,10 +43,19 @@ TURN_SECONDS = 2.0  # what a burst of requests may wait for the others
 MAX_OPENED = 64  # videos at a time; a store that is well takes milliseconds for each
 MAX_READ = 32  # of those that are open, at a time; the others wait without a thread
 MAX_LOOKING = 8  # streams of events, at a time; two thirds of the connections to the database
+MAX_LISTENERS, LISTENERS_OF_ONE = 200, 100  # each looks at the database twice a second
+LISTEN_SECONDS = 10.0  # before one who has so many asks again
 MAX_STORING = 20
 """Requests. Starlette has 40 threads, which any two of these leave some of: images.MAX_FETCHES,
 MAX_CHECKS with CHECKS_WAITING, and this.
 """
+
+
+def listen_turns() -> rates.Turns:
+    """For streams of events: no thread is held, and nobody waits for a turn."""
+    return rates.Turns(
+        LISTENERS_OF_ONE, of_all=MAX_LISTENERS, what="listeners", wait_seconds=LISTEN_SECONDS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,7 @@ class Service:
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
     check_turns: rates.Turns = field(default_factory=images.check_turns)
+    listen_turns: rates.Turns = field(default_factory=listen_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from sqlalchemy import exc, update
 from starlette.requests import Request
 
 from jobs import bell, database, holds, orders, reordering, results, schema, tokens, watch
-from jobs.web import bodies, events
-from tests.unit.jobs.web.conftest import VIDEO, Web
+from jobs.web import bodies, events, service
+from tests.unit.jobs.web.conftest import VIDEO, Web, running
 
 
 def test_a_batch_from_its_prompts_to_its_video(web: Web) -> None:
@@ -311,7 +312,7 @@ def test_events_tell_each_step_and_end_with_the_batch(
     assert [("denoise", step, 4) for step in range(1, 5)] == list(dict.fromkeys(steps))
     assert found[-1][0] == "finished"
     assert found[-1][1]["state"] == "succeeded"
-    assert not events._listeners
+    assert not web.serving.listen_turns._taken
 
 
 def test_events_end_with_their_token(
@@ -331,7 +332,7 @@ def test_events_end_with_their_token(
         text = reading.result(timeout=10).text
     assert "event: progress" in text
     assert "event: finished" not in text
-    assert not events._listeners
+    assert not web.serving.listen_turns._taken
 
 
 def test_events_go_on_after_an_outage_of_the_database(
@@ -357,16 +358,17 @@ def test_events_go_on_after_an_outage_of_the_database(
     told = web.client.get(f"/api/batches/{batch_id}/events").text
     assert re.findall("event: (.*)", told) == ["progress", "finished"]
     assert told.count(": still here") >= 2
-    assert not events._listeners
+    assert not web.serving.listen_turns._taken
 
 
-@pytest.mark.parametrize("limit", ["OF_ONE_OWNER", "MAX_LISTENERS"])
+@pytest.mark.parametrize("limit", ["LISTENERS_OF_ONE", "MAX_LISTENERS"])
 def test_one_owner_does_not_take_all_streams_of_events(
     make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
+    monkeypatch.setattr(service, limit, 2)
     web = make_web(web_require_token=True)
-    monkeypatch.setattr(events, "_listeners", {object(): "ann", object(): "ann"})
-    monkeypatch.setattr(events, limit, 2)
+    for _ in range(2):
+        web.serving.listen_turns.take("ann")
     found = []
     for who in (web.token("ann"), web.token("ben")):
         batch_id = web.submit(headers=who)
@@ -374,7 +376,30 @@ def test_one_owner_does_not_take_all_streams_of_events(
         answer = web.client.get(f"/api/batches/{batch_id}/events", headers=who)
         found.append((answer.status_code, answer.headers.get("retry-after")))
     refused = (429, "10")
-    assert found == [refused, (200, None) if limit == "OF_ONE_OWNER" else refused]
+    assert found == [refused, (200, None) if limit == "LISTENERS_OF_ONE" else refused]
+
+
+def test_streams_of_events_that_begin_at_once_are_counted_too(
+    make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LISTENERS_OF_ONE", 3)
+    web = make_web()
+    batch_id = web.submit()
+    with running(web) as live, ThreadPoolExecutor(12) as pool:
+        host = live.url.removeprefix("http://")
+        connections = [HTTPConnection(host, timeout=20) for _ in range(12)]
+
+        def listen(connection: HTTPConnection) -> int:
+            connection.request("GET", f"/api/batches/{batch_id}/events")
+            return connection.getresponse().status
+
+        assert sorted(pool.map(listen, connections)) == [200] * 3 + [429] * 9
+        for connection in connections:
+            connection.close()
+        deadline = time.monotonic() + 20
+        while web.serving.listen_turns._taken:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> None:
