@@ -116,9 +116,17 @@ def test_a_message_for_a_cancelled_job_renders_nothing(farm, tmp_path):
 
 
 def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, until):
-    batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(2)], preset=farm.long_preset)
-    for job in farm.jobs(batch_id):
-        farm.wait_stage(job.id, "denoise", "decode")
+    batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(6)], preset=farm.long_preset)
+
+    def at_work() -> int:
+        newest = [
+            attempts[-1] for job in farm.jobs(batch_id) if (attempts := farm.attempts(job.id))
+        ]
+        running = [each for each in newest if each.state is states.AttemptState.RUNNING]
+        return sum(each.stage in ("denoise", "decode") for each in running)
+
+    # More jobs than workers: one of these may have ended its first before the other begins.
+    until(at_work, lambda number: number == 2, seconds=60.0)
     asked = time.monotonic()
     farm.db.write(orders.cancel_batch, batch_id)
     until(
