@@ -116,7 +116,7 @@ def test_a_message_for_a_cancelled_job_renders_nothing(farm, tmp_path):
 
 
 def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, until):
-    batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(6)], preset=farm.long_preset)
+    batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(40)], preset=farm.long_preset)
 
     def at_work() -> int:
         newest = [
@@ -125,7 +125,7 @@ def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, 
         running = [each for each in newest if each.state is states.AttemptState.RUNNING]
         return sum(each.stage in ("denoise", "decode") for each in running)
 
-    # More jobs than workers: one of these may have ended its first before the other begins.
+    # Many more jobs than workers: one of these may have ended some before the other begins.
     until(at_work, lambda number: number == 2, seconds=60.0)
     asked = time.monotonic()
     farm.db.write(orders.cancel_batch, batch_id)
