@@ -152,7 +152,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """One consistent view; on SQLite it neither waits for a writer nor holds one up."""
-        engine = self.engine.execution_options(rushes_begin="BEGIN")
+        engine = self.engine.execution_options(rushes_reads=True)
         with Session(engine, expire_on_commit=False) as session:
             # Closing ends the transaction; a rollback would also expire what was read.
             yield session
@@ -160,7 +160,7 @@ class Database:
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
         """As `reading`; on PostgreSQL too all statements see the rows of one moment."""
-        options = {"rushes_begin": "BEGIN"}
+        options: dict[str, Any] = {"rushes_reads": True}
         if not self.is_sqlite:
             options["isolation_level"] = "REPEATABLE READ"
         with Session(self.engine.execution_options(**options), expire_on_commit=False) as session:
@@ -291,23 +291,25 @@ def is_away(error: DBAPIError) -> bool:
 
 def is_held_up(error: DBAPIError) -> bool:
     """Somebody holds a lock for longer than `wait_briefly` waits."""
-    return _state(error) == LOCK_NOT_AVAILABLE
+    return sqlstate(error.orig) == LOCK_NOT_AVAILABLE
 
 
 def is_of_rows(error: DBAPIError) -> bool:
     """Those that it would change are damaged, or refused: others may be changed all the same."""
     # 22 data, 23 constraints, P0 triggers, XX damage.
-    return not error.connection_invalidated and _state(error).startswith(("22", "23", "P0", "XX"))
+    of_rows = ("22", "23", "P0", "XX")
+    return not error.connection_invalidated and sqlstate(error.orig).startswith(of_rows)
 
 
-def _state(error: DBAPIError) -> str:
-    return getattr(error.orig, "sqlstate", None) or ""
+def sqlstate(error: BaseException | None) -> str:
+    """PostgreSQL's code in a driver's error; empty where it has none, as SQLite's."""
+    return getattr(error, "sqlstate", None) or ""
 
 
 def _may_heal(error: DBAPIError) -> bool:
     if error.connection_invalidated:
         return True
-    state = _state(error)
+    state = sqlstate(error.orig)
     # 08 connection, 40 serialization and deadlock, 57P operator intervention, 53 resources.
     may_heal = ("08", "40", "57P", "53", READ_ONLY)
     return state.startswith(may_heal) or "database is locked" in str(error.orig)
@@ -315,7 +317,7 @@ def _may_heal(error: DBAPIError) -> bool:
 
 def _is_unreachable(error: DBAPIError) -> bool:
     """No server was reached, so nothing was begun. One that answers has a code or says FATAL."""
-    has_code = getattr(error.orig, "sqlstate", None) is not None
+    has_code = bool(sqlstate(error.orig))
     is_server = type(error.orig).__module__.startswith("psycopg")
     said = str(error.orig)
     takes_nobody = any(words in said for words in TAKES_NOBODY)
@@ -413,13 +415,17 @@ def _waiting_less(connection: Any) -> Iterator[None]:
         connection.answer_seconds = seconds
 
 
+def _only_reads(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("rushes_reads"))
+
+
 def _limit_idle(engine: Engine) -> None:
     """The server ends a transaction whose client stays silent, and gives its locks free."""
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        if connection.get_execution_options().get("rushes_begin") == "BEGIN":
-            return  # it only reads, and holds up nobody
+        if _only_reads(connection):
+            return  # and holds up nobody
         # For the transaction, not the session: a pooler that lends connections for a transaction
         # keeps no settings of sessions.
         limit = f"{IDLE_TRANSACTION_SECONDS * 1000:.0f}"
@@ -431,7 +437,7 @@ def _leave_standbys(engine: Engine) -> None:
 
     @event.listens_for(engine, "handle_error")
     def _judge(context: ExceptionContext) -> None:
-        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        if sqlstate(context.original_exception) == READ_ONLY:
             context.is_disconnect = True
 
 
@@ -473,8 +479,7 @@ def _make_sqlite(url: URL) -> Engine:
     def _begin(connection: Connection) -> None:
         # IMMEDIATE: a transaction that reads first and writes later would fail at once
         # when another writer came between, without waiting for the busy timeout.
-        how = connection.get_execution_options().get("rushes_begin", "BEGIN IMMEDIATE")
-        connection.exec_driver_sql(how)
+        connection.exec_driver_sql("BEGIN" if _only_reads(connection) else "BEGIN IMMEDIATE")
 
     return engine
 

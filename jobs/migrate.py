@@ -79,7 +79,7 @@ def _run(db: database.Database, revision: str, *, down: bool) -> tuple[str | Non
         try:
             return _try(db, revision, down=down)
         except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) not in GIVES_WAY:
+            if database.sqlstate(error.orig) not in GIVES_WAY:
                 raise
             if tries == TRIES:
                 raise TablesBusy(str(error.orig).strip(), tries=TRIES) from error

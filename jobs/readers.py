@@ -18,6 +18,7 @@ MAX_LINE_BYTES = prompt_row.MAX_IMAGE_CHARS  # a data URL may fill a line, held 
 MAX_COLUMNS = 100  # every key and all metadata are 30
 VIDEOS_URL = "/v1/videos"
 REFERENCE = "input_reference"
+BOTH_GIVEN = "and image are both given: keep one"
 
 
 # Which format a file is.
@@ -329,7 +330,7 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
         except prompt_row.Invalid as invalid:
             wrong.append(f"{REFERENCE} {invalid}")
         if body.get("image") is not None:
-            wrong.append(f"{REFERENCE} and image are both given: keep one")
+            wrong.append(f"{REFERENCE} {BOTH_GIVEN}")
     beside = [key for key in envelope if key not in ("custom_id", "method", "url", "body")]
     wrong += [f"key {prompt_row.shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:

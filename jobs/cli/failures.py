@@ -164,7 +164,7 @@ def _database_reason(error: Exception) -> str | None:
     if not isinstance(error, exc.DBAPIError):
         return None
     said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else str(error.orig)
-    state = getattr(error.orig, "sqlstate", None) or ""
+    state = database.sqlstate(error.orig)
     if state in ("42P01", "42703") or said.startswith(("no such table", "no such column")):
         advice = "its tables are missing or older than this version; run `rushes migrate`"
     elif state.startswith("42501"):

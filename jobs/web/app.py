@@ -76,6 +76,11 @@ def make(service: Service) -> FastAPI:
     app.mount("/assets", html.assets())
     if gradio_page.is_there():
         gradio_page.mount(app, service)
+    _guard(app, service)
+    return app
+
+
+def _guard(app: FastAPI, service: Service) -> None:
     if service.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -92,4 +97,3 @@ def make(service: Service) -> FastAPI:
         cors_origins=service.cors_origins,
         max_bytes=service.config.web_max_bytes,
     )
-    return app

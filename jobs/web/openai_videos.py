@@ -37,7 +37,6 @@ router = APIRouter(
 ALIASES = frozenset({"sora-2", "sora-2-pro"})
 """Models that scripts name because they must: our default preset."""
 REFERENCE = readers.REFERENCE
-BOTH_GIVEN = "and image are both given: keep one"
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 STATUSES = {
     states.JobState.QUEUED: "queued",
@@ -182,7 +181,7 @@ def create(
     row = as_row(asked.fields)
     if asked.image is not None:
         if "image" in row:
-            raise service.invalid(REFERENCE, BOTH_GIVEN)
+            raise service.invalid(REFERENCE, readers.BOTH_GIVEN)
         row["image"] = found.give(asked.image)
     elif str(row.get("image")).startswith("data:"):
         row["image"] = found.give(row["image"])
@@ -218,7 +217,7 @@ def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
     reference = fields.get(REFERENCE)
     if reference is not None:
         if "image" in row:
-            raise service.invalid(REFERENCE, BOTH_GIVEN)
+            raise service.invalid(REFERENCE, readers.BOTH_GIVEN)
         row["image"] = _image(reference)
     return row
 
