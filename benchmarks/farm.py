@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from jobs.schema import Attempt, Job
 
 STOP_SECONDS = 60.0
 LOOK_SECONDS = 0.5
+TOLD = ("attention", "pointwise", "memory", "peak_memory_bytes")
 PROMPT = "a red circle moves slowly right over dark water while the camera follows it closely"
 
 
@@ -53,6 +54,8 @@ class Worked:
     busy: float
     """Seconds of the host in the stages that use a device; it need not be at work all along."""
     seconds: Mapping[str, float]
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """TOLD of its sidecar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,7 @@ def _worked(sidecar: Mapping[str, Any]) -> Worked:
         ended=datetime.fromisoformat(sidecar["device_ended_at"]).timestamp(),
         busy=sum(seconds.get(stage, 0.0) for stage in ("text", "image", "denoise", "decode")),
         seconds=seconds,
+        told={name: sidecar[name] for name in TOLD if name in sidecar},
     )
 
 

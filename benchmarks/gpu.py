@@ -170,8 +170,11 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
                         step_rule="euler",
                     )
                 with stage("decode"):
-                    for chunk in decoder.decode_chunks(latents):
-                        pipeline.to_uint8(chunk)
+                    under_way = [
+                        pipeline.FramesUnderWay(chunk) for chunk in decoder.decode_chunks(latents)
+                    ]
+                    for frames in under_way:
+                        frames.arrived()
         fusion.run_with(fusion.eagerly)
         warm = {name: statistics.median(times[1:]) for name, times in stages.items()}
         return {

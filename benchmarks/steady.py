@@ -4,7 +4,8 @@ A batch through the real worker (Celery's parent and child, dispatcher, publishe
 store), and from the sidecars of its videos: how long the stages took that use the device, and how
 long it stood idle between the last work for one job and the first for the next. The device sleeps
 (`--device sim`, like one that needs `--job-seconds` for a job), or is real: `cpu` with the tiny
-model, `cuda` with the sizes of Wan2.1 1.3B and random weights. Stages are times of the host: text
+model, `cuda` with the sizes of Wan2.1 and random weights. Each `--size` is a batch of its own, one
+after the other. Stages are times of the host: text
 is split into tokens in them, kernels are launched and frames copied. How long a GPU ran kernels
 beside that is told by its driver.
 """
@@ -21,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import farm, gpu_busy
+from models import config
 from worker import gpus
 
 STEPS = (1000, 750, 500, 250)
 SIM_STEPS = 0.2 + len(STEPS) + 1.0  # text, denoising and decoding of a simulated job, in steps
 GOAL = 0.02  # of a job
 SAMPLES = "kernels.csv"
+MODELS = {"1.3b": config.WAN_T2V_1_3B, "14b": config.WAN_T2V_14B}
 
 
 def main() -> None:
@@ -40,22 +43,28 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["sim", "cpu", "cuda"], default="sim")
-    parser.add_argument("--jobs", type=int, default=20, help="without those to warm up")
+    parser.add_argument(
+        "--jobs", type=int, nargs="+", default=[20], help="of each size, beside those to warm up"
+    )
     parser.add_argument("--warm-up", type=int, default=2, help="jobs that are not counted")
     parser.add_argument("--job-seconds", type=float, default=12.0, help="of a sleeping device")
     parser.add_argument("--cards", action="store_true", help="sim: encode no video for each job")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES; of the device's model by default")
+    parser.add_argument("--size", nargs="+", help="WIDTHxHEIGHTxFRAMES; else the model's own")
+    parser.add_argument("--model", choices=MODELS, default="1.3b", help="cuda: whose sizes")
     parser.add_argument("--text-layers", type=int, default=24, help="cuda: of UMT5-XXL's 24")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--seconds", type=float, default=3_600.0, help="give up after these")
-    parser.add_argument("--json", type=Path, help="append the numbers as a line of JSON")
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, help="append the numbers of each as a line of JSON")
+    arguments = parser.parse_args()
+    if len(arguments.jobs) not in (1, len(arguments.size or [1])):
+        parser.error("--jobs is one number, or one for each --size")
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, home: Path) -> None:
     began = time.monotonic()
-    devices, environment, preset = prepare(arguments, home)
+    devices, environment, presets = prepare(arguments, home)
     print(f"model written after {time.monotonic() - began:.0f} s", flush=True)
     with farm.running(
         home,
@@ -65,31 +74,42 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
     ) as running:
         running.wait_for_workers(1, seconds=120)
         print(f"worker there after {time.monotonic() - began:.0f} s", flush=True)
-        began, load = time.monotonic(), farm.Load()
-        with (
-            gpu_busy.sampled(devices, home / SAMPLES)
-            if arguments.device == "cuda"
-            else contextlib.nullcontext()
-        ):
-            batch_id = running.submit(arguments.warm_up + arguments.jobs, preset)
-            running.wait(batch_id, seconds=arguments.seconds)
-        took, told = time.monotonic() - began, load.told()
-        worked = running.worked(batch_id)
-        print(
-            f"{arguments.device}, {preset.read_text().strip()}\n"
-            f"{arguments.database}, store: {running.store_kind}; {len(worked)} jobs in "
-            f"{took:.1f} s, {running.attempts(batch_id)} attempts; {told}"
-        )
-    counted = worked[arguments.warm_up :]
-    kernels = None
-    if arguments.device == "cuda":
-        since, until = counted[0].began, counted[-1].began
-        kernels = gpu_busy.share(home / SAMPLES, since=since, until=until)
-    report(arguments, counted, kernels=kernels)
+        numbers = arguments.jobs * (len(presets) if len(arguments.jobs) == 1 else 1)
+        for preset, jobs in zip(presets, numbers, strict=True):
+            with (
+                gpu_busy.sampled(devices, home / SAMPLES)
+                if arguments.device == "cuda"
+                else contextlib.nullcontext()
+            ):
+                worked = render(running, arguments, preset, jobs)
+            kernels = None
+            if arguments.device == "cuda":
+                since, until = worked[0].began, worked[-1].began
+                kernels = gpu_busy.share(home / SAMPLES, since=since, until=until)
+            report(arguments, preset.stem, worked, kernels=kernels)
 
 
-def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, str], Path]:
-    """Devices of the launcher, its environment, and what is rendered."""
+def render(
+    running: farm.Farm, arguments: argparse.Namespace, preset: Path, jobs: int
+) -> list[farm.Worked]:
+    """A batch; those that warm up are left out of what is told."""
+    began, load = time.monotonic(), farm.Load()
+    batch_id = running.submit(arguments.warm_up + jobs, preset)
+    running.wait(batch_id, seconds=arguments.seconds)
+    took, told = time.monotonic() - began, load.told()
+    worked = running.worked(batch_id)
+    print(
+        f"{arguments.device}, {preset.read_text().strip()}\n"
+        f"{arguments.database}, store: {running.store_kind}; {len(worked)} jobs in "
+        f"{took:.1f} s, {running.attempts(batch_id)} attempts; {told}\n"
+        f"the first, with all that it had to load and to compile: "
+        f"{worked[0].ended - worked[0].began:.1f} s"
+    )
+    return worked[arguments.warm_up :]
+
+
+def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, str], list[Path]]:
+    """Devices of the launcher, its environment, and what is rendered, one after the other."""
     models = home / "models"
     environment = {"RUSHES_MODELS_DIR": str(models)}
     if arguments.device == "sim":
@@ -106,8 +126,11 @@ def prepare(arguments: argparse.Namespace, home: Path) -> tuple[str, dict[str, s
         from benchmarks import random_model
 
         model, size, devices = "random", "832x480x81", _first_gpu()
-        random_model.write(models / model, text_layers=arguments.text_layers)
-    return devices, environment, write_preset(home / "steady.json", model, arguments.size or size)
+        random_model.write(
+            models / model, text_layers=arguments.text_layers, sizes=MODELS[arguments.model]
+        )
+    sizes = arguments.size or [size]
+    return devices, environment, [write_preset(home / f"{s}.json", model, s) for s in sizes]
 
 
 def _first_gpu() -> str:
@@ -135,7 +158,11 @@ def write_preset(path: Path, model: str, size: str) -> Path:
 
 
 def report(
-    arguments: argparse.Namespace, worked: Sequence[farm.Worked], *, kernels: float | None = None
+    arguments: argparse.Namespace,
+    size: str,
+    worked: Sequence[farm.Worked],
+    *,
+    kernels: float | None = None,
 ) -> None:
     """`kernels`: the share of the time in which a GPU ran any."""
     gaps = [later.began - earlier.ended for earlier, later in itertools.pairwise(worked)]
@@ -143,6 +170,8 @@ def report(
     job, gap = statistics.median(jobs), statistics.median(gaps)
     facts = {
         "device": arguments.device,
+        "model": arguments.model if arguments.device == "cuda" else None,
+        "size": size,
         "database": arguments.database,
         "jobs": len(worked),
         "job_seconds": job,
@@ -158,6 +187,7 @@ def report(
             stage: statistics.median(w.seconds.get(stage, 0.0) for w in worked)
             for stage in dict.fromkeys(name for w in worked for name in w.seconds)
         },
+        **worked[-1].told,
     }
     print(
         f"job {job:.3f} s, {facts['jobs_per_hour']:.0f} an hour\n"
@@ -168,6 +198,8 @@ def report(
         + ("\n" if kernels is None else f"; kernels ran {kernels:.1%} of the time\n")
         + "stages: "
         + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in facts["stages"].items())
+        + "\n"
+        + ", ".join(f"{name}: {value}" for name, value in worked[-1].told.items())
     )
     if arguments.json:
         with arguments.json.open("a", encoding="utf-8") as stream:

@@ -9,13 +9,13 @@ from typing import Self
 
 
 class Behind:
-    """Pieces of work, one after the other in a thread that begins with the first of them.
+    """Pieces of work in a thread that begins with the first of them, one after the other.
 
-    Not for two threads at once.
+    Or in several `threads`. To be used by one thread.
     """
 
-    def __init__(self, name: str) -> None:
-        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, name: str, *, threads: int = 1) -> None:
+        self._threads = futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._open: deque[futures.Future[None]] = deque()
 
     def __enter__(self) -> Self:
@@ -28,11 +28,11 @@ class Behind:
         traceback: TracebackType | None,
     ) -> None:
         """What has not begun never does; waits for what has."""
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def do(self, work: Callable[[], None]) -> None:
         """Returns at once."""
-        self._open.append(self._thread.submit(work))
+        self._open.append(self._threads.submit(work))
 
     def check(self) -> None:
         """Raises what a piece has raised by now, once."""

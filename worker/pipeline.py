@@ -89,21 +89,57 @@ def decode(
     chunks = model.decode_chunks(
         latents_BCTHW, on_tile=lambda _tile, _tiles: reached("decode", 0, steps)
     )
+    before: FramesUnderWay | None = None
     for step in range(steps):
         reached("decode", step, steps)
-        with timings.stage("decode"), torch.inference_mode():
-            frames_BCTHW = next(chunks)
-            if not frames_BCTHW.isfinite().all():
-                dtype = str(model.networks.vae.dtype).removeprefix("torch.")
-                raise errors.NotFinite(f"NaN in the frames, decoded in {dtype}")
-            frames_THWC = to_uint8(frames_BCTHW)
+        with timings.stage("decode", waits=False), torch.inference_mode():
+            newest = FramesUnderWay(next(chunks))
+            # A GPU is asked for a chunk before it is waited for with the one before: else it
+            # would stand idle while the next one's kernels are launched.
+            due, before = (before, newest) if newest.is_behind else (newest, None)
+            frames_THWC = None if due is None else due.arrived()
+        if frames_THWC is not None:
+            yield frames_THWC
+    if before is not None:
+        with timings.stage("decode", waits=False):
+            frames_THWC = before.arrived()
         yield frames_THWC
+
+
+class FramesUnderWay:
+    """Frames [-1, 1] that the device has been asked for: as uint8, on their way to the host."""
+
+    def __init__(self, frames_BCTHW: Tensor) -> None:
+        self._dtype = str(frames_BCTHW.dtype).removeprefix("torch.")
+        self._is_finite = frames_BCTHW.isfinite().all().to("cpu", non_blocking=True)
+        self._frames_THWC = _uint8(frames_BCTHW).to("cpu", non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if frames_BCTHW.is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+            self._event.record()
+
+    @property
+    def is_behind(self) -> bool:
+        """The device works on them while the host goes on."""
+        return self._event is not None
+
+    def arrived(self) -> Tensor:
+        """frames_THWC, when they are there. NotFinite: there is no picture."""
+        if self._event is not None:
+            self._event.synchronize()
+        if not self._is_finite:
+            raise errors.NotFinite(f"NaN in the frames, decoded in {self._dtype}")
+        return self._frames_THWC
 
 
 def to_uint8(frames_BCTHW: Tensor) -> Tensor:
     """[-1, 1] -> 0..255, rounded to the nearest: frames_THWC on the CPU."""
+    return _uint8(frames_BCTHW).cpu()
+
+
+def _uint8(frames_BCTHW: Tensor) -> Tensor:
     scaled = (frames_BCTHW.float() + 1).mul_(127.5).round_().clamp_(0, 255)
-    return scaled.to(torch.uint8)[0].permute(1, 2, 3, 0).contiguous().cpu()
+    return scaled.to(torch.uint8)[0].permute(1, 2, 3, 0).contiguous()
 
 
 def latents_sha256(latents_BCTHW: Tensor) -> str:

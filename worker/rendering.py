@@ -173,6 +173,10 @@ class Renderer:
             lower = self.components.step_down(look)
         return None if lower is None else wanted.told(lower)
 
+    def is_hashing(self) -> bool:
+        """Whether finished videos wait until their weights are hashed, and for nothing of ours."""
+        return self.components.is_hashing()
+
     def report(self, *, renders: int) -> reports.Report:
         return self.components.report(renders=renders)
 

@@ -31,6 +31,7 @@ log = structlog.get_logger()
 DEVICE_LOST = 71  # exit status, for the logs
 LAST_TAIL_SECONDS = 60.0  # for the finished frames of one job when the device fails the next
 TAIL_LOOK_SECONDS = 1.0
+MOST_AWAITING_HASHES = 8
 
 Left = Callable[[], None]
 """What is left of a render when the device is free; to be called once, in any thread."""
@@ -55,6 +56,9 @@ class Renderer(Protocol):
     def step_down(self, look: presets.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
 
+    def is_hashing(self) -> bool:
+        """Whether finished videos wait until their weights are hashed, and for nothing of ours."""
+
     def report(self, *, renders: int) -> reports.Report:
         """What is loaded and how often it changed."""
 
@@ -65,7 +69,7 @@ class Tally:
 
     renders: int = 0
     held: set[int] = field(default_factory=set)
-    """Attempts that it works on: one on the device, and the tail of the one before. Also those
+    """Attempts that it works on: one on the device, and the tails of those before. Also those
     of which it could not tell that they are rendered."""
     refusals: int = 0
 
@@ -81,7 +85,9 @@ class Runner:
     renderer: Renderer
     safety: checks.Checks = field(default_factory=checks.Checks)
     tally: Tally = field(default_factory=Tally)
-    tail: behind.Behind = field(default_factory=lambda: behind.Behind("tail"))
+    tail: behind.Behind = field(
+        default_factory=lambda: behind.Behind("tail", threads=MOST_AWAITING_HASHES + 1)
+    )
     """The end of one job, beside the beginning of the next."""
 
     def run_attempt(self, job_id: int) -> None:
@@ -112,9 +118,15 @@ class Runner:
                 left = self._render(claim, folder, heart)
             rest = parts.pop_all()
             self.tail.do(lambda: self._finish(claim, left, rest))
-        # A host that cannot keep up holds up its device: one tail beside the next job, not many.
-        while not self.tail.wait(leave=1, seconds=TAIL_LOOK_SECONDS):
+        while not self.tail.wait(leave=self._most_tails(), seconds=TAIL_LOOK_SECONDS):
             heart.keep()  # the tail before it has a heart of its own
+
+    def _most_tails(self) -> int:
+        """A host that cannot keep up holds up its device: one beside the next job, not many.
+
+        But weights are read once, for a minute, and meanwhile nothing piles up but waiting.
+        """
+        return MOST_AWAITING_HASHES if self.renderer.is_hashing() else 1
 
     def _finish(self, claim: lifecycle.Claim, left: Left, rest: contextlib.ExitStack) -> None:
         try:

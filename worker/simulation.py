@@ -113,6 +113,9 @@ class SimulatedRenderer:
     def step_down(self, _look: presets.Look) -> str | None:
         return "simulated, smaller"
 
+    def is_hashing(self) -> bool:
+        return False
+
     def report(self, *, renders: int) -> reports.Report:
         return reports.Report(
             renders=renders,

@@ -30,7 +30,8 @@ class Timings:
     """The last that was seen to end."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """`waits`: for the device at the end. Else a later part of the stage will."""
         began = time.perf_counter()
         if name in ON_DEVICE and self.device_began is None:
             self.device_began = time.time()
@@ -38,7 +39,7 @@ class Timings:
             try:
                 yield
             finally:
-                if name not in ON_HOST:
+                if waits and name not in ON_HOST:
                     self.synchronize()
                 spent = time.perf_counter() - began
                 self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)

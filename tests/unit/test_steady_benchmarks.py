@@ -93,7 +93,7 @@ def a_gpu(monkeypatch):
 @pytest.mark.parametrize(("device", "slot"), [("sim", "sim0"), ("cpu", "cpu0"), ("cuda", "gpu0.1")])
 def test_the_launcher_knows_the_device_that_it_is_told(device, slot, a_gpu, tmp_path):
     arguments = argparse.Namespace(
-        device=device, job_seconds=1.0, cards=True, size=None, text_layers=1
+        device=device, job_seconds=1.0, cards=True, size=None, text_layers=1, model="14b"
     )
     devices, _, _ = steady.prepare(arguments, tmp_path)
     assert [each.short_name for each in gpus.slots(devices, cores=2)] == [slot]

@@ -65,6 +65,9 @@ class Prepared:
     def hashing(self, model: resident.ResidentModel) -> Any:
         return model.hashes
 
+    def is_hashing(self) -> bool:
+        return not self.model.hashes.done()
+
     def weight_hashes(self, _hashing: object) -> dict[str, str]:
         return self.hashes()
 

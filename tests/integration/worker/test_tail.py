@@ -39,6 +39,7 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
     host, slow_hashes, ended, until, monkeypatch
 ):
     monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "MOST_AWAITING_HASHES", 1)
     first, second = host.submit(2)
     networks, hashes = slow_hashes
     own = host.worker_settings.model_copy(update={"stall_seconds": 1.0})
@@ -55,6 +56,25 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
     assert not ended
     for job in (first, second):
         assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
+
+
+def test_weights_that_are_being_hashed_hold_up_no_device(
+    host, slow_hashes, ended, until, monkeypatch
+):
+    monkeypatch.setattr(rendering, "HASH_LOOK_SECONDS", 0.1)
+    jobs = host.submit(4)
+    networks, hashes = slow_hashes
+    own = host.worker_settings.model_copy(update={"stall_seconds": 2.0})
+    made = host.runner(networks, worker_settings=own)
+    for job in jobs:
+        begin(made, job.id)
+    until(lambda: {host.attempts(job.id)[0].stage for job in jobs} == {"hash"})
+    time.sleep(2.5)
+    assert not ended, "each of them tells that it waits"
+    hashes.set_result({"a": "b"})
+    made.tail.wait()
+    assert {host.attempts(job.id)[0].state for job in jobs} == {states.AttemptState.RENDERED}
+    assert made.tally.held == set()
 
 
 @pytest.fixture
@@ -253,6 +273,7 @@ class Broken:
 
     def __init__(self, made, error):
         self.report = made.renderer.report
+        self.is_hashing = made.renderer.is_hashing
         self.error = error
 
     def render(self, *_, **__):

@@ -231,6 +231,57 @@ def test_frames_that_are_not_numbers_are_refused(model, networks, render, spec, 
         render(spec())
 
 
+@pytest.fixture
+def device_beside(monkeypatch):
+    """As on a GPU, frames are said to be under way when they have been asked for."""
+    monkeypatch.setattr(pipeline.FramesUnderWay, "is_behind", True)
+
+
+def test_a_device_is_asked_for_more_before_it_is_waited_for(
+    model, render, spec, device_beside, monkeypatch
+):
+    told, decode_chunks = [], model.decode_chunks
+    arrived = pipeline.FramesUnderWay.arrived
+
+    def asked(*arguments, **options):
+        for number, frames in enumerate(decode_chunks(*arguments, **options)):
+            told.append(f"asked for {number}")
+            yield frames
+
+    def waited(frames):
+        told.append("waited")
+        return arrived(frames)
+
+    monkeypatch.setattr(model, "decode_chunks", asked)
+    monkeypatch.setattr(pipeline.FramesUnderWay, "arrived", waited)
+    render(spec(num_frames=9))
+    assert told == ["asked for 0", "asked for 1", "waited", "asked for 2", "waited", "waited"]
+
+
+def test_frames_of_a_device_that_works_beside_are_the_same_in_the_same_order(
+    render, spec, monkeypatch
+):
+    _, one_by_one = render(spec(num_frames=13))
+    monkeypatch.setattr(pipeline.FramesUnderWay, "is_behind", True)
+    _, beside = render(spec(num_frames=13))
+    assert [len(chunk) for chunk in beside] == [len(chunk) for chunk in one_by_one]
+    assert torch.equal(torch.cat(beside), torch.cat(one_by_one))
+
+
+def test_the_last_frames_of_a_device_beside_are_looked_at_too(
+    model, render, spec, device_beside, monkeypatch
+):
+    decode_chunks = model.decode_chunks
+
+    def broken_at_the_end(latents, **options):
+        *good, last = decode_chunks(latents, **options)
+        yield from (*good, last * float("nan"))
+
+    monkeypatch.setattr(model, "decode_chunks", broken_at_the_end)
+    with pytest.raises(errors.NotFinite, match="NaN in the frames"):
+        render(spec(num_frames=9))
+
+
 def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, monkeypatch):
     broken = networks.transformer.head.head.bias.clone()
     broken[0] = float("nan")
