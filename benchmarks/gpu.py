@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_fp8, gpu_peers, measuring, networks
+from benchmarks import gpu_attention, gpu_fp8, gpu_peers, measuring, networks
 from benchmarks.gpu_common import (
     BF16,
     DEVICE,
@@ -244,6 +244,8 @@ def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
 PARTS: dict[str, Callable[[measuring.Report], dict[str, Any]]] = {
     "machine": lambda _report: measuring.machine(),
     "ceilings": ceilings,
+    "sustained": gpu_attention.sustained,
+    "attention": gpu_attention.kernels,
     "autoencoder_against_diffusers": gpu_peers.autoencoders,
     "against_diffusers": gpu_peers.transformers,
     "fp8": gpu_fp8.products,

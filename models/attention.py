@@ -2,8 +2,8 @@
 
 torch has several kernels; which of them computes depends on the device, the versions and the shape.
 On Hopper and later cuDNN's is the fastest by far, and wrong below 9.15.1 where the number of tokens
-is no multiple of 128, as with ours: it is not used then. FlashAttention-3 and SageAttention are
-used where they are installed and asked for; Sage computes in 8 bits, so its pictures are others.
+is no multiple of 128, as with ours: it is not used then. FlashAttention-3 and -4 and SageAttention
+are used where they are installed and asked for; Sage's pictures are others, it computes in 8 bits.
 """
 
 # B batch, L query tokens, S key tokens, N heads, K head dim
@@ -22,6 +22,7 @@ CUDNN_IS_RIGHT = 91501  # 9.15.1: https://github.com/pytorch/pytorch/issues/1698
 HOPPER = (9, 0)
 OTHER_KERNELS = {
     "flash3": ("flash_attn_interface", "flash_attn_func", {}),
+    "flash4": ("flash_attn.cute", "flash_attn_func", {}),
     "sage": ("sageattention", "sageattn", {"tensor_layout": "NHD"}),
 }
 """Module, function and its arguments beside q, k and v, all three [B, L, N, K]."""

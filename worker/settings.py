@@ -34,7 +34,7 @@ class WorkerSettings(BaseSettings):
     )
     attention: str = Field(
         "auto",
-        pattern="^(auto|torch|flash3|sage)$",
+        pattern="^(auto|torch|flash3|flash4|sage)$",
         validation_alias=AliasChoices("RUSHES_ATTENTION"),
         description="Kernel of attention; `auto` is the fastest that is right, of torch's own.",
     )

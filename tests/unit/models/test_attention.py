@@ -72,6 +72,7 @@ def test_every_kernel_of_torch_computes_the_same():
     [
         ("flash3", "flash_attn_interface", "flash_attn_func", lambda out: (out, None)),
         ("flash3", "flash_attn_interface", "flash_attn_func", lambda out: out),
+        ("flash4", "flash_attn.cute", "flash_attn_func", lambda out: (out, None)),
         ("sage", "sageattention", "sageattn", lambda out: out),
     ],
 )
