@@ -13,15 +13,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 import torch
 from torch import distributed
 
 from jobs import errors as jobs_errors
 from jobs import lifecycle, presets, settings
 from models import sequence_parallel
-from worker import checks, errors, group, rendering, runner, scratch, stopwatch
+from worker import checks, errors, gpus, group, rendering, runner, scratch, stopwatch
 from worker import settings as worker_settings_module
 
+log = structlog.get_logger()
+
+TORCH_SEES_NONE = (
+    "torch sees no GPU: it is a build for processors, or the driver is too old for its CUDA"
+)
 PATIENCE = datetime.timedelta(hours=1)  # for one that reads its weights from a slow disk
 
 
@@ -85,12 +91,24 @@ def _renderer(known: settings.Settings) -> rendering.Renderer:
     mine = worker_settings_module.load().model_copy(
         update={"worker_name": f"render@{known.host_name}"}
     )
+    if mine.device == "auto" and not torch.cuda.is_available():
+        _tell_of_gpus()
     if not group.are_many():
         return rendering.make(known, mine, checks.Checks.load(known, mine))
     if torch.cuda.is_available() and mine.device in ("auto", "cuda"):
         mine = mine.model_copy(update={"device": f"cuda:{torch.cuda.current_device()}"})
     made = rendering.make(known, mine, checks.Checks.load(known, mine))
     return dataclasses.replace(made, tokens=sequence_parallel.SharedTokens())
+
+
+def _tell_of_gpus() -> None:
+    """Hours of the processor would be a dear way to learn of an old driver."""
+    try:
+        because, found = TORCH_SEES_NONE, [gpu.name for gpu in gpus.find()]
+    except jobs_errors.GpusUnknown as error:
+        because, found = str(error), ["unknown"]
+    if found:
+        log.warning("gpu.not_used", gpus=found, because=because)
 
 
 def _image(spec: presets.RenderSpec, read_image: Callable[[str], bytes]) -> bytes | None:

@@ -101,6 +101,22 @@ def frames(video: Path) -> np.ndarray:
     return np.frombuffer(shown, np.uint8).reshape(9, 32, 48, 3).astype(int)
 
 
+def test_a_gpu_that_torch_does_not_see_is_told(rushes, tmp_path, monkeypatch):
+    """Else the processor would take hours where a GPU takes seconds, without a word."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "0, GPU-1, NVIDIA H200, 143771"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    render = ("render", "prompts.jsonl", "--preset", "preset.json", "--to", str(tmp_path / "to"))
+    told = rushes(*render).stderr
+    assert "gpu.not_used" in told
+    assert "NVIDIA H200" in told
+    monkeypatch.setenv("RUSHES_DEVICE", "cpu")
+    again = ("render", "prompts.jsonl", "--preset", "preset.json", "--to", str(tmp_path / "again"))
+    assert "gpu.not_used" not in rushes(*again).stderr
+
+
 def test_each_prompt_becomes_a_video_with_its_sidecar(world, alone):
     """And nothing else is left, neither in the folder nor of a database."""
     assert alone.splitlines() == ["alone/first.mp4", "alone/00001.mp4"]
