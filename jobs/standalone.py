@@ -19,7 +19,7 @@ import psutil
 import structlog
 from pydantic import SecretStr
 
-from jobs import database, errors, migrate, parts, servers, settings, supervisor
+from jobs import database, errors, migrate, parts, servers, settings, supervisor, tokens
 
 log = structlog.get_logger()
 
@@ -139,7 +139,7 @@ def running(
         if with_web:
             port = _web_port(here)
             children = (*children, _web(here, port, environment))
-            say(f"web       http://{here.web_host}:{port}")
+            say(f"web       {_web_place(here, db, port)}")
         for child in children:
             child.start()
             stack.callback(_stop_child, child, here.grace_seconds, hurry or threading.Event())
@@ -235,6 +235,16 @@ def _web(config: settings.Settings, port: int, environment: Mapping[str, str]) -
         environment=_default_presets() | {**environment, "RUSHES_HOME": str(config.home)},
         log_path=config.home / "logs" / "web.log",
     )
+
+
+def _web_place(config: settings.Settings, db: database.Database, port: int) -> str:
+    """Its address, or what it waits for: without tokens it ends, and is started again and again."""
+    address = f"http://{config.web_host}:{port}"
+    with db.reading() as session:
+        if not tokens.are_needed(config) or tokens.any_valid(session):
+            return address
+    why = tokens.none_there(config)
+    return f"not served yet: {why}; within a minute of that it is at {address}"
 
 
 def _web_port(config: settings.Settings) -> int:
