@@ -44,6 +44,8 @@ TINY_MODELS = ("tiny", "tiny_i2v")
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
 LOCK = "up.lock"  # in RUSHES_HOME; held while `rushes up` runs
+DEFAULT_HOME: Path = settings.Settings.model_fields["home"].default
+EXAMPLE = "examples/prompts.jsonl"
 
 S = TypeVar("S", bound=servers.LocalServer)
 
@@ -105,10 +107,16 @@ def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str],
     with running(config, devices=devices, hurry=hurry, say=say, with_web=True) as farm:
         say(f"results   {farm.config.results_url}")
         say(f"logs      {farm.config.home / 'logs'}")
-        say("ready: in another terminal, `rushes submit examples/prompts.jsonl --preset tiny`")
+        say(_ready(farm.config.home))
         watch(farm, stop)
         say("stopping: workers may finish their job; Ctrl-C again to stop at once")
     return 0
+
+
+def _ready(home: Path) -> str:
+    here = "in this folder" if home == DEFAULT_HOME.absolute() else f"with RUSHES_HOME={home}"
+    file = EXAMPLE if Path(EXAMPLE).is_file() else "FILE"
+    return f"ready: in another terminal, {here}: `rushes submit {file} --preset tiny`"
 
 
 @contextmanager

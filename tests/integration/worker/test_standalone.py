@@ -327,3 +327,12 @@ def test_a_page_that_nobody_may_reach_is_not_said_to_be_served(sqlite_database_u
         with db.transaction() as session:
             tokens.create(session, name="x", owner="", scopes=[tokens.Scope.READ])
         assert standalone._web_place(open_to_all, db, 8001) == "http://0.0.0.0:8001"
+
+
+def test_another_terminal_is_told_where_to_go_and_a_file_that_is_there(tmp_path):
+    said = standalone._ready(settings.load(home=".rushes").home)
+    assert said.endswith("in this folder: `rushes submit FILE --preset tiny`")
+    Path("examples").mkdir()
+    Path("examples/prompts.jsonl").touch()
+    said = standalone._ready(tmp_path)
+    assert f"with RUSHES_HOME={tmp_path}: `rushes submit examples/prompts.jsonl" in said
