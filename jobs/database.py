@@ -128,8 +128,9 @@ class Database:
         if self.is_sqlite and file and not Path(file).exists():
             raise DatabaseUnavailable(
                 self.url,
-                "there is no such file: start everything on this machine with `rushes up`, or "
-                "create it with `rushes migrate`",
+                "there is no such file: run this in the folder of `rushes up`, or set RUSHES_HOME "
+                "to its .rushes; where nothing runs yet, `rushes up` starts everything, and "
+                "`rushes migrate` makes the database for services that you start yourself",
             )
 
     @functools.cached_property

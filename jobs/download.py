@@ -133,6 +133,11 @@ def _is_written_here(name: str) -> bool:
 
 def items(db: database.Database, batch_id: str) -> Iterator[Item]:
     """Every finished video of the batch, in the order of the file."""
+    return (item for _, item in _named(db, batch_id) if item is not None)
+
+
+def _named(db: database.Database, batch_id: str) -> Iterator[tuple[str, Item | None]]:
+    """The name of each job's video, also of those that are not finished."""
     names = Names()
     after = -1
     while True:
@@ -140,8 +145,7 @@ def items(db: database.Database, batch_id: str) -> Iterator[Item]:
             page = queries.jobs_with_results(session, batch_id, after=after)
         for job, attempt in page:
             name = names.of(job.position, job.custom_id)
-            if attempt is not None:
-                yield _item(job, attempt, name)
+            yield name, None if attempt is None else _item(job, attempt, name)
         if not page:
             return
         after = page[-1][0].position
@@ -156,7 +160,7 @@ def _make(folder: Path) -> None:
 
 
 @contextmanager
-def taken(folder: Path, batch_id: str) -> Iterator[None]:
+def taken(db: database.Database, batch_id: str, folder: Path, *, sidecars: bool) -> Iterator[None]:
     """Alone in the folder, which is marked as this batch's. FolderBusy while another download is.
 
     InvalidInput when it holds another batch's files, with equal names, or a person's own.
@@ -165,6 +169,8 @@ def taken(folder: Path, batch_id: str) -> Iterator[None]:
     _make(folder)
     with _alone_in(folder):
         if not _is_marked(folder, batch_id):
+            if not _batch_of_manifest(folder):
+                _refuse_own(db, batch_id, folder, sidecars=sidecars)
             _mark(folder, batch_id)
         yield
 
@@ -189,15 +195,28 @@ def _is_marked(folder: Path, batch_id: str) -> bool:
     mark = folder / OWNER_FILE
     marked = mark.read_text("utf-8").strip() if mark.is_file() else ""
     owner = marked or _batch_of_manifest(folder)
-    message = ""
     if owner and owner != batch_id:
-        message = f"holds batch {owner}"
-    elif not owner and (own := [name for name in RESULT_FILES if (folder / name).exists()]):
-        message = f"holds a {own[0]} of no batch, which would be replaced"
-    if message:
-        message += ": give another folder, or none for one named like the batch"
-        raise errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+        raise _not_ours(folder, f"holds batch {owner}")
+    if not owner and (own := [name for name in RESULT_FILES if (folder / name).exists()]):
+        raise _not_ours(folder, f"holds a {own[0]} of no batch, which would be replaced")
     return bool(marked)
+
+
+def _refuse_own(db: database.Database, batch_id: str, folder: Path, *, sidecars: bool) -> None:
+    """InvalidInput for a video that another one would replace, now or once its job is finished."""
+    if next(folder.glob("[!.]*"), None) is None:
+        return  # a new folder, mostly: then the names of a million jobs need not be read
+    for name, item in _named(db, batch_id):
+        video, sidecar = folder / f"{name}.mp4", folder / f"{name}.json"
+        if video.exists() and not (item and _is_there(video, item)):
+            raise _not_ours(folder, f"holds a {video.name} of no batch, which would be replaced")
+        if sidecars and sidecar.exists() and not (item and _is_sidecar(sidecar, item)):
+            raise _not_ours(folder, f"holds a {sidecar.name} of no batch, which would be replaced")
+
+
+def _not_ours(folder: Path, why: str) -> errors.InvalidInput:
+    message = f"{why}: give another folder, or none for one named like the batch"
+    return errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
 
 
 def _batch_of_manifest(folder: Path) -> str:

@@ -19,7 +19,7 @@ import psutil
 import structlog
 from pydantic import SecretStr
 
-from jobs import database, errors, migrate, parts, servers, settings, supervisor
+from jobs import database, errors, migrate, parts, servers, settings, supervisor, tokens
 
 log = structlog.get_logger()
 
@@ -44,6 +44,8 @@ TINY_MODELS = ("tiny", "tiny_i2v")
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
 LOCK = "up.lock"  # in RUSHES_HOME; held while `rushes up` runs
+DEFAULT_HOME: Path = settings.Settings.model_fields["home"].default
+EXAMPLE = "examples/prompts.jsonl"
 
 S = TypeVar("S", bound=servers.LocalServer)
 
@@ -105,10 +107,16 @@ def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str],
     with running(config, devices=devices, hurry=hurry, say=say, with_web=True) as farm:
         say(f"results   {farm.config.results_url}")
         say(f"logs      {farm.config.home / 'logs'}")
-        say("ready: in another terminal, `rushes submit examples/prompts.jsonl --preset tiny`")
+        say(_ready(farm.config.home))
         watch(farm, stop)
         say("stopping: workers may finish their job; Ctrl-C again to stop at once")
     return 0
+
+
+def _ready(home: Path) -> str:
+    here = "in this folder" if home == DEFAULT_HOME.absolute() else f"with RUSHES_HOME={home}"
+    file = EXAMPLE if Path(EXAMPLE).is_file() else "FILE"
+    return f"ready: in another terminal, {here}: `rushes submit {file} --preset tiny`"
 
 
 @contextmanager
@@ -139,7 +147,7 @@ def running(
         if with_web:
             port = _web_port(here)
             children = (*children, _web(here, port, environment))
-            say(f"web       http://{here.web_host}:{port}")
+            say(f"web       {_web_place(here, db, port)}")
         for child in children:
             child.start()
             stack.callback(_stop_child, child, here.grace_seconds, hurry or threading.Event())
@@ -235,6 +243,16 @@ def _web(config: settings.Settings, port: int, environment: Mapping[str, str]) -
         environment=_default_presets() | {**environment, "RUSHES_HOME": str(config.home)},
         log_path=config.home / "logs" / "web.log",
     )
+
+
+def _web_place(config: settings.Settings, db: database.Database, port: int) -> str:
+    """Its address, or what it waits for: without tokens it ends, and is started again and again."""
+    address = f"http://{config.web_host}:{port}"
+    with db.reading() as session:
+        if not tokens.are_needed(config) or tokens.any_valid(session):
+            return address
+    why = tokens.none_there(config)
+    return f"not served yet: {why}; within a minute of that it is at {address}"
 
 
 def _web_port(config: settings.Settings) -> int:

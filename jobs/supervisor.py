@@ -81,7 +81,14 @@ class Child:
             self.kill()  # what it started may still hold the device
             self._process = None
             seconds = self._pauses.ended()
-            log.warning("process.ended", name=self.name, status=status, again_in_seconds=seconds)
+            facts = {} if self.log_path is None else {"log": str(self.log_path)}
+            log.warning(
+                "process.ended",
+                name=self.name,
+                status=status,
+                again_in_seconds=seconds,
+                **facts,
+            )
             return True
         if self._pauses.is_over:
             self.restarts += 1

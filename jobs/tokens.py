@@ -1,6 +1,7 @@
 """Tokens of the web service: made once, shown once, kept as a hash."""
 
 import hashlib
+import ipaddress
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,7 +10,7 @@ from enum import StrEnum
 from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
-from jobs import database, errors
+from jobs import database, errors, settings
 from jobs.schema import ApiToken
 
 PREFIX = "rushes_"  # found by scanners for secrets
@@ -66,6 +67,33 @@ def create(
 
 def every(session: Session) -> Sequence[ApiToken]:
     return session.scalars(select(ApiToken).order_by(ApiToken.created_at, ApiToken.id)).all()
+
+
+def are_needed(config: settings.Settings) -> bool:
+    """On loopback one person needs none; elsewhere everybody does."""
+    return config.web_require_token or not is_loopback(config.web_host)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def none_there(config: settings.Settings) -> str:
+    """What is said where they are needed and there is no valid one."""
+    if is_loopback(config.web_host):
+        return (
+            "RUSHES_WEB_REQUIRE_TOKEN is set, and there is no token: make one with "
+            "`rushes token create NAME`"
+        )
+    return (
+        f"{config.web_host} is reached by others, and there is no token: make one with "
+        "`rushes token create NAME`, or listen on 127.0.0.1"
+    )
 
 
 def any_valid(session: Session) -> bool:

@@ -1,10 +1,19 @@
 """A prompt file whose videos are made at once, by whoever reads it: nothing is stored or queued."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel
 
 from jobs import download, errors, inputs, lifecycle, presets, queues, submission
+
+PLAIN_NAMES = {"negative_prompt": "negative prompt", "image_key": "image"}
+PLACEMENT = {"offload", "vae_tiling", "text_encoder_on_cpu", "image_encoder_on_cpu"}
+PLACEMENT |= {"vae_on_cpu", "unload_encoders"}
+"""What a look says of memory alone: whoever ran out of it goes on with another preset."""
 
 
 class ImageChanged(errors.RushesError):
@@ -23,6 +32,8 @@ class Orders:
     notes: tuple[str, ...]
     sources: Mapping[str, str]
     """Where input images come from, by their keys."""
+    drawn: frozenset[str] = frozenset()
+    """Those whose seed nobody gave."""
     images: inputs.InputImages | None = None
 
     def read_image(self, key: str) -> bytes:
@@ -33,6 +44,20 @@ class Orders:
             raise ImageChanged(key)
         return found.data
 
+    def refuse_others(self, folder: Path) -> None:
+        """InvalidInput names each video there that was made from something else, by its sidecar."""
+        problems = [
+            errors.Problem(
+                line=None,
+                message=f"{name}.mp4 is there and {unlike}: give another folder, or remove it",
+            )
+            for name, claim in self.claims.items()
+            if (folder / f"{name}.mp4").exists()
+            and (unlike := _unlike(folder / f"{name}.json", claim.spec, drawn=name in self.drawn))
+        ]
+        if problems:
+            raise errors.InvalidInput(str(folder), problems)
+
 
 def read(file: submission.PromptFile) -> Orders:
     """All of it, checked as a submit is: InvalidInput lists every bad line."""
@@ -40,10 +65,11 @@ def read(file: submission.PromptFile) -> Orders:
     plan = submission.plan(file, keep=found.append)
     batch_id = submission.new_batch_id(datetime.now(UTC))
     names = download.Names()
+    orders = {names.of(at, order.row.custom_id): order for at, order in enumerate(found)}
     return Orders(
         claims={
-            names.of(position, order.row.custom_id): _claim(batch_id, position, order)
-            for position, order in enumerate(found)
+            name: _claim(batch_id, position, order)
+            for position, (name, order) in enumerate(orders.items())
         },
         notes=plan.notes,
         sources={
@@ -52,7 +78,30 @@ def read(file: submission.PromptFile) -> Orders:
             if order.image_key is not None and order.row.image is not None
         },
         images=file.images,
+        drawn=frozenset(name for name, order in orders.items() if order.row.seed is None),
     )
+
+
+def _unlike(sidecar: Path, asked: presets.RenderSpec, *, drawn: bool) -> str:
+    """How a video was made from something else; empty: it was not."""
+    try:
+        told = json.loads(sidecar.read_text("utf-8"))
+        look = {field: told[field] for field in presets.Look.model_fields if field in told}
+        facts = {field: told.get(field) for field in presets.RenderSpec.model_fields}
+        made = presets.RenderSpec.model_validate(facts | {"look": look})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return "has no sidecar that says what it was made from"
+    ignored = {"look", "seed"} if drawn else {"look"}
+    found = [PLAIN_NAMES.get(field, field) for field in _differing(made, asked, ignored)]
+    if of_look := list(_differing(made.look, asked.look, PLACEMENT)):
+        found.append(f"look ({', '.join(of_look)})")
+    return f"was made from another {', '.join(found)}" if found else ""
+
+
+def _differing(one: BaseModel, other: BaseModel, ignored: Set[str]) -> Iterator[str]:
+    for field in type(one).model_fields:
+        if field not in ignored and getattr(one, field) != getattr(other, field):
+            yield field
 
 
 def _claim(batch_id: str, position: int, order: submission.Order) -> lifecycle.Claim:

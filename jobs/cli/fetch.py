@@ -43,9 +43,10 @@ def download_batch(
         raise errors.BatchExpired(row.id, what="results", when=row.results_expired_at)
     target = folder or Path(row.id)
     store = stores.open_store(config)
-    fetched = _fetched(db, store, row, target, sidecars="sidecar" in include, watch=watch)
+    sidecars = "sidecar" in include
+    fetched = _fetched(db, store, row, target, sidecars=sidecars, watch=watch)
     try:
-        with download.taken(target, row.id):
+        with download.taken(db, row.id, target, sidecars=sidecars):
             outcomes = _with_progress(fetched, length=row.total if watch else row.succeeded)
     except storage.StorageUnavailable as error:
         rest = "what is there is whole, and the same command fetches the rest"

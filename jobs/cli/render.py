@@ -46,7 +46,7 @@ def render(
     config = settings.load()
     logs.configure(config, level="WARNING")
     if torchrun.is_beside_the_first():  # which tells this one what to do
-        _run(NOTHING, target, config, on_video=lambda _name, _video: None)
+        _run(NOTHING, target, config, on_begin=_not_told, on_video=_not_told)
         return exits.OK
     look = prompt_files.preset(preset, config)
     with prompt_files.opened(file) as (stream, source):
@@ -62,20 +62,34 @@ def render(
                 else None,
             )
         )
+    orders.refuse_others(target)
     if look.look.model_path in standalone.TINY_MODELS:
         standalone.place_tiny_models(config, output.note, [look.look.model_path])
     for text in orders.notes:
         output.note(f"note: {text}")
     _make_folder(target)
     videos: list[dict[str, object]] = []
+    begun: set[str] = set()
+
+    def on_begin(name: str) -> None:
+        output.note(f"rendering {name}")
+        begun.add(name)
 
     def on_video(name: str, video: Path) -> None:
-        videos.append({"file": str(video), "custom_id": orders.claims[name].custom_id})
+        if name not in begun:
+            output.note(f"{video} is there already: passed over")
+        videos.append(
+            {
+                "file": str(video),
+                "custom_id": orders.claims[name].custom_id,
+                "status": "rendered" if name in begun else "there",
+            }
+        )
         if not as_json:
             output.line(str(video))
 
     with _sigterm_as_ctrl_c():
-        _run(orders, target, config, on_video=on_video)
+        _run(orders, target, config, on_begin=on_begin, on_video=on_video)
     if as_json:
         output.emit({"videos": videos})
     return exits.OK
@@ -86,6 +100,7 @@ def _run(
     target: Path,
     config: settings.Settings,
     *,
+    on_begin: Callable[[str], None],
     on_video: Callable[[str, Path], None],
 ) -> None:
     parts.RENDER_ALONE.load()(
@@ -93,9 +108,13 @@ def _run(
         target,
         config,
         read_image=orders.read_image,
-        on_begin=lambda name: output.note(f"rendering {name}"),
+        on_begin=on_begin,
         on_video=on_video,
     )
+
+
+def _not_told(*_: object) -> None:
+    """The first one hears of it."""
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import ipaddress
 import socket
 from collections.abc import Callable
 
@@ -83,16 +82,9 @@ def _listen(config: settings.Settings) -> list[socket.socket]:
 
 def make_service(config: settings.Settings, db: database.Database) -> Service:
     """On loopback one person needs no token; elsewhere everybody does. Refused without any."""
-    is_local = is_loopback(config.web_host)
-    needs_token = config.web_require_token or not is_local
+    needs_token = tokens.are_needed(config)
     if needs_token and not _may_have_token(db):
-        raise Refused(
-            f"{config.web_host} is reached by others, and there is no token: make one with "
-            "`rushes token create NAME`, or listen on 127.0.0.1"
-            if not is_local
-            else "RUSHES_WEB_REQUIRE_TOKEN is set, and there is no token: make one with "
-            "`rushes token create NAME`"
-        )
+        raise Refused(tokens.none_there(config))
     allowed = names(config.web_names)
     host_names = None if needs_token and not allowed else direct.LOOPBACK | allowed
     serving = Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
@@ -110,15 +102,6 @@ def _may_have_token(db: database.Database) -> bool:
             raise
         log.warning("database.awaited", error=str(error.orig)[:300])
         return True
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def address_of(config: settings.Settings) -> str:

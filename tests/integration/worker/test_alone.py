@@ -146,14 +146,63 @@ def test_the_models_of_the_demo_need_no_preparation(world, rushes):
 
 
 def test_what_is_there_is_not_made_again(world, rushes, alone):
-    """Whatever it shows: only its name is looked at."""
+    """Whatever it shows: its sidecar is asked. A sidecar alone is what a crash has left."""
     shutil.copytree(world / "alone", world / "mine")
     first = world / "mine/first.mp4"
     first.write_bytes(b"mine")
-    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", "mine")
+    (world / "mine/00001.mp4").unlink()
+    render = ("render", "prompts.jsonl", "--preset", "preset.json", "--to", "mine")
+    result = rushes(*render)
     assert result.stdout == alone.replace("alone/", "mine/")
-    assert "rendering" not in result.stderr
+    said = [line for line in result.stderr.splitlines() if "mine/" in line or "rendering" in line]
+    assert said == ["mine/first.mp4 is there already: passed over", "rendering 00001"]
     assert first.read_bytes() == b"mine"
+    (world / "mine/00001.mp4").unlink()
+    told = json.loads(rushes(*render, "-o", "json").stdout)["videos"]
+    assert [video["status"] for video in told] == ["there", "rendered"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prompt": "a cat"}, "was made from another prompt"),
+        ({"negative_prompt": "blurred"}, "was made from another negative prompt"),
+        ({"image": "other.png", "seed": 9}, "was made from another image, seed"),
+        ({"width": 64, "fps": 9}, "was made from another look (width, fps)"),
+    ],
+)
+def test_a_video_of_something_else_is_told_before_anything_is_made(
+    world, rushes, alone, change, told
+):
+    Image.new("RGB", (60, 40)).save(world / "other.png")
+    row = json.dumps(ROWS[0] | change)
+    (world / "other.jsonl").write_text(f'{{"prompt": "x", "image": "first.png"}}\n{row}\n')
+    before = {path: path.read_bytes() for path in (world / "alone").iterdir()}
+    result = rushes("render", "other.jsonl", "--preset", "preset.json", "--to", "alone")
+    assert result.exit_code == 2
+    advice = "give another folder, or remove it"
+    assert result.stderr.splitlines()[-1] == f"alone: first.mp4 is there and {told}: {advice}"
+    assert {path: path.read_bytes() for path in (world / "alone").iterdir()} == before
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"prompt": "a red circle moves"}'])
+def test_a_video_of_which_nobody_knows_is_not_taken_for_ours(world, rushes, alone, tmp_path, text):
+    shutil.copy(world / "alone/first.mp4", tmp_path / "first.mp4")
+    if text is not None:
+        (tmp_path / "first.json").write_text(text)
+    result = rushes("render", "prompts.jsonl", "--preset", "preset.json", "--to", str(tmp_path))
+    assert result.exit_code == 2
+    assert "first.mp4 is there and has no sidecar that says what it was made" in result.stderr
+
+
+def test_a_seed_that_nobody_gave_may_be_any(world, rushes, alone):
+    """And how the model lay in memory may differ, as after running out of it."""
+    rows = [{key: value for key, value in row.items() if key != "seed"} for row in ROWS]
+    (world / "drawn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (world / "small.json").write_text(json.dumps(PRESET | {"cpu_offload": True}))
+    result = rushes("render", "drawn.jsonl", "--preset", "small.json", "--to", "alone")
+    assert result.stdout == alone, result.stderr
+    assert "rendering" not in result.stderr
 
 
 def test_what_fails_leaves_nothing_half_made(world, rushes, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from jobs import database, migrate, servers, settings, standalone, stores, supervisor
+from jobs import database, migrate, servers, settings, standalone, stores, supervisor, tokens
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -312,3 +312,27 @@ def test_addresses_that_it_was_given_are_found_by_other_terminals(tmp_path, monk
     }
     monkeypatch.delenv("RUSHES_RESULTS_URL")
     assert set(standalone._own_addresses(settings.load())) == {"DATABASE_URL"}
+
+
+def test_a_page_that_nobody_may_reach_is_not_said_to_be_served(sqlite_database_url):
+    """Until there is a token: then it begins by itself."""
+    here = settings.load(database_url=sqlite_database_url)
+    open_to_all = settings.load(web_host="0.0.0.0", database_url=sqlite_database_url)
+    with contextlib.closing(database.connect(here)) as db:
+        migrate.upgrade(db)
+        assert standalone._web_place(here, db, 8001) == "http://127.0.0.1:8001"
+        said = standalone._web_place(open_to_all, db, 8001)
+        assert said.startswith("not served yet: 0.0.0.0 is reached by others")
+        assert "`rushes token create NAME`" in said
+        with db.transaction() as session:
+            tokens.create(session, name="x", owner="", scopes=[tokens.Scope.READ])
+        assert standalone._web_place(open_to_all, db, 8001) == "http://0.0.0.0:8001"
+
+
+def test_another_terminal_is_told_where_to_go_and_a_file_that_is_there(tmp_path):
+    said = standalone._ready(settings.load(home=".rushes").home)
+    assert said.endswith("in this folder: `rushes submit FILE --preset tiny`")
+    Path("examples").mkdir()
+    Path("examples/prompts.jsonl").touch()
+    said = standalone._ready(tmp_path)
+    assert f"with RUSHES_HOME={tmp_path}: `rushes submit examples/prompts.jsonl" in said

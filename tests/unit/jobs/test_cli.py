@@ -1191,6 +1191,13 @@ def test_a_service_with_a_wrong_database_ends_with_a_line(
     assert not Path("elsewhere.db").exists()
 
 
+def test_a_command_in_another_folder_than_that_of_up_is_told_where_to_go(rushes: Rushes) -> None:
+    """An empty database of its own would queue jobs that nobody renders."""
+    told = rushes("list").stderr
+    assert "rushes.db: there is no such file: run this in the folder of `rushes up`" in told
+    assert told.index("RUSHES_HOME") < told.index("rushes migrate")
+
+
 def test_worker_refuses_devices_that_are_not_there(db: database.Database, rushes: Rushes) -> None:
     result = rushes("worker", "--devices", "gpu")
     assert result.exit_code == exits.USAGE

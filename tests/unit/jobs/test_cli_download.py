@@ -294,7 +294,7 @@ def test_a_folder_keeps_to_one_batch(tmp_path: Path) -> None:
 
 
 def take(folder: Path, batch_id: str) -> None:
-    with download.taken(folder, batch_id):
+    with download.taken(database.connect(settings.load()), batch_id, folder, sidecars=False):
         pass
 
 
@@ -303,7 +303,7 @@ def test_two_downloads_do_not_work_in_one_folder(
 ) -> None:
     """As `--watch` in a terminal and the same command by cron; the second is told at once."""
     batch_id = finished_batch(db, store, "a")
-    with download.taken(Path("out"), batch_id):
+    with download.taken(db, batch_id, Path("out"), sidecars=False):
         result = rushes("download", batch_id, "out")
         assert result.exit_code == exits.ERROR
         assert "out: another download works in this folder" in result.stderr
@@ -335,6 +335,37 @@ def test_a_file_of_ones_own_is_not_replaced_by_one_of_the_batch(
     assert result.exit_code == exits.USAGE
     assert f"holds a {name} of no batch" in result.stderr
     assert [path.read_text() for path in Path("site").iterdir()] == ["{}"]
+
+
+@pytest.mark.parametrize("name", ["cat.mp4", "dog.mp4", "cat.json"])
+def test_a_video_of_ones_own_is_not_replaced_either(
+    db: database.Database, store: storage.ObjectStore, name: str
+) -> None:
+    """As those of `rushes render`; nor later, by one whose job is not finished yet."""
+    Path("p.jsonl").write_text(
+        '{"prompt": "x", "custom_id": "cat"}\n{"prompt": "x", "custom_id": "dog"}\n'
+    )
+    batch_id = rushes("submit", "p.jsonl", "--preset", "tiny", "-q").stdout.strip()
+    finish(db, store, batch_id, 0)
+    Path("mine").mkdir()
+    Path("mine", name).write_text("mine")
+    result = rushes("download", batch_id, "mine", "--include", "sidecar")
+    assert result.exit_code == exits.USAGE
+    assert f"mine: holds a {name} of no batch, which would be replaced" in result.stderr
+    assert [path.read_text() for path in Path("mine").iterdir()] == ["mine"]
+    Path("mine", name).rename("mine/bird.mp4")
+    assert rushes("download", batch_id, "mine").exit_code == exits.OK
+    assert files(Path("mine")) == {"bird.mp4", "cat.mp4"}
+
+
+def test_the_same_videos_in_a_folder_without_mark_are_no_others(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "a", "b")
+    Path("copy").mkdir()
+    Path("copy/a.mp4").write_bytes(CONTENT)
+    told = json.loads(rushes("download", batch_id, "copy", "-o", "json").stdout)
+    assert (told["downloaded"], told["already_there"]) == (1, 1)
 
 
 def test_a_folder_that_was_copied_without_its_mark_goes_on(

@@ -1,6 +1,7 @@
 """Prompt files become rows, and what is wrong with them is told by line."""
 
 import csv
+import dataclasses
 import io
 import json
 import tracemalloc
@@ -620,6 +621,18 @@ def test_the_examples_can_be_submitted(name):
         items = list(readers.without_duplicates(readers.read(stream, format=format)))
     assert len(items) == 8
     assert all(isinstance(item, prompt_row.PromptRow) for item in items), items
+
+
+def test_the_examples_are_the_same_in_every_format_and_pictures_are_others():
+    """In one folder, one would be taken for the other."""
+    rows = {}
+    for name in ("prompts.jsonl", "prompts.csv", "pictures.jsonl"):
+        with (ROOT / "examples" / name).open("rb") as stream:
+            read = readers.read(stream, format=readers.detect_format(name, b""))
+            rows[name] = [dataclasses.replace(row, line=0) for row in read]
+    assert rows["prompts.csv"] == rows["prompts.jsonl"]
+    ids = [{row.custom_id for row in rows[name]} for name in ("prompts.jsonl", "pictures.jsonl")]
+    assert not ids[0] & ids[1]
 
 
 def test_the_documentation_names_every_key_and_limit():

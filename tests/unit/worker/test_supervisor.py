@@ -192,6 +192,14 @@ def test_children_end_with_a_parent_that_was_killed(tmp_path):
     until(lambda: is_gone(child))
 
 
+def test_the_log_of_a_child_that_ended_is_named(child, clock, tmp_path, capsys):
+    """It says why."""
+    one = child(SLEEP, log_path=tmp_path / "log")
+    end(one)
+    assert one.revive()
+    assert str(tmp_path / "log") in capsys.readouterr().out
+
+
 def test_output_is_appended_to_the_log(child, tmp_path):
     log_path = tmp_path / "logs" / "log"
     for word in ("one", "two"):

@@ -99,7 +99,7 @@ def make_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         db = database.connect(config)
         opened.append(db)
         migrate.upgrade(db)
-        if config.web_require_token or not server.is_loopback(config.web_host):
+        if tokens.are_needed(config):
             with db.transaction() as session:
                 tokens.create(session, name="first", owner="", scopes=[tokens.Scope.ADMIN])
         serving = server.make_service(config, db)
