@@ -34,6 +34,11 @@ CUT_OFF = """[...document.querySelectorAll(".chart text")].filter((text) => {
   return own.top < all.top || own.left < all.left;
 }).map((text) => text.textContent)"""
 SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
+IS_BEHIND_BAR = """(() => {
+  const [own, bar] = [document.activeElement, document.querySelector(".sticky")];
+  if (!own.closest(".cards")) return false;
+  return own.getBoundingClientRect().bottom > bar.getBoundingClientRect().top;
+})()"""
 
 
 @pytest.fixture(scope="module")

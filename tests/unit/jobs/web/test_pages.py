@@ -515,6 +515,8 @@ def test_owners_see_their_own_and_readers_get_no_buttons(guarded: Web) -> None:
     ann, ben = visitor(guarded, "ann"), visitor(guarded, "ben")
     reader, admin = visitor(guarded, "ann", "read"), visitor(guarded, "", "admin")
     batch_id = guarded.submit(headers=guarded.token("ann"), name="anns")
+        assert "You are not logged in" in answer.text
+        assert "stored" not in answer.text
     job_id = guarded.job_id(batch_id)
     attempt_id = guarded.claim(job_id)
     base, job = f"/batches/{batch_id}", f"/jobs/{job_id}"
@@ -684,3 +686,10 @@ def test_the_page_of_a_batch_says_why_nobody_renders_it(web: Web, browser: Brows
     page = browser.get(f"/batches/{batch_id}").text
     assert "Nobody renders queue rushes.render.tiny now" in page
     assert re.search(r"gpu0@host takes nothing until .*: no &lt;room&gt;", page)
+def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    current = re.compile(r'aria-current="true">\s*(\w+)')
+    for asked, word in (("", "all"), ("?state=queued", "queued")):
+        assert current.findall(browser.get(f"/batches/{batch_id}{asked}").text) == [word]
+
+
