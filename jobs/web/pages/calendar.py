@@ -25,13 +25,14 @@ HISTORY = 50
 WORDS = (
     (re.compile(r"\bname\b"), "name"),
     (re.compile(r"zone"), "zone"),
-    (re.compile(r"catch_up"), "catch_up"),
-    (re.compile(r"^repeat"), "repeat"),
-    (re.compile(r"^priority"), "priority"),
-    (re.compile(r"^list|\blists?\b"), "lists"),
 )
 """What a message speaks of, and its field; the first that fits counts."""
 
+LONG = {
+    "name": "The name may have at most {:,} characters.",
+    "prompts": "There may be at most {:,} prompts.",
+}
+"""What is told of a field that is too long."""
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
@@ -149,7 +150,9 @@ def _add(serving: service.Service, who: access.Principal, given: Given, found: C
         )
     except ValidationError as error:
         for detail in error.errors():
-            found.add(str(detail["loc"][0]), f"{detail['loc'][0]}: {detail['msg']}")
+            field, most = str(detail["loc"][0]), detail.get("ctx", {}).get("max_length")
+            told = f"{field}: {detail['msg']}"
+            found.add(field, LONG[field].format(most) if most and field in LONG else told)
         return
     timetable.add(new, serving, who)
 
@@ -172,7 +175,9 @@ def _complain(error: errors.RushesError, found: Complaints) -> None:
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
         return
     for problem in error.problems[: complaints.MOST_LINES]:
-        if problem.line is not None or error.source.startswith("prompts"):
+        if error.source == "lists":
+            found.add("lists", problem.message)
+        elif problem.line is not None or error.source.startswith("prompts"):
             found.add("prompts", str(problem))
         else:
             fits = (field for word, field in WORDS if word.search(problem.message))

@@ -198,7 +198,9 @@ def _settings(given: Given, found: Complaints) -> dict[str, Any]:
     if isinstance(strength, str):
         found.add("strength", f"The strength must be a number such as 0.8, got {strength!r}.")
         strength = 1
-    if names:
+    if len(names) > prompt_row.MAX_LORAS:
+        found.add("lora", f"There may be at most {prompt_row.MAX_LORAS} LoRAs, got {len(names)}.")
+    elif names:
         settings["lora"] = [
             {"path" if "/" in name else "name": name, "strength": strength} for name in names
         ]

@@ -141,7 +141,7 @@ WRONG = [
     ({"seed": "nan"}, "seed", "seed must"),
     ({"seed": "1e999"}, "seed", "seed must"),
     ({"seed": "9" * 400}, "seed", "seed must"),
-    ({"repeat": "0"}, "repeat", "must be 1 to"),
+    ({"repeat": "0"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
     ({"repeat": "two"}, "repeat", "whole number"),
     ({"size": "33x32"}, "size", "multiple of 16"),
     ({"size": "large"}, "size", "size must"),
@@ -153,6 +153,7 @@ WRONG = [
     ({"lora": "film", "strength": "11"}, "lora", "strength"),
     ({"strength": "strong"}, "strength", "must be a number"),
     ({"strength": "NaN"}, "strength", "must be a number"),
+    ({"lora": ",".join("abcdefghi")}, "lora", "at most 8 LoRAs, got 9"),
     ({"priority": "101"}, "priority", "-100 to 100"),
     ({"name": "x" * 201}, "name", "1 to 200"),
     ({"preset": "tiny_i2v"}, "image", "starts from a picture"),
@@ -339,29 +340,35 @@ def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser
 
 
 WRONG_SCHEDULES = [
-    ({"name": ""}, "name"),
-    ({"name": "a/b"}, "name"),
-    ({"name": "."}, "name"),
-    ({"name": ".."}, "name"),
-    ({"cron": "99 * * * *"}, "cron"),
-    ({"zone": "Europe/Berln"}, "zone"),
-    ({"prompts": ""}, "prompts"),
-    ({"prompts": "a {{stlye}}"}, "prompts"),
-    ({"lists": "style"}, "lists"),
-    ({"lists": "style=\nstyle=noir"}, "lists"),
-    ({"repeat": "x"}, "repeat"),
-    ({"priority": "101"}, "priority"),
-    ({"preset": "nothing"}, "preset"),
-    ({"misfire": "never"}, "misfire"),
+    ({"name": ""}, "name", "a name"),
+    ({"name": "a/b"}, "name", "without /"),
+    ({"name": "."}, "name", "must not be"),
+    ({"name": ".."}, "name", "must not be"),
+    ({"name": "n" * 151}, "name", "The name may have at most 150 characters."),
+    ({"cron": "99 * * * *"}, "cron", "99"),
+    ({"zone": "Europe/Berln"}, "zone", "Europe/Berlin"),
+    ({"prompts": ""}, "prompts", "Type a prompt"),
+    ({"prompts": "a\n" * 10_001}, "prompts", "There may be at most 10,000 prompts."),
+    ({"prompts": "a {{stlye}}"}, "prompts", "unknown variable"),
+    ({"lists": "style"}, "lists", "is no list"),
+    ({"lists": "style=\nstyle=noir"}, "lists", "is there twice"),
+    ({"lists": "style="}, "lists", "style must have 1 to 1,000 items, got 0"),
+    ({"lists": "name=", "prompts": "{{name}}"}, "lists", "name must have 1 to 1,000 items"),
+    ({"repeat": "x"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
+    ({"repeat": "0"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
+    ({"priority": "101"}, "priority", "The priority must be a whole number from -100 to 100"),
+    ({"catch_up": "0"}, "catch_up", "The number of missed times must be a whole number from 1"),
+    ({"preset": "nothing"}, "preset", "no preset"),
+    ({"misfire": "never"}, "misfire", "misfire"),
 ]
 
 
 def test_a_bad_schedule_is_told_at_its_field(browser: Browser) -> None:
-    for given, field in WRONG_SCHEDULES:
+    for given, field, words in WRONG_SCHEDULES:
         form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a"} | given
         answer = browser.post("/schedules", form, of="/schedules")
         assert answer.status_code == 422, given
-        assert field in errors_of(answer.text), (given, errors_of(answer.text))
+        assert words in errors_of(answer.text).get(field, ""), (given, errors_of(answer.text))
     both = {"name": "n", "preset": "tiny", "prompts": "a", "cron": "a zone", "zone": "none"}
     text = browser.post("/schedules", both, of="/schedules").text
     assert {"cron", "zone"} <= set(errors_of(text))
