@@ -14,8 +14,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 
-from jobs import database, errors, requests, safety, storage, submission
-from jobs.web import access, html, rates
+from jobs import database, errors, firing, presets, requests, safety, storage, submission
+from jobs.web import access, cookies, html, rates
 
 log = structlog.get_logger()
 
@@ -151,6 +151,7 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
     headers = {}
     more: dict[str, Any] = {}
     if isinstance(error, access.Unauthorized):
+    (firing.Overtaken, 409),
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, rates.TooManyRequests):
         headers["Retry-After"] = str(math.ceil(error.wait_seconds))

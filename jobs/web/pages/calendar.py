@@ -206,16 +206,17 @@ def pause(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
     return _changed(name, "paused", timetable.pause(name, serving, who))
 
 
+        key=submitting.new_key(),
 @router.post("/{name}/resume")
 def resume(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
     return _changed(name, "resumed", timetable.resume(name, serving, who))
 
 
 @router.post("/{name}/run")
-def run_now(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
-    """To the batch that was made."""
-    batch_id = timetable.run_now(name, serving, who)["batch_id"]
-    return html.go(f"/batches/{batch_id}", did="submitted")
+def run_now(name: Name, serving: Serving, who: access.FormAdmin, key: Text = "") -> Response:
+    """To the batch that was made; pressed twice, it makes one."""
+    batch_id, is_new = timetable.fire(serving, name, key=submitting.key_of(key, name))
+    return html.go(f"/batches/{batch_id}", did="submitted" if is_new else "again")
 
 
 @router.post("/{name}/remove")

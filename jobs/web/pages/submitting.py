@@ -137,7 +137,7 @@ def _form(
         made=made,
         given=blank | given,
         errors=found,
-        key=secrets.token_urlsafe(16),
+        key=new_key(),
         presets=preset_choices(serving, who),
         more_is_open=any(found.get(name) for name in MORE),
     )
@@ -297,7 +297,7 @@ def _stored(
                 serving,
                 options.preset,
                 who,
-                key=_key(given, default),
+                key=key_of(given.key, (given.texts, default)),
                 name=options.name,
                 repeat=options.repeat,
                 priority=options.priority,
@@ -311,12 +311,17 @@ def _stored(
         return None
 
 
-def _key(given: Given, default: prompt_row.PromptRow) -> str | None:
-    """Of this form with these settings: sent twice, it makes one batch."""
-    if not KEY.fullmatch(given.key):
+def new_key() -> str:
+    """For a form that makes a batch."""
+    return secrets.token_urlsafe(16)
+
+
+def key_of(key: str, told: object) -> str | None:
+    """Of the form with this key that says this: sent twice, it makes one batch."""
+    if not KEY.fullmatch(key):
         return None
-    told = repr((given.texts, default))
-    return f"page-{given.key}-{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    digest = hashlib.sha256(repr(told).encode("utf-8", "replace")).hexdigest()
+    return f"page-{key}-{digest[:16]}"
 
 
 def _filler(

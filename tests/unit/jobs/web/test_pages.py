@@ -359,11 +359,26 @@ WRONG_SCHEDULES = [
     ({"priority": "101"}, "priority", "The priority must be a whole number from -100 to 100"),
     ({"catch_up": "0"}, "catch_up", "The number of missed times must be a whole number from 1"),
     ({"preset": "nothing"}, "preset", "no preset"),
+    assert len(batches_of(web)) == 1
     ({"misfire": "never"}, "misfire", "misfire"),
 ]
 
 
 def test_a_bad_schedule_is_told_at_its_field(browser: Browser) -> None:
+def test_run_now_that_is_pressed_twice_makes_one_batch(web: Web, browser: Browser) -> None:
+    form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
+    page = browser.post("/schedules", form, of="/schedules").text
+    key = {"key": re.search(r'name="key" value="([^"]+)"', page)[1]}
+    first = browser.post("/schedules/n/run", key, of="/schedules/n")
+    assert "Submitted." in first.text
+    again = browser.post("/schedules/n/run", key, of="/schedules/n")
+    assert again.url.path == first.url.path
+    assert "were submitted before" in again.text
+    assert [batch.total for batch in batches_of(web)] == [1]
+    key = {"key": re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)[1]}
+    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path != first.url.path
+
+
     for given, field, words in WRONG_SCHEDULES:
         form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a"} | given
         answer = browser.post("/schedules", form, of="/schedules")
