@@ -34,12 +34,12 @@ CUT_OFF = """[...document.querySelectorAll(".chart text")].filter((text) => {
   const [own, all] = [text, text.closest("svg")].map((each) => each.getBoundingClientRect());
   return own.top < all.top || own.left < all.left;
 }).map((text) => text.textContent)"""
-SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
 IS_BEHIND_BAR = """(() => {
   const [own, bar] = [document.activeElement, document.querySelector(".sticky")];
   if (!own.closest(".cards")) return false;
   return own.getBoundingClientRect().bottom > bar.getBoundingClientRect().top;
 })()"""
+SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
 
 
 @pytest.fixture(scope="module")

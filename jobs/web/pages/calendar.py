@@ -1,5 +1,6 @@
 """The page: schedules."""
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from jobs import cron, errors
-from jobs.web import access, bodies, html, service, timetable
+from jobs import cron, errors, presets
+from jobs.web import access, bodies, html, problems, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
 from jobs.web.pages.complaints import Complaints
@@ -27,12 +28,12 @@ WORDS = (
     (re.compile(r"zone"), "zone"),
 )
 """What a message speaks of, and its field; the first that fits counts."""
-
 LONG = {
     "name": "The name may have at most {:,} characters.",
     "prompts": "There may be at most {:,} prompts.",
 }
 """What is told of a field that is too long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
@@ -76,6 +77,10 @@ def _list(
     rows = [row for row in every if row["name"] > after]
     following = rows[ROWS - 1]["name"] if len(rows) > ROWS else None
     texts = dataclasses.asdict(given)
+    choices: list[dict[str, Any]] = []
+    if who.is_admin:
+        with contextlib.suppress(presets.FolderMissing):  # the schedules can be seen all the same
+            choices = submitting.preset_choices(serving, who)
     return html.page(
         request,
         "schedules.html",
@@ -84,7 +89,7 @@ def _list(
         schedules=rows[:ROWS],
         next_url=html.address("/schedules", after=following) if following else None,
         first_url="/schedules" if after else None,
-        presets=submitting.preset_choices(serving, who) if who.is_admin else [],
+        presets=choices,
         given=texts | {"preset": given.preset or serving.config.default_preset or ""},
         errors=found,
     )
@@ -108,12 +113,16 @@ def add(
     if not is_own:
         found.add("", complaints.STALE)
         return _list(request, serving, who, given=given, found=found.by_field, status=403)
+    status = 422
     try:
         _add(serving, who, given, found)
     except complaints.TOLD as error:
         _complain(error, found)
+    except problems.AWAY as error:
+        status = 503
+        found.add_outage(error, path=request.url.path)
     if found:
-        return _list(request, serving, who, given=given, found=found.by_field, status=422)
+        return _list(request, serving, who, given=given, found=found.by_field, status=status)
     return html.go(_path(given.name.strip()), did="added")
 
 
@@ -197,6 +206,7 @@ def show(name: Name, request: Request, serving: Serving, who: access.Reader) -> 
             (moment, f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}") for moment in row["coming"]
         ],
         firings=timetable.history(name, serving, who, limit=HISTORY)["firings"],
+        key=submitting.new_key(),
         most=HISTORY,
     )
 
@@ -206,7 +216,6 @@ def pause(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
     return _changed(name, "paused", timetable.pause(name, serving, who))
 
 
-        key=submitting.new_key(),
 @router.post("/{name}/resume")
 def resume(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
     return _changed(name, "resumed", timetable.resume(name, serving, who))

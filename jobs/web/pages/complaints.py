@@ -49,8 +49,13 @@ class Complaints:
         if len(error.problems) > MOST_LINES:
             self.add(at, f"… and {len(error.problems) - MOST_LINES:,} more.")
 
+    def add_outage(self, error: Exception, *, path: str) -> None:
+        """One of `problems.OUTAGES`."""
+        told = problems.outage(error, path=path)
+        self.add("", f"{told.capitalize()}. Press the button again in a while.")
+
     def whole(self, name: str, text: str) -> int | None:
-        """The number in a field; None, and a complaint, when there is none."""
+        """The number in a field; None, and a complaint, when there is none that will do."""
         found = number(text)
         words, least, most = RANGES[name]
         if type(found) is not int or not least <= found <= most:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from jobs import errors, prompt_row, queries, readers, submission
-from jobs.web import access, batches, bodies, html, receiving, service, system
+from jobs.web import access, batches, bodies, html, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -105,13 +105,18 @@ def submit(
     if not is_own:
         found.add("", complaints.STALE)
         return _form(request, serving, who, given=given.texts, found=found.by_field, status=403)
-    made = None
+    made, status = None, 422
     try:
         made = _submitted(serving, who, given, found)
     except complaints.TOLD as error:
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
+    except submission.AnswerLost:
+        raise  # it may be stored
+    except problems.OUTAGES as error:
+        status = 503
+        found.add_outage(error, path=request.url.path)
     if made is None:
-        return _form(request, serving, who, given=given.texts, found=found.by_field, status=422)
+        return _form(request, serving, who, given=given.texts, found=found.by_field, status=status)
     did = "submitted" if made.is_new else "again"
     if not who.may_read:
         return html.go(f"/submit?made={made.batch_id}", did=did)

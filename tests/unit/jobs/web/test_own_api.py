@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -540,7 +541,6 @@ def test_a_schedule_over_http(web: Web) -> None:
     assert web.client.get("/api/schedules/night").status_code == 404
 
 
-def test_presets_workers_and_health(web: Web) -> None:
 def test_of_two_that_run_a_schedule_now_one_is_told_to_try_again(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,6 +583,7 @@ def test_without_the_folder_of_presets_there_are_none(
     assert web.client.get("/schedules").status_code == 200
 
 
+def test_presets_workers_and_health(web: Web) -> None:
     names = [preset["name"] for preset in web.client.get("/api/presets").json()["presets"]]
     assert "tiny" in names
     assert web.client.get("/api/workers").json() == {"workers": []}
