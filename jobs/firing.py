@@ -209,8 +209,13 @@ def add(
     return schedule, checked
 
 
-def fire_now(config: settings.Settings, db: database.Database, name: str) -> str:
-    """A batch at once, beside the rule, whatever the policies say and even while paused; its id."""
+def fire_now(
+    config: settings.Settings, db: database.Database, name: str, *, key: str | None = None
+) -> tuple[str, bool]:
+    """A batch at once, beside the rule, whatever the policies say and even while paused.
+
+    Its id, and whether it is new: with the `key` of an earlier one it is that one. Overtaken.
+    """
     with db.reading() as session:
         schedule, moment = schedules.find(session, name), database.now(session)
 
@@ -221,13 +226,22 @@ def fire_now(config: settings.Settings, db: database.Database, name: str) -> str
         locked.counter += 1
         _record(session, locked.id, moment, batch_id=batch_id, is_manual=True)
 
-    with prompt_file(config, schedule, moment) as file:
-        return submission.submit(db, file, beside=record).batch_id
+    try:
+        with prompt_file(config, schedule, moment, key=key) as file:
+            made = submission.submit(db, file, beside=record)
+    except errors.IdempotencyConflict as conflict:
+        return conflict.batch_id, False  # of another minute, which stands in its name
+    return made.batch_id, made.is_new
 
 
 @contextmanager
 def prompt_file(
-    config: settings.Settings, schedule: Schedule, moment: datetime, *, may_wait: bool = False
+    config: settings.Settings,
+    schedule: Schedule,
+    moment: datetime,
+    *,
+    may_wait: bool = False,
+    key: str | None = None,
 ) -> Iterator[submission.PromptFile]:
     """The prompts of the firing at `moment`, with its variables filled in.
 
@@ -262,6 +276,7 @@ def prompt_file(
                 name=f"{schedule.name} {wall:%Y-%m-%d %H:%M}",
                 owner=schedule.owner,
                 max_queued=config.max_queued_per_owner,
+                idempotency_key=key,
                 **schedule.options,
             ),
             images=images,

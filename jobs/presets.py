@@ -23,6 +23,7 @@ __all__ = [
     "MAX_SEED",
     "SHIPPED_FOLDER",
     "BrokenPreset",
+    "FolderMissing",
     "Look",
     "LoraUse",
     "Preset",
@@ -92,6 +93,13 @@ class BrokenPreset:
     reason: str
 
 
+class FolderMissing(errors.FileUnusable):
+    """The person's own presets are away: a shipped one would be taken for theirs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"RUSHES_PRESETS_DIR: there is no folder {folder}")
+
+
 def frames_for_seconds(seconds: float, fps: int) -> int:
     """The 4n+1 frames nearest to this length, the longer at a tie: 5 s at 16 fps are 81 frames."""
     if not (math.isfinite(seconds) and seconds > 0):
@@ -127,9 +135,9 @@ def load(name_or_path: str, *, folder: Path | None = None, names_only: bool = Fa
 
 
 def check_folder(folder: Path | None) -> None:
-    """FileUnusable where it is missing: a shipped preset would be taken for the person's own."""
+    """FolderMissing where it is."""
     if folder is not None and not folder.is_dir():
-        raise errors.FileUnusable(f"RUSHES_PRESETS_DIR: there is no folder {folder}")
+        raise FolderMissing(folder)
 
 
 def available(folder: Path | None = None) -> list[Preset | BrokenPreset]:

@@ -293,7 +293,7 @@ def remove(name: str, as_json: bool) -> None:
 def run_now(name: str, quiet: bool, as_json: bool) -> None:
     """Make its next batch at once, beside the rule and even while paused."""
     config = settings.load()
-    batch_id = firing.fire_now(config, connections.open_database(config), name)
+    batch_id, _ = firing.fire_now(config, connections.open_database(config), name)
     if delayed := bell.kick(config):
         output.note(f"note: {delayed}")
     if as_json:

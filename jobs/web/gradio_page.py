@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.routing import Mount
 
 from jobs import errors, presets, queries, states
-from jobs.web import access, batches, html, service, videos
+from jobs.web import access, batches, html, problems, service, videos
 
 PATH = "/gradio"
 LOOK_SECONDS = 1.0
@@ -69,8 +69,7 @@ def _name(request: Request) -> str | None:
 
 
 def _page(gradio: Any, serving: service.Service) -> Any:
-    found = presets.available(serving.config.presets_dir)
-    names = [preset.name for preset in found if isinstance(preset, presets.Preset)]
+    names = [preset.name for preset in serving.usable_presets()]
     with gradio.Blocks(title="rushes", analytics_enabled=False) as page:
         gradio.Markdown("# One prompt\n[Batches, gallery, farm and all else](/batches)")
         with gradio.Row():
@@ -102,6 +101,9 @@ def _handler(gradio: Any, serving: service.Service) -> Callable[..., Told]:
             yield from _follow(serving, who, _submit(serving, who, prompt, preset, seed, image))
         except errors.InvalidInput as error:
             told = "; ".join(problem.message for problem in error.problems)  # all of one prompt
+            raise gradio.Error(told, print_exception=False) from None
+        except presets.FolderMissing as error:
+            told = problems.outage(error, path=PATH)
             raise gradio.Error(told, print_exception=False) from None
         except errors.RushesError as error:
             raise gradio.Error(str(error), print_exception=False) from None

@@ -46,6 +46,7 @@ NOTES = {
     "removed": "The schedule is removed; its batches stay.",
     "login": "You are logged in.",
     "logout": "You are logged out.",
+    "ended": "Your login has ended: what you sent since then was not stored.",
 }
 """What a page may be asked to say after something was done, by the word in its address."""
 

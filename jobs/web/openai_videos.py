@@ -351,9 +351,7 @@ def retrieve_model(name: str, serving: Serving, principal: access.Reader) -> dic
 @router.get("/models")
 def list_models(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The presets."""
-    found = presets.available(serving.config.presets_dir)
-    data = [_model(preset) for preset in found if isinstance(preset, presets.Preset)]
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": [_model(preset) for preset in serving.usable_presets()]}
 
 
 def _model(preset: presets.Preset) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 
-from jobs import database, errors, requests, safety, storage, submission
-from jobs.web import access, html, rates
+from jobs import database, errors, firing, presets, requests, safety, storage, submission
+from jobs.web import access, cookies, html, rates
 
 log = structlog.get_logger()
 
@@ -34,6 +34,10 @@ TYPES = {
     429: "rate_limit_error",
 }
 """OpenAI's words for our statuses."""
+FORMS = ("/submit", "/schedules")  # pages that are asked for where they are sent to
+AWAY = (safety.CheckBroken, storage.StorageUnavailable, presets.FolderMissing)
+"""Nobody who asks is to blame; they are asked before anything is stored."""
+OUTAGES = (*AWAY, database.DatabaseUnavailable, DBAPIError, NoConnectionFree)
 
 
 def install(app: FastAPI) -> None:
@@ -76,11 +80,10 @@ def _page(
     more: Mapping[str, Any],
 ) -> Response:
     if status == 401:
-        login = "/login"
-        if request.method in ("GET", "HEAD") and request.scope["path"] != "/":
-            query = request.scope["query_string"].decode("latin-1")
-            asked = quote(request.scope["path"]) + (f"?{query}" if query else "")
-            login += f"?next={quote(asked, safe='')}"
+        is_look = request.method in ("GET", "HEAD")
+        has_ended = not is_look or cookies.secret_of(request) is not None
+        did = "ended" if has_ended else None
+        login = html.address("/login", next=_following(request), did=did)
         if "hx-request" in request.headers:
             return Response(status_code=401, headers={"HX-Redirect": login})
         return RedirectResponse(login, 303)
@@ -97,6 +100,17 @@ def _page(
     )
     shown.headers.update(headers or {})
     return shown
+
+
+def _following(request: Request) -> str | None:
+    """Where a login leads: to the page that was asked for, or to the form that was sent."""
+    path = request.scope["path"]
+    if request.method not in ("GET", "HEAD"):
+        return path if path in FORMS else None
+    if path == "/":
+        return None
+    query = request.scope["query_string"].decode("latin-1")
+    return quote(path) + (f"?{query}" if query else "")
 
 
 def _openai(
@@ -132,10 +146,12 @@ _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (rates.TooManyRequests, 429),
     (errors.InvalidInput, 422),
     (errors.PresetError, 422),
+    (presets.FolderMissing, 503),
     (errors.NotFound, 404),
     (errors.IdempotencyConflict, 409),
     (errors.BatchExpired, 410),
     (requests.NameTaken, 409),
+    (firing.Overtaken, 409),
     (errors.QuotaExceeded, 429),
     (storage.ObjectMissing, 404),
     (storage.StorageUnavailable, 503),
@@ -143,6 +159,22 @@ _STATUSES: tuple[tuple[type[errors.RushesError], int], ...] = (
     (database.DatabaseUnavailable, 503),
     (safety.CheckBroken, 503),
 )
+
+
+def outage(error: Exception, *, path: str) -> str:
+    """What is told of one of OUTAGES. The log has the rest: addresses are our own business."""
+    if isinstance(error, storage.StorageError):
+        log.error("web.storage_failed", path=path, error=str(error))
+        return "the store does not answer"
+    if isinstance(error, safety.CheckBroken):
+        log.error("web.check_broken", path=path, error=str(error))
+        return "the safety check does not answer"
+    if isinstance(error, presets.FolderMissing):
+        log.error("web.presets_missing", path=path, error=str(error))
+        return "the presets cannot be read"
+    if not isinstance(error, database.DatabaseUnavailable):
+        log.error("web.database_failed", path=path, error=str(error)[:300])
+    return "the database does not answer"
 
 
 async def _on_our_error(request: Request, error: Exception) -> Response:
@@ -167,18 +199,13 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
         detail = f"{error.source}: {len(error.problems)} problems, nothing was stored"
         if len(error.problems) == 1:
             detail = f"{error.source}: {error.problems[0]}"
-    if isinstance(error, storage.StorageError):
-        # Addresses of the store are our own business.
-        log.error("web.storage_failed", path=request.url.path, error=str(error))
-        detail = "the file is not there any more" if status == 404 else "the store does not answer"
+    if isinstance(error, (storage.StorageError, *OUTAGES)):
+        detail = outage(error, path=request.url.path)
+    if isinstance(error, storage.ObjectMissing):
+        detail = "the file is not there any more"
     if isinstance(error, submission.AnswerLost):
         more["batch_id"] = error.batch_id
         detail = f"the database went away before it said whether batch {error.batch_id} is stored"
-    elif isinstance(error, database.DatabaseUnavailable):
-        detail = "the database does not answer"
-    if isinstance(error, safety.CheckBroken):
-        log.error("web.check_broken", path=request.url.path, error=detail)
-        detail = "the safety check does not answer"
     return answer(request, status, detail, headers=headers, **more)
 
 
@@ -207,9 +234,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_database_error(request: Request, error: Exception) -> Response:
-    log.error("web.database_failed", path=request.url.path, error=str(error)[:300])
     again = {"Retry-After": str(AGAIN_SECONDS)}
-    return answer(request, 503, "the database does not answer", headers=again)
+    return answer(request, 503, outage(error, path=request.url.path), headers=again)
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:  # logged by the server

@@ -156,6 +156,12 @@ class Service:
         """By name alone: what comes over the network must not read files of this machine."""
         return presets.load(name, folder=self.config.presets_dir, names_only=True)
 
+    def usable_presets(self) -> list[presets.Preset]:
+        """What `preset` takes. FolderMissing, as for each of them."""
+        presets.check_folder(self.config.presets_dir)
+        found = presets.available(self.config.presets_dir)
+        return [preset for preset in found if isinstance(preset, presets.Preset)]
+
     def default_preset(self, *, with_image: bool) -> presets.Preset:
         """For APIs whose clients know no presets. InvalidInput when none is set."""
         name = self.config.default_image_preset if with_image else self.config.default_preset

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import broker, database, errors, presets, queries, shapes, uploads
+from jobs import broker, database, errors, queries, shapes, uploads
 from jobs.web import access, answers, images, receiving, service
 from jobs.web.batches import Serving
 
@@ -37,7 +37,6 @@ def upload_image(
 @router.get("/presets", tags=["system"], response_model=answers.Presets)
 def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """What a batch may name as its preset."""
-    found = presets.available(serving.config.presets_dir)
     return {
         "presets": [
             {
@@ -47,8 +46,7 @@ def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:
                 "look": preset.look.model_dump(mode="json"),
                 "needs_image": preset.look.needs_image,
             }
-            for preset in found
-            if isinstance(preset, presets.Preset)
+            for preset in serving.usable_presets()
         ]
     }
 

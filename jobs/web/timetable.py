@@ -108,10 +108,15 @@ def resume(name: Name, serving: Serving, principal: access.Admin) -> dict[str, A
 
 @router.post("/{name}/run", status_code=201, response_model=answers.Fired)
 def run_now(name: Name, serving: Serving, principal: access.Admin) -> dict[str, Any]:
-    """Make its next batch at once."""
-    batch_id = firing.fire_now(serving.config, serving.db, name)
-    serving.wake(1)
-    return {"batch_id": batch_id}
+    """Make its next batch at once. 409 while another one is being made."""
+    return {"batch_id": fire(serving, name)[0]}
+
+
+def fire(serving: service.Service, name: str, *, key: str | None = None) -> tuple[str, bool]:
+    """As `firing.fire_now`."""
+    batch_id, is_new = firing.fire_now(serving.config, serving.db, name, key=key)
+    serving.wake(is_new)
+    return batch_id, is_new
 
 
 @router.delete("/{name}", status_code=204)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -33,6 +34,11 @@ CUT_OFF = """[...document.querySelectorAll(".chart text")].filter((text) => {
   const [own, all] = [text, text.closest("svg")].map((each) => each.getBoundingClientRect());
   return own.top < all.top || own.left < all.left;
 }).map((text) => text.textContent)"""
+IS_BEHIND_BAR = """(() => {
+  const [own, bar] = [document.activeElement, document.querySelector(".sticky")];
+  if (!own.closest(".cards")) return false;
+  return own.getBoundingClientRect().bottom > bar.getBoundingClientRect().top;
+})()"""
 SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder that gets a picture of every page
 
 
@@ -343,6 +349,47 @@ def test_the_form_can_be_filled_in_and_sent_by_keyboard(page: Page) -> None:
     expect(page.get_by_role("status")).to_have_text("Submitted.", timeout=WAIT_MILLISECONDS)
 
 
+def test_what_is_under_way_is_not_sent_again(page: Page) -> None:
+    sent: list[str] = []
+    page.on("request", lambda made: sent.append(made.url) if made.method == "POST" else None)
+    _type_schedule(page, "pressed")
+    page.get_by_role("button", name="Add schedule").dblclick()
+    expect(page.get_by_role("heading", name="pressed")).to_be_visible()
+    expect(page.get_by_role("status")).to_have_text("The schedule is added.")
+    assert [urlsplit(url).path for url in sent] == ["/schedules"]
+    sent.clear()
+    page.route("**/run", lambda asked: asked.fulfill(status=204))  # it stays where it is
+    run = page.get_by_role("button", name="Run now")
+    run.dblclick()
+    run.click()
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    assert [urlsplit(url).path for url in sent] == [
+        "/schedules/pressed/run", "/schedules/pressed/pause",
+    ]  # fmt: skip
+    run.click()
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    run.click()
+    page.wait_for_timeout(500)
+    assert len(sent) == 4
+
+
+def test_what_has_the_focus_in_the_gallery_is_seen(browser: Browser, address: str) -> None:
+    """The bar with the button lies over the end of the window."""
+    with window_of(browser, address) as window:
+        batch_id = submit(window, "a cat\na dog\na cow")
+        expect(window.locator("#counts")).to_contain_text("3 of 3 done", timeout=WAIT_MILLISECONDS)
+        for size in ({"width": 390, "height": 500}, {"width": 700, "height": 500}):
+            window.set_viewport_size(size)  # type: ignore[arg-type]
+            window.goto(f"/gallery?batch={batch_id}")
+            hidden = []
+            for _ in range(30):
+                window.keyboard.press("Tab")
+                if window.evaluate(IS_BEHIND_BAR):
+                    hidden.append(window.evaluate("document.activeElement.outerHTML"))
+            assert hidden == []
+
+
 def test_no_page_keeps_anybody_out(browser: Browser, page: Page, address: str) -> None:
     """axe finds nothing serious, nothing is wider than the window or cut off; light and dark."""
     batch_id = submit(page, "a cat " + 300 * "wide", Seed="1")
@@ -386,10 +433,14 @@ def test_no_page_keeps_anybody_out(browser: Browser, page: Page, address: str) -
     assert found == []
 
 
-def _add_schedule(page: Page) -> None:
+def _type_schedule(page: Page, name: str) -> None:
     page.goto("/schedules")
-    page.get_by_label("Name").fill("nightly")
+    page.get_by_label("Name").fill(name)
     page.get_by_label("Rule").fill("30 2 * * *")
     page.get_by_label("Prompts").fill("a {{weekday}} cat")
+
+
+def _add_schedule(page: Page) -> None:
+    _type_schedule(page, "nightly")
     page.get_by_role("button", name="Add schedule").click()
     expect(page.get_by_role("heading", name="nightly")).to_be_visible()

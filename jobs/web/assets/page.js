@@ -39,11 +39,20 @@ document.addEventListener("visibilitychange", () => {
   if (part && !document.hidden) htmx.trigger(part, "every");
 });
 
-// Questions before what cannot be undone.
+// Questions before what cannot be undone; and what is under way is not sent a second time. After the
+// browser's Stop, of which nobody is told, it may be soon. By name: htmx makes forms anew.
+const underWay = new Set();
 document.addEventListener("submit", (event) => {
-  const question = event.target.dataset.confirm;
-  if (question && !confirm(question)) event.preventDefault();
+  const form = event.target;
+  const name = `${form.id} ${form.action}`;
+  const question = form.dataset.confirm;
+  if (underWay.has(name) || (question && !confirm(question))) event.preventDefault();
+  else if (form.method === "post") {
+    underWay.add(name);
+    setTimeout(() => underWay.delete(name), PATIENCE_MILLISECONDS);
+  }
 });
+window.addEventListener("pageshow", (event) => event.persisted && underWay.clear());
 
 // The form: what a preset means, and a first frame only where one is wanted.
 function explainPreset() {

@@ -1,5 +1,6 @@
 """The page: schedules."""
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from jobs import cron, errors
-from jobs.web import access, bodies, html, service, timetable
+from jobs import cron, errors, presets
+from jobs.web import access, bodies, html, problems, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
 from jobs.web.pages.complaints import Complaints
@@ -25,12 +26,13 @@ HISTORY = 50
 WORDS = (
     (re.compile(r"\bname\b"), "name"),
     (re.compile(r"zone"), "zone"),
-    (re.compile(r"catch_up"), "catch_up"),
-    (re.compile(r"^repeat"), "repeat"),
-    (re.compile(r"^priority"), "priority"),
-    (re.compile(r"^list|\blists?\b"), "lists"),
 )
 """What a message speaks of, and its field; the first that fits counts."""
+LONG = {
+    "name": "The name may have at most {:,} characters.",
+    "prompts": "There may be at most {:,} prompts.",
+}
+"""What is told of a field that is too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,10 @@ def _list(
     rows = [row for row in every if row["name"] > after]
     following = rows[ROWS - 1]["name"] if len(rows) > ROWS else None
     texts = dataclasses.asdict(given)
+    choices: list[dict[str, Any]] = []
+    if who.is_admin:
+        with contextlib.suppress(presets.FolderMissing):  # the schedules can be seen all the same
+            choices = submitting.preset_choices(serving, who)
     return html.page(
         request,
         "schedules.html",
@@ -83,7 +89,7 @@ def _list(
         schedules=rows[:ROWS],
         next_url=html.address("/schedules", after=following) if following else None,
         first_url="/schedules" if after else None,
-        presets=submitting.preset_choices(serving, who) if who.is_admin else [],
+        presets=choices,
         given=texts | {"preset": given.preset or serving.config.default_preset or ""},
         errors=found,
     )
@@ -107,12 +113,16 @@ def add(
     if not is_own:
         found.add("", complaints.STALE)
         return _list(request, serving, who, given=given, found=found.by_field, status=403)
+    status = 422
     try:
         _add(serving, who, given, found)
     except complaints.TOLD as error:
         _complain(error, found)
+    except problems.AWAY as error:
+        status = 503
+        found.add_outage(error, path=request.url.path)
     if found:
-        return _list(request, serving, who, given=given, found=found.by_field, status=422)
+        return _list(request, serving, who, given=given, found=found.by_field, status=status)
     return html.go(_path(given.name.strip()), did="added")
 
 
@@ -149,7 +159,9 @@ def _add(serving: service.Service, who: access.Principal, given: Given, found: C
         )
     except ValidationError as error:
         for detail in error.errors():
-            found.add(str(detail["loc"][0]), f"{detail['loc'][0]}: {detail['msg']}")
+            field, most = str(detail["loc"][0]), detail.get("ctx", {}).get("max_length")
+            told = f"{field}: {detail['msg']}"
+            found.add(field, LONG[field].format(most) if most and field in LONG else told)
         return
     timetable.add(new, serving, who)
 
@@ -172,7 +184,9 @@ def _complain(error: errors.RushesError, found: Complaints) -> None:
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
         return
     for problem in error.problems[: complaints.MOST_LINES]:
-        if problem.line is not None or error.source.startswith("prompts"):
+        if error.source == "lists":
+            found.add("lists", problem.message)
+        elif problem.line is not None or error.source.startswith("prompts"):
             found.add("prompts", str(problem))
         else:
             fits = (field for word, field in WORDS if word.search(problem.message))
@@ -192,6 +206,7 @@ def show(name: Name, request: Request, serving: Serving, who: access.Reader) -> 
             (moment, f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}") for moment in row["coming"]
         ],
         firings=timetable.history(name, serving, who, limit=HISTORY)["firings"],
+        key=submitting.new_key(),
         most=HISTORY,
     )
 
@@ -207,10 +222,10 @@ def resume(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
 
 
 @router.post("/{name}/run")
-def run_now(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
-    """To the batch that was made."""
-    batch_id = timetable.run_now(name, serving, who)["batch_id"]
-    return html.go(f"/batches/{batch_id}", did="submitted")
+def run_now(name: Name, serving: Serving, who: access.FormAdmin, key: Text = "") -> Response:
+    """To the batch that was made; pressed twice, it makes one."""
+    batch_id, is_new = timetable.fire(serving, name, key=submitting.key_of(key, name))
+    return html.go(f"/batches/{batch_id}", did="submitted" if is_new else "again")
 
 
 @router.post("/{name}/remove")

@@ -4,7 +4,8 @@ import contextlib
 import math
 from dataclasses import dataclass, field
 
-from jobs import errors
+from jobs import errors, prompt_row, schedules, submission
+from jobs.web import problems
 
 TOLD = (
     errors.InvalidInput,
@@ -15,6 +16,12 @@ TOLD = (
 )
 """Errors of a person's own making: the form is shown again with them."""
 MOST_LINES = 20
+RANGES = {
+    "repeat": ("Videos per prompt", 1, submission.MAX_REPEAT),
+    "priority": ("The priority", -prompt_row.MAX_PRIORITY, prompt_row.MAX_PRIORITY),
+    "catch_up": ("The number of missed times", 1, schedules.MAX_CATCH_UP),
+}
+"""What a field of a whole number is called, the least and the most."""
 STALE = "This form was too old and is fresh now: press the button again."
 
 
@@ -42,11 +49,18 @@ class Complaints:
         if len(error.problems) > MOST_LINES:
             self.add(at, f"… and {len(error.problems) - MOST_LINES:,} more.")
 
+    def add_outage(self, error: Exception, *, path: str) -> None:
+        """One of `problems.OUTAGES`."""
+        told = problems.outage(error, path=path)
+        self.add("", f"{told.capitalize()}. Press the button again in a while.")
+
     def whole(self, name: str, text: str) -> int | None:
-        """The number in a field; None, and a complaint, when there is none."""
+        """The number in a field; None, and a complaint, when there is none that will do."""
         found = number(text)
-        if type(found) is not int:
-            self.add(name, f"This must be a whole number, got {text[:40]!r}.")
+        words, least, most = RANGES[name]
+        if type(found) is not int or not least <= found <= most:
+            asked = f"a whole number from {least:,} to {most:,}"
+            self.add(name, f"{words} must be {asked}, got {text[:40]!r}.")
             return None
         return found
 

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from jobs import errors, prompt_row, queries, readers, submission
-from jobs.web import access, batches, bodies, html, receiving, service, system
+from jobs.web import access, batches, bodies, html, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -105,13 +105,18 @@ def submit(
     if not is_own:
         found.add("", complaints.STALE)
         return _form(request, serving, who, given=given.texts, found=found.by_field, status=403)
-    made = None
+    made, status = None, 422
     try:
         made = _submitted(serving, who, given, found)
     except complaints.TOLD as error:
         found.add_error(error, at="preset" if isinstance(error, errors.NotFound) else "")
+    except submission.AnswerLost:
+        raise  # it may be stored
+    except problems.OUTAGES as error:
+        status = 503
+        found.add_outage(error, path=request.url.path)
     if made is None:
-        return _form(request, serving, who, given=given.texts, found=found.by_field, status=422)
+        return _form(request, serving, who, given=given.texts, found=found.by_field, status=status)
     did = "submitted" if made.is_new else "again"
     if not who.may_read:
         return html.go(f"/submit?made={made.batch_id}", did=did)
@@ -137,7 +142,7 @@ def _form(
         made=made,
         given=blank | given,
         errors=found,
-        key=secrets.token_urlsafe(16),
+        key=new_key(),
         presets=preset_choices(serving, who),
         more_is_open=any(found.get(name) for name in MORE),
     )
@@ -198,7 +203,9 @@ def _settings(given: Given, found: Complaints) -> dict[str, Any]:
     if isinstance(strength, str):
         found.add("strength", f"The strength must be a number such as 0.8, got {strength!r}.")
         strength = 1
-    if names:
+    if len(names) > prompt_row.MAX_LORAS:
+        found.add("lora", f"There may be at most {prompt_row.MAX_LORAS} LoRAs, got {len(names)}.")
+    elif names:
         settings["lora"] = [
             {"path" if "/" in name else "name": name, "strength": strength} for name in names
         ]
@@ -295,7 +302,7 @@ def _stored(
                 serving,
                 options.preset,
                 who,
-                key=_key(given, default),
+                key=key_of(given.key, (given.texts, default)),
                 name=options.name,
                 repeat=options.repeat,
                 priority=options.priority,
@@ -309,12 +316,17 @@ def _stored(
         return None
 
 
-def _key(given: Given, default: prompt_row.PromptRow) -> str | None:
-    """Of this form with these settings: sent twice, it makes one batch."""
-    if not KEY.fullmatch(given.key):
+def new_key() -> str:
+    """For a form that makes a batch."""
+    return secrets.token_urlsafe(16)
+
+
+def key_of(key: str, told: object) -> str | None:
+    """Of the form with this key that says this: sent twice, it makes one batch."""
+    if not KEY.fullmatch(key):
         return None
-    told = repr((given.texts, default))
-    return f"page-{given.key}-{hashlib.sha256(told.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    digest = hashlib.sha256(repr(told).encode("utf-8", "replace")).hexdigest()
+    return f"page-{key}-{digest[:16]}"
 
 
 def _filler(

@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 from jobs import (
     bulk,
     cron,
+    database,
     errors,
     firing,
     images,
@@ -604,7 +605,8 @@ def test_a_paused_schedule_does_not_fire_and_a_resumed_one_looks_ahead(sqlite_fa
 def test_run_now_makes_a_batch_beside_the_rule_even_while_paused(farm: Farm) -> None:
     farm.add(prompts="{{counter}}\n")
     farm.world.db.write(schedules.pause, "night")
-    batch_id = firing.fire_now(farm.config, farm.world.db, "night")
+    batch_id, is_new = firing.fire_now(farm.config, farm.world.db, "night")
+    assert is_new
     (fired,) = farm.firings()
     assert (fired.state, fired.is_manual, fired.batch_id) == (MADE, True, batch_id)
     assert farm.world.only_job(batch_id).prompt == "1"
@@ -648,6 +650,28 @@ def test_of_two_that_run_it_now_one_is_told_to_try_again(farm: Farm) -> None:
     with pytest.raises(firing.Overtaken):
         firing.fire_now(farm.config, farm.world.db, "night")
     assert farm.prompts() == ["1"]
+
+
+def test_of_two_that_run_it_now_with_one_key_both_get_one_batch(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second one comes a minute later: the batch's name has its minute."""
+    farm.add(prompts="{{counter}}\n")
+    submit, now, made = submission.submit, database.now, []
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        made.append(firing.fire_now(farm.config, farm.world.db, "night", key="k"))
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    made.append(firing.fire_now(farm.config, farm.world.db, "night", key="k"))
+    monkeypatch.setattr(database, "now", lambda session: now(session) + timedelta(minutes=1))
+    made.append(firing.fire_now(farm.config, farm.world.db, "night", key="k"))
+    assert made == [(made[0][0], True), (made[0][0], False), (made[0][0], False)]
+    assert firing.fire_now(farm.config, farm.world.db, "night", key="other")[1]
+    assert farm.prompts() == ["1", "2"]
+    assert farm.schedule().counter == 2
 
 
 @pytest.mark.usefixtures("overtaken")

@@ -1,7 +1,10 @@
 """A user's check of prompts, asked where they are submitted."""
 
+import re
+
 import pytest
 
+HTML = {"Accept": "text/html"}
 MODULE = """
 def cats_only(asked):
     return None if "cat" in asked.prompt else "we like cats"
@@ -39,3 +42,19 @@ def test_a_check_that_breaks_stores_nothing_and_may_be_asked_again(web_with):
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
     assert web.client.get("/api/batches").json()["batches"] == []
+
+
+def test_a_form_is_shown_again_when_the_check_breaks(web_with):
+    web = web_with("away")
+    typed = {"preset": "tiny", "prompts": "a typed cat", "name": "n", "cron": "@daily"}
+    for path in ("/submit", "/schedules"):
+        page = web.client.get(path, headers=HTML)
+        csrf = re.search(r'name="csrf" value="(\w+)"', page.text)[1]
+        answer = web.client.post(path, data=typed | {"csrf": csrf}, headers=HTML)
+        assert answer.status_code == 503
+        assert "Nothing was stored yet" in answer.text
+        assert "The safety check does not answer. Press" in answer.text
+        assert "moderation" not in answer.text
+        assert "a typed cat</textarea>" in answer.text
+    assert web.client.get("/api/batches").json()["batches"] == []
+    assert web.client.get("/api/schedules").json()["schedules"] == []

@@ -1,5 +1,7 @@
 """What the page of Gradio does, without Gradio."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,13 @@ class Told(Exception):
         super().__init__(words)
 
 
+def render(web: Web) -> list[tuple[str, str]]:
+    gradio = SimpleNamespace(Error=Told, Request=object)
+    scope = {"type": "http", "app": web.client.app, "headers": [], "method": "GET", "client": None}
+    asks = SimpleNamespace(request=Request(scope))
+    return list(gradio_page._handler(gradio, web.serving)("a cat", "tiny", "", None, asks))
+
+
 def test_a_database_that_goes_away_is_told_in_words(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -25,8 +34,12 @@ def test_a_database_that_goes_away_is_told_in_words(
         raise OperationalError("SELECT", {}, Exception("postgresql://user:secret@host"))
 
     monkeypatch.setattr(videos, "show", away)
-    gradio = SimpleNamespace(Error=Told, Request=object)
-    scope = {"type": "http", "app": web.client.app, "headers": [], "method": "GET", "client": None}
-    asks = SimpleNamespace(request=Request(scope))
     with pytest.raises(Told, match="the database does not answer"):
-        list(gradio_page._handler(gradio, web.serving)("a cat", "tiny", "", None, asks))
+        render(web)
+
+
+def test_presets_that_are_away_are_told_without_the_path_of_their_folder(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    with pytest.raises(Told, match=r"^the presets cannot be read$"):
+        render(make_web(presets_dir=tmp_path / "away"))

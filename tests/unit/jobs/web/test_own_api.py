@@ -10,13 +10,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import exc, update
 from starlette.requests import Request
 
-from jobs import bell, database, holds, orders, reordering, results, schema, tokens, watch
+from jobs import (
+    bell,
+    database,
+    holds,
+    orders,
+    reordering,
+    results,
+    schema,
+    submission,
+    tokens,
+    watch,
+)
 from jobs.web import bodies, events, service
 from tests.unit.jobs.web.conftest import VIDEO, Web, running
 
@@ -527,6 +539,48 @@ def test_a_schedule_over_http(web: Web) -> None:
     assert [s["name"] for s in web.client.get("/api/schedules").json()["schedules"]] == ["night"]
     assert web.client.delete("/api/schedules/night").status_code == 204
     assert web.client.get("/api/schedules/night").status_code == 404
+
+
+def test_of_two_that_run_a_schedule_now_one_is_told_to_try_again(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"name": "n", "cron": "@daily", "preset": "tiny", "prompts": [{"prompt": "a cat"}]}
+    assert web.client.post("/api/schedules", json=new).status_code == 201
+    submit = submission.submit
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        assert web.client.post("/api/schedules/n/run").status_code == 201
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    answer = web.client.post("/api/schedules/n/run")
+    assert answer.status_code == 409
+    assert "try again" in answer.json()["detail"]
+
+
+def test_without_the_folder_of_presets_there_are_none(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    """A shipped one would be taken for the person's own."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    web = make_web(presets_dir=folder)
+    assert web.client.get("/api/presets").status_code == 200
+    folder.rmdir()
+    new = {"preset": "tiny", "prompts": [{"prompt": "a cat"}]}
+    for method, path in (
+        ("GET", "/api/presets"),
+        ("GET", "/v1/models"),
+        ("GET", "/submit"),
+        ("POST", "/api/batches"),
+    ):
+        answer = web.client.request(method, path, json=new if method == "POST" else None)
+        assert answer.status_code == 503, path
+        assert answer.headers["Retry-After"] == "5"
+        assert "the presets cannot be read" in answer.text
+        assert str(folder) not in answer.text
+    assert web.client.get("/schedules").status_code == 200
 
 
 def test_presets_workers_and_health(web: Web) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
-from jobs import queries, reports, results, schedules, states, tokens, workers
+from jobs import queries, reports, results, schedules, states, submission, tokens, workers
 from jobs.web import app, html
 from jobs.web.pages import charts
 from tests.registrations import registration
@@ -141,7 +143,7 @@ WRONG = [
     ({"seed": "nan"}, "seed", "seed must"),
     ({"seed": "1e999"}, "seed", "seed must"),
     ({"seed": "9" * 400}, "seed", "seed must"),
-    ({"repeat": "0"}, "repeat", "must be 1 to"),
+    ({"repeat": "0"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
     ({"repeat": "two"}, "repeat", "whole number"),
     ({"size": "33x32"}, "size", "multiple of 16"),
     ({"size": "large"}, "size", "size must"),
@@ -151,6 +153,7 @@ WRONG = [
     ({"lora": "../../secret"}, "lora", "below the models folder"),
     ({"lora": "/etc/x"}, "lora", "below the models folder"),
     ({"lora": "film", "strength": "11"}, "lora", "strength"),
+    ({"lora": ",".join("abcdefghi")}, "lora", "at most 8 LoRAs, got 9"),
     ({"strength": "strong"}, "strength", "must be a number"),
     ({"strength": "NaN"}, "strength", "must be a number"),
     ({"priority": "101"}, "priority", "-100 to 100"),
@@ -207,6 +210,29 @@ def test_a_form_that_is_sent_twice_makes_one_batch(web: Web, browser: Browser) -
     assert browser.post("/submit", form, of="/submit").url.path == first.url.path
     browser.post("/submit", form | {"seed": "1"}, of="/submit")
     assert len(batches_of(web)) == 2
+
+
+def test_a_form_comes_back_when_the_database_is_away_but_not_when_it_may_be_stored(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(error: Exception) -> None:
+        def away(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(submission, "submit", away)
+
+    form = {"prompts": "a typed cat", "preset": "tiny"}
+    refuse(OperationalError("SELECT", {}, Exception("postgresql://user:secret@host")))
+    answer = browser.post("/submit", form, of="/submit")
+    assert answer.status_code == 503
+    assert "The database does not answer. Press the button again" in answer.text
+    assert "a typed cat</textarea>" in answer.text
+    assert "secret" not in answer.text
+    refuse(submission.AnswerLost(make_url("sqlite://"), "261128-abc"))
+    answer = browser.post("/submit", form, of="/submit")
+    assert answer.status_code == 503
+    assert "before it said whether batch 261128-abc is stored" in answer.text
+    assert "again" not in answer.text
 
 
 LONG = "\n".join(f"{number} {'x' * 1_000}" for number in range(1_200))  # more than 1 MiB
@@ -333,35 +359,56 @@ def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser
     assert "It is paused." in browser.post(f"{base}/pause", {}, of=base).text
     assert "It goes on." in browser.post(f"{base}/resume", {}, of=base).text
     assert browser.post(f"{base}/run", {}, of=base).url.path.startswith("/batches/")
+    assert len(batches_of(web)) == 1
     with web.db.reading() as session:
         assert queries.jobs(session, batches_of(web)[0].id)[0].prompt == "a noir cat"
     assert "every night" not in browser.post(f"{base}/remove", {}, of=base).text.split("Add one")[0]
 
 
+def test_run_now_that_is_pressed_twice_makes_one_batch(web: Web, browser: Browser) -> None:
+    form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
+    page = browser.post("/schedules", form, of="/schedules").text
+    key = {"key": re.search(r'name="key" value="([^"]+)"', page)[1]}
+    first = browser.post("/schedules/n/run", key, of="/schedules/n")
+    assert "Submitted." in first.text
+    again = browser.post("/schedules/n/run", key, of="/schedules/n")
+    assert again.url.path == first.url.path
+    assert "were submitted before" in again.text
+    assert [batch.total for batch in batches_of(web)] == [1]
+    key = {"key": re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)[1]}
+    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path != first.url.path
+
+
 WRONG_SCHEDULES = [
-    ({"name": ""}, "name"),
-    ({"name": "a/b"}, "name"),
-    ({"name": "."}, "name"),
-    ({"name": ".."}, "name"),
-    ({"cron": "99 * * * *"}, "cron"),
-    ({"zone": "Europe/Berln"}, "zone"),
-    ({"prompts": ""}, "prompts"),
-    ({"prompts": "a {{stlye}}"}, "prompts"),
-    ({"lists": "style"}, "lists"),
-    ({"lists": "style=\nstyle=noir"}, "lists"),
-    ({"repeat": "x"}, "repeat"),
-    ({"priority": "101"}, "priority"),
-    ({"preset": "nothing"}, "preset"),
-    ({"misfire": "never"}, "misfire"),
+    ({"name": ""}, "name", "a name"),
+    ({"name": "a/b"}, "name", "without /"),
+    ({"name": "."}, "name", "must not be"),
+    ({"name": ".."}, "name", "must not be"),
+    ({"name": "n" * 151}, "name", "The name may have at most 150 characters."),
+    ({"cron": "99 * * * *"}, "cron", "99"),
+    ({"zone": "Europe/Berln"}, "zone", "Europe/Berlin"),
+    ({"prompts": ""}, "prompts", "Type a prompt"),
+    ({"prompts": "a\n" * 10_001}, "prompts", "There may be at most 10,000 prompts."),
+    ({"prompts": "a {{stlye}}"}, "prompts", "unknown variable"),
+    ({"lists": "style"}, "lists", "is no list"),
+    ({"lists": "style=\nstyle=noir"}, "lists", "is there twice"),
+    ({"lists": "style="}, "lists", "style must have 1 to 1,000 items, got 0"),
+    ({"lists": "name=", "prompts": "{{name}}"}, "lists", "name must have 1 to 1,000 items"),
+    ({"repeat": "x"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
+    ({"repeat": "0"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
+    ({"priority": "101"}, "priority", "The priority must be a whole number from -100 to 100"),
+    ({"catch_up": "0"}, "catch_up", "The number of missed times must be a whole number from 1"),
+    ({"preset": "nothing"}, "preset", "no preset"),
+    ({"misfire": "never"}, "misfire", "misfire"),
 ]
 
 
 def test_a_bad_schedule_is_told_at_its_field(browser: Browser) -> None:
-    for given, field in WRONG_SCHEDULES:
+    for given, field, words in WRONG_SCHEDULES:
         form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a"} | given
         answer = browser.post("/schedules", form, of="/schedules")
         assert answer.status_code == 422, given
-        assert field in errors_of(answer.text), (given, errors_of(answer.text))
+        assert words in errors_of(answer.text).get(field, ""), (given, errors_of(answer.text))
     both = {"name": "n", "preset": "tiny", "prompts": "a", "cron": "a zone", "zone": "none"}
     text = browser.post("/schedules", both, of="/schedules").text
     assert {"cron", "zone"} <= set(errors_of(text))
@@ -468,6 +515,8 @@ def test_what_is_no_token_logs_nobody_in(guarded: Web) -> None:
         answer = browser.post("/login", {"token": token})
         assert answer.status_code == 401
         assert "no valid token" in errors_of(answer.text)["token"]
+        assert "You are not logged in" in answer.text
+        assert "stored" not in answer.text
     assert browser.get("/farm").url.path == "/login"
 
 
@@ -538,7 +587,15 @@ def test_a_revoked_token_ends_the_login(guarded: Web) -> None:
     ann = visitor(guarded, "ann")
     with guarded.db.transaction() as session:
         tokens.revoke(session, tokens.every(session)[-1].id)
-    assert ann.get("/farm").url.path == "/login"
+    login = ann.get("/farm")
+    assert login.url.path == "/login"
+    assert "Your login has ended" in login.text
+    for path in ("/submit", "/schedules"):
+        sent = ann.client.post(path, data={"prompts": "a cat"}, headers=HTML)
+        assert "Your login has ended" in sent.text
+        assert f'name="next" value="{path}"' in sent.text
+    pressed = ann.client.post("/batches/x/pause", headers=HTML)
+    assert 'name="next" value="/batches"' in pressed.text
 
 
 def test_a_fragment_for_somebody_logged_out_leads_to_the_login(guarded: Web) -> None:
@@ -661,6 +718,13 @@ def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser
     text = browser.get(path).text
     assert "Result files" in text
     assert "hx-trigger" not in text
+
+
+def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    current = re.compile(r'aria-current="true">\s*(\w+)')
+    for asked, word in (("", "all"), ("?state=queued", "queued")):
+        assert current.findall(browser.get(f"/batches/{batch_id}{asked}").text) == [word]
 
 
 def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
