@@ -8,6 +8,7 @@ finished stays, and is passed over the next time.
 import dataclasses
 import datetime
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -91,8 +92,9 @@ def _renderer(known: settings.Settings) -> rendering.Renderer:
     mine = worker_settings_module.load().model_copy(
         update={"worker_name": f"render@{known.host_name}"}
     )
-    if mine.device == "auto" and not torch.cuda.is_available():
-        _tell_of_gpus()
+    if mine.device == "auto" and group.is_first() and not torch.cuda.is_available():
+        # In a thread: a driver that does not answer would hold up everything.
+        threading.Thread(target=_tell_of_gpus, daemon=True).start()
     if not group.are_many():
         return rendering.make(known, mine, checks.Checks.load(known, mine))
     if torch.cuda.is_available() and mine.device in ("auto", "cuda"):
@@ -103,12 +105,9 @@ def _renderer(known: settings.Settings) -> rendering.Renderer:
 
 def _tell_of_gpus() -> None:
     """Hours of the processor would be a dear way to learn of an old driver."""
-    try:
-        because, found = TORCH_SEES_NONE, [gpu.name for gpu in gpus.find()]
-    except jobs_errors.GpusUnknown as error:
-        because, found = str(error), ["unknown"]
-    if found:
-        log.warning("gpu.not_used", gpus=found, because=because)
+    with suppress(jobs_errors.GpusUnknown):  # that is in the log already
+        if found := [gpu.name for gpu in gpus.find()]:
+            log.warning("gpu.not_used", gpus=found, because=TORCH_SEES_NONE)
 
 
 def _image(spec: presets.RenderSpec, read_image: Callable[[str], bytes]) -> bytes | None:

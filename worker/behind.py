@@ -47,7 +47,10 @@ class Behind:
         until = None if seconds is None else time.monotonic() + seconds
         while len(self._open) > leave:
             left = None if until is None else max(0.0, until - time.monotonic())
-            if not futures.wait([self._open[0]], timeout=left).done:
+            done, _ = futures.wait(self._open, left, return_when=futures.FIRST_COMPLETED)
+            if not done:
                 return False
-            self._open.popleft().result()
+            ended = next(piece for piece in self._open if piece in done)
+            self._open.remove(ended)
+            ended.result()
         return True

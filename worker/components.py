@@ -152,11 +152,11 @@ class Components:
             model.hashes = self._hasher.submit(self._hash, model.files)
         return model.hashes
 
-    def is_hashing(self) -> bool:
-        return any(not model.hashes.done() for model in self._resident.values())
-
     def weight_hashes(self, hashing: "Future[dict[str, str]]") -> dict[str, str] | None:
-        """SHA-256 per weight file; waits until they are known. None: they could not be read."""
+        """SHA-256 per weight file. None: they are not known yet, or could not be read."""
+        if not hashing.done():
+            log.warning("weight_hashes.unknown", error="the worker ends before they are")
+            return None
         try:
             return hashing.result()
         except OSError as error:

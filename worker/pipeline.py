@@ -84,26 +84,34 @@ def decode(
     timings: stopwatch.Timings,
     reached: Reached,
 ) -> Iterator[Tensor]:
-    """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded."""
+    """Chunks of frames_THWC, uint8 RGB on the CPU, as they are decoded.
+
+    A GPU works on the next chunk while one is taken: of its time, the stage has what the host
+    launches and waits for.
+    """
     steps = latents_BCTHW.shape[2]
     chunks = model.decode_chunks(
         latents_BCTHW, on_tile=lambda _tile, _tiles: reached("decode", 0, steps)
     )
     before: FramesUnderWay | None = None
-    for step in range(steps):
-        reached("decode", step, steps)
-        with timings.stage("decode", waits=False), torch.inference_mode():
-            newest = FramesUnderWay(next(chunks))
-            # A GPU is asked for a chunk before it is waited for with the one before: else it
-            # would stand idle while the next one's kernels are launched.
-            due, before = (before, newest) if newest.is_behind else (newest, None)
-            frames_THWC = None if due is None else due.arrived()
-        if frames_THWC is not None:
+    try:
+        for step in range(steps):
+            reached("decode", step, steps)
+            with timings.stage("decode", waits=False), torch.inference_mode():
+                newest = FramesUnderWay(next(chunks))
+                # A GPU is asked for a chunk before it is waited for with the one before: else
+                # it would stand idle while the next one's kernels are launched.
+                due, before = (before, newest) if newest.is_behind else (newest, None)
+                frames_THWC = None if due is None else due.arrived()
+            if frames_THWC is not None:
+                yield frames_THWC
+        if before is not None:
+            with timings.stage("decode", waits=False):
+                frames_THWC = before.arrived()
             yield frames_THWC
-    if before is not None:
-        with timings.stage("decode", waits=False):
-            frames_THWC = before.arrived()
-        yield frames_THWC
+    finally:
+        if before is not None:
+            before.wait()  # also where nobody wants them: a fault of theirs is of this job
 
 
 class FramesUnderWay:
@@ -123,13 +131,17 @@ class FramesUnderWay:
         """The device works on them while the host goes on."""
         return self._event is not None
 
-    def arrived(self) -> Tensor:
-        """frames_THWC, when they are there. NotFinite: there is no picture."""
+    def wait(self) -> None:
         if self._event is not None:
             self._event.synchronize()
+
+    def arrived(self) -> Tensor:
+        """frames_THWC, when they are there. NotFinite: there is no picture."""
+        self.wait()
         if not self._is_finite:
             raise errors.NotFinite(f"NaN in the frames, decoded in {self._dtype}")
-        return self._frames_THWC
+        # A copy: those that wait for ffmpeg would hold pinned memory, which is dear.
+        return self._frames_THWC.clone() if self.is_behind else self._frames_THWC
 
 
 def to_uint8(frames_BCTHW: Tensor) -> Tensor:

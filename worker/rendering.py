@@ -1,6 +1,7 @@
 """A claimed job -> a finished folder, with the networks on this process's device."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,9 @@ class Renderer:
     fetcher: futures.ThreadPoolExecutor = field(
         default_factory=lambda: futures.ThreadPoolExecutor(1, thread_name_prefix="fetcher")
     )
+    _waiting: set[int] = field(default_factory=set, init=False)
+    """Attempts whose mp4 is there, and for whose weights' hashes a tail waits."""
+    _ends: threading.Event = field(default_factory=threading.Event, init=False)
 
     def render(
         self,
@@ -102,10 +106,7 @@ class Renderer:
             with left.timings.stage("mux"):
                 info = encoder.finish(self.credentials)
         latents_sha256 = pipeline.latents_sha256(left.clean_latents)
-        while not left.hashing.done():
-            # Of the weights: minutes the first time, and no stall of ours.
-            left.heart.reached("hash", 0, 1)
-            futures.wait([left.hashing], timeout=HASH_LOOK_SECONDS)
+        self._await_hashes(left)
         rendering = sidecar.Rendering(
             video=info,
             timings=left.timings,
@@ -119,6 +120,16 @@ class Renderer:
             loras_sha256=left.loras_sha256,
         )
         left.folder.finish(sidecar.of(left.claim, left.folder, rendering))
+
+    def _await_hashes(self, left: "Unfinished") -> None:
+        """Of the weights: minutes the first time, and no stall of ours."""
+        self._waiting.add(left.claim.attempt_id)
+        try:
+            while not left.hashing.done() and not self._ends.is_set():
+                left.heart.reached("hash", 0, 1)
+                futures.wait([left.hashing], timeout=HASH_LOOK_SECONDS)
+        finally:
+            self._waiting.discard(left.claim.attempt_id)
 
     @contextmanager
     def _encoder(
@@ -173,9 +184,13 @@ class Renderer:
             lower = self.components.step_down(look)
         return None if lower is None else wanted.told(lower)
 
-    def is_hashing(self) -> bool:
-        """Whether finished videos wait until their weights are hashed, and for nothing of ours."""
-        return self.components.is_hashing()
+    def num_waiting(self) -> int:
+        """Of how many videos the mp4 is there and the hashes of their weights are not yet."""
+        return len(self._waiting)
+
+    def hurry(self) -> None:
+        """This process ends: what is left of its videos waits for no hash any more."""
+        self._ends.set()
 
     def report(self, *, renders: int) -> reports.Report:
         return self.components.report(renders=renders)

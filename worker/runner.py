@@ -56,8 +56,11 @@ class Renderer(Protocol):
     def step_down(self, look: presets.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
 
-    def is_hashing(self) -> bool:
-        """Whether finished videos wait until their weights are hashed, and for nothing of ours."""
+    def num_waiting(self) -> int:
+        """Of how many videos the mp4 is there and the hashes of their weights are not yet."""
+
+    def hurry(self) -> None:
+        """This process ends: what is left of its videos waits for no hash any more."""
 
     def report(self, *, renders: int) -> reports.Report:
         """What is loaded and how often it changed."""
@@ -86,7 +89,7 @@ class Runner:
     safety: checks.Checks = field(default_factory=checks.Checks)
     tally: Tally = field(default_factory=Tally)
     tail: behind.Behind = field(
-        default_factory=lambda: behind.Behind("tail", threads=MOST_AWAITING_HASHES + 1)
+        default_factory=lambda: behind.Behind("tail", threads=MOST_AWAITING_HASHES + 2)
     )
     """The end of one job, beside the beginning of the next."""
 
@@ -124,9 +127,14 @@ class Runner:
     def _most_tails(self) -> int:
         """A host that cannot keep up holds up its device: one beside the next job, not many.
 
-        But weights are read once, for a minute, and meanwhile nothing piles up but waiting.
+        Those do not count that only wait: weights are hashed once per host, for a minute.
         """
-        return MOST_AWAITING_HASHES if self.renderer.is_hashing() else 1
+        return 1 + min(self.renderer.num_waiting(), MOST_AWAITING_HASHES)
+
+    def end(self, *, seconds: float | None = None) -> bool:
+        """Finish what is left of the videos that are rendered. False: not within these seconds."""
+        self.renderer.hurry()
+        return self.tail.wait(seconds=seconds)
 
     def _finish(self, claim: lifecycle.Claim, left: Left, rest: contextlib.ExitStack) -> None:
         try:
@@ -300,7 +308,7 @@ class Runner:
         try:
             seconds = self.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
         except IntegrityError:
-            return  # the other one of its two jobs refused it in the same moment
+            return  # another one of its jobs refused it in the same moment
         log.error("worker.refuses", queue=queue or "all", seconds=round(seconds), error=reason)
         if queue:
             with contextlib.suppress(broker.BrokerUnavailable):
@@ -341,7 +349,7 @@ class Runner:
             # This process can no longer use its device; its parent starts a fresh one.
             self.bell.kick()
             try:
-                if not self.tail.wait(seconds=LAST_TAIL_SECONDS):
+                if not self.end(seconds=LAST_TAIL_SECONDS):
                     reason = f"its process was ended, because job {claim.job_id} lost the device"
                     name = self.worker_settings.worker_name
                     self.db.write(lifecycle.release_worker, name, reason=reason)

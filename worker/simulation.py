@@ -113,8 +113,11 @@ class SimulatedRenderer:
     def step_down(self, _look: presets.Look) -> str | None:
         return "simulated, smaller"
 
-    def is_hashing(self) -> bool:
-        return False
+    def num_waiting(self) -> int:
+        return 0
+
+    def hurry(self) -> None:
+        """Waits for nothing."""
 
     def report(self, *, renders: int) -> reports.Report:
         return reports.Report(

@@ -77,6 +77,6 @@ def _end(**_: object) -> None:
     """Celery's children leave by `os._exit`, without the exit handlers of their libraries."""
     try:
         if runner.cache_info().currsize:
-            runner().tail.wait()
+            runner().end()
     finally:
         tracing.end()

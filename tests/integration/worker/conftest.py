@@ -65,11 +65,8 @@ class Prepared:
     def hashing(self, model: resident.ResidentModel) -> Any:
         return model.hashes
 
-    def is_hashing(self) -> bool:
-        return not self.model.hashes.done()
-
-    def weight_hashes(self, _hashing: object) -> dict[str, str]:
-        return self.hashes()
+    def weight_hashes(self, hashing: Any) -> dict[str, str] | None:
+        return self.hashes() if hashing.done() else None
 
     def lora_hashes(self, _look: presets.Look, _model: object) -> dict[str, str]:
         return {}

@@ -1,6 +1,7 @@
 """The end of one video beside the beginning of the next: neither pays for the other."""
 
 import dataclasses
+import json
 import threading
 import time
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ import pytest
 import sqlalchemy.exc
 
 from jobs import dispatch, lifecycle, orders, safety, states, workers
-from worker import checks, errors, heartbeat, rendering, runner, video
+from worker import checks, errors, heartbeat, rendering, runner, scratch, video
 
 pytestmark = pytest.mark.timeout(60)
 begin = runner.Runner.run_attempt  # without the wait for its tail that `host.runner` adds
@@ -39,7 +40,7 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
     host, slow_hashes, ended, until, monkeypatch
 ):
     monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(runner, "MOST_AWAITING_HASHES", 1)
+    monkeypatch.setattr(runner, "MOST_AWAITING_HASHES", 0)
     first, second = host.submit(2)
     networks, hashes = slow_hashes
     own = host.worker_settings.model_copy(update={"stall_seconds": 1.0})
@@ -61,7 +62,6 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
 def test_weights_that_are_being_hashed_hold_up_no_device(
     host, slow_hashes, ended, until, monkeypatch
 ):
-    monkeypatch.setattr(rendering, "HASH_LOOK_SECONDS", 0.1)
     jobs = host.submit(4)
     networks, hashes = slow_hashes
     own = host.worker_settings.model_copy(update={"stall_seconds": 2.0})
@@ -75,6 +75,48 @@ def test_weights_that_are_being_hashed_hold_up_no_device(
     made.tail.wait()
     assert {host.attempts(job.id)[0].state for job in jobs} == {states.AttemptState.RENDERED}
     assert made.tally.held == set()
+
+
+def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes, until):
+    """Else its finished videos would be rendered once more."""
+    jobs = host.submit(3)
+    networks, _ = slow_hashes
+    made = host.runner(networks)
+    for job in jobs:
+        begin(made, job.id)
+    until(lambda: {host.attempts(job.id)[0].stage for job in jobs} == {"hash"})
+    assert made.end(seconds=20)
+    for job in jobs:
+        [attempt] = host.attempts(job.id)
+        assert attempt.state is states.AttemptState.RENDERED
+    sidecars = [
+        json.loads(folder.sidecar.read_text())
+        for folder in scratch.folders(host.config.scratch_dir)
+    ]
+    assert [told["weights_sha256"] for told in sidecars] == [None] * 3
+
+
+def test_a_host_that_cannot_keep_up_holds_up_its_device_while_weights_are_hashed_too(
+    host, slow_hashes, until, monkeypatch
+):
+    """Only what waits for nothing but a hash may pile up: an encoder holds a video's frames."""
+    monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
+    may_end, check = threading.Event(), video.check
+    monkeypatch.setattr(video, "check", lambda *a, **k: (may_end.wait(30), check(*a, **k))[1])
+    jobs = host.submit(3)
+    networks, hashes = slow_hashes
+    made = host.runner(networks)
+    begin(made, jobs[0].id)
+    beside = threading.Thread(target=begin, args=(made, jobs[1].id))
+    beside.start()
+    beside.join(2.0)
+    assert beside.is_alive(), "it waits"
+    may_end.set()
+    beside.join(30)
+    begin(made, jobs[2].id)
+    until(lambda: {host.attempts(job.id)[0].stage for job in jobs} == {"hash"})
+    hashes.set_result({})
+    made.tail.wait()
 
 
 @pytest.fixture
@@ -137,6 +179,7 @@ def lose_device(host, slow_hashes, until, monkeypatch):
         begin(made, first.id)
         until(lambda: host.attempts(first.id)[0].stage == "hash")
         broken = Broken(made, errors.DeviceFault("gone"))
+        broken.hurry = lambda: None  # this tail is not in a hurry, as one that encodes
         with pytest.raises(Exit):
             begin(dataclasses.replace(made, renderer=broken), second.id)
         return first
@@ -273,7 +316,8 @@ class Broken:
 
     def __init__(self, made, error):
         self.report = made.renderer.report
-        self.is_hashing = made.renderer.is_hashing
+        self.num_waiting = made.renderer.num_waiting
+        self.hurry = made.renderer.hurry
         self.error = error
 
     def render(self, *_, **__):

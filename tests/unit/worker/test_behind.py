@@ -46,6 +46,21 @@ def test_a_wait_may_leave_some_and_may_be_cut_short():
         assert beside.wait(seconds=10)
 
 
+def test_in_several_threads_those_that_are_done_do_not_count():
+    go_on = threading.Event()
+    with behind.Behind("test", threads=3) as beside:
+        beside.do(lambda: go_on.wait(10))
+        for _ in range(3):
+            beside.do(lambda: None)
+        assert beside.wait(leave=1, seconds=10)
+        assert not beside.wait(seconds=0.01)
+        beside.do(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            beside.wait(leave=1, seconds=10)
+        go_on.set()
+        assert beside.wait(seconds=10)
+
+
 def test_at_the_end_what_has_not_begun_is_dropped():
     began, go_on, seen = threading.Event(), threading.Event(), []
     with behind.Behind("test") as beside:
