@@ -141,6 +141,7 @@ class Workers(Answer):
 class Load(Answer):
     queued: int
     running: int
+    idle_since: datetime | None
     span_seconds: int
     is_cut: bool
     spans: list[dict[str, Any]]
