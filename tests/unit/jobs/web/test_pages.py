@@ -4,7 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from jobs import queries, reports, results, schedules, states, tokens, workers
-from jobs.web import app, html
+from jobs.web import app, history, html
 from jobs.web.pages import charts
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web
@@ -660,7 +660,40 @@ def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser
     results.write(web.db, web.serving.store, batch_id)
     text = browser.get(path).text
     assert "Result files" in text
-    assert "hx-trigger" not in text
+    assert 'hx-trigger="every 30s"' in text
+    assert 'hx-trigger="every 30s"' in browser.get(f"/jobs/{job_id}").text
+
+
+def test_pages_of_schedules_are_asked_for_anew_but_for_the_form(web: Web, browser: Browser) -> None:
+    form = {"name": "every night", "preset": "tiny", "cron": "@daily", "prompts": "a"}
+    browser.post("/schedules", form, of="/schedules")
+    asked = 'id="live" hx-get="{}" hx-select="#live" hx-swap="outerMorph" hx-trigger="every 5s"'
+    for path in ("/schedules", "/schedules?after=a", "/schedules/every%20night"):
+        text = browser.get(path).text
+        assert asked.format(path) in text
+        live = text.partition("<section")[2].partition("</section>")[0]
+        assert "<time" in live
+        assert "Add one" not in live
+
+
+def test_a_farm_whose_jobs_wait_for_no_reason_says_so(web: Web, browser: Browser) -> None:
+    def tells(*, seconds: int) -> bool:
+        """That long after it was seen to be idle for the first time."""
+        at = datetime.now(UTC) - timedelta(seconds=seconds)
+        samples = web.serving.history.samples
+        samples.clear()
+        samples.append(history.Sample(at=at, queued=1, running=0, is_idle=True))
+        is_told = "does a dispatcher run" in browser.get("/farm").text
+        assert (web.client.get("/api/load").json()["idle_since"] is not None) is is_told
+        return is_told
+
+    job_id = web.job_id(web.submit())
+    assert not tells(seconds=70)  # no worker would take it
+    web.db.write(workers.register, registration())
+    assert not tells(seconds=50)
+    assert tells(seconds=70)
+    web.claim(job_id)
+    assert not tells(seconds=70)
 
 
 def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
