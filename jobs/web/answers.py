@@ -65,8 +65,10 @@ class JobLine(Answer):
     position: int
     custom_id: str | None
     state: str
+    is_paused: bool
     prompt: str
     seed: int
+    not_before: datetime | None
     error: dict[str, Any] | None
 
 
@@ -77,6 +79,7 @@ class Jobs(Answer):
 
 class Job(JobLine):
     batch_id: str
+    preset: str
     look: dict[str, Any]
     video: dict[str, Any] | None
     video_deleted_at: datetime | None
@@ -131,6 +134,13 @@ class Fired(Answer):
 class Changed(Answer):
     name: str
     state: str
+    changed: bool
+
+
+class ChangedJob(Answer):
+    job_id: int
+    state: str
+    is_paused: bool
     changed: bool
 
 

@@ -1,5 +1,6 @@
 """The pages without a browser: who may see what, what forms do, and how they tell what is wrong."""
 
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
-from jobs import queries, reports, results, schedules, states, tokens, workers
+from jobs import queries, reports, results, schedules, schema, states, tokens, workers
 from jobs.web import app, history, html
 from jobs.web.pages import charts
 from tests.registrations import registration
@@ -322,6 +324,87 @@ def test_what_differs_between_two_videos_is_marked(web: Web, browser: Browser) -
     assert re.findall(r'class="differs"><dt>(\w+)</dt>', text) == ["seed", "seed"]
     assert f"/compare?job={ids[0]}&amp;job={ids[1]}" in browser.get(f"/jobs/{ids[0]}").text
     assert browser.get(f"/compare?job={ids[0]}").status_code == 422
+
+
+def marked(web: Web, browser: Browser, *jobs: int) -> set[str]:
+    """What differs between their videos."""
+    for job_id in jobs:
+        web.succeed(job_id)
+    text = browser.get("/compare?" + "&".join(f"job={job_id}" for job_id in jobs)).text
+    return set(re.findall(r'class="differs"><dt>([^<]+)</dt>', text))
+
+
+def two_frames(web: Web, image: bytes) -> list[str]:
+    """Uploads, as rows name them."""
+    other = io.BytesIO()
+    Image.new("RGB", (96, 64), (30, 30, 200)).save(other, "PNG")
+    answers = [
+        web.client.post("/api/uploads", files={"file": ("frame.png", data)})
+        for data in (image, other.getvalue())
+    ]
+    return [answer.json()["image"] for answer in answers]
+
+
+def test_another_first_frame_is_a_difference_and_no_other_seed(
+    web: Web, browser: Browser, image: bytes
+) -> None:
+    red, blue = two_frames(web, image)
+    drawn = [(red, 5), (blue, 5), (red, 6), (blue, 6)]
+    rows = [{"prompt": "it moves", "seed": seed, "image": frame} for frame, seed in drawn]
+    batch_id = web.submit(rows, preset="tiny_i2v")
+    ids = [web.job_id(batch_id, number) for number in range(4)]
+    assert marked(web, browser, ids[0], ids[1]) == {"first frame"}
+    siblings = browser.get(f"/jobs/{ids[0]}").text.partition("with other seeds")[2]
+    assert set(re.findall(r"/jobs/(\d+)", siblings)) == {str(ids[2])}
+
+
+PRESET = """{"model_path": "tiny", "target_width": 48, "target_height": 48, "fps": 8,
+ "target_video_length": 17, "denoising_step_list": %s, "step_rule": "%s", "sample_shift": %s}"""
+
+
+def test_other_steps_are_a_difference(make_web: Callable[..., Web], tmp_path: Path) -> None:
+    (tmp_path / "first.json").write_text(PRESET % ([1000, 700, 400, 150], "renoise", 5))
+    (tmp_path / "second.json").write_text(PRESET % ([1000, 750, 500, 250], "renoise", 3))
+    web = make_web(presets_dir=tmp_path)
+    rows = [{"prompt": "a cat", "seed": 5}]
+    ids = [web.job_id(web.submit(rows, preset=name)) for name in ("first", "second")]
+    browser = Browser(web.client)
+    assert marked(web, browser, *ids) == {"preset", "steps", "shift"}
+    assert "1000-700-400-150 (renoise)" in browser.get(f"/jobs/{ids[0]}").text
+
+
+def test_loras_of_one_name_in_two_folders_are_a_difference(web: Web, browser: Browser) -> None:
+    loras = ({"name": "film"}, {"path": "styles/film.safetensors"})
+    batch_id = web.submit([{"prompt": "a cat", "seed": 5, "lora": [lora]} for lora in loras])
+    ids = [web.job_id(batch_id, number) for number in range(2)]
+    assert marked(web, browser, *ids) == {"LoRA"}
+    assert "<dd>film (1)</dd>" in browser.get(f"/jobs/{ids[0]}").text
+
+
+def test_a_job_that_was_paused_by_itself_says_so_and_goes_on(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(2)
+    job_id = web.job_id(batch_id)
+    job = f"/jobs/{job_id}"
+    assert "Paused" in browser.post(f"{job}/pause", {}, of=job).text
+    for path in (job, f"/batches/{batch_id}"):
+        assert browser.get(path).text.count('class="state paused"') == 1
+    shown = browser.get(job).text
+    assert f'action="{job}/resume"' in shown
+    assert f'action="{job}/pause"' not in shown
+    assert "It goes on" in browser.post(f"{job}/resume", {}, of=job).text
+    assert "paused" not in browser.get(job).text
+    assert "Nothing was changed" in browser.post(f"{job}/resume", {}, of=job).text
+
+
+def test_a_job_says_until_when_it_waits_for_its_next_attempt(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    job_id = web.job_id(batch_id)
+    for days, is_told in ((-1, False), (1, True)):
+        moment = datetime.now(UTC) + timedelta(days=days)
+        with web.db.transaction() as session:
+            session.get_one(schema.Job, job_id).not_before = moment
+        for path in (f"/jobs/{job_id}", f"/batches/{batch_id}"):
+            assert (f"not before {html.moment(moment)}" in browser.get(path).text) is is_told
 
 
 def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser) -> None:
