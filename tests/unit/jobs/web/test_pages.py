@@ -185,6 +185,30 @@ def test_bad_lines_of_a_file_are_told_by_their_number(web: Web, browser: Browser
     assert batches_of(web)[0].total == 1
 
 
+def test_what_was_typed_below_more_is_seen_after_a_mistake(browser: Browser) -> None:
+    form = {"prompts": "a cat", "preset": "tiny", "seed": "x"}
+
+    def is_open(more: dict[str, str], **files: Any) -> bool:
+        text = browser.post("/submit", form | more, of="/submit", **files).text
+        return re.search(r"<details[^>]* open>", text) is not None
+
+    untouched = {"strength": "1", "priority": "0", "lora": "", "name": ""}
+    assert not is_open(untouched)
+    for more in ({"lora": "film"}, {"name": "mine"}, {"fps": "8"}, {"skip_invalid": "true"}):
+        assert is_open(untouched | more), more
+    bad = {"file": ("p.jsonl", b'{"promt": "b"}')}
+    assert is_open(untouched | {"prompts": "", "seed": ""}, files=bad)
+
+
+def test_each_of_several_mistakes_is_tied_to_its_field(browser: Browser) -> None:
+    bad = {"file": ("p.jsonl", b'{"promt": "b"}\n{"promt": "c"}\n')}
+    text = browser.post("/submit", {"preset": "tiny"}, of="/submit", files=bad).text
+    tied = re.search(r'id="file"[^>]*aria-describedby="([^"]+)"', text)[1].split()
+    assert tied == ["file-error", "file-error-2", "file-hint"]
+    for name in tied:
+        assert text.count(f'id="{name}"') == 1
+
+
 def test_a_broken_image_is_told_at_its_field(web: Web, browser: Browser) -> None:
     form = {"preset": "tiny_i2v", "prompts": "a"}
     answer = browser.post("/submit", form, of="/submit", files={"image": ("x.png", b"text")})
@@ -661,6 +685,7 @@ def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Brow
     assert not load["is_cut"]
     text = browser.get("/farm").text
     assert "1 videos and 1 failed attempts" in text
+    assert text.count("times in UTC") == 2
 
 
 def test_numbers_beside_a_chart_are_short() -> None:
@@ -690,6 +715,15 @@ def test_a_long_word_is_shown_as_far_as_there_is_room(web: Web, browser: Browser
     assert prompt[:100] in browser.get("/farm").text
     web.succeed(web.job_id(batch_id), attempt_id)
     assert prompt[:200] in browser.get("/gallery").text
+
+
+def test_a_job_has_one_short_name_on_the_page_of_its_batch(web: Web, browser: Browser) -> None:
+    batch_id = web.submit([{"prompt": "a"}, {"prompt": "b", "custom_id": "x" * 500}])
+    for number in range(2):
+        web.claim(web.job_id(batch_id, number))
+    text = browser.get(f"/batches/{batch_id}").text
+    named = re.findall(r'href="/jobs/\d+" dir="auto">([^<]+)</a>', text)
+    assert named == ["#1", "x" * 77 + "..."] * 2
 
 
 def test_what_people_wrote_is_set_in_its_own_direction(web: Web, browser: Browser) -> None:
