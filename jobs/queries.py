@@ -213,12 +213,22 @@ def progress(session: Session, batch_id: str) -> Progress:
     batch = find_batch(session, batch_id)
     rate = _rate_per_minute(session, batch)
     open_jobs = batch.queued + batch.running
-    return Progress(
-        batch=batch,
-        state=batch.state,
-        rate_per_minute=rate,
-        seconds_left=open_jobs / rate * 60 if rate and open_jobs and not batch.paused_at else None,
+    seconds_left = None
+    if rate and open_jobs and not batch.paused_at and not _is_at_rest(session, batch):
+        seconds_left = open_jobs / rate * 60
+    return Progress(batch=batch, state=batch.state, rate_per_minute=rate, seconds_left=seconds_left)
+
+
+def _is_at_rest(session: Session, batch: Batch) -> bool:
+    """Nothing of it runs, and its last video is from some time ago."""
+    if batch.running:
+        return False
+    last = select(func.max(Job.finished_at)).where(
+        Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED
     )
+    finished_at = session.scalar(last)
+    stopped_before = database.now(session) - timedelta(seconds=STOP_SECONDS)
+    return finished_at is not None and finished_at < stopped_before
 
 
 def live_workers(session: Session) -> list[LiveWorker]:
@@ -333,6 +343,19 @@ def open_jobs(session: Session) -> tuple[int, int]:
         ).where(Batch.finished_at.is_(None))
     ).one()
     return int(queued), int(running)
+
+
+def could_start(session: Session) -> bool:
+    """Whether a job waits that a live worker would take now: not paused, and no retry to come."""
+    found = (
+        select(Job.id)
+        .join(Batch, Batch.id == Job.batch_id)
+        .where(Batch.finished_at.is_(None), Batch.paused_at.is_(None))
+        .where(Batch.cancel_requested_at.is_(None), Job.state == states.JobState.QUEUED)
+        .where(Job.queue.in_(live_workers_by_queue(session)))
+        .where(or_(Job.not_before.is_(None), Job.not_before <= database.now(session)))
+    )
+    return session.scalar(found.limit(1)) is not None
 
 
 def queues_waited_in(session: Session, batch_id: str) -> list[str]:

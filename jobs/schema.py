@@ -199,6 +199,11 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
+    @property
+    def is_paused(self) -> bool:
+        """By itself; its batch may be paused as well."""
+        return self.state is states.JobState.QUEUED and self.not_before == PAUSED_UNTIL
+
     __table_args__ = (
         UniqueConstraint("batch_id", "custom_id"),
         UniqueConstraint("batch_id", "position"),

@@ -1,5 +1,6 @@
 """Following a batch to its end: by the database alone, so it works while Redis is down."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,8 @@ def look(db: database.Database, batch_id: str) -> Snapshot:
     with db.reading() as session:
         progress = queries.progress(session, batch_id)
         idle = queries.queues_without_workers(session, progress.batch.id)
+        if idle and idle == queries.queues_waited_in(session, progress.batch.id):
+            progress = dataclasses.replace(progress, seconds_left=None)
         return Snapshot(
             now=database.now(session),
             progress=progress,

@@ -79,7 +79,7 @@ class Components:
         try:
             has_changed = model.apply_loras(look, self.models_dir)
         except model_errors.UnfitLoraError as error:
-            raise errors.LoraUnfit(str(error)) from error
+            raise errors.LoraUnfit(self._told_of(error)) from error
         except (model_errors.CheckpointError, OSError) as error:
             if wanted.is_gone(look, self.models_dir):
                 # What is loaded stays: jobs without a LoRA go on, and the folder may come back.
@@ -87,7 +87,7 @@ class Components:
                 raise errors.WeightsAbsent(gone) from error
             if getattr(error, "path", None) in model.files.weights:
                 self._evict(key)  # the next attempt loads what is there now
-            raise errors.WeightsUnusable(str(error)) from error
+            raise errors.WeightsUnusable(self._told_of(error)) from error
         self._loras[key] = look.loras
         self.lora_switches += has_changed
 
@@ -99,11 +99,16 @@ class Components:
             model = model or self._load(key, files)
         except (model_errors.CheckpointError, OSError) as error:
             is_of_host = wanted.is_fault_of_host(error, look, self.models_dir)
-            raised = errors.WeightsAbsent if is_of_host else errors.WeightsUnusable
-            raise raised(str(error)) from error
+            if is_of_host:
+                raise errors.WeightsAbsent(str(error)) from error
+            raise errors.WeightsUnusable(self._told_of(error)) from error
         self._resident[key] = model
         self._resident.move_to_end(key)
         return model
+
+    def _told_of(self, error: Exception) -> str:
+        """For those who submit: files by their place in the models folder, wherever that lies."""
+        return str(error).replace(f"{self.models_dir}/", "")
 
     def report(self, *, renders: int) -> reports.Report:
         """What is loaded and how often it changed."""

@@ -199,8 +199,7 @@ class JobView:
     """What `show` tells of a job."""
 
     job: Job
-    boost: int
-    """Of its batch."""
+    batch: Batch
     look: dict[str, Any]
     attempts: Sequence[Attempt]
     winner: Attempt | None
@@ -212,7 +211,7 @@ def _read_job(db: database.Database, job: Job) -> JobView:
         winner = queries.winning_attempt(session, job)
         return JobView(
             job=job,
-            boost=session.get_one(Batch, job.batch_id).boost,
+            batch=session.get_one(Batch, job.batch_id),
             look=queries.look(session, job),
             attempts=queries.attempts(session, job.id),
             winner=winner,
@@ -224,7 +223,7 @@ def _emit_job(view: JobView, store: storage.ObjectStore | None) -> None:
     output.emit(
         shapes.job(
             view.job,
-            boost=view.boost,
+            of=view.batch,
             look=view.look,
             attempts=[shapes.attempt(attempt) for attempt in view.attempts],
             video=_video(view, store),
@@ -246,12 +245,13 @@ def _print_job(view: JobView, store: storage.ObjectStore | None) -> None:
         [
             ("job", str(job.id)),
             ("batch", f"{job.batch_id}, position {job.position}"),
+            ("preset", output.plain(view.batch.preset)),
             ("custom_id", output.plain(job.custom_id or "")),
             ("state", _job_state(job)),
             ("prompt", output.plain(job.prompt)),
             ("negative", output.plain(job.negative_prompt or "")),
             ("seed", str(job.seed)),
-            ("priority", str(priority) if (priority := view.boost - job.rank) else ""),
+            ("priority", str(priority) if (priority := view.batch.boost - job.rank) else ""),
             *((f"  {key}", output.plain(str(value))) for key, value in (job.meta or {}).items()),
             ("image", view.job.image_key or ""),
             ("look", _look_words(view.look)),

@@ -65,8 +65,10 @@ class JobLine(Answer):
     position: int
     custom_id: str | None
     state: str
+    is_paused: bool
     prompt: str
     seed: int
+    not_before: datetime | None
     error: dict[str, Any] | None
 
 
@@ -77,6 +79,7 @@ class Jobs(Answer):
 
 class Job(JobLine):
     batch_id: str
+    preset: str
     look: dict[str, Any]
     video: dict[str, Any] | None
     video_deleted_at: datetime | None
@@ -134,6 +137,13 @@ class Changed(Answer):
     changed: bool
 
 
+class ChangedJob(Answer):
+    job_id: int
+    state: str
+    is_paused: bool
+    changed: bool
+
+
 class Workers(Answer):
     workers: list[dict[str, Any]]
 
@@ -141,6 +151,7 @@ class Workers(Answer):
 class Load(Answer):
     queued: int
     running: int
+    idle_since: datetime | None
     span_seconds: int
     is_cut: bool
     spans: list[dict[str, Any]]

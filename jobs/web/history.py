@@ -1,6 +1,7 @@
 """How long the queue was: looked at now and then by this process, and kept in its memory."""
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ log = structlog.get_logger()
 EVERY_SECONDS = 15.0
 SHORTEST = timedelta(seconds=EVERY_SECONDS / 2)  # visitors ask more often
 KEPT = 24 * 3600 // 15  # a day
+IDLE = timedelta(seconds=60)  # shorter: between two jobs, or before the first of them begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,8 @@ class Sample:
     at: datetime
     queued: int
     running: int
+    is_idle: bool
+    """Jobs wait that live workers would take, and none runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,20 @@ class History:
         """What is open now; remembered if the last one is old enough."""
         with db.reading() as session:
             queued, running = queries.open_jobs(session)
-            sample = Sample(at=database.now(session), queued=queued, running=running)
+            is_idle = queued > 0 and running == 0 and queries.could_start(session)
+            at = database.now(session)
+            sample = Sample(at=at, queued=queued, running=running, is_idle=is_idle)
         if not self.samples or sample.at - self.samples[-1].at >= SHORTEST:
             self.samples.append(sample)
         return sample
+
+    @property
+    def idle_since(self) -> datetime | None:
+        """When it began, if it lasts: a dispatcher would have sent something."""
+        samples = list(self.samples)
+        idle = list(itertools.takewhile(lambda sample: sample.is_idle, reversed(samples)))
+        is_long = bool(idle) and idle[0].at - idle[-1].at >= IDLE
+        return idle[-1].at if is_long else None
 
     @asynccontextmanager
     async def kept(self, db: database.Database) -> AsyncIterator[None]:

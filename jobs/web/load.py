@@ -30,6 +30,7 @@ def show(
     return {
         "queued": sample.queued,
         "running": sample.running,
+        "idle_since": serving.history.idle_since,
         "span_seconds": span_seconds,
         "is_cut": found.is_cut,
         "spans": [

@@ -1,9 +1,11 @@
 """Our own API: single jobs and their videos."""
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
+from sqlalchemy.orm import Session
 
 from jobs import cancelling, errors, orders, queries, requests, shapes, states
 from jobs.schema import Attempt, Batch
@@ -38,10 +40,10 @@ def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str,
         attempts = [shapes.attempt(attempt) for attempt in queries.attempts(session, job_id)]
         winner = queries.winning_attempt(session, row)
         deleted_at = requests.video_deleted_at(session, row) if winner else None
-        boost = session.get_one(Batch, row.batch_id).boost
+        batch = session.get_one(Batch, row.batch_id)
     return shapes.job(
         row,
-        boost=boost,
+        of=batch,
         look=look,
         attempts=attempts,
         video=shapes.video(service.store, winner) if deleted_at is None else None,
@@ -71,6 +73,33 @@ def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[
     )
     service.wake(retried)
     return {"retried": retried}
+
+
+@router.post("/{job_id}/pause", response_model=answers.ChangedJob)
+def pause(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, Any]:
+    """Do not start it, whatever its batch does."""
+    return _changed(job_id, service, principal, orders.pause_job)
+
+
+@router.post("/{job_id}/resume", response_model=answers.ChangedJob)
+def resume(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, Any]:
+    """Let it start after a pause of its own."""
+    return _changed(job_id, service, principal, orders.resume_job)
+
+
+def _changed(
+    job_id: int,
+    service: Serving,
+    principal: access.Principal,
+    change: Callable[[Session, int], bool],
+) -> dict[str, Any]:
+    with service.db.reading() as session:
+        finding.job(session, job_id, principal)
+    changed = service.db.write(change, job_id)
+    service.wake(changed)
+    with service.db.reading() as session:
+        job = finding.job(session, job_id, principal)
+    return {"job_id": job.id, "state": job.state, "is_paused": job.is_paused, "changed": changed}
 
 
 @router.head("/{job_id}/video", include_in_schema=False)

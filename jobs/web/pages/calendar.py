@@ -86,6 +86,7 @@ def _list(
         "schedules.html",
         who=who,
         status=status,
+        here=html.address("/schedules", after=after or None),
         schedules=rows[:ROWS],
         next_url=html.address("/schedules", after=following) if following else None,
         first_url="/schedules" if after else None,

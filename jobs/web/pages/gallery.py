@@ -21,6 +21,8 @@ CARDS = 12
 BATCHES_AT_ONCE = 50
 MOST_BATCHES = 500  # looked at for one page; those without videos take no time to speak of
 MOST_COMPARED = 4
+FRAME_DIGITS = 12  # of the first frame's SHA-256: enough to tell it from others
+WEIGHTS = ("transformer", "high_noise_transformer", "low_noise_transformer", "quantization")
 NEIGHBOURS = 24  # repetitions of a prompt stand beside each other in their batch
 
 
@@ -44,13 +46,30 @@ def show(job_id: JobId, request: Request, serving: Serving, who: access.Reader) 
 def _siblings(session: Session, job: Mapping[str, Any]) -> list[Job]:
     after = job["position"] - NEIGHBOURS - 1
     near = queries.jobs(session, job["batch_id"], after=after, limit=2 * NEIGHBOURS + 1)
-    return [row for row in near if row.prompt == job["prompt"] and row.id != job["job_id"]]
+    same = ("prompt", "image_key", "look_id")
+    return [
+        row
+        for row in near
+        if row.seed != job["seed"] and all(getattr(row, key) == job[key] for key in same)
+    ]
 
 
 @router.post("/jobs/{job_id}/cancel")
 def cancel(job_id: JobId, serving: Serving, who: access.FormSubmitter) -> Response:
     found = videos.cancel(job_id, serving, who)
     return html.go(f"/jobs/{job_id}", did="cancelled" if any(found.values()) else "unchanged")
+
+
+@router.post("/jobs/{job_id}/pause")
+def pause(job_id: JobId, serving: Serving, who: access.FormSubmitter) -> Response:
+    changed = videos.pause(job_id, serving, who)["changed"]
+    return html.go(f"/jobs/{job_id}", did="paused" if changed else "unchanged")
+
+
+@router.post("/jobs/{job_id}/resume")
+def resume(job_id: JobId, serving: Serving, who: access.FormSubmitter) -> Response:
+    changed = videos.resume(job_id, serving, who)["changed"]
+    return html.go(f"/jobs/{job_id}", did="resumed" if changed else "unchanged")
 
 
 @router.post("/jobs/{job_id}/retry")
@@ -146,7 +165,7 @@ def _batches(session: Session, who: access.Principal, place: _Place) -> Iterator
 
 
 def _card(session: Session, job: Job, batch: Batch) -> dict[str, Any]:
-    shape = {"seed": job.seed, "preset": batch.preset, "worker": None, "attempts": []}
+    shape = {"preset": batch.preset, "seed": job.seed, "image_key": job.image_key}
     return {
         "job_id": job.id,
         "batch_id": batch.id,
@@ -197,18 +216,23 @@ def _different(settings: Sequence[Sequence[tuple[str, object]]]) -> set[str]:
 
 def settings_of(job: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[str, object]]:
     """What made a video, beside its prompt, in words."""
-    loras = [
-        f"{PurePosixPath(lora['path']).stem} ({lora.get('strength', 1):g})"
-        for lora in look.get("loras", ())
-    ]
     frames, fps = look["num_frames"], look["fps"]
+    steps = "-".join(map(str, look["denoising_step_list"]))
     found: list[tuple[str, object]] = [
+        ("preset", job["preset"]),
         ("seed", job["seed"]),
+        ("first frame", PurePosixPath(job["image_key"] or "").name[:FRAME_DIGITS]),
         ("size", f"{look['width']}x{look['height']}"),
         ("length", f"{frames} frames, {frames / fps:.1f} s"),
-        ("steps", len(look["denoising_step_list"])),
+        ("steps", f"{steps} ({look['step_rule']})"),
+        ("shift", f"{look['sample_shift']:g}"),
         ("model", look["model_path"]),
+        ("weights", ", ".join(look[key] for key in WEIGHTS if look.get(key))),
+        ("LoRA", ", ".join(_lora_words(lora) for lora in look.get("loras", ()))),
     ]
-    if loras:
-        found.append(("LoRA", ", ".join(loras)))
-    return found
+    return [(word, value) for word, value in found if value != ""]
+
+
+def _lora_words(lora: Mapping[str, Any]) -> str:
+    name = str(PurePosixPath(lora["path"]).with_suffix("")).removeprefix("loras/")
+    return f"{name} ({lora.get('strength', 1):g})"

@@ -133,18 +133,20 @@ def _form(
     status: int = 200,
     made: str = "",
 ) -> Response:
-    blank = dict.fromkeys(FIELDS, "") | {"skip_invalid": False}
+    shown = dict.fromkeys(FIELDS, "") | {"skip_invalid": False} | given
+    is_typed = any(shown[name] != DEFAULTS.get(name, "") for name in MORE)
     return html.page(
         request,
         "submit.html",
         who=who,
         status=status,
         made=made,
-        given=blank | given,
+        given=shown,
         errors=found,
         key=new_key(),
         presets=preset_choices(serving, who),
-        more_is_open=any(found.get(name) for name in MORE),
+        # Bad lines of a file: there one may choose to leave them out.
+        more_is_open=is_typed or shown["skip_invalid"] or "file" in found,
     )
 
 

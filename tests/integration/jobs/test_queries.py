@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import database, errors, queries, retries, states, watch, workers
+from jobs import database, errors, orders, queries, retries, states, watch, workers
 from jobs.cli import display
 from jobs.schema import Batch, Job
 from jobs.states import BatchState
@@ -224,6 +224,46 @@ def test_a_finished_batch_has_a_rate_and_nothing_left(world: World) -> None:
         progress = queries.progress(session, batch_id)
     assert progress.rate_per_minute == pytest.approx(2.0, rel=0.1)
     assert progress.seconds_left is None
+
+
+def test_there_is_no_time_left_while_a_batch_is_at_rest(world: World) -> None:
+    batch_id = world.submit(8)
+    _finish(world, batch_id, [800, 700, 600, 400])
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left is None
+    world.claimed(world.job_ids(batch_id)[4])
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left is not None
+
+
+def test_there_is_no_time_left_while_nobody_takes_what_waits(world: World) -> None:
+    batch_id = world.submit(8)
+    _finish(world, batch_id, [60, 40, 20, 0])
+    assert watch.look(world.db, batch_id).progress.seconds_left is None
+    world.register()
+    assert watch.look(world.db, batch_id).progress.seconds_left is not None
+
+
+def test_what_could_start_is_neither_paused_nor_without_workers(world: World) -> None:
+    def could_start() -> bool:
+        with world.db.reading() as session:
+            return queries.could_start(session)
+
+    batch_id = world.submit()
+    job_id = world.job_ids(batch_id)[0]
+    assert not could_start()
+    world.register()
+    assert could_start()
+    for pause, resume, what in (
+        (orders.pause_job, orders.resume_job, job_id),
+        (orders.pause_batch, orders.resume_batch, batch_id),
+    ):
+        world.db.write(pause, what)
+        assert not could_start()
+        world.db.write(resume, what)
+        assert could_start()
+    world.claimed(job_id)
+    assert not could_start()
 
 
 def test_results_at_one_moment_make_no_rate(world: World) -> None:

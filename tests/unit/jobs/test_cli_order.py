@@ -77,6 +77,8 @@ def test_a_single_job_is_paused_and_resumed(db: database.Database) -> None:
     assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is None
     assert "does not wait, or paused before" in rushes("pause", "latest/1").stdout
     assert "queued, paused" in rushes("show", "latest/1").stdout
+    assert [told("show", f"latest/{number}")["is_paused"] for number in (0, 1)] == [False, True]
+    assert told("show", "latest/1")["preset"] == "tiny"
     assert "queued, paused" in rushes("logs", "latest/1").stdout
     rushes("pause", "latest")
     rushes("resume", "latest")  # of the batch: not of a job that was paused by itself

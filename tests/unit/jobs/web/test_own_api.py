@@ -207,6 +207,8 @@ def test_the_dispatchers_hear_of_what_there_is_to_do(
     jobs = [f"/api/jobs/{job['job_id']}" for job in web.client.get(f"{batch}/jobs").json()["jobs"]]
     web.client.post(f"{batch}/pause")
     assert heard(f"{batch}/resume") == ["work"]
+    web.client.post(f"{jobs[1]}/pause")
+    assert heard(f"{jobs[1]}/resume") == ["work"]
     assert "order" in heard(f"{batch}/priority", priority=7)
     web.client.post(f"{batch}/cancel")
     assert heard(f"{jobs[0]}/retry") == ["work"]
@@ -285,6 +287,28 @@ def test_a_batch_is_paused_resumed_and_moved(web: Web) -> None:
     assert web.client.post(f"{path}/priority", json={"priority": 7}).json()["changed"] is True
     assert web.client.get(path).json()["priority"] == 7
     assert web.client.post(f"{path}/priority", json={"priority": 700}).status_code == 422
+
+
+def test_a_job_is_paused_and_resumed(web: Web) -> None:
+    batch_id = web.submit(2)
+    job_id = web.job_id(batch_id, 1)
+    path = f"/api/jobs/{job_id}"
+    told = {"job_id": job_id, "state": "queued", "is_paused": True, "changed": True}
+    assert web.client.post(f"{path}/pause").json() == told
+    assert web.client.post(f"{path}/pause").json() == told | {"changed": False}
+    listed = web.client.get(f"/api/batches/{batch_id}/jobs").json()["jobs"]
+    assert [job["is_paused"] for job in listed] == [False, True]
+    job = web.client.get(path).json()
+    assert (job["preset"], job["is_paused"]) == ("tiny", True)
+    assert listed[1]["not_before"] == job["not_before"]
+    told |= {"is_paused": False}
+    assert web.client.post(f"{path}/resume").json() == told
+    assert web.client.post(f"{path}/resume").json() == told | {"changed": False}
+    web.client.post(f"{path}/pause")
+    web.client.post(f"{path}/cancel")
+    assert web.client.get(path).json()["is_paused"] is False
+    assert web.client.post(f"{path}/resume").json()["changed"] is False
+    assert web.client.post("/api/jobs/999/pause").status_code == 404
 
 
 def events_of(web: Web, batch_id: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,20 +1,32 @@
 """The pages without a browser: who may see what, what forms do, and how they tell what is wrong."""
 
+import io
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
-from jobs import queries, reports, results, schedules, states, submission, tokens, workers
-from jobs.web import app, html
+from jobs import (
+    queries,
+    reports,
+    results,
+    schedules,
+    schema,
+    states,
+    submission,
+    tokens,
+    workers,
+)
+from jobs.web import app, history, html
 from jobs.web.pages import charts
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web
@@ -186,6 +198,30 @@ def test_bad_lines_of_a_file_are_told_by_their_number(web: Web, browser: Browser
     assert batches_of(web)[0].total == 1
 
 
+def test_what_was_typed_below_more_is_seen_after_a_mistake(browser: Browser) -> None:
+    form = {"prompts": "a cat", "preset": "tiny", "seed": "x"}
+
+    def is_open(more: dict[str, str], **files: Any) -> bool:
+        text = browser.post("/submit", form | more, of="/submit", **files).text
+        return re.search(r"<details[^>]* open>", text) is not None
+
+    untouched = {"strength": "1", "priority": "0", "lora": "", "name": ""}
+    assert not is_open(untouched)
+    for more in ({"lora": "film"}, {"name": "mine"}, {"fps": "8"}, {"skip_invalid": "true"}):
+        assert is_open(untouched | more), more
+    bad = {"file": ("p.jsonl", b'{"promt": "b"}')}
+    assert is_open(untouched | {"prompts": "", "seed": ""}, files=bad)
+
+
+def test_each_of_several_mistakes_is_tied_to_its_field(browser: Browser) -> None:
+    bad = {"file": ("p.jsonl", b'{"promt": "b"}\n{"promt": "c"}\n')}
+    text = browser.post("/submit", {"preset": "tiny"}, of="/submit", files=bad).text
+    tied = re.search(r'id="file"[^>]*aria-describedby="([^"]+)"', text)[1].split()
+    assert tied == ["file-error", "file-error-2", "file-hint"]
+    for name in tied:
+        assert text.count(f'id="{name}"') == 1
+
+
 def test_a_broken_image_is_told_at_its_field(web: Web, browser: Browser) -> None:
     form = {"preset": "tiny_i2v", "prompts": "a"}
     answer = browser.post("/submit", form, of="/submit", files={"image": ("x.png", b"text")})
@@ -348,6 +384,87 @@ def test_what_differs_between_two_videos_is_marked(web: Web, browser: Browser) -
     assert re.findall(r'class="differs"><dt>(\w+)</dt>', text) == ["seed", "seed"]
     assert f"/compare?job={ids[0]}&amp;job={ids[1]}" in browser.get(f"/jobs/{ids[0]}").text
     assert browser.get(f"/compare?job={ids[0]}").status_code == 422
+
+
+def marked(web: Web, browser: Browser, *jobs: int) -> set[str]:
+    """What differs between their videos."""
+    for job_id in jobs:
+        web.succeed(job_id)
+    text = browser.get("/compare?" + "&".join(f"job={job_id}" for job_id in jobs)).text
+    return set(re.findall(r'class="differs"><dt>([^<]+)</dt>', text))
+
+
+def two_frames(web: Web, image: bytes) -> list[str]:
+    """Uploads, as rows name them."""
+    other = io.BytesIO()
+    Image.new("RGB", (96, 64), (30, 30, 200)).save(other, "PNG")
+    answers = [
+        web.client.post("/api/uploads", files={"file": ("frame.png", data)})
+        for data in (image, other.getvalue())
+    ]
+    return [answer.json()["image"] for answer in answers]
+
+
+def test_another_first_frame_is_a_difference_and_no_other_seed(
+    web: Web, browser: Browser, image: bytes
+) -> None:
+    red, blue = two_frames(web, image)
+    drawn = [(red, 5), (blue, 5), (red, 6), (blue, 6)]
+    rows = [{"prompt": "it moves", "seed": seed, "image": frame} for frame, seed in drawn]
+    batch_id = web.submit(rows, preset="tiny_i2v")
+    ids = [web.job_id(batch_id, number) for number in range(4)]
+    assert marked(web, browser, ids[0], ids[1]) == {"first frame"}
+    siblings = browser.get(f"/jobs/{ids[0]}").text.partition("with other seeds")[2]
+    assert set(re.findall(r"/jobs/(\d+)", siblings)) == {str(ids[2])}
+
+
+PRESET = """{"model_path": "tiny", "target_width": 48, "target_height": 48, "fps": 8,
+ "target_video_length": 17, "denoising_step_list": %s, "step_rule": "%s", "sample_shift": %s}"""
+
+
+def test_other_steps_are_a_difference(make_web: Callable[..., Web], tmp_path: Path) -> None:
+    (tmp_path / "first.json").write_text(PRESET % ([1000, 700, 400, 150], "renoise", 5))
+    (tmp_path / "second.json").write_text(PRESET % ([1000, 750, 500, 250], "renoise", 3))
+    web = make_web(presets_dir=tmp_path)
+    rows = [{"prompt": "a cat", "seed": 5}]
+    ids = [web.job_id(web.submit(rows, preset=name)) for name in ("first", "second")]
+    browser = Browser(web.client)
+    assert marked(web, browser, *ids) == {"preset", "steps", "shift"}
+    assert "1000-700-400-150 (renoise)" in browser.get(f"/jobs/{ids[0]}").text
+
+
+def test_loras_of_one_name_in_two_folders_are_a_difference(web: Web, browser: Browser) -> None:
+    loras = ({"name": "film"}, {"path": "styles/film.safetensors"})
+    batch_id = web.submit([{"prompt": "a cat", "seed": 5, "lora": [lora]} for lora in loras])
+    ids = [web.job_id(batch_id, number) for number in range(2)]
+    assert marked(web, browser, *ids) == {"LoRA"}
+    assert "<dd>film (1)</dd>" in browser.get(f"/jobs/{ids[0]}").text
+
+
+def test_a_job_that_was_paused_by_itself_says_so_and_goes_on(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(2)
+    job_id = web.job_id(batch_id)
+    job = f"/jobs/{job_id}"
+    assert "Paused" in browser.post(f"{job}/pause", {}, of=job).text
+    for path in (job, f"/batches/{batch_id}"):
+        assert browser.get(path).text.count('class="state paused"') == 1
+    shown = browser.get(job).text
+    assert f'action="{job}/resume"' in shown
+    assert f'action="{job}/pause"' not in shown
+    assert "It goes on" in browser.post(f"{job}/resume", {}, of=job).text
+    assert "paused" not in browser.get(job).text
+    assert "Nothing was changed" in browser.post(f"{job}/resume", {}, of=job).text
+
+
+def test_a_job_says_until_when_it_waits_for_its_next_attempt(web: Web, browser: Browser) -> None:
+    batch_id = web.submit()
+    job_id = web.job_id(batch_id)
+    for days, is_told in ((-1, False), (1, True)):
+        moment = datetime.now(UTC) + timedelta(days=days)
+        with web.db.transaction() as session:
+            session.get_one(schema.Job, job_id).not_before = moment
+        for path in (f"/jobs/{job_id}", f"/batches/{batch_id}"):
+            assert (f"not before {html.moment(moment)}" in browser.get(path).text) is is_told
 
 
 def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser) -> None:
@@ -635,6 +752,7 @@ def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Brow
     assert not load["is_cut"]
     text = browser.get("/farm").text
     assert "1 videos and 1 failed attempts" in text
+    assert text.count("times in UTC") == 2
 
 
 def test_numbers_beside_a_chart_are_short() -> None:
@@ -664,6 +782,15 @@ def test_a_long_word_is_shown_as_far_as_there_is_room(web: Web, browser: Browser
     assert prompt[:100] in browser.get("/farm").text
     web.succeed(web.job_id(batch_id), attempt_id)
     assert prompt[:200] in browser.get("/gallery").text
+
+
+def test_a_job_has_one_short_name_on_the_page_of_its_batch(web: Web, browser: Browser) -> None:
+    batch_id = web.submit([{"prompt": "a"}, {"prompt": "b", "custom_id": "x" * 500}])
+    for number in range(2):
+        web.claim(web.job_id(batch_id, number))
+    text = browser.get(f"/batches/{batch_id}").text
+    named = re.findall(r'href="/jobs/\d+" dir="auto">([^<]+)</a>', text)
+    assert named == ["#1", "x" * 77 + "..."] * 2
 
 
 def test_what_people_wrote_is_set_in_its_own_direction(web: Web, browser: Browser) -> None:
@@ -717,7 +844,40 @@ def test_a_batch_is_looked_at_until_its_result_files_are_there(web: Web, browser
     results.write(web.db, web.serving.store, batch_id)
     text = browser.get(path).text
     assert "Result files" in text
-    assert "hx-trigger" not in text
+    assert 'hx-trigger="every 30s"' in text
+    assert 'hx-trigger="every 30s"' in browser.get(f"/jobs/{job_id}").text
+
+
+def test_pages_of_schedules_are_asked_for_anew_but_for_the_form(web: Web, browser: Browser) -> None:
+    form = {"name": "every night", "preset": "tiny", "cron": "@daily", "prompts": "a"}
+    browser.post("/schedules", form, of="/schedules")
+    asked = 'id="live" hx-get="{}" hx-select="#live" hx-swap="outerMorph" hx-trigger="every 5s"'
+    for path in ("/schedules", "/schedules?after=a", "/schedules/every%20night"):
+        text = browser.get(path).text
+        assert asked.format(path) in text
+        live = text.partition("<section")[2].partition("</section>")[0]
+        assert "<time" in live
+        assert "Add one" not in live
+
+
+def test_a_farm_whose_jobs_wait_for_no_reason_says_so(web: Web, browser: Browser) -> None:
+    def tells(*, seconds: int) -> bool:
+        """That long after it was seen to be idle for the first time."""
+        at = datetime.now(UTC) - timedelta(seconds=seconds)
+        samples = web.serving.history.samples
+        samples.clear()
+        samples.append(history.Sample(at=at, queued=1, running=0, is_idle=True))
+        is_told = "does a dispatcher run" in browser.get("/farm").text
+        assert (web.client.get("/api/load").json()["idle_since"] is not None) is is_told
+        return is_told
+
+    job_id = web.job_id(web.submit())
+    assert not tells(seconds=70)  # no worker would take it
+    web.db.write(workers.register, registration())
+    assert not tells(seconds=50)
+    assert tells(seconds=70)
+    web.claim(job_id)
+    assert not tells(seconds=70)
 
 
 def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Browser) -> None:
