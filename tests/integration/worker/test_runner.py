@@ -698,7 +698,7 @@ def test_a_host_that_cannot_keep_up_holds_up_its_device(host, tail, until):
     runner.Runner.run_attempt(made, first.id)
     with ThreadPoolExecutor(1) as threads:
         waits = threads.submit(runner.Runner.run_attempt, made, second.id)
-        until(lambda: host.attempts(second.id) and host.attempts(second.id)[0].stage == "decode")
+        until(lambda: host.attempts(second.id) and host.attempts(second.id)[0].stage == "mux")
         with pytest.raises(TimeoutError):
             waits.result(1)
         tail.set()
