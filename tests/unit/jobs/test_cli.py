@@ -1279,10 +1279,37 @@ def test_the_web_service_is_asked_at_its_own_address(
         port = str(server.server_port)
         asked = rushes("web", "--host", "127.0.0.2", "--port", port, "--check")
         assert asked.exit_code == exits.OK, asked.stderr
+        assert asked.stdout == f"http://127.0.0.2:{port} answers\n"
         for host in ("0.0.0.0", "127.0.0.1", "::1"):
             asked = rushes("web", "--host", host, "--port", port, "--check")
             assert asked.exit_code == exits.ERROR
         server.shutdown()
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["of rushes up", "of an option"])
+def test_the_web_service_of_rushes_up_is_asked_where_it_listens(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch, is_given: bool
+) -> None:
+    """Its port is another than that of the settings where this is taken."""
+    up = {"RUSHES_WEB_HOST": "127.0.0.2", "RUSHES_WEB_PORT": "3"}
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: up)
+    monkeypatch.setenv("RUSHES_WEB_PORT", "2")
+    asked = rushes("web", "--check", *(["--port", "1"] if is_given else []))
+    assert ("127.0.0.2:3" in asked.stderr, ":1:" in asked.stderr) == (not is_given, is_given)
+
+
+@pytest.mark.parametrize("command", ["up", "worker", "web"])
+def test_what_keeps_running_warns_of_a_name_that_is_no_setting(
+    rushes: Rushes, db: database.Database, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    del db  # it is there
+    monkeypatch.setattr("jobs.standalone.up", lambda *_, **__: exits.OK)
+    monkeypatch.setattr("worker.launch.run", lambda *_, **__: exits.OK)
+    monkeypatch.setenv("RUSHES_LEASE_SECOND", "50")
+    options = ["--host", "0.0.0.0"] if command == "web" else []  # refused: there is no token
+    warned = json.loads(rushes(command, *options).stderr.splitlines()[0])
+    assert (warned["event"], warned["name"]) == ("setting.unknown", "RUSHES_LEASE_SECOND")
+    assert (warned["nearest"], warned["place"]) == ("RUSHES_LEASE_SECONDS", "environment")
 
 
 # Color.
