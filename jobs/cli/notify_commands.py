@@ -142,7 +142,7 @@ def test(name: str, as_json: bool) -> int:
 
 
 @notify.command()
-@click.option("--limit", type=click.IntRange(1, 1_000), default=20, show_default=True)
+@click.option("--limit", type=options.Whole(1, 1_000), default=20, show_default=True)
 @options.output
 def log(limit: int, as_json: bool) -> None:
     """List the latest notices and what became of them."""

@@ -169,7 +169,7 @@ def up(devices: str) -> int:
 
 @click.command()
 @click.option("--host", metavar="ADDRESS", help="Default: RUSHES_WEB_HOST, 127.0.0.1.")
-@click.option("--port", type=click.IntRange(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
+@click.option("--port", type=options.Whole(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
 @click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
 @click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
 def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:

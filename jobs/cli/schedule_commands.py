@@ -307,7 +307,7 @@ def run_now(name: str, quiet: bool, as_json: bool) -> None:
 @schedule.command()
 @click.argument("name")
 @click.option(
-    "--limit", type=click.IntRange(1, schedules.MAX_HISTORY), default=20, show_default=True
+    "--limit", type=options.Whole(1, schedules.MAX_HISTORY), default=20, show_default=True
 )
 @options.output
 def history(name: str, limit: int, as_json: bool) -> None:
