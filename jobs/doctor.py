@@ -31,6 +31,7 @@ from jobs import (
     direct,
     errors,
     migrate,
+    misspelt,
     parts,
     presets,
     queries,
@@ -72,6 +73,7 @@ def examine() -> Iterator[Check]:
     examined: tuple[Callable[[settings.Settings], Iterator[Check]], ...] = (
         _settings,
         _rendering,
+        _misspelt,
         _database,
         _broker,
         _results,
@@ -127,6 +129,13 @@ def _rendering(_config: settings.Settings) -> Iterator[Check]:
         source = f"environment {name}" if os.environ.get(name) else ".env"
         shown = PASSWORD_IN_URL.sub("://***@", str(getattr(found, field)))
         yield _ok(f"setting {name}", f"{shown} ({source})")
+
+
+def _misspelt(_config: settings.Settings) -> Iterator[Check]:
+    for each in misspelt.find():
+        meant = f"did you mean {each.nearest}?" if each.nearest else "remove it;"
+        advice = f"{meant} docs/configuration.md names every setting"
+        yield _warn(f"setting {each.name}", f"there is no such setting ({each.place})", advice)
 
 
 def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
@@ -524,8 +533,10 @@ def _weights(config: settings.Settings) -> Iterator[Check]:
             absent.setdefault(preset.look.model_path, []).append(preset.name)
     if absent:
         wanted = "; ".join(f"{model} (for {len(names)} presets)" for model, names in absent.items())
+        folder = config.models_dir
+        where = f"not in {folder}" if folder.is_dir() else f"there is no folder {folder}"
         advice = "put those there that this machine is to render; docs/weights.md"
-        yield _warn("weights elsewhere", f"not in {config.models_dir}: {wanted}", advice)
+        yield _warn("weights elsewhere", f"{where}: {wanted}", advice)
 
 
 def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:

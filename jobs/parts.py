@@ -23,6 +23,7 @@ class Part:
 
 RUN_WORKERS = Part("worker.launch", "run")
 RENDERING_SETTINGS = Part("worker.launch", "check_settings")
+WORKER_SETTINGS = Part("worker.settings", "WorkerSettings")
 DEVICE_SLOTS = Part("worker.gpus", "slots")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
@@ -42,6 +43,7 @@ RENDER_ALONE = Part("worker.alone", "render", loads_torch=True)
 ALL = (
     RUN_WORKERS,
     RENDERING_SETTINGS,
+    WORKER_SETTINGS,
     DEVICE_SLOTS,
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,

@@ -137,13 +137,15 @@ def _text_check(max_chars: int) -> Callable[[Any], str]:
     return check
 
 
-def _whole_check(low: int, high: int) -> Callable[[Any], int]:
+def _whole_check(low: int, high: int, *, told: str = "") -> Callable[[Any], int]:
+    told = told or f"from {low} to {high}"
+
     def check(value: Any) -> int:
         if type(value) is int and low <= value <= high:
             return value
         quoted = isinstance(value, str) and type(number(value)) is int
         hint = f": write {_shortened(value.strip())} without quotes" if quoted else ""
-        raise Invalid(f"must be a whole number from {low} to {high}, got {shown(value)}{hint}")
+        raise Invalid(f"must be a whole number {told}, got {shown(value)}{hint}")
 
     return check
 
@@ -221,7 +223,14 @@ def _check_one_lora(entry: Any) -> Lora:
 
 
 _check_image = _text_check(MAX_IMAGE_CHARS)
-_check_count = _whole_check(1, MAX_SIDE_OR_COUNT)
+_check_above_0 = _whole_check(1, MAX_SIDE_OR_COUNT, told="above 0")
+
+
+def _check_count(value: Any) -> int:
+    if type(value) is int and value > MAX_SIDE_OR_COUNT:
+        raise Invalid(f"is {shown(value)}, more than any preset takes")
+    return _check_above_0(value)
+
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "custom_id": _check_custom_id,

@@ -146,6 +146,8 @@ def running(
         children = _children(here, devices, environment)
         if with_web:
             port = _web_port(here)
+            served = {"RUSHES_WEB_HOST": here.web_host, "RUSHES_WEB_PORT": str(port)}
+            _write_up_file(config.home, _own_addresses(config) | environment | served)
             children = (*children, _web(here, port, environment))
             say(f"web       {_web_place(here, db, port)}")
         for child in children:

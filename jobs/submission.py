@@ -88,6 +88,8 @@ class Plan:
     fingerprint: str
     """Of the file, its images and the options."""
     skipped: tuple[errors.Problem, ...]
+    num_skipped: int
+    """Of very many, `skipped` tells the first ones."""
     notes: tuple[str, ...]
 
 
@@ -310,6 +312,7 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
         looks=dict(jobs_of_looks),
         fingerprint=fingerprint.hexdigest(),
         skipped=tuple(problems),
+        num_skipped=bad,
         notes=tuple(notes),
     )
 

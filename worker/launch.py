@@ -360,6 +360,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
             log.warning(
                 "launcher.no_models",
                 models_dir=str(config.models_dir),
+                is_there=config.models_dir.is_dir(),
                 do="put a model folder there, or set RUSHES_MODELS_DIR and start this again",
             )
         launcher.run()

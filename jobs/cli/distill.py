@@ -28,7 +28,7 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
 )
 @click.option(
     "--processes",
-    type=click.IntRange(min=1),
+    type=options.Whole(min=1),
     default=1,
     show_default=True,
     help="With --dry-run: how many GPUs share the work.",

@@ -117,10 +117,20 @@ def _failure(error: Exception) -> Failure:
     if reason := _database_reason(error):
         return Failure(kind="DatabaseUnavailable", message=reason, exit_code=exits.ERROR)
     if isinstance(error, OSError):
-        return _of(error, str(error), exits.ERROR)
+        message = f"standard output: {error.strerror}" if _is_of_output(error) else str(error)
+        return _of(error, message, exits.ERROR)
     text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
     again = "" if os.environ.get("RUSHES_DEBUG") else "; RUSHES_DEBUG=1 shows where"
     return _of(error, f"{text} (this is a defect in rushes{again})", exits.ERROR)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """What it could not get rid of, it still holds."""
+    try:
+        sys.stdout.flush()
+    except OSError as again:
+        return again.errno == error.errno
+    return False
 
 
 def _of(error: Exception, message: str, exit_code: int) -> Failure:
@@ -137,7 +147,7 @@ def _invalid(error: errors.InvalidInput) -> Failure:
     counted = "1 problem" if number == 1 else f"{number:,} problems"
     return Failure(
         kind="InvalidInput",
-        message=f"{counted} in {error.source}: nothing was stored" if number else str(error),
+        message=f"{counted} in {error.source}: nothing was done" if number else str(error),
         exit_code=error.exit_code,
         problems=error.problems,
         source=error.source,
@@ -149,6 +159,8 @@ def _with_help_hint(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     if ctx is None:
         return message
+    if isinstance(error, click.NoSuchOption) and error.option_name in ("-o", "--output"):
+        return f"{error.option_name} goes after the command: `{ctx.command_path} COMMAND -o json`"
     end = "" if message.endswith((".", "?", "!")) else "."
     return f"{message}{end} See `{ctx.command_path} --help`."
 

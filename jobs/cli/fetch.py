@@ -105,6 +105,9 @@ def _tell(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> Non
     if failed := _count(outcomes, download.Status.FAILED):
         said.append(f"{failed:,} failed")
     output.line(f"{output.plain(str(target))}: {', '.join(said)}")
+    without = {"failed job": row.failed, "cancelled job": row.cancelled}
+    if told := [output.count(number, kind) for kind, number in without.items() if number]:
+        output.note(f"no video of {' and '.join(told)}")
     if left := row.queued + row.running:
         output.note(f"{output.count(left, 'job')} not finished yet: run this again later")
     elif row.manifest_at is None:

@@ -26,7 +26,7 @@ from jobs.schema import Attempt, Batch, Job
 
 
 @click.command("list")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--limit", type=options.Whole(1, 1000), default=20, show_default=True)
 @click.option("--before", metavar="BATCH", help="Older than this one: the next page.")
 @options.output
 def list_batches(limit: int, before: str | None, as_json: bool) -> None:
@@ -62,7 +62,7 @@ def _list_row(row: Batch) -> tuple[str, ...]:
 @click.argument("reference", metavar="BATCH|JOB")
 @click.option(
     "--limit",
-    type=click.IntRange(0, 10_000),
+    type=options.Whole(0, 10_000),
     default=20,
     show_default=True,
     help="Failed jobs that are named.",

@@ -12,6 +12,7 @@ from jobs import (
     first_answer,
     listeners,
     logs,
+    misspelt,
     notifier,
     outbox,
     settings,
@@ -39,6 +40,7 @@ def run(check: bool) -> int:
         return processes.told_beat(beat.of_notifier(config), "notifier")
     db = connections.open_database(config, connect=database.connect_service)
     logs.configure(config)
+    misspelt.warn()
     stop = processes.stop_on_signals()
     first_answer.wait(db, stop=stop, alive=beat.of_notifier(config).touch)
     notifier.Notifier(config, db=db).run(stop)
@@ -140,7 +142,7 @@ def test(name: str, as_json: bool) -> int:
 
 
 @notify.command()
-@click.option("--limit", type=click.IntRange(1, 1_000), default=20, show_default=True)
+@click.option("--limit", type=options.Whole(1, 1_000), default=20, show_default=True)
 @options.output
 def log(limit: int, as_json: bool) -> None:
     """List the latest notices and what became of them."""

@@ -13,6 +13,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Seconds(click.FloatRange):
     """Which `nan` passes through, and `inf` too where there is no upper end."""
 
+    name = "number of seconds"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -20,6 +22,12 @@ class Seconds(click.FloatRange):
         if not math.isfinite(seconds):
             self.fail(f"{value} is not a number of seconds.", param, ctx)
         return seconds
+
+
+class Whole(click.IntRange):
+    """Called what it is in messages, not `integer range`."""
+
+    name = "whole number"
 
 
 class NamedPath(click.Path):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from sqlalchemy.orm import Session
 
-from jobs import bell, database, orders, prompt_row, queries, reordering, settings
+from jobs import bell, database, orders, prompt_row, queries, reordering, settings, states
 from jobs.cli import connections, options, output, references
 from jobs.schema import Batch, Job
 
@@ -20,8 +20,14 @@ def pause(references_given: tuple[str, ...], as_json: bool) -> None:
     At once, also where a worker was about to. What runs goes on; `rushes resume` undoes it.
     """
     changes = orders.pause_batch, orders.pause_job
-    otherwise = "finished, or paused before", "does not wait, or paused before"
-    _change(references_given, changes, "paused", otherwise, as_json)
+    _change(references_given, changes, "paused", _why_not_paused, as_json)
+
+
+def _why_not_paused(row: Batch | Job) -> str:
+    if isinstance(row, Batch):
+        return "paused before" if row.finished_at is None else "is finished"
+    is_waiting = row.state == states.JobState.QUEUED
+    return "paused before" if is_waiting else f"does not wait: {row.state}"
 
 
 @click.command()
@@ -33,14 +39,14 @@ def resume(references_given: tuple[str, ...], as_json: bool) -> None:
     A job that was paused by itself stays so when its batch is resumed.
     """
     changes = orders.resume_batch, orders.resume_job
-    _change(references_given, changes, "resumed", ("not paused", "not paused"), as_json)
+    _change(references_given, changes, "resumed", lambda _row: "not paused", as_json)
 
 
 def _change(
     given: tuple[str, ...],
     changes: tuple[Callable[[Session, str], bool], Callable[[Session, int], bool]],
     done: str,
-    otherwise: tuple[str, str],
+    why_not: Callable[[Batch | Job], str],
     as_json: bool,
 ) -> None:
     """Of each pair the first is for a batch, the second for a job."""
@@ -61,9 +67,15 @@ def _change(
     if as_json:
         output.emit({done: outcomes})
         return
-    for outcome in outcomes:
-        is_job = outcome["job_id"] is not None
-        output.line(f"{_named(outcome)}: {done if outcome['changed'] else otherwise[is_job]}")
+    for row, outcome in zip(found, outcomes, strict=True):
+        said = done if outcome["changed"] else why_not(_as_it_is_now(db, row))
+        output.line(f"{_named(outcome)}: {said}")
+
+
+def _as_it_is_now(db: database.Database, row: Batch | Job) -> Batch | Job:
+    """Not as it was found: it may have been started meanwhile."""
+    with db.reading() as session:
+        return session.get(type(row), row.id) or row
 
 
 @click.command()

@@ -17,6 +17,7 @@ from jobs import (
     firing,
     first_answer,
     logs,
+    misspelt,
     parts,
     result_writer,
     settings,
@@ -51,6 +52,7 @@ def dispatcher(check: bool) -> int:
     db = connections.open_database(config, connect=database.connect_service)
     broker.Broker(config).refuse_cluster()
     logs.configure(config)
+    misspelt.warn()
     stop = stop_on_signals()
     first_answer.wait(db, stop=stop, alive=beat.of_dispatcher(config).touch)
     writer = result_writer.ResultWriter(config, db=db)
@@ -145,6 +147,7 @@ def worker(devices: str, check: bool) -> int:
     if check:
         return told_beat(beat.of_launcher(config), "worker")
     logs.configure(config)
+    misspelt.warn()
     return int(parts.RUN_WORKERS.load()(config, devices=devices))
 
 
@@ -158,6 +161,7 @@ def up(devices: str) -> int:
     """
     config = settings.load()
     logs.configure(config)
+    misspelt.warn()
     from jobs import standalone
 
     return standalone.up(config, devices=devices, say=output.line)
@@ -165,7 +169,7 @@ def up(devices: str) -> int:
 
 @click.command()
 @click.option("--host", metavar="ADDRESS", help="Default: RUSHES_WEB_HOST, 127.0.0.1.")
-@click.option("--port", type=click.IntRange(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
+@click.option("--port", type=options.Whole(1, 65_535), help="Default: RUSHES_WEB_PORT, 8000.")
 @click.option("--require-token", is_flag=True, default=None, help="On loopback too.")
 @click.option("--check", is_flag=True, help="Exit 0 if the service here answers, else 1.")
 def web(host: str | None, port: int | None, require_token: bool | None, check: bool) -> int | None:
@@ -176,9 +180,13 @@ def web(host: str | None, port: int | None, require_token: bool | None, check: b
     """
     config = settings.load(web_host=host, web_port=port, web_require_token=require_token)
     if check:
-        return _told_answer(config.web_host, config.web_port)
+        # That of `rushes up` may have found the port of the settings taken, by another farm even.
+        up = settings.read_up_file(config.home) if host is None and port is None else {}
+        host = up.get("RUSHES_WEB_HOST", config.web_host)
+        return _told_answer(host, int(up.get("RUSHES_WEB_PORT", config.web_port)))
     connections.open_database(config)
     logs.configure(config)
+    misspelt.warn()
     from jobs.web import server  # takes its time to import
 
     server.run(config, say=output.line)
@@ -188,10 +196,10 @@ def web(host: str | None, port: int | None, require_token: bool | None, check: b
 def _told_answer(host: str, port: int) -> int:
     if host in EVERY_ADDRESS:
         host = "localhost"
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/healthz"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        with direct.opened(address, seconds=CHECK_SECONDS, is_here=True):
-            output.line("it answers")
+        with direct.opened(f"{address}/healthz", seconds=CHECK_SECONDS, is_here=True):
+            output.line(f"{address} answers")
             return exits.OK
     except OSError as error:
         output.note(f"{address}: {error}")

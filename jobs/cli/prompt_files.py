@@ -49,7 +49,7 @@ def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
     try:
         opened = Path(file).open("rb")  # noqa: SIM115  # closed by the with below
     except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None
     with opened:
         mode = os.fstat(opened.fileno()).st_mode
         if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not opened.isatty()):
@@ -70,7 +70,7 @@ def _kept(source: BinaryIO) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
+def unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
     if isinstance(error, IsADirectoryError):
         reason = "is a folder: give a file"
     elif isinstance(error, FileNotFoundError):

@@ -8,7 +8,18 @@ from typing import get_args
 
 import click
 
-from jobs import errors, logs, parts, readers, settings, standalone, submission, unqueued
+from jobs import (
+    errors,
+    logs,
+    parts,
+    presets,
+    queues,
+    readers,
+    settings,
+    standalone,
+    submission,
+    unqueued,
+)
 from jobs.cli import exits, options, output, prompt_files, torchrun
 
 NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
@@ -67,6 +78,7 @@ def render(
         standalone.place_tiny_models(config, output.note, [look.look.model_path])
     for text in orders.notes:
         output.note(f"note: {text}")
+    _require_model(look, config)
     _make_folder(target)
     videos: list[dict[str, object]] = []
     begun: set[str] = set()
@@ -125,6 +137,20 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _require_model(preset: presets.Preset, config: settings.Settings) -> None:
+    """Told before anything is made."""
+    if queues.is_simulated(preset.look.model_path):
+        raise errors.RushesError(
+            f"preset {preset.name} renders nothing: it is for devices that only sleep, those of "
+            "`rushes up --devices sim:N`, and for `rushes submit`"
+        )
+    try:
+        parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
+    except ValueError as error:
+        advice = "put the model there; docs/weights.md says which file where"
+        raise errors.RushesError(f"{error}: {advice}") from None
 
 
 def _make_folder(target: Path) -> None:

@@ -118,6 +118,16 @@ class Rushes(click.Group):
         except click.exceptions.NoSuchCommand:
             raise click.exceptions.NoSuchCommand(name, possibilities=COMMANDS, ctx=ctx) from None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            name = ctx.invoked_subcommand
+            command = None if name is None else self.get_command(ctx, name)
+            if error.ctx is None and command is not None:  # click has none for a missing value
+                error.ctx = click.Context(command, parent=ctx, info_name=name)
+            raise
+
     def format_commands(
         self,
         ctx: click.Context,  # noqa: ARG002  # click's signature

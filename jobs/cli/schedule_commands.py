@@ -18,7 +18,7 @@ from jobs import (
     states,
     submission,
 )
-from jobs.cli import connections, options, output
+from jobs.cli import connections, options, output, prompt_files
 from jobs.schema import Batch, Firing, Schedule
 
 COMING = 5
@@ -150,6 +150,9 @@ def _source(
 ) -> dict[str, Any]:
     """The prompts themselves, or where they are read from each time."""
     is_url = file.startswith("s3://")
+    if file == prompt_files.STDIN or ("://" in file and not is_url):
+        reason = "is neither a file, to be kept, nor s3://bucket/key, to be read at each firing"
+        raise errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
     data = firing.read_url(config, file) if is_url else _bytes(file)
     found = format_name or readers.detect_format(file, data[:4096])
     if is_url:
@@ -169,8 +172,7 @@ def _bytes(file: str) -> bytes:
         with Path(file).open("rb") as stream:
             return stream.read(schedules.MAX_PROMPT_BYTES + 1)
     except (OSError, ValueError) as error:
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise errors.InvalidInput(file, [errors.Problem(line=None, message=reason)]) from None
+        raise prompt_files.unreadable(file, error) from None
 
 
 @schedule.command("list")
@@ -305,7 +307,7 @@ def run_now(name: str, quiet: bool, as_json: bool) -> None:
 @schedule.command()
 @click.argument("name")
 @click.option(
-    "--limit", type=click.IntRange(1, schedules.MAX_HISTORY), default=20, show_default=True
+    "--limit", type=options.Whole(1, schedules.MAX_HISTORY), default=20, show_default=True
 )
 @options.output
 def history(name: str, limit: int, as_json: bool) -> None:

@@ -146,10 +146,16 @@ def _told_plan(prompts: submission.PromptFile, *, as_json: bool, quiet: bool) ->
     elif not quiet:
         looks = output.count(len(plan.looks), "look")
         output.line(
-            f"{prompts.source} is good: {output.count(plan.prompts, 'prompt')}, "
+            f"{prompts.source}{_how_good(plan)}: {output.count(plan.prompts, 'prompt')}, "
             f"{output.count(plan.jobs, 'job')}, {looks}; nothing was stored"
         )
     return exits.OK
+
+
+def _how_good(plan: submission.Plan) -> str:
+    if not plan.num_skipped:
+        return " is good"
+    return f" is good but for {output.count(plan.num_skipped, 'bad line')}"
 
 
 def _after_commit(

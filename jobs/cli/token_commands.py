@@ -26,7 +26,7 @@ def token() -> None:
     show_default=True,
     help="May be repeated.",
 )
-@click.option("--days", type=click.IntRange(min=1, max=36500), help="Valid for this long.")
+@click.option("--days", type=options.Whole(min=1, max=36500), help="Valid for this long.")
 @options.output
 def create(name: str, owner: str, scopes: tuple[str, ...], days: int | None, as_json: bool) -> None:
     """Make a token and show it: now and never again."""

@@ -254,6 +254,18 @@ def test_bad_lines_are_told_before_anything_is_made(world, rushes):
     assert not (world / "never").exists()
 
 
+@pytest.mark.parametrize(
+    ("model_path", "told"),
+    [("none", "docs/weights.md"), ("simulated/none", "`rushes up --devices sim:N`")],
+)
+def test_a_model_that_is_not_there_is_told_before_anything_is_made(world, rushes, model_path, told):
+    (world / "other.json").write_text(json.dumps(PRESET | {"model_path": model_path}))
+    result = rushes("render", "prompts.jsonl", "--preset", "other.json", "--to", "missing")
+    assert (result.exit_code, told in result.stderr) == (1, True), result.stderr
+    assert "rendering" not in result.stderr
+    assert not (world / "missing").exists()
+
+
 def test_processes_that_the_heads_cannot_be_shared_by_are_refused(world, monkeypatch):
     """Before the first step, and with numbers that would do."""
     tokens = sequence_parallel.SharedTokens.__new__(sequence_parallel.SharedTokens)

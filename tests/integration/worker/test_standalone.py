@@ -276,6 +276,12 @@ def test_the_address_book_is_for_its_owner_alone(farms):
     assert mode == 0o600
 
 
+def test_the_address_book_names_the_web_service_where_it_listens(farms):
+    book = settings.read_up_file(farms.home)
+    address = f"web       http://{book['RUSHES_WEB_HOST']}:{book['RUSHES_WEB_PORT']}"
+    assert address.encode() in farms.log.read_bytes()
+
+
 def test_a_server_that_dies_under_it_comes_back(farms, until):
     address = settings.read_up_file(farms.home)["CELERY_BROKER_URL"]
 

@@ -277,6 +277,30 @@ def test_the_exit_code_is_right_where_nothing_can_be_written(shell: str, code: i
     assert len(done.stderr.splitlines()) <= 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("submit p.txt --preset", "Option '--preset' requires an argument. See `rushes submit"),
+        ("schedule add x --cron", "Option '--cron' requires an argument. See `rushes schedule"),
+        ("-o json list", "-o goes after the command: `rushes COMMAND -o json`"),
+        ("--output=json list", "--output goes after the command: `rushes COMMAND -o json`"),
+        ("schedule -o json list", "-o goes after the command: `rushes schedule COMMAND -o json`"),
+        ("wait latest --timeout abc", "'abc' is not a valid number of seconds."),
+        ("list --limit abc", "'abc' is not a valid whole number."),
+    ],
+)
+def test_what_is_told_of_wrong_arguments(rushes: Rushes, arguments: str, told: str) -> None:
+    result = rushes(*arguments.split())
+    assert (result.exit_code, told in result.stderr) == (exits.USAGE, True), result.stderr
+
+
+def test_a_full_disk_is_told_as_that_of_the_output() -> None:
+    command = ["bash", "-c", f"{sys.executable} -m jobs presets > /dev/full"]
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stderr == "error: standard output: No space left on device\n"
+
+
 # submit
 
 
@@ -363,7 +387,7 @@ def test_submit_tells_every_bad_line_and_stores_nothing(
     assert result.exit_code == exits.USAGE
     lines = result.stderr.splitlines()
     assert [line.split(": ")[0] for line in lines] == ["bad.jsonl:2", "bad.jsonl:4", "error"]
-    assert "nothing was stored" in lines[-1]
+    assert lines[-1] == "error: 2 problems in bad.jsonl: nothing was done"
     assert parsed(rushes("list", "-o", "json")) == {"batches": []}
 
 
@@ -381,6 +405,8 @@ def test_submit_leaves_bad_lines_out_when_asked_to(db: database.Database, rushes
     assert result.exit_code == 0
     assert ": 1 job queued" in result.stdout
     assert "bad.jsonl:4: must be an object" in result.stderr
+    tried = rushes("submit", "bad.jsonl", "--preset", "tiny", "--skip-invalid", "--dry-run").stdout
+    assert tried.startswith("bad.jsonl is good but for 2 bad lines: 1 prompt, 1 job, ")
 
 
 def test_a_missing_preset_lists_what_there_is(rushes: Rushes, prompts: str) -> None:
@@ -1286,10 +1312,37 @@ def test_the_web_service_is_asked_at_its_own_address(
         port = str(server.server_port)
         asked = rushes("web", "--host", "127.0.0.2", "--port", port, "--check")
         assert asked.exit_code == exits.OK, asked.stderr
+        assert asked.stdout == f"http://127.0.0.2:{port} answers\n"
         for host in ("0.0.0.0", "127.0.0.1", "::1"):
             asked = rushes("web", "--host", host, "--port", port, "--check")
             assert asked.exit_code == exits.ERROR
         server.shutdown()
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["of rushes up", "of an option"])
+def test_the_web_service_of_rushes_up_is_asked_where_it_listens(
+    rushes: Rushes, monkeypatch: pytest.MonkeyPatch, is_given: bool
+) -> None:
+    """Its port is another than that of the settings where this is taken."""
+    up = {"RUSHES_WEB_HOST": "127.0.0.2", "RUSHES_WEB_PORT": "3"}
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: up)
+    monkeypatch.setenv("RUSHES_WEB_PORT", "2")
+    asked = rushes("web", "--check", *(["--port", "1"] if is_given else []))
+    assert ("127.0.0.2:3" in asked.stderr, ":1:" in asked.stderr) == (not is_given, is_given)
+
+
+@pytest.mark.parametrize("command", ["up", "worker", "web"])
+def test_what_keeps_running_warns_of_a_name_that_is_no_setting(
+    rushes: Rushes, db: database.Database, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    del db  # it is there
+    monkeypatch.setattr("jobs.standalone.up", lambda *_, **__: exits.OK)
+    monkeypatch.setattr("worker.launch.run", lambda *_, **__: exits.OK)
+    monkeypatch.setenv("RUSHES_LEASE_SECOND", "50")
+    options = ["--host", "0.0.0.0"] if command == "web" else []  # refused: there is no token
+    warned = json.loads(rushes(command, *options).stderr.splitlines()[0])
+    assert (warned["event"], warned["name"]) == ("setting.unknown", "RUSHES_LEASE_SECOND")
+    assert (warned["nearest"], warned["place"]) == ("RUSHES_LEASE_SECONDS", "environment")
 
 
 # Color.

@@ -90,6 +90,15 @@ def test_videos_and_result_files_arrive(
     assert (tmp_path / "out" / "cat.mp4").read_bytes() == CONTENT
 
 
+def test_jobs_that_have_no_video_are_counted(db: database.Database, tmp_path: Path) -> None:
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert rushes("submit", "p.jsonl", "--preset", "tiny", "-q").exit_code == 0
+    assert rushes("cancel", "latest").exit_code == 0
+    result = rushes("download", "latest", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "no video of 2 cancelled jobs" in result.stderr.splitlines()
+
+
 def test_the_local_output_file_names_the_videos_and_the_local_manifest_seals_it(
     db: database.Database, store: storage.ObjectStore, tmp_path: Path
 ) -> None:

@@ -63,10 +63,13 @@ def test_pause_and_resume_tell_what_they_did(db: database.Database) -> None:
     assert told("show", "latest")["state"] == "paused"
     of_batch = {"batch_id": batch_id, "job_id": None}
     assert told("pause", "latest") == {"paused": [of_batch | {"changed": False}]}
+    assert f"batch {batch_id}: paused before" in rushes("pause", "latest").stdout
     assert told("resume", "latest") == {"resumed": [of_batch | {"changed": True}]}
     assert "not paused" in rushes("resume", "latest").stdout
     assert rushes("pause", "latest", "nothing").exit_code == exits.USAGE
     assert told("show", "latest")["paused_at"] is None
+    rushes("cancel", "latest")
+    assert f"batch {batch_id}: is finished" in rushes("pause", "latest").stdout
 
 
 def test_a_single_job_is_paused_and_resumed(db: database.Database) -> None:
@@ -75,7 +78,7 @@ def test_a_single_job_is_paused_and_resumed(db: database.Database) -> None:
         job_id = queries.find_job(session, "latest/1").id
     assert f"job {job_id}: paused" in rushes("pause", "latest/1").stdout
     assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is None
-    assert "does not wait, or paused before" in rushes("pause", "latest/1").stdout
+    assert f"job {job_id}: paused before" in rushes("pause", "latest/1").stdout
     assert "queued, paused" in rushes("show", "latest/1").stdout
     assert [told("show", f"latest/{number}")["is_paused"] for number in (0, 1)] == [False, True]
     assert told("show", "latest/1")["preset"] == "tiny"
@@ -87,6 +90,7 @@ def test_a_single_job_is_paused_and_resumed(db: database.Database) -> None:
     assert (resumed["job_id"], resumed["changed"]) == (job_id, True)
     assert "not paused" in rushes("resume", "latest/1").stdout
     assert db.write(lifecycle.claim, job_id, worker="w", lease_seconds=60) is not None
+    assert f"job {job_id}: does not wait: running" in rushes("pause", "latest/1").stdout
 
 
 def test_prioritize_moves_batches_and_jobs(db: database.Database) -> None:

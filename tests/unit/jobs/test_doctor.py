@@ -149,10 +149,22 @@ def test_ffmpeg_is_there() -> None:
     assert checks()["ffmpeg"].status == "ok"
 
 
+def test_a_name_that_is_no_setting_is_told() -> None:
+    Path(".env").write_text("RUSHES_LEASE_SECOND=50\nRUSHES_QQQ=1\n")
+    found = checks()
+    told = found["setting RUSHES_LEASE_SECOND"]
+    assert (told.status, told.seen) == ("warn", "there is no such setting (.env)")
+    assert "did you mean RUSHES_LEASE_SECONDS?" in told.advice
+    assert "did you mean" not in found["setting RUSHES_QQQ"].advice
+
+
 def test_missing_and_incomplete_weights_are_told() -> None:
     folder = settings.load().models_dir / "tiny"
-    assert "tiny (for 2 presets)" in checks()["weights elsewhere"].seen
+    missing = checks()["weights elsewhere"].seen
+    assert missing.startswith(f"there is no folder {folder.parent}: ")
+    assert "tiny (for 2 presets)" in missing
     folder.mkdir(parents=True)
+    assert checks()["weights elsewhere"].seen.startswith(f"not in {folder.parent}: ")
     (folder / "config.json").write_text("{}")
     assert checks()["weights tiny"].status == "warn"
     assert "complete the folder" in checks()["weights tiny"].advice

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobs import errors, prompt_row, readers
+from jobs import errors, looks, prompt_row, readers
 
 ROOT = Path(__file__).resolve().parents[3]
 FORMATS: tuple[readers.Format, ...] = ("jsonl", "csv", "text")
@@ -192,9 +192,11 @@ class TestJsonLines:
             ({"seed": -1}, "got -1"),
             ({"seed": 2**63}, "got 9223372036854775808"),
             ({"priority": 101}, "priority must be a whole number from -100 to 100, got 101"),
-            ({"width": 0}, "width must be"),
-            ({"fps": None, "height": "480"}, "height must be"),
-            ({"num_frames": 10**4000}, "num_frames must be"),
+            ({"fps": 0}, "fps must be a whole number above 0, got 0"),
+            ({"width": -16}, "width must be a whole number above 0, got -16"),
+            ({"fps": None, "height": "480"}, 'above 0, got "480": write 480 without quotes'),
+            ({"num_frames": 100_001}, "num_frames is 100001, more than any preset takes"),
+            ({"num_frames": 10**4000}, "more than any preset takes"),
             ({"size": "832*480"}, 'size must be width x height such as "832x480"'),
             ({"size": "0x480"}, "size must be"),
             ({"size": [832, 480]}, "size must be width x height"),
@@ -647,7 +649,9 @@ def test_the_documentation_names_every_key_and_limit():
         prompt_row.MAX_LORAS,
         prompt_row.MAX_IMAGE_CHARS,
         prompt_row.MAX_SECONDS,
-        prompt_row.MAX_SIDE_OR_COUNT,
+        looks.MAX_SIDE,
+        looks.MAX_FRAMES,
+        looks.MAX_FPS,
         prompt_row.MAX_PRIORITY,
     )
     assert [key for key in prompt_row.KEYS if f"`{key}`" not in text] == []

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from pydantic_core import PydanticUndefined
 
-from jobs import errors, settings
+from jobs import errors, misspelt, settings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -416,6 +416,58 @@ def test_names_that_are_given_are_known(
     monkeypatch.setenv("DATABASE_URL_FILE", str(tmp_path / "x"))
     Path(".env").write_text("RUSHES_WINDOW=3\nRUSHES_RESULTS_URL=\n")
     assert settings.given_names() == {"RUSHES_HOME", "REDIS_URL", "DATABASE_URL", "RUSHES_WINDOW"}
+
+
+# Names that are none.
+
+
+def unread() -> list[tuple[str, str, str | None]]:
+    return [(each.name, each.place, each.nearest) for each in misspelt.find()]
+
+
+def test_a_name_that_is_no_setting_is_found_with_the_one_that_is_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUSHES_X264_CFR", "20")
+    monkeypatch.setenv("RUSHES_REDIS_URL", "redis://h")
+    Path(".env").write_text("RUSHES_LEASE_SECOND=50\nRUSHES_X264_CFR=20\nRUSHES_QQQ=1\nX=1\n")
+    assert unread() == [
+        ("RUSHES_REDIS_URL", "environment", "REDIS_URL"),
+        ("RUSHES_X264_CFR", "environment", "RUSHES_X264_CRF"),
+        ("RUSHES_LEASE_SECOND", ".env", "RUSHES_LEASE_SECONDS"),
+        ("RUSHES_QQQ", ".env", None),
+    ]
+
+
+def test_every_way_to_name_a_setting_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("rushes_window", "3")
+    monkeypatch.setenv("RUSHES_OWNER_FILE", "/run/secrets/owner")
+    monkeypatch.setenv("RUSHES_MADE_UP", "")  # no value
+    Path(".env").write_text("RUSHES_DTYPE=float32\nrushes_window=4\nRUSHES_MADE_UP=\n")
+    assert unread() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("RUSHES_DTYPE_FILE", "environment"), ("RUSHES_OWNER_FILE", ".env")]
+)
+def test_a_file_is_named_for_no_setting_of_rendering_and_not_in_dotenv(
+    monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    if place == "environment":
+        monkeypatch.setenv(name, "/run/secrets/x")
+    else:
+        Path(".env").write_text(f"{name}=/run/secrets/x\n")
+    assert unread() == [(name, place, name.removesuffix("_FILE"))]
+
+
+def test_no_name_that_the_repository_reads_is_taken_for_a_mistake() -> None:
+    folders = ("jobs", "worker", "models", "benchmarks", "deploy", "tests/chaos")
+    kinds = ("*.py", "*.yaml", "*.yml", "*.service")
+    files = [path for f in folders for kind in kinds for path in (REPOSITORY / f).rglob(kind)]
+    files += [REPOSITORY / name for name in ("Makefile", "docker-compose.yml", ".env.example")]
+    text = "\n".join(path.read_text("utf-8") for path in files)
+    found = set(re.findall(r"\bRUSHES_[A-Z0-9_]*[A-Z0-9]\b", text))
+    assert found - misspelt.known_names() == set()
 
 
 # Documentation.
