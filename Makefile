@@ -23,8 +23,8 @@ demo: setup ## start everything on this machine, render examples/prompts.jsonl, 
 	$(BIN)/rushes demo
 
 test: setup lint ## lint, then every test that needs no GPU
-	@# Two processes on two cores: more threads in each would wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	@# Three processes on two cores, as many tests wait for others; more threads in each would be in the way.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadscope
 
 unit: setup ## the quick tests only: no servers, no processes
 	$(BIN)/python -m pytest tests/unit

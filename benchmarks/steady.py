@@ -102,8 +102,7 @@ def render(
         f"{arguments.device}, {preset.read_text().strip()}\n"
         f"{arguments.database}, store: {running.store_kind}; {len(worked)} jobs in "
         f"{took:.1f} s, {running.attempts(batch_id)} attempts; {told}\n"
-        f"the first, with all that it had to load and to compile: "
-        f"{worked[0].ended - worked[0].began:.1f} s"
+        f"the first, with all that it had to compile: {worked[0].ended - worked[0].began:.1f} s"
     )
     return worked[arguments.warm_up :]
 
