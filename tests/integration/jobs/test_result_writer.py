@@ -273,7 +273,10 @@ def test_a_lease_that_is_another_writers_by_now_is_not_renewed(world: World) -> 
     assert second is not None
     renewed = world.db.write(result_writer.renew, batch_id, held=first.lease_until, seconds=60)
     assert renewed is None
-    assert world.db.write(result_writer.renew, batch_id, held=second.lease_until, seconds=60) is not None
+    assert (
+        world.db.write(result_writer.renew, batch_id, held=second.lease_until, seconds=60)
+        is not None
+    )
 
 
 def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:
