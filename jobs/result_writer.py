@@ -3,11 +3,12 @@
 import contextlib
 import threading
 import time
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Self
 
 import structlog
-from sqlalchemy import Select, or_, select, update
+from sqlalchemy import Select, or_, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -18,6 +19,15 @@ log = structlog.get_logger()
 
 LEASE_SECONDS = 60.0  # then another writer begins anew
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A batch that is ours to write for as long as its lease lasts."""
+
+    batch_id: str
+    finished_at: datetime
+    lease_until: datetime
 
 
 class ResultWriter:
@@ -53,12 +63,11 @@ class ResultWriter:
         if time.monotonic() < self._again_at:
             return 0
         written = 0
-        tried: list[str] = []
-        while not (stop and stop.is_set()) and (taken := self._take(tried)) is not None:
-            batch_id, lease_until = taken
-            tried.append(batch_id)
+        taken: Taken | None = None
+        while not (stop and stop.is_set()) and (taken := self._take(after=taken)) is not None:
+            batch_id = taken.batch_id
             try:
-                with _Lease(self._db, batch_id, lease_until) as lease:
+                with _Lease(self._db, batch_id, taken.lease_until) as lease:
                     self._store = self._store or stores.open_store(self._config)
                     written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
             except (errors.RushesError, OSError) as error:
@@ -72,12 +81,12 @@ class ResultWriter:
             log.info("batch.results_written", batches=written)
         return written
 
-    def _take(self, tried: list[str]) -> tuple[str, datetime] | None:
+    def _take(self, *, after: Taken | None) -> Taken | None:
         with self._db.reading() as session:
             # Looking takes no lock: it is done every few seconds, and mostly in vain.
-            if session.scalar(_free(database.now(session), tried).limit(1)) is None:
+            if session.scalar(_free(database.now(session), after).limit(1)) is None:
                 return None
-        return self._db.write(take, seconds=LEASE_SECONDS, but_not=tried)
+        return self._db.write(take, seconds=LEASE_SECONDS, after=after)
 
 
 class _Lease:
@@ -116,23 +125,36 @@ class _Lease:
                     return
 
 
-def take(session: Session, *, seconds: float, but_not: list[str]) -> tuple[str, datetime] | None:
-    """The batch that has been finished longest and that nobody writes, with the lease on it."""
+def take(session: Session, *, seconds: float, after: Taken | None = None) -> Taken | None:
+    """The batch that has been finished longest and that nobody writes, with the lease on it.
+
+    `after` is the one that was tried last: those before it are left to the next look.
+    """
     now = database.now(session)
-    free = _free(now, but_not).order_by(Batch.finished_at).limit(1)
+    free = _free(now, after).order_by(Batch.finished_at, Batch.id).limit(1)
     batch = session.scalars(free.with_for_update(skip_locked=True)).first()
     if batch is None:
         return None
+    assert batch.finished_at is not None
     batch.results_lease_until = now + timedelta(seconds=seconds)
-    return batch.id, batch.results_lease_until
+    return Taken(
+        batch_id=batch.id,
+        finished_at=batch.finished_at,
+        lease_until=batch.results_lease_until,
+    )
 
 
-def _free(now: datetime, but_not: list[str]) -> Select[Batch]:
-    return (
+def _free(now: datetime, after: Taken | None) -> Select[Batch]:
+    free = (
         select(Batch)
         .where(Batch.finished_at.is_not(None), Batch.manifest_at.is_(None))
         .where(or_(Batch.results_lease_until.is_(None), Batch.results_lease_until < now))
-        .where(Batch.id.not_in(but_not))
+    )
+    if after is None:
+        return free
+    # A place and not a list of all that were tried: that would grow with each of them.
+    return free.where(
+        tuple_(Batch.finished_at, Batch.id) > tuple_(after.finished_at, after.batch_id)
     )
 
 

@@ -41,6 +41,12 @@ class Condition:
     image_tokens_BIG: Tensor | None  # noqa: N815
     """[1, 257, 1280], in the image encoder's dtype. None for Wan2.2, which has no such encoder."""
 
+    @property
+    def nbytes(self) -> int:
+        """As of a tensor."""
+        tokens_BIG = self.image_tokens_BIG
+        return self.y_BCTHW.nbytes + (0 if tokens_BIG is None else tokens_BIG.nbytes)
+
 
 def encode(
     image_HWC: Tensor,

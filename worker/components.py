@@ -229,6 +229,8 @@ class Components:
                 if on_host and pending_bytes:
                     # Partly taken already, so counted twice: no reason to evict or to give up.
                     return False
+                if on_host and self._forget():
+                    continue  # measured again, before a model goes or a job fails
                 helps = [
                     other
                     for other, its in others.items()
@@ -259,6 +261,13 @@ class Components:
             free_bytes=host_memory.now().free_bytes,
             what=", ".join(largest[:3]),
         )
+
+    def _forget(self) -> bool:
+        """What all models keep of texts and images goes. False: there was nothing."""
+        had_some = [model for model in self._resident.values() if model.forget()]
+        if had_some:
+            self.device.give_up_caches()
+        return bool(had_some)
 
     def _evict(self, key: WeightsKey) -> None:
         self._shares.pop(key, None)

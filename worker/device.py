@@ -75,6 +75,7 @@ class Device:
         """Memory of what was dropped goes back to device and machine, not to our next use."""
         rope.table.cache_clear()  # of sizes that may not come again
         gc.collect()
+        host_memory.trim()
         if self.is_cuda:
             torch.cuda.empty_cache()
             _empty_host_cache()

@@ -31,18 +31,20 @@ from worker import errors
 
 log = structlog.get_logger()
 
-MAX_CONDITIONS = 64  # some 20 MB each at 480p, on the host
-MAX_CONTEXTS = 64  # 4 MB each, on the host
+# On the host, of each model.
+MAX_CONDITION_BYTES = 256 << 20  # of 81 frames 12 MB each at 480p, 26 MB at 720p
+MAX_CONTEXT_BYTES = 256 << 20  # 4 MB each in bf16
 
 Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
+Value = TypeVar("Value", Tensor, conditioning.Condition)
 
 
 class Recent(Generic[Key, Value]):
-    """What was made for the keys that were asked for last."""
+    """What was made for the keys that were asked for last, as far as it fits; the last always."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
         self._kept: OrderedDict[Key, Value] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
@@ -50,11 +52,20 @@ class Recent(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         if key not in self._kept:
-            self._kept[key] = make()
-            if len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+            self._kept[key] = made = make()
+            self._num_bytes += made.nbytes
+            while self._num_bytes > self._most_bytes and len(self._kept) > 1:
+                _, oldest = self._kept.popitem(last=False)
+                self._num_bytes -= oldest.nbytes
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def forget(self) -> bool:
+        """False: there was nothing."""
+        had_some = bool(self._kept)
+        self._kept.clear()
+        self._num_bytes = 0
+        return had_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +108,9 @@ class ResidentModel:
             )
             for name, network in self._transformers().items()
         }
-        self._contexts: Recent[str, Tensor] = Recent(MAX_CONTEXTS)
+        self._contexts: Recent[str, Tensor] = Recent(MAX_CONTEXT_BYTES)
         self._conditions: Recent[tuple[str, conditioning.Target], conditioning.Condition] = Recent(
-            MAX_CONDITIONS
+            MAX_CONDITION_BYTES
         )
 
     def apply_loras(self, look: presets.Look, models_dir: Path) -> bool:
@@ -151,6 +162,10 @@ class ResidentModel:
             return self._encode_image(image_HWC, target)
 
         return self._conditions.get((image_key, target), encode)
+
+    def forget(self) -> bool:
+        """Let go of all texts and images that are kept. False: there were none."""
+        return any([self._contexts.forget(), self._conditions.forget()])
 
     def decode_chunks(
         self, latents_BCTHW: Tensor, *, on_tile: vae_tiling.OnTile

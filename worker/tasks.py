@@ -11,7 +11,7 @@ from celery import signals
 from celery.exceptions import SecurityWarning
 
 from jobs import celery_app, database, logs, settings
-from worker import finished, redis_transport, tracing
+from worker import finished, pool_names, redis_transport, tracing
 from worker import settings as worker_settings
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ log = structlog.get_logger()
 warnings.filterwarnings("ignore", category=SecurityWarning)
 
 redis_transport.install()
+pool_names.install()
 app = celery_app.make(settings.load())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 from structlog.testing import capture_logs
 
 from jobs import database, errors, result_writer, results, settings, states, storage
@@ -97,6 +97,40 @@ def test_a_store_that_is_silent_is_waited_for_once_and_not_for_each_batch(
     assert len(tries) == asked
 
 
+def test_batches_that_ended_in_one_moment_are_tried_once_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [finished(world) for _ in range(3)]
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(finished_at=database.now(session)))
+    tries: list[str] = []
+
+    def fail(_db: object, _store: object, batch_id: str, **_options: Any) -> bool:
+        tries.append(batch_id)
+        raise errors.RushesError("odd")
+
+    monkeypatch.setattr(results, "write", fail)
+    assert writer_of(world).write_finished() == 0
+    assert tries == sorted(batches)
+
+
+def test_a_long_backlog_makes_no_statement_longer(sqlite_world: World) -> None:
+    counts: list[int] = []
+
+    def count(_c: object, _r: object, _text: str, values: Any, *_: object) -> None:
+        counts.append(len(values))
+
+    event.listen(sqlite_world.db.engine, "before_cursor_execute", count)
+    longest = []
+    for backlog in (1, 20):
+        for _ in range(backlog):
+            finished(sqlite_world)
+        counts.clear()
+        assert writer_of(sqlite_world).write_finished() == backlog
+        longest.append(max(counts))
+    assert longest[0] == longest[1]
+
+
 def test_a_store_that_is_set_wrongly_is_told(world: World) -> None:
     finished(world)
     with capture_logs() as logs:
@@ -128,9 +162,9 @@ def test_several_writers_write_each_batch_once(
 
 def test_a_batch_whose_writer_died_is_written_when_its_lease_is_over(world: World) -> None:
     batch_id = finished(world)
-    taken = world.db.write(result_writer.take, seconds=60, but_not=[])
+    taken = world.db.write(result_writer.take, seconds=60)
     assert taken is not None
-    assert taken[0] == batch_id
+    assert taken.batch_id == batch_id
     assert writer_of(world).write_finished() == 0
     with world.db.transaction() as session:
         past = database.now(session) - timedelta(seconds=1)
@@ -162,7 +196,7 @@ def test_a_lease_outlives_an_outage_of_the_database(
 ) -> None:
     batch_id = finished(sqlite_world)
     monkeypatch.setattr(result_writer, "LEASE_SECONDS", 0.6)
-    taken = sqlite_world.db.write(result_writer.take, seconds=0.6, but_not=[])
+    taken = sqlite_world.db.write(result_writer.take, seconds=0.6)
     assert taken is not None
     renew, tried = result_writer.renew, threading.Semaphore(0)
 
@@ -172,10 +206,10 @@ def test_a_lease_outlives_an_outage_of_the_database(
         raise database.DatabaseUnavailable(sqlite_world.db.url, "no answer")
 
     monkeypatch.setattr(result_writer, "renew", away)
-    with result_writer._Lease(sqlite_world.db, batch_id, taken[1]):
+    with result_writer._Lease(sqlite_world.db, batch_id, taken.lease_until):
         assert tried.acquire(timeout=20)
         deadline = time.monotonic() + 20
-        while sqlite_world.batch(batch_id).results_lease_until == taken[1]:
+        while sqlite_world.batch(batch_id).results_lease_until == taken.lease_until:
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -233,13 +267,16 @@ def test_a_batch_that_is_reopened_while_it_is_read_keeps_the_files_of_its_end(
 
 def test_a_lease_that_is_another_writers_by_now_is_not_renewed(world: World) -> None:
     batch_id = finished(world)
-    first = world.db.write(result_writer.take, seconds=-1, but_not=[])
-    second = world.db.write(result_writer.take, seconds=60, but_not=[])
+    first = world.db.write(result_writer.take, seconds=-1)
+    second = world.db.write(result_writer.take, seconds=60)
     assert first is not None
     assert second is not None
-    renewed = world.db.write(result_writer.renew, batch_id, held=first[1], seconds=60)
+    renewed = world.db.write(result_writer.renew, batch_id, held=first.lease_until, seconds=60)
     assert renewed is None
-    assert world.db.write(result_writer.renew, batch_id, held=second[1], seconds=60) is not None
+    assert (
+        world.db.write(result_writer.renew, batch_id, held=second.lease_until, seconds=60)
+        is not None
+    )
 
 
 def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import weakref
 from concurrent import futures
 
 import pytest
@@ -362,6 +363,25 @@ def test_what_is_free_is_measured(warm, look, monkeypatch):
     assert warm.report(renders=0).resident == ()  # all that could go went first
     monkeypatch.undo()
     assert warm.model_for(look()) is not first
+
+
+def test_texts_that_are_kept_go_before_a_model_does(warm, look, monkeypatch):
+    """One that is short of main memory by no more than them costs no job an attempt."""
+    first = warm.model_for(look())
+    encoded = []
+    monkeypatch.setattr(first, "_encode_text", lambda text: encoded.append(text) or torch.ones(1))
+    first.encode_text("a")
+    is_held = weakref.ref(first._contexts._kept["a"])
+
+    def now():
+        free = room.HOST_SPARE_BYTES + (0 if is_held() is not None else 1 << 39)
+        return host_memory.HostMemory(total_bytes=1 << 40, free_bytes=free)
+
+    monkeypatch.setattr(host_memory, "now", now)
+    warm.model_for(look(model_path="other"))
+    assert len(warm.report(renders=0).resident) == 2
+    first.encode_text("a")
+    assert encoded == ["a", "a"]
 
 
 def test_two_processes_that_load_at_once_do_not_count_on_the_same_memory(

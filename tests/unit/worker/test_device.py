@@ -1,10 +1,12 @@
 """Which failures are the device's, and what a process is told about its device."""
 
+import ctypes
+
 import pytest
 import torch
 
 from models import rope
-from worker import device, errors
+from worker import device, errors, host_memory
 from worker.settings import WorkerSettings
 
 
@@ -139,6 +141,18 @@ def test_a_gpu_that_is_not_there_is_a_fault_with_advice(monkeypatch):
 def test_the_description_names_device_precision_and_torch(cpu):
     told = cpu.description()
     assert told == {"device": "CPU test", "dtype": "float32", "torch": torch.__version__}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_small_pieces_that_were_dropped_go_back_to_the_machine(cpu):
+    pieces = [torch.ones(16_000) for _ in range(2_000)]
+    is_above_them = torch.ones(16_000)
+    held = host_memory.process_bytes()
+    pieces_bytes = sum(piece.nbytes for piece in pieces)
+    pieces.clear()
+    cpu.give_up_caches()
+    assert held - host_memory.process_bytes() > pieces_bytes // 2
+    del is_above_them
 
 
 def test_tables_of_sizes_that_may_not_come_again_are_given_up(cpu):

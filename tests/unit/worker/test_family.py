@@ -366,15 +366,28 @@ def test_a_prompt_is_encoded_once_for_all_its_seeds_while_it_is_one_of_the_last(
         return encode(self, prompt)
 
     monkeypatch.setattr(text_encoder.TextEncoder, "encode", count)
-    monkeypatch.setattr(resident, "MAX_CONTEXTS", 2)
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    first = warm.model_for(look_of(("tiny", {}))).encode_text("a")
+    prompts.clear()
+    monkeypatch.setattr(resident, "MAX_CONTEXT_BYTES", 2 * first.nbytes)
     warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
     model = warm.model_for(look_of(("tiny", {})))
-    first = model.encode_text("a")
+    assert torch.equal(model.encode_text("a"), first)
     assert torch.equal(model.encode_text("a"), first)
     for prompt in ("b", "a", "c", "a", "b"):
         model.encode_text(prompt)
     assert prompts == ["a", "b", "c", "b"]
     assert torch.equal(model.encode_text("a"), first)
+
+
+def test_the_last_image_is_kept_however_large_it_is(shelf, tmp_path, cpu, monkeypatch):
+    monkeypatch.setattr(resident, "MAX_CONDITION_BYTES", 1)
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of(("tiny_i2v", {"base": "original", "denoising_step_list": [1000]}))
+    for colour in COLOURS:
+        latents_of(look, warm, cpu, colour=colour)
+    model = warm.model_for(look)
+    assert [model.knows_image(f"inputs/{colour}", look) for colour in COLOURS] == [False, True]
 
 
 @pytest.mark.parametrize("number", [0, 1])

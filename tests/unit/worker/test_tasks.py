@@ -1,8 +1,12 @@
 """What a worker process loads, and when."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def modules_after(statements: str) -> set[str]:
@@ -35,6 +39,31 @@ def test_a_child_that_cannot_read_its_settings_ends_its_celery():
     assert done.returncode == -signal.SIGKILL
     assert "worker.cannot_start" in done.stderr
     assert "RUSHES_DTYPE" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="semaphores have no files elsewhere")
+def test_a_celery_that_is_killed_with_its_group_leaves_no_name_behind(tmp_path):
+    """What the next one would not know of, until the shared memory of a container is full."""
+    script = (
+        "import os; os.setpgrp(); from worker import tasks; import billiard, signal;"
+        "pool = billiard.get_context('spawn'); number, lock = pool.Value('i'), pool.Lock();"
+        "print(lock._semlock.name, flush=True); os.killpg(0, signal.SIGKILL)"
+    )
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,  # until the tracker ends too
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == ""
+    name = done.stdout.strip().removeprefix("/")
+    assert name
+    assert not Path(f"/dev/shm/sem.{name}").exists()  # noqa: S108  # where Linux has them
+    assert not list(folder.iterdir())
 
 
 def test_the_launcher_never_loads_torch():
