@@ -72,13 +72,16 @@ def long(
     So many strikes hit some jobs three times by chance, and these are not to count as poison.
     """
     jobs = max(100, int(LONG_JOBS * scale))
+    quotas = {what: math.ceil(number * scale) for what, number in LONG_STRIKES.items()}
+    usual = sum(LONG_STRIKES.values()) * jobs / LONG_JOBS
     return Script(
         plan=Plan(workers_per_host=workers_per_host, on_sqlite=on_sqlite),
         jobs=jobs,
         batch_size=min(250, jobs // 4),
         poison_jobs=max(2, int(6 * scale)),
         late_batches=max(1, int(4 * scale)),
-        quotas={what: math.ceil(number * scale) for what, number in LONG_STRIKES.items()},
+        quotas=quotas,
+        strikes_per_job=sum(quotas.values()) / usual,
         outage_seconds=(3.0, 25.0),
         seed=seed,
         limit_seconds=60 * minutes + 600 + jobs * 1.0,

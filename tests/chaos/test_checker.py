@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from jobs import database, folder_store, lifecycle, migrate, results, states
 from jobs.schema import Attempt, Job
-from tests.chaos import checker, farm, record
+from tests.chaos import checker, farm, record, run, scripts
 from tests.chaos.nemesis import Pause, Strike
 from tests.chaos.workload import Promise
 from tests.integration.jobs.conftest import World
@@ -260,3 +260,18 @@ def test_a_secret_in_a_log_is_found(tmp_path: Path) -> None:
         "host.log shows the redis password"
     ]
     assert checker.secrets_in([log], {"other": "unseen"}) == []
+
+
+def test_a_part_of_the_long_form_has_more_strikes_per_job_and_as_many_more_renders() -> None:
+    def long(scale: float) -> run.Script:
+        return scripts.long(scale=scale, seed=1, workers_per_host=2, on_sqlite=False, minutes=1)
+
+    assert long(1.0).strikes_per_job == 1.0
+    part = long(0.2)
+    assert sum(part.quotas.values()) == 51
+    assert part.strikes_per_job == pytest.approx(51 / 37.6)
+    figures = {"extra_share": 0.012, "unexplained_executions": 0, "unexplained": []}
+    figures |= dict.fromkeys(run.MOST_SECONDS)
+    most = run.MOST_EXTRA_SHARE * part.strikes_per_job
+    assert list(run._missed(figures, most_extra_share=most)) == []
+    assert "1.20%" in next(run._missed(figures, most_extra_share=run.MOST_EXTRA_SHARE))
