@@ -196,9 +196,9 @@ def _is_marked(folder: Path, batch_id: str) -> bool:
     marked = mark.read_text("utf-8").strip() if mark.is_file() else ""
     owner = marked or _batch_of_manifest(folder)
     if owner and owner != batch_id:
-        raise _not_ours(folder, f"holds batch {owner}")
+        raise _not_ours(folder, f"holds batch {owner}:")
     if not owner and (own := [name for name in RESULT_FILES if (folder / name).exists()]):
-        raise _not_ours(folder, f"holds a {own[0]} of no batch, which would be replaced")
+        raise _not_ours(folder, _replaced(folder / own[0]))
     return bool(marked)
 
 
@@ -209,13 +209,17 @@ def _refuse_own(db: database.Database, batch_id: str, folder: Path, *, sidecars:
     for name, item in _named(db, batch_id):
         video, sidecar = folder / f"{name}.mp4", folder / f"{name}.json"
         if video.exists() and not (item and _is_there(video, item)):
-            raise _not_ours(folder, f"holds a {video.name} of no batch, which would be replaced")
+            raise _not_ours(folder, _replaced(video))
         if sidecars and sidecar.exists() and not (item and _is_sidecar(sidecar, item)):
-            raise _not_ours(folder, f"holds a {sidecar.name} of no batch, which would be replaced")
+            raise _not_ours(folder, _replaced(sidecar))
+
+
+def _replaced(file: Path) -> str:
+    return f"holds a {file.name} of no batch, which would be replaced: remove it,"
 
 
 def _not_ours(folder: Path, why: str) -> errors.InvalidInput:
-    message = f"{why}: give another folder, or none for one named like the batch"
+    message = f"{why} give another folder, or none for one named like the batch"
     return errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
 
 
@@ -434,10 +438,13 @@ def _download(store: storage.ObjectStore, key: str, path: Path) -> None:
 
 
 def _is_there(path: Path, item: Item) -> bool:
-    if not path.is_file() or path.stat().st_size != item.size_bytes:
+    try:
+        if not path.is_file() or path.stat().st_size != item.size_bytes:
+            return False
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == item.sha256
+    except OSError:  # nobody can say; what is put there says whether it can be replaced
         return False
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == item.sha256
 
 
 def _is_sidecar(path: Path, item: Item) -> bool:
@@ -445,7 +452,7 @@ def _is_sidecar(path: Path, item: Item) -> bool:
     try:
         told = json.loads(path.read_text("utf-8"))
         return bool(told["video"]["sha256"] == item.sha256)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

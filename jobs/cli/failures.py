@@ -117,20 +117,11 @@ def _failure(error: Exception) -> Failure:
     if reason := _database_reason(error):
         return Failure(kind="DatabaseUnavailable", message=reason, exit_code=exits.ERROR)
     if isinstance(error, OSError):
-        message = f"standard output: {error.strerror}" if _is_of_output(error) else str(error)
-        return _of(error, message, exits.ERROR)
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _of(error, told, exits.ERROR)
     text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
     again = "" if os.environ.get("RUSHES_DEBUG") else "; RUSHES_DEBUG=1 shows where"
     return _of(error, f"{text} (this is a defect in rushes{again})", exits.ERROR)
-
-
-def _is_of_output(error: OSError) -> bool:
-    """What it could not get rid of, it still holds."""
-    try:
-        sys.stdout.flush()
-    except OSError as again:
-        return again.errno == error.errno
-    return False
 
 
 def _of(error: Exception, message: str, exit_code: int) -> Failure:

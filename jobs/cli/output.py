@@ -35,12 +35,12 @@ COLORS = {
 def emit(value: object) -> None:
     """One JSON document on stdout."""
     narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
-    click.echo(json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of))
+    _print(json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of))
 
 
 def emit_line(value: object) -> None:
     """One line of JSON Lines on stdout, at once."""
-    click.echo(json.dumps(value, default=_json_of))
+    _print(json.dumps(value, default=_json_of))
 
 
 def _json_of(value: object) -> str:
@@ -54,7 +54,15 @@ def note(text: str) -> None:
 
 
 def line(text: str = "") -> None:
-    click.echo(text)
+    _print(text)
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        error.filename = "standard output"  # for whoever tells of it
+        raise
 
 
 def plain(text: str) -> str:

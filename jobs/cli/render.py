@@ -74,11 +74,12 @@ def render(
             )
         )
     orders.refuse_others(target)
-    if look.look.model_path in standalone.TINY_MODELS:
-        standalone.place_tiny_models(config, output.note, [look.look.model_path])
     for text in orders.notes:
         output.note(f"note: {text}")
-    _require_model(look, config)
+    if not all((target / f"{name}.mp4").exists() for name in orders.claims):
+        if look.look.model_path in standalone.TINY_MODELS:
+            standalone.place_tiny_models(config, output.note, [look.look.model_path])
+        _require_model(look, config)
     _make_folder(target)
     videos: list[dict[str, object]] = []
     begun: set[str] = set()

@@ -294,9 +294,11 @@ def test_what_is_told_of_wrong_arguments(rushes: Rushes, arguments: str, told: s
     assert (result.exit_code, told in result.stderr) == (exits.USAGE, True), result.stderr
 
 
-def test_a_full_disk_is_told_as_that_of_the_output() -> None:
+@pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_a_full_disk_is_told_as_that_of_the_output(buffering: dict[str, str]) -> None:
     command = ["bash", "-c", f"{sys.executable} -m jobs presets > /dev/full"]
-    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    usual = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    environment = usual | buffering
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stderr == "error: standard output: No space left on device\n"
 

@@ -362,9 +362,20 @@ def test_a_video_of_ones_own_is_not_replaced_either(
     assert result.exit_code == exits.USAGE
     assert f"mine: holds a {name} of no batch, which would be replaced" in result.stderr
     assert [path.read_text() for path in Path("mine").iterdir()] == ["mine"]
+    assert "remove it, give another folder" in result.stderr
     Path("mine", name).rename("mine/bird.mp4")
     assert rushes("download", batch_id, "mine").exit_code == exits.OK
     assert files(Path("mine")) == {"bird.mp4", "cat.mp4"}
+
+
+def test_a_folder_in_the_place_of_a_sidecar_is_told_before_anything_is_fetched(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "a", "b")
+    Path("mine/b.json").mkdir(parents=True)
+    result = rushes("download", batch_id, "mine", "--include", "sidecar")
+    assert result.exit_code == exits.USAGE
+    assert "mine: holds a b.json of no batch" in result.stderr
 
 
 def test_the_same_videos_in_a_folder_without_mark_are_no_others(
