@@ -18,12 +18,14 @@ from typing import TypeVar
 import psutil
 import structlog
 from pydantic import SecretStr
+from sqlalchemy.exc import DBAPIError
 
-from jobs import database, errors, migrate, parts, servers, settings, supervisor, tokens
+from jobs import database, errors, migrate, parts, queries, servers, settings, supervisor, tokens
 
 log = structlog.get_logger()
 
 LOOK_SECONDS = 0.5
+WORKER_SECONDS = 30.0  # until it is said to be ready, whether or not a worker is there
 ADDRESSES = frozenset(
     {
         "database_url",
@@ -107,7 +109,9 @@ def up(config: settings.Settings, *, devices: str = "auto", say: Callable[[str],
     with running(config, devices=devices, hurry=hurry, say=say, with_web=True) as farm:
         say(f"results   {farm.config.results_url}")
         say(f"logs      {farm.config.home / 'logs'}")
-        say(_ready(farm.config.home))
+        _await_workers(farm, stop)
+        if not stop.is_set():
+            say(_ready(farm.config.home))
         watch(farm, stop)
         say("stopping: workers may finish their job; Ctrl-C again to stop at once")
     return 0
@@ -164,10 +168,27 @@ def running(
 def watch(farm: Farm, stop: threading.Event) -> None:
     """Start again what ends by itself."""
     while not stop.wait(LOOK_SECONDS):
-        for kept in farm.kept_servers:
-            kept.revive()
-        for child in farm.children:
-            child.revive()
+        _revive(farm)
+
+
+def _revive(farm: Farm) -> None:
+    for kept in farm.kept_servers:
+        kept.revive()
+    for child in farm.children:
+        child.revive()
+
+
+def _await_workers(farm: Farm, stop: threading.Event) -> None:
+    """Until somebody takes jobs: a submit would say that nobody does. Not for ever, for a GPU."""
+    deadline = time.monotonic() + WORKER_SECONDS
+    with contextlib.closing(database.connect(farm.config)) as db:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(DBAPIError), db.reading() as session:
+                if queries.live_workers_by_queue(session):
+                    return
+            if stop.wait(LOOK_SECONDS):
+                return
+            _revive(farm)
 
 
 def place_tiny_models(

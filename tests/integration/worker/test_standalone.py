@@ -17,7 +17,17 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from jobs import database, migrate, servers, settings, standalone, stores, supervisor, tokens
+from jobs import (
+    database,
+    migrate,
+    queries,
+    servers,
+    settings,
+    standalone,
+    stores,
+    supervisor,
+    tokens,
+)
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -226,6 +236,13 @@ class Farms:
         while data := os.read(self.winner.stderr.fileno(), 4096):
             self.said += data
 
+    def live_queues(self):
+        with (
+            contextlib.closing(database.connect(settings.load(home=str(self.home)))) as db,
+            db.reading() as session,
+        ):
+            return queries.live_workers_by_queue(session)
+
     def interrupt_twice(self, until):
         """Status of the end, and who of its family outlives it."""
         family = psutil.Process(self.winner.pid).children(recursive=True)
@@ -253,6 +270,7 @@ def farms(tmp_path_factory, until):
     try:
         until(lambda: settings.read_up_file(started.home), seconds=60)
         until(lambda: b"ready:" in started.log.read_bytes(), seconds=90)
+        started.ready_with = started.live_queues()
         yield started
         # Ctrl-C twice: a start costs too much for a test of its own.
         assert started.interrupt_twice(until) == (0, [])
@@ -269,6 +287,11 @@ def test_of_two_that_start_at_once_one_is_refused_in_a_line(farms):
     said = farms.loser.stderr.read().decode()
     assert "already runs in" in said
     assert len(said.splitlines()) == 1
+
+
+def test_it_is_ready_when_somebody_takes_jobs(farms):
+    """A submit would say that nobody does."""
+    assert farms.ready_with["rushes.render.tiny"] == 1
 
 
 def test_the_address_book_is_for_its_owner_alone(farms):
