@@ -861,23 +861,27 @@ def test_pages_of_schedules_are_asked_for_anew_but_for_the_form(web: Web, browse
 
 
 def test_a_farm_whose_jobs_wait_for_no_reason_says_so(web: Web, browser: Browser) -> None:
-    def tells(*, seconds: int) -> bool:
-        """That long after it was seen to be idle for the first time."""
-        at = datetime.now(UTC) - timedelta(seconds=seconds)
+    def tells(*seconds: int) -> bool:
+        """So long after each time that it was seen to be idle."""
+        now = datetime.now(UTC)
         samples = web.serving.history.samples
         samples.clear()
-        samples.append(history.Sample(at=at, queued=1, running=0, is_idle=True))
+        samples.extend(
+            history.Sample(at=now - timedelta(seconds=each), queued=1, running=0, is_idle=True)
+            for each in seconds
+        )
         is_told = "does a dispatcher run" in browser.get("/farm").text
         assert (web.client.get("/api/load").json()["idle_since"] is not None) is is_told
         return is_told
 
     job_id = web.job_id(web.submit())
-    assert not tells(seconds=70)  # no worker would take it
+    assert not tells(70, 40)  # no worker would take it
     web.db.write(workers.register, registration())
-    assert not tells(seconds=50)
-    assert tells(seconds=70)
+    assert not tells(40)
+    assert tells(70, 40)
+    assert not tells(3700, 3685, 3670)  # nobody looked for an hour
     web.claim(job_id)
-    assert not tells(seconds=70)
+    assert not tells(70, 40)
 
 
 def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Browser) -> None:
