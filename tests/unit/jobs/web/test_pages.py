@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from jobs import (
+    presets,
     queries,
     reports,
     results,
@@ -27,7 +28,7 @@ from jobs import (
     workers,
 )
 from jobs.web import app, history, html
-from jobs.web.pages import charts
+from jobs.web.pages import charts, gallery
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web
 
@@ -418,6 +419,8 @@ def test_another_first_frame_is_a_difference_and_no_other_seed(
     assert set(re.findall(r"/jobs/(\d+)", siblings)) == {str(ids[2])}
 
 
+TWO_NETWORKS = {"boundary_step_index": 2}
+FILM = {"path": "loras/film.safetensors"}
 PRESET = """{"model_path": "tiny", "target_width": 48, "target_height": 48, "fps": 8,
  "target_video_length": 17, "denoising_step_list": %s, "step_rule": "%s", "sample_shift": %s}"""
 
@@ -431,6 +434,38 @@ def test_other_steps_are_a_difference(make_web: Callable[..., Web], tmp_path: Pa
     browser = Browser(web.client)
     assert marked(web, browser, *ids) == {"preset", "steps", "shift"}
     assert "1000-700-400-150 (renoise)" in browser.get(f"/jobs/{ids[0]}").text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ({}, {"base": "original"}, {"base"}),
+        (TWO_NETWORKS, {"boundary_step_index": 1}, {"second network from step"}),
+        (TWO_NETWORKS, {"boundary_step_index": None}, {"second network from step"}),
+        ({"vae_dtype": "bf16"}, {"vae_dtype": "fp32"}, {"decoded in"}),
+        ({}, {"vae_dtype": "fp32"}, {"decoded in"}),
+        (
+            TWO_NETWORKS | {"loras": [FILM | {"name": "high_noise_model"}]},
+            {"loras": [FILM | {"name": "low_noise_model"}]},
+            {"LoRA"},
+        ),
+        (
+            TWO_NETWORKS | {"loras": [FILM | {"name": "high_noise_model"}]},
+            {"loras": [FILM]},
+            {"LoRA"},
+        ),
+    ],
+)
+def test_what_a_look_says_of_its_networks_is_among_its_settings(
+    one: dict[str, Any], other: dict[str, Any], words: set[str]
+) -> None:
+    look = presets.load("tiny").look.with_changes(one)
+    job = {"preset": "p", "seed": 5, "image_key": None}
+    first, second = (
+        set(gallery.settings_of(job, each.model_dump(mode="json")))
+        for each in (look, look.with_changes(other))
+    )
+    assert {word for word, _ in first ^ second} == words
 
 
 def test_loras_of_one_name_in_two_folders_are_a_difference(web: Web, browser: Browser) -> None:
