@@ -1,6 +1,5 @@
 """The page: schedules."""
 
-import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from jobs import cron, errors, presets
+from jobs import cron, errors
 from jobs.web import access, bodies, html, problems, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
@@ -77,10 +76,7 @@ def _list(
     rows = [row for row in every if row["name"] > after]
     following = rows[ROWS - 1]["name"] if len(rows) > ROWS else None
     texts = dataclasses.asdict(given)
-    choices: list[dict[str, Any]] = []
-    if who.is_admin:
-        with contextlib.suppress(presets.FolderMissing):  # the schedules can be seen all the same
-            choices = submitting.preset_choices(serving, who)
+    choices = submitting.preset_choices(serving, who, given=given.preset) if who.is_admin else []
     return html.page(
         request,
         "schedules.html",

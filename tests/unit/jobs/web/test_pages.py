@@ -272,6 +272,30 @@ def test_a_form_comes_back_when_the_database_is_away_but_not_when_it_may_be_stor
     assert "again" not in answer.text
 
 
+def test_a_form_comes_back_when_the_folder_of_presets_is_away(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    web = make_web(presets_dir=folder)
+    browser = Browser(web.client)
+    schedule = {"name": "n", "cron": "@daily", "prompts": "a typed cat", "preset": "tiny_i2v"}
+    forms = {"/submit": {"prompts": "a typed cat", "preset": "tiny_i2v"}, "/schedules": schedule}
+    for path, form in forms.items():
+        csrf = re.search(r'name="csrf" value="(\w+)"', browser.get(path).text)
+        assert csrf
+        folder.rmdir()
+        answer = browser.client.post(path, data={"csrf": csrf[1]} | form, headers=HTML)
+        assert answer.status_code == 503
+        assert "The presets cannot be read. Press the button again" in answer.text
+        assert "a typed cat</textarea>" in answer.text
+        select = answer.text.partition('<select id="preset"')[2].partition("</select>")[0]
+        assert re.findall(r"<option[^>]* selected>(\w+)</option>", select) == ["tiny_i2v"]
+        folder.mkdir()
+    assert not batches_of(web)
+    assert not schedules_of(web)
+
+
 LONG = "\n".join(f"{number} {'x' * 1_000}" for number in range(1_200))  # more than 1 MiB
 
 
