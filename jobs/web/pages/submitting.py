@@ -325,7 +325,7 @@ def _stored(
 
 
 def new_key() -> str:
-    """For a form that makes a batch."""
+    """For a form that makes a batch of its own."""
     return secrets.token_urlsafe(16)
 
 

@@ -541,18 +541,68 @@ def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser
     assert "every night" not in browser.post(f"{base}/remove", {}, of=base).text.split("Add one")[0]
 
 
+COUNTED = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
+
+
+def run_key(browser: Browser) -> dict[str, str]:
+    """What *Run now* is sent with."""
+    found = re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)
+    assert found
+    return {"key": found[1]}
+
+
 def test_run_now_that_is_pressed_twice_makes_one_batch(web: Web, browser: Browser) -> None:
-    form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
-    page = browser.post("/schedules", form, of="/schedules").text
-    key = {"key": re.search(r'name="key" value="([^"]+)"', page)[1]}
+    browser.post("/schedules", COUNTED, of="/schedules")
+    key = run_key(browser)
+    assert run_key(browser) == key  # the page was fetched anew, or is open twice
     first = browser.post("/schedules/n/run", key, of="/schedules/n")
     assert "Submitted." in first.text
     again = browser.post("/schedules/n/run", key, of="/schedules/n")
     assert again.url.path == first.url.path
     assert "were submitted before" in again.text
     assert [batch.total for batch in batches_of(web)] == [1]
-    key = {"key": re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)[1]}
-    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path != first.url.path
+    later = browser.post("/schedules/n/run", run_key(browser), of="/schedules/n")
+    assert "Submitted." in later.text
+    assert later.url.path != first.url.path
+    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path == first.url.path
+
+
+def test_run_now_that_is_pressed_while_it_is_under_way_makes_one_batch(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page was fetched anew meanwhile."""
+    browser.post("/schedules", COUNTED, of="/schedules")
+    first = run_key(browser)
+    submit = submission.submit
+    meanwhile = []
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        meanwhile.append(
+            browser.post("/schedules/n/run", run_key(browser), of="/schedules/n").url.path
+        )
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    answer = browser.post("/schedules/n/run", first, of="/schedules/n")
+    assert meanwhile == [answer.url.path]
+    assert [batch.total for batch in batches_of(web)] == [1]
+
+
+def test_run_now_on_a_page_of_a_removed_schedule_is_of_the_one_that_has_its_name(
+    web: Web, browser: Browser
+) -> None:
+    browser.post("/schedules", COUNTED, of="/schedules")
+    old = run_key(browser)
+    removed = browser.post("/schedules/n/run", old, of="/schedules/n").url.path
+    browser.post("/schedules/n/remove", {}, of="/schedules/n")
+    browser.post("/schedules", COUNTED, of="/schedules")
+    assert run_key(browser) != old
+    made = browser.post("/schedules/n/run", old, of="/schedules/n")
+    assert "Submitted." in made.text
+    assert made.url.path != removed
+    again = browser.post("/schedules/n/run", old, of="/schedules/n")
+    assert again.url.path == made.url.path
 
 
 WRONG_SCHEDULES = [
