@@ -89,7 +89,7 @@ def job_line(row: Job) -> dict[str, Any]:
         "prompt": row.prompt,
         "seed": row.seed,
         "metadata": row.meta,
-        "not_before": row.not_before,
+        "not_before": waits_until(row),
         "started_at": row.started_at,
         "finished_at": row.finished_at,
         "error": error(row),
@@ -123,7 +123,7 @@ def job(
         "queue": row.queue,
         "look_id": row.look_id,
         "look": look,
-        "not_before": row.not_before,
+        "not_before": waits_until(row),
         "dispatched_at": row.dispatched_at,
         "started_at": row.started_at,
         "finished_at": row.finished_at,
@@ -134,6 +134,12 @@ def job(
         "video_deleted_at": video_deleted_at,
         "attempts": attempts,
     }
+
+
+def waits_until(row: Job) -> datetime | None:
+    """Before which no attempt of it begins; None: it is paused by itself, or does not wait."""
+    waits = row.state is states.JobState.QUEUED and not row.is_paused
+    return row.not_before if waits else None
 
 
 def error(row: Job) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """How long the queue was: looked at now and then by this process, and kept in its memory."""
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ log = structlog.get_logger()
 EVERY_SECONDS = 15.0
 SHORTEST = timedelta(seconds=EVERY_SECONDS / 2)  # visitors ask more often
 KEPT = 24 * 3600 // 15  # a day
+GAP = timedelta(seconds=3 * EVERY_SECONDS)  # longer, and nobody knows what was between
 IDLE = timedelta(seconds=60)  # shorter: between two jobs, or before the first of them begins
 
 
@@ -53,8 +53,11 @@ class History:
     @property
     def idle_since(self) -> datetime | None:
         """When it began, if it lasts: a dispatcher would have sent something."""
-        samples = list(self.samples)
-        idle = list(itertools.takewhile(lambda sample: sample.is_idle, reversed(samples)))
+        idle: list[Sample] = []
+        for sample in reversed(list(self.samples)):
+            if not sample.is_idle or (idle and idle[-1].at - sample.at > GAP):
+                break
+            idle.append(sample)
         is_long = bool(idle) and idle[0].at - idle[-1].at >= IDLE
         return idle[-1].at if is_long else None
 

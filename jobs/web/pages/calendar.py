@@ -1,6 +1,5 @@
 """The page: schedules."""
 
-import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from jobs import cron, errors, presets
+from jobs import cron, errors
 from jobs.web import access, bodies, html, problems, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
@@ -77,10 +76,7 @@ def _list(
     rows = [row for row in every if row["name"] > after]
     following = rows[ROWS - 1]["name"] if len(rows) > ROWS else None
     texts = dataclasses.asdict(given)
-    choices: list[dict[str, Any]] = []
-    if who.is_admin:
-        with contextlib.suppress(presets.FolderMissing):  # the schedules can be seen all the same
-            choices = submitting.preset_choices(serving, who)
+    choices = submitting.preset_choices(serving, who, given=given.preset) if who.is_admin else []
     return html.page(
         request,
         "schedules.html",
@@ -207,7 +203,7 @@ def show(name: Name, request: Request, serving: Serving, who: access.Reader) -> 
             (moment, f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}") for moment in row["coming"]
         ],
         firings=timetable.history(name, serving, who, limit=HISTORY)["firings"],
-        key=submitting.new_key(),
+        key=_key(row),
         most=HISTORY,
     )
 
@@ -225,7 +221,10 @@ def resume(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
 @router.post("/{name}/run")
 def run_now(name: Name, serving: Serving, who: access.FormAdmin, key: Text = "") -> Response:
     """To the batch that was made; pressed twice, it makes one."""
-    batch_id, is_new = timetable.fire(serving, name, key=submitting.key_of(key, name))
+    row = timetable.show(name, serving, who)
+    # The name may be that of another schedule than when the page was shown.
+    of_this = submitting.key_of(key, (name, _since(row)))
+    batch_id, is_new = timetable.fire(serving, name, key=of_this)
     return html.go(f"/batches/{batch_id}", did="submitted" if is_new else "again")
 
 
@@ -233,6 +232,15 @@ def run_now(name: Name, serving: Serving, who: access.FormAdmin, key: Text = "")
 def remove(name: Name, serving: Serving, who: access.FormAdmin) -> Response:
     timetable.remove(name, serving, who)
     return html.go("/schedules", did="removed")
+
+
+def _key(row: dict[str, Any]) -> str:
+    """The same on all pages until the next batch is made: they make it once together."""
+    return f"{_since(row)}-{row['batches_made']}"
+
+
+def _since(row: dict[str, Any]) -> str:
+    return f"{row['created_at']:%Y%m%d%H%M%S%f}"
 
 
 def _changed(name: str, did: str, told: dict[str, Any]) -> Response:

@@ -218,6 +218,7 @@ def settings_of(job: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[s
     """What made a video, beside its prompt, in words."""
     frames, fps = look["num_frames"], look["fps"]
     steps = "-".join(map(str, look["denoising_step_list"]))
+    boundary = look.get("boundary_step_index")
     found: list[tuple[str, object]] = [
         ("preset", job["preset"]),
         ("seed", job["seed"]),
@@ -225,14 +226,18 @@ def settings_of(job: Mapping[str, Any], look: Mapping[str, Any]) -> list[tuple[s
         ("size", f"{look['width']}x{look['height']}"),
         ("length", f"{frames} frames, {frames / fps:.1f} s"),
         ("steps", f"{steps} ({look['step_rule']})"),
+        ("second network from step", "" if boundary is None else boundary + 1),
         ("shift", f"{look['sample_shift']:g}"),
         ("model", look["model_path"]),
+        ("base", "original" if look.get("base") == "original" else ""),
         ("weights", ", ".join(look[key] for key in WEIGHTS if look.get(key))),
         ("LoRA", ", ".join(_lora_words(lora) for lora in look.get("loras", ()))),
+        ("decoded in", look.get("vae_dtype") or ""),
     ]
     return [(word, value) for word, value in found if value != ""]
 
 
 def _lora_words(lora: Mapping[str, Any]) -> str:
     name = str(PurePosixPath(lora["path"]).with_suffix("")).removeprefix("loras/")
-    return f"{name} ({lora.get('strength', 1):g})"
+    words = [f"{lora.get('strength', 1):g}", *filter(None, [lora.get("name")])]
+    return f"{name} ({', '.join(words)})"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, prompt_row, queries, readers, submission
+from jobs import errors, presets, prompt_row, queries, readers, submission
 from jobs.web import access, batches, bodies, html, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
@@ -80,6 +80,7 @@ def ask(
     made: Annotated[str, Query(max_length=50)] = "",
 ) -> Response:
     """`made`: the batch before this one, for who may not look at it."""
+    presets.check_folder(serving.config.presets_dir)
     chosen = preset or serving.config.default_preset or ""
     if not queries.BATCH_ID_PART.fullmatch(made):
         made = ""
@@ -144,17 +145,22 @@ def _form(
         given=shown,
         errors=found,
         key=new_key(),
-        presets=preset_choices(serving, who),
+        presets=preset_choices(serving, who, given=shown["preset"]),
         # Bad lines of a file: there one may choose to leave them out.
         more_is_open=is_typed or shown["skip_invalid"] or "file" in found,
     )
 
 
-def preset_choices(serving: service.Service, who: access.Principal) -> list[dict[str, Any]]:
-    """Each with what it means, in a line."""
-    return [
-        preset | {"hint": _hint(preset)} for preset in system.list_presets(serving, who)["presets"]
-    ]
+def preset_choices(
+    serving: service.Service, who: access.Principal, *, given: str
+) -> list[dict[str, Any]]:
+    """Each with what it means, in a line. While their folder is away, what was given alone."""
+    try:
+        found = system.list_presets(serving, who)["presets"]
+    except presets.FolderMissing:
+        # It may need one: no file comes back with a form, so that its field must be seen.
+        return [{"name": given, "hint": "", "needs_image": True}] if given else []
+    return [preset | {"hint": _hint(preset)} for preset in found]
 
 
 def _hint(preset: dict[str, Any]) -> str:
@@ -319,7 +325,7 @@ def _stored(
 
 
 def new_key() -> str:
-    """For a form that makes a batch."""
+    """For a form that makes a batch of its own."""
     return secrets.token_urlsafe(16)
 
 

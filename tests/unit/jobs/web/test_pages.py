@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from jobs import (
+    presets,
     queries,
     reports,
     results,
@@ -27,7 +28,7 @@ from jobs import (
     workers,
 )
 from jobs.web import app, history, html
-from jobs.web.pages import charts
+from jobs.web.pages import charts, gallery
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web
 
@@ -271,6 +272,30 @@ def test_a_form_comes_back_when_the_database_is_away_but_not_when_it_may_be_stor
     assert "again" not in answer.text
 
 
+def test_a_form_comes_back_when_the_folder_of_presets_is_away(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    web = make_web(presets_dir=folder)
+    browser = Browser(web.client)
+    schedule = {"name": "n", "cron": "@daily", "prompts": "a typed cat", "preset": "tiny_i2v"}
+    forms = {"/submit": {"prompts": "a typed cat", "preset": "tiny_i2v"}, "/schedules": schedule}
+    for path, form in forms.items():
+        csrf = re.search(r'name="csrf" value="(\w+)"', browser.get(path).text)
+        assert csrf
+        folder.rmdir()
+        answer = browser.client.post(path, data={"csrf": csrf[1]} | form, headers=HTML)
+        assert answer.status_code == 503
+        assert "The presets cannot be read. Press the button again" in answer.text
+        assert "a typed cat</textarea>" in answer.text
+        select = answer.text.partition('<select id="preset"')[2].partition("</select>")[0]
+        assert re.findall(r"<option[^>]* selected>(\w+)</option>", select) == ["tiny_i2v"]
+        folder.mkdir()
+    assert not batches_of(web)
+    assert not schedules_of(web)
+
+
 LONG = "\n".join(f"{number} {'x' * 1_000}" for number in range(1_200))  # more than 1 MiB
 
 
@@ -418,6 +443,8 @@ def test_another_first_frame_is_a_difference_and_no_other_seed(
     assert set(re.findall(r"/jobs/(\d+)", siblings)) == {str(ids[2])}
 
 
+TWO_NETWORKS = {"boundary_step_index": 2}
+FILM = {"path": "loras/film.safetensors"}
 PRESET = """{"model_path": "tiny", "target_width": 48, "target_height": 48, "fps": 8,
  "target_video_length": 17, "denoising_step_list": %s, "step_rule": "%s", "sample_shift": %s}"""
 
@@ -431,6 +458,38 @@ def test_other_steps_are_a_difference(make_web: Callable[..., Web], tmp_path: Pa
     browser = Browser(web.client)
     assert marked(web, browser, *ids) == {"preset", "steps", "shift"}
     assert "1000-700-400-150 (renoise)" in browser.get(f"/jobs/{ids[0]}").text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ({}, {"base": "original"}, {"base"}),
+        (TWO_NETWORKS, {"boundary_step_index": 1}, {"second network from step"}),
+        (TWO_NETWORKS, {"boundary_step_index": None}, {"second network from step"}),
+        ({"vae_dtype": "bf16"}, {"vae_dtype": "fp32"}, {"decoded in"}),
+        ({}, {"vae_dtype": "fp32"}, {"decoded in"}),
+        (
+            TWO_NETWORKS | {"loras": [FILM | {"name": "high_noise_model"}]},
+            {"loras": [FILM | {"name": "low_noise_model"}]},
+            {"LoRA"},
+        ),
+        (
+            TWO_NETWORKS | {"loras": [FILM | {"name": "high_noise_model"}]},
+            {"loras": [FILM]},
+            {"LoRA"},
+        ),
+    ],
+)
+def test_what_a_look_says_of_its_networks_is_among_its_settings(
+    one: dict[str, Any], other: dict[str, Any], words: set[str]
+) -> None:
+    look = presets.load("tiny").look.with_changes(one)
+    job = {"preset": "p", "seed": 5, "image_key": None}
+    first, second = (
+        set(gallery.settings_of(job, each.model_dump(mode="json")))
+        for each in (look, look.with_changes(other))
+    )
+    assert {word for word, _ in first ^ second} == words
 
 
 def test_loras_of_one_name_in_two_folders_are_a_difference(web: Web, browser: Browser) -> None:
@@ -482,18 +541,68 @@ def test_a_schedule_is_added_shown_paused_and_removed(web: Web, browser: Browser
     assert "every night" not in browser.post(f"{base}/remove", {}, of=base).text.split("Add one")[0]
 
 
+COUNTED = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
+
+
+def run_key(browser: Browser) -> dict[str, str]:
+    """What *Run now* is sent with."""
+    found = re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)
+    assert found
+    return {"key": found[1]}
+
+
 def test_run_now_that_is_pressed_twice_makes_one_batch(web: Web, browser: Browser) -> None:
-    form = {"name": "n", "preset": "tiny", "cron": "@daily", "prompts": "a {{counter}}"}
-    page = browser.post("/schedules", form, of="/schedules").text
-    key = {"key": re.search(r'name="key" value="([^"]+)"', page)[1]}
+    browser.post("/schedules", COUNTED, of="/schedules")
+    key = run_key(browser)
+    assert run_key(browser) == key  # the page was fetched anew, or is open twice
     first = browser.post("/schedules/n/run", key, of="/schedules/n")
     assert "Submitted." in first.text
     again = browser.post("/schedules/n/run", key, of="/schedules/n")
     assert again.url.path == first.url.path
     assert "were submitted before" in again.text
     assert [batch.total for batch in batches_of(web)] == [1]
-    key = {"key": re.search(r'name="key" value="([^"]+)"', browser.get("/schedules/n").text)[1]}
-    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path != first.url.path
+    later = browser.post("/schedules/n/run", run_key(browser), of="/schedules/n")
+    assert "Submitted." in later.text
+    assert later.url.path != first.url.path
+    assert browser.post("/schedules/n/run", key, of="/schedules/n").url.path == first.url.path
+
+
+def test_run_now_that_is_pressed_while_it_is_under_way_makes_one_batch(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page was fetched anew meanwhile."""
+    browser.post("/schedules", COUNTED, of="/schedules")
+    first = run_key(browser)
+    submit = submission.submit
+    meanwhile = []
+
+    def late(*arguments: Any, **options: Any) -> submission.Submission:
+        monkeypatch.setattr(submission, "submit", submit)
+        meanwhile.append(
+            browser.post("/schedules/n/run", run_key(browser), of="/schedules/n").url.path
+        )
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(submission, "submit", late)
+    answer = browser.post("/schedules/n/run", first, of="/schedules/n")
+    assert meanwhile == [answer.url.path]
+    assert [batch.total for batch in batches_of(web)] == [1]
+
+
+def test_run_now_on_a_page_of_a_removed_schedule_is_of_the_one_that_has_its_name(
+    web: Web, browser: Browser
+) -> None:
+    browser.post("/schedules", COUNTED, of="/schedules")
+    old = run_key(browser)
+    removed = browser.post("/schedules/n/run", old, of="/schedules/n").url.path
+    browser.post("/schedules/n/remove", {}, of="/schedules/n")
+    browser.post("/schedules", COUNTED, of="/schedules")
+    assert run_key(browser) != old
+    made = browser.post("/schedules/n/run", old, of="/schedules/n")
+    assert "Submitted." in made.text
+    assert made.url.path != removed
+    again = browser.post("/schedules/n/run", old, of="/schedules/n")
+    assert again.url.path == made.url.path
 
 
 WRONG_SCHEDULES = [
@@ -861,23 +970,27 @@ def test_pages_of_schedules_are_asked_for_anew_but_for_the_form(web: Web, browse
 
 
 def test_a_farm_whose_jobs_wait_for_no_reason_says_so(web: Web, browser: Browser) -> None:
-    def tells(*, seconds: int) -> bool:
-        """That long after it was seen to be idle for the first time."""
-        at = datetime.now(UTC) - timedelta(seconds=seconds)
+    def tells(*seconds: int) -> bool:
+        """So long after each time that it was seen to be idle."""
+        now = datetime.now(UTC)
         samples = web.serving.history.samples
         samples.clear()
-        samples.append(history.Sample(at=at, queued=1, running=0, is_idle=True))
+        samples.extend(
+            history.Sample(at=now - timedelta(seconds=each), queued=1, running=0, is_idle=True)
+            for each in seconds
+        )
         is_told = "does a dispatcher run" in browser.get("/farm").text
         assert (web.client.get("/api/load").json()["idle_since"] is not None) is is_told
         return is_told
 
     job_id = web.job_id(web.submit())
-    assert not tells(seconds=70)  # no worker would take it
+    assert not tells(70, 40)  # no worker would take it
     web.db.write(workers.register, registration())
-    assert not tells(seconds=50)
-    assert tells(seconds=70)
+    assert not tells(40)
+    assert tells(70, 40)
+    assert not tells(3700, 3685, 3670)  # nobody looked for an hour
     web.claim(job_id)
-    assert not tells(seconds=70)
+    assert not tells(70, 40)
 
 
 def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Browser) -> None:
