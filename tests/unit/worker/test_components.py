@@ -55,7 +55,9 @@ def weight_file(root):
 
 def known(warm, model):
     """Hashes of its weights, as a render asks for them."""
-    return warm.weight_hashes(warm.hashing(model))
+    hashing = warm.hashing(model)
+    futures.wait([hashing])
+    return warm.weight_hashes(hashing)
 
 
 def test_many_jobs_of_one_model_load_it_once(warm, look):
