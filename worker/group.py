@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 from torch import distributed
 
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SETTLE_SECONDS = 0.5
 
 
 def is_first() -> bool:
@@ -48,8 +50,10 @@ def joined(*, patience: datetime.timedelta | None = None) -> Iterator[None]:
 def leave() -> None:
     """When all are here.
 
-    gloo's threads free the tensors of the last exchange a moment after it, for which they need the
-    interpreter: one that is ending by then aborts the process. While this one waits, they have it.
+    gloo's threads free the tensors of the last exchanges a moment after them, for which they need
+    the interpreter: one that is ending by then aborts the process. While this one waits, they have
+    it; also one that was not at work on the barrier, and that busy cores keep waiting.
     """
     distributed.barrier()
+    time.sleep(SETTLE_SECONDS)
     distributed.destroy_process_group()
