@@ -1,9 +1,8 @@
 """Attention of 14B by every kernel that is here, and what a GPU keeps up when it gets warm."""
 
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,12 +105,6 @@ def _state(work: Callable[[], object]) -> dict[str, str]:
     """What the driver tells of clock and power while it works."""
     asked = ("clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
     work()  # not waited for
-    told = subprocess.run(_query(asked), capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )[0]
+    told = measuring.told_by_driver(*asked).partition("\n")[0]
     measuring.synchronize()
     return dict(zip(asked, (value.strip() for value in told.split(",")), strict=False))
-
-
-def _query(asked: Sequence[str]) -> list[str]:
-    return ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]

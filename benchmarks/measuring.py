@@ -183,15 +183,16 @@ def machine() -> dict[str, Any]:
         facts |= {
             "device": torch.cuda.get_device_name(),
             "memory_gb": torch.cuda.mem_get_info()[1] / 1e9,
-            "driver": _driver(),
+            "driver": told_by_driver("driver_version"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     return facts
 
 
-def _driver() -> str:
+def told_by_driver(*names: str) -> str:
+    """What nvidia-smi says of these, separated by commas; a line for each GPU."""
     return subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],  # noqa: S607
+        ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"],  # noqa: S607
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip

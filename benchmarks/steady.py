@@ -5,9 +5,8 @@ store), and from the sidecars of its videos: how long the stages took that use t
 long it stood idle between the last work for one job and the first for the next. The device sleeps
 (`--device sim`, like one that needs `--job-seconds` for a job), or is real: `cpu` with the tiny
 model, `cuda` with the sizes of Wan2.1 and random weights. Each `--size` is a batch of its own, one
-after the other. Stages are times of the host: text
-is split into tokens in them, kernels are launched and frames copied. How long a GPU ran kernels
-beside that is told by its driver.
+after the other. Stages are times of the host: text is split into tokens in them, kernels are
+launched and frames copied. How long a GPU ran kernels beside that is told by its driver.
 """
 
 import argparse

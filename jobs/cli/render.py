@@ -60,19 +60,7 @@ def render(
         _run(NOTHING, target, config, on_begin=_not_told, on_video=_not_told)
         return exits.OK
     look = prompt_files.preset(preset, config)
-    with prompt_files.opened(file) as (stream, source):
-        orders = unqueued.read(
-            submission.PromptFile(
-                stream=stream,
-                source=source,
-                format=format_name or prompt_files.detected(stream, source),
-                options=submission.Options(preset=look),
-                check=submission.prompt_check(config),
-                images=prompt_files.images(config, file, check_only=True)
-                if look.look.needs_image
-                else None,
-            )
-        )
+    orders = _read(file, look, config, format_name)
     orders.refuse_others(target)
     for text in orders.notes:
         output.note(f"note: {text}")
@@ -138,6 +126,27 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _read(
+    file: str,
+    preset: presets.Preset,
+    config: settings.Settings,
+    format_name: readers.Format | None,
+) -> unqueued.Orders:
+    with prompt_files.opened(file) as (stream, source):
+        return unqueued.read(
+            submission.PromptFile(
+                stream=stream,
+                source=source,
+                format=format_name or prompt_files.detected(stream, source),
+                options=submission.Options(preset=preset),
+                check=submission.prompt_check(config),
+                images=prompt_files.images(config, file, check_only=True)
+                if preset.look.needs_image
+                else None,
+            )
+        )
 
 
 def _require_model(preset: presets.Preset, config: settings.Settings) -> None:
