@@ -34,6 +34,7 @@ from jobs import (
     misspelt,
     parts,
     presets,
+    programs,
     queries,
     settings,
     storage,
@@ -416,15 +417,9 @@ def _ffmpeg(_config: settings.Settings) -> Iterator[Check]:
 
 
 def _said(command: list[str]) -> str:
-    done = _ran(command)
+    done = programs.run(command, seconds=PROGRAM_SECONDS)
     done.check_returncode()
     return done.stdout
-
-
-def _ran(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603  # our own argument list, no shell
-        command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
-    )
 
 
 def _scratch(config: settings.Settings) -> Iterator[Check]:
@@ -451,7 +446,8 @@ def _devices(_config: settings.Settings) -> Iterator[Check]:
         return
     columns = "index,name,memory.total,memory.free,driver_version"
     try:
-        done = _ran([program, f"--query-gpu={columns}", "--format=csv,noheader"])
+        command = [program, f"--query-gpu={columns}", "--format=csv,noheader"]
+        done = programs.run(command, seconds=PROGRAM_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         yield _fail("devices", f"nvidia-smi: {errors.first_line(error)}", NO_DRIVER)
         return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from jobs import errors
+from jobs import errors, programs
 
 log = structlog.get_logger()
 
@@ -134,9 +134,9 @@ def _ask(*question: str) -> tuple[list[str], str]:
         return [], ""
     try:
         try:
-            done = _run([program, *question])
-        except subprocess.TimeoutExpired:
-            done = _run([program, *question])  # the first try may have woken the driver
+            done = programs.run([program, *question], seconds=ASK_SECONDS)
+        except subprocess.TimeoutExpired:  # which may have woken the driver
+            done = programs.run([program, *question], seconds=ASK_SECONDS)
     except (subprocess.SubprocessError, OSError) as error:
         log.warning("gpus.unreadable", error=str(error))
         return [], str(error)
@@ -147,17 +147,6 @@ def _ask(*question: str) -> tuple[list[str], str]:
     said = " ".join(" ".join(odd).split())[:300]
     log.warning("gpus.unreadable", error=f"exit status {done.returncode}", said=said)
     return lines, f"exit status {done.returncode}, {said or 'not a word'}"
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603  # a program found on PATH, fixed arguments
-        command,
-        capture_output=True,
-        timeout=ASK_SECONDS,
-        check=False,
-        encoding="utf-8",
-        errors="replace",
-    )
 
 
 def _left_to_us(gpus: list[Gpu], limit: str | None) -> list[Gpu]:

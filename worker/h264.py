@@ -10,6 +10,7 @@ import subprocess
 
 import imageio_ffmpeg
 
+from jobs import programs
 from worker import errors
 from worker.settings import WorkerSettings
 
@@ -83,9 +84,7 @@ def _why_not(program: str, name: str) -> str | None:
         *("-c:v", name, "-pix_fmt", "yuv420p", "-f", "null", "-"),
     ]
     try:
-        done = subprocess.run(  # noqa: S603  # our own argument list, no shell
-            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
-        )
+        done = programs.run(command, seconds=TRIAL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if done.returncode == 0:
