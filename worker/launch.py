@@ -11,10 +11,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import quote
 
 import structlog
@@ -34,7 +33,7 @@ from jobs import (
     supervisor,
     workers,
 )
-from worker import credentials, finished, gpus, trial
+from worker import credentials, finished, gpus, model_folders, trial
 from worker import settings as worker_settings
 
 log = structlog.get_logger()
@@ -42,11 +41,7 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.5
 PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
-# Longer than a copy pauses, and than NFS keeps a list of files that others add to.
-COPIED_SECONDS = 60.0
-EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
-MODEL_MARKERS = ("config.json", "model_index.json")
-MODEL_DEPTHS = ("*", "*/*", "*/*/*", "*/*/*/*", "*/*/*/*/*")  # of files, also in parts of models
+MODELS_SECONDS = 60.0  # between looks for more of them
 
 
 @dataclass
@@ -56,21 +51,14 @@ class RenderProcess:
     slot: gpus.Slot
     name: str
     child: supervisor.Child
-    left: set[str] = field(default_factory=set)
-    """Queues that its Celery was ever told to leave."""
+    steered: set[str] = field(default_factory=set)
+    """Queues that its Celery has to be told of: it was told to leave them, or began before them."""
     test: trial.Trial | None = None
     """The self-test of its device, while the process is away for it."""
 
     @property
     def is_there(self) -> bool:
         return self.child.is_alive or self.test is not None
-
-    def take(self, names: Sequence[str]) -> None:
-        """A fresh process takes from these queues; the one before it took from none."""
-        self.child.command = _render_command(self.name, names)
-        if self.child.is_alive:
-            self.child.kill()
-            self.begin()
 
     def begin(self) -> None:
         """Where it cannot, it is revived at the next look."""
@@ -90,16 +78,6 @@ class RenderProcess:
             self.test.end()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelsFound:
-    """What one look at the models folder found."""
-
-    queues: tuple[str, ...]
-    file_bytes: Mapping[Path, int]
-    is_copied: bool
-    """Nothing has changed for a while."""
-
-
 @dataclass
 class Launcher:
     """All processes of one host."""
@@ -110,8 +88,10 @@ class Launcher:
     queues: tuple[str, ...]
     renderers: list[RenderProcess]
     publisher: supervisor.Child
-    found_queues: tuple[str, ...] = ()
-    """Of models that came after we began, for the next beat."""
+    newcomers: model_folders.Newcomers | None
+    """None for simulated devices, which render no model."""
+    found_queues: frozenset[str] = frozenset()
+    """Of models that came after we began."""
     lost_name: workers.NameTaken | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
@@ -172,8 +152,9 @@ class Launcher:
 
     def _watch(self) -> None:
         next_beat = 0.0
-        if not self.queues:
-            threading.Thread(target=self._look_for_models, name="models", daemon=True).start()
+        if self.newcomers is not None:
+            look = functools.partial(self._look_for_models, self.newcomers)
+            threading.Thread(target=look, name="models", daemon=True).start()
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
@@ -194,8 +175,7 @@ class Launcher:
             finished.find_unfinished(self.db, self.bell, self.config)
             if finished.requeue_vanished(self.db, self.config, launcher=self.identity):
                 self.bell.kick()
-            if self.found_queues and not self.queues:
-                self._take_found_queues()
+            self._take_found_queues()
             for renderer in self.renderers:
                 self._steer(renderer)
                 self._test_if_due(renderer)
@@ -214,37 +194,36 @@ class Launcher:
             self.hurry.set()
             self.stop.set()
 
-    def _look_for_models(self) -> None:
-        """Their disk may be mounted after we began. In a thread of its own: it may hang.
-
-        What is found is final, so a copy must have ended: two looks agree, and nothing is new.
-        """
-        before: ModelsFound | None = None
-        while not self.stop.wait(workers.BEAT_SECONDS):
+    def _look_for_models(self, newcomers: model_folders.Newcomers) -> None:
+        """Their disk may be mounted after we began. In a thread of its own: it may hang."""
+        while not self.stop.wait(MODELS_SECONDS if self.queues else workers.BEAT_SECONDS):
             try:
-                found = look_for_models(self.config)
+                found = newcomers.look(known={*self.queues, *self.found_queues})
             except OSError as error:
                 log.warning("launcher.models_unreadable", error=str(error)[:300])
-                continue
-            if found.queues and found.is_copied and found == before:
-                self.found_queues = found.queues
-                return
-            before = found
+            else:
+                self.found_queues |= set(found)
 
     def _take_found_queues(self) -> None:
-        self.queues = self.found_queues
-        log.info("launcher.models_found", queues=self.queues)
+        """Told to Celery with the others that it is steered to, at each beat."""
+        new = self.found_queues.difference(self.queues)
+        if not new:
+            return
+        self.queues = tuple(sorted({*self.queues, *new}))
+        log.info("launcher.models_found", queues=sorted(new))
         for renderer in self.renderers:
-            renderer.take(self.queues)
+            renderer.child.command = _render_command(renderer.name, self.queues)
+            renderer.steered |= new
 
     def _steer(self, renderer: RenderProcess) -> None:
         """Off the queues that it takes nothing of now, and back: else it would eat messages."""
         with self.db.reading() as session:
             refused = {held.queue for held in workers.refusals(session, worker=renderer.name)}
         leaves = set(self.queues) if workers.ALL_QUEUES in refused else refused & set(self.queues)
-        renderer.left |= leaves
+        renderer.steered |= leaves
         # Said again at each beat: Celery forgets it when it starts anew, and may not have heard.
-        self.bell.steer(renderer.name, leave=sorted(leaves), take=sorted(renderer.left - leaves))
+        takes = sorted(renderer.steered - leaves)
+        self.bell.steer(renderer.name, leave=sorted(leaves), take=takes)
 
     def _test_if_due(self, renderer: RenderProcess) -> None:
         with self.db.reading() as session:
@@ -394,7 +373,7 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
     slots = gpus.slots(devices, cores=_cores())
     host = config.host_name
     is_simulation = all(slot.device == gpus.SIMULATED for slot in slots)
-    names = simulated_queues(config) if is_simulation else queues_of_models(config)
+    names = simulated_queues(config) if is_simulation else sorted(model_folders.find(config))
     renderers = []
     for slot in slots:
         name = f"{slot.short_name}@{host}"
@@ -420,63 +399,21 @@ def make(config: settings.Settings, *, devices: str) -> Launcher:
         config=config,
         db=database.connect_service(config),
         bell=broker.Broker(config),
-        queues=names,
+        queues=tuple(names),
         renderers=renderers,
         publisher=publisher,
+        newcomers=None if is_simulation else model_folders.Newcomers(config),
     )
 
 
-def look_for_models(config: settings.Settings) -> ModelsFound:
-    names = queues_of_models(config)
-    paths = (path for depth in MODEL_DEPTHS for path in config.models_dir.glob(depth))
-    files = {path: path.stat() for path in paths if path.is_file()}
-    now = time.time()
-    return ModelsFound(
-        queues=names,
-        file_bytes={path: status.st_size for path, status in files.items()},
-        # Of the inode: `cp -a` sets the time of the content back. The server's clock may be ahead.
-        is_copied=all(abs(now - each.st_ctime) >= COPIED_SECONDS for each in files.values()),
-    )
-
-
-def queues_of_models(config: settings.Settings) -> tuple[str, ...]:
-    """One queue per model that lies on this host now."""
-    folder = config.models_dir
-    found = {
-        _model_of(path.parent)
-        for depth in ("*", "*/*", "*/*/*")
-        for marker in MODEL_MARKERS
-        for path in folder.glob(f"{depth}/{marker}")
-    }
-    paths = {
-        path.relative_to(folder).as_posix()
-        for path in found
-        if path != folder and not _is_part_of_model(path, folder)
-    }
-    for preset in presets.available(config.presets_dir):
-        if isinstance(preset, presets.Preset) and (folder / preset.look.model_path).is_dir():
-            paths.add(preset.look.model_path)
-    return tuple(sorted(queues.of_model(path) for path in paths))
-
-
-def simulated_queues(config: settings.Settings) -> tuple[str, ...]:
+def simulated_queues(config: settings.Settings) -> list[str]:
     """Of models that stand for others in a rehearsal; never that of a real one."""
     paths = {queues.SIMULATED} | {
         preset.look.model_path
         for preset in presets.available(config.presets_dir)
         if isinstance(preset, presets.Preset) and queues.is_simulated(preset.look.model_path)
     }
-    return tuple(sorted(queues.of_model(path) for path in paths))
-
-
-def _model_of(folder: Path) -> Path:
-    """Wan2.2 has a config in each of its two transformers' folders, perhaps none of its own."""
-    return folder.parent if folder.name in EXPERT_FOLDERS else folder
-
-
-def _is_part_of_model(path: Path, folder: Path) -> bool:
-    """`model/transformer` has a config of its own, but the model is `model`."""
-    return path.parent != folder and any((path.parent / name).exists() for name in MODEL_MARKERS)
+    return sorted({queues.of_model(path) for path in paths})
 
 
 def _cores() -> int:

@@ -32,7 +32,7 @@ from jobs import (
     supervisor,
     workers,
 )
-from worker import finished, gpus, launch, redis_transport, trial
+from worker import finished, gpus, launch, model_folders, redis_transport, trial
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -50,16 +50,18 @@ def is_gone(process):
 def launcher(host, tmp_path):
     """`launcher(command)`: a host whose one renderer and publisher are trivial processes."""
 
-    def make(command=SLEEP, **config):
+    def make(command=SLEEP, **changes):
         slot = gpus.Slot(short_name="cpu0", device="CPU", memory_bytes=None, environment={})
         child = supervisor.Child(name="cpu0@here", command=command, log_path=tmp_path / "child.log")
+        config = host.config.model_copy(update=changes)
         return launch.Launcher(
-            config=host.config.model_copy(update=config),
+            config=config,
             db=host.db,
             bell=host.bell,
             queues=("rushes.render.tiny",),
             renderers=[launch.RenderProcess(slot=slot, name="cpu0@here", child=child)],
             publisher=supervisor.Child(name="publish@here", command=SLEEP),
+            newcomers=model_folders.Newcomers(config),
         )
 
     return make
@@ -270,29 +272,35 @@ def test_a_worker_without_models_takes_no_queue_of_a_model(host, monkeypatch, tm
     assert command[command.index("--queues") + 1] == "rushes.render.nothing"
 
 
-def test_models_that_come_to_a_host_without_any_are_taken_by_a_fresh_process(
-    host, launcher, running, until, monkeypatch, tmp_path
+@pytest.mark.parametrize("first", [(), ("rushes.render.first",)])
+def test_models_that_come_later_are_taken_without_a_restart(
+    host, launcher, running, until, monkeypatch, tmp_path, first
 ):
-    """As from a disk that is mounted later than the launcher began."""
+    """As from a disk that is mounted later than the launcher began, or by a copy beside others."""
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(launch, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "MODELS_SECONDS", 0.05)
+    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
     monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
+    told = []
+    monkeypatch.setattr(broker.Broker, "steer", lambda _bell, name, **given: told.append(given))
     models = tmp_path / "mounted"
     made = launcher(models_dir=models)
-    made.queues = ()
+    made.queues = first
+    child = made.renderers[0].child
     running(made)
-    until(lambda: registered(host)["cpu0@here"].pid == made.renderers[0].child.pid)
-    first = made.renderers[0].child.pid
-    assert registered(host)["cpu0@here"].queues == []
+    until(lambda: registered(host)["cpu0@here"].pid == child.pid)
+    pid = child.pid
+    assert registered(host)["cpu0@here"].queues == list(first)
     (models / "tiny").mkdir(parents=True)
     (models / "tiny" / "config.json").write_text("{}")
-    until(lambda: registered(host)["cpu0@here"].queues == ["rushes.render.tiny"])
-    child = made.renderers[0].child
-    assert child.command[-1] == "rushes.render.tiny"
-    until(lambda: registered(host)["cpu0@here"].pid == child.pid)
-    assert child.pid != first
-    assert not psutil.pid_exists(first)
-    assert child.restarts == 0
+    wanted = [*first, "rushes.render.tiny"]
+    until(lambda: registered(host)["cpu0@here"].queues == wanted)
+    until(lambda: told[-1] == {"leave": [], "take": ["rushes.render.tiny"]})
+    assert child.pid == pid
+    assert child.command[-len(wanted) :] == wanted
+    child.send(signal.SIGKILL)
+    until(lambda: child.restarts == 1 and child.is_alive)
+    assert psutil.Process(child.pid).cmdline()[-len(wanted) :] == wanted
 
 
 def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
@@ -302,7 +310,7 @@ def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(launch, "queues_of_models", stale)
+    monkeypatch.setattr(model_folders, "find", stale)
     made = launcher()
     made.queues = ()
     thread = running(made)
@@ -320,10 +328,10 @@ def test_a_disk_of_models_that_hangs_holds_up_neither_beats_nor_a_stop(
     def hang(_config):
         asked.set()
         answered.wait()
-        return ()
+        return {}
 
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(launch, "queues_of_models", hang)
+    monkeypatch.setattr(model_folders, "find", hang)
     made = launcher()
     made.queues = ()
     thread = running(made)
@@ -338,140 +346,10 @@ def test_a_disk_of_models_that_hangs_holds_up_neither_beats_nor_a_stop(
         answered.set()
 
 
-@pytest.fixture
-def found_after(launcher, monkeypatch, tmp_path):
-    """`found_after(*looks)`: the queues taken, of a launcher whose looks go so, then stop.
-
-    Each look is the content of a file that is copied, and the queues seen meanwhile.
-    """
-
-    def look(*looks):
-        made = launcher(models_dir=tmp_path / "models")
-        (tmp_path / "models" / "a").mkdir(parents=True)
-        rest = list(looks)
-
-        def copy(_config):
-            text, *names = rest.pop(0)
-            (tmp_path / "models" / "a" / "weights").write_text(text)
-            if not rest:
-                made.stop.set()
-            return tuple(names)
-
-        monkeypatch.setattr(workers, "BEAT_SECONDS", 0.0)
-        monkeypatch.setattr(launch, "queues_of_models", copy)
-        made._look_for_models()
-        return made.found_queues
-
-    return look
-
-
-def test_models_that_are_copied_in_are_taken_when_all_are_there(found_after, monkeypatch):
-    """What is found first may be a part of one, and is final."""
-    monkeypatch.setattr(launch, "COPIED_SECONDS", 0.0)
-    looks = [("1", "part"), ("12", "part"), ("123", "part"), ("123", "a"), ("123", "a", "b")]
-    assert found_after(*looks, ("123", "a", "b")) == ("a", "b")
-
-
-def test_a_copy_that_pauses_has_not_ended(found_after):
-    assert found_after(*[("1", "part")] * 5) == ()
-
-
-def test_a_link_to_nothing_keeps_no_model_away(queues_with, tmp_path):
-    queues_with("native/config.json")
-    (tmp_path / "own" / "native" / "gone").symlink_to("nowhere")
-    assert launch.look_for_models(settings.load()).queues == (queues.of_model("native"),)
-
-
-def test_a_renderer_that_cannot_begin_keeps_no_other_from_new_models(launcher, monkeypatch):
-    """It is revived with them at the next look."""
-
-    def full():
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
-    made = launcher()
-    slot = made.renderers[0].slot
-    children = [supervisor.Child(name=name, command=SLEEP) for name in ("cpu0@here", "cpu1@here")]
-    made.renderers = [launch.RenderProcess(slot, child.name, child) for child in children]
-    for child in children:
-        child.start()
-    before = children[1].pid
-    made.found_queues = ("rushes.render.tiny",)
-    monkeypatch.setattr(children[0], "start", full)
-    try:
-        made._take_found_queues()
-        assert [child.command[-1] for child in children] == ["rushes.render.tiny"] * 2
-        assert [child.is_alive for child in children] == [False, True]
-        assert children[1].pid != before
-    finally:
-        for child in children:
-            child.kill()
-
-
 def test_a_bad_results_url_is_told_before_anything_starts(host, monkeypatch):
     monkeypatch.setenv("RUSHES_RESULTS_URL", "ftp://example/videos")
     with pytest.raises(errors.InvalidInput, match="RUSHES_RESULTS_URL"):
         launch.make(settings.load(), devices="cpu")
-
-
-@pytest.fixture
-def queues_with(host, monkeypatch, tmp_path):
-    """`queues_with(*paths)`: of a models folder that holds these files."""
-
-    def look(*paths, **environment):
-        for path in paths:
-            (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "own" / path).write_text("{}")
-        monkeypatch.setenv("RUSHES_MODELS_DIR", str(tmp_path / "own"))
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        return launch.queues_of_models(settings.load())
-
-    return look
-
-
-def test_native_diffusers_and_nested_models_have_a_queue_each(queues_with):
-    found = queues_with(
-        "native/config.json",
-        "diffusers/model_index.json",
-        "diffusers/transformer/config.json",
-        "diffusers/vae/config.json",
-        "lightx2v/nested/config.json",
-        "notes/readme.txt",
-    )
-    assert set(found) == {
-        queues.of_model(name) for name in ("native", "diffusers", "lightx2v/nested")
-    }
-
-
-def preset_of(folder, name, model_path):
-    folder.mkdir(exist_ok=True)
-    preset = {"model_path": str(model_path), "denoising_step_list": [1000, 750, 500, 250]}
-    sizes = {"target_video_length": 5, "target_width": 16, "target_height": 16}
-    (folder / name).write_text(json.dumps(preset | sizes))
-
-
-def test_a_preset_may_name_a_model_anywhere(queues_with, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    preset_of(tmp_path / "presets", "mine.json", elsewhere)
-    preset_of(tmp_path / "presets", "deep.json", "a/b/c")
-    preset_of(tmp_path / "presets", "gone.json", tmp_path / "gone")
-    found = queues_with("a/b/c/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
-    assert set(found) == {queues.of_model(str(elsewhere)), queues.of_model("a/b/c")}
-
-
-def test_a_folder_of_that_name_where_we_stand_is_no_model(queues_with, tmp_path):
-    preset_of(tmp_path / "presets", "mine.json", "tiny-but-not-there")
-    (tmp_path / "cwd" / "tiny-but-not-there").mkdir()
-    assert queues_with(RUSHES_PRESETS_DIR=tmp_path / "presets") == ()
-
-
-def test_a_broken_preset_hides_no_model(queues_with, tmp_path):
-    (tmp_path / "presets").mkdir()
-    (tmp_path / "presets" / "broken.json").write_text("{")
-    found = queues_with("native/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
-    assert found == (queues.of_model("native"),)
 
 
 def test_a_second_worker_of_the_same_name_is_refused(host):
