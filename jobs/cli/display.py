@@ -87,9 +87,9 @@ def hint_of_idle(queues: Iterable[str], refusals: Sequence[Refusal] = ()) -> str
         why = "; ".join(refusal_line(refusal) for refusal in refusals[:SHOWN_REFUSALS])
         return f"no worker takes from {names} for now: {why}"
     return (
-        f"no live worker takes from {names}: a worker takes jobs of the models that lay in its "
-        "models folder when it started; start one with `rushes up` or `rushes worker`, or put the "
-        "weights there and start it again (`rushes doctor` says what is missing)"
+        f"no live worker takes from {names}: a worker takes jobs of the models in its models "
+        "folder; start one with `rushes up` or `rushes worker`, or put the weights there, which "
+        "it finds within minutes (`rushes doctor` says what is missing)"
     )
 
 
