@@ -63,6 +63,7 @@ class Dispatcher:
         self._db = db
         self._broker = broker.Broker(config)
         self._leases_count_from = 0.0
+        self._seconds_at_broker = 0.0
         self._slow_seconds = config.lease_seconds / 6
         self._lock_seconds = self._slow_seconds / 4
         self._busy_until: dict[int, float] = {}
@@ -210,12 +211,21 @@ class Dispatcher:
 
     @contextmanager
     def _in_time(self) -> Iterator[None]:
-        began = time.monotonic()
+        began = time.monotonic() - self._seconds_at_broker
         yield
-        if time.monotonic() - began > self._slow_seconds:
+        if time.monotonic() - self._seconds_at_broker - began > self._slow_seconds:
             self._pardon()
             log.warning("dispatch.database_slow", leases_count_in=self._config.lease_seconds)
             raise _DatabaseSilent
+
+    @contextmanager
+    def _asking_broker(self) -> Iterator[None]:
+        """While it keeps us waiting, the database answers others."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds_at_broker += time.monotonic() - began
 
     def _pardon(self) -> None:
         """Nobody could renew a lease meanwhile: silence says nothing about a worker."""
@@ -238,7 +248,8 @@ class Dispatcher:
             groups = queries.live_workers_by_queues(session)
         sent = 0
         marks = {group: _mark(group) for group in groups}
-        in_queue = {queue: self._broker.lying(queue) for queue in set().union(*groups)}
+        with self._asking_broker():
+            in_queue = {queue: self._broker.lying(queue) for queue in set().union(*groups)}
         for group, number in groups.items():
             lying = [message for queue in group for message in in_queue[queue]]
             waiting = {message.subject for message in lying}
@@ -259,7 +270,8 @@ class Dispatcher:
                 served.update(job.batch_id for job in taken)
                 for queue, jobs in itertools.groupby(taken, key=operator.attrgetter("queue")):
                     ids = [job.id for job in jobs]
-                    sent += self._broker.send_renders(queue, ids, mark=marks[group])
+                    with self._asking_broker():
+                        sent += self._broker.send_renders(queue, ids, mark=marks[group])
                     in_queue[queue] += [broker.Message(each, marks[group]) for each in ids]
         return sent
 

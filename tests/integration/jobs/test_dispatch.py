@@ -654,6 +654,28 @@ def test_a_database_that_answers_late_when_jobs_are_chosen_ends_no_attempt(
     assert dispatcher.tick().ended_attempts == 1
 
 
+@pytest.mark.parametrize("part", ["lying", "send_renders"])
+def test_a_broker_that_answers_late_keeps_no_dead_worker_alive(
+    world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Workers say that they are there to the database, which answered them meanwhile."""
+    held = world.job_ids(world.submit(1))[0]
+    attempt_id = world.claimed(held)
+    world.submit(1)
+    world.register()
+    real = getattr(broker.Broker, part)
+
+    def late(*arguments: Any, **values: Any) -> Any:
+        time.sleep(0.5)
+        return real(*arguments, **values)
+
+    monkeypatch.setattr(broker.Broker, part, late)
+    dispatcher = dispatcher_of(world, clean_redis_url, lease_seconds=1.8)
+    assert dispatcher.tick().sent == 1
+    world.expire(attempt_id)
+    assert dispatcher.tick().ended_attempts == 1
+
+
 @pytest.mark.parametrize("part", ["lost_attempts", "batches_to_stop"])
 def test_jobs_are_sent_also_when_what_is_done_before_fails(
     world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch, part: str
