@@ -361,8 +361,22 @@ def _explains(strike: Strike, attempt: Attempt) -> bool:
     return is_hit and attempt.started_at <= strike.until and (ended is None or ended >= strike.at)
 
 
-def detection_seconds(world: World, strikes: Sequence[Strike]) -> list[float]:
-    """From a kill, or from when PostgreSQL was back after it, until the database knew.
+@dataclass(frozen=True, kw_only=True, order=True)
+class Detection:
+    """The database knew of a dead worker this long after the kill."""
+
+    seconds: float
+    known_at: datetime
+    worker: str
+    attempt_id: int
+
+    def __str__(self) -> str:
+        when = f"{self.known_at:%H:%M:%S}"
+        return f"{self.worker}, attempt {self.attempt_id}: {self.seconds:.1f} s, at {when}"
+
+
+def detections(world: World, strikes: Sequence[Strike]) -> list[Detection]:
+    """Counted from a kill, or from when PostgreSQL was back after it.
 
     Dispatchers give every lease its whole time again after each absence of the database.
     """
@@ -381,7 +395,15 @@ def detection_seconds(world: World, strikes: Sequence[Strike]) -> list[float]:
             ]
             if blows:
                 back = (s.until for s in strikes if s.what in DATABASE_AWAY and s.until <= ended)
-                found.append((ended - max([min(blows), *back])).total_seconds())
+                silent = ended - max([min(blows), *back])
+                found.append(
+                    Detection(
+                        seconds=silent.total_seconds(),
+                        known_at=ended,
+                        worker=attempt.worker,
+                        attempt_id=attempt.id,
+                    )
+                )
     return found
 
 

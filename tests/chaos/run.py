@@ -212,7 +212,7 @@ def _judge(
     if (here.folder / BOMB_MARK).exists():
         wrong["no_message_is_executed"] = ["a pickled message was executed by a worker"]
     extra, unexplained = checker.extra_executions(world, nemesis.strikes)
-    detection = checker.detection_seconds(world, nemesis.strikes)
+    detections = sorted(checker.detections(world, nemesis.strikes), reverse=True)
     ends = Counter(a.state.value for attempts in world.attempts.values() for a in attempts)
     finals = Counter(job.state.value for job in world.jobs.values())
     figures = {
@@ -227,7 +227,8 @@ def _judge(
         "kills": sum(strike.what.startswith("kill") for strike in nemesis.strikes),
         "redis_losses": sum(strike.what in REDIS_LOSSES for strike in nemesis.strikes),
         "postgresql_restarts": sum(s.what == "postgresql restarted" for s in nemesis.strikes),
-        "crash_detected_seconds": _spread(detection),
+        "crash_detected_seconds": _spread([each.seconds for each in detections]),
+        "crashes_detected_last": [str(each) for each in detections[:3]],
         "claims_after_redis_came_back_seconds": _spread(_after_redis(db, nemesis.strikes)),
         "jobs_per_second": round(len(world.jobs) / seconds, 2),
         "snapshots": watch.looks,

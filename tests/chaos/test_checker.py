@@ -250,7 +250,7 @@ def test_a_crash_is_to_be_noticed_from_when_the_database_is_back(
 
     strikes = [strike("kill launcher", 0, 0)]
     strikes += [strike(how, *away)] if away else []
-    assert checker.detection_seconds(seen, strikes) == [seconds]
+    assert [each.seconds for each in checker.detections(seen, strikes)] == [seconds]
 
 
 def test_a_secret_in_a_log_is_found(tmp_path: Path) -> None:
