@@ -75,6 +75,9 @@ class Guards:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
+                if headers.get("content-type", "").startswith("text/event-stream"):
+                    # Else nginx collects events until there are a few KiB of them.
+                    headers.setdefault("X-Accel-Buffering", "no")
             await send(message)
 
         headers = Headers(scope=scope)
