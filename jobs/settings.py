@@ -6,6 +6,7 @@ the default.
 """
 
 import getpass
+import ipaddress
 import json
 import os
 import re
@@ -258,6 +259,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_WEB_CORS_ORIGINS"),
         description="Origins of web pages that may call the service, with commas.",
     )
+    forwarded_allow_ips: str = Field(
+        "127.0.0.1,::1",
+        validation_alias=AliasChoices("FORWARDED_ALLOW_IPS"),
+        description="Addresses and networks of proxies whose `X-Forwarded-For` and "
+        "`X-Forwarded-Proto` are believed, with commas; `*` for any.",
+    )
     web_rate: str = Field(
         "600/minute",
         validation_alias=AliasChoices("RUSHES_WEB_RATE"),
@@ -375,6 +382,16 @@ class Settings(BaseSettings):
     def _printable(cls, value: str) -> str:
         if not value.isprintable():
             raise ValueError("must be printable")
+        return value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        for part in value.split(",") if value != "*" else ():
+            try:
+                ipaddress.ip_network(part.strip())
+            except ValueError as error:
+                raise ValueError(f"must be such as 10.1.2.3,10.2.0.0/16, or *: {error}") from None
         return value
 
     @field_validator("web_rate")

@@ -31,6 +31,7 @@ UPLOAD_PATHS = frozenset(
     }
 )
 """Elsewhere a body is read into memory, whatever it says that it is."""
+HEALTH_PATHS = frozenset({"/healthz", "/readyz"})  # balancers ask by an address, or by no name
 GRADIO_PATH = "/gradio"
 GRADIO_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -74,10 +75,13 @@ class Guards:
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 headers.setdefault("Cache-Control", "no-store")
+                if headers.get("content-type", "").startswith("text/event-stream"):
+                    # Else nginx collects events until there are a few KiB of them.
+                    headers.setdefault("X-Accel-Buffering", "no")
             await send(message)
 
         headers = Headers(scope=scope)
-        status, refusal = 403, self._refusal(scope["method"], headers)
+        status, refusal = 403, self._refusal(scope["method"], scope["path"], headers)
         most, setting = self._most_bytes(scope["path"], headers)
         if refusal is None and _length(headers) > most:
             status, refusal = 413, f"at most {most:,} bytes{setting}"
@@ -100,7 +104,9 @@ class Guards:
             return self._max_bytes, setting
         return MAX_BYTES_IN_MEMORY, ": send more as an uploaded file"
 
-    def _refusal(self, method: str, headers: Headers) -> str | None:
+    def _refusal(self, method: str, path: str, headers: Headers) -> str | None:
+        if path in HEALTH_PATHS and method in ("GET", "HEAD"):
+            return None
         host = headers.get("host", "")
         name = _name_of(host)
         if self._host_names is not None and name not in self._host_names:

@@ -17,6 +17,12 @@ log = structlog.get_logger()
 
 BACKLOG = 2048  # as uvicorn has it
 STOP_SECONDS = 10  # event streams do not end by themselves
+KEEP_ALIVE_SECONDS = 130
+"""How long a connection may be idle: longer than proxies keep theirs (nginx and AWS 60, Caddy 120).
+
+Who ends it first decides: what a proxy sends at the moment when we end it is lost, and no proxy
+sends a POST twice. A stop ends idle connections at once.
+"""
 
 
 class Refused(errors.RushesError):
@@ -32,21 +38,26 @@ def run(config: settings.Settings, *, say: Callable[[str], None]) -> None:
     address = address_of(config)
     listening = _listen(config)
     say(f"web       {address}" + (" (with tokens)" if serving.needs_token else ""))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app.make(serving),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=STOP_SECONDS,
-        )
-    )
+    server = uvicorn.Server(uvicorn_config(serving))
     with contextlib.suppress(KeyboardInterrupt):  # told again, after all has ended
         server.run(sockets=listening)
     for each in (db, serving.checked_db):
         each.close()
     if not server.started:
         raise errors.RushesError("the service did not start: the lines above say why")
+
+
+def uvicorn_config(serving: Service) -> uvicorn.Config:
+    """How it speaks HTTP, wherever it listens."""
+    return uvicorn.Config(
+        app.make(serving),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        forwarded_allow_ips=serving.config.forwarded_allow_ips,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
 
 
 def _listen(config: settings.Settings) -> list[socket.socket]:

@@ -98,6 +98,7 @@ def test_every_setting_can_come_from_a_file(
         "log_format": "json",
         "aws_access_key_id": "id",
         "s3_addressing_style": "virtual",
+        "forwarded_allow_ips": "10.0.0.0/8,::1",
         "web_rate": "5/hour",
         "web_max_bytes": "2000000",
         "web_require_token": "True",
@@ -360,6 +361,8 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),
         ("LOG_LEVEL", "LOUD"),
         ("RUSHES_LOG_FORMAT", "xml"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.1,proxy.example"),
+        ("FORWARDED_ALLOW_IPS", "10.1.2.3/8"),
     ],
 )
 @pytest.mark.parametrize("place", ["environment", "dotenv", "file"])

@@ -128,12 +128,13 @@ class Live:
 @contextlib.contextmanager
 def running(web: Web) -> Iterator[Live]:
     listening = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app.make(web.serving), log_config=None))
+    running = uvicorn.Server(server.uvicorn_config(web.serving))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     yield Live(web, f"http://127.0.0.1:{listening.getsockname()[1]}")
     running.should_exit = True
     thread.join(10)
+    assert not thread.is_alive()
     listening.close()
 
 

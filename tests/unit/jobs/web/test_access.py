@@ -470,6 +470,17 @@ def test_a_name_that_was_set_is_ours(make_web: MakeWeb) -> None:
     assert web.client.get("/api/batches", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize("path", sorted(guards.HEALTH_PATHS))
+def test_a_balancer_need_not_know_our_name(make_web: MakeWeb, path: str) -> None:
+    """It asks by the address of a container, or, over HTTP/1.0, by nothing."""
+    web = make_web(web_names="farm.example", web_require_token=True)
+    for name in ("10.1.2.3:8000", ""):
+        assert web.client.get(path, headers={"Host": name}).status_code == 200
+        assert web.client.head(path, headers={"Host": name}).status_code == 200
+        assert web.client.post(path, headers={"Host": name}).status_code == 403
+        assert web.client.get("/login", headers={"Host": name}).status_code == 403
+
+
 def test_pages_of_other_sites_change_nothing(web: Web) -> None:
     new = {"preset": "tiny", "prompts": [{"prompt": "x"}]}
     for headers in (

@@ -352,6 +352,14 @@ def test_events_tell_each_step_and_end_with_the_batch(
     assert not web.serving.listen_turns._taken
 
 
+def test_events_ask_proxies_to_pass_on_each_as_it_comes(web: Web) -> None:
+    batch_id = web.submit()
+    web.succeed(web.job_id(batch_id))
+    told = web.client.get(f"/api/batches/{batch_id}/events").headers
+    assert told["x-accel-buffering"] == "no"
+    assert "x-accel-buffering" not in web.client.get(f"/api/batches/{batch_id}").headers
+
+
 def test_events_end_with_their_token(
     make_web: Callable[..., Web], monkeypatch: pytest.MonkeyPatch
 ) -> None:

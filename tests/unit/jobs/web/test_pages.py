@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from PIL import Image
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
@@ -30,7 +31,7 @@ from jobs import (
 from jobs.web import app, history, html
 from jobs.web.pages import charts, gallery
 from tests.registrations import registration
-from tests.unit.jobs.web.conftest import HOST, Web
+from tests.unit.jobs.web.conftest import HOST, Web, running
 
 HTML = {"Accept": "text/html"}
 PAGES = ("/batches", "/submit", "/gallery", "/schedules", "/farm")
@@ -732,6 +733,20 @@ def test_what_was_kept_over_tls_is_sent_over_tls_alone(
     guarded: Web, scheme: str, is_secure: bool
 ) -> None:
     kept = guarded.client.get(f"{scheme}://127.0.0.1:8000/login").headers["set-cookie"]
+    assert ("Secure" in kept) is is_secure
+
+
+@pytest.mark.parametrize(
+    ("believed", "is_secure"),
+    [("", True), ("10.0.0.0/8,127.0.0.1", True), ("*", True), ("10.0.0.0/8", False)],
+)
+def test_a_proxy_says_that_it_was_asked_over_tls_where_dotenv_names_it(
+    make_web: Callable[..., Web], believed: str, is_secure: bool
+) -> None:
+    Path(".env").write_text(f"FORWARDED_ALLOW_IPS={believed}\n")
+    with running(make_web()) as live:
+        said = {"X-Forwarded-Proto": "https"}
+        kept = requests.get(f"{live.url}/submit", headers=said, timeout=9).headers["set-cookie"]
     assert ("Secure" in kept) is is_secure
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import gc
+import http.client
 import http.server
 import itertools
+import socket
 import threading
 import time
 import urllib.error
@@ -17,7 +19,7 @@ import pytest
 from sqlalchemy import exc, text, update
 
 from jobs import database, folder_store, s3_store, schema
-from jobs.web import history, service
+from jobs.web import history, server, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web, running
 
 PROBE_SECONDS = 5  # deploy/kubernetes/web.yaml
@@ -239,3 +241,23 @@ def test_a_batch_waits_for_its_turn_to_be_read(web: Web, monkeypatch: pytest.Mon
             others.enter_context(web.serving.storing())
         assert web.client.post("/v1/batches", json=new).status_code == 503
     assert web.client.post("/v1/batches", json=new).status_code == 200
+
+
+def test_a_proxy_ends_idle_connections_before_we_do(web: Web) -> None:
+    """What it sends at the moment when we end one is lost, a POST for good."""
+    longest_of_proxies = 120  # Caddy's; Traefik has 90, nginx and AWS 60
+    assert server.uvicorn_config(web.serving).timeout_keep_alive > longest_of_proxies
+
+
+def test_a_stop_does_not_wait_for_idle_connections(make_web: Callable[..., Web]) -> None:
+    with running(make_web()) as live:
+        kept = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=9)
+        kept.request("GET", "/healthz")
+        assert kept.getresponse().read()
+        silent = socket.create_connection((kept.host, kept.port))
+        asked(f"{live.url}/healthz")  # by now it has accepted that one too
+        began = time.monotonic()
+    assert time.monotonic() - began < server.STOP_SECONDS / 2
+    assert kept.sock.recv(1) == silent.recv(1) == b""
+    kept.close()
+    silent.close()
