@@ -25,6 +25,7 @@ from models import (
     image_encoder,
     layout,
     quantization,
+    quantized_names,
     text_encoder,
     torch_files,
     transformer,
@@ -329,11 +330,14 @@ def _read_transformer(
     paths: tuple[Path, ...], network: transformer.WanTransformer
 ) -> dict[str, Tensor]:
     native = network.state_dict().keys()
-    scales = quantization.scale_names(native)
+    scales = quantized_names.scale_names(native)
     # No native name is another's there.
     names = weight_names.transformer_from_diffusers(native | scales)
     dtypes = WEIGHT_DTYPES + quantization.CODE_DTYPES
-    tensors = read_tensors(paths, names, dtypes=dtypes)
+    for path in paths:
+        if path.suffix == ".safetensors":
+            quantized_names.check_settings(path)
+    tensors = read_tensors(paths, names, unused=quantized_names.SETTINGS_NAMES, dtypes=dtypes)
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
         raise errors.CheckpointError(f"{_named(paths)}: {problem}")

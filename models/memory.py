@@ -12,13 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import config, config_files, layout, safetensors_files, torch_files, weight_names
+from models import (
+    config,
+    config_files,
+    layout,
+    quantized_names,
+    safetensors_files,
+    torch_files,
+    weight_names,
+)
 from models.safetensors_files import Entry
 
 DEVICE_CONTEXT_BYTES = 700 * 2**20  # CUDA's own, cuBLAS and cuDNN with their kernels loaded
 COMPUTE_BYTES = 2  # bf16
 WIDE_BYTES = 4  # fp32
-QUANTIZED = ("F8_E4M3", "I8")
 WIDE_IN_TRANSFORMER = re.compile(
     r"time_embedding\.|time_projection\.|modulation|norm3\.|head\."
     r"|time_embedder\.|time_proj\.|scale_shift_table|blocks\.\d+\.norm2\.|proj_out\."
@@ -264,7 +271,7 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
             match = re.match(r"blocks\.(\d+)\.", name)
             transformers[-1].append(_transformer_bytes(name, entry))
             by_block[match[1] if match else ""] += transformers[-1][-1]
-            are_quantized |= entry.dtype in QUANTIZED
+            are_quantized |= entry.dtype in quantized_names.DTYPES
         del by_block[""]
         blocks.append(tuple(by_block.values()))
     text = [entry.num_elements * COMPUTE_BYTES for entry in headers(files.text_encoder).values()]
@@ -305,7 +312,7 @@ def _vae_bytes(name: str, entry: Entry, decode_bytes: int) -> int:
 
 
 def _transformer_bytes(name: str, entry: Entry) -> int:
-    if entry.dtype in QUANTIZED:
+    if entry.dtype in quantized_names.DTYPES:
         return entry.num_elements
     is_wide = WIDE_IN_TRANSFORMER.search(name) or name.endswith("scale")
     return entry.num_elements * (WIDE_BYTES if is_wide else COMPUTE_BYTES)

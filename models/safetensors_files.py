@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from models import errors
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+SMALL_BYTES = 10_000  # of a tensor that is text; ComfyUI's have less than a hundred
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -70,6 +71,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict):
         raise errors.UnreadableWeightsError(path, "its header's __metadata__ is no object")
     return {str(key): str(value) for key, value in metadata.items()}
+
+
+def read_small(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of tensors by name, at most the first of each. Raises UnreadableWeightsError."""
+    header, contents = _read_json(path), {}
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            for name in names:
+                begin, end = header[name]["data_offsets"]
+                stream.seek(LENGTH_BYTES + length + begin)
+                contents[name] = stream.read(min(max(end - begin, 0), SMALL_BYTES))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise errors.UnreadableWeightsError(path, f"no safetensors file: {error}") from error
+    return contents
 
 
 def _read_json(path: Path) -> dict[str, Any]:
