@@ -267,7 +267,7 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     for paths in filter(None, (files.transformer, files.low_noise_transformer)):
         by_block: Counter[str] = Counter()
         transformers.append([])
-        for name, entry in headers(paths).items():
+        for name, entry in headers(paths, prefixes=weight_names.COMFYUI_PREFIXES).items():
             match = re.match(r"blocks\.(\d+)\.", name)
             transformers[-1].append(_transformer_bytes(name, entry))
             by_block[match[1] if match else ""] += transformers[-1][-1]
@@ -293,12 +293,17 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     )
 
 
-def headers(paths: Iterable[Path]) -> dict[str, Entry]:
-    """Names, types and shapes of the tensors in files of either format, without their data."""
+def headers(paths: Iterable[Path], *, prefixes: Sequence[str] = ()) -> dict[str, Entry]:
+    """Names, types and shapes of the tensors in files of either format, without their data.
+
+    One of `prefixes` is taken away where all names of a file have it.
+    """
     entries: dict[str, Entry] = {}
     for path in paths:
         read = safetensors_files if path.suffix == ".safetensors" else torch_files
-        entries |= read.read_header(path)
+        found = read.read_header(path)
+        prefix = weight_names.common_prefix(found, prefixes)
+        entries |= {name.removeprefix(prefix): entry for name, entry in found.items()}
     return entries
 
 

@@ -176,7 +176,8 @@ def prepare(
     """Make a network on `meta` fit a file's quantized tensors; return these and their dtypes.
 
     A file without any is handed back as it is. Both forms of scale come back as `weight_scale`;
-    those of activations are left out. Raises QuantizedWeightsError for mixed schemes and for codes without scales.
+    those of activations are left out.
+    Raises QuantizedWeightsError for mixed schemes and for codes without scales.
     """
     found = quantized_names.inspect(
         {name: _dtype_name(tensor) for name, tensor in tensors.items()}, path

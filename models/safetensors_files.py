@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from models import errors
+from models import errors, foreign_files
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
@@ -96,7 +96,8 @@ def _read_json(path: Path) -> dict[str, Any]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
-        raise errors.UnreadableWeightsError(path, f"no safetensors header: {error}") from error
+        reason = foreign_files.told(path) or f"no safetensors header: {error}"
+        raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(header, dict):
         raise errors.UnreadableWeightsError(path, "no safetensors header")
     return header
