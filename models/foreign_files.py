@@ -6,7 +6,7 @@ POINTER_BEGINS = b"version https://git-lfs"
 POINTER = "it is a Git LFS pointer, not the file: `git lfs pull` or `hf download` brings that"
 SAFETENSORS_BEGINS = b'{"'
 """After 8 bytes of length."""
-SAFETENSORS = "it is a safetensors file under another name: it must end in .safetensors"
+SAFETENSORS = "it is a safetensors file under another name"
 
 
 def told(path: Path) -> str:

@@ -42,7 +42,7 @@ TOKENIZER_FILE = "tokenizer.json"
 WHERE_TOKENIZER = (
     f"Wan-AI's repositories have it in {TOKENIZER_FOLDER}/, those for diffusers in tokenizer/"
 )
-END_BYTES = 100
+END_BYTES = 100  # read of each end of it; spaces may come before or after its braces
 QUANTIZED_FOLDER_NAMES = ("distill_fp8", "distill_int8", "fp8", "int8")
 BOTH_LAYOUTS = (
     "a model folder in the native layout (config.json, diffusion_pytorch_model*.safetensors or "
@@ -219,7 +219,7 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Of `tokenizer.json` the ends: all of it is 17 MB. Raises CheckpointError.
+    """By the ends of `tokenizer.json`: all of it is some 17 MB. Raises CheckpointError.
 
     Nothing is made of `spiece.model` in its place: the ids of some tokens would be others.
     """

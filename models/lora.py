@@ -103,7 +103,7 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        raise errors.UnfitLoraError(path, "LoRA files are read as .safetensors only")
+        raise errors.UnfitLoraError(path, lora_keys.ONLY_SAFETENSORS)
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path, device="cpu")
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:

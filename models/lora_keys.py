@@ -57,21 +57,20 @@ ENDINGS = (
     *(Ending(text, Role.UP_BIAS, "bias") for text in UP_BIASES),
     Ending(".alpha", Role.ALPHA),
 )
-LOW_NOISE_PREFIX = "transformer_2."
-"""diffusers', of Wan2.2's second transformer, which has the names of the first."""
 PREFIXES = (
     "base_model.model.",  # PEFT; one of the others may follow
     "pipe.dit.",  # DiffSynth
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
-    LOW_NOISE_PREFIX,
+    "transformer_2.",  # diffusers: Wan2.2's second one, alone in its file
     "unet.",
     "model.",
     "lora_unet__",  # VideoX-Fun
     "lora_unet_",
     "lycoris_",
 )
+ONLY_SAFETENSORS = "LoRA files are read as .safetensors only"
 FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
 
 

@@ -27,11 +27,12 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     # another one of its vocabulary, with the id of `<unk>` that T5 has (2; Wan's is 3).
     layout.check_tokenizer(folder)
     try:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True
+        loaded: transformers.PreTrainedTokenizerBase = (
+            transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise errors.CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+    return loaded
 
 
 def build_network(sizes: config.TextEncoderConfig) -> transformers.UMT5EncoderModel:

@@ -45,10 +45,13 @@ def check(files: layout.ModelFiles) -> None:
 
 
 def check_lora(path: Path, files: layout.ModelFiles) -> None:
-    """Raise UnfitLoraError for one that is for images, which the model's networks take not so.
+    """Raise UnfitLoraError for one that is not in safetensors, or for an encoder of images that
+    the model does not have. Whether its other keys fit is seen when it is merged.
 
-    Whether all other keys fit is seen when it is read. Raises UnreadableWeightsError.
+    Raises UnreadableWeightsError where there is no header.
     """
+    if path.suffix != ".safetensors":
+        raise errors.UnfitLoraError(path, lora_keys.ONLY_SAFETENSORS)
     keys = lora_keys.for_images(safetensors_files.read_header(path))
     if keys and not lora_keys.for_images(memory.headers(files.transformer)):
         hint = lora_keys.not_for_images(takes_image=files.task is layout.Task.IMAGE_TO_VIDEO)

@@ -229,6 +229,7 @@ def test_weights_that_every_job_would_fail_on_are_told(
     [
         ("loras/nowhere.safetensors", "tiny: expected the LoRA at "),
         ("images.safetensors", "It was made for image-to-video"),
+        ("style.pt", "LoRA files are read as .safetensors only"),
         ("damaged.safetensors", "damaged.safetensors: cannot be read as weights"),
     ],
 )
@@ -239,6 +240,7 @@ def test_a_lora_that_every_job_would_fail_on_is_told(
     shipped.copy("tiny", models / "tiny")
     key = "diffusion_model.img_emb.proj.1.lora_up.weight"
     safetensors.torch.save_file({key: torch.zeros(1)}, models / "images.safetensors")
+    (models / "style.pt").touch()
     (models / "damaged.safetensors").write_bytes(b"no weights")
     asked = json5.loads(presets.load("tiny").path.read_text())
     path = tmp_path / "presets" / "styled.json"
