@@ -22,9 +22,11 @@ from models import (
     config,
     config_files,
     errors,
+    foreign_files,
     image_encoder,
     layout,
     quantization,
+    quantized_names,
     text_encoder,
     torch_files,
     transformer,
@@ -329,11 +331,20 @@ def _read_transformer(
     paths: tuple[Path, ...], network: transformer.WanTransformer
 ) -> dict[str, Tensor]:
     native = network.state_dict().keys()
-    scales = quantization.scale_names(native)
+    scales = quantized_names.scale_names(native)
     # No native name is another's there.
     names = weight_names.transformer_from_diffusers(native | scales)
     dtypes = WEIGHT_DTYPES + quantization.CODE_DTYPES
-    tensors = read_tensors(paths, names, dtypes=dtypes)
+    for path in paths:
+        if path.suffix == ".safetensors":
+            quantized_names.check_settings(path)
+    tensors = read_tensors(
+        paths,
+        names,
+        unused=quantized_names.SETTINGS_NAMES,
+        dtypes=dtypes,
+        prefixes=weight_names.COMFYUI_PREFIXES,
+    )
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
         raise errors.CheckpointError(f"{_named(paths)}: {problem}")
@@ -422,21 +433,26 @@ def read_tensors(
     *,
     unused: re.Pattern[str] | None = None,
     dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES,
+    prefixes: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """The tensors of files, renamed by `names` where it knows them; data is mapped, not yet read.
 
-    Names that `unused` matches are passed over.
+    Names that `unused` matches are passed over. One of `prefixes` is taken away where all names of
+    a file have it.
     Raises UnreadableWeightsError for a broken file, for anything in it but float tensors, and for
     a name that two files share.
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        for name, tensor in _read_file(path).items():
+        content = _read_file(path)
+        prefix = weight_names.common_prefix(content, prefixes)
+        for name, tensor in content.items():
             if not isinstance(name, str):
                 raise errors.UnreadableWeightsError(path, f"{name!r} is no name of a tensor")
             if unused is not None and unused.match(name):
                 continue
-            native = (names or {}).get(name, name)
+            bare = name.removeprefix(prefix)
+            native = (names or {}).get(bare, bare)
             if native in tensors:
                 raise errors.UnreadableWeightsError(path, f"{name} is also in another shard")
             if not isinstance(tensor, Tensor):
@@ -445,8 +461,7 @@ def read_tensors(
             if tensor.layout is not torch.strided or tensor.is_meta:
                 raise errors.UnreadableWeightsError(path, f"{name} is no plain tensor")
             if tensor.dtype not in dtypes:
-                reason = f"{name} is {tensor.dtype}; quantised weights are not supported here"
-                raise errors.UnreadableWeightsError(path, reason)
+                raise errors.UnreadableWeightsError(path, errors.unknown_dtype(name, tensor.dtype))
             tensors[native] = tensor
     return tensors
 
@@ -460,12 +475,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except UnpicklingError as error:
         reason = "it is damaged, or holds Python objects, which are never executed"
-        raise errors.UnreadableWeightsError(path, reason) from error
+        raise errors.UnreadableWeightsError(path, foreign_files.told(path) or reason) from error
     except LOADER_ERRORS as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = foreign_files.told(path) or (str(error) or repr(error)).splitlines()[0]
         raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(loaded, dict):
         raise errors.UnreadableWeightsError(path, f"it holds a {type(loaded).__name__}, no names")
+    if any(name in torch_files.OF_AUTOREGRESSION for name in loaded):
+        raise errors.UnreadableWeightsError(path, torch_files.AUTOREGRESSION)
     return loaded
 
 

@@ -24,6 +24,14 @@ class MissingFileError(CheckpointError):
         self.expected = expected
 
 
+class MissingLoraError(MissingFileError):
+    """A LoRA that was asked for is not there; the model's folder is not to blame."""
+
+    def __init__(self, root: Path, path: Path) -> None:
+        super().__init__(root, f"the LoRA at {path}")
+        self.path = path
+
+
 class AmbiguousFilesError(CheckpointError):
     """Several files could be meant, and the choice changes the result."""
 
@@ -50,6 +58,10 @@ class UnreadableWeightsError(CheckpointError):
         super().__init__(f"{path}: cannot be read as weights: {reason}")
         self.path = path
         self.reason = reason
+
+
+def unknown_dtype(name: str, dtype: object) -> str:
+    return f"{name} is {dtype}; quantised weights are not supported here"
 
 
 class WeightsChangedError(CheckpointError):

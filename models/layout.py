@@ -10,7 +10,7 @@ Two layouts are known. Native (Wan2.1 as released, LightX2V):
     diffusion_pytorch_model.safetensors.index.json     or shards listed by this index
     models_t5_umt5-xxl-enc-bf16.pth
     Wan2.1_VAE.pth
-    google/umt5-xxl/                                   tokenizer
+    google/umt5-xxl/tokenizer.json
     t5_config.json, vae_config.json                    only where these differ from Wan2.1
 
 Diffusers: `model_index.json` and the folders transformer, vae, text_encoder, tokenizer. A distilled
@@ -31,13 +31,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import config, config_files, errors, transformer_files
+from models import config, config_files, errors, foreign_files, transformer_files
 
 TRANSFORMER_STEM = transformer_files.STEM
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = Path("google") / "umt5-xxl"
+TOKENIZER_FILE = "tokenizer.json"
+WHERE_TOKENIZER = (
+    f"Wan-AI's repositories have it in {TOKENIZER_FOLDER}/, those for diffusers in tokenizer/"
+)
+END_BYTES = 100  # read of each end of it; spaces may come before or after its braces
 QUANTIZED_FOLDER_NAMES = ("distill_fp8", "distill_int8", "fp8", "int8")
 BOTH_LAYOUTS = (
     "a model folder in the native layout (config.json, diffusion_pytorch_model*.safetensors or "
@@ -123,8 +128,8 @@ def find(
     `transformer_file` (file, index or folder) replaces the transformer, `low_noise_file` the second
     of a model that has two; `base` passes over distilled ones, for a LoRA that distils by itself.
     Raises CheckpointError: MissingFileError where one is not there, AmbiguousFilesError where
-    several would do, ConfigError where the model is for another task than `task`. No weight file
-    is opened.
+    several would do, ConfigError where the model is for another task than `task` or its tokenizer
+    is damaged. No weight file is opened.
     """
     if not root.is_dir():
         raise errors.MissingFileError(root, BOTH_LAYOUTS, hint="there is no such folder")
@@ -189,6 +194,7 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
     tokenizer = root / TOKENIZER_FOLDER
     if not tokenizer.is_dir():
         raise errors.MissingFileError(root, f"the tokenizer folder {TOKENIZER_FOLDER}/")
+    check_tokenizer(tokenizer)
     if has_two:
         transformer = _expert(root, 0, folders, asked.transformer)
     else:
@@ -210,6 +216,26 @@ def _native(root: Path, asked: _Asked) -> ModelFiles:
         low_noise_transformer=_expert(root, 1, folders, asked.low_noise) if has_two else (),
         low_noise_config=configs[1] if has_two else None,
     )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """By the ends of `tokenizer.json`: all of it is some 17 MB. Raises CheckpointError.
+
+    Nothing is made of `spiece.model` in its place: the ids of some tokens would be others.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise errors.MissingFileError(folder, TOKENIZER_FILE, hint=WHERE_TOKENIZER)
+    try:
+        with path.open("rb") as stream:
+            beginning = stream.read(END_BYTES).lstrip()
+            stream.seek(max(path.stat().st_size - END_BYTES, 0))
+            end = stream.read().rstrip()
+    except OSError as error:
+        raise errors.ConfigError(path, f"cannot be read: {error}") from error
+    if not beginning.startswith(b"{") or not end.endswith(b"}"):
+        problem = foreign_files.told(path) or "it is damaged"
+        raise errors.ConfigError(path, f"is no usable tokenizer: {problem}; {WHERE_TOKENIZER}")
 
 
 def _only_transformer(root: Path, asked: _Asked, *, plain: Path) -> tuple[Path, ...]:
@@ -257,6 +283,7 @@ def _beside(root: Path, name: str) -> Path:
 def _diffusers(root: Path, asked: _Asked) -> ModelFiles:
     names = ("transformer", "vae", "text_encoder", "tokenizer")
     folders = {name: _folder(root, name) for name in names}
+    check_tokenizer(folders["tokenizer"])
     task = _task(folders["transformer"] / "config.json", asked.task)
     takes_tokens = config_files.read_json(folders["transformer"] / "config.json").get("image_dim")
     clip = _folder(root, "image_encoder") if takes_tokens is not None else None

@@ -9,7 +9,7 @@ modulation beside their pairs, and are only right with all of them.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models import errors, lora_keys, safetensors_files
+from models import errors, foreign_files, lora_keys, safetensors_files
 from models.lora_keys import Role
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SMALLEST_PAIR = 1_000_000  # elements; LightX2V stores smaller differences whole
 UNCHANGED = 1e-8  # largest difference of a tensor that is left out of an extracted LoRA
-FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
 PATCHES, HEAD = "patch_embedding.weight", "head.head.weight"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
+FINETRAINERS_METADATA = "lora_config"  # where finetrainers does
 PEFT_CONFIG = "adapter_config.json"
 
 
@@ -83,7 +83,8 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     names = lora_keys.Names(shapes)
     found = {key: names.find(key) for key in tensors}
     matched = {key: where for key, where in found.items() if where is not None}
-    _check_keys(path, tensors, matched)
+    _check_keys(path, tensors, matched, shapes)
+    component = _component(path, tensors)
     parts: dict[str, dict[Role, list[Tensor]]] = {}
     for key, (name, role) in matched.items():
         part = tensors[key]
@@ -91,7 +92,7 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
             part = _for_more_channels(part, shapes)
         parts.setdefault(name, {}).setdefault(role, []).append(part)
     _check_parts(path, parts, len(matched))
-    scale_for = _scale_rule(path)
+    scale_for = _scale_rule(path, component)
     pairs = {name: _pair(part, scale_for) for name, part in parts.items() if Role.UP in part}
     deltas = {name: _deltas(name, part, pairs) for name, part in parts.items()}
     whole = {name: found for name, found in deltas.items() if found}
@@ -102,11 +103,11 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
-        raise errors.UnfitLoraError(path, "LoRA files are read as .safetensors only")
+        raise errors.UnfitLoraError(path, lora_keys.ONLY_SAFETENSORS)
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path, device="cpu")
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = foreign_files.told(path) or (str(error) or repr(error)).splitlines()[0]
         raise errors.UnreadableWeightsError(path, reason) from error
     for key, tensor in tensors.items():
         is_alpha = key.endswith(".alpha")
@@ -121,20 +122,38 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _for_more_channels(part: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Of text-to-video on image-to-video: first come the latents, then mask and condition."""
     _, channels, *patch = shapes[PATCHES]
-    latents = shapes[HEAD][0] // math.prod(patch)
+    latents = _latent_channels(shapes)
     if part.ndim != 2 + len(patch) or part.shape[1] != latents:
         return part
     return torch.cat((part, part.new_zeros(len(part), channels - latents, *part.shape[2:])), dim=1)
 
 
+def _latent_channels(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return shapes[HEAD][0] // math.prod(shapes[PATCHES][2:])
+
+
+def _component(path: Path, keys: Iterable[str]) -> str:
+    """Which of diffusers' two transformers the file is for; both of them in one are refused."""
+    found = {key.partition(".")[0] for key in keys}
+    if found >= {"transformer", "transformer_2"}:
+        problem = "holds LoRAs of two transformers (transformer., transformer_2.): split it in two"
+        raise errors.UnfitLoraError(path, problem)
+    return "transformer_2" if "transformer_2" in found else "transformer"
+
+
 def _check_keys(
-    path: Path, tensors: Mapping[str, Tensor], matched: Mapping[str, tuple[str, Role]]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    matched: Mapping[str, tuple[str, Role]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     unused = sorted(tensors.keys() - matched.keys())
     if unused or not matched:
         hint = ""
-        if unused and all(any(part in key for part in FOR_IMAGES) for key in unused):
-            hint = "It was made for image-to-video, the network is for text-to-video"
+        is_for_images = unused and lora_keys.for_images(unused) == unused
+        if is_for_images and not lora_keys.for_images(shapes):
+            takes_image = shapes[PATCHES][1] > _latent_channels(shapes)
+            hint = lora_keys.not_for_images(takes_image=takes_image)
         raise errors.LoraMismatchError(path, matched=len(matched), unused=unused, hint=hint)
     not_finite = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
     if not_finite:
@@ -177,9 +196,9 @@ def _deltas(
     return (*part.get(Role.DELTA, []), *scaled)
 
 
-def _scale_rule(path: Path) -> Callable[[int], float]:
+def _scale_rule(path: Path, component: str) -> Callable[[int], float]:
     """Rank -> scale of pairs without an alpha: 1, or what PEFT's settings beside them say."""
-    settings = _peft_settings(path)
+    settings = _peft_settings(path, component)
     alpha = settings.get("lora_alpha")
     if not alpha:
         return lambda _rank: 1.0
@@ -196,14 +215,16 @@ def _scale_rule(path: Path) -> Callable[[int], float]:
     return lambda rank: number / (math.sqrt(rank) if root else rank)
 
 
-def _peft_settings(path: Path) -> dict[str, object]:
-    """From the header, where diffusers writes them, or from the file beside, where PEFT does."""
+def _peft_settings(path: Path, component: str) -> dict[str, object]:
+    """From the header, as diffusers and finetrainers write them, or from PEFT's file beside it."""
     metadata = safetensors_files.read_metadata(path)
     beside = path.with_name(PEFT_CONFIG)
     try:
         if DIFFUSERS_METADATA in metadata:
             flat = json.loads(metadata[DIFFUSERS_METADATA])
-            return {key.removeprefix("transformer."): value for key, value in flat.items()}
+            return {key.removeprefix(f"{component}."): value for key, value in flat.items()}
+        if FINETRAINERS_METADATA in metadata:
+            return dict(json.loads(metadata[FINETRAINERS_METADATA]))
         if path.name == "adapter_model.safetensors" and beside.is_file():
             return dict(json.loads(beside.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -59,13 +59,34 @@ ENDINGS = (
 )
 PREFIXES = (
     "base_model.model.",  # PEFT; one of the others may follow
+    "pipe.dit.",  # DiffSynth
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
+    "transformer_2.",  # diffusers: Wan2.2's second one, alone in its file
     "unet.",
     "model.",
+    "lora_unet__",  # VideoX-Fun
     "lora_unet_",
+    "lycoris_",
 )
+ONLY_SAFETENSORS = "LoRA files are read as .safetensors only"
+FOR_IMAGES = ("_img", "img_emb", "add_k_proj", "add_v_proj", "norm_added_k", "image_embedder")
+
+
+def for_images(names: Iterable[str]) -> list[str]:
+    """Those of what Wan2.1 has for its image encoder, in all spellings; as keys or parameters."""
+    return sorted(name for name in names if any(part in name for part in FOR_IMAGES))
+
+
+def not_for_images(*, takes_image: bool) -> str:
+    """Why keys for images match nothing in a network without such parameters."""
+    if takes_image:
+        return (
+            "It is for Wan2.1's image encoder, which Wan2.2 does not have: "
+            "take the Wan2.2 LoRA of that expert"
+        )
+    return "It was made for image-to-video, the network is for text-to-video"
 
 
 class Names:

@@ -12,13 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import config, config_files, layout, safetensors_files, torch_files, weight_names
+from models import (
+    config,
+    config_files,
+    layout,
+    quantized_names,
+    safetensors_files,
+    torch_files,
+    weight_names,
+)
 from models.safetensors_files import Entry
 
 DEVICE_CONTEXT_BYTES = 700 * 2**20  # CUDA's own, cuBLAS and cuDNN with their kernels loaded
 COMPUTE_BYTES = 2  # bf16
 WIDE_BYTES = 4  # fp32
-QUANTIZED = ("F8_E4M3", "I8")
 WIDE_IN_TRANSFORMER = re.compile(
     r"time_embedding\.|time_projection\.|modulation|norm3\.|head\."
     r"|time_embedder\.|time_proj\.|scale_shift_table|blocks\.\d+\.norm2\.|proj_out\."
@@ -260,11 +267,11 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     for paths in filter(None, (files.transformer, files.low_noise_transformer)):
         by_block: Counter[str] = Counter()
         transformers.append([])
-        for name, entry in headers(paths).items():
+        for name, entry in headers(paths, prefixes=weight_names.COMFYUI_PREFIXES).items():
             match = re.match(r"blocks\.(\d+)\.", name)
             transformers[-1].append(_transformer_bytes(name, entry))
             by_block[match[1] if match else ""] += transformers[-1][-1]
-            are_quantized |= entry.dtype in QUANTIZED
+            are_quantized |= entry.dtype in quantized_names.DTYPES
         del by_block[""]
         blocks.append(tuple(by_block.values()))
     text = [entry.num_elements * COMPUTE_BYTES for entry in headers(files.text_encoder).values()]
@@ -286,12 +293,17 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     )
 
 
-def headers(paths: Iterable[Path]) -> dict[str, Entry]:
-    """Names, types and shapes of the tensors in files of either format, without their data."""
+def headers(paths: Iterable[Path], *, prefixes: Sequence[str] = ()) -> dict[str, Entry]:
+    """Names, types and shapes of the tensors in files of either format, without their data.
+
+    One of `prefixes` is taken away where all names of a file have it.
+    """
     entries: dict[str, Entry] = {}
     for path in paths:
         read = safetensors_files if path.suffix == ".safetensors" else torch_files
-        entries |= read.read_header(path)
+        found = read.read_header(path)
+        prefix = weight_names.common_prefix(found, prefixes)
+        entries |= {name.removeprefix(prefix): entry for name, entry in found.items()}
     return entries
 
 
@@ -305,7 +317,7 @@ def _vae_bytes(name: str, entry: Entry, decode_bytes: int) -> int:
 
 
 def _transformer_bytes(name: str, entry: Entry) -> int:
-    if entry.dtype in QUANTIZED:
+    if entry.dtype in quantized_names.DTYPES:
         return entry.num_elements
     is_wide = WIDE_IN_TRANSFORMER.search(name) or name.endswith("scale")
     return entry.num_elements * (WIDE_BYTES if is_wide else COMPUTE_BYTES)

@@ -19,19 +19,20 @@ class PristineFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         """Files in the safetensors format, with names of either layout."""
         self._stamps = {path: _stamp(path) for path in paths}
-        self._places = {
-            name: path for path in paths for name in safetensors_files.read_header(path)
-        }
+        self._places: dict[str, tuple[Path, str]] = {}
+        for path in paths:
+            names = safetensors_files.read_header(path)
+            prefix = weight_names.common_prefix(names, weight_names.COMFYUI_PREFIXES)
+            self._places |= {name.removeprefix(prefix): (path, name) for name in names}
 
     def __call__(self, name: str) -> Tensor:
         """The parameter of this native name as it is stored.
 
         Raises WeightsChangedError, and UnreadableWeightsError where the file is gone.
         """
-        stored = name
-        if stored not in self._places:
-            stored = weight_names.rename(name, weight_names.TRANSFORMER)
-        path = self._places[stored]
+        if name not in self._places:
+            name = weight_names.rename(name, weight_names.TRANSFORMER)
+        path, stored = self._places[name]
         try:
             if _stamp(path) != self._stamps[path]:
                 raise errors.WeightsChangedError(path)

@@ -3,7 +3,8 @@
     LightX2V    {name}.weight  float8_e4m3fn or int8, [out, in]
                 {name}.weight_scale  fp32 [out, 1]: the row's largest value / 448 or / 127
     ComfyUI     {name}.weight  float8_e4m3fn; {name}.scale_weight  one number for the tensor;
-                an empty marker `scaled_fp8` somewhere in the file
+                an empty marker `scaled_fp8` somewhere in the file; perhaps {name}.scale_input.
+                Newer: {name}.weight_scale and {name}.input_scale, {name}.comfy_quant in JSON
 
 Which of them a file is follows from its tensors. Both become a `QuantizedLinear`.
 """
@@ -13,19 +14,16 @@ Which of them a file is follows from its tensors. Both become a `QuantizedLinear
 import enum
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import errors, fp8, transformer
+from models import errors, fp8, quantized_names, transformer
+from models.quantized_names import CHANNEL_SCALE, INPUT_SCALES, MARKER
 
-CHANNEL_SCALE = ".weight_scale"
-TENSOR_SCALE = ".scale_weight"
-MARKER = "scaled_fp8"
 QUANTIZED_PARTS = ("self_attn", "cross_attn", "ffn")
 
 
@@ -38,6 +36,11 @@ class Scheme(enum.Enum):
     @property
     def dtype(self) -> torch.dtype:
         return {Scheme.FP8: torch.float8_e4m3fn, Scheme.INT8: torch.int8}[self]
+
+    @property
+    def dtype_name(self) -> str:
+        """In safetensors' words."""
+        return {Scheme.FP8: "F8_E4M3", Scheme.INT8: "I8"}[self]
 
     @property
     def largest(self) -> float:
@@ -167,76 +170,39 @@ def allow_fp8_matmul(network: nn.Module, allowed: bool) -> None:
         layer.may_use_fp8_matmul = allowed
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """What a file's quantized tensors are."""
-
-    scheme: Scheme
-    scale_ending: str
-    weights: tuple[str, ...]
-
-
-def scale_names(names: Iterable[str]) -> set[str]:
-    """Of the scales that may lie beside weights of these names."""
-    modules = _modules(names, ".weight")
-    return {module + ending for module in modules for ending in (CHANNEL_SCALE, TENSOR_SCALE)}
-
-
 def prepare(
     network: nn.Module, tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
     """Make a network on `meta` fit a file's quantized tensors; return these and their dtypes.
 
-    A file without any is handed back as it is. Both forms of scale come back as `weight_scale`.
+    A file without any is handed back as it is. Both forms of scale come back as `weight_scale`;
+    those of activations are left out.
     Raises QuantizedWeightsError for mixed schemes and for codes without scales.
     """
-    found = _inspect(tensors, path)
+    found = quantized_names.inspect(
+        {name: _dtype_name(tensor) for name, tensor in tensors.items()}, path
+    )
     if found is None:
         return dict(tensors), {}
     loaded = {name: tensor for name, tensor in tensors.items() if name != MARKER}
     dtypes: dict[str, torch.dtype] = {}
+    scheme = next(scheme for scheme in Scheme if scheme.dtype_name == found.dtype)
     for weight in found.weights:
         module = weight.removesuffix(".weight")
         scale = _as_2d(loaded.pop(module + found.scale_ending))
         loaded[module + CHANNEL_SCALE] = scale
-        dtypes |= {weight: found.scheme.dtype, module + CHANNEL_SCALE: torch.float32}
+        for ending in INPUT_SCALES:
+            loaded.pop(module + ending, None)
+        dtypes |= {weight: scheme.dtype, module + CHANNEL_SCALE: torch.float32}
         _check_scale(scale, rows=loaded[weight].shape[0], name=weight, path=path)
-        _replace(network, module, found.scheme, tuple(scale.shape), path)
+        _replace(network, module, scheme, tuple(scale.shape), path)
     return loaded, dtypes
 
 
-def _inspect(tensors: Mapping[str, Tensor], path: Path) -> _Found | None:
-    coded = {
-        name: tensor.dtype
-        for name, tensor in tensors.items()
-        if tensor.dtype in CODE_DTYPES and name != MARKER
-    }
-    endings = {ending: _modules(tensors, ending) for ending in (CHANNEL_SCALE, TENSOR_SCALE)}
-    scaled = {ending: modules for ending, modules in endings.items() if modules}
-    if not coded and not scaled:
-        return None
-    if len(set(coded.values())) > 1 or len(scaled) > 1:
-        kinds = sorted({str(dtype) for dtype in coded.values()} | set(scaled))
-        problem = f"mixes quantization schemes: {', '.join(kinds)}"
-        raise errors.QuantizedWeightsError(path, problem, names=_one_each(coded))
-    modules = next(iter(scaled.values()), frozenset())
-    bare = sorted(name for name in coded if name.removesuffix(".weight") not in modules)
-    if bare:
-        problem = "holds 8-bit tensors without their scales; weights that were only cast to 8 bits"
-        raise errors.QuantizedWeightsError(path, f"{problem} are not supported", names=bare)
-    stray = sorted(module for module in modules if f"{module}.weight" not in coded)
-    if stray:
-        raise errors.QuantizedWeightsError(path, "holds scales without 8-bit weights", names=stray)
-    scheme = next(scheme for scheme in Scheme if scheme.dtype in coded.values())
-    return _Found(scheme=scheme, scale_ending=next(iter(scaled)), weights=tuple(sorted(coded)))
-
-
-def _modules(names: Iterable[str], ending: str) -> frozenset[str]:
-    return frozenset(name.removesuffix(ending) for name in names if name.endswith(ending))
-
-
-def _one_each(coded: Mapping[str, torch.dtype]) -> list[str]:
-    return sorted({dtype: name for name, dtype in coded.items()}.values())
+def _dtype_name(tensor: Tensor) -> str:
+    """Of 8-bit types in safetensors' words, which tell them from all others."""
+    names = {scheme.dtype: scheme.dtype_name for scheme in Scheme}
+    return names.get(tensor.dtype, str(tensor.dtype))
 
 
 def _as_2d(scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from models import (
     errors,
     layout,
     quantization,
+    quantized_names,
     safetensors_files,
     transformer,
     transformer_files,
@@ -156,7 +157,7 @@ def _entries(
 
 
 def _scale_name(weight: str) -> str:
-    return weight.removesuffix(".weight") + quantization.CHANNEL_SCALE
+    return weight.removesuffix(".weight") + quantized_names.CHANNEL_SCALE
 
 
 def _kept_dtype(name: str, tensor: Tensor) -> torch.dtype:

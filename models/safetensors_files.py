@@ -7,15 +7,16 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from models import errors
+from models import errors, foreign_files
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+SMALL_BYTES = 10_000  # of a tensor that is text; ComfyUI's have less than a hundred
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -72,6 +73,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()}
 
 
+def read_small(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """The bytes of tensors by name, at most the first of each. Raises UnreadableWeightsError."""
+    header, contents = _read_json(path), {}
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            for name in names:
+                begin, end = header[name]["data_offsets"]
+                stream.seek(LENGTH_BYTES + length + begin)
+                contents[name] = stream.read(min(max(end - begin, 0), SMALL_BYTES))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise errors.UnreadableWeightsError(path, f"no safetensors file: {error}") from error
+    return contents
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
@@ -80,7 +96,8 @@ def _read_json(path: Path) -> dict[str, Any]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
     except (OSError, ValueError, RecursionError) as error:
-        raise errors.UnreadableWeightsError(path, f"no safetensors header: {error}") from error
+        reason = foreign_files.told(path) or f"no safetensors header: {error}"
+        raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(header, dict):
         raise errors.UnreadableWeightsError(path, "no safetensors header")
     return header

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models import config, errors
+from models import config, errors, layout
 
 
 def clean(prompt: str) -> str:
@@ -25,12 +25,14 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """Load a tokenizer from files on disk. Raises CheckpointError when they do not make one."""
     # The file as it is: for a `T5Tokenizer`, which Wan's folder says it is, transformers 5 makes
     # another one of its vocabulary, with the id of `<unk>` that T5 has (2; Wan's is 3).
-    is_whole = (folder / "tokenizer.json").is_file()
-    kind = transformers.PreTrainedTokenizerFast if is_whole else transformers.AutoTokenizer
+    layout.check_tokenizer(folder)
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        loaded: transformers.PreTrainedTokenizerBase = (
+            transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise errors.CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+    return loaded
 
 
 def build_network(sizes: config.TextEncoderConfig) -> transformers.UMT5EncoderModel:

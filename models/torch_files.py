@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from models import errors
+from models import errors, foreign_files
 from models.safetensors_files import Entry
 
 STORAGE_DTYPES = {
@@ -29,6 +29,12 @@ STORAGE_DTYPES = {
 }
 UNTYPED_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 """Those that no kind of storage is named after."""
+OF_AUTOREGRESSION = {"generator", "generator_ema"}
+"""Keys of Self-Forcing's checkpoints, and of CausVid's."""
+AUTOREGRESSION = (
+    "it looks like a checkpoint of an autoregressive model (Self-Forcing, CausVid), "
+    "which are not rendered"
+)
 ARCHIVE_BEGINS = b"PK\x03\x04"
 BEFORE_CONTENT = 3  # pickles of the older format: magic number, version, machine
 NO_ARCHIVE = (
@@ -48,11 +54,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         content = _read(path) if is_archive(path) else _read_older(path)
     except NO_ARCHIVE as error:
-        raise errors.UnreadableWeightsError(path, f"no file of torch.save: {error}") from error
+        reason = foreign_files.told(path) or f"no file of torch.save: {error}"
+        raise errors.UnreadableWeightsError(path, reason) from error
     except (pickle.UnpicklingError, AttributeError, LookupError, ArithmeticError) as error:
-        raise errors.UnreadableWeightsError(path, f"not only tensors: {error}") from error
+        reason = foreign_files.told(path) or f"not only tensors: {error}"
+        raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(content, dict) or not all(isinstance(e, Entry) for e in content.values()):
-        raise errors.UnreadableWeightsError(path, "it holds more than named tensors")
+        is_of_training = isinstance(content, dict) and not OF_AUTOREGRESSION.isdisjoint(content)
+        reason = AUTOREGRESSION if is_of_training else "it holds more than named tensors"
+        raise errors.UnreadableWeightsError(path, reason)
     return {str(key): entry for key, entry in content.items()}
 
 

@@ -30,6 +30,9 @@ TRANSFORMER: Rules = (
     (r"\.ffn\.2\.", ".ffn.net.2."),
 )
 
+COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""Before all names of a transformer that ComfyUI has saved."""
+
 VAE: Rules = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -108,6 +111,13 @@ def rename(name: str, rules: Rules) -> str:
 def transformer_from_diffusers(native_names: Iterable[str]) -> dict[str, str]:
     """diffusers' name of each tensor of a transformer -> its native name."""
     return _inverse({native: rename(native, TRANSFORMER) for native in native_names})
+
+
+def common_prefix(names: Iterable[object], prefixes: Iterable[str]) -> str:
+    """Which of these all names begin with; empty: with none."""
+    begun = [str(name) for name in names]
+    found = (prefix for prefix in prefixes if all(name.startswith(prefix) for name in begun))
+    return next(found, "")
 
 
 def vae_from_diffusers(native_names: Iterable[str], *, num_res_blocks: int) -> dict[str, str]:

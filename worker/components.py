@@ -97,6 +97,8 @@ class Components:
             files = wanted.find(look, self.models_dir) if model is None else model.files
             self._make_room(key, files, look)  # a bad folder cost no warm model
             model = model or self._load(key, files)
+        except model_errors.UnfitLoraError as error:
+            raise errors.LoraUnfit(self._told_of(error)) from error
         except (model_errors.CheckpointError, OSError) as error:
             is_of_host = wanted.is_fault_of_host(error, look, self.models_dir)
             if is_of_host:

@@ -1,5 +1,6 @@
 """What a look wants of a model folder: which files, placed how, how much memory. Loads no torch."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from jobs import presets
 from models import errors as model_errors
-from models import layout, memory, safetensors_files
+from models import layout, memory, safetensors_files, transformer_headers
 from worker import gpus, host_memory
 
 SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
@@ -65,6 +66,8 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
     Else one look that no host can load would take every worker away from its model.
     """
     root = models_dir / look.model_path
+    if isinstance(error, model_errors.MissingLoraError):
+        return False
     if isinstance(error, (model_errors.UnreadableWeightsError, OSError)):
         return transformer_files(look, models_dir) == (None, None)
     if isinstance(error, (model_errors.MissingFileError, model_errors.AmbiguousFilesError)):
@@ -81,7 +84,10 @@ def is_gone(look: presets.Look, models_dir: Path) -> bool:
 
 
 def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
-    """The files that this look renders with; CheckpointError says what is missing."""
+    """The files that this look renders with; of weights and LoRAs no more than headers are read.
+
+    CheckpointError says what is missing or would not load, UnfitLoraError that a LoRA fits nowhere.
+    """
     root = models_dir / look.model_path
     first, low = transformer_files(look, models_dir)
     files = layout.find(
@@ -98,7 +104,18 @@ def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
     if look.boundary_step_index is not None and not files.low_noise_transformer:
         problem = "has one transformer, and the preset a boundary_step_index between two"
         raise model_errors.CheckpointError(f"{root}: {problem}")
+    transformer_headers.check(files)
+    for use in look.loras:
+        _check_lora(models_dir / use.path, files)
     return files
+
+
+def _check_lora(path: Path, files: layout.ModelFiles) -> None:
+    if not path.is_file():
+        raise model_errors.MissingLoraError(files.root, path)
+    # One that cannot be read is told by who merges it, as the LoRA's fault and not the model's.
+    with contextlib.suppress(model_errors.UnreadableWeightsError):
+        transformer_headers.check_lora(path, files)
 
 
 def unlike_headers(look: presets.Look, files: layout.ModelFiles, models_dir: Path) -> list[str]:
@@ -151,7 +168,7 @@ def needed(
 
 
 def _lora_bytes(path: Path) -> int:
-    """0 for what cannot be read: who loads it tells why."""
+    """0 for what cannot be read: who merges it tells why, and that it is the LoRA's fault."""
     try:
         entries = memory.headers([path]).values()
     except model_errors.CheckpointError:
@@ -163,7 +180,9 @@ def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
     """For each GPU of this machine. ValueError: why it cannot be said."""
     mode = mode_of(look)
     try:
-        need = needed(look, find(look, models_dir), mode, models_dir)
+        files = find(look, models_dir)
+        memory.headers(models_dir / use.path for use in look.loras)
+        need = needed(look, files, mode, models_dir)
     except model_errors.CheckpointError as error:
         raise ValueError(str(error)) from error
     devices: list[tuple[str, int | None]] = [

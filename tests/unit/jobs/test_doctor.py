@@ -14,6 +14,7 @@ import json5
 import pytest
 import redis
 import safetensors.torch
+import torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
@@ -180,6 +181,75 @@ def test_a_preset_with_other_steps_than_its_weights_were_distilled_for_is_told()
     found = checks()["weights tiny"]
     assert found.status == "warn"
     assert f"{path} was distilled for denoising_step_list [1000, 500], the preset" in found.seen
+
+
+def add_e5m2(folder: Path) -> None:
+    path = folder / "distill_models" / "distill_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "blocks.0.ffn.0.weight"
+    safetensors.torch.save_file(tensors | {name: tensors[name].to(torch.float8_e5m2)}, path)
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 7}))
+
+
+def leave_the_vocabulary(folder: Path) -> None:
+    tokenizer = folder / "google" / "umt5-xxl"
+    (tokenizer / "tokenizer.json").rename(tokenizer / "spiece.model")
+
+
+def point_with_git_lfs(folder: Path) -> None:
+    (folder / "Wan2.1_VAE.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "seen"),
+    [
+        (add_e5m2, "blocks.0.ffn.0.weight is F8_E5M2"),
+        (change_config, "describes 7 blocks"),
+        (leave_the_vocabulary, "expected tokenizer.json"),
+        (point_with_git_lfs, "Wan2.1_VAE.pth: cannot be read as weights: it is a Git LFS pointer"),
+    ],
+)
+def test_weights_that_every_job_would_fail_on_are_told(
+    spoil: Callable[[Path], None], seen: str
+) -> None:
+    folder = settings.load().models_dir / "tiny"
+    shipped.copy("tiny", folder)
+    spoil(folder)
+    (fit,) = doctor.fits(settings.load(), "tiny")
+    for check, status in ((checks()["weights tiny"], "warn"), (fit, "fail")):
+        assert (check.status, seen in check.seen) == (status, True), check
+
+
+@pytest.mark.parametrize(
+    ("lora", "seen"),
+    [
+        ("loras/nowhere.safetensors", "tiny: expected the LoRA at "),
+        ("images.safetensors", "It was made for image-to-video"),
+        ("style.pt", "LoRA files are read as .safetensors only"),
+        ("damaged.safetensors", "damaged.safetensors: cannot be read as weights"),
+    ],
+)
+def test_a_lora_that_every_job_would_fail_on_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str, seen: str
+) -> None:
+    models = settings.load().models_dir
+    shipped.copy("tiny", models / "tiny")
+    key = "diffusion_model.img_emb.proj.1.lora_up.weight"
+    safetensors.torch.save_file({key: torch.zeros(1)}, models / "images.safetensors")
+    (models / "style.pt").touch()
+    (models / "damaged.safetensors").write_bytes(b"no weights")
+    asked = json5.loads(presets.load("tiny").path.read_text())
+    path = tmp_path / "presets" / "styled.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(asked | {"lora_configs": [{"path": lora}]}))
+    (fit,) = doctor.fits(settings.load(), str(path))
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", str(path.parent))
+    for check, status in ((checks()["weights styled"], "warn"), (fit, "fail")):
+        assert (check.status, seen in check.seen) == (status, True), check
 
 
 def test_a_preset_that_parks_weights_is_judged_by_main_memory_too(

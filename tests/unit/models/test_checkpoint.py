@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from benchmarks import networks as benchmark_networks
-from models import checkpoint, config, errors, layout
+from models import checkpoint, config, errors, layout, memory, pristine, weight_names
 
 DIT = "diffusion_pytorch_model.safetensors"
 
@@ -179,6 +179,57 @@ def test_a_pickle_of_anything_but_named_plain_tensors_is_refused(tmp_path, conte
     torch.save(content, path)
     with pytest.raises(errors.UnreadableWeightsError, match=told):
         checkpoint.read_tensors([path])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 28577121552\n"
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_a_pointer_of_git_lfs_is_told(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(POINTER)
+    for read in (checkpoint.read_tensors, memory.headers):
+        with pytest.raises(errors.UnreadableWeightsError, match=r"Git LFS pointer.*git lfs pull"):
+            read([path])
+
+
+def test_a_safetensors_file_under_another_name_is_told(tmp_path):
+    path = tmp_path / "x.pth"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    for read in (checkpoint.read_tensors, memory.headers):
+        with pytest.raises(errors.UnreadableWeightsError, match="safetensors file under another"):
+            read([path])
+
+
+def test_a_checkpoint_of_an_autoregressive_model_is_told(tmp_path):
+    path = tmp_path / "self_forcing.pt"
+    torch.save({"generator_ema": {"model.patch_embedding.weight": torch.zeros(1)}}, path)
+    for read in (checkpoint.read_tensors, memory.headers):
+        with pytest.raises(errors.UnreadableWeightsError, match="autoregressive model"):
+            read([path])
+
+
+@pytest.mark.parametrize("prefix", weight_names.COMFYUI_PREFIXES)
+def test_a_transformer_that_comfyui_saved_is_the_same(native_root, tmp_path, prefix):
+    plain = safetensors.torch.load_file(native_root / DIT)
+    path = tmp_path / "saved.safetensors"
+    safetensors.torch.save_file({f"{prefix}{name}": plain[name] for name in plain}, path)
+    loaded = load(native_root, transformer_file=path).transformer.state_dict()
+    assert loaded.keys() == plain.keys()
+    assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+    read_again = pristine.PristineFiles([path])
+    assert all(torch.equal(read_again(name), plain[name]) for name in plain)
+    assert memory.headers([path], prefixes=[prefix]).keys() == plain.keys()
+
+
+def test_a_prefix_that_not_all_names_have_is_part_of_them(native_root, edit_tensors):
+    def rename(tensors):
+        tensors["diffusion_model.head.head.weight"] = tensors.pop("head.head.weight")
+
+    edit_tensors(native_root / DIT, rename)
+    with pytest.raises(errors.WeightsMismatchError) as caught:
+        load(native_root)
+    assert caught.value.unused == ("diffusion_model.head.head.weight",)
 
 
 def test_a_damaged_pickle_of_the_old_kind_is_named(tmp_path):

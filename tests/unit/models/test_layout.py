@@ -96,6 +96,44 @@ def test_a_missing_file_is_named_with_its_folder(native_root, name):
     assert caught.value.root == native_root
 
 
+@pytest.fixture(params=["native", "diffusers"])
+def tokenizer(request, native_root, diffusers_root):
+    if request.param == "native":
+        return native_root / layout.TOKENIZER_FOLDER
+    return diffusers_root() / "tokenizer"
+
+
+def model_of(tokenizer):
+    is_native = tokenizer.name == layout.TOKENIZER_FOLDER.name
+    return tokenizer.parents[1] if is_native else tokenizer.parent
+
+
+def test_a_tokenizer_without_its_file_is_told_where_that_is(tokenizer):
+    """Made of spiece.model, some tokens would have other ids."""
+    (tokenizer / "tokenizer.json").rename(tokenizer / "spiece.model")
+    with pytest.raises(errors.MissingFileError, match=r"tokenizer\.json; Wan-AI's repos") as caught:
+        layout.find(model_of(tokenizer))
+    assert caught.value.root == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (lambda content: content[:-50], "it is damaged"),
+        (lambda content: b"<html></html>", "it is damaged"),
+        (lambda content: b"", "it is damaged"),
+    ],
+)
+def test_a_tokenizer_that_is_no_json_is_told(tokenizer, spoil, says):
+    path = tokenizer / "tokenizer.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(errors.ConfigError, match=rf"tokenizer\.json: is no usable .*{says}"):
+        layout.find(model_of(tokenizer))
+    path.write_text(" {} \n")
+    layout.find(model_of(tokenizer))
+
+
 def test_a_folder_that_is_no_model_hears_of_both_layouts(tmp_path):
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(errors.MissingFileError) as caught:

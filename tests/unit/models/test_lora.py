@@ -4,6 +4,7 @@ The network is tiny and its LoRA has what LightX2V's has: pairs, and differences
 modulation and head.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -90,14 +91,15 @@ def every_spelling():
     for ending in lora_keys.PAIRS:
         yield pytest.param("diffusion_model.", ending, unchanged, id=ending[1])
     for prefix in ("", *lora_keys.PREFIXES):
-        if prefix != "lora_unet_":
+        if not prefix.endswith("_"):
             yield pytest.param(prefix, lora_keys.PAIRS[1], unchanged, id=f"prefix {prefix}")
     kohya = lora_keys.PAIRS[0]
     yield pytest.param("transformer.", lora_keys.PAIRS[1], diffusers_name, id="diffusers")
     yield pytest.param("transformer.", lora_keys.PAIRS[5], diffusers_name, id="old diffusers")
     peft = "base_model.model.transformer."
     yield pytest.param(peft, lora_keys.PAIRS[2], diffusers_name, id="PEFT, diffusers")
-    yield pytest.param("lora_unet_", kohya, underscored, id="kohya")
+    for prefix in ("lora_unet_", "lora_unet__", "lycoris_"):
+        yield pytest.param(prefix, kohya, underscored, id=f"kohya, {prefix}")
     yield pytest.param(
         "lora_unet_", kohya, lambda m: underscored(diffusers_name(m)), id="kohya, diffusers"
     )
@@ -219,6 +221,8 @@ def test_peft_settings_in_the_header_or_beside_the_file_give_the_scale(network, 
     name = f"{MATRICES[0]}.weight"
     header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2})}
     assert read(save(tensors, metadata=header), network).pairs[name].scale == 0.5
+    header = {"lora_config": json.dumps({"r": RANK, "lora_alpha": 2, "target_modules": ".*"})}
+    assert read(save(tensors, metadata=header), network).pairs[name].scale == 0.5
     path = save(tensors, "adapter_model.safetensors")
     assert read(path, network).pairs[name].scale == 1
     beside = path.with_name("adapter_config.json")
@@ -227,6 +231,24 @@ def test_peft_settings_in_the_header_or_beside_the_file_give_the_scale(network, 
     beside.write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {"q": 1}}))
     with pytest.raises(errors.UnfitLoraError, match="alpha_pattern"):
         read(path, network)
+
+
+@pytest.mark.parametrize(("prefix", "scale"), [("transformer.", 0.5), ("transformer_2.", 0.25)])
+def test_settings_are_those_of_the_transformer_that_the_file_is_for(network, save, prefix, scale):
+    pairs = random_pairs(network, MATRICES[:1])
+    tensors = spelled(pairs, prefix, lora_keys.PAIRS[1], naming=diffusers_name)
+    told = {"transformer.lora_alpha": 2, "transformer_2.lora_alpha": 1}
+    path = save(tensors, metadata={"lora_adapter_metadata": json.dumps(told)})
+    assert read(path, network).pairs[f"{MATRICES[0]}.weight"].scale == scale
+
+
+def test_loras_of_two_transformers_in_one_file_are_refused(network, save):
+    """Else those of other layers would be merged into one."""
+    tensors = {}
+    for prefix, module in zip(("transformer.", "transformer_2."), MATRICES, strict=False):
+        tensors |= spelled(random_pairs(network, [module]), prefix, lora_keys.PAIRS[1])
+    with pytest.raises(errors.UnfitLoraError, match=r"two transformers .* split it"):
+        read(save(tensors), network)
 
 
 def test_settings_of_another_file_in_the_folder_scale_nothing(network, save):
@@ -526,7 +548,11 @@ def test_a_layer_that_is_not_there_is_counted_in_every_spelling(
 def test_an_image_to_video_lora_on_a_text_to_video_network_is_named_as_such(network, save):
     path = save({**one_pair(), **one_pair("diffusion_model.blocks.0.cross_attn.k_img")})
     assert "made for image-to-video" in str(refused(network, path))
+    without_tokens = build(dataclasses.replace(IMAGE_SIZES, image_dim=None))
+    assert "take the Wan2.2 LoRA" in str(refused(without_tokens, path))
     image_network = build(IMAGE_SIZES)
+    unknown = save({**one_pair("diffusion_model.blocks.9.cross_attn.k_img")}, "other.safetensors")
+    assert "made for" not in str(refused(image_network, unknown))
     assert read(path, image_network).parameters == {
         "blocks.0.self_attn.q.weight",
         "blocks.0.cross_attn.k_img.weight",

@@ -1,5 +1,6 @@
 """8-bit weights: exact in codes and scales, close in results, known by their tensors."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from models import (
     lora_switcher,
     quantization,
     quantized_files,
+    quantized_names,
     safetensors_files,
     weight_names,
 )
@@ -57,6 +59,23 @@ def comfyui(tensors, scale_shape=()):
     return quantized
 
 
+def comfy_org(tensors, *, newer=False):
+    """As Comfy-Org publishes Wan: every linear layer, a scale of its input beside that of it."""
+    weight_scale, input_scale = "scale_weight", "scale_input"
+    quantized = {"scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn)}
+    if newer:
+        weight_scale, input_scale, quantized = "weight_scale", "input_scale", {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not name.endswith(".weight"):
+            quantized[name] = tensor
+            continue
+        module, scale = name.removesuffix(".weight"), tensor.abs().max() / 448
+        quantized[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        quantized[f"{module}.{weight_scale}"] = scale.float()
+        quantized[f"{module}.{input_scale}"] = torch.tensor(1.0)
+    return quantized
+
+
 def dequantized(quantized):
     """Plain weights of either form."""
     plain = {}
@@ -79,9 +98,9 @@ def tensors(native_root):
 def load(native_root):
     """Load a transformer of these tensors: `load(tensors, dtype)`."""
 
-    def build(content, dtype=torch.float32, name="mine.safetensors"):
+    def build(content, dtype=torch.float32, name="mine.safetensors", metadata=None):
         path = native_root / name
-        safetensors.torch.save_file(content, path)
+        safetensors.torch.save_file(content, path, metadata)
         networks = checkpoint.load_text_to_video(
             native_root, device="cpu", dtype=dtype, transformer_file=path
         )
@@ -188,6 +207,86 @@ def test_a_comfyui_file_computes_what_its_dequantized_weights_compute(
     network, plain = load(content), load(dequantized(content), name="plain.safetensors")
     assert torch.equal(forward(network), forward(plain))
     assert network.blocks[0].ffn[0].weight_scale.shape == (1, 1)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("in_diffusers_names", [False, True])
+def test_scales_of_activations_are_left_out(tensors, load, forward, newer, in_diffusers_names):
+    content = comfy_org(tensors, newer=newer)
+    plain = load(dequantized(content), name="plain.safetensors")
+    if in_diffusers_names:
+        rename = weight_names.rename
+        content = {rename(name, weight_names.TRANSFORMER): content[name] for name in content}
+    network = load(content)
+    assert len(quantization.quantized_layers(network)) == 2 * 10 + 6
+    assert torch.equal(forward(network), forward(plain))
+
+
+def test_a_scale_of_activations_of_a_whole_layer_is_unknown(tensors, load):
+    content = lightx2v(tensors, Scheme.FP8) | {"head.head.scale_input": torch.tensor(1.0)}
+    with pytest.raises(errors.WeightsMismatchError, match=r"head\.head\.scale_input"):
+        load(content)
+
+
+def settings_of(content, **settings):
+    names = [name for name, tensor in content.items() if tensor.dtype.itemsize == 1]
+    return {name.removesuffix(".weight"): settings for name in names}
+
+
+def in_header(content, layers):
+    told = {"format_version": "1.0", "layers": layers}
+    return content, {"_quantization_metadata": json.dumps(told)}
+
+
+def in_tensors(content, layers):
+    told = {
+        f"{layer}.comfy_quant": torch.tensor(list(json.dumps(each).encode()), dtype=torch.uint8)
+        for layer, each in layers.items()
+    }
+    return content | told, None
+
+
+PLACES = pytest.mark.parametrize("tell", [in_header, in_tensors])
+
+
+@PLACES
+@pytest.mark.parametrize(
+    ("scheme", "form"), [(Scheme.FP8, "float8_e4m3fn"), (Scheme.INT8, "int8_tensorwise")]
+)
+def test_what_comfyui_says_of_plain_layers_changes_nothing(
+    tensors, load, forward, tell, scheme, form
+):
+    content = lightx2v(tensors, scheme)
+    told, metadata = tell(content, settings_of(content, format=form, convrot=False))
+    network = load(told, name="told.safetensors", metadata=metadata)
+    assert torch.equal(forward(network), forward(load(content)))
+
+
+@PLACES
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"format": "int8_tensorwise", "convrot": True}, "int8_tensorwise, rotated"),
+        ({"format": "int8_blockwise"}, "not supported: int8_blockwise"),
+        ({"convrot": True}, "not understood: KeyError"),
+    ],
+)
+def test_layers_that_are_more_than_codes_times_scales_are_refused(
+    tensors, load, tell, settings, says
+):
+    """Rotated ones have the names, types and shapes of plain ones."""
+    content = lightx2v(tensors, Scheme.INT8)
+    layers = settings_of(content, format="int8_tensorwise") | {"blocks.1.ffn.0": settings}
+    told, metadata = tell(content, layers)
+    with pytest.raises(errors.QuantizedWeightsError, match=says) as caught:
+        load(told, metadata=metadata)
+    assert "KeyError" in says or caught.value.names == ("blocks.1.ffn.0",)
+
+
+def test_headers_are_judged_by_the_names_that_the_loader_has():
+    assert tuple(scheme.dtype_name for scheme in Scheme) == quantized_names.DTYPES
+    names = quantized_files.DTYPE_NAMES
+    assert all(names[scheme.dtype] == scheme.dtype_name for scheme in Scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

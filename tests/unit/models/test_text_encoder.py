@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 
-from models import checkpoint, text_encoder
+from models import checkpoint, errors, text_encoder
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,12 @@ def test_a_tokenizer_is_the_one_of_its_file_whatever_its_class_is_called(tmp_pat
     assert loaded("a cat")["input_ids"] == [9, 10, 1]
     assert loaded("a \N{CAT} cat")["input_ids"] == made.encode("a \N{CAT} cat").ids
     assert 3 in loaded("a \N{CAT} cat")["input_ids"]
+
+
+def test_no_tokenizer_is_made_of_a_vocabulary_alone(tmp_path):
+    (tmp_path / "spiece.model").touch()
+    with pytest.raises(errors.MissingFileError, match=r"tokenizer\.json"):
+        text_encoder.load_tokenizer(tmp_path)
 
 
 def test_any_text_becomes_tokens_that_end_with_the_end_token(encoder):

@@ -461,6 +461,27 @@ def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
             warm.model_for(look(**asks))
 
 
+def test_a_lora_that_is_not_there_takes_no_worker_away(warm, look, own_models):
+    """Nor where the folder itself would be doubtful, were the look to take a distilled model."""
+    shutil.rmtree(own_models / "tiny" / "distill_models")
+    for name in ("distill_fp8", "distill_int8"):
+        (own_models / "tiny" / name).mkdir()
+    nowhere = look(base="original", loras=[{"path": "nowhere.safetensors"}])
+    with pytest.raises(errors.WeightsUnusable, match=r"^tiny: expected the LoRA at nowhere"):
+        warm.model_for(nowhere)
+
+
+def test_a_lora_for_images_on_a_model_without_them_is_told_before_that_is_loaded(
+    warm, look, own_models
+):
+    path = own_models / "style.safetensors"
+    keys = [f"diffusion_model.blocks.0.cross_attn.k_img.lora_{half}.weight" for half in ("A", "B")]
+    safetensors.torch.save_file({key: torch.zeros(4, 4) for key in keys}, path)
+    with pytest.raises(errors.LoraUnfit, match=r"^style\.safetensors: 2 keys are for images"):
+        warm.model_for(look(base="original", loras=[{"path": path.name}]))
+    assert warm.loads == 0
+
+
 def test_a_lora_that_cannot_fit_is_told_apart_from_one_that_cannot_be_read(warm, look, own_models):
     """And nothing of it stays in the weights."""
     path = own_models / "style.safetensors"
