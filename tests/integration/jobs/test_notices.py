@@ -350,6 +350,26 @@ def test_a_receiver_that_is_gone_is_told_no_more(sqlite_world, receiver, sender)
         assert session.scalar(select(Listener.stopped_at)) is not None
 
 
+def test_a_try_says_nothing_of_who_has_its_ids_now(sqlite_world):
+    """SQLite gives those of a removed listener and of its notices again."""
+    listen(sqlite_world, "https://old.test/", name="old")
+    finish(sqlite_world)
+    (due,) = sqlite_world.db.write(notifier.take, room=8, busy=Counter())
+    assert sqlite_world.db.write(listeners.remove, "old") == 1
+    listen(sqlite_world, "https://new.test/", name="new")
+    finish(sqlite_world)
+    (before,) = notices(sqlite_world)
+    assert (before.listener_id, before.id) == (due.listener_id, due.notice_id)
+    sqlite_world.db.write(notifier.delivered, due)
+    for is_gone in (False, True):
+        sqlite_world.db.write(notifier.failed, due, error="no", is_gone=is_gone, taken=())
+    (after,) = notices(sqlite_world)
+    assert (after.next_try_at, after.delivered_at) == (before.next_try_at, None)
+    assert (after.error, after.given_up_at) == (None, None)
+    with sqlite_world.db.reading() as session:
+        assert session.scalar(select(Listener.stopped_at)) is None
+
+
 def test_a_receiver_that_hangs_holds_up_no_other(sqlite_world, make_receiver):
     slow, quick = make_receiver(), make_receiver()
     slow.gate.clear()
