@@ -16,7 +16,7 @@ import pytest
 import standardwebhooks
 from sqlalchemy import select, update
 
-from jobs import beat, couriers, database, listeners, notifier, outbox, settings
+from jobs import beat, couriers, database, listeners, notifier, outbox, outside, settings
 from jobs.schema import Listener, Notice
 
 LOCAL = frozenset({"127.0.0.1"})
@@ -396,15 +396,37 @@ def test_a_receiver_that_hangs_holds_up_no_other(sqlite_world, make_receiver):
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("https://127.0.0.1:1/x", "127.0.0.1 is not a public address"),
+        ("https://127.0.0.1:1/x", "127.0.0.1 is not a public address, and not in RUSHES_NOTIFY_IN"),
         ("https://169.254.169.254/latest", "169.254.169.254 is not a public address"),
-        ("http://example.com/x", "example.com is asked without encryption"),
+        ("http://example.com/x", "example.com is asked without encryption, and not in RUSHES_NOT"),
+        ("https://hooks.test:99999/x", "^is not a valid address$"),
     ],
 )
 def test_our_own_network_is_not_reached_unless_it_is_named(url, why):
     letter = couriers.Letter(url=url, secret="whsec_" + "A" * 32, message_id="m", body={})
     with pytest.raises(couriers.NotDelivered, match=why):
         couriers.Courier().deliver(letter)
+
+
+@pytest.mark.parametrize(
+    ("named", "url"),
+    [
+        ("büro.intern", "http://büro.intern:1/x"),
+        ("BÜRO.intern", "http://xn--bro-hoa.intern:1/x"),
+        ("hooks.intern.", "http://hooks.intern:1/x"),
+        ("Hooks.intern", "http://HOOKS.intern.:1/x"),
+        ("[::1]", "http://[::1]:1/x"),
+        ("::1", "http://[::1]:1/x"),
+        ("a..b, ., localhost", "http://localhost.:1/x"),
+    ],
+)
+def test_a_host_of_ours_is_the_same_however_it_is_written(named, url):
+    hosts = listeners.internal_hosts(config := settings.load(notify_internal_hosts=named))
+    listeners.check(config, name="n", url=url, events=[])
+    network = outside.Network(resolve=lambda _host, _port: ["127.0.0.1"])
+    letter = couriers.Letter(url=url, secret="whsec_" + "A" * 32, message_id="m", body={})
+    with pytest.raises(couriers.NotDelivered, match="Connection refused"):
+        couriers.Courier(internal_hosts=hosts, network=network).deliver(letter)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of apprise's own plugins
@@ -503,7 +525,13 @@ def test_a_try_that_lasts_beyond_the_next_one_is_not_doubled(sqlite_world):
     ("url", "events", "why"),
     [
         ("http://hooks.test/", [], "must be https"),
-        ("https://me:pw@hooks.test/", [], "no password"),
+        ("https://me:pw@hooks.test/", [], "user and password in an address are not sent"),
+        ("https:///x", [], "not a valid address"),
+        ("https://hooks.test:99999/x", [], "not a valid address"),
+        ("https://hooks.test:abc/x", [], "not a valid address"),
+        ("https://hooks..test/x", [], "not a valid address"),
+        ("https://.test/x", [], "not a valid address"),
+        ("https://hooks%2etest/x", [], "not a valid address"),
         ("hooks.test", [], "must be https://host/path"),
         ("nobody-knows://this", [], "none that apprise knows"),
         ("https://hooks.test/", ["batch.began"], "no batch.began; there are batch.finished"),

@@ -698,6 +698,8 @@ class TestHttps:
             "https://a%2etest/",
             "https://" + "a" * 64 + ".test/",
             "https://a..test/",
+            "https://a b.test/",
+            "https://a\u3000b.test/",
         ],
     )
     def test_what_is_no_address_is_told(self, refusal, source):
