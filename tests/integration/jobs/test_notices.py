@@ -521,6 +521,15 @@ def test_a_try_that_lasts_beyond_the_next_one_is_not_doubled(sqlite_world):
     assert notices(sqlite_world)[0].delivered_at is not None
 
 
+def test_a_listener_that_was_told_something_can_be_removed(sqlite_world, receiver, sender):
+    listen(sqlite_world, receiver.url)
+    finish(sqlite_world)
+    sender()
+    finish(sqlite_world)
+    assert sqlite_world.db.write(listeners.remove, "night shift") == 1
+    assert notices(sqlite_world) == []
+
+
 @pytest.mark.parametrize(
     ("url", "events", "why"),
     [
