@@ -97,7 +97,7 @@ class Cleaner:
                 try:
                     self._steps[kind](self._now - timedelta(days=keep_days), tally)
                 except (errors.RushesError, DBAPIError, OSError) as problem:
-                    error = errors.first_line(problem)
+                    error = self._told(problem)
                     log.warning("cleaning.ended_early", kind=kind, error=error)
             yield Outcome(
                 kind=kind,
@@ -106,6 +106,12 @@ class Cleaner:
                 size_bytes=tally.size_bytes,
                 error=error,
             )
+
+    def _told(self, problem: Exception) -> str:
+        advice = None
+        if isinstance(problem, DBAPIError):
+            advice = database.advice(problem, self._db.url)
+        return advice or errors.first_line(problem)
 
     @property
     def _steps(self) -> dict[Kind, Callable[[datetime, "_Tally"], None]]:

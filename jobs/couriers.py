@@ -67,6 +67,9 @@ class Courier:
         deadline = time.monotonic() + TOTAL_SECONDS
         try:
             place = outside.Place.of(letter.url)
+        except outside.Refused as error:
+            raise NotDelivered(str(error)) from None
+        try:
             network = self._network_for(place)
             connection = outside.Connection(
                 place,
@@ -99,7 +102,7 @@ class Courier:
             raise NotDelivered(f"the receiver answered {status}")
 
     def _network_for(self, place: outside.Place) -> outside.Network:
-        if place.host.lower() in self.internal_hosts:
+        if place.host in self.internal_hosts:
             return replace(self.network, is_allowed=lambda _address: True)
         if not place.is_encrypted:
             raise outside.Refused(f"{place.host} is asked without encryption")

@@ -36,6 +36,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    InterfaceError,
     InvalidatePoolError,
     NoSuchModuleError,
     OperationalError,
@@ -71,6 +72,14 @@ TAKES_NOBODY = (
 LOCK_NOT_AVAILABLE = "55P03"
 READ_ONLY = "25006"
 """Of a write to a standby, or to a managed database whose disk is full."""
+DISK_FULL = "53100"
+STOOD_STILL = "25P03"
+NOT_WRITABLE = (
+    "database or disk is full",
+    "attempt to write a readonly database",
+    "disk I/O error",
+)
+"""What SQLite says."""
 IDLE_TRANSACTION_SECONDS = 30.0
 """Between two statements of a change. Ours follow at once: whoever is silent for this long is
 frozen or cut off, and others wait for the rows that it has locked."""
@@ -300,6 +309,27 @@ def is_of_rows(error: DBAPIError) -> bool:
     # 22 data, 23 constraints, P0 triggers, XX damage.
     of_rows = ("22", "23", "P0", "XX")
     return not error.connection_invalidated and sqlstate(error.orig).startswith(of_rows)
+
+
+def advice(error: DBAPIError, url: URL) -> str | None:
+    """What it says and what to do about it; None when it is a defect of ours."""
+    said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else str(error.orig)
+    state = sqlstate(error.orig)
+    if state in ("42P01", "42703") or said.startswith(("no such table", "no such column")):
+        what = "its tables are missing or older than this version; run `rushes migrate`"
+    elif state.startswith("42501"):
+        what = "this user has no right to its tables"
+    elif state == READ_ONLY:
+        what = "this is a standby, or a server that takes no writes because its disk is full"
+    elif state == STOOD_STILL:
+        what = "this command stood still in the middle of a change; run it again"
+    elif state == DISK_FULL or said in NOT_WRITABLE:
+        what = "is its disk full or read-only?"
+    elif isinstance(error, OperationalError | InterfaceError) or "not a database" in said:
+        what = "check DATABASE_URL, or start everything on this machine with `rushes up`"
+    else:
+        return None
+    return f"database {shown(url)}: {said}: {what}"
 
 
 def sqlstate(error: BaseException | None) -> str:

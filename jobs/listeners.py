@@ -1,6 +1,7 @@
 """Who is told of events: by a signed webhook, or by a service that the library apprise knows."""
 
 import base64
+import contextlib
 import secrets
 import urllib.parse
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, outbox, settings
+from jobs import database, errors, outbox, outside, settings
 from jobs.schema import Listener, Notice
 
 SECRET_BYTES = 32  # Standard Webhooks asks for 24 to 64
@@ -30,8 +31,11 @@ def shown(url: str) -> str:
 
 def internal_hosts(config: settings.Settings) -> frozenset[str]:
     """Hosts of our own network that notices may be sent to."""
-    text = config.notify_internal_hosts or ""
-    return frozenset(part.strip().lower() for part in text.split(",") if part.strip())
+    hosts = set()
+    for part in (config.notify_internal_hosts or "").split(","):
+        with contextlib.suppress(outside.Refused):  # no address leads there
+            hosts.add(outside.host_of(part.strip()))
+    return frozenset(hosts)
 
 
 def check(config: settings.Settings, *, name: str, url: str, events: Sequence[str]) -> None:
@@ -58,10 +62,13 @@ def _problem_of_address(config: settings.Settings, url: str) -> str | None:
     if not parts.scheme or "://" not in url or not url.isprintable():
         return "must be https://host/path, or an address that apprise knows, such as slack://..."
     if is_webhook(url):
-        host = (parts.hostname or "").lower()
-        if parts.scheme.lower() == "http" and host not in internal_hosts(config):
+        try:
+            place = outside.Place.of(url)
+        except outside.Refused as error:
+            return str(error)
+        if not place.is_encrypted and place.host not in internal_hosts(config):
             return "must be https: http is for hosts in RUSHES_NOTIFY_INTERNAL_HOSTS"
-        return None if host and "@" not in parts.netloc else "must have a host, and no password"
+        return None
     try:
         import apprise
     except ImportError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -194,10 +194,15 @@ def take(
     return taken
 
 
+def _is_of(due: Due) -> ColumnElement[bool]:
+    # SQLite gives the id of a removed notice again, also while a try of that one is under way.
+    return (Notice.id == due.notice_id) & (Notice.message_id == due.letter.message_id)
+
+
 def delivered(session: Session, due: Due) -> None:
     session.execute(
         update(Notice)
-        .where(Notice.id == due.notice_id)
+        .where(_is_of(due))
         .values(delivered_at=database.now(session), next_try_at=None, error=None)
     )
 
@@ -210,6 +215,8 @@ def failed(
     told = {"error": database.storable(error)[:MAX_ERROR_CHARS]}
     given_up = {"next_try_at": None, "given_up_at": now}
     if is_gone:
+        if session.scalar(select(Notice.id).where(_is_of(due))) is None:
+            return  # removed meanwhile, with its listener
         session.execute(
             update(Listener).where(Listener.id == due.listener_id).values(stopped_at=now)
         )
@@ -221,6 +228,6 @@ def failed(
         return
     session.execute(
         update(Notice)
-        .where(Notice.id == due.notice_id)
+        .where(_is_of(due))
         .values(told | {"taken": sorted(taken) or None} | (given_up if due.is_last else {}))
     )

@@ -87,6 +87,19 @@ class Network:
 INTERNET = Network()
 
 
+def host_of(text: str) -> str:
+    """A host as it is looked up, however it is written. Refused when it is none."""
+    host = text.removeprefix("[").removesuffix("]").lower()
+    try:
+        if host and ":" not in host:
+            host = host.encode("idna").decode("ascii").removesuffix(".")
+    except UnicodeError:
+        raise Refused("is not a valid address") from None
+    if not host or "%" in host or not all("!" <= character <= "~" for character in host):
+        raise Refused("is not a valid address")
+    return host
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where one https (or http) address leads."""
@@ -104,15 +117,11 @@ class Place:
             parts = urllib.parse.urlsplit(source)
             is_encrypted = parts.scheme.lower() != "http"
             port = parts.port or (443 if is_encrypted else 80)
-            host = (parts.hostname or "").removesuffix(".")
-            if host and ":" not in host:
-                host = host.encode("idna").decode("ascii")
-        except (ValueError, UnicodeError):
+        except ValueError:
             raise Refused("is not a valid address") from None
-        if not host or "%" in host:
-            raise Refused("is not a valid address")
+        host = host_of(parts.hostname or "")
         if "@" in parts.netloc:
-            raise Refused("user and password in an address are not sent: use a presigned address")
+            raise Refused("user and password in an address are not sent: use one that needs none")
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]")
         target = f"{path}?{query}" if query else path

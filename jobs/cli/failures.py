@@ -15,15 +15,6 @@ import click
 from jobs import errors
 from jobs.cli import exits, output
 
-DISK_FULL = "53100"
-STOOD_STILL = "25P03"
-NOT_WRITABLE = (
-    "database or disk is full",
-    "attempt to write a readonly database",
-    "disk I/O error",
-)
-"""What SQLite says."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
@@ -157,38 +148,15 @@ def _with_help_hint(error: click.ClickException) -> str:
 
 
 def _database_reason(error: Exception) -> str | None:
-    """What to do about an error of the database; None when it is not one, or a defect of ours."""
     if "sqlalchemy" not in sys.modules:
         return None
     from sqlalchemy import exc
 
-    from jobs import database
+    from jobs import database, settings
 
     if not isinstance(error, exc.DBAPIError):
         return None
-    said = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else str(error.orig)
-    state = database.sqlstate(error.orig)
-    if state in ("42P01", "42703") or said.startswith(("no such table", "no such column")):
-        advice = "its tables are missing or older than this version; run `rushes migrate`"
-    elif state.startswith("42501"):
-        advice = "this user has no right to its tables"
-    elif state == database.READ_ONLY:
-        advice = "this is a standby, or a server that takes no writes because its disk is full"
-    elif state == STOOD_STILL:
-        advice = "this command stood still in the middle of a change; run it again"
-    elif state == DISK_FULL or said in NOT_WRITABLE:
-        advice = "is its disk full or read-only?"
-    elif isinstance(error, exc.OperationalError | exc.InterfaceError) or "not a database" in said:
-        advice = "check DATABASE_URL, or start everything on this machine with `rushes up`"
-    else:
-        return None
-    return f"database {_database_url()}: {said}: {advice}"
-
-
-def _database_url() -> str:
-    from jobs import database, settings
-
-    return database.shown(database.connect(settings.load()).url)
+    return database.advice(error, database.connect(settings.load()).url)
 
 
 def _replace_closed_streams() -> None:

@@ -9,13 +9,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, true, update
+from sqlalchemy import func, select, text, true, update
 from sqlalchemy.exc import OperationalError
 
 from jobs import (
@@ -27,6 +28,7 @@ from jobs import (
     holds,
     inputs,
     lifecycle,
+    orders,
     presets,
     queries,
     results,
@@ -38,6 +40,7 @@ from jobs import (
     tokens,
     totals,
     uploads,
+    workers,
 )
 from jobs.cleaning import Kind
 from jobs.schema import (
@@ -47,6 +50,7 @@ from jobs.schema import (
     Base,
     Batch,
     Firing,
+    Input,
     Job,
     Listener,
     Notice,
@@ -211,6 +215,42 @@ def test_a_batch_that_was_reopened_in_time_is_left_alone(bucket: Bucket) -> None
     assert bucket.world.batch(batch_id).results_expired_at is None
 
 
+@pytest.mark.parametrize("kind", [Kind.RESULTS, Kind.INPUTS])
+def test_a_batch_that_is_reopened_while_a_run_waits_for_its_row_is_left_alone(
+    postgres_world: World, tmp_path: Path, kind: Kind
+) -> None:
+    bucket = Bucket(postgres_world, settings.load(results_url=(tmp_path / "results").as_uri()))
+    batch_id = bucket.submit()
+    (job_id,) = bucket.world.job_ids(batch_id)
+    bucket.world.fail(bucket.world.claimed(job_id), states.FailureKind.INPUT)
+    results.write(bucket.world.db, bucket.store, batch_id)
+    bucket.age(batch_id, 31)
+    there = bucket.stored()
+    with ThreadPoolExecutor(1) as pool:
+        with bucket.world.db.transaction() as session:
+            orders.retry_jobs(session, batch_id, from_states=(states.JobState.FAILED,))
+            running = pool.submit(bucket.clean, kind, keep_results_days=30)
+            wait_for_who_waits(bucket.world)
+        assert not any(running.result(60)[kind].counts.values())
+    assert bucket.stored() == there
+    batch = bucket.world.batch(batch_id)
+    assert (batch.results_expired_at, batch.inputs_expired_at) == (None, None)
+
+
+def wait_for_who_waits(world: World) -> None:
+    """Until somebody waits for a lock."""
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 30
+    with world.db.reading() as session:
+        while not session.scalar(waiting):
+            assert time.monotonic() < deadline
+            session.rollback()
+            time.sleep(0.01)
+
+
 class Stopped(BaseException):
     """As if the process were killed."""
 
@@ -287,6 +327,14 @@ def test_rows_go_after_the_objects_and_leave_other_batches_whole(bucket: Bucket)
     bucket.world.check()
 
 
+def test_rows_stay_until_the_result_files_are_written(folder_bucket: Bucket) -> None:
+    batch_id = folder_bucket.finish(folder_bucket.submit(), days_ago=31)
+    with folder_bucket.world.db.transaction() as session:
+        session.execute(update(Batch).where(Batch.id == batch_id).values(manifest_at=None))
+    folder_bucket.clean(Kind.BATCHES, keep_batches_days=30)
+    assert rows_of(folder_bucket.world, Batch) == rows_of(folder_bucket.world, Job) == 1
+
+
 @ONE_DATABASE
 def test_rows_may_go_while_the_bucket_keeps_the_results(bucket: Bucket) -> None:
     bucket.finish(bucket.submit(), days_ago=31)
@@ -326,6 +374,57 @@ def test_a_slow_deletion_takes_nothing_from_who_came_after_its_time(
     with sqlite_world.db.transaction() as session:
         holds.forget(session, ["k"])
         assert holds.held(session, ["k"]) == {"k"}
+
+
+def keys_of(world: World) -> set[str]:
+    with world.db.reading() as session:
+        return set(session.scalars(select(Input.key)))
+
+
+def test_what_one_run_deletes_no_other_run_does(world: World) -> None:
+    assert world.db.write(holds.condemn, ["k"]) == ["k"]
+    assert world.db.write(holds.condemn, ["k"]) == []
+
+
+def test_a_run_forgets_neither_new_holds_nor_what_another_deletes(world: World) -> None:
+    with world.db.transaction() as session:
+        holds.hold(session, ["new", "old"])
+        holds.condemn(session, ["condemned"])
+        long_ago = database.now(session) - 2 * holds.GRACE
+        session.execute(update(Input).where(Input.key == "old").values(held_at=long_ago))
+        holds.forget_old(session)
+    assert keys_of(world) == {"new", "condemned"}
+
+
+def test_more_images_than_one_statement_takes_are_all_held(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "KEYS_AT_ONCE", 2)
+    holds.hold_all(sqlite_world.db, "abcde")
+    assert keys_of(sqlite_world) == set("abcde")
+
+
+def test_a_run_forgets_old_holds(folder_bucket: Bucket) -> None:
+    folder_bucket.submit()
+    with folder_bucket.world.db.transaction() as session:
+        long_ago = database.now(session) - 2 * holds.GRACE
+        session.execute(update(Input).values(held_at=long_ago))
+    assert keys_of(folder_bucket.world)
+    folder_bucket.clean(Kind.INPUTS, grace=holds.GRACE)
+    assert keys_of(folder_bucket.world) == set()
+
+
+def test_what_was_decided_too_long_ago_is_not_deleted(
+    folder_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submits rely on the image again once it is no longer condemned."""
+    key = folder_bucket.image(folder_bucket.finish(folder_bucket.submit(), days_ago=31))
+    with monkeypatch.context() as slow:
+        slow.setattr(cleaning, "LATEST_DELETE_SECONDS", -1.0)
+        error = folder_bucket.clean(Kind.INPUTS)[Kind.INPUTS].error
+    assert error == "the database was slow to answer: run it again"
+    assert folder_bucket.stored("inputs/") == [key]
+    assert folder_bucket.clean(Kind.INPUTS)[Kind.INPUTS].counts == {"objects": 1}
 
 
 @ONE_DATABASE
@@ -413,7 +512,10 @@ def test_an_error_of_the_database_is_told_in_one_line(
         raise OperationalError("DELETE FROM x", {"owner": "me"}, Exception("disk is full\nmore"))
 
     monkeypatch.setattr(cleaning.expiry, "old_tokens", broken)
-    assert bucket.clean(Kind.TOKENS, **DAYS)[Kind.TOKENS].error == "disk is full"
+    error = bucket.clean(Kind.TOKENS, **DAYS)[Kind.TOKENS].error
+    assert error is not None
+    assert "rushes.db: disk is full: check DATABASE_URL" in error
+    assert "more" not in error
 
 
 @ONE_DATABASE
@@ -438,7 +540,8 @@ def test_what_the_store_does_not_let_go_keeps_nothing_else(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cleaning, "MOST_REFUSED", 2)
-    first, free, held = sorted(bucket.finish(bucket.submit(), days_ago=31) for _ in range(3))
+    first, *free = sorted(bucket.finish(bucket.submit(), days_ago=31) for _ in range(4))
+    held = free.pop(1)
     real = bucket.store.delete_many
 
     def delete_many(keys: Sequence[str]) -> None:
@@ -449,10 +552,33 @@ def test_what_the_store_does_not_let_go_keeps_nothing_else(
     monkeypatch.setattr(bucket.store, "delete_many", delete_many)
     monkeypatch.setattr(stores, "open_store", lambda _config: bucket.store)
     outcome = bucket.clean(Kind.RESULTS, **DAYS)[Kind.RESULTS]
-    assert outcome.counts["batches"] == 1
+    assert outcome.counts["batches"] == 2
     assert outcome.error is not None
     assert "is held (and 1 more)" in outcome.error
-    assert bucket.stored(f"batches/{free}/") == []
+    assert [bucket.stored(f"batches/{batch_id}/") for batch_id in free] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("problem", "times"),
+    [(storage.StorageUnavailable("file://r", "away"), 1), (storage.StorageDenied("k", "no"), 2)],
+    ids=["away", "refuses everything"],
+)
+def test_a_store_that_lets_nothing_go_is_not_asked_for_all_of_it(
+    folder_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, problem: Exception, times: int
+) -> None:
+    for _ in range(3):
+        folder_bucket.finish(folder_bucket.submit(), days_ago=31)
+    asked = []
+
+    def delete_many(keys: Sequence[str]) -> None:
+        asked.append(keys)
+        raise problem
+
+    monkeypatch.setattr(cleaning, "MOST_REFUSED", 2)
+    monkeypatch.setattr(folder_bucket.store, "delete_many", delete_many)
+    monkeypatch.setattr(stores, "open_store", lambda _config: folder_bucket.store)
+    assert folder_bucket.clean(Kind.RESULTS, **DAYS)[Kind.RESULTS].error is not None
+    assert len(asked) == times
 
 
 @ONE_DATABASE
@@ -666,7 +792,9 @@ def test_small_things_go_when_they_are_old(
 @ONE_DATABASE
 def test_workers_that_are_there_stay_however_short_they_are_to_be_kept(bucket: Bucket) -> None:
     bucket.world.register("idle@h")
-    with bucket.world.db.reading() as session:
+    with bucket.world.db.transaction() as session:
+        between_beats = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS / 2)
+        session.execute(update(Worker).values(heartbeat_at=between_beats))
         table, which = expiry.old_workers(database.now(session))
         assert session.scalars(select(table).where(which)).all() == []
 
@@ -722,14 +850,18 @@ def test_temporary_folders_of_killed_processes_go(
 def test_scratch_folders_go_when_no_attempt_needs_them(sqlite_world: World, tmp_path: Path) -> None:
     config = settings.load(scratch_dir=str(tmp_path / "scratch"))
     bucket = Bucket(sqlite_world, config)
-    batch_id = sqlite_world.submit(2)
-    live, over = (sqlite_world.claimed(job_id) for job_id in sqlite_world.job_ids(batch_id))
+    batch_id = sqlite_world.submit(3)
+    claimed = [sqlite_world.claimed(job_id) for job_id in sqlite_world.job_ids(batch_id)]
+    live, rendered, over = claimed
+    sqlite_world.rendered(rendered)
     sqlite_world.release(over)
     past = time.time() - 31 * 24 * 3600
     for name, is_old in (
         (f"{batch_id}.{live}", True),
+        (f"{batch_id}.{rendered}", True),
         (f"{batch_id}.{over}", True),
         (f"other-farm.{live}", True),
+        ("other-farm.6666", True),
         ("other-farm.7777", False),
         ("other-farm.8888", True),
         ("other-farm.9999", True),
@@ -743,8 +875,10 @@ def test_scratch_folders_go_when_no_attempt_needs_them(sqlite_world: World, tmp_
         if is_old:
             for path in (*folder.iterdir(), folder):
                 os.utime(path, (past, past))
+    (config.scratch_dir / "other-farm.6666" / "video.mp4").touch()  # written to until now
     for apply in (False, True):
         outcome = bucket.clean(Kind.SCRATCH, apply=apply)[Kind.SCRATCH]
         assert (outcome.counts, outcome.size_bytes) == ({"folders": 3, "of_others": 1}, 12)
     left = {path.name for path in config.scratch_dir.iterdir()}
-    assert left == {f"{batch_id}.{live}", "other-farm.7777", "other-farm.9999", "notes"}
+    needed = {f"{batch_id}.{live}", f"{batch_id}.{rendered}"}
+    assert left == needed | {f"other-farm.{n}" for n in (6666, 7777, 9999)} | {"notes"}

@@ -16,7 +16,7 @@ import pytest
 import standardwebhooks
 from sqlalchemy import select, update
 
-from jobs import beat, couriers, database, listeners, notifier, outbox, settings
+from jobs import beat, couriers, database, listeners, notifier, outbox, outside, settings
 from jobs.schema import Listener, Notice
 
 LOCAL = frozenset({"127.0.0.1"})
@@ -350,6 +350,26 @@ def test_a_receiver_that_is_gone_is_told_no_more(sqlite_world, receiver, sender)
         assert session.scalar(select(Listener.stopped_at)) is not None
 
 
+def test_a_try_says_nothing_of_who_has_its_ids_now(sqlite_world):
+    """SQLite gives those of a removed listener and of its notices again."""
+    listen(sqlite_world, "https://old.test/", name="old")
+    finish(sqlite_world)
+    (due,) = sqlite_world.db.write(notifier.take, room=8, busy=Counter())
+    assert sqlite_world.db.write(listeners.remove, "old") == 1
+    listen(sqlite_world, "https://new.test/", name="new")
+    finish(sqlite_world)
+    (before,) = notices(sqlite_world)
+    assert (before.listener_id, before.id) == (due.listener_id, due.notice_id)
+    sqlite_world.db.write(notifier.delivered, due)
+    for is_gone in (False, True):
+        sqlite_world.db.write(notifier.failed, due, error="no", is_gone=is_gone, taken=())
+    (after,) = notices(sqlite_world)
+    assert (after.next_try_at, after.delivered_at) == (before.next_try_at, None)
+    assert (after.error, after.given_up_at) == (None, None)
+    with sqlite_world.db.reading() as session:
+        assert session.scalar(select(Listener.stopped_at)) is None
+
+
 def test_a_receiver_that_hangs_holds_up_no_other(sqlite_world, make_receiver):
     slow, quick = make_receiver(), make_receiver()
     slow.gate.clear()
@@ -376,15 +396,37 @@ def test_a_receiver_that_hangs_holds_up_no_other(sqlite_world, make_receiver):
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("https://127.0.0.1:1/x", "127.0.0.1 is not a public address"),
+        ("https://127.0.0.1:1/x", "127.0.0.1 is not a public address, and not in RUSHES_NOTIFY_IN"),
         ("https://169.254.169.254/latest", "169.254.169.254 is not a public address"),
-        ("http://example.com/x", "example.com is asked without encryption"),
+        ("http://example.com/x", "example.com is asked without encryption, and not in RUSHES_NOT"),
+        ("https://hooks.test:99999/x", "^is not a valid address$"),
     ],
 )
 def test_our_own_network_is_not_reached_unless_it_is_named(url, why):
     letter = couriers.Letter(url=url, secret="whsec_" + "A" * 32, message_id="m", body={})
     with pytest.raises(couriers.NotDelivered, match=why):
         couriers.Courier().deliver(letter)
+
+
+@pytest.mark.parametrize(
+    ("named", "url"),
+    [
+        ("büro.intern", "http://büro.intern:1/x"),
+        ("BÜRO.intern", "http://xn--bro-hoa.intern:1/x"),
+        ("hooks.intern.", "http://hooks.intern:1/x"),
+        ("Hooks.intern", "http://HOOKS.intern.:1/x"),
+        ("[::1]", "http://[::1]:1/x"),
+        ("::1", "http://[::1]:1/x"),
+        ("a..b, ., localhost", "http://localhost.:1/x"),
+    ],
+)
+def test_a_host_of_ours_is_the_same_however_it_is_written(named, url):
+    hosts = listeners.internal_hosts(config := settings.load(notify_internal_hosts=named))
+    listeners.check(config, name="n", url=url, events=[])
+    network = outside.Network(resolve=lambda _host, _port: ["127.0.0.1"])
+    letter = couriers.Letter(url=url, secret="whsec_" + "A" * 32, message_id="m", body={})
+    with pytest.raises(couriers.NotDelivered, match="Connection refused"):
+        couriers.Courier(internal_hosts=hosts, network=network).deliver(letter)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of apprise's own plugins
@@ -479,11 +521,26 @@ def test_a_try_that_lasts_beyond_the_next_one_is_not_doubled(sqlite_world):
     assert notices(sqlite_world)[0].delivered_at is not None
 
 
+def test_a_listener_that_was_told_something_can_be_removed(sqlite_world, receiver, sender):
+    listen(sqlite_world, receiver.url)
+    finish(sqlite_world)
+    sender()
+    finish(sqlite_world)
+    assert sqlite_world.db.write(listeners.remove, "night shift") == 1
+    assert notices(sqlite_world) == []
+
+
 @pytest.mark.parametrize(
     ("url", "events", "why"),
     [
         ("http://hooks.test/", [], "must be https"),
-        ("https://me:pw@hooks.test/", [], "no password"),
+        ("https://me:pw@hooks.test/", [], "user and password in an address are not sent"),
+        ("https:///x", [], "not a valid address"),
+        ("https://hooks.test:99999/x", [], "not a valid address"),
+        ("https://hooks.test:abc/x", [], "not a valid address"),
+        ("https://hooks..test/x", [], "not a valid address"),
+        ("https://.test/x", [], "not a valid address"),
+        ("https://hooks%2etest/x", [], "not a valid address"),
         ("hooks.test", [], "must be https://host/path"),
         ("nobody-knows://this", [], "none that apprise knows"),
         ("https://hooks.test/", ["batch.began"], "no batch.began; there are batch.finished"),

@@ -193,6 +193,17 @@ def test_an_empty_database_is_one_line(rushes: Rushes, command: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_of_tables_of_an_older_version_gc_says_what_to_do(
+    db: database.Database, rushes: Rushes
+) -> None:
+    migrate.downgrade(db, revision="0009")
+    result = rushes("gc", "--only", "notices")
+    assert result.exit_code == exits.ERROR
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("notices: ")]
+    assert "no such table: notices: its tables are missing or older" in told
+    assert "run `rushes migrate`" in told
+
+
 @pytest.mark.parametrize("pragma", ["query_only = ON", "max_page_count = 1"])
 def test_a_disk_that_is_full_or_read_only_is_told(
     db: database.Database, rushes: Rushes, monkeypatch: pytest.MonkeyPatch, pragma: str

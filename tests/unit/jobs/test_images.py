@@ -698,6 +698,8 @@ class TestHttps:
             "https://a%2etest/",
             "https://" + "a" * 64 + ".test/",
             "https://a..test/",
+            "https://a b.test/",
+            "https://a\u3000b.test/",
         ],
     )
     def test_what_is_no_address_is_told(self, refusal, source):
@@ -710,6 +712,8 @@ class TestHttps:
         "https://me:pa55word@images.test/a.png?X-Amz-Signature=s3cr3t#token",
         "https://images.test/a.png?X-Amz-Signature=s3cr3t",
         "https://images.test?token=s3cr3t",
+        "https://images.test#s3cr3t",
+        "https://images.test/a.png#s3cr3t",
         "https://me:pa55word@images.test",
         "HTTPS://me:pa55word@images.test/a?s3cr3t",
         "http://me:pa55word@images.test/a?token=s3cr3t",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -427,12 +428,44 @@ def test_a_revoked_or_expired_token_is_none(guarded: Web) -> None:
         stored = session.get(tokens.ApiToken, row.id)
         assert secret not in (stored.secret_hash, stored.name)
         assert stored.used_at is not None
+        assert stored.expires_at == stored.created_at + timedelta(days=1)
         stored.expires_at = stored.created_at
     assert guarded.client.get("/api/batches", headers=headers).status_code == 401
     with guarded.db.transaction() as session:
         session.get(tokens.ApiToken, row.id).expires_at = None
     assert guarded.db.write(tokens.revoke, row.id)
     assert guarded.client.get("/api/batches", headers=headers).status_code == 401
+
+
+def test_a_token_is_revoked_once(db: database.Database) -> None:
+    with db.transaction() as session:
+        row, _ = tokens.create(session, name="x", owner="", scopes=[tokens.Scope.READ])
+        assert tokens.revoke(session, row.id)
+        row.revoked_at = long_ago = database.now(session) - timedelta(days=400)
+    assert not db.write(tokens.revoke, row.id)
+    with db.reading() as session:
+        assert session.get_one(tokens.ApiToken, row.id).revoked_at == long_ago
+
+
+@pytest.mark.parametrize(
+    ("before_seconds", "is_noted"), [(tokens.USED_EVERY.seconds + 1, True), (5, False)]
+)
+def test_the_last_use_of_a_token_is_told_to_the_minute(
+    db: database.Database, before_seconds: int, is_noted: bool
+) -> None:
+    with db.transaction() as session:
+        row, _ = tokens.create(session, name="x", owner="", scopes=[tokens.Scope.READ])
+        row.used_at = before = database.now(session) - timedelta(seconds=before_seconds)
+        tokens.note_use(session, row.id)
+        assert (row.used_at > before) is is_noted
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("localhost", True), ("127.0.0.2", True), ("localhost.evil.example", False)],
+)
+def test_a_name_that_begins_like_ours_is_not_loopback(host: str, is_loopback: bool) -> None:
+    assert tokens.is_loopback(host) is is_loopback
 
 
 def test_other_addresses_than_loopback_need_a_token_to_begin_with() -> None:
