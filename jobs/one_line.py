@@ -6,6 +6,7 @@ have, and emoji that are put together.
 
 import unicodedata
 
+INVISIBLE = frozenset({"Cc", "Cf", "Mn"})  # controls, joiners and the like, marks on nothing
 CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, halves of characters, ends of lines
 TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """They change the order in which what follows is shown."""
@@ -14,6 +15,11 @@ TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def is_named(text: str) -> bool:
     """Whether it may be a name; empty, it may."""
     return first_wrong(text) is None
+
+
+def is_blank(text: str) -> bool:
+    """Nothing of it can be seen: a link of it could not be clicked."""
+    return all(c.isspace() or unicodedata.category(c) in INVISIBLE for c in text)
 
 
 def first_wrong(text: str) -> str | None:

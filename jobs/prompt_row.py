@@ -123,12 +123,16 @@ def _refuse_unstorable(text: str) -> None:
             ) from None
 
 
+def _why_blank(text: str) -> str:
+    return "is empty" if not text or text.isspace() else "has no character that can be seen"
+
+
 def _text_check(max_chars: int) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if type(value) is not str:
             raise Invalid(f"must be a text, got {shown(value)}")
-        if not value or value.isspace():
-            raise Invalid("is empty: write some text")
+        if one_line.is_blank(value):
+            raise Invalid(f"{_why_blank(value)}: write some text")
         if len(value) > max_chars:
             raise Invalid(f"has {len(value):,} characters: at most {max_chars:,} would do")
         _refuse_unstorable(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any, BinaryIO, Literal, NoReturn, Self
 
-from jobs import errors, prompt_row
+from jobs import errors, one_line, prompt_row
 
 Format = Literal["jsonl", "csv", "text"]
 
@@ -236,7 +236,7 @@ def _text_row(number: int, line: bytes | None) -> prompt_row.PromptRow | None:
     if line is None:
         raise prompt_row.Invalid(_TOO_LONG)
     text = _decoded(line).strip()
-    if not text:  # blanks that only Unicode knows
+    if one_line.is_blank(text):  # also what only Unicode knows
         return None
     if text.startswith(('{"', "{'")):
         raise prompt_row.Invalid("looks like JSON, not like a prompt: name the file .jsonl")
@@ -429,7 +429,7 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, list[str]] | errors.Probl
             continue
         if feed.undecodable:
             yield feed.undecodable
-        elif any(cell.strip() for cell in cells):
+        elif not all(map(one_line.is_blank, cells)):
             yield start, cells
 
 

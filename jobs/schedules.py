@@ -103,6 +103,8 @@ def check(new: NewSchedule) -> cron.Rule:
     problems = []
     if not 1 <= len(new.name) <= 150 or not one_line.is_named(new.name) or "/" in new.name:
         problems.append("a name must be 1 to 150 characters on one line without /")
+    elif one_line.is_blank(new.name):
+        problems.append("a name must have a character that can be seen")
     if new.name in (".", ".."):
         problems.append(f"a name must not be {new.name}: browsers take it for a folder")
     if not 1 <= new.catch_up <= MAX_CATCH_UP:

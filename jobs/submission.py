@@ -383,6 +383,8 @@ def check_options(options: Options) -> None:
     ):
         if value is not None and not (one_line.is_named(value) and 1 <= len(value) <= longest):
             problems.append(f"{option} must be 1 to {longest} characters on one line")
+        elif option == "name" and value and one_line.is_blank(value):
+            problems.append("name must have a character that can be seen")
     if problems:
         raise errors.InvalidInput(
             "options", [errors.Problem(line=None, message=text) for text in problems]

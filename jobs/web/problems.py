@@ -38,6 +38,8 @@ FORMS = ("/submit", "/schedules")  # pages that are asked for where they are sen
 AWAY = (safety.CheckBroken, storage.StorageUnavailable, presets.FolderMissing)
 """Nobody who asks is to blame; they are asked before anything is stored."""
 OUTAGES = (*AWAY, database.DatabaseUnavailable, DBAPIError, NoConnectionFree)
+GONE = {"X-Rushes": "gone"}
+"""Tells a 404 of ours from one that a proxy gives while we are away."""
 
 
 def install(app: FastAPI) -> None:
@@ -61,6 +63,8 @@ def answer(
     detail = database.storable(detail)  # a name in a form may hold what no answer can
     for problem in more.get("problems", ()):
         problem["message"] = database.storable(problem["message"])
+    if status == 404:
+        headers = {**(headers or {}), **GONE}
     path = request.url.path
     if not path.startswith(API_PATHS) and "text/html" in request.headers.get("accept", ""):
         return _page(request, status, detail, headers, more)

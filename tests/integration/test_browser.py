@@ -4,6 +4,7 @@ Debian's package `chromium`, driven by Playwright; without it these tests are sk
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,13 @@ def paused(page: Page) -> str:
     return batch_id
 
 
+def ask_anew(page: Page) -> None:
+    """Now, not when it is time, for the part of a page that changes."""
+    page.evaluate("document.addEventListener('htmx:after:swap', () => window.isNew = true)")
+    page.evaluate("window.isNew = false, document.dispatchEvent(new Event('visibilitychange'))")
+    until(lambda: page.evaluate("window.isNew"), bool, seconds=20)
+
+
 def requests_of(page: Page) -> list[str]:
     """Grows with each that it makes from now on, but for its icon."""
     asked: list[str] = []
@@ -172,7 +180,7 @@ def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
     for box in page.get_by_label("compare").all():
         box.check()
     page.get_by_role("button", name="Compare the chosen").click()
-    expect(page.locator(".differs")).to_have_text([f"seed{seed}" for seed in range(7, 11)])
+    expect(page.locator("mark")).to_have_text([str(seed) for seed in range(7, 11)])
     page.get_by_role("button", name="Play together").click()
     # Asked from outside: the page's policy lets nobody evaluate text inside it.
     all_run = "[...document.querySelectorAll('video')].every((video) => video.currentTime > 0.2)"
@@ -189,8 +197,11 @@ def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
         window.goto(job)
         expect(window.get_by_text("This video cannot be played just now.")).to_be_visible()
         expect(video).to_have_count(0)
+        again = window.get_by_role("button", name="Try again")
+        again.click()
+        expect(again).to_be_focused()
         window.unroute("**/api/jobs/*/video")
-        window.get_by_role("button", name="Try again").click()
+        again.click()
         until(lambda: video.evaluate("each => each.readyState >= 2"), bool, seconds=20)
     with farm.db.reading() as session:
         winner = queries.winning_attempt(session, session.get_one(Job, int(job[6:])))
@@ -201,6 +212,39 @@ def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
         window.goto(job)
         expect(window.get_by_text("This video was deleted.")).to_be_visible()
         expect(window.get_by_role("button", name="Try again")).to_have_count(0)
+
+
+def test_a_browser_without_h264_says_so_and_offers_the_file(
+    page: Page, browser: Browser, address: str
+) -> None:
+    job = finished_job(page, "a video")
+    with window_of(browser, address) as window:
+        window.add_init_script("HTMLMediaElement.prototype.canPlayType = () => '';")
+        unplayable = {"status": 206, "body": "?", "content_type": "video/mp4"}
+        window.route("**/api/jobs/*/video", lambda asked: asked.fulfill(**unplayable))
+        window.goto(job)
+        expect(window.get_by_text("This browser cannot play H.264 video")).to_be_visible()
+        link = window.get_by_role("link", name="download it")
+        assert link.evaluate("each => [each.pathname, each.download]") == [f"/api{job}/video", ""]
+        link.focus()
+        ask_anew(window)
+        expect(link).to_be_focused()
+
+
+def test_a_video_goes_on_as_it_was_set_and_ends_with_what_it_was_of(page: Page) -> None:
+    job = finished_job(page, "a video")
+    page.goto(job)
+    video = page.locator("video")
+    video.evaluate("each => { each.loop = each.muted = true; each.playbackRate = 2; each.play(); }")
+    ask_anew(page)
+    state = "each => [each.loop, each.muted, each.playbackRate, each.paused]"
+    assert video.evaluate(state) == [True, True, 2, False]
+    now = page.context.request.get(job, headers={"Accept": "text/html"}).text()
+    following = now.replace("video-", "video-9").replace(f"{job}/video", "/jobs/9/video")
+    page.route(f"**{job}", lambda asked: asked.fulfill(body=following, content_type="text/html"))
+    page.route("**/jobs/9/video", lambda asked: asked.fulfill(status=204))
+    ask_anew(page)
+    expect(video).to_have_attribute("src", "/api/jobs/9/video")
 
 
 def test_videos_of_different_lengths_play_to_the_end_of_the_longest(page: Page) -> None:
@@ -259,8 +303,13 @@ def test_a_page_of_what_was_deleted_says_so_and_asks_no_more(
 ) -> None:
     batch_id = paused(page)
     with impatient_window_of(browser, address, batch_id) as window:
-        window.route(f"**/batches/{batch_id}", lambda asked: asked.fulfill(status=404))
-        stale = window.locator("#stale")
+        path, stale = f"**/batches/{batch_id}", window.locator("#stale")
+        window.route(path, lambda asked: asked.fulfill(status=404))  # a proxy's own
+        expect(stale).to_contain_text("no good answer since", timeout=20_000)
+        window.unroute(path)
+        expect(stale).to_be_hidden(timeout=20_000)
+        gone = {"X-Rushes": "gone"}
+        window.route(path, lambda asked: asked.fulfill(status=404, headers=gone))
         expect(stale).to_contain_text("This was deleted", timeout=20_000)
         asked = requests_of(window)
         window.wait_for_timeout(5_000)  # two polls, and longer than it waits for an answer
@@ -329,6 +378,25 @@ def test_a_mistake_is_told_where_it_was_made_and_the_rest_is_kept(page: Page) ->
         "As 832x480; empty: the preset's."
     )
     expect(page.get_by_label("Prompts", exact=True)).to_have_value("a cat")
+    for path, label in (("/submit", "Videos per prompt"), ("/schedules", "of them at most")):
+        page.goto(path)
+        page.get_by_label(label).fill("")
+        page.get_by_label(label).press_sequentially("2e")
+        page.locator(".form button.main").click()
+        expect(page.get_by_label(label)).to_have_accessible_description(re.compile("got '2e'"))
+
+
+def test_what_was_done_is_told_once_and_the_button_keeps_the_focus(page: Page) -> None:
+    batch_id = paused(page)
+    expect(page.get_by_role("status")).to_contain_text("Paused")
+    expect(page.get_by_role("button", name="Resume")).to_be_focused()
+    assert urlsplit(page.url).query == ""
+    page.reload()
+    expect(page.get_by_role("status")).to_have_count(0)
+    page.goto("/batches")
+    page.get_by_role("button", name=f"+1, sooner: {batch_id}").click()
+    expect(page.get_by_role("status")).to_contain_text("is changed")
+    expect(page.get_by_role("button", name=f"+1, sooner: {batch_id}")).to_be_focused()
 
 
 def test_the_form_can_be_filled_in_and_sent_by_keyboard(page: Page) -> None:

@@ -2,6 +2,11 @@
 "use strict";
 
 const PATIENCE_MILLISECONDS = 10_000; // without an answer, until the page says so
+const H264 = 'video/mp4; codecs="avc1.640028"';
+
+// A proxy has a 404 of its own while the service is away.
+const isOfWhatIsGone = (answer) =>
+  answer?.status === 404 && answer.headers.get("X-Rushes") === "gone";
 
 // Parts of a page are fetched anew by htmx every few seconds: while they are seen, and however many
 // answers are errors.
@@ -25,9 +30,9 @@ document.addEventListener("htmx:before:request", (event) => {
   else waiting ??= setTimeout(tellAge, PATIENCE_MILLISECONDS);
 });
 document.addEventListener("htmx:after:request", (event) => {
-  const status = event.detail.ctx.response.status;
-  isGone = status === 404;
-  if (status >= 400 && !isGone) return;
+  const answer = event.detail.ctx.response;
+  isGone = isOfWhatIsGone(answer);
+  if (answer.status >= 400 && !isGone) return;
   clearTimeout(waiting);
   waiting = null;
   answeredAt = new Date();
@@ -49,6 +54,7 @@ document.addEventListener("submit", (event) => {
   if (underWay.has(name) || (question && !confirm(question))) event.preventDefault();
   else if (form.method === "post") {
     underWay.add(name);
+    sessionStorage.setItem("pressed", event.submitter?.id ?? "");
     setTimeout(() => underWay.delete(name), PATIENCE_MILLISECONDS);
   }
 });
@@ -79,8 +85,15 @@ async function tellWhy(video) {
   const asked = await fetch(video.src, aByte).catch(() => null);
   const told = document.createElement("p");
   told.className = "empty";
-  if (asked?.status === 404) told.textContent = "This video was deleted.";
-  else {
+  told.tabIndex = -1;
+  if (isOfWhatIsGone(asked)) told.textContent = "This video was deleted.";
+  else if (asked?.ok && !video.canPlayType(H264)) {
+    const link = document.createElement("a");
+    link.href = video.src;
+    link.download = "";
+    link.textContent = "download it";
+    told.append("This browser cannot play H.264 video: ", link, ".");
+  } else {
     const again = document.createElement("button");
     again.type = "button";
     again.textContent = "Try again";
@@ -91,7 +104,9 @@ async function tellWhy(video) {
     });
     told.append("This video cannot be played just now. ", again);
   }
+  const hadFocus = document.activeElement === video; // after "Try again"
   video.replaceWith(told);
+  if (hadFocus) (told.querySelector("a, button") ?? told).focus();
 }
 
 // Errors of media do not bubble; those of before this script ran are found by their state.
@@ -137,8 +152,22 @@ function playTogether() {
   });
 }
 
+// What was done is told once, not again after a reload; and who pressed a button stands there again,
+// or at its counterpart.
+function tellOnce() {
+  const address = new URL(location);
+  if (!address.searchParams.has("did")) return;
+  address.searchParams.delete("did");
+  history.replaceState(history.state, "", address);
+  const pressed = sessionStorage.getItem("pressed") ?? "";
+  const other = {"pause-button": "resume-button", "resume-button": "pause-button"}[pressed];
+  const button = document.getElementById(pressed) ?? document.getElementById(other);
+  button?.focus({preventScroll: true});
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   explainPreset();
   playTogether();
+  tellOnce();
   document.getElementById("summary")?.focus();
 });

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from jobs import cron, errors
+from jobs import cron, errors, one_line
 from jobs.web import access, bodies, html, problems, service, timetable
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints, submitting
@@ -124,10 +124,11 @@ def add(
 
 
 def _add(serving: service.Service, who: access.Principal, given: Given, found: Complaints) -> None:
-    lines = [line.strip() for line in given.prompts.splitlines() if line.strip()]
+    typed = given.prompts.splitlines()
+    lines = [line.strip() for line in typed if not one_line.is_blank(line)]
     if not lines:
         found.add("prompts", "Type a prompt: each line is a video of every batch.")
-    if not given.name.strip():
+    if one_line.is_blank(given.name):
         found.add("name", "Give the schedule a name.")
     for field, rule, zone in (("cron", given.cron, "UTC"), ("zone", "@daily", given.zone)):
         try:

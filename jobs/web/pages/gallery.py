@@ -85,6 +85,7 @@ def gallery(
     who: access.Reader,
     batch: Annotated[str | None, Query(max_length=50)] = None,
     cursor: Annotated[str | None, Query(max_length=80)] = None,
+    chosen: Annotated[list[int], Query()] = [],  # noqa: B006  # FastAPI copies it
 ) -> Response:
     """Batches newest first, in each its finished videos in the order of the file."""
     with serving.db.reading() as session:
@@ -97,6 +98,8 @@ def gallery(
         who=who,
         batch=only,
         cards=cards,
+        chosen=chosen,
+        cursor=cursor,
         next_url=html.address("/gallery", batch=batch, cursor=following) if following else None,
         first_url=html.address("/gallery", batch=batch) if cursor else None,
     )
@@ -183,8 +186,12 @@ def compare(
     serving: Serving,
     who: access.Reader,
     job: Annotated[list[int], Query()] = [],  # noqa: B006  # FastAPI copies it
+    batch: str | None = None,
+    cursor: str | None = None,
 ) -> Response:
+    """`batch` and `cursor`: of the page of the gallery on which they were chosen."""
     wanted = list(dict.fromkeys(job))
+    back = html.address("/gallery", batch=batch, cursor=cursor, chosen=wanted)
     problem = None
     if not 2 <= len(wanted) <= MOST_COMPARED:
         problem = f"Choose 2 to {MOST_COMPARED} videos to compare, not {len(wanted)}."
@@ -196,6 +203,7 @@ def compare(
         who=who,
         status=200 if problem is None else 422,
         problem=problem,
+        back=back,
         shown=shown,
         different=_different([each["settings"] for each in shown]),
     )

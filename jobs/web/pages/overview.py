@@ -34,6 +34,7 @@ def list_batches(
         here="/batches" + (f"?cursor={cursor}" if cursor else ""),
         next_url=f"/batches?cursor={following}" if following else None,
         first_url="/batches" if cursor else None,
+        most=prompt_row.MAX_PRIORITY,
     )
 
 
@@ -108,7 +109,7 @@ def prioritize(
     to: Annotated[str, Form()],
     back: Back = "",
 ) -> Response:
-    """To a number, one up or down, or before all that waits."""
+    """To a number, or before all that waits."""
     with serving.db.reading() as session:
         batch = finding.batch(session, batch_id, who)
         now = batch.priority + batch.boost
@@ -136,8 +137,6 @@ def _priority(to: str, *, now: int, lead: int) -> int:
     most = prompt_row.MAX_PRIORITY
     if to == "first":
         wanted = now + max(0, 1 - lead)
-    elif to in ("up", "down"):
-        wanted = now + (1 if to == "up" else -1)
     else:
         try:
             wanted = int(to)

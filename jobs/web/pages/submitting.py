@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, presets, prompt_row, queries, readers, submission
+from jobs import errors, one_line, presets, prompt_row, queries, readers, submission
 from jobs.web import access, batches, bodies, html, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
@@ -176,9 +176,10 @@ def _submitted(
     serving: service.Service, who: access.Principal, given: Given, found: Complaints
 ) -> submission.Submission | None:
     """None: something is wrong, and `found` says what."""
-    if given.has_file and given.prompts.strip():
+    is_typed = not one_line.is_blank(given.prompts)
+    if given.has_file and is_typed:
         found.add("file", "There are prompts above and a file: keep one of them.")
-    elif not given.has_file and not given.prompts.strip():
+    elif not given.has_file and not is_typed:
         found.add("prompts", "Type a prompt, or choose a file.")
     settings = _settings(given, found)
     repeat = found.whole("repeat", given.repeat or "1")

@@ -445,6 +445,7 @@ def test_editing_a_preset_changes_no_queued_job(world: World) -> None:
         ({"repeat": 10_001}, "repeat"),
         ({"name": ""}, "name must be 1 to 200 characters on one line"),
         ({"name": "x" * 201}, "name"),
+        ({"name": "\u200b\u2060"}, "name must have a character that can be seen"),
         ({"name": "two\nlines"}, "name"),
         ({"name": "nul\0"}, "name"),
         ({"name": "half \udcff"}, "name"),

@@ -30,6 +30,13 @@ def _prompts() -> None:
     Path("p.txt").write_text("a {{style}} cat {{counter}}\n")
 
 
+def test_a_name_that_cannot_be_seen_is_refused(rushes: Rushes) -> None:
+    style = ("--list", "style=noir")
+    refused = rushes("add", "\u200b\u2060", *NIGHTLY, "--file", "p.txt", *style)
+    assert refused.exit_code == 2
+    assert "a name must have a character that can be seen" in refused.output
+
+
 def test_a_schedule_from_its_first_day_to_its_last(rushes: Rushes) -> None:
     added = rushes("add", "night", *NIGHTLY, "--file", "p.txt", "--list", "style=noir,anime")
     assert added.exit_code == 0, added.output

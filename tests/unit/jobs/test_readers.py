@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jobs import errors, looks, prompt_row, readers
+from jobs import errors, looks, one_line, prompt_row, readers
 
 ROOT = Path(__file__).resolve().parents[3]
 FORMATS: tuple[readers.Format, ...] = ("jsonl", "csv", "text")
@@ -128,6 +128,12 @@ class TestJsonLines:
     def test_a_file_of_a_bom_only_has_no_prompts(self):
         assert only_problem(b"\xef\xbb\xbf").line is None
 
+    @pytest.mark.parametrize(("format", "head"), [("text", ""), ("csv", "prompt,seed\n")])
+    def test_a_line_on_which_nothing_can_be_seen_is_blank(self, format, head):
+        seed = "" if format == "text" else ","
+        content = f"{head}\u200b \ufeff{seed}\na cat{seed}\n"
+        assert [row.prompt for row in rows_of(content, format)] == ["a cat"]
+
     def test_a_prompt_in_any_script_arrives_as_written(self):
         assert row(prompt="кот \U0001f408 猫\n  runs ").prompt == "кот \U0001f408 猫\n  runs "
 
@@ -176,6 +182,8 @@ class TestJsonLines:
         [
             ({"prompt": ""}, "prompt is empty"),
             ({"prompt": " \u3000\n"}, "prompt is empty"),
+            ({"prompt": "\u200b\u2060"}, "prompt has no character that can be seen: write some"),
+            ({"custom_id": "\u200b"}, "custom_id has no character that can be seen"),
             ({"prompt": 5}, "prompt must be a text, got 5"),
             ({"prompt": "x" * 10_001}, "prompt has 10,001 characters: at most 10,000"),
             ({"prompt": "a\0b"}, "prompt holds a NUL"),
@@ -607,7 +615,7 @@ def test_any_json_object_is_a_row_or_a_problem_of_line_1(fields):
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
 def test_any_storable_prompt_survives_json_lines_and_csv(prompt):
-    if not prompt.strip():
+    if one_line.is_blank(prompt):
         return
     out = io.StringIO()
     csv.writer(out, quoting=csv.QUOTE_ALL).writerows([["prompt"], [prompt]])

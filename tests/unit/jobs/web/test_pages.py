@@ -150,6 +150,7 @@ def test_an_image_is_the_first_frame_of_every_prompt(
 
 WRONG = [
     ({"prompts": " "}, "prompts", "Type a prompt"),
+    ({"prompts": "\u200b\n\u2060"}, "prompts", "Type a prompt"),
     ({"prompts": "a\x00b"}, "prompts", "NUL"),
     ({"preset": "nothing"}, "preset", "no preset"),
     ({"seed": "-1"}, "seed", "seed must"),
@@ -159,6 +160,8 @@ WRONG = [
     ({"seed": "9" * 400}, "seed", "seed must"),
     ({"repeat": "0"}, "repeat", "Videos per prompt must be a whole number from 1 to 10,000"),
     ({"repeat": "two"}, "repeat", "whole number"),
+    ({"repeat": "20-30"}, "repeat", "got &#39;20-30&#39;"),
+    ({"priority": "1e"}, "priority", "got &#39;1e&#39;"),
     ({"size": "33x32"}, "size", "multiple of 16"),
     ({"size": "large"}, "size", "size must"),
     ({"seconds": "400"}, "seconds", "at most"),
@@ -172,6 +175,7 @@ WRONG = [
     ({"strength": "NaN"}, "strength", "must be a number"),
     ({"priority": "101"}, "priority", "-100 to 100"),
     ({"name": "x" * 201}, "name", "1 to 200"),
+    ({"name": "\u200b"}, "name", "name must have a character that can be seen"),
     ({"preset": "tiny_i2v"}, "image", "starts from a picture"),
 ]
 """What is typed into a form that is right beside it, the field that is to blame, words about it."""
@@ -322,7 +326,7 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     assert batches_of(web)[0].boost == 1
     assert "It is the first already" in press("priority", to="first")
     assert batches_of(web)[0].boost == 1
-    press("priority", to="down")
+    press("priority", to="0")
     assert batches_of(web)[0].boost == 0
     assert "from -100 to 100" in press("priority", to="900")
     web.fail(web.job_id(batch_id), error="it broke in the middle")
@@ -349,7 +353,26 @@ def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: 
     shared = "100 It has the highest priority, and so have others: they take turns."
     assert press(mine, "first") == shared
     assert press(mine, "first") == shared
-    assert press(mine, "up").startswith("100 Nothing was changed")
+    assert press(mine, "100").startswith("100 Nothing was changed")
+
+
+def test_one_more_or_less_says_the_number_that_is_wanted(web: Web, browser: Browser) -> None:
+    """A browser that lost the answer sends it again."""
+    batch_id = web.submit(priority=99)
+
+    def wanted(name: str) -> str:
+        form = browser.get("/batches").text.partition(f'id="{name}-{batch_id}"')[2]
+        return re.search(r'name="to" value="([^"]+)"', form)[1]
+
+    def press(name: str) -> int:
+        to = wanted(name)
+        for _ in range(2):
+            browser.post(f"/batches/{batch_id}/priority", {"to": to}, of="/batches")
+        return int(web.client.get(f"/api/batches/{batch_id}").json()["priority"])
+
+    assert press("up") == 100
+    assert wanted("up") == "100"
+    assert press("down") == 99
 
 
 @pytest.mark.parametrize(
@@ -407,9 +430,28 @@ def test_what_differs_between_two_videos_is_marked(web: Web, browser: Browser) -
     for job_id in ids:
         web.succeed(job_id)
     text = browser.get(f"/compare?job={ids[0]}&job={ids[1]}").text
-    assert re.findall(r'class="differs"><dt>(\w+)</dt>', text) == ["seed", "seed"]
+    assert re.findall(r"<dt>(\w+)</dt><dd[^>]*><mark>(\w+)</mark>", text) == [
+        ("seed", "1"), ("seed", "2"),
+    ]  # fmt: skip
     assert f"/compare?job={ids[0]}&amp;job={ids[1]}" in browser.get(f"/jobs/{ids[0]}").text
     assert browser.get(f"/compare?job={ids[0]}").status_code == 422
+
+
+def test_a_choice_that_cannot_be_compared_leads_back_to_it(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(18)
+    ids = [web.job_id(batch_id, number) for number in range(18)]
+    for job_id in ids:
+        web.succeed(job_id)
+    first = browser.get(f"/gallery?batch={batch_id}").text
+    second = re.search(r'rel="next" href="([^"]+)"', first)[1].replace("&amp;", "&")
+    form = browser.get(second).text.partition('action="/compare"')[2]
+    place = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]+)"', form))
+    chosen = ids[12:17]
+    answer = browser.client.get("/compare", params=place | {"job": chosen}, headers=HTML)
+    assert "Choose 2 to 4 videos to compare, not 5." in answer.text
+    back = re.search(r'href="(/gallery\?[^"]+)"', answer.text)[1].replace("&amp;", "&")
+    checked = re.findall(r'name="job" value="(\d+)" checked', browser.get(back).text)
+    assert [int(number) for number in checked] == chosen
 
 
 def marked(web: Web, browser: Browser, *jobs: int) -> set[str]:
@@ -417,7 +459,7 @@ def marked(web: Web, browser: Browser, *jobs: int) -> set[str]:
     for job_id in jobs:
         web.succeed(job_id)
     text = browser.get("/compare?" + "&".join(f"job={job_id}" for job_id in jobs)).text
-    return set(re.findall(r'class="differs"><dt>([^<]+)</dt>', text))
+    return set(re.findall(r"<dt>([^<]+)</dt><dd[^>]*><mark>", text))
 
 
 def two_frames(web: Web, image: bytes) -> list[str]:
@@ -610,11 +652,13 @@ WRONG_SCHEDULES = [
     ({"name": ""}, "name", "a name"),
     ({"name": "a/b"}, "name", "without /"),
     ({"name": "."}, "name", "must not be"),
+    ({"name": "\u200b"}, "name", "Give the schedule a name"),
     ({"name": ".."}, "name", "must not be"),
     ({"name": "n" * 151}, "name", "The name may have at most 150 characters."),
     ({"cron": "99 * * * *"}, "cron", "99"),
     ({"zone": "Europe/Berln"}, "zone", "Europe/Berlin"),
     ({"prompts": ""}, "prompts", "Type a prompt"),
+    ({"prompts": "\u200b"}, "prompts", "Type a prompt"),
     ({"prompts": "a\n" * 10_001}, "prompts", "There may be at most 10,000 prompts."),
     ({"prompts": "a {{stlye}}"}, "prompts", "unknown variable"),
     ({"lists": "style"}, "lists", "is no list"),
@@ -848,6 +892,7 @@ def test_a_fragment_for_somebody_logged_out_leads_to_the_login(guarded: Web) -> 
 def test_errors_are_pages_for_people_and_documents_for_programs(web: Web) -> None:
     page = web.client.get("/jobs/99", headers=HTML)
     assert (page.status_code, page.headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert page.headers["x-rushes"] == "gone"
     for path in ("/api/jobs/99", "/jobs/99"):
         answer = web.client.get(path)
         assert answer.headers["content-type"] == "application/problem+json"
@@ -915,6 +960,37 @@ def test_a_job_has_one_short_name_on_the_page_of_its_batch(web: Web, browser: Br
     text = browser.get(f"/batches/{batch_id}").text
     named = re.findall(r'href="/jobs/\d+" dir="auto">([^<]+)</a>', text)
     assert named == ["#1", "x" * 77 + "..."] * 2
+
+
+def test_running_jobs_have_a_place_of_their_own_until_the_end(web: Web, browser: Browser) -> None:
+    """A link under a pointer stays that of its job, and what is below does not jump."""
+    batch_id = web.submit()
+    job_id = web.job_id(batch_id)
+    assert "Nothing just now." in browser.get(f"/batches/{batch_id}").text
+    attempt_id = web.claim(job_id)
+    text = browser.get(f"/batches/{batch_id}").text
+    assert f'<li id="running-{job_id}">' in text
+    assert "Nothing just now." not in text
+    web.succeed(job_id, attempt_id)
+    assert "<h2>Running" not in browser.get(f"/batches/{batch_id}").text
+
+
+def test_what_people_do_on_a_page_is_left_alone_when_it_is_asked_for_anew(
+    web: Web, browser: Browser
+) -> None:
+    batch_id = web.submit()
+    assert re.search(
+        r'<input id="to"[^>]* hx-morph-skip>', browser.get(f"/batches/{batch_id}").text
+    )
+    job_id = web.job_id(batch_id)
+    web.succeed(job_id)
+    assert f'<div id="video-{job_id}" hx-morph-skip>' in browser.get(f"/jobs/{job_id}").text
+
+
+def test_pages_that_change_say_what_they_need_without_scripts(browser: Browser) -> None:
+    for path in PAGES:
+        is_live = path not in ("/submit", "/gallery")
+        assert ("<noscript>" in browser.get(path).text) is is_live, path
 
 
 def test_what_people_wrote_is_set_in_its_own_direction(web: Web, browser: Browser) -> None:
