@@ -190,6 +190,7 @@ def _database(config: settings.Settings) -> Iterator[Check]:
             began = time.monotonic()
             with db.reading() as session:
                 skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
+                through = ", through a pooler" if database.is_pooled(session) else ""
             milliseconds = (time.monotonic() - began) * 1000
             revision, head = migrate.current(db), migrate.head()
             refused = None if revision is None else _refused_write(db)
@@ -197,7 +198,8 @@ def _database(config: settings.Settings) -> Iterator[Check]:
         advice = "start the server or correct DATABASE_URL"
         yield _fail("database", errors.first_line(error), advice)
         return
-    yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
+    seen = f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms{through}"
+    yield _ok("database", seen)
     if refused is not None:
         advice = "lead DATABASE_URL to the primary, or give its disk room"
         yield _fail("database writes", refused, advice)

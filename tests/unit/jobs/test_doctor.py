@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import json5
+import psycopg
 import pytest
 import redis
 import safetensors.torch
@@ -62,6 +63,17 @@ def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.Monkey
     found = checks()
     assert (found["database"].status, found["database writes"].status) == ("ok", "fail")
     assert "readonly" in found["database writes"].seen
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_a_pooler_before_the_database_is_named(
+    postgres_database_url: str, monkeypatch: pytest.MonkeyPatch, *, is_pooled: bool
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", postgres_database_url)
+    if is_pooled:
+        monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", property(lambda _: -1))
+    found = checks()["database"]
+    assert (found.status, found.seen.endswith(", through a pooler")) == ("ok", is_pooled)
 
 
 def test_old_tables_fail() -> None:
