@@ -163,17 +163,10 @@ def _shown(config: settings.Settings, field: str) -> str:
         with contextlib.suppress(errors.RushesError):
             return database.shown(database.connect(config).url)
     if field == "broker_url":
-        return _without_password(config.broker_url.get_secret_value())
+        return broker.shown(config.broker_url.get_secret_value())
     if field in ("aws_secret_access_key", "aws_session_token"):
         return "(secret)"
     return str(getattr(config, field))
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    with contextlib.suppress(ValueError):
-        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
-    return f"{parts.scheme}://..."
 
 
 # Database.
