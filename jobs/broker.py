@@ -124,6 +124,37 @@ class Broker:
         pipeline.delete(TRIAL_KEY)
         return _refusal_of(pipeline)
 
+    def withheld(self) -> list[str]:
+        """What Celery needs besides our own keys, of which this user may not use any."""
+        keys = (
+            *celery_app.UNACKED_KEYS.values(),
+            *(f"_kombu.binding.{celery_app.PIDBOX}", "_kombu.binding_deadlines"),
+            f"trial.{celery_app.PIDBOX}",
+        )
+        pipeline = self.redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.exists(key)
+        answers = zip(keys, pipeline.execute(raise_on_error=False), strict=True)
+        found = [f"the key {key}" for key, answer in answers if isinstance(answer, Exception)]
+        with self.redis.pubsub() as heard:  # type: ignore[no-untyped-call]  # redis-py says no types
+            try:
+                heard.psubscribe(self._channel)
+                heard.get_message(timeout=SEND_SECONDS)
+            except redis.exceptions.NoPermissionError:
+                found.append(f"the channel {self._channel}")
+        return found
+
+    @property
+    def rights(self) -> str:
+        """Of a user of Redis, as ACL SETUSER takes them: all that rushes needs."""
+        keys = f"resetkeys ~rushes.* ~_kombu.binding* ~*.{celery_app.PIDBOX}*"
+        channels = f"resetchannels &{self._channel}"
+        return f"{keys} {channels} +@all -@dangerous +info +client|list"
+
+    @property
+    def _channel(self) -> str:
+        return f"/{urlsplit(self.url).path[1:] or 0}.{celery_app.PIDBOX}"
+
     def refuse_cluster(self) -> None:
         """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows."""
         try:

@@ -9,6 +9,7 @@ from jobs import settings
 RENDER_TASK = "rushes.render"
 PUBLISH_TASK = "rushes.publish"
 CONTROL = "rushes"
+PIDBOX = f"{CONTROL}.pidbox"
 UNACKED_KEYS = {
     "unacked_key": "rushes.unacked",
     "unacked_index_key": "rushes.unacked_index",

@@ -196,3 +196,11 @@ def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch
     meant = broker.Broker(settings.load()).url
     parts = urlsplit(url)
     assert broker.shown(meant) == f"{parts.scheme}://h:{parts.port or 6379}{parts.path}"
+
+
+def test_the_rights_of_a_user_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://h/7")
+    rights = broker.Broker(settings.load()).rights
+    assert "&/7.rushes.pidbox " in rights
+    page = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
+    assert rights.replace("/7", "/0") in page.read_text()

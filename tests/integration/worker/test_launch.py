@@ -798,6 +798,26 @@ def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alon
         assert host.bell.redis.hlen("unacked") == 1
 
 
+def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, until, monkeypatch):
+    admin = host.bell.redis
+    admin.execute_command(*f"ACL SETUSER me on >pw {host.bell.rights}".split())
+    admin.acl_log_reset()
+    try:
+        restricted = f"redis://me:pw@{host.bell.url.rpartition('@')[2]}"
+        monkeypatch.setenv("CELERY_BROKER_URL", restricted)
+        (job,) = host.submit(model_path="simulated")
+        bell = broker.Broker(settings.load())
+        with launched(host, until, "sim:1") as (process, _):
+            bell.send_renders(job.queue, [job.id])
+            until(lambda: host.job(job.id).state is states.JobState.SUCCEEDED, seconds=60)
+            bell.steer("sim0@here", leave=[job.queue])
+            process.terminate()
+            process.wait(60)
+        assert admin.acl_log() == []
+    finally:
+        admin.acl_deluser("me")
+
+
 def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_launcher, until):
     """Else it would eat the messages that others could render."""
     tiny = queues.of_model("tiny")
