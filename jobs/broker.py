@@ -125,7 +125,7 @@ class Broker:
         return _refusal_of(pipeline)
 
     def withheld(self) -> list[str]:
-        """What Celery needs besides our own keys, of which this user may not use any."""
+        """Of the keys and channels that Celery needs: those that this user may not use."""
         keys = (
             *celery_app.UNACKED_KEYS.values(),
             *(f"_kombu.binding.{celery_app.PIDBOX}", "_kombu.binding_deadlines"),
