@@ -1,6 +1,7 @@
 """What Redis is used for: a few messages per worker that say "this job may start", and a kick."""
 
 import json
+import re
 import uuid
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,6 +19,9 @@ TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
 
+SCHEMES = ("redis", "rediss")
+ESCAPES = "in a password, / is written %2F, : %3A, @ %40, # %23 and ? %3F"
+
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
 
@@ -25,8 +29,7 @@ class BrokerUnavailable(errors.RushesError):
     """Redis does not answer. Nothing is lost: the dispatcher sends again when it does."""
 
     def __init__(self, url: str, reason: str) -> None:
-        parts = urlsplit(url)
-        self.address = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+        self.address = shown(url)
         super().__init__(f"broker {self.address}: {reason}")
 
 
@@ -121,6 +124,37 @@ class Broker:
         pipeline.delete(TRIAL_KEY)
         return _refusal_of(pipeline)
 
+    def withheld(self) -> list[str]:
+        """Of the keys and channels that Celery needs: those that this user may not use."""
+        keys = (
+            *celery_app.UNACKED_KEYS.values(),
+            *(f"_kombu.binding.{celery_app.PIDBOX}", "_kombu.binding_deadlines"),
+            f"trial.{celery_app.PIDBOX}",
+        )
+        pipeline = self.redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.exists(key)
+        answers = zip(keys, pipeline.execute(raise_on_error=False), strict=True)
+        found = [f"the key {key}" for key, answer in answers if isinstance(answer, Exception)]
+        with self.redis.pubsub() as heard:  # type: ignore[no-untyped-call]  # redis-py says no types
+            try:
+                heard.psubscribe(self._channel)
+                heard.get_message(timeout=SEND_SECONDS)
+            except redis.exceptions.NoPermissionError:
+                found.append(f"the channel {self._channel}")
+        return found
+
+    @property
+    def rights(self) -> str:
+        """Of a user of Redis, as ACL SETUSER takes them: all that rushes needs."""
+        keys = f"resetkeys ~rushes.* ~_kombu.binding* ~*.{celery_app.PIDBOX}*"
+        channels = f"resetchannels &{self._channel}"
+        return f"{keys} {channels} +@all -@dangerous +info +client|list"
+
+    @property
+    def _channel(self) -> str:
+        return f"/{urlsplit(self.url).path[1:] or 0}.{celery_app.PIDBOX}"
+
     def refuse_cluster(self) -> None:
         """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows."""
         try:
@@ -156,20 +190,40 @@ class Broker:
         )
 
 
-def _check(url: str) -> None:
+def shown(url: str) -> str:
+    """For people: without the password, which may be anywhere in an address with a mistake."""
+    scheme = url.partition(":")[0]
+    if _mistake(url) is not None:
+        return f"{scheme}://..." if scheme in SCHEMES else "..."
     parts = urlsplit(url)
-    message = None
-    if parts.scheme not in ("redis", "rediss"):
-        message = f"must begin with redis:// or rediss://, got {parts.scheme!r}"
+    return f"{scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+
+
+def _check(url: str) -> None:
+    if (mistake := _mistake(url)) is not None:
+        raise _wrong(mistake)
+
+
+def _mistake(url: str) -> str | None:
+    """Of two clients, Celery's and ours, each must read the same from it."""
     try:
+        parts = urlsplit(url)
         _ = parts.port
     except ValueError:  # its words may show a part of the password
-        message = "has no port: in a password, / is written %2F, : %3A and @ %40"
-    asked = parse_qs(parts.query).get("ssl_cert_reqs", ["required"])[0]
+        return f"has no port: {ESCAPES}"
+    if parts.scheme not in SCHEMES:
+        return f"must begin with redis:// or rediss://, got {parts.scheme!r}"
+    if parts.fragment or not re.fullmatch("(/[0-9]*)?", parts.path):
+        return f"may have only the number of a database behind host and port, as /0: {ESCAPES}"
+    options = parse_qs(parts.query, keep_blank_values=True)
+    if options and parts.scheme == "redis":
+        return f"may have a ? only with rediss://: {ESCAPES}"
+    if not all(name.startswith("ssl_") for name in options):
+        return f"may say only ssl_... behind the ?: {ESCAPES}"
+    asked = options.get("ssl_cert_reqs", ["required"])[0]
     if asked not in ("required", "optional", "none"):
-        message = f"has ssl_cert_reqs={asked}: must be required, optional or none"
-    if message is not None:
-        raise _wrong(message)
+        return f"has ssl_cert_reqs={asked}: must be required, optional or none"
+    return None
 
 
 def _wrong(message: str) -> errors.InvalidInput:

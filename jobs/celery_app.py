@@ -8,6 +8,15 @@ from jobs import settings
 
 RENDER_TASK = "rushes.render"
 PUBLISH_TASK = "rushes.publish"
+CONTROL = "rushes"
+PIDBOX = f"{CONTROL}.pidbox"
+UNACKED_KEYS = {
+    "unacked_key": "rushes.unacked",
+    "unacked_index_key": "rushes.unacked_index",
+    "unacked_mutex_key": "rushes.unacked_mutex",
+}
+"""Not Celery's own names, as of `CONTROL`: with those another app in the same Redis ends our
+workers, and ours send its messages a second time."""
 BROKER_CONNECT_SECONDS = 5.0
 BROKER_ANSWER_SECONDS = 30.0  # longer than Redis's own blocking wait of kombu, 1 s
 
@@ -30,6 +39,7 @@ def values() -> dict[str, Any]:
         "task_serializer": "json",
         "accept_content": ["json"],
         "task_default_queue": "rushes.unused",
+        "control_exchange": CONTROL,
         "worker_prefetch_multiplier": 1,
         "worker_disable_prefetch": True,
         # A fresh interpreter per child: CUDA does not survive a fork.
@@ -41,6 +51,7 @@ def values() -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_transport_options": {
+            **UNACKED_KEYS,
             "socket_connect_timeout": BROKER_CONNECT_SECONDS,
             "socket_timeout": BROKER_ANSWER_SECONDS,
             "socket_keepalive": True,

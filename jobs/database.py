@@ -226,6 +226,12 @@ def wait_for_ever(connection: Connection) -> None:
         driver_connection.answer_seconds = None
 
 
+def is_pooled(session: Session) -> bool:
+    """Whether a pooler lies between us and PostgreSQL."""
+    driver_connection = session.connection().connection.driver_connection
+    return bool(getattr(driver_connection, "is_pooled", False))
+
+
 def wait_briefly(connection: Session | Connection, seconds: float) -> None:
     """PostgreSQL: for each lock of this transaction; then `is_held_up` is true of the error."""
     limit = f"{seconds * 1000:.0f}ms"
@@ -481,6 +487,11 @@ def _limit_waits(engine: Engine, answer_seconds: float) -> None:
     ) -> patience.PatientConnection:
         connection = patience.PatientConnection.connect(*arguments, **named)
         _set_again(connection)
+        try:
+            connection.beware_of_pooler()
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @event.listens_for(engine, "checkout")

@@ -164,17 +164,10 @@ def _shown(config: settings.Settings, field: str) -> str:
         with contextlib.suppress(errors.RushesError):
             return database.shown(database.connect(config).url)
     if field == "broker_url":
-        return _without_password(config.broker_url.get_secret_value())
+        return broker.shown(config.broker_url.get_secret_value())
     if field in ("aws_secret_access_key", "aws_session_token"):
         return "(secret)"
     return str(getattr(config, field))
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    with contextlib.suppress(ValueError):
-        return f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
-    return f"{parts.scheme}://..."
 
 
 # Database.
@@ -191,6 +184,7 @@ def _database(config: settings.Settings) -> Iterator[Check]:
             began = time.monotonic()
             with db.reading() as session:
                 skew = abs((database.now(session) - datetime.now(UTC)).total_seconds())
+                through = ", through a pooler" if database.is_pooled(session) else ""
             milliseconds = (time.monotonic() - began) * 1000
             revision, head = migrate.current(db), migrate.head()
             refused = None if revision is None else _refused_write(db)
@@ -198,7 +192,8 @@ def _database(config: settings.Settings) -> Iterator[Check]:
         advice = "start the server or correct DATABASE_URL"
         yield _fail("database", errors.first_line(error), advice)
         return
-    yield _ok("database", f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms")
+    seen = f"{db.url.get_backend_name()} answers in {milliseconds:.0f} ms{through}"
+    yield _ok("database", seen)
     if refused is not None:
         advice = "lead DATABASE_URL to the primary, or give its disk room"
         yield _fail("database writes", refused, advice)
@@ -243,21 +238,34 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         began = time.monotonic()
         client.ping()
         seconds = time.monotonic() - began
-        info = _answer(client.info())
+        info = _info(client)
+        unfit = _unfit(connection, info)
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
         advice = "start Redis or correct CELERY_BROKER_URL; submitted jobs are safe meanwhile"
         yield _fail("redis", errors.first_line(error), advice)
         return
-    version = info.get("valkey_version") or info.get("redis_version", "?")
+    version = info.get("valkey_version") or info.get("redis_version", "unknown")
     seen = f"version {version} answers in {seconds * 1000:.1f} ms"
-    if unfit := _unfit(connection, info):
+    if unfit:
         yield unfit
     elif seconds > SLOW_BROKER_SECONDS:
         yield _warn("redis", seen, "it is slow or far away; put it near the dispatcher")
     else:
         yield _ok("redis", seen)
+    if not info:
+        seen = "this user may not ask (INFO): cannot tell eviction and persistence"
+        yield _warn("redis settings", seen, f"ACL SETUSER NAME {connection.rights}")
+        return
     yield _eviction(client, info)
     yield _persistence(client, info)
+
+
+def _info(client: redis.Redis) -> dict[str, Any]:
+    """Empty where this user may not ask."""
+    try:
+        return _answer(client.info())
+    except redis.exceptions.NoPermissionError:
+        return {}
 
 
 def _unfit(connection: broker.Broker, info: dict[str, Any]) -> Check | None:
@@ -272,6 +280,9 @@ def _unfit(connection: broker.Broker, info: dict[str, Any]) -> Check | None:
     if refusal := connection.refusal():
         advice = "docs/operations.md, Redis takes nothing; submitted jobs are safe meanwhile"
         return _fail("redis", f"it answers, but takes no writes: {refusal}", advice)
+    if withheld := connection.withheld():
+        seen = f"this user may not use what Celery needs: {', '.join(withheld)}"
+        return _fail("redis", seen, f"ACL SETUSER NAME {connection.rights}")
     return None
 
 
@@ -299,9 +310,12 @@ def _configured(client: redis.Redis, name: str) -> str | None:
 def _persistence(client: redis.Redis, info: dict[str, Any]) -> Check:
     if info.get("aof_enabled"):
         return _ok("redis persistence", "append-only file")
-    if _configured(client, "save"):
+    saves = _configured(client, "save")
+    if saves:
         return _ok("redis persistence", "snapshots")
     seen = "neither append-only file nor snapshots: a restart empties the queues"
+    if saves is None:
+        seen = "no append-only file, snapshots unknown: a restart may empty the queues"
     advice = "appendonly yes; without it nothing is lost, the dispatcher sends the messages again"
     return _warn("redis persistence", seen, advice)
 

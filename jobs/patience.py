@@ -22,7 +22,23 @@ class PatientConnection(psycopg.Connection[Any]):
 
     answer_seconds: float | None = None
     """None: as long as it takes."""
+    is_pooled = False
+    """Who answers is a pooler, which may lend another process of the server to each transaction."""
     _is_committing = False
+
+    def beware_of_pooler(self) -> None:
+        """Prepare no statements where another client of a pooler may have given theirs the name.
+
+        One that does not keep track of them runs whatever goes by that name, without an error.
+        """
+        self.autocommit = True  # one round trip, not three
+        row = self.execute("SELECT pg_backend_pid()").fetchone()
+        self.autocommit = False
+        assert row is not None
+        # A pooler tells a number of its own when a client connects.
+        self.is_pooled = row[0] != self.info.backend_pid
+        if self.is_pooled:
+            self.prepare_threshold = None
 
     def commit(self) -> None:
         self._is_committing = True

@@ -506,11 +506,14 @@ def redis_url(url: str) -> str:
     """
     if not url.startswith("rediss://"):
         return url
-    address, _, query = url.partition("#")[0].partition("?")
-    options = {"ssl_cert_reqs": "required"} | dict(parse_qsl(query))
+    address, hash_sign, rest = url.partition("#")
+    address, _, query = address.partition("?")
+    options = {"ssl_cert_reqs": ""} | dict(parse_qsl(query, keep_blank_values=True))
     # Celery's documents spell it CERT_REQUIRED, redis-py's required.
-    options["ssl_cert_reqs"] = options["ssl_cert_reqs"].removeprefix("CERT_").lower()
-    return f"{address}?{urlencode(options)}"
+    asked = options["ssl_cert_reqs"].removeprefix("CERT_").lower()
+    options["ssl_cert_reqs"] = asked or "required"
+    # What is a mistake, `broker` refuses: half of a password may stand behind it.
+    return f"{address}?{urlencode(options)}{hash_sign}{rest}"
 
 
 def read_up_file(home: Path) -> dict[str, str]:

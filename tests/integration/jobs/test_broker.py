@@ -9,10 +9,11 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from jobs import broker, settings
+from jobs import bell, broker, doctor, errors, settings
 
 x509 = pytest.importorskip("cryptography.x509")
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
@@ -151,3 +152,55 @@ def test_own_authorities_and_none_at_all_are_taken_by_both_clients(
     assert bell.kick() is None
     assert bell.send_renders("queue", [7]) == 1
     assert bell.waiting("queue") == {7}
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://127.0.0.1:1?db=1", "may have a [?] only with rediss://"),
+        ("redis://127.0.0.1:1/0?socket_timeout=5", "may have a [?] only with rediss://"),
+        ("redis://127.0.0.1:1/0?password=hunter2", "may have a [?] only with rediss://"),
+        ("redis://127.0.0.1:1?ssl_cert_reqs=none", "may have a [?] only with rediss://"),
+        ("rediss://127.0.0.1:1/0?db=1", r"may say only ssl_\.\.\. behind"),
+        ("rediss://:12?hunter2@127.0.0.1:1/0", r"may say only ssl_\.\.\. behind"),
+        ("rediss://:12#hunter2@127.0.0.1:1/0", "may have only the number of a database"),
+        ("redis://:12#hunter2@127.0.0.1:1/0", "may have only the number of a database"),
+        ("redis://127.0.0.1:1/rushes", "may have only the number of a database"),
+        ("redis://me:12/hunter2@127.0.0.1:1/0", "may have only the number of a database"),
+        ("redis://:x@h/0;redis://:hunter2@127.0.0.1:1/1", "may have only the number of a database"),
+        ("redis://:hunter2?x@127.0.0.1:1/0", "has no port"),
+        ("redis://:hunter2@[127.0.0.1:1/0", "has no port"),
+    ],
+)
+def test_an_address_that_one_client_reads_otherwise_is_refused_and_nothing_of_it_told(
+    monkeypatch: pytest.MonkeyPatch, url: str, why: str
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    config = settings.load()
+    with pytest.raises(errors.InvalidInput, match=f"CELERY_BROKER_URL {why}") as caught:
+        broker.Broker(config)
+    told = [str(caught.value), str(bell.kick(config)), str(broker.BrokerUnavailable(url, "gone"))]
+    told += [check.seen for check in doctor.examine() if "BROKER" in check.name + check.seen]
+    assert len(told) >= 5
+    for each in told:
+        assert "hunter2" not in each
+        assert "12" not in each.replace("%23", "")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://h", "redis://h/", "redis://me:p%2Fw@h:7/15", "rediss://h/0?ssl_ca_certs=/ca.pem"],
+)
+def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    meant = broker.Broker(settings.load()).url
+    parts = urlsplit(url)
+    assert broker.shown(meant) == f"{parts.scheme}://h:{parts.port or 6379}{parts.path}"
+
+
+def test_the_rights_of_a_user_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://h/7")
+    rights = broker.Broker(settings.load()).rights
+    assert "&/7.rushes.pidbox " in rights
+    page = Path(__file__).resolve().parents[3] / "docs" / "configuration.md"
+    assert rights.replace("/7", "/0") in page.read_text()

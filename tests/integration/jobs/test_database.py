@@ -1,18 +1,24 @@
 """Transactions and the clock, on both databases."""
 
+import contextlib
 import itertools
+import os
+import shutil
+import subprocess
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, orders, patience, settings
+from jobs import database, errors, orders, patience, servers, settings
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 
@@ -281,6 +287,109 @@ def test_a_server_that_answers_no_is_not_asked_again(
     with pytest.raises(OperationalError, match="does not exist"):
         db.write(orders.cancel_batch, "none")
     assert len(runs) == 1
+
+
+def prepared(session: database.Session, times: int = 7) -> int:
+    """How many statements the server keeps prepared for us, after one was given again and again."""
+    for _ in range(times):
+        session.execute(text("SELECT CAST(:number AS int)"), {"number": 1})
+    return session.scalar(text("SELECT count(*) FROM pg_prepared_statements")) or 0
+
+
+def test_a_server_without_a_pooler_keeps_statements_prepared(postgres_world: World) -> None:
+    with postgres_world.db.reading() as session:
+        assert not database.is_pooled(session)
+        assert prepared(session) > 0
+
+
+def test_behind_a_pooler_no_statement_is_prepared(
+    postgres_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells a number that is not that of the server's process."""
+    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", property(lambda _: -1))
+    with (
+        contextlib.closing(database.Database(postgres_database_url)) as db,
+        db.reading() as session,
+    ):
+        assert database.is_pooled(session)
+        assert prepared(session) == 0
+
+
+def test_a_question_for_a_pooler_that_fails_leaves_no_connection_open(
+    postgres_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[patience.PatientConnection] = []
+
+    def fail(connection: patience.PatientConnection) -> None:
+        opened.append(connection)
+        raise psycopg.OperationalError("query_wait_timeout")
+
+    monkeypatch.setattr(patience.PatientConnection, "beware_of_pooler", fail)
+    with (
+        contextlib.closing(database.Database(postgres_database_url)) as db,
+        pytest.raises(OperationalError, match="query_wait_timeout") as caught,
+        db.reading() as session,
+    ):
+        session.connection()
+    assert database.is_away(caught.value)
+    assert [connection.closed for connection in opened] == [True]
+
+
+@pytest.fixture
+def pooled_url(postgres_database_url: str) -> Iterator[str]:
+    """Through a PgBouncer that lends for a transaction and keeps track of no statements."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("needs pgbouncer")
+    there, port = make_url(postgres_database_url), servers.free_port()
+    # Not in the test's own folder: it refuses to run as root, and that is private to root.
+    with tempfile.TemporaryDirectory(prefix="rushes-pgbouncer-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "users").write_text('"postgres" ""\n')
+        (folder / "ini").write_text(
+            f"[databases]\n* = host={there.query['host']}\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+            f"auth_type = trust\nauth_file = {folder}/users\npool_mode = transaction\n"
+            # 0 where it can keep track of them at all; older ones know no such line.
+            + ("max_prepared_statements = 0\n" if _keeps_track(program) else "")
+        )
+        user = ("--user", "nobody") if os.geteuid() == 0 else ()
+        with subprocess.Popen(
+            [*servers.tied_to_parent(), program, "--quiet", *user, str(folder / "ini")]
+        ) as process:
+            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/{there.database}"
+            process.terminate()
+
+
+def _keeps_track(program: str) -> bool:
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = said.split()[1].split(".")[:2]
+    return (int(major), int(minor)) >= (1, 21)
+
+
+def test_no_statement_of_another_client_runs_behind_a_pooler(
+    postgres_world: World, pooled_url: str
+) -> None:
+    """Both would call their statement the same, each at another process of the server."""
+    batch_id = postgres_world.submit()
+
+    def put(session: database.Session, **values: str) -> None:
+        session.execute(update(Batch).where(Batch.id == batch_id).values(**values))
+
+    with contextlib.ExitStack() as stack:
+        first, second, third = (
+            stack.enter_context(contextlib.closing(database.Database(pooled_url))) for _ in range(3)
+        )
+        for _ in range(7):
+            first.write(put, name="old")
+        with third.transaction() as session:  # has the process that the first one had
+            assert database.is_pooled(session)
+            for _ in range(7):
+                second.write(put, owner="somebody")
+            first.write(put, name="new")
+    batch = postgres_world.batch(batch_id)
+    assert (batch.name, batch.owner) == ("new", "somebody")
 
 
 def test_many_who_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:

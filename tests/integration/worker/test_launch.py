@@ -12,8 +12,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import kombu
 import psutil
 import pytest
+from celery import Celery
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from jobs import (
@@ -654,6 +656,44 @@ def consumed(host):
     """Queues that the real render process takes from."""
     found = celery_app.make(host.config).control.inspect(["cpu0@here"], timeout=1).active_queues()
     return {queue["name"] for queue in (found or {}).get("cpu0@here", ())}
+
+
+def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alone(host, until):
+    """Its long task is not begun a second time, and its order to end is not for ours."""
+    other = Celery("other", broker=host.bell.url, set_as_current=False)
+    other.send_task("other.long")
+    with other.connection() as connection:
+        kombu.Queue("celery")(connection.default_channel).get()
+        host.bell.redis.zadd(
+            "unacked_index", dict.fromkeys(connection.default_channel.qos._delivered, 1)
+        )
+        ours = celery_app.make(host.config).control
+        with launched(host, until, "sim:1"):
+            until(lambda: ours.ping(["sim0@here"], timeout=1), seconds=60)
+            other.control.shutdown()
+            assert ours.ping(["sim0@here"], timeout=5)
+        assert host.bell.redis.llen("celery") == 0
+        assert host.bell.redis.hlen("unacked") == 1
+
+
+def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, until, monkeypatch):
+    admin = host.bell.redis
+    admin.execute_command(*f"ACL SETUSER me on >pw {host.bell.rights}".split())
+    admin.acl_log_reset()
+    try:
+        restricted = f"redis://me:pw@{host.bell.url.rpartition('@')[2]}"
+        monkeypatch.setenv("CELERY_BROKER_URL", restricted)
+        (job,) = host.submit(model_path="simulated")
+        bell = broker.Broker(settings.load())
+        with launched(host, until, "sim:1") as (process, _):
+            bell.send_renders(job.queue, [job.id])
+            until(lambda: host.job(job.id).state is states.JobState.SUCCEEDED, seconds=60)
+            bell.steer("sim0@here", leave=[job.queue])
+            process.terminate()
+            process.wait(60)
+        assert admin.acl_log() == []
+    finally:
+        admin.acl_deluser("me")
 
 
 def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_launcher, until):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import json5
+import psycopg
 import pytest
 import redis
 import safetensors.torch
@@ -63,6 +64,17 @@ def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.Monkey
     found = checks()
     assert (found["database"].status, found["database writes"].status) == ("ok", "fail")
     assert "readonly" in found["database writes"].seen
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_a_pooler_before_the_database_is_named(
+    postgres_database_url: str, monkeypatch: pytest.MonkeyPatch, *, is_pooled: bool
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", postgres_database_url)
+    if is_pooled:
+        monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", property(lambda _: -1))
+    found = checks()["database"]
+    assert (found.status, found.seen.endswith(", through a pooler")) == ("ok", is_pooled)
 
 
 def test_old_tables_fail() -> None:
@@ -123,6 +135,37 @@ def test_a_redis_that_answers_and_takes_nothing_fails_in_its_own_words(
         client.execute_command(*change.split())
         found = checks()["redis"]
     assert (found.status, seen.lower() in found.seen.lower()) == ("fail", True), found
+
+
+@pytest.mark.parametrize(
+    ("rights", "name", "status", "seen"),
+    [
+        ("~rushes.* &* +@all", "redis", "fail", "the key _kombu.binding.rushes.pidbox, the key _"),
+        ("~rushes.* ~_kombu.* &* +@all", "redis", "fail", "needs: the key trial.rushes.pidbox"),
+        ("~* +@all", "redis", "fail", "Celery needs: the channel /0.rushes.pidbox"),
+        ("~* &* +@all -@dangerous", "redis settings", "warn", "cannot tell eviction"),
+    ],
+)
+def test_a_user_of_redis_that_may_too_little_is_told_what_to_allow(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rights: str,
+    name: str,
+    status: str,
+    seen: str,
+) -> None:
+    with (
+        servers.RedisServer.start(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        client.execute_command("ACL", "SETUSER", "me", "on", ">pw", *rights.split())
+        monkeypatch.setenv("CELERY_BROKER_URL", f"redis://me:pw@127.0.0.1:{server.port}/0")
+        found = checks()[name]
+        assert (found.status, seen in found.seen) == (status, True), found
+        client.execute_command(*found.advice.replace("NAME", "me").split())
+        found = checks()["redis"]
+        assert (found.status, "redis eviction" in checks()) == ("ok", True), found
+        assert client.keys() == []
 
 
 def test_workers_of_a_host_without_models_are_told() -> None:

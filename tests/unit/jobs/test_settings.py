@@ -531,7 +531,8 @@ def test_the_defaults_in_words_are_the_defaults(home: Path) -> None:
         ("rediss://:p%2Fw@h:1/0", "rediss://:p%2Fw@h:1/0?ssl_cert_reqs=required"),
         ("rediss://h?ssl_cert_reqs=CERT_NONE", "rediss://h?ssl_cert_reqs=none"),
         ("rediss://h?ssl_cert_reqs=", "rediss://h?ssl_cert_reqs=required"),
-        ("rediss://h#x", "rediss://h?ssl_cert_reqs=required"),
+        ("rediss://h#x", "rediss://h?ssl_cert_reqs=required#x"),
+        ("rediss://h?x", "rediss://h?ssl_cert_reqs=required&x="),
         ("rediss://[", "rediss://[?ssl_cert_reqs=required"),
     ],
 )
