@@ -47,7 +47,7 @@ class Broker:
     def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
         self.url = config.broker_url.get_secret_value()
         _check(self.url)
-        self._app = app or celery_app.make(config)
+        self._app = app or celery_app.make(config, answer_seconds=SEND_SECONDS)
         self.redis: redis.Redis = redis.Redis.from_url(
             self.url,
             socket_connect_timeout=SEND_SECONDS,

@@ -21,17 +21,17 @@ BROKER_CONNECT_SECONDS = 5.0
 BROKER_ANSWER_SECONDS = 30.0  # longer than Redis's own blocking wait of kombu, 1 s
 
 
-def make(config: settings.Settings) -> Celery:
+def make(config: settings.Settings, *, answer_seconds: float = BROKER_ANSWER_SECONDS) -> Celery:
     """An app on this broker. Makes no connection yet."""
     url = config.broker_url.get_secret_value()
     app = Celery("rushes", broker=url, set_as_current=False)
     # These two count before CELERY_BROKER_URL as it stands in the environment, `broker` does not.
-    app.conf.update(values(), broker_read_url=url, broker_write_url=url)
+    app.conf.update(values(answer_seconds), broker_read_url=url, broker_write_url=url)
     return app
 
 
-def values() -> dict[str, Any]:
-    """Celery's settings, the same for those who send and those who work."""
+def values(answer_seconds: float) -> dict[str, Any]:
+    """Celery's settings, the same for those who send and, but for their patience, who work."""
     return {
         # The claim in the database is the acknowledgement: a message may be lost or doubled.
         "task_acks_late": False,
@@ -53,7 +53,7 @@ def values() -> dict[str, Any]:
         "broker_transport_options": {
             **UNACKED_KEYS,
             "socket_connect_timeout": BROKER_CONNECT_SECONDS,
-            "socket_timeout": BROKER_ANSWER_SECONDS,
+            "socket_timeout": answer_seconds,
             "socket_keepalive": True,
             "health_check_interval": 25,
             "retry_on_timeout": True,

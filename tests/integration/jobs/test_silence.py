@@ -15,7 +15,6 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from jobs import (
     broker,
-    celery_app,
     database,
     dispatch,
     first_answer,
@@ -243,7 +242,6 @@ def test_a_statement_of_a_migration_may_take_as_long_as_it_needs(
 def test_a_forgotten_connection_to_redis_is_given_up_for_a_new_one(
     network: Network, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(celery_app, "BROKER_ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(broker, "SEND_SECONDS", 0.5)
     address, _, port = clean_redis_url.rpartition("/")[0].rpartition(":")
     proxy = Proxy(network, int(port))
