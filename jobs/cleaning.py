@@ -342,7 +342,7 @@ class _Refused:
     """What the store does not let go, such as objects under a legal hold; the rest goes on."""
 
     def __init__(self) -> None:
-        self._problems: list[storage.StorageError] = []
+        self._problems: list[errors.RushesError] = []
         self._in_a_row = 0
 
     @contextlib.contextmanager
@@ -351,7 +351,7 @@ class _Refused:
             yield
         except storage.StorageUnavailable:
             raise
-        except storage.StorageError as problem:
+        except (storage.StorageError, errors.InvalidInput) as problem:  # such as a name not ours
             self._problems.append(problem)
             self._in_a_row += 1
             if self._in_a_row == MOST_REFUSED:

@@ -359,14 +359,20 @@ def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterat
     finally:
         with contextlib.suppress(errors.RushesError):
             store.delete(key)
-    if store.head(key) is not None:
-        yield _warn("results delete", f"{key} is still there", "allow s3:DeleteObject")
+    # Without s3:ListBucket, what is gone looks refused.
+    with contextlib.suppress(storage.StorageDenied):
+        if store.head(key) is not None:
+            yield _warn("results delete", f"{key} is still there", "allow s3:DeleteObject")
 
 
 def _listing(store: storage.ObjectStore, key: str) -> Check:
-    if key in store.list("doctor/"):
-        return _ok("results listing", "a new object shows up")
-    return _warn("results listing", "a new object does not show up", "allow s3:ListBucket")
+    advice = "allow s3:ListBucket (on the bucket)"
+    try:
+        if key in store.list("doctor/"):
+            return _ok("results listing", "a new object shows up")
+    except storage.StorageDenied as error:
+        return _fail("results listing", str(error), advice)
+    return _warn("results listing", "a new object does not show up", advice)
 
 
 def _link(store: storage.ObjectStore, key: str, sha256: str, config: settings.Settings) -> Check:

@@ -70,9 +70,15 @@ class ResultWriter:
                 with _Lease(self._db, batch_id, taken.lease_until) as lease:
                     self._store = self._store or stores.open_store(self._config)
                     written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
-            except (errors.RushesError, OSError) as error:
+            except DBAPIError:
+                raise
+            except Exception as error:  # one batch that meets a defect must not end dispatch
                 # The videos themselves are there already.
-                log.warning("batch.manifest_delayed", batch_id=batch_id, error=str(error))
+                is_defect = not isinstance(error, (errors.RushesError, OSError))
+                told = f"{type(error).__name__}: {error}" if is_defect else str(error)
+                log.warning(
+                    "batch.manifest_delayed", batch_id=batch_id, error=told, exc_info=is_defect
+                )
                 self._db.write(give_back, batch_id)
                 self._again_at = time.monotonic() + AGAIN_SECONDS
                 if isinstance(error, storage.StorageUnavailable):

@@ -5,6 +5,8 @@ import binascii
 import contextlib
 import os
 import re
+import threading
+import time
 import urllib.parse
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +18,17 @@ from jobs import direct, errors, storage
 if TYPE_CHECKING:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.model import OperationModel
     from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import PutObjectRequestTypeDef
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef, PutObjectRequestTypeDef
 
 AddressingStyle = Literal["path", "virtual"]
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 MAX_TRIES = 3  # inside one call; waiting out an outage is the caller's business
+RENEW_SECONDS = 5.0  # between two looks for other credentials: each may ask the host's metadata
 
 DENIED_CODES = {
     "AccessDenied",
@@ -39,8 +43,30 @@ DENIED_CODES = {
     "PermanentRedirect",
     "RequestTimeTooSkewed",
     "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
 }
-BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
+STALE_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
+BUSY_CODES = {
+    "RequestTimeout",
+    "SlowDown",
+    "TemporaryRedirect",  # of AWS, while the name of a new bucket spreads
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
+MISSING_CODES = {"NoSuchKey", "NoSuchVersion"}
+RIGHTS = {
+    "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
+    "GetObject": "s3:GetObject",
+    "HeadObject": "s3:GetObject; without s3:ListBucket what is missing looks refused",
+    "ListObjectsV2": "s3:ListBucket; without it what is missing looks refused",
+    "PutObject": "s3:PutObject",
+}
+CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights on the bucket"
+
+PARTIAL_CONTENT = 206
+RANGE_NOT_SATISFIABLE = 416
 NOT_IMPLEMENTED = 501
 DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 
@@ -57,7 +83,12 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
         self._is_aws = options.endpoint_url is None
         self._endpoint = options.endpoint_url or "AWS"
-        self._client, self._link_client = _clients(options)
+        self._options = options
+        self._clients = _clients(options)
+        self._renewing = threading.Lock()
+        self._are_stale = False
+        """Their credentials are none, or were refused as old."""
+        self._renew_at = 0.0
 
     @property
     def url(self) -> str:
@@ -82,7 +113,10 @@ class S3Store:
             answer = self._client.get_object(
                 Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
             )
-        return storage.chunks(_Body(self, key, answer["Body"]), last - first + 1)
+        body = _Body(self, key, answer["Body"])
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != PARTIAL_CONTENT:
+            body.skip(first)  # some stores give the whole object
+        return storage.chunks(body, last - first + 1)
 
     def download(self, key: str, path: Path) -> None:
         with self.translated(key):
@@ -93,14 +127,15 @@ class S3Store:
     def head(self, key: str) -> storage.ObjectHead | None:
         try:
             with self.translated(key):
-                answer = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+                answer = self._head(key)
+                size_bytes = answer.get("ContentLength")
+                if size_bytes is None:
+                    size_bytes = self._size_bytes(key)
         except storage.ObjectMissing:
             return None
         # Stores differ in the case of metadata names.
         metadata = {name.lower(): value for name, value in answer["Metadata"].items()}
-        return storage.ObjectHead(
-            key=key, size_bytes=answer["ContentLength"], sha256=metadata.get("sha256")
-        )
+        return storage.ObjectHead(key=key, size_bytes=size_bytes, sha256=metadata.get("sha256"))
 
     def entries(self, prefix: str = "") -> Iterator[storage.ObjectEntry]:
         storage.check_prefix(prefix)
@@ -109,6 +144,9 @@ class S3Store:
         )
         with self.translated(prefix):
             for page in pages:
+                if page.get("IsTruncated") and not page.get("NextContinuationToken"):
+                    told = f"{self._endpoint} does not know ListObjectsV2: it lists the first page"
+                    raise storage.StorageError(self._named(prefix), f"{told} alone")
                 for item in page.get("Contents", []):
                     yield storage.ObjectEntry(
                         key=item["Key"].removeprefix(self._prefix),
@@ -120,15 +158,14 @@ class S3Store:
         return (entry.key for entry in self.entries(prefix))
 
     def delete(self, key: str) -> None:
-        # Some stores answer 404 for what is gone already.
-        with contextlib.suppress(storage.ObjectMissing), self.translated(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+        self._delete(storage.checked_key(key))
 
     def delete_many(self, keys: Sequence[str]) -> None:
         assert len(keys) <= storage.MOST_DELETED_AT_ONCE
         if not keys:
             return
-        names = [{"Key": self._key(key)} for key in keys]
+        # Unchecked: they were listed, and a console's mark of a folder, `inputs/`, is among them.
+        names = [{"Key": self._prefix + key} for key in keys]
         try:
             with self.translated(keys[0]):
                 answer = self._client.delete_objects(
@@ -139,10 +176,10 @@ class S3Store:
             raise
         except storage.StorageError:
             # Not every store knows this call, or takes the checksum that boto3 sends with it.
-            for key in keys:
-                self.delete(key)
+            self._delete_each(keys)
             return
-        if refused := answer.get("Errors"):
+        problems = answer.get("Errors", [])
+        if refused := [each for each in problems if each.get("Code") not in MISSING_CODES]:
             told = f"{refused[0].get('Code')}: {refused[0].get('Message')}"
             address = f"s3://{self._bucket}/{refused[0].get('Key')}"
             if refused[0].get("Code") in DENIED_CODES:
@@ -158,12 +195,11 @@ class S3Store:
         if file_name is not None:
             params["ResponseContentDisposition"] = _attachment(file_name)
         with self.translated(key):
-            return self._link_client.generate_presigned_url(
-                "get_object", Params=params, ExpiresIn=seconds
-            )
+            _, client = self._fresh_clients()
+            return client.generate_presigned_url("get_object", Params=params, ExpiresIn=seconds)
 
     def address(self, key: str) -> str:
-        return f"s3://{self._bucket}/{self._key(key)}"
+        return self._named(storage.checked_key(key))
 
     def check(self) -> None:
         # A listing and not HeadBucket: its refusals say why.
@@ -195,15 +231,81 @@ class S3Store:
             raise storage.mismatch(self.address(key), key, sent, head.size_bytes, head.sha256)
         return storage.StoredObject(key=key, size_bytes=sent.size_bytes, sha256=sent.sha256)
 
+    def _head(self, key: str) -> "HeadObjectOutputTypeDef":
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+        except ClientError as error:
+            if 300 <= _status(error) < 500 and _status(error) not in (404, 429):
+                self.check()  # HEAD has no body, and the refusal of a listing has words
+            raise
+
+    def _size_bytes(self, key: str) -> int:
+        """Of an object whose head does not tell it, as behind a proxy that compresses."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._key(key), Range="bytes=0-0"
+            )
+        except ClientError as error:
+            if _status(error) == RANGE_NOT_SATISFIABLE:
+                return 0
+            raise
+        answer["Body"].close()
+        if found := re.fullmatch(r"bytes 0-0/([0-9]+)", answer.get("ContentRange", "")):
+            return int(found[1])
+        told = f"{self._endpoint} tells no size of its objects"
+        raise storage.StorageError(self.address(key), told)
+
+    def _delete(self, key: str) -> None:
+        # Some stores answer 404 for what is gone already.
+        with contextlib.suppress(storage.ObjectMissing), self.translated(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def _delete_each(self, keys: Sequence[str]) -> None:
+        """One that is locked keeps none of the others."""
+        first: storage.StorageError | None = None
+        for key in keys:
+            try:
+                self._delete(key)
+            except storage.StorageUnavailable:
+                raise
+            except storage.StorageError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
     def _key(self, key: str) -> str:
         return self._prefix + storage.checked_key(key)
+
+    def _named(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    @property
+    def _client(self) -> "S3Client":
+        return self._fresh_clients()[0]
+
+    def _fresh_clients(self) -> tuple["S3Client", "S3Client"]:
+        """Made anew after `_renew_credentials`: boto3 looks for them once in a session."""
+        with self._renewing:
+            if self._are_stale and time.monotonic() >= self._renew_at:
+                self._are_stale, self._renew_at = False, time.monotonic() + RENEW_SECONDS
+                with contextlib.suppress(errors.InvalidInput):  # a file that is half written
+                    self._clients = _clients(self._options)
+            return self._clients
+
+    def _renew_credentials(self) -> None:
+        """Soon; those that our settings give are not read again."""
+        self._are_stale = self._options.access_key_id is None
 
     @contextlib.contextmanager
     def translated(self, key: str, sent: "storage.Digest | None" = None) -> Iterator[None]:
         """What goes wrong inside, with an object's calls or its body, is a StorageError."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        address = f"s3://{self._bucket}/{self._prefix}{key}"
+        address = self._named(key)
         try:
             yield
         except ClientError as error:
@@ -214,19 +316,31 @@ class S3Store:
             raise self._from_silence(error, address) from error
         except OSError as error:  # such as the file of a token that is not there for a moment
             raise storage.StorageUnavailable(address, f"{self._endpoint}: {error}") from error
+        except errors.RushesError:
+            raise
+        except Exception as error:  # boto3 meets answers that it never foresaw
+            told = f"{type(error).__name__}: {errors.first_line(error)}"
+            raise storage.StorageError(address, f"{self._endpoint}: {told}") from error
 
     def _from_answer(self, error: "ClientError", address: str) -> storage.StorageError:
-        code = _code(error)
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, status = _code(error), _status(error)
         said = f"{self._endpoint} answers {status} {code}"
+        if code in STALE_CODES:
+            self._renew_credentials()
         if code in BUSY_CODES or status == 429 or (status >= 500 and status != NOT_IMPLEMENTED):
             return storage.StorageUnavailable(address, said)
-        if status == 404 and code != "NoSuchBucket":
+        if 300 <= status < 400 and code != "PermanentRedirect":
+            told = f"redirects to {_location(error)}: correct AWS_ENDPOINT_URL_S3"
+            return storage.StorageDenied(address, f"{self._endpoint} {told}")
+        if _is_missing(error):
             return storage.ObjectMissing(address)
         if message := error.response.get("Error", {}).get("Message"):
             said = f"{said}: {message.rstrip('.')}"
-        if code in DENIED_CODES or status in (301, 401, 403):
-            return storage.StorageDenied(address, f"{said}; {_advice(code, self._bucket)}")
+        if _is_no_s3(error):
+            told = "there is no S3 at this endpoint: correct AWS_ENDPOINT_URL_S3"
+            return storage.StorageDenied(address, f"{said}; {told}")
+        if code in DENIED_CODES or status in (401, 403):
+            return storage.StorageDenied(address, f"{said}; {self._advice(error)}")
         return storage.StorageError(address, said)
 
     def _from_silence(self, error: "BotoCoreError", address: str) -> storage.StorageError:
@@ -244,8 +358,29 @@ class S3Store:
             isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError)
             or "Token" in type(error).__name__
         ):
-            return storage.StorageDenied(address, f"{error}: {_advice('', self._bucket)}")
+            self._renew_credentials()
+            return storage.StorageDenied(address, f"{error}: {CHECK_KEYS}")
         return storage.StorageError(address, str(error))
+
+    def _advice(self, error: "ClientError") -> str:
+        code = _code(error)
+        if code == "NoSuchBucket":
+            return f"create the bucket {self._bucket!r}, or name another in RUSHES_RESULTS_URL"
+        if code == "RequestTimeTooSkewed":
+            return "the clock of this machine is wrong"
+        if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
+            return "set AWS_REGION to the region of the bucket"
+        if code == "SecondLevelDomainForbidden":
+            return "set S3_ADDRESSING_STYLE=virtual: this store wants the bucket in the host's name"
+        if code in STALE_CODES and self._options.access_key_id is None:
+            return "renew them where boto3 finds them (profile, instance role); no restart needed"
+        if code in STALE_CODES:
+            return (
+                "correct or renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, "
+                "and restart what runs: it reads them once"
+            )
+        right = RIGHTS.get(error.operation_name)
+        return f"{CHECK_KEYS} ({right})" if right else CHECK_KEYS
 
 
 class _Body:
@@ -262,6 +397,10 @@ class _Body:
                 return self._body.read(size)
         except storage.StorageUnavailable as error:
             raise storage.BrokenOff(error.address, f"broke off: {error.__cause__}") from error
+
+    def skip(self, count: int) -> None:
+        while count > 0 and (chunk := self.read(min(storage.CHUNK_BYTES, count))):
+            count -= len(chunk)
 
     def close(self) -> None:
         self._body.close()
@@ -313,17 +452,25 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
 
     def client(endpoint_url: str | None) -> "S3Client":
         region = session.region_name or ("us-east-1" if endpoint_url else None)
-        return session.client(
+        made = session.client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=region,
             verify=trusted,
             config=_config(endpoint_url, options),
         )
+        made.meta.events.register_last("before-parameter-build.s3", _redirect_once)
+        return made
 
     own = client(options.endpoint_url)
     public = options.public_endpoint_url
     return own, client(public) if public and public != options.endpoint_url else own
+
+
+def _redirect_once(model: "OperationModel", context: dict[str, Any], **_: object) -> None:
+    """Redirected, boto3 asks HeadBucket for the region; redirected again, without an end."""
+    if model.name == "HeadBucket":
+        context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _config(endpoint_url: str | None, options: S3Options) -> "Config":
@@ -356,16 +503,28 @@ def _code(error: "ClientError") -> str:
     return error.response.get("Error", {}).get("Code", "")
 
 
-def _advice(code: str, bucket: str) -> str:
-    if code == "NoSuchBucket":
-        return f"create the bucket {bucket!r}, or name another in RUSHES_RESULTS_URL"
-    if code == "RequestTimeTooSkewed":
-        return "the clock of this machine is wrong"
-    if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
-        return "set AWS_REGION to the region of the bucket"
-    if code == "SecondLevelDomainForbidden":
-        return "set S3_ADDRESSING_STYLE=virtual: this store wants the bucket in the host's name"
-    return "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights on the bucket"
+def _status(error: "ClientError") -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _location(error: "ClientError") -> str:
+    """Where an answer redirects to, without what may be secret."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(headers.get("location", "another address")).partition("?")[0][:200]
+
+
+def _is_missing(error: "ClientError") -> bool:
+    """There is no such object. The answer to HEAD has no body that could say so."""
+    operation = error.operation_name
+    if _status(error) != 404 or operation in ("ListObjectsV2", "PutObject"):
+        return False
+    return operation == "HeadObject" or _code(error) in MISSING_CODES
+
+
+def _is_no_s3(error: "ClientError") -> bool:
+    """A 404 of something else. DeleteObjects is not known to every store."""
+    told = _code(error) == "NoSuchBucket" or error.operation_name == "DeleteObjects"
+    return _status(error) == 404 and not told
 
 
 def _attachment(file_name: str) -> str:

@@ -402,6 +402,215 @@ def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3):
         store.delete_many(["k"])
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_store_that_redirects_is_denied_and_not_asked_for_ever(s3, status):
+    asked = []
+
+    def answer(request):
+        asked.append(request.command)
+        return status, {"Location": "https://s3.example/x?secret=1"}, b""
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        told = "redirects to https://s3.example/x: correct AWS_ENDPOINT_URL_S3"
+        for call in (
+            store.check,
+            lambda: store.put_bytes(b"x", "k", content_type="text/plain"),
+            lambda: store.head("k"),
+            lambda: store.delete("k"),
+        ):
+            with pytest.raises(storage.StorageDenied, match=told):
+                call()
+    assert len(asked) <= 10
+
+
+def test_what_boto3_never_foresaw_is_an_error_of_the_store(in_s3, monkeypatch):
+    def meet_a_defect(**_):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(in_s3._client, "list_objects_v2", meet_a_defect)
+    with pytest.raises(storage.StorageError, match="RecursionError: too deep"):
+        in_s3.check()
+
+
+def test_credentials_that_come_late_or_are_renewed_are_taken_up(s3, monkeypatch, tmp_path):
+    monkeypatch.setattr(s3_store, "RENEW_SECONDS", 0)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    valid = "first"
+
+    def answer(request):
+        if request.headers.get("X-Amz-Security-Token") == valid:
+            return 200, {}, b"<ListBucketResult/>"
+        return 400, {}, _refusal("ExpiredToken")
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(_without_keys(s3, endpoint))
+        with pytest.raises(storage.StorageDenied, match="locate credentials"):
+            store.check()
+        _write_credentials(tmp_path / "credentials", token="first")
+        store.check()
+        valid = "second"
+        with pytest.raises(storage.StorageDenied, match="renew them where boto3 finds them"):
+            store.check()
+        _write_credentials(tmp_path / "credentials", token="second")
+        store.check()
+
+
+def test_other_credentials_are_looked_for_every_few_seconds_at_most(monkeypatch):
+    made = []
+    monkeypatch.setattr(s3_store, "RENEW_SECONDS", 600)
+    monkeypatch.setattr(s3_store, "_clients", _counted(s3_store._clients, made))
+    store = stores.open_store(settings.load(results_url="s3://bucket"))
+    for _ in range(4):
+        with pytest.raises(storage.StorageDenied):
+            store.check()
+    assert len(made) == 2
+
+
+def test_a_token_of_the_settings_that_ended_says_what_to_restart(s3, monkeypatch):
+    made = []
+    monkeypatch.setattr(s3_store, "_clients", _counted(s3_store._clients, made))
+    with _server_that_always_says("400 TokenRefreshRequired") as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        for _ in range(2):
+            with pytest.raises(storage.StorageDenied, match=r"AWS_SESSION_TOKEN, and restart"):
+                store.put_bytes(b"x", "k", content_type="text/plain")
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("size_bytes", [0, 7])
+def test_a_head_without_a_size_is_completed_by_a_look_at_the_object(s3, size_bytes):
+    def answer(request):
+        if request.command == "HEAD":
+            return 200, {"Transfer-Encoding": "chunked", "x-amz-meta-sha256": "s"}, None
+        if size_bytes == 0:
+            return 416, {}, _refusal("InvalidRange")
+        assert request.headers["Range"] == "bytes=0-0"
+        return 206, {"Content-Range": f"bytes 0-0/{size_bytes}"}, b"x"
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        head = storage.ObjectHead(key="k", size_bytes=size_bytes, sha256="s")
+        assert store.head("k") == head
+
+
+def test_a_store_that_tells_no_size_at_all_says_so(s3):
+    def answer(request):
+        is_head = request.command == "HEAD"
+        return 200, {"Transfer-Encoding": "chunked"} if is_head else {}, None if is_head else b"x"
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageError, match="tells no size of its objects"):
+            store.head("k")
+
+
+def test_a_part_of_an_object_is_that_part_where_the_store_gives_all_of_it(s3):
+    with _s3_that(lambda _: (200, {}, VIDEO)) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        for first, last in ((0, 9), (5, 9), (storage.CHUNK_BYTES + 3, storage.CHUNK_BYTES + 9)):
+            got = b"".join(store.stream("k", first=first, last=last))
+            assert got == VIDEO[first : last + 1]
+
+
+def test_one_object_that_is_locked_keeps_none_of_the_others(s3):
+    deleted = []
+
+    def answer(request):
+        if request.command == "POST":
+            return 501, {}, _refusal("NotImplemented")
+        if request.path.endswith("/b"):
+            return 403, {}, _refusal("AccessDenied")
+        deleted.append(request.path[-1])
+        return 204, {}, b""
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageDenied, match=r"/b: .*s3:DeleteObject"):
+            store.delete_many(["a", "b", "c"])
+    assert deleted == ["a", "c"]
+
+
+def test_what_many_deletions_miss_is_gone(s3):
+    gone = b"<DeleteResult><Error><Key>k</Key><Code>NoSuchKey</Code></Error></DeleteResult>"
+    with _s3_that(lambda _: (200, {}, gone)) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        store.delete_many(["k"])
+
+
+def test_names_that_others_gave_are_deleted_as_they_were_listed(s3):
+    """Such as `inputs/`, with which consoles mark a folder."""
+    names = ["inputs/", "inputs//x", "inputs/a\\b"]
+    listed = "".join(
+        f"<Contents><Key>pre/{name}</Key><Size>0</Size>"
+        "<LastModified>2020-01-01T00:00:00Z</LastModified></Contents>"
+        for name in names
+    )
+    asked = []
+
+    def answer(request):
+        if request.command == "GET":
+            return 200, {}, f"<ListBucketResult>{listed}</ListBucketResult>".encode()
+        asked.append(request.body.decode())
+        return 200, {}, b"<DeleteResult/>"
+
+    with _s3_that(answer) as endpoint:
+        its = {"AWS_ENDPOINT_URL_S3": endpoint, "RUSHES_RESULTS_URL": "s3://bucket/pre"}
+        store = stores.open_store(settings.Settings(**{**s3, **its}))
+        store.delete_many(list(store.list("inputs/")))
+    assert all(f"<Key>pre/{name}</Key>" in asked[0] for name in names)
+
+
+def test_a_web_page_that_is_not_found_is_no_missing_object(s3):
+    page = b"<html><body>404 page not found<br></body></html>"
+    with _s3_that(lambda _: (404, {}, page)) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        for call in (
+            store.check,
+            lambda: list(store.list()),
+            lambda: store.put_bytes(b"x", "k", content_type="text/plain"),
+            lambda: store.read_bytes("k"),
+            lambda: store.delete("k"),
+            lambda: store.delete_many(["k"]),
+        ):
+            with pytest.raises(storage.StorageDenied, match="there is no S3 at this endpoint"):
+                call()
+
+
+def test_a_listing_of_the_first_page_alone_is_none(s3):
+    page = (
+        b"<ListBucketResult><IsTruncated>true</IsTruncated><NextMarker>a</NextMarker><Contents>"
+        b"<Key>a</Key><Size>1</Size><LastModified>2020-01-01T00:00:00Z</LastModified></Contents>"
+        b"</ListBucketResult>"
+    )
+    with _s3_that(lambda _: (200, {}, page)) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageError, match="does not know ListObjectsV2"):
+            next(store.entries())
+
+
+@pytest.mark.parametrize(
+    ("bare", "of_listing", "told"),
+    [
+        (400, (400, "ExpiredToken"), "ExpiredToken: said so; correct or renew"),
+        (400, (400, "AuthorizationHeaderMalformed"), "set AWS_REGION"),
+        (403, (403, "AccessDenied"), "s3:ListBucket; without it what is missing looks refused"),
+        (403, (200, ""), "s3:GetObject; without s3:ListBucket what is missing looks refused"),
+    ],
+)
+def test_a_head_that_is_refused_has_the_words_of_a_listing(s3, bare, of_listing, told):
+    def answer(request):
+        if request.command == "HEAD":
+            return bare, {}, b""
+        status, code = of_listing
+        return status, {}, _refusal(code) if code else b"<ListBucketResult/>"
+
+    with _s3_that(answer) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageDenied, match=told):
+            store.head("k")
+
+
 def test_credentials_that_are_away_for_a_moment_are_an_outage(monkeypatch, tmp_path, video):
     """And no fault of this disk, for which a finished video would be rendered again."""
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
@@ -636,6 +845,64 @@ def _server_that_always_says(answer):
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@contextlib.contextmanager
+def _s3_that(answer):
+    """The address of a server; `answer(request)` gives status, headers and body (None: none)."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            status, headers, body = answer(self)
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if body is not None:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if body and self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_PUT = do_POST = do_DELETE = do_HEAD = do_GET  # noqa: N815  # names of http.server
+
+        def log_message(self, *_arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def _refusal(code):
+    return f"<Error><Code>{code}</Code><Message>said so</Message></Error>".encode()
+
+
+def _without_keys(s3, endpoint):
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    rest = {name: value for name, value in s3.items() if name not in names}
+    return settings.Settings(**{**rest, "AWS_ENDPOINT_URL_S3": endpoint})
+
+
+def _write_credentials(path, *, token):
+    keys = {"aws_access_key_id": "A", "aws_secret_access_key": "S", "aws_session_token": token}
+    lines = [f"{name} = {value}" for name, value in keys.items()]
+    path.write_text("\n".join(["[default]", *lines]))
+
+
+def _counted(make, made):
+    """The same, with a list of its calls."""
+
+    def counted(options):
+        made.append(options)
+        return make(options)
+
+    return counted
 
 
 def test_what_boto3_refuses_is_a_wrong_setting(monkeypatch):

@@ -582,6 +582,27 @@ def test_a_store_that_lets_nothing_go_is_not_asked_for_all_of_it(
 
 
 @ONE_DATABASE
+def test_a_name_that_the_store_cannot_delete_keeps_nothing_else(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, free = sorted(bucket.finish(bucket.submit(), days_ago=31) for _ in range(2))
+    real = bucket.store.delete_many
+
+    def delete_many(keys: Sequence[str]) -> None:
+        if odd in keys[0]:
+            storage.checked_key(f"batches/{odd}/")
+        real(keys)
+
+    monkeypatch.setattr(bucket.store, "delete_many", delete_many)
+    monkeypatch.setattr(stores, "open_store", lambda _config: bucket.store)
+    outcome = bucket.clean(Kind.RESULTS, **DAYS)[Kind.RESULTS]
+    assert outcome.counts["batches"] == 1
+    assert outcome.error is not None
+    assert f"batches/{odd}/" in outcome.error
+    assert bucket.stored(f"batches/{free}/") == []
+
+
+@ONE_DATABASE
 def test_results_that_a_schedule_starts_from_stay(bucket: Bucket) -> None:
     batch_id = bucket.finish(bucket.submit(), days_ago=31)
     with bucket.world.db.transaction() as session:

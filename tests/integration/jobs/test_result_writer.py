@@ -97,6 +97,28 @@ def test_a_store_that_is_silent_is_waited_for_once_and_not_for_each_batch(
     assert len(tries) == asked
 
 
+def test_a_batch_that_meets_a_defect_is_given_back_and_ends_nothing(
+    sqlite_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (finished(sqlite_world) for _ in range(2))
+    write = results.write
+
+    def fail_once(
+        db: database.Database, store: storage.ObjectStore, batch_id: str, **options: Any
+    ) -> bool:
+        if batch_id == first:
+            raise RecursionError("too deep")
+        return write(db, store, batch_id, **options)
+
+    monkeypatch.setattr(results, "write", fail_once)
+    with capture_logs() as logs:
+        assert writer_of(sqlite_world, tmp_path.as_uri()).write_finished() == 1
+    assert sqlite_world.batch(second).manifest_at is not None
+    assert sqlite_world.batch(first).results_lease_until is None
+    assert logs[0]["error"] == "RecursionError: too deep"
+    assert logs[0]["exc_info"] is True
+
+
 def test_batches_that_ended_in_one_moment_are_tried_once_each(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

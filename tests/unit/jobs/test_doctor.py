@@ -19,7 +19,18 @@ import torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from jobs import cli, database, doctor, migrate, presets, servers, settings, workers
+from jobs import (
+    cli,
+    database,
+    doctor,
+    migrate,
+    presets,
+    s3_store,
+    servers,
+    settings,
+    storage,
+    workers,
+)
 from models.tiny import shipped
 from tests.registrations import registration
 from worker import host_memory
@@ -519,6 +530,31 @@ def test_real_servers_pass(
     links = checks()["results links"]
     assert links.status == "warn", links
     assert "until the temporary credentials end" in links.seen
+
+
+def test_a_store_that_may_not_be_listed_says_which_right_is_missing(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    head = s3_store.S3Store.head
+
+    def refuse(store: storage.ObjectStore, _prefix: str = "") -> Iterator[storage.ObjectEntry]:
+        raise storage.StorageDenied(store.url, "answers 403 AccessDenied")
+
+    def head_or_refusal(store: s3_store.S3Store, key: str) -> storage.ObjectHead:
+        found = head(store, key)
+        if found is None:
+            raise storage.StorageDenied(store.url, "answers 403 AccessDenied")
+        return found
+
+    monkeypatch.setattr(s3_store.S3Store, "entries", refuse)
+    monkeypatch.setattr(s3_store.S3Store, "head", head_or_refusal)
+    found = checks()
+    assert found["results listing"].status == "fail"
+    assert found["results listing"].advice == "allow s3:ListBucket (on the bucket)"
+    assert found["results store"].status == "ok"
+    assert found["results links"].status == "ok"
 
 
 class OwnAuthority(servers.S3Server):
