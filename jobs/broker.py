@@ -1,5 +1,6 @@
 """What Redis is used for: a few messages per worker that say "this job may start", and a kick."""
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ KICK_KEY = "rushes.kick"
 TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
+SCHEMES = ("redis", "rediss")
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
@@ -25,8 +27,7 @@ class BrokerUnavailable(errors.RushesError):
     """Redis does not answer. Nothing is lost: the dispatcher sends again when it does."""
 
     def __init__(self, url: str, reason: str) -> None:
-        parts = urlsplit(url)
-        self.address = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+        self.address = shown(url)
         super().__init__(f"broker {self.address}: {reason}")
 
 
@@ -156,10 +157,24 @@ class Broker:
         )
 
 
+def shown(url: str) -> str:
+    """For people: without the password."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in SCHEMES:
+            host = parts.hostname or "localhost"  # as clients of Redis take it
+            host = f"[{host}]" if ":" in host else host
+            return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path}"
+    return "not an address of Redis"  # in what it is instead, anything may be a password
+
+
 def _check(url: str) -> None:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # as below
+        raise _wrong("is no address: an IPv6 address is written [::1]") from None
     message = None
-    if parts.scheme not in ("redis", "rediss"):
+    if parts.scheme not in SCHEMES:
         message = f"must begin with redis:// or rediss://, got {parts.scheme!r}"
     try:
         _ = parts.port
