@@ -192,11 +192,12 @@ class Broker:
 
 def shown(url: str) -> str:
     """For people: without the password, which may be anywhere in an address with a mistake."""
-    scheme = url.partition(":")[0]
     if _mistake(url) is not None:
-        return f"{scheme}://..." if scheme in SCHEMES else "..."
+        return "not an address of Redis"
     parts = urlsplit(url)
-    return f"{scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"
+    host = parts.hostname or "localhost"  # as clients of Redis take it
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path}"
 
 
 def _check(url: str) -> None:
@@ -208,6 +209,9 @@ def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
     try:
         parts = urlsplit(url)
+    except ValueError:  # as below
+        return "is no address: an IPv6 address is written [::1]"
+    try:
         _ = parts.port
     except ValueError:  # its words may show a part of the password
         return f"has no port: {ESCAPES}"

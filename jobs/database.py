@@ -106,6 +106,13 @@ def _wrong_url(what: str) -> errors.InvalidInput:
     return errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
 
 
+def _of_user(file: str) -> str:
+    try:
+        return str(Path(file).expanduser())
+    except RuntimeError:
+        raise _wrong_url(f"names {file}: this machine has no such user with a home") from None
+
+
 class Database:
     """One engine, made lazily; safe to share between threads, not between processes."""
 
@@ -125,6 +132,8 @@ class Database:
             raise _wrong_url("names no file")
         if url.get_backend_name() == "sqlite" and url.database == ":memory:":
             raise _wrong_url("names memory, which ends with each command")
+        if url.get_backend_name() == "sqlite" and (url.database or "").startswith("~"):
+            return url.set(database=_of_user(url.database or ""))
         return url
 
     @property
@@ -369,6 +378,7 @@ def _is_unreachable(error: DBAPIError) -> bool:
 def _make_server(url: URL, answer_seconds: float) -> Engine:
     arguments: dict[str, Any] = {}
     if url.get_driver_name() == "psycopg":
+        _refuse_unknown(url)
         # Keepalive and tcp_user_timeout: a half-open connection is noticed within half a minute.
         arguments = {
             "connect_timeout": CONNECT_SECONDS,
@@ -388,6 +398,15 @@ def _make_server(url: URL, answer_seconds: float) -> Engine:
         _limit_idle(engine)
         _leave_standbys(engine)
     return engine
+
+
+def _refuse_unknown(url: URL) -> None:
+    """Each parameter must be of PostgreSQL's own client: it would not even try to connect."""
+    from psycopg.pq import Conninfo  # not at the top: SQLite needs no driver of PostgreSQL
+
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+    if unknown := [f"{name}=" for name in url.query if name not in known]:
+        raise _wrong_url(f"has {', '.join(unknown)}, which PostgreSQL's own client does not know")
 
 
 _is_trusted = ContextVar("_is_trusted", default=False)

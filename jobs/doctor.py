@@ -127,7 +127,7 @@ def _rendering(_config: settings.Settings) -> Iterator[Check]:
         return
     for field in sorted(found.model_fields_set):
         name = str(type(found).model_fields[field].validation_alias.choices[0])
-        source = f"environment {name}" if os.environ.get(name) else ".env"
+        source = f"environment {name}" if name in settings.exported_names() else ".env"
         shown = PASSWORD_IN_URL.sub("://***@", str(getattr(found, field)))
         yield _ok(f"setting {name}", f"{shown} ({source})")
 
@@ -146,8 +146,9 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
     own_store = "RUSHES_RESULTS_URL" in settings.given_names()
     if from_up in settings.RESULTS_NAMES and not own_store:
         return f"running `rushes up`, {from_up}"
+    exported = settings.exported_names()
     for name in names:
-        if os.environ.get(name):
+        if name in exported:
             return f"environment {name}"
     for name in names:
         if os.environ.get(f"{name}_FILE"):
@@ -533,6 +534,9 @@ def _presets(config: settings.Settings) -> Iterator[Check]:
     broken = [entry for entry in found if isinstance(entry, presets.BrokenPreset)]
     for entry in broken:
         yield _warn(f"preset {entry.name}", entry.reason, "correct or remove the file")
+    for problem in presets.problems_of(config.default_presets, folder=config.presets_dir):
+        advice = "name a preset that is there: the web service does not start"
+        yield _fail("default preset", problem.message, advice)
     if not broken:
         yield _ok("presets", ", ".join(preset.name for preset in found))
 

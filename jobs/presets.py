@@ -7,9 +7,10 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ __all__ = [
     "available",
     "frames_for_seconds",
     "load",
+    "problems_of",
     "read",
 ]
 
@@ -134,6 +136,22 @@ def load(name_or_path: str, *, folder: Path | None = None, names_only: bool = Fa
     raise errors.NotFound(_not_found(name_or_path, files, names_only=names_only))
 
 
+def problems_of(
+    named: Mapping[str, str | None], *, folder: Path | None = None
+) -> list[errors.Problem]:
+    """Of settings that name a preset: by setting, the name. None while the folder is missing."""
+    problems = []
+    for setting, name in named.items():
+        try:
+            if name is not None:
+                load(name, folder=folder)
+        except FolderMissing:  # it may come back
+            pass
+        except errors.RushesError as error:
+            problems.append(errors.Problem(line=None, message=f"{setting}: {error}"))
+    return problems
+
+
 def check_folder(folder: Path | None) -> None:
     """FolderMissing where it is."""
     if folder is not None and not folder.is_dir():
@@ -149,7 +167,7 @@ def _read_or_broken(path: Path, name: str) -> Preset | BrokenPreset:
     try:
         return read(path, name=name)
     except errors.PresetError as error:
-        return BrokenPreset(name=name, path=path, reason=str(error))
+        return BrokenPreset(name=_shown(name), path=path, reason=str(error))
 
 
 class _Files:
@@ -166,8 +184,10 @@ class _Files:
             self._add(root)
 
     def named(self, name: str) -> Path | None:
-        end = PurePosixPath(name.removesuffix(".json")).parts
-        found = [] if name.startswith((".", "/")) else self._by_end.get(end, [])
+        whole, end = PurePosixPath(name).parts, PurePosixPath(name.removesuffix(".json")).parts
+        found = self._by_end.get(whole) or self._by_end.get(end, [])  # of x.json.json: x.json
+        if name.startswith((".", "/")):
+            found = []
         if len(found) > 1:
             names = " or ".join(repr(self.name_of(path)) for path in found)
             raise errors.NotFound(f"preset {name!r} may be {names}: say which")
@@ -226,6 +246,8 @@ def _not_found(name: str, files: _Files, *, names_only: bool) -> str:
 
 def read(path: Path, *, name: str | None = None) -> Preset:
     """Read one preset file; PresetError names the file, each wrong key and what would do."""
+    if name is not None and name != _shown(name):
+        _refuse(path, ["its name is not UTF-8: rename it"])
     try:
         found = path.stat()
     except OSError as error:
@@ -256,7 +278,12 @@ def _read(path: Path, name: str | None) -> Preset:
 
 
 def _refuse(path: Path, problems: Iterable[str]) -> NoReturn:
-    raise errors.PresetError(f"{path}: {'; '.join(problems)}") from None
+    raise errors.PresetError(f"{_shown(str(path))}: {'; '.join(problems)}") from None
+
+
+def _shown(name: str) -> str:
+    """What is not UTF-8 in a file's name, as \\xff: no answer and no database takes it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _parse(path: Path) -> dict[str, Any]:

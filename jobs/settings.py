@@ -17,6 +17,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl, urlencode
 
 import psutil
+from dotenv.parser import parse_stream
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
@@ -33,6 +34,8 @@ LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, se
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_SECONDS = 7 * 24 * 3600
 LONGEST_DAYS = 36_500
+HOST_NAME = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
+ORIGIN = rf"[A-Za-z][A-Za-z0-9+.-]*://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(:[0-9]{{1,5}})?"
 RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -370,6 +373,14 @@ class Settings(BaseSettings):
         description="`json`, `text`, or `auto`: text on a terminal.",
     )
 
+    @property
+    def default_presets(self) -> dict[str, str | None]:
+        """By the name of their setting."""
+        return {
+            "RUSHES_DEFAULT_PRESET": self.default_preset,
+            "RUSHES_DEFAULT_IMAGE_PRESET": self.default_image_preset,
+        }
+
     @field_validator("log_level")
     @classmethod
     def _known_level(cls, value: str) -> str:
@@ -392,6 +403,26 @@ class Settings(BaseSettings):
                 ipaddress.ip_network(part.strip())
             except ValueError as error:
                 raise ValueError(f"must be such as 10.1.2.3,10.2.0.0/16, or *: {error}") from None
+        return value
+
+    @field_validator("web_names")
+    @classmethod
+    def _host_names(cls, value: str | None) -> str | None:
+        for part in _parts(value):
+            if not re.fullmatch(HOST_NAME, part) and not _is_address(part):
+                raise ValueError(f"must be names such as gpu.example, without port, got {part!r}")
+        return value
+
+    @field_validator("web_cors_origins")
+    @classmethod
+    def _origins(cls, value: str | None) -> str | None:
+        for part in _parts(value):
+            if part == "*":
+                raise ValueError("must name each origin: with * any page could read all of ours")
+            if not re.fullmatch(ORIGIN, part):
+                raise ValueError(
+                    f"must be such as https://app.example:8443, without a path, got {part!r}"
+                )
         return value
 
     @field_validator("web_rate")
@@ -448,6 +479,7 @@ def load(**overrides: object) -> Settings:
     names = environment_names()
     given = {names[field][0]: value for field, value in overrides.items() if value is not None}
     try:
+        _check_lines(Path(".env"))
         return Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
     except UnicodeDecodeError as error:
         problem = errors.Problem(line=None, message=f".env: not UTF-8 text ({error.reason})")
@@ -469,6 +501,21 @@ def load(**overrides: object) -> Settings:
         raise errors.InvalidInput("settings", problems) from None
 
 
+def _check_lines(dotenv: Path) -> None:
+    """InvalidInput where one is no `NAME=value`: python-dotenv goes on without it."""
+    if not dotenv.is_file():  # a pipe is read once
+        return
+    with dotenv.open(encoding="utf-8") as stream:
+        for binding in parse_stream(stream):
+            is_name = binding.value is not None or (binding.key or "_").isidentifier()
+            if is_name and not binding.error:
+                continue
+            text = binding.original.string  # not shown: it may hold a password
+            line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+            message = "must be NAME=value, with a quote at both ends of the value or none"
+            raise errors.InvalidInput(".env", [errors.Problem(line=line, message=message)])
+
+
 def environment_names() -> dict[str, tuple[str, ...]]:
     """Field name -> its names in the environment, in the order they are looked up."""
     names: dict[str, tuple[str, ...]] = {}
@@ -481,14 +528,20 @@ def environment_names() -> dict[str, tuple[str, ...]]:
 def given_names() -> set[str]:
     """Names that the environment, a `NAME_FILE` or `.env` gives a value for."""
     names = {name for choices in environment_names().values() for name in choices}
+    exported = exported_names()
     from_file = {
         name.upper() for name, value in DotEnvSettingsSource(Settings).env_vars.items() if value
     }
     return {
         name
         for name in names
-        if os.environ.get(name) or os.environ.get(f"{name}_FILE") or name in from_file
+        if name in exported or os.environ.get(f"{name}_FILE") or name in from_file
     }
+
+
+def exported_names() -> set[str]:
+    """All that the environment gives a value for, as we write it: either case is read."""
+    return {name.upper() for name, value in os.environ.items() if value}
 
 
 def sqlalchemy_url(url: str) -> str:
@@ -525,6 +578,18 @@ def read_up_file(home: Path) -> dict[str, str]:
         return dict(state["environment"]) if is_alive else {}
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return {}
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _sqlite_url(path: Path) -> str:
@@ -594,9 +659,11 @@ class _FileVariants(_Values):
 
 def _read_secret(name: str, path: Path) -> str:
     try:
-        return path.read_text("utf-8").strip()
+        value = path.read_text("utf-8").strip()
+        problem = None if value else "is empty, a secret that was not filled in"
     except (OSError, UnicodeDecodeError) as error:
-        raise errors.InvalidInput(
-            "settings",
-            [errors.Problem(line=None, message=f"{name}={path}: cannot be read ({error})")],
-        ) from None
+        problem = f"cannot be read ({error})"
+    if problem is not None:
+        message = f"{name}={path}: {problem}"
+        raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+    return value

@@ -17,7 +17,7 @@ def open_store(
     Patient, unless `answer_seconds` says how long a silence may last, of each address and try.
     """
     url = values.results_url
-    parts = urllib.parse.urlsplit(url)
+    parts = _split("RUSHES_RESULTS_URL", url)
     if parts.scheme == "file":
         return folder_store.FolderStore(_folder_of(parts))
     if parts.scheme == "s3":
@@ -63,11 +63,21 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
 def _endpoint(name: str, url: str | None) -> str | None:
     if not url:
         return None
-    parts = urllib.parse.urlsplit(url)
+    parts = _split(name, url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         message = f"{name}: must be http://host:port or https://host, got {_shown(parts)}"
         raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
     return url
+
+
+def _split(name: str, url: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError:  # its words may show a part of the password
+        message = f"{name} is no address: an IPv6 address is written [::1]"
+        raise errors.InvalidInput(
+            "settings", [errors.Problem(line=None, message=message)]
+        ) from None
 
 
 def _folder_of(parts: urllib.parse.SplitResult) -> Path:

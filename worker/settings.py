@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs import errors
@@ -128,6 +128,14 @@ class WorkerSettings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_X264_CRF"),
         description="Quality of H.264: lower is better, 18 is visually lossless. nvenc's too.",
     )
+
+    @field_validator("sim_bad_devices", "c2pa_certificate", "c2pa_key")
+    @classmethod
+    def _of_user(cls, path: Path | None) -> Path | None:
+        try:
+            return path and path.expanduser()
+        except RuntimeError:
+            raise ValueError(f"{path}: this machine has no user of this name with a home") from None
 
 
 def load() -> WorkerSettings:

@@ -9,7 +9,7 @@ import structlog
 import uvicorn
 from sqlalchemy.exc import DBAPIError
 
-from jobs import database, direct, errors, settings, tokens
+from jobs import broker, database, direct, errors, presets, settings, tokens
 from jobs.web import app
 from jobs.web.service import Service, names
 
@@ -93,14 +93,24 @@ def _listen(config: settings.Settings) -> list[socket.socket]:
 
 def make_service(config: settings.Settings, db: database.Database) -> Service:
     """On loopback one person needs no token; elsewhere everybody does. Refused without any."""
+    _check(config, db)
     needs_token = tokens.are_needed(config)
     if needs_token and not _may_have_token(db):
         raise Refused(tokens.none_there(config))
     allowed = names(config.web_names)
     host_names = None if needs_token and not allowed else direct.LOOPBACK | allowed
     serving = Service(config=config, db=db, needs_token=needs_token, host_names=host_names)
-    _ = serving.prompt_check  # one that cannot be loaded is told now
+    # What cannot be loaded or opened is told now, and not to the first who asks.
+    _ = serving.prompt_check, serving.store, serving.limiter
     return serving
+
+
+def _check(config: settings.Settings, db: database.Database) -> None:
+    """InvalidInput for a setting that every request would fail for. Nothing is asked."""
+    broker.Broker(config)
+    _ = db.engine
+    if problems := presets.problems_of(config.default_presets, folder=config.presets_dir):
+        raise errors.InvalidInput("settings", problems)
 
 
 def _may_have_token(db: database.Database) -> bool:

@@ -138,7 +138,7 @@ class Service:
         return submission.prompt_check(self.config)
 
     @functools.cached_property
-    def _limiter(self) -> rates.Limiter | None:
+    def limiter(self) -> rates.Limiter | None:
         if self.config.web_rate == "off":
             return None
         url = self.config.broker_url.get_secret_value()
@@ -150,7 +150,7 @@ class Service:
 
     def seconds_to_wait(self, who: str) -> float:
         """0: this request counts and may be served."""
-        return 0.0 if self._limiter is None else self._limiter.seconds_to_wait(who)
+        return 0.0 if self.limiter is None else self.limiter.seconds_to_wait(who)
 
     def preset(self, name: str) -> presets.Preset:
         """By name alone: what comes over the network must not read files of this machine."""
@@ -165,13 +165,14 @@ class Service:
     def default_preset(self, *, with_image: bool) -> presets.Preset:
         """For APIs whose clients know no presets. InvalidInput when none is set."""
         name = self.config.default_image_preset if with_image else self.config.default_preset
+        setting = "RUSHES_DEFAULT_IMAGE_PRESET" if with_image else "RUSHES_DEFAULT_PRESET"
+        how = "name a preset as the model (GET /api/presets lists them)"
         if name is None:
-            setting = "RUSHES_DEFAULT_IMAGE_PRESET" if with_image else "RUSHES_DEFAULT_PRESET"
-            raise invalid(
-                "model",
-                f"name a preset as the model (GET /api/presets lists them), or set {setting}",
-            )
-        return presets.load(name, folder=self.config.presets_dir)
+            raise invalid("model", f"{how}, or set {setting}")
+        try:
+            return presets.load(name, folder=self.config.presets_dir)
+        except errors.NotFound:
+            raise invalid("model", f"{how}: that of {setting} is gone") from None
 
     def submit(
         self,

@@ -169,7 +169,7 @@ def test_own_authorities_and_none_at_all_are_taken_by_both_clients(
         ("redis://me:12/hunter2@127.0.0.1:1/0", "may have only the number of a database"),
         ("redis://:x@h/0;redis://:hunter2@127.0.0.1:1/1", "may have only the number of a database"),
         ("redis://:hunter2?x@127.0.0.1:1/0", "has no port"),
-        ("redis://:hunter2@[127.0.0.1:1/0", "has no port"),
+        ("redis://:hunter2@[127.0.0.1:1/0", "is no address"),
     ],
 )
 def test_an_address_that_one_client_reads_otherwise_is_refused_and_nothing_of_it_told(

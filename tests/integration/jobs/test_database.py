@@ -196,12 +196,35 @@ def test_an_address_that_is_none_is_told_by_its_setting(url: str) -> None:
         ("postgresql://u:hunter@2@h/db", "has an @ too many"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names memory"),
+        ("sqlite:///~nobody-of-this-name/x.db", "names ~nobody-of-this-name/x.db"),
     ],
 )
 def test_an_address_with_a_mistake_is_told_without_its_password(url: str, says: str) -> None:
     with pytest.raises(errors.InvalidInput, match=f"DATABASE_URL {says}") as caught:
         _ = database.Database(url).url
     assert "hunter" not in str(caught.value)
+
+
+def test_a_parameter_that_postgresql_does_not_know_is_told() -> None:
+    """Prisma's, say: left to the driver it is an error of each query."""
+    url = "postgresql+psycopg://u:hunter2@h/db?schema=public&sslmode=require&pgbouncer=true"
+    says = r"DATABASE_URL has schema=, pgbouncer=, which"
+    with pytest.raises(errors.InvalidInput, match=says) as caught:
+        _ = database.Database(url).engine
+    assert "hunter2" not in str(caught.value)
+    known = "postgresql+psycopg://u@/db?host=a,b&port=1,2&target_session_attrs=read-write"
+    assert database.Database(known).engine
+
+
+def test_a_file_in_the_home_of_the_user_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    db = database.Database("sqlite:///~/x.db")
+    with db.reading() as session:
+        database.now(session)
+    db.close()
+    assert (tmp_path / "x.db").exists()
 
 
 def test_no_password_is_shown_wherever_it_stands() -> None:

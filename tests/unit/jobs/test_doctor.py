@@ -466,6 +466,43 @@ def test_settings_are_shown_with_their_source_and_without_secrets(
     assert "secret@" not in everything
 
 
+def test_a_name_in_small_letters_is_shown_as_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_text("RUSHES_WINDOW=5\nRUSHES_DTYPE=float16\n")
+    monkeypatch.setenv("rushes_window", "6")
+    monkeypatch.setenv("rushes_dtype", "float32")
+    found = checks()
+    assert found["setting RUSHES_WINDOW"].seen == "6 (environment RUSHES_WINDOW)"
+    assert found["setting RUSHES_DTYPE"].seen == "float32 (environment RUSHES_DTYPE)"
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        ("redis://", "redis://localhost:6379 "),
+        ("redis://:hidden@[::1]/1", "redis://[::1]:6379/1 "),
+        ("localhost:6379", "not an address of Redis "),
+        ("me:hidden@localhost", "not an address of Redis "),
+        ("redis://:hidden@[::1", "not an address of Redis "),
+    ],
+)
+def test_the_broker_is_shown_as_it_is_reached(
+    monkeypatch: pytest.MonkeyPatch, url: str, seen: str
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    found = doctor._settings(settings.load())
+    (shown,) = [check.seen for check in found if check.name == "setting CELERY_BROKER_URL"]
+    assert shown.startswith(seen)
+
+
+def test_a_default_preset_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_DEFAULT_IMAGE_PRESET", "tiny_i2w")
+    found = checks()["default preset"]
+    assert (found.status, "did you mean 'tiny_i2v'" in found.seen) == ("fail", True)
+    assert "RUSHES_DEFAULT_IMAGE_PRESET" in found.seen
+
+
 def test_settings_of_rendering_are_shown_where_they_are_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -477,6 +514,12 @@ def test_settings_of_rendering_are_shown_where_they_are_given(
     assert "setting RUSHES_ENCODER" not in found
     monkeypatch.setenv("RUSHES_C2PA_TIMESTAMP_URL", "https://me:hidden@tsa.example/ts")
     assert checks()["setting RUSHES_C2PA_TIMESTAMP_URL"].seen.startswith("https://***@tsa.example/")
+    monkeypatch.setenv("RUSHES_SIM_BAD_DEVICES", "~/bad")
+    shown = checks()["setting RUSHES_SIM_BAD_DEVICES"].seen
+    assert shown.startswith(str(Path("~/bad").expanduser()))
+    monkeypatch.setenv("RUSHES_SIM_BAD_DEVICES", "~nobody-of-this-name/bad")
+    assert "RUSHES_SIM_BAD_DEVICES" in checks()["rendering settings"].seen
+    monkeypatch.delenv("RUSHES_SIM_BAD_DEVICES")
     monkeypatch.setenv("RUSHES_C2PA_CERTIFICATE", "nowhere.pem")
     assert "RUSHES_C2PA_KEY belong together" in checks()["rendering settings"].seen
     monkeypatch.setenv("RUSHES_DTYPE", "foo")

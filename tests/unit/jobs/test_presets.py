@@ -591,6 +591,24 @@ class TestLoad:
             with pytest.raises(errors.NotFound):
                 presets.load(name, names_only=True)
 
+    def test_a_file_whose_name_is_no_text_is_a_broken_one(self, tmp_path):
+        """No answer, no page and no database takes such a name."""
+        (tmp_path / os.fsdecode(b"caf\xff.json")).write_text("{}")
+        (broken,) = [p for p in presets.available(tmp_path) if p.name.startswith("caf")]
+        assert isinstance(broken, presets.BrokenPreset)
+        assert broken.name == r"caf\xff"
+        assert broken.reason == rf"{tmp_path}/caf\xff.json: its name is not UTF-8: rename it"
+        with pytest.raises(errors.PresetError, match="not UTF-8"):
+            presets.load("caf\udcff", folder=tmp_path)
+
+    def test_a_name_that_ends_in_json_twice_is_found_as_it_is_listed(self, write, tmp_path):
+        write({"fps": 5}, "x.json.json")
+        assert presets.load("x.json", folder=tmp_path).name == "x.json"
+        assert presets.load("x.json.json", folder=tmp_path).name == "x.json"
+        write({"fps": 6}, "x.json")
+        assert presets.load("x.json", folder=tmp_path).look.fps == 5
+        assert presets.load("x", folder=tmp_path).look.fps == 6
+
     def test_a_broken_file_does_not_hide_the_others(self, write, tmp_path):
         write("{", "broken.json")
         broken, *others = presets.available(tmp_path)

@@ -100,6 +100,8 @@ def test_every_setting_can_come_from_a_file(
         "s3_addressing_style": "virtual",
         "forwarded_allow_ips": "10.0.0.0/8,::1",
         "web_rate": "5/hour",
+        "web_names": "gpu.example, 10.1.2.3, ::1",
+        "web_cors_origins": "https://app.example, http://[::1]:3000, tauri://localhost",
         "web_max_bytes": "2000000",
         "web_require_token": "True",
     }
@@ -129,6 +131,42 @@ def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("DATABASE_URL_FILE", "/nowhere/at/all")
     with pytest.raises(errors.InvalidInput, match="DATABASE_URL_FILE=/nowhere/at/all"):
         settings.load()
+
+
+def test_an_empty_file_is_told_and_is_not_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else a secret that was not filled in would mean SQLite."""
+    held = tmp_path / "secret"
+    held.write_text(" \n")
+    Path(".env").write_text("DATABASE_URL=postgresql://h/d\n")
+    monkeypatch.setenv("DATABASE_URL_FILE", str(held))
+    with pytest.raises(errors.InvalidInput, match=f"DATABASE_URL_FILE={held}: is empty"):
+        settings.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("DATABASE_URL: postgresql://u:hunter2@h/d\n", 1),
+        ("X=1\n\n\nDATABASE_URL:postgresql://u:hunter2@h/d\n", 4),
+        ("# secrets\nDATABASE_URL='postgresql://u:hunter2@h/d\nRUSHES_WINDOW=3\n", 2),
+        ('X=1\r\n\r\nREDIS_URL="redis://:hunter2@h" 0\r\n', 3),
+    ],
+)
+def test_a_line_of_dotenv_that_cannot_be_read_is_told(text: str, line: int) -> None:
+    Path(".env").write_bytes(text.encode())
+    with pytest.raises(errors.InvalidInput, match=r"\.env: line \d+: must be NAME=value") as caught:
+        settings.load()
+    (problem,) = caught.value.problems
+    assert problem.line == line
+    assert "hunter2" not in str(caught.value)
+
+
+def test_all_that_a_dotenv_may_hold_is_read() -> None:
+    text = "\ufeff# one\n\nexport RUSHES_WINDOW=3 # three\nLONE\nX='a\nb'\nY=\n"
+    Path(".env").write_text(text)
+    assert settings.load().window == 3
 
 
 def test_a_dotenv_that_is_no_text_is_told() -> None:
@@ -363,6 +401,15 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_LOG_FORMAT", "xml"),
         ("FORWARDED_ALLOW_IPS", "10.0.0.1,proxy.example"),
         ("FORWARDED_ALLOW_IPS", "10.1.2.3/8"),
+        ("RUSHES_WEB_NAMES", "https://gpu.example"),
+        ("RUSHES_WEB_NAMES", "gpu.example:8000"),
+        ("RUSHES_WEB_NAMES", "gpu.example/farm"),
+        ("RUSHES_WEB_NAMES", "*"),
+        ("RUSHES_WEB_CORS_ORIGINS", "*"),
+        ("RUSHES_WEB_CORS_ORIGINS", "null"),
+        ("RUSHES_WEB_CORS_ORIGINS", "app.example"),
+        ("RUSHES_WEB_CORS_ORIGINS", "https://app.example/"),
+        ("RUSHES_WEB_CORS_ORIGINS", "https://*.example"),
     ],
 )
 @pytest.mark.parametrize("place", ["environment", "dotenv", "file"])
@@ -419,6 +466,12 @@ def test_names_that_are_given_are_known(
     monkeypatch.setenv("DATABASE_URL_FILE", str(tmp_path / "x"))
     Path(".env").write_text("RUSHES_WINDOW=3\nRUSHES_RESULTS_URL=\n")
     assert settings.given_names() == {"RUSHES_HOME", "REDIS_URL", "DATABASE_URL", "RUSHES_WINDOW"}
+
+
+def test_names_in_small_letters_are_given_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("database_url", "sqlite:///x.db")
+    assert secret(settings.load().database_url) == "sqlite:///x.db"
+    assert "DATABASE_URL" in settings.given_names()
 
 
 # Names that are none.

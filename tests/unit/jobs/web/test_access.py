@@ -1,6 +1,7 @@
 """Who may do what, and what is refused before anybody is asked."""
 
 import base64
+import contextlib
 import re
 import socket
 import threading
@@ -481,6 +482,38 @@ def test_other_addresses_than_loopback_need_a_token_to_begin_with() -> None:
         db.write(tokens.revoke, row.id)
     assert not server.make_service(settings.load(web_host="::1"), db).needs_token
     db.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"broker_url": "localhost:6379"}, "CELERY_BROKER_URL must begin with redis://"),
+        ({"broker_url": "redis://:hunter2@[::1"}, "CELERY_BROKER_URL is no address"),
+        ({"results_url": "ftp://x"}, "RUSHES_RESULTS_URL: must be s3://"),
+        ({"results_url": "s3://[x"}, "RUSHES_RESULTS_URL is no address"),
+        (
+            {"results_url": "s3://bucket", "s3_endpoint_url": "http://[::1"},
+            "AWS_ENDPOINT_URL_S3 is",
+        ),
+        ({"database_url": "postgresql://h/d?schema=x"}, "DATABASE_URL has schema="),
+        ({"default_preset": "tinny"}, "RUSHES_DEFAULT_PRESET: no preset 'tinny': did you mean"),
+        ({"default_image_preset": "x/y"}, "RUSHES_DEFAULT_IMAGE_PRESET: no preset 'x/y'"),
+    ],
+)
+def test_what_every_request_would_fail_for_is_told_at_the_start(
+    given: dict[str, str], says: str
+) -> None:
+    config = settings.load(**given)
+    with pytest.raises(errors.InvalidInput) as caught:
+        server.make_service(config, database.connect(config))
+    assert says in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_it_begins_while_the_presets_are_away(tmp_path: Path) -> None:
+    config = settings.load(presets_dir=str(tmp_path / "none"), default_preset="mine")
+    with contextlib.closing(database.connect(config)) as db:
+        assert server.make_service(config, db)
 
 
 def test_it_begins_while_the_database_is_away_and_lets_nobody_in() -> None:

@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,7 +18,7 @@ from sqlalchemy import event, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from jobs import database, folder_store, lifecycle, orders, results, storage, submission
+from jobs import database, folder_store, lifecycle, orders, presets, results, storage, submission
 from jobs.schema import Batch, Job, StoredFile
 from jobs.web import openai_files, openai_videos, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web
@@ -406,6 +408,23 @@ def test_the_document_tells_what_is_sent_and_answered(web: Web) -> None:
 def test_a_model_that_scripts_must_name_is_the_default_preset(web: Web, model: str) -> None:
     made = web.client.post("/v1/videos", json={"prompt": "x", "model": model})
     assert (made.status_code, made.json().get("model")) == (200, model)
+
+
+def test_who_names_no_model_is_told_no_path_of_ours(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    """Where the default was there at the start, and is not any more."""
+    own = tmp_path / "mine.json"
+    shutil.copy(presets.SHIPPED_FOLDER / "tiny.json", own)
+    web = make_web(default_preset=str(own))
+    assert web.client.post("/v1/videos", json={"prompt": "x"}).status_code == 200
+    own.unlink()
+    answer = web.client.post("/v1/videos", json={"prompt": "x"})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "GET /api/presets lists them" in message
+    assert "path" not in message
+    assert str(tmp_path) not in message
 
 
 def test_json_is_json_however_it_is_written(web: Web) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import re
 import threading
 import time
@@ -53,6 +54,20 @@ def test_a_batch_from_its_prompts_to_its_video(web: Web) -> None:
     video = web.client.get(f"/api/jobs/{first['job_id']}/video")
     assert video.content == VIDEO
     assert video.headers["content-type"] == "video/mp4"
+
+
+def test_a_preset_file_whose_name_is_no_text_hides_no_other(
+    make_web: Callable[..., Web], tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / os.fsdecode(b"caf\xff.json")).write_text("{}")
+    web = make_web(presets_dir=str(tmp_path / "own"))
+    answer = web.client.get("/api/presets")
+    assert answer.status_code == 200
+    assert "tiny" in {preset["name"] for preset in answer.json()["presets"]}
+    assert web.client.get("/submit", headers={"Accept": "text/html"}).status_code == 200
+    new = {"preset": "caf", "prompts": [{"prompt": "x"}]}
+    assert web.client.post("/api/batches", json=new).status_code in (404, 422)
 
 
 def test_what_is_wrong_is_a_problem_document_with_every_line_and_nothing_is_stored(
