@@ -43,6 +43,17 @@ DENIED_CODES = {
 BUSY_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"}
 NOT_IMPLEMENTED = 501
 DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+KEYS_CODES = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "PermanentRedirect",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+"""Of DENIED_CODES those that speak of our keys, clock or region, and not of what was asked for."""
 
 
 class S3Store:
@@ -226,7 +237,8 @@ class S3Store:
         if message := error.response.get("Error", {}).get("Message"):
             said = f"{said}: {message.rstrip('.')}"
         if code in DENIED_CODES or status in (301, 401, 403):
-            return storage.StorageDenied(address, f"{said}; {_advice(code, self._bucket)}")
+            kind = storage.KeysRefused if code in KEYS_CODES else storage.StorageDenied
+            return kind(address, f"{said}; {_advice(code, self._bucket)}")
         return storage.StorageError(address, said)
 
     def _from_silence(self, error: "BotoCoreError", address: str) -> storage.StorageError:
@@ -244,7 +256,7 @@ class S3Store:
             isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError)
             or "Token" in type(error).__name__
         ):
-            return storage.StorageDenied(address, f"{error}: {_advice('', self._bucket)}")
+            return storage.KeysRefused(address, f"{error}: {_advice('', self._bucket)}")
         return storage.StorageError(address, str(error))
 
 

@@ -44,6 +44,10 @@ class StorageDenied(StorageError):
     """The store refuses us or has no such bucket: someone must change keys, rights or the URL."""
 
 
+class KeysRefused(StorageDenied):
+    """Our keys, clock or region are not good now, whatever is asked for: keys are renewed."""
+
+
 class ObjectMissing(StorageError):
     """No object under this key."""
 
