@@ -19,7 +19,8 @@ def open_store(
     url = values.results_url
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
-        return folder_store.FolderStore(_folder_of(parts))
+        folder = _folder_of(parts)
+        return folder_store.FolderStore(folder, may_make=values.home in folder.parents)
     if parts.scheme == "s3":
         bucket, prefix = _bucket_of(parts)
         options = dataclasses.replace(_options(values), answer_seconds=answer_seconds)

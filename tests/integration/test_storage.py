@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import http.server
 import os
@@ -26,6 +27,7 @@ VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chu
 @pytest.fixture(params=["folder", "s3"])
 def store(request, tmp_path):
     if request.param == "folder":
+        (tmp_path / "re sults").mkdir()
         values = settings.load(results_url=(tmp_path / "re sults").as_uri())
     else:
         values = settings.Settings(**request.getfixturevalue("s3"))
@@ -528,6 +530,60 @@ def test_a_folder_without_rights_is_denied(tmp_path):
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, storage.StorageDenied), (errno.EIO, storage.StorageUnavailable)],
+)
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(in_folder, monkeypatch, number, kind):
+    """Else `rushes gc` would call its files deleted."""
+    in_folder.put_bytes(b"x", "a/b/k", content_type="text/plain")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "b":
+            raise OSError(number, os.strerror(number), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(kind):
+        list(in_folder.entries("a/"))
+    monkeypatch.undo()
+    assert list(in_folder.list("a/b/k/")) == list(in_folder.list("none/")) == []
+
+
+def test_a_folder_that_was_named_and_is_not_there_is_an_outage(tmp_path):
+    """Its disk is not mounted: what is written in its place would be hidden once it is."""
+    folder = tmp_path / "disk" / "results"
+    folder.mkdir(parents=True)
+    store = stores.open_store(settings.load(results_url=folder.as_uri()))
+    store.put_bytes(b"x", "a/k", content_type="text/plain")
+    folder.rename(tmp_path / "unmounted")
+    for call in (
+        lambda: store.put_bytes(b"x", "k", content_type="text/plain"),
+        lambda: store.put_bytes(b"x", "a/k", content_type="text/plain"),
+        lambda: store.read_bytes("a/k"),
+        lambda: store.head("a/k"),
+        lambda: list(store.entries("a/")),
+        lambda: store.delete("a/k"),
+        lambda: store.stream("a/k", first=0, last=0),
+        store.check,
+    ):
+        with pytest.raises(storage.StorageUnavailable, match=r"results: .*mount its disk"):
+            call()
+    assert list((tmp_path / "disk").iterdir()) == []
+    (tmp_path / "unmounted").rename(folder)
+    assert store.read_bytes("a/k") == b"x"
+
+
+def test_a_folder_in_home_is_made():
+    values = settings.load()
+    store = stores.open_store(values)
+    store.check()
+    assert store.head("k") is None
+    store.put_bytes(b"x", "k", content_type="text/plain")
+    assert (values.home / settings.LOCAL_RESULTS / "k").read_bytes() == b"x"
+
+
 # URLs and settings
 
 
@@ -592,6 +648,7 @@ def test_importing_storage_does_not_import_boto3():
 
 def test_paths_with_spaces_and_umlauts_are_folders(tmp_path):
     folder = Path(tmp_path / "Väter & Söhne 100%")
+    folder.mkdir()
     store = stores.open_store(settings.load(results_url=folder.as_uri()))
     store.put_bytes(b"x", "k", content_type="text/plain")
     assert (folder / "k").read_bytes() == b"x"

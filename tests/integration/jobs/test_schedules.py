@@ -101,6 +101,7 @@ class Farm:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> settings.Settings:
+    (tmp_path / "results").mkdir()
     monkeypatch.setenv("RUSHES_RESULTS_URL", (tmp_path / "results").as_uri())
     return settings.load()
 
