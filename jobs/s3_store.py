@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 AddressingStyle = Literal["path", "virtual"]
 
+AWS_HOST = re.compile(r"\.amazonaws\.com(\.cn)?$")
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 MAX_TRIES = 3  # inside one call; waiting out an outage is the caller's business
@@ -323,22 +324,29 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     is_empty = os.environ.get("AWS_CA_BUNDLE") == ""
     trusted = str(options.ca_bundle) if options.ca_bundle else is_empty or None
 
-    def client(endpoint_url: str | None) -> "S3Client":
+    def client(endpoint_url: str | None, style: AddressingStyle | None = None) -> "S3Client":
         region = session.region_name or ("us-east-1" if endpoint_url else None)
         return session.client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=region,
             verify=trusted,
-            config=_config(endpoint_url, options),
+            config=_config(endpoint_url, options, style),
         )
 
     own = client(options.endpoint_url)
     public = options.public_endpoint_url
-    return own, client(public) if public and public != options.endpoint_url else own
+    if public and public != options.endpoint_url:
+        return own, client(public)
+    if AWS_HOST.search(own.meta.endpoint_url):  # and not one that ~/.aws/config names
+        # Left alone, links lead to the host of all regions, which sends on or does not know them.
+        return own, client(None, "virtual")
+    return own, own
 
 
-def _config(endpoint_url: str | None, options: S3Options) -> "Config":
+def _config(
+    endpoint_url: str | None, options: S3Options, style: AddressingStyle | None = None
+) -> "Config":
     from botocore.config import Config
 
     common: dict[str, Any] = {
@@ -352,7 +360,7 @@ def _config(endpoint_url: str | None, options: S3Options) -> "Config":
         common["connect_timeout"] = common["read_timeout"] = options.answer_seconds
         common["retries"] = {"mode": "standard", "total_max_attempts": 2}
     if endpoint_url is None:
-        return Config(**common)
+        return Config(**common, s3={"addressing_style": style} if style else None)
     if urllib.parse.urlsplit(endpoint_url).hostname in direct.LOOPBACK:
         common["proxies"] = {}  # HTTP_PROXY is for other machines
     # Many compatible stores refuse boto3's newer checksum headers.

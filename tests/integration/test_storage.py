@@ -397,6 +397,20 @@ def test_a_store_may_have_the_bucket_in_the_name_of_its_host(s3):
     assert (link.hostname, link.path) == ("mine.oss.example", "/k")
 
 
+def test_links_of_aws_lead_to_the_host_of_the_region(monkeypatch, tmp_path):
+    keys = {"aws_access_key_id": "A", "aws_secret_access_key": "S"}
+
+    def host(bucket):
+        values = settings.load(results_url=f"s3://{bucket}", aws_region="eu-south-1", **keys)
+        return urllib.parse.urlsplit(stores.open_store(values).presign("k", seconds=60)).netloc
+
+    assert host("mine") == "mine.s3.eu-south-1.amazonaws.com"
+    assert host("my.own") == "s3.eu-south-1.amazonaws.com", "a certificate is for one name"
+    (tmp_path / "config").write_text("[default]\nendpoint_url = http://minio.example:9000\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert host("mine") == "minio.example:9000"
+
+
 def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3):
     with _server_that_always_says("404 NoSuchKey") as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
