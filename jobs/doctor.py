@@ -142,8 +142,8 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
     """Which of the places that `jobs.settings` reads gives this value."""
     up = settings.read_up_file(config.home)
     from_up = next((name for name in names if name in up), None)
-    own_store = "RUSHES_RESULTS_URL" in settings.given_names()
-    if from_up in settings.RESULTS_NAMES and not own_store:
+    of_store = from_up in settings.RESULTS_NAMES
+    if of_store and settings.is_store_of_up(up, config.results_url):
         return f"running `rushes up`, {from_up}"
     for name in names:
         if os.environ.get(name):
@@ -153,7 +153,8 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
             return f"file named by {name}_FILE"
     if not settings.given_names().isdisjoint(names):
         return ".env"
-    if from_up is not None and from_up not in settings.RESULTS_NAMES:
+    is_given = of_store and "RUSHES_RESULTS_URL" in settings.given_names()
+    if from_up is not None and not is_given:
         return f"running `rushes up`, {from_up}"
     return "default"
 

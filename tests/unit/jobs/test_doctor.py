@@ -372,6 +372,31 @@ def test_a_setting_that_rushes_up_left_empty_is_not_shown(
     assert "setting AWS_SESSION_TOKEN" not in shown
 
 
+def test_each_value_of_the_store_has_the_place_that_it_came_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def places() -> set[str]:
+        checks = doctor._settings(settings.load())
+        return {c.seen for c in checks if c.name.startswith(("setting RUSHES_RES", "setting AWS"))}
+
+    up = {"RUSHES_RESULTS_URL": "s3://bbb", "AWS_REGION": "eu-west-1"}
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: up)
+    monkeypatch.setenv("AWS_REGION", "eu-west-2")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    assert places() == {
+        "s3://bbb (running `rushes up`, RUSHES_RESULTS_URL)",
+        "eu-west-2 (environment AWS_REGION)",
+        "mine (environment AWS_ACCESS_KEY_ID)",
+    }
+    up["AWS_ACCESS_KEY_ID"] = "its"  # now it runs that store
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "s3://bbb")  # as its children have it
+    assert places() == {
+        "s3://bbb (running `rushes up`, RUSHES_RESULTS_URL)",
+        "eu-west-1 (running `rushes up`, AWS_REGION)",
+        "its (running `rushes up`, AWS_ACCESS_KEY_ID)",
+    }
+
+
 def test_a_folder_of_presets_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_PRESETS_DIR", "elsewhere")
     assert checks()["presets"].status == "fail"
