@@ -315,8 +315,18 @@ def _results(config: settings.Settings) -> Iterator[Check]:
         yield from _round_trip(store, config)
     except storage.StorageDenied as error:
         yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
+    except errors.InvalidInput as error:
+        yield _fail("results store", str(error), "correct these values; docs/configuration.md")
     except errors.RushesError as error:
-        yield _fail("results store", str(error), "start the store or correct RUSHES_RESULTS_URL")
+        yield _fail("results store", str(error), _advice_on(str(error)))
+
+
+def _advice_on(problem: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in problem:
+        return NOT_TRUSTED
+    if "WRONG_VERSION_NUMBER" in problem:  # in the words of OpenSSL
+        return "nothing speaks TLS there: correct AWS_ENDPOINT_URL_S3, perhaps to http://"
+    return "start the store or correct RUSHES_RESULTS_URL"
 
 
 def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterator[Check]:

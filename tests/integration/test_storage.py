@@ -644,6 +644,18 @@ def test_an_endpoint_needs_a_scheme(field, name):
         stores.open_store(settings.load(results_url="s3://bucket", **{field: "127.0.0.1:9000"}))
 
 
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_cannot_be_read_are_a_wrong_setting(tmp_path, content):
+    bundle = tmp_path / "ca.pem"
+    if content is not None:
+        bundle.write_text(content)
+    keys = {"aws_access_key_id": "A", "aws_secret_access_key": "S", "aws_ca_bundle": str(bundle)}
+    with pytest.raises(errors.InvalidInput, match=r"AWS_CA_BUNDLE=/.*ca\.pem: no file of cert"):
+        stores.open_store(settings.load(results_url="s3://bucket", **keys))
+    plain = {"s3_endpoint_url": "http://127.0.0.1:1"}
+    stores.open_store(settings.load(results_url="s3://bucket", **keys, **plain))
+
+
 def test_half_a_pair_of_keys_is_refused():
     values = settings.load(results_url="s3://bucket", aws_access_key_id="AKIA123")
     with pytest.raises(errors.InvalidInput, match="belong together"):

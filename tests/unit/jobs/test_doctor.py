@@ -463,7 +463,9 @@ def test_a_store_with_a_certificate_of_its_own_passes_where_its_authority_is_nam
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_CA_BUNDLE", "")
-        assert "CERTIFICATE_VERIFY_FAILED" in checks()["results store"].seen
+        untrusted = checks()["results store"]
+        assert "CERTIFICATE_VERIFY_FAILED" in untrusted.seen
+        assert untrusted.advice == doctor.NOT_TRUSTED
         Path(".env").write_text(f"AWS_CA_BUNDLE={tmp_path / 'cert'}\n")
         found = checks()
         assert found["results store"].status == "ok"
