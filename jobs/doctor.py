@@ -351,6 +351,7 @@ def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterat
             )
             yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
         yield _listing(store, key)
+        yield from _versions(store)
         yield _link(store, key, sha256, config)
     finally:
         with contextlib.suppress(errors.RushesError):
@@ -363,6 +364,13 @@ def _listing(store: storage.ObjectStore, key: str) -> Check:
     if key in store.list("doctor/"):
         return _ok("results listing", "a new object shows up")
     return _warn("results listing", "a new object does not show up", "allow s3:ListBucket")
+
+
+def _versions(store: storage.ObjectStore) -> Iterator[Check]:
+    with contextlib.suppress(errors.RushesError):  # a right that few have, and few stores know it
+        if store.keeps_versions():
+            seen = "the bucket keeps versions: what `rushes gc` deletes stays, and is paid for"
+            yield _warn("results versions", seen, "add a lifecycle rule for noncurrent versions")
 
 
 def _link(store: storage.ObjectStore, key: str, sha256: str, config: settings.Settings) -> Check:

@@ -102,6 +102,9 @@ class FolderStore:
     def address(self, key: str) -> str:
         return self._path(key).as_uri()
 
+    def keeps_versions(self) -> bool:
+        return False
+
     def check(self) -> None:
         with self._translated(""):
             self._require_folder()

@@ -177,6 +177,12 @@ class S3Store:
     def address(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._key(key)}"
 
+    def keeps_versions(self) -> bool:
+        with self.translated(""):
+            return (
+                self._client.get_bucket_versioning(Bucket=self._bucket).get("Status") == "Enabled"
+            )
+
     def check(self) -> None:
         # A listing and not HeadBucket: its refusals say why.
         with self.translated(""):

@@ -150,6 +150,9 @@ class ObjectStore(Protocol):
 
     def address(self, key: str) -> str: ...
 
+    def keeps_versions(self) -> bool:
+        """Whether what is deleted or overwritten stays as an older version."""
+
     def check(self) -> None:
         """Raise unless the store answers and knows us. Creates nothing."""
 

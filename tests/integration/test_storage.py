@@ -162,6 +162,14 @@ def test_a_store_without_the_call_for_many_is_asked_one_by_one(in_s3, monkeypatc
     assert list(in_s3.list()) == []
 
 
+def test_a_bucket_tells_whether_it_keeps_versions(in_s3, monkeypatch):
+    for answer in ({}, {"Status": "Suspended"}, {"Status": "Enabled"}):
+        monkeypatch.setattr(
+            in_s3._client, "get_bucket_versioning", lambda answer=answer, **_: answer
+        )
+        assert in_s3.keeps_versions() is (answer.get("Status") == "Enabled")
+
+
 def test_a_fresh_store_checks_out_and_stays_empty(store):
     store.check()
     assert list(store.list()) == []

@@ -17,7 +17,18 @@ import safetensors.torch
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from jobs import cli, database, doctor, migrate, presets, servers, settings, workers
+from jobs import (
+    cli,
+    database,
+    doctor,
+    folder_store,
+    migrate,
+    presets,
+    servers,
+    settings,
+    storage,
+    workers,
+)
 from models.tiny import shipped
 from tests.registrations import registration
 from worker import host_memory
@@ -395,6 +406,22 @@ def test_each_value_of_the_store_has_the_place_that_it_came_from(
         "eu-west-1 (running `rushes up`, AWS_REGION)",
         "its (running `rushes up`, AWS_ACCESS_KEY_ID)",
     }
+
+
+def test_a_bucket_that_keeps_versions_is_told_and_one_that_does_not_say_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> bool:
+        raise storage.StorageDenied("s3://b", "403 AccessDenied")
+
+    assert "results versions" not in checks()
+    monkeypatch.setattr(folder_store.FolderStore, "keeps_versions", refuse)
+    found = checks()
+    assert "results versions" not in found
+    assert found["results store"].status == "ok"
+    monkeypatch.setattr(folder_store.FolderStore, "keeps_versions", lambda _: True)
+    check = checks()["results versions"]
+    assert (check.status, check.advice) == ("warn", "add a lifecycle rule for noncurrent versions")
 
 
 def test_a_folder_of_presets_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
