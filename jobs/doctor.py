@@ -143,8 +143,8 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
     """Which of the places that `jobs.settings` reads gives this value."""
     up = settings.read_up_file(config.home)
     from_up = next((name for name in names if name in up), None)
-    own_store = "RUSHES_RESULTS_URL" in settings.given_names()
-    if from_up in settings.RESULTS_NAMES and not own_store:
+    of_store = from_up in settings.RESULTS_NAMES
+    if of_store and settings.is_store_of_up(up, config.results_url):
         return f"running `rushes up`, {from_up}"
     exported = settings.exported_names()
     for name in names:
@@ -155,7 +155,8 @@ def source_of(config: settings.Settings, names: tuple[str, ...]) -> str:
             return f"file named by {name}_FILE"
     if not settings.given_names().isdisjoint(names):
         return ".env"
-    if from_up is not None and from_up not in settings.RESULTS_NAMES:
+    is_given = of_store and "RUSHES_RESULTS_URL" in settings.given_names()
+    if from_up is not None and not is_given:
         return f"running `rushes up`, {from_up}"
     return "default"
 
@@ -330,8 +331,18 @@ def _results(config: settings.Settings) -> Iterator[Check]:
         yield from _round_trip(store, config)
     except storage.StorageDenied as error:
         yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
+    except errors.InvalidInput as error:
+        yield _fail("results store", str(error), "correct these values; docs/configuration.md")
     except errors.RushesError as error:
-        yield _fail("results store", str(error), "start the store or correct RUSHES_RESULTS_URL")
+        yield _fail("results store", str(error), _advice_on(str(error)))
+
+
+def _advice_on(problem: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in problem:
+        return NOT_TRUSTED
+    if "WRONG_VERSION_NUMBER" in problem:  # in the words of OpenSSL
+        return "nothing speaks TLS there: correct AWS_ENDPOINT_URL_S3, perhaps to http://"
+    return "start the store or correct RUSHES_RESULTS_URL"
 
 
 def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterator[Check]:
@@ -356,6 +367,7 @@ def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterat
             )
             yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
         yield _listing(store, key)
+        yield from _versions(store)
         yield _link(store, key, sha256, config)
     finally:
         with contextlib.suppress(errors.RushesError):
@@ -374,6 +386,13 @@ def _listing(store: storage.ObjectStore, key: str) -> Check:
     except storage.StorageDenied as error:
         return _fail("results listing", str(error), advice)
     return _warn("results listing", "a new object does not show up", advice)
+
+
+def _versions(store: storage.ObjectStore) -> Iterator[Check]:
+    with contextlib.suppress(errors.RushesError):  # a right that few have, and few stores know it
+        if store.keeps_versions():
+            seen = "the bucket keeps versions: what `rushes gc` deletes stays, and is paid for"
+            yield _warn("results versions", seen, "add a lifecycle rule for noncurrent versions")
 
 
 def _link(store: storage.ObjectStore, key: str, sha256: str, config: settings.Settings) -> Check:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import unicodedata
 from collections import deque
@@ -25,8 +26,9 @@ from jobs.schema import Attempt, Batch, Job
 log = structlog.get_logger()
 
 THREADS = 4
-FETCH_TRIES = 4
+FETCH_TRIES = 8  # about a minute
 RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 20.0
 WATCH_SECONDS = 5.0
 IDLE_PER_LOOK = 9.0  # a tenth of the time, at most, is spent looking for new videos
 LONGEST_PAUSE_SECONDS = 60.0  # while the database or the store is away
@@ -252,16 +254,17 @@ def fetch(
     a disk that takes no more: DiskUnusable.
     """
     _make(folder)
-    pool = ThreadPoolExecutor(THREADS)
+    pool, stop = ThreadPoolExecutor(THREADS), threading.Event()
     under_way: deque[Future[Outcome]] = deque()
     try:
         for item in wanted:
-            under_way.append(pool.submit(_fetch, store, item, folder, sidecars=sidecars))
+            under_way.append(pool.submit(_fetch, store, item, folder, stop, sidecars=sidecars))
             if len(under_way) > 2 * THREADS:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -320,7 +323,7 @@ def fetch_result_files(
     for name in RESULT_FILES:
         target = folder / name
         try:
-            _download(store, results.batch_key(batch.id, name), target)
+            _download(store, results.batch_key(batch.id, name), target, threading.Event())
             if name == results.OUTPUT:
                 _name_videos(db, batch.id, target)
             if name == results.MANIFEST:
@@ -384,16 +387,18 @@ def _item(job: Job, attempt: Attempt, name: str) -> Item:
     )
 
 
-def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bool) -> Outcome:
+def _fetch(
+    store: storage.ObjectStore, item: Item, folder: Path, stop: threading.Event, *, sidecars: bool
+) -> Outcome:
     target = folder / f"{item.name}.mp4"
     status, error = Status.THERE, None
     try:
         if not _is_there(target, item):
-            _fetch_video(store, item, target)
+            _fetch_video(store, item, target, stop)
             status = Status.DOWNLOADED
         sidecar = folder / f"{item.name}.json"
         if sidecars and (status is Status.DOWNLOADED or not _is_sidecar(sidecar, item)):
-            _download(store, item.sidecar_key, sidecar)
+            _download(store, item.sidecar_key, sidecar, stop)
     except (storage.StorageUnavailable, storage.StorageDenied):
         raise
     except (errors.RushesError, IsADirectoryError) as problem:
@@ -410,10 +415,12 @@ def _fetch(store: storage.ObjectStore, item: Item, folder: Path, *, sidecars: bo
     )
 
 
-def _fetch_video(store: storage.ObjectStore, item: Item, target: Path) -> None:
+def _fetch_video(
+    store: storage.ObjectStore, item: Item, target: Path, stop: threading.Event
+) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
-        _download(store, item.key, part)
+        _download(store, item.key, part, stop)
         if not _is_there(part, item):
             address = store.address(item.key)
             raise storage.StorageError(
@@ -424,14 +431,21 @@ def _fetch_video(store: storage.ObjectStore, item: Item, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _download(store: storage.ObjectStore, key: str, path: Path) -> None:
-    """Tried again: one connection of ten thousand that breaks must not end a night's download."""
+def _download(store: storage.ObjectStore, key: str, path: Path, stop: threading.Event) -> None:
+    """Tried again, until told to stop.
+
+    A connection that breaks, or a store that is busy for a moment, must not end a night's download.
+    """
     for tries in range(1, FETCH_TRIES):
         try:
             store.download(key, path)
-        except storage.BrokenOff as error:
-            log.warning("download.again", key=key, error=str(error)[:200])
-            time.sleep(retries.growing_wait(RETRY_SECONDS, tries))
+        except storage.StorageUnavailable as error:
+            if stop.is_set():
+                raise
+            wait = retries.growing_wait(RETRY_SECONDS, tries, longest_seconds=LONGEST_RETRY_SECONDS)
+            told = {"error": str(error)[:200], "seconds": round(wait, 1)}
+            log.warning("download.again", key=key, **told)
+            stop.wait(wait)
         else:
             return
     store.download(key, path)

@@ -45,7 +45,7 @@ MAX_URL_BYTES = 256 << 20
 PATIENCE = timedelta(hours=1)  # with what was due in time, such as for servers of images
 LATER = (storage.StorageUnavailable, safety.CheckBroken, inputs.ImageAway)
 """Nobody's prompts are to blame: the fire time is tried again."""
-OUTAGES = (database.DatabaseUnavailable, *LATER)
+OUTAGES = (database.DatabaseUnavailable, storage.StorageDenied, *LATER)
 
 
 class Overtaken(errors.RushesError):
@@ -164,6 +164,10 @@ class Clockwork:
                 submitted = submission.submit(self._db, file, beside=record)
         except (Overtaken, IntegrityError):
             return None  # this fire time has its row already, or will have it in a moment
+        except storage.StorageDenied as error:
+            if may_wait:  # for new keys, or rights on the bucket
+                raise
+            return self._failed(schedule, due, str(error))
         except (DBAPIError, OSError, sqlite3.Error, *OUTAGES):
             raise
         except errors.RushesError as error:
@@ -245,7 +249,8 @@ def prompt_file(
 ) -> Iterator[submission.PromptFile]:
     """The prompts of the firing at `moment`, with its variables filled in.
 
-    With `may_wait`, `inputs.ImageAway` where the server of an image does not answer.
+    With `may_wait`, `inputs.ImageAway` where the server of an image does not answer, or a store
+    refuses our keys.
     """
     rule = schedules.rule_of(schedule)
     wall = moment.astimezone(rule.zone)
@@ -286,7 +291,10 @@ def prompt_file(
 
 
 def read_url(config: settings.Settings, url: str) -> bytes:
-    """A prompt file in a bucket. InvalidInput when it can never be read, or StorageUnavailable."""
+    """A prompt file in a bucket.
+
+    InvalidInput when it can never be read, StorageUnavailable or KeysRefused when it may be later.
+    """
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket or not key:
         raise _unusable(url, "must be s3://bucket/key")
@@ -298,7 +306,7 @@ def read_url(config: settings.Settings, url: str) -> bytes:
         if head.size_bytes > MAX_URL_BYTES:
             raise _unusable(url, f"is larger than {MAX_URL_BYTES >> 20} MiB")
         return store.read_bytes(key)
-    except storage.StorageUnavailable:
+    except (storage.StorageUnavailable, storage.KeysRefused):
         raise
     except storage.StorageError as error:
         raise _unusable(url, str(error)) from error

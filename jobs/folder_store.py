@@ -13,10 +13,15 @@ from jobs import storage
 
 
 class FolderStore:
-    """Objects as plain files below one folder; their content type is the file name's business."""
+    """Objects as plain files below one folder; their content type is the file name's business.
 
-    def __init__(self, folder: Path) -> None:
+    A folder that is not to be made, and is not there, is an outage: its disk may not be mounted,
+    and what is written in its place is hidden once it is.
+    """
+
+    def __init__(self, folder: Path, *, may_make: bool = True) -> None:
         self._folder = folder
+        self._may_make = may_make
 
     @property
     def url(self) -> str:
@@ -56,15 +61,18 @@ class FolderStore:
     def entries(self, prefix: str = "") -> Iterator[storage.ObjectEntry]:
         storage.check_prefix(prefix)
         top = self._folder / prefix.rpartition("/")[0]
-        keys = [
-            (Path(folder) / name).relative_to(self._folder).as_posix()
-            for folder, _, names in os.walk(top)
-            for name in names
-            if not name.startswith(storage.PART_PREFIX)
-        ]
+        with self._translated(prefix):
+            self._require_folder()
+            keys = [
+                (Path(folder) / name).relative_to(self._folder).as_posix()
+                for folder, _, names in os.walk(top, onerror=_raise_unless_gone)
+                for name in names
+                if not name.startswith(storage.PART_PREFIX)
+            ]
         for key in sorted(key for key in keys if key.startswith(prefix)):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                found = (self._folder / key).stat()
+            with contextlib.suppress(storage.ObjectMissing):  # deleted meanwhile
+                with self._translated(key):
+                    found = (self._folder / key).stat()
                 yield storage.ObjectEntry(
                     key=key,
                     size_bytes=found.st_size,
@@ -94,7 +102,12 @@ class FolderStore:
     def address(self, key: str) -> str:
         return self._path(key).as_uri()
 
+    def keeps_versions(self) -> bool:
+        return False
+
     def check(self) -> None:
+        with self._translated(""):
+            self._require_folder()
         nearest = next(p for p in (self._folder, *self._folder.parents) if p.exists())
         if not nearest.is_dir():
             raise storage.StorageDenied(self.url, f"{nearest} is a file, a folder is needed")
@@ -107,10 +120,10 @@ class FolderStore:
         source.seek(0)
         try:
             try:
-                _write_below(source, target)
+                self._write(source, key)
             except FileNotFoundError:  # a `delete` took the folder away as empty
                 source.seek(0)
-                _write_below(source, target)
+                self._write(source, key)
             with target.open("rb") as written:
                 stored = storage.digest(written)
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -118,7 +131,7 @@ class FolderStore:
                 self.address(key), "a file and a folder want this name"
             ) from error
         except OSError as error:
-            raise _from_os_error(error, self.address(key)) from error
+            raise self._failure(error, self.address(key)) from error
         if stored != sent:
             raise storage.mismatch(self.address(key), key, sent, stored.size_bytes, stored.sha256)
         return storage.StoredObject(key=key, size_bytes=sent.size_bytes, sha256=sent.sha256)
@@ -131,18 +144,34 @@ class FolderStore:
         try:
             yield
         except OSError as error:
-            raise _from_os_error(error, self.address(key)) from error
+            address = (self._folder / key).as_uri()
+            raise self._failure(error, address) from error
+
+    def _failure(self, error: OSError, address: str) -> storage.StorageError:
+        reason = error.strerror or str(error)
+        if error.errno == errno.ENOENT and not (self._may_make or self._folder.exists()):
+            message = "there is no such folder: mount its disk, or make it"
+            return storage.StorageUnavailable(self.url, message)
+        if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+            return storage.ObjectMissing(address)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return storage.StorageDenied(address, reason)
+        return storage.StorageUnavailable(address, reason)
+
+    def _write(self, source: storage.Readable, key: str) -> None:
+        target = self._path(key)
+        if self._may_make:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(target.parents[: key.count("/")]):
+            folder.mkdir(exist_ok=True)
+        storage.write_whole(source, target)
+
+    def _require_folder(self) -> None:
+        if not self._may_make:
+            self._folder.stat()
 
 
-def _from_os_error(error: OSError, address: str) -> storage.StorageError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-        return storage.ObjectMissing(address)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return storage.StorageDenied(address, reason)
-    return storage.StorageUnavailable(address, reason)
-
-
-def _write_below(source: storage.Readable, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(source, target)
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that went away meanwhile holds nothing; one that cannot be read may."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise error

@@ -318,7 +318,7 @@ def _from_s3(source: str, shown: str, limits: Limits, config: settings.Settings)
         if head.size_bytes > limits.max_bytes:
             raise _too_large(shown, limits)
         return _within(store.read_bytes(key), shown, limits)
-    except storage.StorageUnavailable as error:
+    except (storage.StorageUnavailable, storage.KeysRefused) as error:
         raise ImageUnreachable(shown, str(error)) from error
     except storage.StorageError as error:
         raise ImageUnusable(shown, str(error)) from error

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 AddressingStyle = Literal["path", "virtual"]
 
+AWS_HOST = re.compile(r"\.amazonaws\.com(\.cn)?$")
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 MAX_TRIES = 3  # inside one call; waiting out an outage is the caller's business
@@ -69,6 +70,17 @@ PARTIAL_CONTENT = 206
 RANGE_NOT_SATISFIABLE = 416
 NOT_IMPLEMENTED = 501
 DIGEST_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+KEYS_CODES = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "PermanentRedirect",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+"""Of DENIED_CODES those that speak of our keys, clock or region, and not of what was asked for."""
 
 
 class S3Store:
@@ -200,6 +212,12 @@ class S3Store:
 
     def address(self, key: str) -> str:
         return self._named(storage.checked_key(key))
+
+    def keeps_versions(self) -> bool:
+        with self.translated(""):
+            return (
+                self._client.get_bucket_versioning(Bucket=self._bucket).get("Status") == "Enabled"
+            )
 
     def check(self) -> None:
         # A listing and not HeadBucket: its refusals say why.
@@ -340,7 +358,8 @@ class S3Store:
             told = "there is no S3 at this endpoint: correct AWS_ENDPOINT_URL_S3"
             return storage.StorageDenied(address, f"{said}; {told}")
         if code in DENIED_CODES or status in (401, 403):
-            return storage.StorageDenied(address, f"{said}; {self._advice(error)}")
+            kind = storage.KeysRefused if code in KEYS_CODES else storage.StorageDenied
+            return kind(address, f"{said}; {self._advice(error)}")
         return storage.StorageError(address, said)
 
     def _from_silence(self, error: "BotoCoreError", address: str) -> storage.StorageError:
@@ -359,7 +378,7 @@ class S3Store:
             or "Token" in type(error).__name__
         ):
             self._renew_credentials()
-            return storage.StorageDenied(address, f"{error}: {CHECK_KEYS}")
+            return storage.KeysRefused(address, f"{error}: {CHECK_KEYS}")
         return storage.StorageError(address, str(error))
 
     def _advice(self, error: "ClientError") -> str:
@@ -450,21 +469,26 @@ def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     is_empty = os.environ.get("AWS_CA_BUNDLE") == ""
     trusted = str(options.ca_bundle) if options.ca_bundle else is_empty or None
 
-    def client(endpoint_url: str | None) -> "S3Client":
+    def client(endpoint_url: str | None, style: AddressingStyle | None = None) -> "S3Client":
         region = session.region_name or ("us-east-1" if endpoint_url else None)
         made = session.client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=region,
             verify=trusted,
-            config=_config(endpoint_url, options),
+            config=_config(endpoint_url, options, style),
         )
         made.meta.events.register_last("before-parameter-build.s3", _redirect_once)
         return made
 
     own = client(options.endpoint_url)
     public = options.public_endpoint_url
-    return own, client(public) if public and public != options.endpoint_url else own
+    if public and public != options.endpoint_url:
+        return own, client(public)
+    if AWS_HOST.search(own.meta.endpoint_url):  # and not one that ~/.aws/config names
+        # Left alone, links lead to the host of all regions, which sends on or does not know them.
+        return own, client(None, "virtual")
+    return own, own
 
 
 def _redirect_once(model: "OperationModel", context: dict[str, Any], **_: object) -> None:
@@ -473,7 +497,9 @@ def _redirect_once(model: "OperationModel", context: dict[str, Any], **_: object
         context.setdefault("s3_redirect", {})["redirected"] = True
 
 
-def _config(endpoint_url: str | None, options: S3Options) -> "Config":
+def _config(
+    endpoint_url: str | None, options: S3Options, style: AddressingStyle | None = None
+) -> "Config":
     from botocore.config import Config
 
     common: dict[str, Any] = {
@@ -487,7 +513,7 @@ def _config(endpoint_url: str | None, options: S3Options) -> "Config":
         common["connect_timeout"] = common["read_timeout"] = options.answer_seconds
         common["retries"] = {"mode": "standard", "total_max_attempts": 2}
     if endpoint_url is None:
-        return Config(**common)
+        return Config(**common, s3={"addressing_style": style} if style else None)
     if urllib.parse.urlsplit(endpoint_url).hostname in direct.LOOPBACK:
         common["proxies"] = {}  # HTTP_PROXY is for other machines
     # Many compatible stores refuse boto3's newer checksum headers.

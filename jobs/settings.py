@@ -463,15 +463,19 @@ class Settings(BaseSettings):
         files = _FileVariants(settings_cls)
         written = (init_settings, env_settings, files, dotenv_settings)
         up = _by_first_name(read_up_file(_home(written)))
+        given_url = _given(written, "RUSHES_RESULTS_URL")
         rest = {name: value for name, value in up.items() if name not in RESULTS_NAMES}
-        by_up = (*written, _Values(settings_cls, rest))
-        its_results = up.get("RUSHES_RESULTS_URL")
-        if its_results is None or _given(written, "RUSHES_RESULTS_URL") not in (None, its_results):
-            return by_up
+        if not is_store_of_up(up, given_url or up.get("RUSHES_RESULTS_URL")):
+            return (*written, _Values(settings_cls, up if given_url is None else rest))
         # The store of `rushes up` comes with its keys: credentials exported for another
         # store must not be mixed with its address.
         store = {name: up.get(name) for name in RESULTS_NAMES}
-        return (init_settings, _Values(settings_cls, store), *by_up[1:])
+        return (
+            init_settings,
+            _Values(settings_cls, store),
+            *written[1:],
+            _Values(settings_cls, rest),
+        )
 
 
 def load(**overrides: object) -> Settings:
@@ -590,6 +594,11 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_store_of_up(up: Mapping[str, str], results_url: str | None) -> bool:
+    """Whether the `rushes up` of this file runs it: only then are its keys there."""
+    return "AWS_ACCESS_KEY_ID" in up and up.get("RUSHES_RESULTS_URL") == results_url
 
 
 def _sqlite_url(path: Path) -> str:

@@ -33,15 +33,13 @@ ADDRESSES = frozenset(
         "results_url",
         "s3_endpoint_url",
         "s3_public_endpoint_url",
+        "s3_addressing_style",
         "aws_region",
-        "aws_access_key_id",
-        "aws_secret_access_key",
-        "aws_session_token",
         "models_dir",
         "presets_dir",
     }
 )
-"""Settings that say where things are; the store's come together or not at all."""
+"""Settings that say where things are; the store's come together or not at all, without keys."""
 TINY_MODELS = ("tiny", "tiny_i2v")
 DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children

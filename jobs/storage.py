@@ -44,6 +44,10 @@ class StorageDenied(StorageError):
     """The store refuses us or has no such bucket: someone must change keys, rights or the URL."""
 
 
+class KeysRefused(StorageDenied):
+    """Our keys, clock or region are not good now, whatever is asked for: keys are renewed."""
+
+
 class ObjectMissing(StorageError):
     """No object under this key."""
 
@@ -145,6 +149,9 @@ class ObjectStore(Protocol):
         """A link for readers without keys; with a file name, browsers save instead of play."""
 
     def address(self, key: str) -> str: ...
+
+    def keeps_versions(self) -> bool:
+        """Whether what is deleted or overwritten stays as an older version."""
 
     def check(self) -> None:
         """Raise unless the store answers and knows us. Creates nothing."""

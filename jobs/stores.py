@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import ssl
 import urllib.parse
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def open_store(
     url = values.results_url
     parts = _split("RUSHES_RESULTS_URL", url)
     if parts.scheme == "file":
-        return folder_store.FolderStore(_folder_of(parts))
+        folder = _folder_of(parts)
+        return folder_store.FolderStore(folder, may_make=values.home in folder.parents)
     if parts.scheme == "s3":
         bucket, prefix = _bucket_of(parts)
         options = dataclasses.replace(_options(values), answer_seconds=answer_seconds)
@@ -46,6 +48,7 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
         addressing_style=values.s3_addressing_style or "path",
         ca_bundle=values.aws_ca_bundle,
     )
+    _check_bundle(options)
     if bool(options.access_key_id) != bool(options.secret_access_key):
         raise errors.InvalidInput(
             "settings",
@@ -58,6 +61,20 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
             ],
         )
     return options
+
+
+def _check_bundle(options: s3_store.S3Options) -> None:
+    """Later, the same fault would look like a store that does not answer."""
+    urls = (options.endpoint_url or "https:", options.public_endpoint_url or "")
+    if options.ca_bundle is None or not any(url.lower().startswith("https:") for url in urls):
+        return
+    try:
+        ssl.create_default_context(cafile=options.ca_bundle)
+    except OSError as error:
+        message = f"AWS_CA_BUNDLE={options.ca_bundle}: no file of certificates (PEM): {error}"
+        raise errors.InvalidInput(
+            "settings", [errors.Problem(line=None, message=message)]
+        ) from error
 
 
 def _endpoint(name: str, url: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import http.server
 import os
@@ -26,6 +27,7 @@ VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chu
 @pytest.fixture(params=["folder", "s3"])
 def store(request, tmp_path):
     if request.param == "folder":
+        (tmp_path / "re sults").mkdir()
         values = settings.load(results_url=(tmp_path / "re sults").as_uri())
     else:
         values = settings.Settings(**request.getfixturevalue("s3"))
@@ -158,6 +160,14 @@ def test_a_store_without_the_call_for_many_is_asked_one_by_one(in_s3, monkeypatc
     monkeypatch.setattr(in_s3._client, "delete_objects", refuse)
     in_s3.delete_many(["a", "b"])
     assert list(in_s3.list()) == []
+
+
+def test_a_bucket_tells_whether_it_keeps_versions(in_s3, monkeypatch):
+    for answer in ({}, {"Status": "Suspended"}, {"Status": "Enabled"}):
+        monkeypatch.setattr(
+            in_s3._client, "get_bucket_versioning", lambda answer=answer, **_: answer
+        )
+        assert in_s3.keeps_versions() is (answer.get("Status") == "Enabled")
 
 
 def test_a_fresh_store_checks_out_and_stays_empty(store):
@@ -364,8 +374,8 @@ def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
         ("429 TooManyRequests", storage.StorageUnavailable),
         ("507 StorageFull", storage.StorageUnavailable),
         ("403 AccessDenied", storage.StorageDenied),
-        ("403 RequestTimeTooSkewed", storage.StorageDenied),
-        ("400 ExpiredToken", storage.StorageDenied),
+        ("403 RequestTimeTooSkewed", storage.KeysRefused),
+        ("400 ExpiredToken", storage.KeysRefused),
         ("400 BadDigest", storage.UploadMismatch),
         ("400 EntityTooLarge", storage.StorageError),
         ("501 NotImplemented", storage.StorageError),
@@ -393,6 +403,20 @@ def test_a_store_may_have_the_bucket_in_the_name_of_its_host(s3):
     values = values.model_copy(update=its)
     link = urllib.parse.urlsplit(stores.open_bucket(values, "mine").presign("k", seconds=60))
     assert (link.hostname, link.path) == ("mine.oss.example", "/k")
+
+
+def test_links_of_aws_lead_to_the_host_of_the_region(monkeypatch, tmp_path):
+    keys = {"aws_access_key_id": "A", "aws_secret_access_key": "S"}
+
+    def host(bucket):
+        values = settings.load(results_url=f"s3://{bucket}", aws_region="eu-south-1", **keys)
+        return urllib.parse.urlsplit(stores.open_store(values).presign("k", seconds=60)).netloc
+
+    assert host("mine") == "mine.s3.eu-south-1.amazonaws.com"
+    assert host("my.own") == "s3.eu-south-1.amazonaws.com", "a certificate is for one name"
+    (tmp_path / "config").write_text("[default]\nendpoint_url = http://minio.example:9000\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert host("mine") == "minio.example:9000"
 
 
 def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3):
@@ -737,6 +761,60 @@ def test_a_folder_without_rights_is_denied(tmp_path):
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, storage.StorageDenied), (errno.EIO, storage.StorageUnavailable)],
+)
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(in_folder, monkeypatch, number, kind):
+    """Else `rushes gc` would call its files deleted."""
+    in_folder.put_bytes(b"x", "a/b/k", content_type="text/plain")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "b":
+            raise OSError(number, os.strerror(number), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(kind):
+        list(in_folder.entries("a/"))
+    monkeypatch.undo()
+    assert list(in_folder.list("a/b/k/")) == list(in_folder.list("none/")) == []
+
+
+def test_a_folder_that_was_named_and_is_not_there_is_an_outage(tmp_path):
+    """Its disk is not mounted: what is written in its place would be hidden once it is."""
+    folder = tmp_path / "disk" / "results"
+    folder.mkdir(parents=True)
+    store = stores.open_store(settings.load(results_url=folder.as_uri()))
+    store.put_bytes(b"x", "a/k", content_type="text/plain")
+    folder.rename(tmp_path / "unmounted")
+    for call in (
+        lambda: store.put_bytes(b"x", "k", content_type="text/plain"),
+        lambda: store.put_bytes(b"x", "a/k", content_type="text/plain"),
+        lambda: store.read_bytes("a/k"),
+        lambda: store.head("a/k"),
+        lambda: list(store.entries("a/")),
+        lambda: store.delete("a/k"),
+        lambda: store.stream("a/k", first=0, last=0),
+        store.check,
+    ):
+        with pytest.raises(storage.StorageUnavailable, match=r"results: .*mount its disk"):
+            call()
+    assert list((tmp_path / "disk").iterdir()) == []
+    (tmp_path / "unmounted").rename(folder)
+    assert store.read_bytes("a/k") == b"x"
+
+
+def test_a_folder_in_home_is_made():
+    values = settings.load()
+    store = stores.open_store(values)
+    store.check()
+    assert store.head("k") is None
+    store.put_bytes(b"x", "k", content_type="text/plain")
+    assert (values.home / settings.LOCAL_RESULTS / "k").read_bytes() == b"x"
+
+
 # URLs and settings
 
 
@@ -783,6 +861,18 @@ def test_an_endpoint_needs_a_scheme(field, name):
         stores.open_store(settings.load(results_url="s3://bucket", **{field: "127.0.0.1:9000"}))
 
 
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_cannot_be_read_are_a_wrong_setting(tmp_path, content):
+    bundle = tmp_path / "ca.pem"
+    if content is not None:
+        bundle.write_text(content)
+    keys = {"aws_access_key_id": "A", "aws_secret_access_key": "S", "aws_ca_bundle": str(bundle)}
+    with pytest.raises(errors.InvalidInput, match=r"AWS_CA_BUNDLE=/.*ca\.pem: no file of cert"):
+        stores.open_store(settings.load(results_url="s3://bucket", **keys))
+    plain = {"s3_endpoint_url": "http://127.0.0.1:1"}
+    stores.open_store(settings.load(results_url="s3://bucket", **keys, **plain))
+
+
 def test_half_a_pair_of_keys_is_refused():
     values = settings.load(results_url="s3://bucket", aws_access_key_id="AKIA123")
     with pytest.raises(errors.InvalidInput, match="belong together"):
@@ -801,6 +891,7 @@ def test_importing_storage_does_not_import_boto3():
 
 def test_paths_with_spaces_and_umlauts_are_folders(tmp_path):
     folder = Path(tmp_path / "Väter & Söhne 100%")
+    folder.mkdir()
     store = stores.open_store(settings.load(results_url=folder.as_uri()))
     store.put_bytes(b"x", "k", content_type="text/plain")
     assert (folder / "k").read_bytes() == b"x"

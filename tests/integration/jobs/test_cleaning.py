@@ -137,6 +137,7 @@ def bucket(world: World, s3: dict[str, str]) -> Bucket:
 
 @pytest.fixture
 def folder_bucket(sqlite_world: World, tmp_path: Path) -> Bucket:
+    (tmp_path / "results").mkdir()
     return Bucket(sqlite_world, settings.load(results_url=(tmp_path / "results").as_uri()))
 
 

@@ -44,6 +44,7 @@ def test_result_files_are_written_again_after_a_retry(world: World, tmp_path: Pa
     batch_id = world.submit(1)
     job_id = world.only_job(batch_id).id
     folder = tmp_path / "results"
+    folder.mkdir()
     writer = writer_of(world, folder.as_uri())
     world.fail(world.claimed(job_id), states.FailureKind.INPUT)
     writer.write_finished()
@@ -72,6 +73,7 @@ def test_a_store_that_fails_delays_the_files_and_is_not_asked_again_at_once(
         assert writer.write_finished() == 0
         assert [e for e in logs if e["event"] == "batch.manifest_delayed"] == told
     in_the_way.unlink()
+    (in_the_way / "results").mkdir(parents=True)
     monkeypatch.setattr(writer, "_again_at", 0.0)
     assert writer.write_finished() == 3
 
@@ -175,6 +177,7 @@ def test_several_writers_write_each_batch_once(
         return write(db, store, batch_id, **options)
 
     monkeypatch.setattr(results, "write", slow)
+    (tmp_path / "results").mkdir()
     writers = [writer_of(world, (tmp_path / "results").as_uri()) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda writer: writer.write_finished(), writers))
@@ -243,6 +246,7 @@ def test_a_writer_that_has_lost_its_lease_replaces_no_file(
     batch_id = world.submit(1)
     job_id = world.only_job(batch_id).id
     world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    (tmp_path / "results").mkdir()
     first, second = (writer_of(world, (tmp_path / "results").as_uri()) for _ in range(2))
     write_lines = results._write_lines
 
@@ -269,6 +273,7 @@ def test_a_batch_that_is_reopened_while_it_is_read_keeps_the_files_of_its_end(
     batch_id = world.submit(3)
     for job_id in world.job_ids(batch_id):
         world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    (tmp_path / "results").mkdir()
     writer = writer_of(world, (tmp_path / "results").as_uri())
     assert writer.write_finished() == 1
     folder = tmp_path / "results" / "batches" / batch_id

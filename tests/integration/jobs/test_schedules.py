@@ -101,6 +101,7 @@ class Farm:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> settings.Settings:
+    (tmp_path / "results").mkdir()
     monkeypatch.setenv("RUSHES_RESULTS_URL", (tmp_path / "results").as_uri())
     return settings.load()
 
@@ -519,6 +520,60 @@ def test_the_server_of_an_image_is_waited_for_but_not_for_ever(
     farm.now += timedelta(hours=2)
     assert late.tick() == 0
     assert farm.states("b") == [FAILED, FAILED]
+
+
+def test_a_store_that_refuses_us_is_waited_for_but_not_for_ever(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, config: settings.Settings
+) -> None:
+    """An image cannot be laid there while its keys are renewed."""
+    farm = Farm(sqlite_world, config)
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(data, "PNG")
+    picture = images.examine(data.getvalue(), "x")
+    monkeypatch.setattr(images, "fetch", lambda *_, **__: picture)
+    prompts = '{"prompt": "x", "image": "https://here.example/"}\n'
+    look = presets.load("tiny_i2v")
+    farm.add("a", cron="0 0 * * *", zone="UTC", preset=look, format="jsonl", prompts=prompts)
+
+    def refuse(*_: object) -> str:
+        raise storage.StorageDenied("s3://b/k", "answers 400 ExpiredToken")
+
+    midnight = START + DAY
+    with monkeypatch.context() as outage:
+        outage.setattr(images, "store_once", refuse)
+        for minutes in (0, 3, 6):
+            with pytest.raises(storage.StorageDenied):
+                farm.tick(midnight + timedelta(minutes=minutes))
+        assert farm.states("a") == []
+    farm.tick(midnight + timedelta(minutes=9))
+    assert farm.states("a") == [MADE]
+    monkeypatch.setattr(images, "store_once", refuse)
+    with pytest.raises(storage.StorageDenied):
+        farm.tick(midnight + DAY)
+    assert farm.tick(midnight + DAY + timedelta(minutes=62)) == 0
+    assert farm.states("a") == [MADE, FAILED]
+    assert "ExpiredToken" in farm.firings("a")[-1].reason
+
+
+def test_prompts_in_a_bucket_wait_for_new_keys_and_not_for_rights(
+    sqlite_world: World, monkeypatch: pytest.MonkeyPatch, config: settings.Settings
+) -> None:
+    farm = Farm(sqlite_world, config)
+    for name in ("a", "b"):
+        farm.add(name, cron="0 * * * *", prompts=None, prompts_url=f"s3://{name}{name}{name}/key")
+
+    class Bucket:
+        def __init__(self, name: str) -> None:
+            self.is_ours = name == "aaa"
+
+        def head(self, key: str) -> storage.ObjectHead:
+            kind = storage.KeysRefused if self.is_ours else storage.StorageDenied
+            raise kind(key, "says no")
+
+    monkeypatch.setattr(stores, "open_bucket", lambda _, name: Bucket(name))
+    with pytest.raises(storage.KeysRefused):
+        farm.tick(START + timedelta(hours=1))
+    assert (farm.states("a"), farm.states("b")) == ([], [FAILED])
 
 
 def test_one_that_cannot_be_read_is_told_and_holds_up_no_other(sqlite_farm: Farm) -> None:

@@ -330,6 +330,9 @@ def test_addresses_that_it_was_given_are_found_by_other_terminals(tmp_path, monk
         "DATABASE_URL": "postgres://me:secret@db.example/rushes",
         "RUSHES_RESULTS_URL": "s3://mine/results",
         "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "S3_ADDRESSING_STYLE": "virtual",
+        "AWS_ACCESS_KEY_ID": "mine",
+        "AWS_SECRET_ACCESS_KEY": "nobody's business",
         "RUSHES_WINDOW": "5",
     }.items():
         monkeypatch.setenv(name, value)
@@ -338,6 +341,7 @@ def test_addresses_that_it_was_given_are_found_by_other_terminals(tmp_path, monk
         "DATABASE_URL": "postgresql+psycopg://me:secret@db.example/rushes",
         "RUSHES_RESULTS_URL": "s3://mine/results",
         "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "S3_ADDRESSING_STYLE": "virtual",
     }
     monkeypatch.delenv("RUSHES_RESULTS_URL")
     assert set(standalone._own_addresses(settings.load())) == {"DATABASE_URL"}

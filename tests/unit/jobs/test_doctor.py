@@ -23,6 +23,7 @@ from jobs import (
     cli,
     database,
     doctor,
+    folder_store,
     migrate,
     presets,
     s3_store,
@@ -539,6 +540,47 @@ def test_a_setting_that_rushes_up_left_empty_is_not_shown(
     assert "setting AWS_SESSION_TOKEN" not in shown
 
 
+def test_each_value_of_the_store_has_the_place_that_it_came_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def places() -> set[str]:
+        checks = doctor._settings(settings.load())
+        return {c.seen for c in checks if c.name.startswith(("setting RUSHES_RES", "setting AWS"))}
+
+    up = {"RUSHES_RESULTS_URL": "s3://bbb", "AWS_REGION": "eu-west-1"}
+    monkeypatch.setattr(settings, "read_up_file", lambda _home: up)
+    monkeypatch.setenv("AWS_REGION", "eu-west-2")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    assert places() == {
+        "s3://bbb (running `rushes up`, RUSHES_RESULTS_URL)",
+        "eu-west-2 (environment AWS_REGION)",
+        "mine (environment AWS_ACCESS_KEY_ID)",
+    }
+    up["AWS_ACCESS_KEY_ID"] = "its"  # now it runs that store
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "s3://bbb")  # as its children have it
+    assert places() == {
+        "s3://bbb (running `rushes up`, RUSHES_RESULTS_URL)",
+        "eu-west-1 (running `rushes up`, AWS_REGION)",
+        "its (running `rushes up`, AWS_ACCESS_KEY_ID)",
+    }
+
+
+def test_a_bucket_that_keeps_versions_is_told_and_one_that_does_not_say_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> bool:
+        raise storage.StorageDenied("s3://b", "403 AccessDenied")
+
+    assert "results versions" not in checks()
+    monkeypatch.setattr(folder_store.FolderStore, "keeps_versions", refuse)
+    found = checks()
+    assert "results versions" not in found
+    assert found["results store"].status == "ok"
+    monkeypatch.setattr(folder_store.FolderStore, "keeps_versions", lambda _: True)
+    check = checks()["results versions"]
+    assert (check.status, check.advice) == ("warn", "add a lifecycle rule for noncurrent versions")
+
+
 def test_a_folder_of_presets_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_PRESETS_DIR", "elsewhere")
     assert checks()["presets"].status == "fail"
@@ -630,7 +672,9 @@ def test_a_store_with_a_certificate_of_its_own_passes_where_its_authority_is_nam
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_CA_BUNDLE", "")
-        assert "CERTIFICATE_VERIFY_FAILED" in checks()["results store"].seen
+        untrusted = checks()["results store"]
+        assert "CERTIFICATE_VERIFY_FAILED" in untrusted.seen
+        assert untrusted.advice == doctor.NOT_TRUSTED
         Path(".env").write_text(f"AWS_CA_BUNDLE={tmp_path / 'cert'}\n")
         found = checks()
         assert found["results store"].status == "ok"

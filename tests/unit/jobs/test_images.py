@@ -296,6 +296,7 @@ class TestS3:
         ("failure", "wanted"),
         [
             (storage.StorageUnavailable, images.ImageUnreachable),
+            (storage.KeysRefused, images.ImageUnreachable),
             (storage.StorageDenied, images.ImageUnusable),
         ],
     )

@@ -54,6 +54,7 @@ def afar(monkeypatch: pytest.MonkeyPatch) -> Afar:
 
 
 def _file(tmp_path: Path, sources: list[str]) -> submission.PromptFile:
+    (tmp_path / "results").mkdir(exist_ok=True)
     config = settings.load(results_url=(tmp_path / "results").as_uri())
     rows = [json.dumps({"prompt": f"p {n}", "image": each}) for n, each in enumerate(sources)]
     return submission.PromptFile(

@@ -354,6 +354,24 @@ def test_nothing_of_the_store_of_rushes_up_is_used_beside_another(
     assert secret(loaded.broker_url) == UP["CELERY_BROKER_URL"]
 
 
+def test_a_store_that_rushes_up_was_given_is_overruled_by_what_is_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by keys that were renewed in `.env`."""
+    rushes_up(
+        home, {"RUSHES_RESULTS_URL": "s3://ours", "AWS_ENDPOINT_URL_S3": "https://old.example"}
+    )
+    Path(".env").write_text("AWS_ACCESS_KEY_ID=new-key\nAWS_SECRET_ACCESS_KEY=new-secret\n")
+    found = _store(settings.load())
+    assert (found["url"], found["endpoint"]) == ("s3://ours", "https://old.example")
+    assert (found["key"], found["secret"]) == ("new-key", "new-secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://new.example")
+    assert settings.load().s3_endpoint_url == "https://new.example"
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setenv("RUSHES_RESULTS_URL", "s3://ours")
+    assert settings.load().s3_endpoint_url is None, "a store's values come from one place"
+
+
 def test_a_rushes_up_without_a_store_of_its_own_gives_none(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ class Web:
 @pytest.fixture
 def make_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Web]]:
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+    (tmp_path / "results").mkdir()
     monkeypatch.setenv("RUSHES_RESULTS_URL", (tmp_path / "results").as_uri())
     monkeypatch.setenv("RUSHES_DEFAULT_PRESET", "tiny")
     monkeypatch.setenv("RUSHES_DEFAULT_IMAGE_PRESET", "tiny_i2v")
