@@ -380,6 +380,18 @@ def test_a_bad_value_is_told_by_the_name_it_was_given_under(
     assert value in problem.message
 
 
+@pytest.mark.parametrize("name", ["RUSHES_STALL_SECONDS", "RUSHES_HEARTBEAT_SECONDS"])
+@pytest.mark.parametrize("value", ["0", "inf", "nan", "1e10"])
+def test_a_wait_that_no_timer_can_keep_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    from worker import settings as worker_settings
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(errors.InvalidInput, match=name):
+        worker_settings.load()
+
+
 def test_every_bad_value_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_WINDOW", "x")
     monkeypatch.setenv("RUSHES_TICK_SECONDS", "y")
