@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import psutil
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -32,6 +32,7 @@ LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, se
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_SECONDS = 7 * 24 * 3600
 LONGEST_DAYS = 36_500
+LONGEST_HOST = 180  # it comes after `rushes.publish.` and `gpu0@`, which the database knows to 200
 RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -49,6 +50,11 @@ def _os_user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user often has no name
         return ""
+
+
+def _host_name() -> str:
+    """The machine's, which may hold anything, as one that is always taken."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:LONGEST_HOST]
 
 
 class Settings(BaseSettings):
@@ -155,7 +161,7 @@ class Settings(BaseSettings):
         description="Jobs of one owner that may be queued; a submit beyond that is refused.",
     )
     host_name: str = Field(
-        default_factory=socket.gethostname,
+        default_factory=_host_name,
         validation_alias=AliasChoices("RUSHES_HOST"),
         description="Name of this machine in worker names; must differ between machines.",
     )
@@ -375,6 +381,20 @@ class Settings(BaseSettings):
     def _printable(cls, value: str) -> str:
         if not value.isprintable():
             raise ValueError("must be printable")
+        return value
+
+    @field_validator("host_name")
+    @classmethod
+    def _part_of_a_queue(cls, value: str) -> str:
+        # Celery takes a comma for the end of a queue's name, and % for a place in a template. The
+        # lock of a worker is a file with its name, quoted.
+        if not value.isprintable() or value != value.strip() or {",", "%"} & set(value):
+            raise ValueError("must be printable, without comma, % and blanks at its ends")
+        if len(quote(value, safe="@")) > LONGEST_HOST:
+            raise ValueError(
+                f"must have at most {LONGEST_HOST} characters; "
+                "those that no address may have count several times"
+            )
         return value
 
     @field_validator("web_rate")

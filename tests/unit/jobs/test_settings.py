@@ -358,6 +358,8 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_TICK_SECONDS", "0"),
         ("RUSHES_MODELS_DIR", "~nobody-of-this-name/x"),
         ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),
+        ("RUSHES_HOST", "one,two"),
+        ("RUSHES_HOST", "%h"),
         ("LOG_LEVEL", "LOUD"),
         ("RUSHES_LOG_FORMAT", "xml"),
     ],
@@ -413,6 +415,40 @@ def test_secrets_are_in_no_message_and_no_print(monkeypatch: pytest.MonkeyPatch)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("\udcff", "must be printable"),
+        ("one\ttwo", "must be printable"),
+        (" here", "blanks at its ends"),
+        ("x" * 181, "at most 180 characters"),
+        ("\u65e5" * 30, "at most 180 characters"),
+    ],
+)
+def test_a_host_that_no_queue_can_be_named_after_is_told(
+    monkeypatch: pytest.MonkeyPatch, value: str, told: str
+) -> None:
+    monkeypatch.setenv("RUSHES_HOST", value)
+    with pytest.raises(errors.InvalidInput, match=f"RUSHES_HOST.* {told}"):
+        settings.load()
+
+
+@pytest.mark.parametrize("name", ["a.b-c.local", "x" * 64, "two words", "K\xf6ln@2"])
+def test_a_usual_host_name_is_good_also_when_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("RUSHES_HOST", name)
+    assert settings.load().host_name == name
+
+
+@pytest.mark.parametrize("name", ["a,b", " %h", "\xe9" * 64, "\udcff", "x" * 255, "here"])
+def test_the_name_of_the_machine_is_always_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    assert (settings.load().host_name == name) is (name == "here")
 
 
 def test_levels_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
