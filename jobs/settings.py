@@ -131,13 +131,15 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_PRESETS_DIR"),
         description="A folder of your own preset files, searched before the shipped ones.",
     )
-    models_dir: Path = Field(
-        Path(),
+    models_dir: Path = Field(  # type: ignore[assignment]  # filled in by model_post_init
+        None,  # not Path(): that is `.`
+        validate_default=False,
         validation_alias=AliasChoices("RUSHES_MODELS_DIR"),
         description="One folder of weights per model. Default: `models` in RUSHES_HOME.",
     )
-    scratch_dir: Path = Field(
-        Path(),
+    scratch_dir: Path = Field(  # type: ignore[assignment]  # filled in by model_post_init
+        None,
+        validate_default=False,
         validation_alias=AliasChoices("RUSHES_SCRATCH_DIR"),
         description="Unfinished and not yet uploaded videos. Default: `scratch` in RUSHES_HOME.",
     )
@@ -531,8 +533,8 @@ def _sqlite_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def _folder(name: str, given: Path, default: Path) -> Path:
-    return default if given == Path() else _expanded(name, given).absolute()
+def _folder(name: str, given: Path | None, default: Path) -> Path:
+    return default if given is None else _expanded(name, given).absolute()
 
 
 def _expanded(name: str, path: Path) -> Path:

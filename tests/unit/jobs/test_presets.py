@@ -858,7 +858,10 @@ class TestRefusals:
             ({"model_path": "../x"}, "without '..'"),
             ({"model_path": "~/x"}, "without '..' and '~'"),
             ({"model_path": "."}, "model_path must"),
-            ({"model_path": "m/" + "é" * 128}, "model_path must be at most 1000 bytes, of which 255"),
+            (
+                {"model_path": "m/" + "é" * 128},
+                "model_path must be at most 1000 bytes, of which 255",
+            ),
             ({"model_path": "m/" * 600}, "model_path must be at most 1000 bytes"),
             ({"lora_path": "l" * 256}, "path must be at most 1000 bytes"),
             ({"description": 5}, "description must be one line of text"),

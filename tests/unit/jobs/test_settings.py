@@ -176,6 +176,12 @@ def test_folders_are_absolute_for_children_in_other_folders(
     assert loaded.presets_dir == tmp_path / "presets"
 
 
+@pytest.mark.parametrize("field", ["models_dir", "scratch_dir", "presets_dir", "home"])
+def test_the_current_folder_may_be_given(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.setenv(f"RUSHES_{field.upper()}", ".")
+    assert getattr(settings.load(), field) == Path.cwd()
+
+
 def test_a_home_of_a_user_who_has_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_HOME", "~nobody-of-this-name/x")
     with pytest.raises(errors.InvalidInput, match="RUSHES_HOME=~nobody-of-this-name/x"):
