@@ -6,7 +6,8 @@ from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs import errors
-from jobs.settings import LONGEST_SECONDS
+
+LONGEST_SECONDS = 7 * 24 * 3600
 
 
 class WorkerSettings(BaseSettings):
