@@ -198,7 +198,7 @@ class Settings(BaseSettings):
     retry_seconds: float = Field(
         10.0,
         ge=0,
-        le=LONGEST_SECONDS,
+        le=600,  # no wait is longer: retries.LONGEST_WAIT_SECONDS
         validation_alias=AliasChoices("RUSHES_RETRY_SECONDS"),
         description="Longest wait before the first retry; doubles with each one, with jitter.",
     )
@@ -381,9 +381,9 @@ class Settings(BaseSettings):
     @field_validator("owner")
     @classmethod
     def _printable(cls, value: str) -> str:
-        if not value.isprintable():
-            raise ValueError("must be printable")
-        return value
+        if not value.isprintable() or value.isspace():
+            raise ValueError("must be printable, and not blank")
+        return value.strip()
 
     @field_validator("host_name")
     @classmethod

@@ -361,6 +361,7 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_MAX_ERRORS", "0"),
         ("RUSHES_MAX_ERRORS", "100000"),
         ("RUSHES_RETRY_SECONDS", "-1"),
+        ("RUSHES_RETRY_SECONDS", "601"),
         ("RUSHES_TICK_SECONDS", "0"),
         ("RUSHES_MODELS_DIR", "~nobody-of-this-name/x"),
         ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),
@@ -455,6 +456,14 @@ def test_the_name_of_the_machine_is_always_taken(
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: name)
     assert (settings.load().host_name == name) is (name == "here")
+
+
+def test_blanks_around_an_owner_make_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_OWNER", " bob  b ")
+    assert settings.load().owner == "bob  b"
+    monkeypatch.setenv("RUSHES_OWNER", "   ")
+    with pytest.raises(errors.InvalidInput, match=r"RUSHES_OWNER: .* not blank"):
+        settings.load()
 
 
 def test_levels_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
