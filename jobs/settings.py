@@ -30,9 +30,9 @@ from jobs import errors
 
 LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, seen as a folder
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
+LONGEST_HOST = 180  # `gpu0@` and it: the database takes 200
 LONGEST_SECONDS = 7 * 24 * 3600
 LONGEST_DAYS = 36_500
-LONGEST_HOST = 180  # it comes after `rushes.publish.` and `gpu0@`, which the database knows to 200
 RESULTS_NAMES = (
     "RUSHES_RESULTS_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -395,7 +395,7 @@ class Settings(BaseSettings):
         if len(quote(value, safe="@")) > LONGEST_HOST:
             raise ValueError(
                 f"must have at most {LONGEST_HOST} characters; "
-                "those that no address may have count several times"
+                "all but letters, digits and .-_~@ count several times"
             )
         return value
 

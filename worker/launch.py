@@ -42,11 +42,11 @@ from worker import settings as worker_settings
 
 log = structlog.get_logger()
 
+BOTH_CHECKS = "RUSHES_PROMPT_CHECK or RUSHES_FRAME_CHECK"
+CHECKS_SECONDS = 300.0  # to load the user's checks: torch from a cold disk takes a minute
 LOOK_SECONDS = 0.5
 PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
-BOTH_CHECKS = "RUSHES_PROMPT_CHECK or RUSHES_FRAME_CHECK"
-CHECKS_SECONDS = 300.0  # to load the user's checks: torch from a cold disk takes a minute
 # Longer than a copy pauses, and than NFS keeps a list of files that others add to.
 COPIED_SECONDS = 60.0
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
