@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import operator
 import threading
 import time
@@ -43,6 +44,7 @@ REST_SECONDS = 0.05  # between two looks however often a farm of thousands kicks
 MOST_REST_SECONDS = 1.0
 REST = 4.0  # times what the look before it took
 AGAIN_SECONDS = 30.0  # after the database failed
+DEAF_SECONDS = 2.0  # while it listens for a kick, it hears that it should stop as late
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,13 +236,19 @@ class Dispatcher:
     def _wait(self, stop: threading.Event, *, took: float) -> None:
         ended = time.monotonic()
         try:
-            was_kicked = self._broker.wait_for_kick(self._config.tick_seconds)
+            was_kicked = self._is_kicked(stop)
         except broker.BrokerUnavailable:
             stop.wait(self._config.tick_seconds)
             return
         rest = min(max(REST_SECONDS, REST * took), MOST_REST_SECONDS)
         if was_kicked:
             stop.wait(max(0.0, ended + rest - time.monotonic()))
+
+    def _is_kicked(self, stop: threading.Event) -> bool:
+        """Within a tick; False once told to stop."""
+        turns = math.ceil(self._config.tick_seconds / DEAF_SECONDS)
+        seconds = self._config.tick_seconds / turns
+        return any(not stop.is_set() and self._broker.wait_for_kick(seconds) for _ in range(turns))
 
     def _fill_windows(self, served: set[str]) -> int:
         """How many were sent; their batches are added to `served`."""

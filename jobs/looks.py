@@ -18,8 +18,10 @@ MIN_SIDE, MAX_SIDE = 16, 2048
 FRAME_GRID = 4  # the VAE makes one latent frame of four, after the first
 MAX_FRAMES = 481  # 30 s at 16 fps; the models were trained on 81
 MAX_FPS = 120
+MAX_NAME_BYTES = 255  # of a file or folder, on nearly every disk
+MAX_PATH_BYTES = 1_000  # some systems take 1,024
 MAX_STEPS = 50
-MAX_SHIFT = 100.0
+MIN_SHIFT, MAX_SHIFT = 0.01, 100.0  # far below, fp32 makes noise levels above 1, or infinite
 MAX_STRENGTH = 10.0
 MAX_LORAS = 8
 MAX_SEED = 2**63 - 1  # the widest signed integer of both databases
@@ -114,8 +116,10 @@ def _check_number(value: object, *, example: float) -> float:
 
 def _check_shift(value: object) -> float:
     shift = _check_number(value, example=5)
-    if not 0 < shift <= MAX_SHIFT:  # NaN fails this too
-        raise ValueError(f"must be above 0, up to {MAX_SHIFT:g}, got {shown(value)}: 5 would do")
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:  # NaN fails this too
+        raise ValueError(
+            f"must be from {MIN_SHIFT:g} to {MAX_SHIFT:g}, got {shown(value)}: 5 would do"
+        )
     return float(shift)
 
 
@@ -136,6 +140,12 @@ def _check_path(value: object, what: str, example: str) -> str:
     if ".." in path.parts or not path.name or path.parts[0].startswith("~"):
         raise ValueError(
             f"must be below the models folder, or an absolute path, without '..' and '~', "
+            f"got {shown(value)}"
+        )
+    longest = max(len(part.encode()) for part in path.parts)
+    if longest > MAX_NAME_BYTES or len(str(path).encode()) > MAX_PATH_BYTES:
+        raise ValueError(
+            f"must be at most {MAX_PATH_BYTES} bytes, of which {MAX_NAME_BYTES} between slashes, "
             f"got {shown(value)}"
         )
     return str(path)

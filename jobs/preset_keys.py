@@ -131,8 +131,20 @@ class LimitedKey:
     while_harmless: str
     otherwise: str
 
+    def allows(self, value: object) -> bool:
+        return _is_among(value, self.harmless)
+
 
 OFF: tuple[object, ...] = (False, None, "", [], {})
+
+
+def is_off(value: object) -> bool:
+    return _is_among(value, OFF)
+
+
+def _is_among(value: object, known: tuple[object, ...]) -> bool:
+    """0 is not among those with False, though they are equal."""
+    return any(type(value) is type(one) and value == one for one in known)
 
 
 def _off(otherwise: str) -> LimitedKey:

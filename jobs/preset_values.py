@@ -99,7 +99,7 @@ class _File:
     def get(self, key: str) -> Any:
         """The value; None if the key says "off" in one of its ways."""
         value = self.fields.get(key)
-        return None if value in preset_keys.OFF else value
+        return None if preset_keys.is_off(value) else value
 
     def is_on(self, key: str) -> bool:
         return self.fields.get(key) is True
@@ -277,7 +277,7 @@ def _mm_type(file: _File) -> object:
             "use dit_quantized and dit_quant_scheme instead"
         )
         return None
-    if config.get("weight_auto_quant") not in preset_keys.OFF:
+    if not preset_keys.is_off(config.get("weight_auto_quant")):
         file.problems.append(
             "mm_config.weight_auto_quant: weights are not quantized while they are loaded; "
             "use a quantized checkpoint"
@@ -409,7 +409,7 @@ def _unsupported(file: _File) -> Iterator[str]:
     for key, limited in preset_keys.LIMITED_KEYS.items():
         if key not in file.fields or _has_no_image(file, key):
             continue
-        if file.fields[key] not in limited.harmless:
+        if not limited.allows(file.fields[key]):
             yield f"{key} is {looks.shown(file.fields[key])}: {limited.otherwise}"
     for key in _FLAGS:
         value = None if _has_no_image(file, key) else file.fields.get(key)

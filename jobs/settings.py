@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 import psutil
 from dotenv.parser import parse_stream
@@ -32,6 +32,7 @@ from jobs import errors
 
 LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, seen as a folder
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
+LONGEST_HOST = 180  # `gpu0@` and it: the database takes 200
 LONGEST_SECONDS = 7 * 24 * 3600
 LONGEST_DAYS = 36_500
 HOST_NAME = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -53,6 +54,11 @@ def _os_user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user often has no name
         return ""
+
+
+def _host_name() -> str:
+    """The machine's, which may hold anything, as one that is always taken."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:LONGEST_HOST]
 
 
 class Settings(BaseSettings):
@@ -129,13 +135,15 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_PRESETS_DIR"),
         description="A folder of your own preset files, searched before the shipped ones.",
     )
-    models_dir: Path = Field(
-        Path(),
+    models_dir: Path = Field(  # type: ignore[assignment]  # filled in by model_post_init
+        None,  # not Path(): that is `.`
+        validate_default=False,
         validation_alias=AliasChoices("RUSHES_MODELS_DIR"),
         description="One folder of weights per model. Default: `models` in RUSHES_HOME.",
     )
-    scratch_dir: Path = Field(
-        Path(),
+    scratch_dir: Path = Field(  # type: ignore[assignment]  # filled in by model_post_init
+        None,
+        validate_default=False,
         validation_alias=AliasChoices("RUSHES_SCRATCH_DIR"),
         description="Unfinished and not yet uploaded videos. Default: `scratch` in RUSHES_HOME.",
     )
@@ -159,7 +167,7 @@ class Settings(BaseSettings):
         description="Jobs of one owner that may be queued; a submit beyond that is refused.",
     )
     host_name: str = Field(
-        default_factory=socket.gethostname,
+        default_factory=_host_name,
         validation_alias=AliasChoices("RUSHES_HOST"),
         description="Name of this machine in worker names; must differ between machines.",
     )
@@ -194,7 +202,7 @@ class Settings(BaseSettings):
     retry_seconds: float = Field(
         10.0,
         ge=0,
-        le=LONGEST_SECONDS,
+        le=600,  # no wait is longer: retries.LONGEST_WAIT_SECONDS
         validation_alias=AliasChoices("RUSHES_RETRY_SECONDS"),
         description="Longest wait before the first retry; doubles with each one, with jitter.",
     )
@@ -391,8 +399,22 @@ class Settings(BaseSettings):
     @field_validator("owner")
     @classmethod
     def _printable(cls, value: str) -> str:
-        if not value.isprintable():
-            raise ValueError("must be printable")
+        if not value.isprintable() or value.isspace():
+            raise ValueError("must be printable, and not blank")
+        return value.strip()
+
+    @field_validator("host_name")
+    @classmethod
+    def _part_of_a_queue(cls, value: str) -> str:
+        # Celery takes a comma for the end of a queue's name, and % for a place in a template. The
+        # lock of a worker is a file with its name, quoted.
+        if not value.isprintable() or value != value.strip() or {",", "%"} & set(value):
+            raise ValueError("must be printable, without comma, % and blanks at its ends")
+        if len(quote(value, safe="@")) > LONGEST_HOST:
+            raise ValueError(
+                f"must have at most {LONGEST_HOST} characters; "
+                "all but letters, digits and .-_~@ count several times"
+            )
         return value
 
     @field_validator("forwarded_allow_ips")
@@ -605,8 +627,8 @@ def _sqlite_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def _folder(name: str, given: Path, default: Path) -> Path:
-    return default if given == Path() else _expanded(name, given).absolute()
+def _folder(name: str, given: Path | None, default: Path) -> Path:
+    return default if given is None else _expanded(name, given).absolute()
 
 
 def _expanded(name: str, path: Path) -> Path:

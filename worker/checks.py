@@ -1,11 +1,14 @@
 """The user's safety checks, asked about one claimed job."""
 
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
+from jobs import errors as job_errors
 from jobs import lifecycle, safety, settings
 from worker import errors
+from worker import settings as worker_settings_module
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -82,3 +85,17 @@ def _ask(check: safety.Check, asked: safety.Prompt | safety.Frames, claim: lifec
         raise errors.CheckBroken(str(error)) from error
     if reason is not None:
         raise errors.Refused(reason)
+
+
+def main() -> int:
+    """For launchers, which must not load what a check may load: whether all can be."""
+    try:
+        Checks.load(settings.load(), worker_settings_module.load())
+    except job_errors.InvalidInput as error:
+        sys.stderr.write(" ".join(error.problems[0].message.split()) + "\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -112,6 +112,14 @@ class Heartbeat:
         self._moved_at = time.monotonic()
 
     def _run(self) -> None:
+        try:
+            self._beat()
+        except Exception:
+            # The lease would end, and the render go on beside that of whoever has the job then.
+            log.exception("heartbeat.broken", attempt_id=self._attempt_id)
+            end_process()
+
+    def _beat(self) -> None:
         while not self._stop.wait(min(REPORT_SECONDS, self._interval)):
             self._arm()
             self._news.wait(self._interval)

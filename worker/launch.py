@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,11 +24,13 @@ from jobs import (
     beat,
     broker,
     database,
+    errors,
     first_answer,
     health,
     lifecycle,
     presets,
     queues,
+    servers,
     settings,
     stores,
     supervisor,
@@ -38,6 +41,8 @@ from worker import settings as worker_settings
 
 log = structlog.get_logger()
 
+BOTH_CHECKS = "RUSHES_PROMPT_CHECK or RUSHES_FRAME_CHECK"
+CHECKS_SECONDS = 300.0  # to load the user's checks: torch from a cold disk takes a minute
 LOOK_SECONDS = 0.5
 PUBLISHER_GRACE_SECONDS = 5.0  # what is not uploaded by then is taken up at the next start
 PUBLISHER_THREADS = 4
@@ -364,7 +369,33 @@ def check_settings() -> worker_settings.WorkerSettings:
     """How its workers would render. InvalidInput for values that cannot be used."""
     found = worker_settings.load()
     credentials.load(found)
+    if found.frame_check is not None or settings.load().prompt_check is not None:
+        _try_checks()
     return found
+
+
+def _try_checks() -> None:
+    """In a process of its own, as a render process is: here, torch must not be loaded."""
+    try:
+        done = subprocess.run(  # noqa: S603  # our own argument list, no shell
+            [*servers.tied_to_parent(signal.SIGKILL), sys.executable, "-m", "worker.checks"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            timeout=CHECKS_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        message = f"{BOTH_CHECKS}: not loaded within {CHECKS_SECONDS:.0f} s"
+    else:
+        if done.returncode == 0:
+            return
+        said = done.stderr.splitlines() if done.returncode == 1 else []
+        ended = f"{BOTH_CHECKS}: what loads them ended with status {done.returncode}"
+        message = said[-1] if said else ended
+    raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
 
 
 def make(config: settings.Settings, *, devices: str) -> Launcher:

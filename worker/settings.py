@@ -7,6 +7,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs import errors
 
+LONGEST_SECONDS = 7 * 24 * 3600
+
 
 class WorkerSettings(BaseSettings):
     """From the environment or `.env`."""
@@ -47,12 +49,14 @@ class WorkerSettings(BaseSettings):
     heartbeat_seconds: float = Field(
         10.0,
         gt=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_HEARTBEAT_SECONDS"),
         description="A lease is renewed this often; at most a third of RUSHES_LEASE_SECONDS.",
     )
     stall_seconds: float = Field(
         900.0,
         gt=0,
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_STALL_SECONDS"),
         description="Without progress for this long, the lease is no longer renewed.",
     )

@@ -58,7 +58,11 @@ def run(check: bool) -> int:
     show_default=True,
     help="May be repeated.",
 )
-@click.option("--owner", help="Only of this owner's batches and schedules. Default: everybody's.")
+@click.option(
+    "--owner",
+    callback=options.owner,
+    help="Only of this owner's batches and schedules. Default: everybody's.",
+)
 @options.output
 def add(name: str, url: str, events: tuple[str, ...], owner: str | None, as_json: bool) -> None:
     """Tell this address from now on.

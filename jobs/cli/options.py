@@ -46,6 +46,14 @@ def not_empty(_ctx: click.Context, _parameter: click.Parameter, value: str | Non
     return value
 
 
+def owner(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Without blanks at its ends, with which it would be another one that looks the same."""
+    stripped = value and value.strip()
+    if value and not stripped:
+        raise click.BadParameter("is blank.")
+    return stripped
+
+
 def _without_color(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         ctx.color = False

@@ -66,7 +66,7 @@ def schedule() -> None:
     metavar="NAME=A,B,...|NAME=@FILE",
     help="A variable {{NAME}} that takes the next item at each firing.",
 )
-@click.option("--owner", help="As of `rushes submit`.")
+@click.option("--owner", callback=options.owner, help="As of `rushes submit`.")
 @click.option("--priority", type=int, default=0, show_default=True, help="As of `rushes submit`.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="As of `rushes submit`.")
 @click.option("--skip-invalid", is_flag=True, help="As of `rushes submit`.")

@@ -41,7 +41,11 @@ from jobs.cli import (
     show_default=True,
     help="-100 to 100, higher goes first; for rows that have none of their own.",
 )
-@click.option("--owner", help="Whose it is: owners share the farm equally. Default: RUSHES_OWNER.")
+@click.option(
+    "--owner",
+    callback=options.owner,
+    help="Whose it is: owners share the farm equally. Default: RUSHES_OWNER.",
+)
 @click.option(
     "--deadline",
     metavar="WHEN",

@@ -16,7 +16,7 @@ def token() -> None:
 
 @token.command()
 @click.argument("name")
-@click.option("--owner", default="", help="Whose batches its batches are.")
+@click.option("--owner", default="", callback=options.owner, help="Whose batches its batches are.")
 @click.option(
     "--scope",
     "scopes",

@@ -365,7 +365,7 @@ def running(
 
     def start(dispatcher: dispatch.Dispatcher) -> threading.Event:
         stop = threading.Event()
-        thread = threading.Thread(target=dispatcher.run, args=(stop,))
+        thread = threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher")
         thread.start()
         stops.append((stop, thread))
         return stop
@@ -430,6 +430,33 @@ def test_the_database_is_not_looked_at_without_a_rest(
 
     Kicked(config, db=sqlite_world.db).run(stop)
     assert ticks[-1] - began >= 3 * 0.2
+
+
+def test_a_dispatcher_whose_tick_is_long_stops_soon(
+    world: World, clean_redis_url: str, running: Callable[..., threading.Event]
+) -> None:
+    """Compose kills what takes longer than its grace period."""
+    stop = running(dispatcher_of(world, clean_redis_url, tick_seconds=60))
+    time.sleep(0.5)  # it listens
+    (thread,) = (one for one in threading.enumerate() if one.name == "dispatcher")
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_long_tick_ends_when_it_is_over_or_at_a_kick(
+    sqlite_world: World, clean_redis_url: str, client: redis.Redis
+) -> None:
+    dispatcher = dispatcher_of(sqlite_world, clean_redis_url, tick_seconds=3)
+
+    def waited() -> float:
+        began = time.monotonic()
+        dispatcher._wait(threading.Event(), took=0.0)
+        return time.monotonic() - began
+
+    assert 3 <= waited() < 4.5
+    client.lpush(broker.KICK_KEY, "1")
+    assert waited() < 1
 
 
 def test_many_kicks_are_one(world: World, clean_redis_url: str, client: redis.Redis) -> None:

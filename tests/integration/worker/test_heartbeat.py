@@ -117,7 +117,7 @@ def ended(claim, *, stall_seconds, body, then="pass", deaf_seconds=60.0, busy_se
     """A process of its own that does `body` under a heartbeat and `then`, once it has ended."""
     script = textwrap.dedent(f"""
         import ctypes, sqlite3, time
-        from jobs import database, settings
+        from jobs import database, lifecycle, settings
         from worker import heartbeat
         from worker.settings import WorkerSettings
         heartbeat.DEAF_SECONDS = {deaf_seconds}
@@ -151,6 +151,14 @@ def test_a_process_ends_whose_threads_cannot_run_any_more(host, claim):
     assert done.returncode != 0
     assert time.monotonic() - began < 40
     assert "Timeout" in done.stderr
+
+
+def test_a_process_ends_whose_heartbeat_meets_a_defect(host, claim):
+    """Nobody would renew the lease: the job would be rendered twice at once."""
+    broken = "lifecycle.heartbeat = None; [(heart.keep(), time.sleep(0.1)) for _ in range(300)]"
+    done = ended(claim, stall_seconds=900, body=broken)
+    assert done.returncode == heartbeat.STALLED
+    assert "heartbeat.broken" in done.stdout + done.stderr
 
 
 def test_a_process_whose_database_is_locked_for_long_goes_on(host, claim):

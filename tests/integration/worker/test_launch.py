@@ -643,9 +643,57 @@ def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(
     assert host.attempts(job.id)[0].state is states.AttemptState.LOST
 
 
-def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, until, monkeypatch):
+@pytest.fixture
+def own_check(tmp_path, monkeypatch):
+    """`own_check("check = print")`: the frame check that these lines make."""
+
+    def put(lines):
+        (tmp_path / "house").mkdir(exist_ok=True)
+        (tmp_path / "house" / "own_check.py").write_text(lines)
+        found = [str(tmp_path / "house"), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, found)))
+        monkeypatch.setenv("RUSHES_FRAME_CHECK", "own_check:check")
+
+    return put
+
+
+def test_a_check_that_cannot_be_loaded_keeps_a_launcher_from_starting(host, own_check, monkeypatch):
+    """Else its render processes would begin again and again."""
+    own_check("check = print")
+    assert launch.check_settings().frame_check == "own_check:check"
+    for lines, told in {
+        "raise OSError('no file of\\nweights')": "OSError: no file of weights",
+        "": "has no attribute 'check'",
+        "import os; os._exit(3)": "ended with status 3",
+        "import time; time.sleep(60)": "not loaded within 3 s",
+    }.items():
+        own_check(lines)
+        if "sleep" in lines:
+            monkeypatch.setattr(launch, "CHECKS_SECONDS", 3.0)
+        with pytest.raises(errors.InvalidInput, match=f"RUSHES_FRAME_CHECK.*{told}"):
+            launch.make(host.config, devices="cpu")
+    monkeypatch.delenv("RUSHES_FRAME_CHECK")
+    monkeypatch.setattr(launch, "CHECKS_SECONDS", 300.0)
+    monkeypatch.setenv("RUSHES_PROMPT_CHECK", "nowhere:check")
+    with pytest.raises(errors.InvalidInput, match="RUSHES_PROMPT_CHECK=nowhere:check"):
+        launch.make(host.config, devices="cpu")
+
+
+def test_what_a_check_loads_is_not_loaded_in_the_launcher(own_check):
+    own_check("import torch\ncheck = print")
+    script = (
+        "import sys; from worker import launch; launch.check_settings(); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, until, own_check):
     """Celery would keep it: each job would be taken by it, and sent again, for ever."""
-    monkeypatch.setenv("RUSHES_FRAME_CHECK", "nowhere:check")
+    own_check("import os\nassert os.environ['RUSHES_WORKER_NAME'] == 'cpu0@here'\ncheck = print")
     log = host.config.home / "worker.log"
     with launched(host, until, "sim:1"):
         until(lambda: "worker.cannot_start" in log.read_text(), seconds=60)

@@ -123,6 +123,19 @@ def test_an_owner_is_the_option_the_setting_or_the_user(
     assert told("show", submit())["owner"] == "carol"
 
 
+def test_blanks_around_an_owner_make_no_other_one(db: database.Database) -> None:
+    assert told("show", submit("--owner", " ann "))["owner"] == "ann"
+    for command in (
+        ("submit", "p.jsonl", "--preset", "tiny"),
+        ("schedule", "add", "nightly", "p.jsonl", "--cron", "0 2 * * *", "--preset", "tiny"),
+        ("token", "create", "script"),
+        ("notify", "add", "ci", "https://ci.example/x"),
+    ):
+        result = rushes(*command, "--owner", "  ")
+        assert result.exit_code == exits.USAGE
+        assert "'--owner': is blank" in result.stderr
+
+
 def test_a_deadline_is_stored_and_told(db: database.Database) -> None:
     shown = told("show", submit("--deadline", "2h"))
     left = datetime.fromisoformat(shown["deadline_at"]) - datetime.now(UTC)

@@ -215,6 +215,12 @@ def test_folders_are_absolute_for_children_in_other_folders(
     assert loaded.presets_dir == tmp_path / "presets"
 
 
+@pytest.mark.parametrize("field", ["models_dir", "scratch_dir", "presets_dir", "home"])
+def test_the_current_folder_may_be_given(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    monkeypatch.setenv(f"RUSHES_{field.upper()}", ".")
+    assert getattr(settings.load(), field) == Path.cwd()
+
+
 def test_a_home_of_a_user_who_has_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_HOME", "~nobody-of-this-name/x")
     with pytest.raises(errors.InvalidInput, match="RUSHES_HOME=~nobody-of-this-name/x"):
@@ -412,9 +418,12 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_MAX_ERRORS", "0"),
         ("RUSHES_MAX_ERRORS", "100000"),
         ("RUSHES_RETRY_SECONDS", "-1"),
+        ("RUSHES_RETRY_SECONDS", "601"),
         ("RUSHES_TICK_SECONDS", "0"),
         ("RUSHES_MODELS_DIR", "~nobody-of-this-name/x"),
         ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),
+        ("RUSHES_HOST", "one,two"),
+        ("RUSHES_HOST", "%h"),
         ("LOG_LEVEL", "LOUD"),
         ("RUSHES_LOG_FORMAT", "xml"),
         ("FORWARDED_ALLOW_IPS", "10.0.0.1,proxy.example"),
@@ -448,6 +457,18 @@ def test_a_bad_value_is_told_by_the_name_it_was_given_under(
     assert value in problem.message
 
 
+@pytest.mark.parametrize("name", ["RUSHES_STALL_SECONDS", "RUSHES_HEARTBEAT_SECONDS"])
+@pytest.mark.parametrize("value", ["0", "inf", "nan", "1e10"])
+def test_a_wait_that_no_timer_can_keep_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    from worker import settings as worker_settings
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(errors.InvalidInput, match=name):
+        worker_settings.load()
+
+
 def test_every_bad_value_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_WINDOW", "x")
     monkeypatch.setenv("RUSHES_TICK_SECONDS", "y")
@@ -469,6 +490,48 @@ def test_secrets_are_in_no_message_and_no_print(monkeypatch: pytest.MonkeyPatch)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("\udcff", "must be printable"),
+        ("one\ttwo", "must be printable"),
+        (" here", "blanks at its ends"),
+        ("x" * 181, "at most 180 characters"),
+        ("\u65e5" * 30, "at most 180 characters"),
+    ],
+)
+def test_a_host_that_no_queue_can_be_named_after_is_told(
+    monkeypatch: pytest.MonkeyPatch, value: str, told: str
+) -> None:
+    monkeypatch.setenv("RUSHES_HOST", value)
+    with pytest.raises(errors.InvalidInput, match=f"RUSHES_HOST.* {told}"):
+        settings.load()
+
+
+@pytest.mark.parametrize("name", ["a.b-c.local", "x" * 64, "two words", "K\xf6ln@2"])
+def test_a_usual_host_name_is_good_also_when_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("RUSHES_HOST", name)
+    assert settings.load().host_name == name
+
+
+@pytest.mark.parametrize("name", ["a,b", " %h", "\xe9" * 64, "\udcff", "x" * 255, "here"])
+def test_the_name_of_the_machine_is_always_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    assert (settings.load().host_name == name) is (name == "here")
+
+
+def test_blanks_around_an_owner_make_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSHES_OWNER", " bob  b ")
+    assert settings.load().owner == "bob  b"
+    monkeypatch.setenv("RUSHES_OWNER", "   ")
+    with pytest.raises(errors.InvalidInput, match=r"RUSHES_OWNER: .* not blank"):
+        settings.load()
 
 
 def test_levels_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:

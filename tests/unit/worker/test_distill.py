@@ -343,6 +343,7 @@ def test_another_teacher_or_precision_is_not_continued_with(write, run, known, t
         ({"target_width": 8192}, "target_width must be .* 2048"),
         ({"denoising_step_list": list(range(1000, 400, -10))}, "denoising_step_list .* 50"),
         ({"sample_shift": 200.0}, "sample_shift must be .* 100"),
+        ({"sample_shift": 0.001}, "sample_shift must be from 0.01"),
         ({"description": "two\nlines"}, "description must be one line of text"),
         ({"model": "../gone"}, "json: model must be below the models folder"),
     ],
