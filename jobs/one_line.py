@@ -6,7 +6,9 @@ have, and emoji that are put together.
 
 import unicodedata
 
-INVISIBLE = frozenset({"Cc", "Cf", "Mn"})  # controls, joiners and the like, marks on nothing
+INVISIBLE = frozenset({"Cc", "Cf", "Mn", "Me"})  # controls, joiners, marks on nothing
+FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and a sign without a form of their own."""
 CONTROLS = frozenset({"Cc", "Cs", "Zl", "Zp"})  # controls, halves of characters, ends of lines
 TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """They change the order in which what follows is shown."""
@@ -19,7 +21,7 @@ def is_named(text: str) -> bool:
 
 def is_blank(text: str) -> bool:
     """Nothing of it can be seen: a link of it could not be clicked."""
-    return all(c.isspace() or unicodedata.category(c) in INVISIBLE for c in text)
+    return all(c.isspace() or c in FILLERS or unicodedata.category(c) in INVISIBLE for c in text)
 
 
 def first_wrong(text: str) -> str | None:

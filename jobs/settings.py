@@ -202,9 +202,9 @@ class Settings(BaseSettings):
     retry_seconds: float = Field(
         10.0,
         ge=0,
-        le=600,  # no wait is longer: retries.LONGEST_WAIT_SECONDS
+        le=LONGEST_SECONDS,
         validation_alias=AliasChoices("RUSHES_RETRY_SECONDS"),
-        description="Longest wait before the first retry; doubles with each one, with jitter.",
+        description="Longest wait before the first retry, at most ten minutes; doubles with each.",
     )
     window: int = Field(
         2,

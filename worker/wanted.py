@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
 
 
 def _check_lora(path: Path, files: layout.ModelFiles) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # of a path that cannot be looked at, too
         raise model_errors.MissingLoraError(files.root, path)
     # One that cannot be read is told by who merges it, as the LoRA's fault and not the model's.
     with contextlib.suppress(model_errors.UnreadableWeightsError):

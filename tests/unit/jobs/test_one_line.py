@@ -20,7 +20,9 @@ def test_what_people_write_may(name: str) -> None:
     assert one_line.is_named(name)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\u3000\t", "\u200b", "\u2060\ufeff", "\u0301", "\xad"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\u3000\t", "\u200b", "\u2060\ufeff", "\u0301", "\xad", "\u3164\u20e3"]
+)
 def test_what_cannot_be_seen_is_blank(text: str) -> None:
     assert one_line.is_blank(text)
     assert not one_line.is_blank(f"{text}.{text}")

@@ -418,7 +418,6 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_MAX_ERRORS", "0"),
         ("RUSHES_MAX_ERRORS", "100000"),
         ("RUSHES_RETRY_SECONDS", "-1"),
-        ("RUSHES_RETRY_SECONDS", "601"),
         ("RUSHES_TICK_SECONDS", "0"),
         ("RUSHES_MODELS_DIR", "~nobody-of-this-name/x"),
         ("RUSHES_PRESETS_DIR", "~nobody-of-this-name"),

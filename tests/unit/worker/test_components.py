@@ -461,13 +461,14 @@ def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
             warm.model_for(look(**asks))
 
 
-def test_a_lora_that_is_not_there_takes_no_worker_away(warm, look, own_models):
+@pytest.mark.parametrize("name", ["nowhere", "a" * 250])
+def test_a_lora_that_is_not_there_takes_no_worker_away(warm, look, own_models, name):
     """Nor where the folder itself would be doubtful, were the look to take a distilled model."""
     shutil.rmtree(own_models / "tiny" / "distill_models")
     for name in ("distill_fp8", "distill_int8"):
         (own_models / "tiny" / name).mkdir()
-    nowhere = look(base="original", loras=[{"path": "nowhere.safetensors"}])
-    with pytest.raises(errors.WeightsUnusable, match=r"^tiny: expected the LoRA at nowhere"):
+    nowhere = look(base="original", loras=[{"path": f"{name}.safetensors"}])
+    with pytest.raises(errors.WeightsUnusable, match=f"^tiny: expected the LoRA at {name[:30]}"):
         warm.model_for(nowhere)
 
 
