@@ -25,6 +25,15 @@ from models import errors, fp8, quantized_names, transformer
 from models.quantized_names import CHANNEL_SCALE, INPUT_SCALES, MARKER
 
 QUANTIZED_PARTS = ("self_attn", "cross_attn", "ffn")
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+}
+"""In safetensors' words."""
 
 
 class Scheme(enum.Enum):
@@ -36,11 +45,6 @@ class Scheme(enum.Enum):
     @property
     def dtype(self) -> torch.dtype:
         return {Scheme.FP8: torch.float8_e4m3fn, Scheme.INT8: torch.int8}[self]
-
-    @property
-    def dtype_name(self) -> str:
-        """In safetensors' words."""
-        return {Scheme.FP8: "F8_E4M3", Scheme.INT8: "I8"}[self]
 
     @property
     def largest(self) -> float:
@@ -180,13 +184,13 @@ def prepare(
     Raises QuantizedWeightsError for mixed schemes and for codes without scales.
     """
     found = quantized_names.inspect(
-        {name: _dtype_name(tensor) for name, tensor in tensors.items()}, path
+        {name: DTYPE_NAMES.get(tensor.dtype, "") for name, tensor in tensors.items()}, path
     )
     if found is None:
         return dict(tensors), {}
     loaded = {name: tensor for name, tensor in tensors.items() if name != MARKER}
     dtypes: dict[str, torch.dtype] = {}
-    scheme = next(scheme for scheme in Scheme if scheme.dtype_name == found.dtype)
+    scheme = next(scheme for scheme in Scheme if DTYPE_NAMES[scheme.dtype] == found.dtype)
     for weight in found.weights:
         module = weight.removesuffix(".weight")
         scale = _as_2d(loaded.pop(module + found.scale_ending))
@@ -197,12 +201,6 @@ def prepare(
         _check_scale(scale, rows=loaded[weight].shape[0], name=weight, path=path)
         _replace(network, module, scheme, tuple(scale.shape), path)
     return loaded, dtypes
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    """Of 8-bit types in safetensors' words, which tell them from all others."""
-    names = {scheme.dtype: scheme.dtype_name for scheme in Scheme}
-    return names.get(tensor.dtype, str(tensor.dtype))
 
 
 def _as_2d(scale: Tensor) -> Tensor:

@@ -22,14 +22,6 @@ from models.safetensors_files import Entry
 
 PT = {"format": "pt"}  # says whose tensors they are
 EXPERT_FILE = f"{layout.TRANSFORMER_STEM}.safetensors"
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +142,10 @@ def _entries(
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if quantization.is_block_matrix(name, shape):
-            yield name, Entry(DTYPE_NAMES[scheme.dtype], shape)
+            yield name, Entry(quantization.DTYPE_NAMES[scheme.dtype], shape)
             yield _scale_name(name), Entry("F32", (shape[0], 1))
         else:
-            yield name, Entry(DTYPE_NAMES[_kept_dtype(name, tensor)], shape)
+            yield name, Entry(quantization.DTYPE_NAMES[_kept_dtype(name, tensor)], shape)
 
 
 def _scale_name(weight: str) -> str:

@@ -16,7 +16,6 @@ from models import (
     lora_switcher,
     quantization,
     quantized_files,
-    quantized_names,
     safetensors_files,
     weight_names,
 )
@@ -281,12 +280,6 @@ def test_layers_that_are_more_than_codes_times_scales_are_refused(
     with pytest.raises(errors.QuantizedWeightsError, match=says) as caught:
         load(told, metadata=metadata)
     assert "KeyError" in says or caught.value.names == ("blocks.1.ffn.0",)
-
-
-def test_headers_are_judged_by_the_names_that_the_loader_has():
-    assert tuple(scheme.dtype_name for scheme in Scheme) == quantized_names.DTYPES
-    names = quantized_files.DTYPE_NAMES
-    assert all(names[scheme.dtype] == scheme.dtype_name for scheme in Scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from models import checkpoint, errors, layout, quantized_files, transformer_headers
-from models.quantization import CODE_DTYPES, Scheme
+from models.quantization import CODE_DTYPES, DTYPE_NAMES, Scheme
 
 DIT = "diffusion_pytorch_model.safetensors"
 Q = "blocks.0.self_attn.q.weight"
@@ -46,9 +46,9 @@ def tensors(native_root):
 
 
 def test_headers_know_the_types_that_the_loader_takes():
-    names = quantized_files.DTYPE_NAMES
-    assert tuple(names[dtype] for dtype in checkpoint.WEIGHT_DTYPES) == transformer_headers.FLOATS
-    assert tuple(names[dtype] for dtype in CODE_DTYPES) == transformer_headers.CODES
+    floats = tuple(DTYPE_NAMES[dtype] for dtype in checkpoint.WEIGHT_DTYPES)
+    assert floats == transformer_headers.FLOATS
+    assert tuple(DTYPE_NAMES[dtype] for dtype in CODE_DTYPES) == transformer_headers.CODES
 
 
 @pytest.mark.parametrize("form", ["native", "prefixed", "fp8", "int8", "diffusers", "pt"])
