@@ -566,7 +566,8 @@ def _weights(config: settings.Settings) -> Iterator[Check]:
     for preset in presets.available(config.presets_dir):
         if not isinstance(preset, presets.Preset):
             continue
-        if (config.models_dir / preset.look.model_path).is_dir():
+        folder = config.models_dir / preset.look.model_path
+        if os.path.isdir(folder):  # noqa: PTH112  # False where we may not look, too
             yield _weights_of(config, preset)
         else:
             absent.setdefault(preset.look.model_path, []).append(preset.name)
