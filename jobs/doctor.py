@@ -116,6 +116,8 @@ def _settings(config: settings.Settings) -> Iterator[Check]:
             continue
         if source != "default" or field in ("home", "database_url", "broker_url", "results_url"):
             yield _ok(f"setting {names[0]}", f"{_shown(config, field)} ({source})")
+    for problem in settings.problems_of_proxies(config.forwarded_allow_ips):
+        yield _warn("proxies", problem.message, "correct it for `rushes web`, which does not start")
 
 
 def _rendering(_config: settings.Settings) -> Iterator[Check]:
