@@ -85,7 +85,7 @@ def _is_utf8(path: str) -> bool:
 @functools.cache
 def _tell_unnamed(path: str) -> None:
     """Once: it is found at every look."""
-    log.warning("launcher.model_not_utf8", path=path)
+    log.warning("launcher.model_left_out", path=path)
 
 
 def _files_beside(folder: Path, models_dir: Path) -> _Files:

@@ -78,7 +78,7 @@ def test_a_folder_whose_name_is_not_utf8_is_left_out_and_told_once(queues_with):
     assert found == {queues.of_model("native")}
     told = [(line["event"], line["path"]) for line in logs]
     names = ("caf\\xe9", "caf\\xe9s/inner")
-    assert sorted(told) == [("launcher.model_not_utf8", name) for name in names]
+    assert sorted(told) == [("launcher.model_left_out", name) for name in names]
 
 
 def test_a_model_where_this_user_may_not_look_is_none(queues_with, tmp_path, monkeypatch):
