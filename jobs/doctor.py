@@ -116,6 +116,8 @@ def _settings(config: settings.Settings) -> Iterator[Check]:
             continue
         if source != "default" or field in ("home", "database_url", "broker_url", "results_url"):
             yield _ok(f"setting {names[0]}", f"{_shown(config, field)} ({source})")
+    for problem in settings.problems_of_proxies(config.forwarded_allow_ips):
+        yield _warn("proxies", problem.message, "correct it for `rushes web`, which does not start")
 
 
 def _rendering(_config: settings.Settings) -> Iterator[Check]:
@@ -566,7 +568,8 @@ def _weights(config: settings.Settings) -> Iterator[Check]:
     for preset in presets.available(config.presets_dir):
         if not isinstance(preset, presets.Preset):
             continue
-        if (config.models_dir / preset.look.model_path).is_dir():
+        folder = config.models_dir / preset.look.model_path
+        if os.path.isdir(folder):  # noqa: PTH112  # False where we may not look, too
             yield _weights_of(config, preset)
         else:
             absent.setdefault(preset.look.model_path, []).append(preset.name)

@@ -417,16 +417,6 @@ class Settings(BaseSettings):
             )
         return value
 
-    @field_validator("forwarded_allow_ips")
-    @classmethod
-    def _addresses(cls, value: str) -> str:
-        for part in value.split(",") if value != "*" else ():
-            try:
-                ipaddress.ip_network(part.strip())
-            except ValueError as error:
-                raise ValueError(f"must be such as 10.1.2.3,10.2.0.0/16, or *: {error}") from None
-        return value
-
     @field_validator("web_names")
     @classmethod
     def _host_names(cls, value: str | None) -> str | None:
@@ -540,6 +530,17 @@ def _check_lines(dotenv: Path) -> None:
             line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
             message = "must be NAME=value, with a quote at both ends of the value or none"
             raise errors.InvalidInput(".env", [errors.Problem(line=line, message=message)])
+
+
+def problems_of_proxies(given: str) -> list[errors.Problem]:
+    """Of `FORWARDED_ALLOW_IPS`, which may be meant for other programs: for who believes them."""
+    for part in _parts(given) if given != "*" else ():
+        try:
+            ipaddress.ip_network(part)
+        except ValueError as error:
+            told = f"FORWARDED_ALLOW_IPS: must be such as 10.1.2.3,10.2.0.0/16, or *: {error}"
+            return [errors.Problem(line=None, message=told)]
+    return []
 
 
 def environment_names() -> dict[str, tuple[str, ...]]:

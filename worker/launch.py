@@ -204,8 +204,11 @@ class Launcher:
         while not self.stop.wait(MODELS_SECONDS if self.queues else workers.BEAT_SECONDS):
             try:
                 found = newcomers.look(known={*self.queues, *self.found_queues})
-            except OSError as error:
-                log.warning("launcher.models_unreadable", error=str(error)[:300])
+            except Exception as error:  # one that meets a defect must not end the looks
+                is_defect = not isinstance(error, OSError)
+                log.warning(
+                    "launcher.models_unreadable", error=str(error)[:300], exc_info=is_defect
+                )
             else:
                 self.found_queues |= set(found)
 

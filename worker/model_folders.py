@@ -1,11 +1,17 @@
 """Which models lie on this host, and which have come since it began."""
 
+import functools
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
+
 from jobs import presets, queues, settings
+
+log = structlog.get_logger()
 
 # Longer than a copy pauses, and than NFS keeps a list of files that others add to.
 COPIED_SECONDS = 60.0
@@ -59,9 +65,27 @@ def find(config: settings.Settings) -> dict[str, Path]:
         if path != folder and not _is_part_of_model(path, folder)
     }
     for preset in presets.available(config.presets_dir):
-        if isinstance(preset, presets.Preset) and (folder / preset.look.model_path).is_dir():
+        if not isinstance(preset, presets.Preset):
+            continue
+        if os.path.isdir(folder / preset.look.model_path):  # noqa: PTH112  # False where we may not look, too
             paths.add(preset.look.model_path)
-    return {queues.of_model(path): folder / path for path in paths}
+    return {queues.of_model(path): folder / path for path in paths if _is_utf8(path)}
+
+
+def _is_utf8(path: str) -> bool:
+    """No queue and no preset can have another name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        _tell_unnamed(os.fsencode(path).decode("utf-8", "backslashreplace"))
+        return False
+    return True
+
+
+@functools.cache
+def _tell_unnamed(path: str) -> None:
+    """Once: it is found at every look."""
+    log.warning("launcher.model_left_out", path=path)
 
 
 def _files_beside(folder: Path, models_dir: Path) -> _Files:

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from jobs import prompt_row
 from jobs.web import cookies
 
 HERE = Path(__file__).parent
@@ -39,6 +40,8 @@ NOTES = {
     "is-first": "It is the first already.",
     "among-first": "It has the highest priority, and so have others: they take turns.",
     "below-others": "Its priority is as high as it may be, and others still go before it.",
+    "no-priority": "Nothing was changed: a priority must be a whole number "
+    f"from -{prompt_row.MAX_PRIORITY} to {prompt_row.MAX_PRIORITY}.",
     "unchanged": "Nothing was changed: it is in that state already, or it is finished.",
     "submitted": "Submitted.",
     "again": "These were submitted before: here is their batch.",

@@ -106,10 +106,11 @@ def make_service(config: settings.Settings, db: database.Database) -> Service:
 
 
 def _check(config: settings.Settings, db: database.Database) -> None:
-    """InvalidInput for a setting that every request would fail for. Nothing is asked."""
+    """InvalidInput for a setting that every request would suffer from. Nothing is asked."""
     broker.Broker(config)
     _ = db.engine
-    if problems := presets.problems_of(config.default_presets, folder=config.presets_dir):
+    problems = presets.problems_of(config.default_presets, folder=config.presets_dir)
+    if problems := [*settings.problems_of_proxies(config.forwarded_allow_ips), *problems]:
         raise errors.InvalidInput("settings", problems)
 
 

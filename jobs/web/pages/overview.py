@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import Response
 
-from jobs import errors, prompt_row, queries, states
+from jobs import prompt_row, queries, states
 from jobs.web import access, batches, finding, html
 from jobs.web.batches import Serving
 
@@ -106,7 +106,7 @@ def prioritize(
     batch_id: str,
     serving: Serving,
     who: access.FormSubmitter,
-    to: Annotated[str, Form()],
+    to: Annotated[str, Form()] = "",
     back: Back = "",
 ) -> Response:
     """To a number, or before all that waits."""
@@ -116,10 +116,12 @@ def prioritize(
         others = queries.highest_priority(session, but_not=batch.id) or 0
         highest = queries.highest_priority(session, of=batch.id)
     lead = (now if highest is None else highest) - others
+    after = html.own_path(back, otherwise=f"/batches/{batch_id}")
     wanted = _priority(to, now=now, lead=lead)
+    if wanted is None:
+        return html.go(after, did="no-priority")
     new = batches.Priority(priority=wanted)
     changed = batches.prioritize(batch_id, new, serving, who)["changed"]
-    after = html.own_path(back, otherwise=f"/batches/{batch_id}")
     moved_by = wanted - now if changed else 0
     return html.go(after, did=_done(to, changed=changed, moved_by=moved_by, lead=lead + moved_by))
 
@@ -132,17 +134,16 @@ def _done(to: str, *, changed: bool, moved_by: int, lead: int) -> str:
     return "first" if moved_by else "is-first"
 
 
-def _priority(to: str, *, now: int, lead: int) -> int:
-    """`lead` of its most urgent job over those of all others: some have priorities of their own."""
+def _priority(to: str, *, now: int, lead: int) -> int | None:
+    """None for what is none.
+
+    `lead` of its most urgent job over those of all others: some have priorities of their own.
+    """
     most = prompt_row.MAX_PRIORITY
     if to == "first":
-        wanted = now + max(0, 1 - lead)
-    else:
-        try:
-            wanted = int(to)
-        except ValueError:
-            wanted = most + 1
-        if not -most <= wanted <= most:
-            told = f"must be a whole number from -{most} to {most}, got {to[:20]!r}"
-            raise errors.InvalidInput("priority", [errors.Problem(line=None, message=told)])
-    return min(max(wanted, -most), most)
+        return min(max(now + max(0, 1 - lead), -most), most)
+    try:
+        wanted = int(to)
+    except ValueError:
+        return None
+    return wanted if -most <= wanted <= most else None

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -20,6 +21,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 
 from jobs import database, errors, orders, patience, servers, settings
 from jobs.schema import Batch, Job
+from tests.integration.conftest import until
 from tests.integration.jobs.conftest import World
 
 
@@ -381,8 +383,16 @@ def pooled_url(postgres_database_url: str) -> Iterator[str]:
         with subprocess.Popen(
             [*servers.tied_to_parent(), program, "--quiet", *user, str(folder / "ini")]
         ) as process:
-            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/{there.database}"
-            process.terminate()
+            try:
+                until(lambda: _listens(port), bool, seconds=30)
+                yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/{there.database}"
+            finally:
+                process.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _keeps_track(program: str) -> bool:

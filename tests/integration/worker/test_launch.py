@@ -322,6 +322,28 @@ def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
     assert thread.is_alive()
 
 
+@pytest.mark.parametrize("trouble", [OSError(errno.ESTALE, "stale"), KeyError("a defect")])
+def test_a_look_for_models_that_fails_is_not_the_last(
+    host, launcher, running, until, monkeypatch, tmp_path, trouble
+):
+    real, troubles = model_folders.find, [trouble]
+
+    def find(config):
+        if troubles:
+            raise troubles.pop()
+        return real(config)
+
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "MODELS_SECONDS", 0.05)
+    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(model_folders, "find", find)
+    made = launcher(models_dir=tmp_path / "models")
+    (tmp_path / "models" / "new").mkdir(parents=True)
+    (tmp_path / "models" / "new" / "config.json").write_text("{}")
+    running(made)
+    until(lambda: "rushes.render.new" in made.queues)
+
+
 def test_a_disk_of_models_that_hangs_holds_up_neither_beats_nor_a_stop(
     host, launcher, running, until, monkeypatch
 ):

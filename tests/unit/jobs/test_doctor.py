@@ -504,6 +504,15 @@ def test_a_default_preset_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatc
     assert "RUSHES_DEFAULT_IMAGE_PRESET" in found.seen
 
 
+def test_proxies_that_are_none_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be meant for another program of this machine."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "unix:")
+    found = checks()["proxies"]
+    assert (found.status, "'unix:' does not appear" in found.seen) == ("warn", True)
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1,")
+    assert "proxies" not in checks()
+
+
 def test_settings_of_rendering_are_shown_where_they_are_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

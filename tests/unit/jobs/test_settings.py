@@ -425,8 +425,6 @@ def test_addresses_of_postgresql_name_our_driver(
         ("RUSHES_HOST", "%h"),
         ("LOG_LEVEL", "LOUD"),
         ("RUSHES_LOG_FORMAT", "xml"),
-        ("FORWARDED_ALLOW_IPS", "10.0.0.1,proxy.example"),
-        ("FORWARDED_ALLOW_IPS", "10.1.2.3/8"),
         ("RUSHES_WEB_NAMES", "https://gpu.example"),
         ("RUSHES_WEB_NAMES", "gpu.example:8000"),
         ("RUSHES_WEB_NAMES", "gpu.example/farm"),

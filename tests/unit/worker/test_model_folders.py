@@ -1,8 +1,12 @@
 """Which models lie on a host, and which have come since."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from jobs import queues, settings
 from worker import model_folders
@@ -62,6 +66,32 @@ def test_a_folder_of_that_name_where_we_stand_is_no_model(queues_with, tmp_path)
 def test_a_broken_preset_hides_no_model(queues_with, tmp_path):
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "broken.json").write_text("{")
+    found = queues_with("native/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
+    assert found == {queues.of_model("native")}
+
+
+def test_a_folder_whose_name_is_not_utf8_is_left_out_and_told_once(queues_with):
+    odd = [os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe9s/inner")]
+    with capture_logs() as logs:
+        for _ in range(2):
+            found = queues_with("native/config.json", *(f"{name}/config.json" for name in odd))
+    assert found == {queues.of_model("native")}
+    told = [(line["event"], line["path"]) for line in logs]
+    names = ("caf\\xe9", "caf\\xe9s/inner")
+    assert sorted(told) == [("launcher.model_left_out", name) for name in names]
+
+
+def test_a_model_where_this_user_may_not_look_is_none(queues_with, tmp_path, monkeypatch):
+    """Python before 3.14 raises there."""
+    closed, stat = tmp_path / "closed", os.stat
+
+    def refuse(path, **given):
+        if Path(path).is_relative_to(closed):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **given)
+
+    preset_of(tmp_path / "presets", "mine.json", closed / "model")
+    monkeypatch.setattr(os, "stat", refuse)
     found = queues_with("native/config.json", RUSHES_PRESETS_DIR=tmp_path / "presets")
     assert found == {queues.of_model("native")}
 

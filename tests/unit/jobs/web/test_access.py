@@ -498,6 +498,9 @@ def test_other_addresses_than_loopback_need_a_token_to_begin_with() -> None:
         ({"database_url": "postgresql://h/d?schema=x"}, "DATABASE_URL has schema="),
         ({"default_preset": "tinny"}, "RUSHES_DEFAULT_PRESET: no preset 'tinny': did you mean"),
         ({"default_image_preset": "x/y"}, "RUSHES_DEFAULT_IMAGE_PRESET: no preset 'x/y'"),
+        ({"forwarded_allow_ips": "10.0.0.1,proxy.example"}, "or *: 'proxy.example' does not"),
+        ({"forwarded_allow_ips": "10.1.2.3/8"}, "FORWARDED_ALLOW_IPS: must be such as 10.1.2.3,"),
+        ({"forwarded_allow_ips": "unix:"}, "FORWARDED_ALLOW_IPS: must be such as 10.1.2.3,"),
     ],
 )
 def test_what_every_request_would_fail_for_is_told_at_the_start(
@@ -508,6 +511,13 @@ def test_what_every_request_would_fail_for_is_told_at_the_start(
         server.make_service(config, database.connect(config))
     assert says in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxies", ["*", "10.0.0.1,", "10.0.0.0/8, ::1", ","])
+def test_it_begins_with_these_proxies(proxies: str) -> None:
+    config = settings.load(forwarded_allow_ips=proxies)
+    with contextlib.closing(database.connect(config)) as db:
+        assert server.make_service(config, db)
 
 
 def test_it_begins_while_the_presets_are_away(tmp_path: Path) -> None:

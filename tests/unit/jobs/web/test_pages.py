@@ -328,7 +328,6 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     assert batches_of(web)[0].boost == 1
     press("priority", to="0")
     assert batches_of(web)[0].boost == 0
-    assert "from -100 to 100" in press("priority", to="900")
     web.fail(web.job_id(batch_id), error="it broke in the middle")
     assert "it broke in the middle" in browser.get(base).text
     assert "Queued again" in press("retry", states="failed")
@@ -337,6 +336,28 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     job = f"/jobs/{web.job_id(batch_id)}"
     assert "Queued again" in browser.post(f"{job}/retry", {}, of=job).text
     assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
+
+
+@pytest.mark.parametrize("typed", ["900", "1e2", "", "soon", "-101"])
+def test_what_is_no_priority_is_told_on_the_page_of_the_batch(
+    web: Web, browser: Browser, typed: str
+) -> None:
+    base = f"/batches/{web.submit(priority=3)}"
+    answer = browser.post(f"{base}/priority", {"to": typed}, of=base)
+    assert (answer.status_code, answer.url.path) == (200, base)
+    said = "Nothing was changed: a priority must be a whole number from -100 to 100."
+    assert f'<p class="note" role="status">{said}</p>' in answer.text
+    assert [batch.priority + batch.boost for batch in batches_of(web)] == [3]
+
+
+def test_a_priority_can_be_typed_in_every_browser_and_be_refused_by_us(
+    web: Web, browser: Browser
+) -> None:
+    """Of `type="number"`, browsers send what they make of 1e2, and nothing for what they do not."""
+    shown = browser.get(f"/batches/{web.submit(priority=-3)}").text
+    (field,) = re.findall(r'<input id="to"[^>]*>', shown)
+    assert 'value="-3"' in field
+    assert "type=" not in field
 
 
 def test_first_is_before_all_others_and_says_what_it_reached(web: Web, browser: Browser) -> None:
