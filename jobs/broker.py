@@ -19,8 +19,8 @@ TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
 
-SCHEMES = ("redis", "rediss")
-ESCAPES = "in a password, / is written %2F, : %3A, @ %40, # %23 and ? %3F"
+SCHEMES = ("redis://", "rediss://")
+ESCAPES = "in a password, / is written %2F, : %3A, ; %3B, @ %40, [ %5B, # %23 and ? %3F"
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
@@ -207,6 +207,8 @@ def _check(url: str) -> None:
 
 def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
+    if ";" in url:  # Celery's would take it for several
+        return f"may have no ;: {ESCAPES}"
     try:
         parts = urlsplit(url)
     except ValueError:  # as below
@@ -215,8 +217,8 @@ def _mistake(url: str) -> str | None:
         _ = parts.port
     except ValueError:  # its words may show a part of the password
         return f"has no port: {ESCAPES}"
-    if parts.scheme not in SCHEMES:
-        return f"must begin with redis:// or rediss://, got {parts.scheme!r}"
+    if not url.startswith(SCHEMES):
+        return f"must begin with redis:// or rediss://, got {url[: len(parts.scheme)]!r}"
     if parts.fragment or not re.fullmatch("(/[0-9]*)?", parts.path):
         return f"may have only the number of a database behind host and port, as /0: {ESCAPES}"
     options = parse_qs(parts.query, keep_blank_values=True)
@@ -227,6 +229,10 @@ def _mistake(url: str) -> str | None:
     asked = options.get("ssl_cert_reqs", ["required"])[0]
     if asked not in ("required", "optional", "none"):
         return f"has ssl_cert_reqs={asked}: must be required, optional or none"
+    try:
+        redis.connection.parse_url(url)  # type: ignore[no-untyped-call]  # redis-py says no types
+    except ValueError:
+        return "has a value behind the ? that redis-py cannot read"
     return None
 
 
