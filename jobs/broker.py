@@ -125,24 +125,43 @@ class Broker:
         return _refusal_of(pipeline)
 
     def withheld(self) -> list[str]:
-        """Of the keys and channels that Celery needs: those that this user may not use."""
-        keys = (
-            *celery_app.UNACKED_KEYS.values(),
-            *(f"_kombu.binding.{celery_app.PIDBOX}", "_kombu.binding_deadlines"),
-            f"trial.{celery_app.PIDBOX}",
-        )
+        """Of what Celery needs, keys and all: what this user may not use. Changes nothing."""
+        unacked, index, mutex = celery_app.UNACKED_KEYS.values()
+        asked: dict[str, tuple[str, ...]] = {  # as Celery does it, of members that are not there
+            unacked: ("HDEL", "trial"),
+            index: ("ZREM", "trial"),
+            mutex: ("EXISTS",),
+            f"_kombu.binding.{celery_app.PIDBOX}": ("SREM", "trial"),
+            "_kombu.binding_deadlines": ("ZREM", "trial"),
+            f"trial.{celery_app.PIDBOX}": ("LREM", "0", "trial"),
+        }
         pipeline = self.redis.pipeline(transaction=False)
-        for key in keys:
-            pipeline.exists(key)
-        answers = zip(keys, pipeline.execute(raise_on_error=False), strict=True)
+        for key, (command, *values) in asked.items():
+            pipeline.execute_command(command, key, *values)  # type: ignore[no-untyped-call]  # as below
+        answers = zip(asked, pipeline.execute(raise_on_error=False), strict=True)
         found = [f"the key {key}" for key, answer in answers if isinstance(answer, Exception)]
+        return found + self._withheld_channel() + self._withheld_scripts()
+
+    def _withheld_channel(self) -> list[str]:
         with self.redis.pubsub() as heard:  # type: ignore[no-untyped-call]  # redis-py says no types
             try:
+                self.redis.publish(self._channel, "")  # workers pass over what is empty
                 heard.psubscribe(self._channel)
                 heard.get_message(timeout=SEND_SECONDS)
             except redis.exceptions.NoPermissionError:
-                found.append(f"the channel {self._channel}")
-        return found
+                return [f"the channel {self._channel}"]
+        return []
+
+    def _withheld_scripts(self) -> list[str]:
+        """A lock is let go by a script, also in Celery."""
+        lock = self.redis.lock(f"{TRIAL_KEY}_lock", timeout=1)
+        try:
+            if lock.acquire(blocking=False):
+                lock.release()
+        except redis.exceptions.NoPermissionError:
+            self.redis.delete(lock.name)
+            return ["scripts"]
+        return []
 
     @property
     def rights(self) -> str:
