@@ -77,12 +77,11 @@ class Broker:
 
     def steer(self, worker: str, *, take: Iterable[str] = (), leave: Iterable[str] = ()) -> None:
         """Let a worker's Celery begin or cease to take from queues. Safe to repeat."""
-        control, to = self._app.control, [worker]
         try:
             for queue in leave:
-                control.cancel_consumer(queue, destination=to)
+                self._order(worker, "cancel_consumer", queue)
             for queue in take:
-                control.add_consumer(queue, destination=to)
+                self._order(worker, "add_consumer", queue)
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
 
@@ -207,6 +206,18 @@ class Broker:
             task_id=f"{subject}:{uuid.uuid4().hex}:{mark}",
             retry=False,
         )
+
+    def _order(self, worker: str, method: str, queue: str) -> None:
+        """As Celery's own `control` does it, which waits without end for a Redis that is away."""
+        exchange = self._app.control.mailbox.exchange
+        with self._app.producer_or_acquire() as producer:
+            producer.publish(
+                {"method": method, "arguments": {"queue": queue}, "destination": [worker]},
+                exchange=exchange.name,
+                declare=[exchange],
+                serializer="json",
+                retry=False,
+            )
 
 
 def shown(url: str) -> str:
