@@ -153,7 +153,7 @@ class Broker:
 
     def _withheld_scripts(self) -> list[str]:
         """A lock is let go by a script, also in Celery."""
-        lock = self.redis.lock(f"{TRIAL_KEY}_lock", timeout=1)
+        lock = self.redis.lock(f"{TRIAL_KEY}_lock", timeout=10)
         try:
             if lock.acquire(blocking=False):
                 lock.release()
