@@ -19,8 +19,8 @@ TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
 
-SCHEMES = ("redis", "rediss")
-ESCAPES = "in a password, / is written %2F, : %3A, @ %40, # %23 and ? %3F"
+SCHEMES = ("redis://", "rediss://")
+ESCAPES = "in a password, / is written %2F, : %3A, ; %3B, @ %40, [ %5B, # %23 and ? %3F"
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
@@ -77,12 +77,11 @@ class Broker:
 
     def steer(self, worker: str, *, take: Iterable[str] = (), leave: Iterable[str] = ()) -> None:
         """Let a worker's Celery begin or cease to take from queues. Safe to repeat."""
-        control, to = self._app.control, [worker]
         try:
             for queue in leave:
-                control.cancel_consumer(queue, destination=to)
+                self._order(worker, "cancel_consumer", queue)
             for queue in take:
-                control.add_consumer(queue, destination=to)
+                self._order(worker, "add_consumer", queue)
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
 
@@ -125,24 +124,43 @@ class Broker:
         return _refusal_of(pipeline)
 
     def withheld(self) -> list[str]:
-        """Of the keys and channels that Celery needs: those that this user may not use."""
-        keys = (
-            *celery_app.UNACKED_KEYS.values(),
-            *(f"_kombu.binding.{celery_app.PIDBOX}", "_kombu.binding_deadlines"),
-            f"trial.{celery_app.PIDBOX}",
-        )
+        """Of what Celery needs, keys and all: what this user may not use. Changes nothing."""
+        unacked, index, mutex = celery_app.UNACKED_KEYS.values()
+        asked: dict[str, tuple[str, ...]] = {  # as Celery does it, of members that are not there
+            unacked: ("HDEL", "trial"),
+            index: ("ZREM", "trial"),
+            mutex: ("EXISTS",),
+            f"_kombu.binding.{celery_app.PIDBOX}": ("SREM", "trial"),
+            "_kombu.binding_deadlines": ("ZREM", "trial"),
+            f"trial.{celery_app.PIDBOX}": ("LREM", "0", "trial"),
+        }
         pipeline = self.redis.pipeline(transaction=False)
-        for key in keys:
-            pipeline.exists(key)
-        answers = zip(keys, pipeline.execute(raise_on_error=False), strict=True)
+        for key, (command, *values) in asked.items():
+            pipeline.execute_command(command, key, *values)  # type: ignore[no-untyped-call]  # as below
+        answers = zip(asked, pipeline.execute(raise_on_error=False), strict=True)
         found = [f"the key {key}" for key, answer in answers if isinstance(answer, Exception)]
+        return found + self._withheld_channel() + self._withheld_scripts()
+
+    def _withheld_channel(self) -> list[str]:
         with self.redis.pubsub() as heard:  # type: ignore[no-untyped-call]  # redis-py says no types
             try:
+                self.redis.publish(self._channel, "")  # workers pass over what is empty
                 heard.psubscribe(self._channel)
                 heard.get_message(timeout=SEND_SECONDS)
             except redis.exceptions.NoPermissionError:
-                found.append(f"the channel {self._channel}")
-        return found
+                return [f"the channel {self._channel}"]
+        return []
+
+    def _withheld_scripts(self) -> list[str]:
+        """A lock is let go by a script, also in Celery."""
+        lock = self.redis.lock(f"{TRIAL_KEY}_lock", timeout=10)
+        try:
+            if lock.acquire(blocking=False):
+                lock.release()
+        except redis.exceptions.NoPermissionError:
+            self.redis.delete(lock.name)
+            return ["scripts"]
+        return []
 
     @property
     def rights(self) -> str:
@@ -189,6 +207,18 @@ class Broker:
             retry=False,
         )
 
+    def _order(self, worker: str, method: str, queue: str) -> None:
+        """As Celery's own `control` does it, which waits without end for a Redis that is away."""
+        exchange = self._app.control.mailbox.exchange
+        with self._app.producer_or_acquire() as producer:
+            producer.publish(
+                {"method": method, "arguments": {"queue": queue}, "destination": [worker]},
+                exchange=exchange.name,
+                declare=[exchange],
+                serializer="json",
+                retry=False,
+            )
+
 
 def shown(url: str) -> str:
     """For people: without the password, which may be anywhere in an address with a mistake."""
@@ -207,6 +237,8 @@ def _check(url: str) -> None:
 
 def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
+    if ";" in url:  # Celery's would take it for several
+        return f"may have no ;: {ESCAPES}"
     try:
         parts = urlsplit(url)
     except ValueError:  # as below
@@ -215,8 +247,8 @@ def _mistake(url: str) -> str | None:
         _ = parts.port
     except ValueError:  # its words may show a part of the password
         return f"has no port: {ESCAPES}"
-    if parts.scheme not in SCHEMES:
-        return f"must begin with redis:// or rediss://, got {parts.scheme!r}"
+    if not url.startswith(SCHEMES):
+        return f"must begin with redis:// or rediss://, got {url[: len(parts.scheme)]!r}"
     if parts.fragment or not re.fullmatch("(/[0-9]*)?", parts.path):
         return f"may have only the number of a database behind host and port, as /0: {ESCAPES}"
     options = parse_qs(parts.query, keep_blank_values=True)
@@ -227,6 +259,10 @@ def _mistake(url: str) -> str | None:
     asked = options.get("ssl_cert_reqs", ["required"])[0]
     if asked not in ("required", "optional", "none"):
         return f"has ssl_cert_reqs={asked}: must be required, optional or none"
+    try:
+        redis.connection.parse_url(url)  # type: ignore[no-untyped-call]  # redis-py says no types
+    except ValueError:
+        return "has a value behind the ? that redis-py cannot read"
     return None
 
 

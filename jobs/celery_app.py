@@ -32,6 +32,7 @@ def make(config: settings.Settings, *, answer_seconds: float = BROKER_ANSWER_SEC
 
 def values(answer_seconds: float) -> dict[str, Any]:
     """Celery's settings, the same for those who send and, but for their patience, who work."""
+    is_sender = answer_seconds < BROKER_ANSWER_SECONDS  # tries again by itself, a little later
     return {
         # The claim in the database is the acknowledgement: a message may be lost or doubled.
         "task_acks_late": False,
@@ -52,10 +53,10 @@ def values(answer_seconds: float) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         "broker_transport_options": {
             **UNACKED_KEYS,
-            "socket_connect_timeout": BROKER_CONNECT_SECONDS,
+            "socket_connect_timeout": min(BROKER_CONNECT_SECONDS, answer_seconds),
             "socket_timeout": answer_seconds,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "retry_on_timeout": True,
+            **({"max_retries": 0} if is_sender else {"retry_on_timeout": True}),
         },
     }

@@ -258,7 +258,9 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         yield _ok("redis", seen)
     if not info:
         seen = "this user may not ask (INFO): cannot tell eviction and persistence"
-        yield _warn("redis settings", seen, f"ACL SETUSER NAME {connection.rights}")
+        advice = _rights(connection)
+        if unfit is None or unfit.advice != advice:
+            yield _warn("redis settings", seen, advice)
         return
     yield _eviction(client, info)
     yield _persistence(client, info)
@@ -286,8 +288,12 @@ def _unfit(connection: broker.Broker, info: dict[str, Any]) -> Check | None:
         return _fail("redis", f"it answers, but takes no writes: {refusal}", advice)
     if withheld := connection.withheld():
         seen = f"this user may not use what Celery needs: {', '.join(withheld)}"
-        return _fail("redis", seen, f"ACL SETUSER NAME {connection.rights}")
+        return _fail("redis", seen, _rights(connection))
     return None
+
+
+def _rights(connection: broker.Broker) -> str:
+    return f"ACL SETUSER NAME {connection.rights}"
 
 
 def _answer(value: Any) -> dict[str, Any]:

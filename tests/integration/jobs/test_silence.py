@@ -254,6 +254,31 @@ def test_a_forgotten_connection_to_redis_is_given_up_for_a_new_one(
     assert 2 in _in_the_end(lambda: bell.waiting("queue"))
 
 
+def test_a_redis_that_hangs_holds_up_who_sends_for_one_wait_only(
+    network: Network, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On connections that stand, and on the new ones of the second try."""
+    monkeypatch.setattr(broker, "SEND_SECONDS", 0.5)
+    address, _, port = clean_redis_url.rpartition("/")[0].rpartition(":")
+    proxy = Proxy(network, int(port))
+    bell = broker.Broker(settings.load(broker_url=f"{address}:{proxy.port}/0"))
+    calls: list[Callable[[], object]] = [
+        lambda: bell.steer("sim0@here", take=["queue"], leave=["other"]),
+        lambda: bell.send_renders("queue", [1]),
+    ]
+    for call in calls:
+        call()
+        call()
+        proxy.fault = Fault.HALF_OPEN
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(broker.BrokerUnavailable):
+                call()
+            assert time.monotonic() - began < 0.9
+        proxy.fault = Fault.NONE
+        _in_the_end(call)
+
+
 def _in_the_end(call: Callable[[], R]) -> R:
     for _ in range(3):
         with contextlib.suppress(broker.BrokerUnavailable):
