@@ -225,8 +225,8 @@ class Cleaner:
             self._db.write(holds.forget_old, grace=self._grace)
         refused.tell()
         if strange:
-            told = f"not ours and stay, such as {strange[0][:100]!r}"
-            raise errors.RushesError(f"{len(strange)} names below inputs/ are {told}")
+            told = f"{len(strange)}, such as {strange[0][:100]!r}"
+            raise errors.RushesError(f"names below inputs/ that are not ours stay: {told}")
 
     def _old_inputs(self, strange: list[str]) -> Iterator[storage.ObjectEntry]:
         """Without those that no row can hold; their names are added to `strange`."""
