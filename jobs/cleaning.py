@@ -213,13 +213,8 @@ class Cleaner:
 
     def _inputs(self, before: datetime, tally: "_Tally") -> None:
         tally.begin("objects", size=True)
-        unmodified_since = self._now - self._grace
-        named = self._named_by_schedules.images
-        old = (
-            entry
-            for entry in self._store.entries("inputs/")
-            if entry.modified_at < unmodified_since and entry.key not in named
-        )
+        strange: list[str] = []
+        old = self._old_inputs(strange)
         refused = _Refused()
         while page := list(islice(old, INPUTS_AT_ONCE)):
             sizes = {entry.key: entry.size_bytes for entry in page}
@@ -229,6 +224,21 @@ class Cleaner:
         if self._apply:
             self._db.write(holds.forget_old, grace=self._grace)
         refused.tell()
+        if strange:
+            told = f"{len(strange)}, such as {strange[0][:100]!r}"
+            raise errors.RushesError(f"names below inputs/ that are not ours stay: {told}")
+
+    def _old_inputs(self, strange: list[str]) -> Iterator[storage.ObjectEntry]:
+        """Without those that no row can hold; their names are added to `strange`."""
+        unmodified_since = self._now - self._grace
+        named = self._named_by_schedules.images
+        for entry in self._store.entries("inputs/"):
+            if entry.modified_at >= unmodified_since or entry.key in named:
+                continue
+            if holds.fits(entry.key):
+                yield entry
+            else:
+                strange.append(entry.key)
 
     def _unneeded(self, keys: Sequence[str], before: datetime) -> Sequence[str]:
         uploaded_since = self._before(Kind.UPLOADS)

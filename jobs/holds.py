@@ -14,12 +14,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from jobs import database
-from jobs.schema import Input
+from jobs.schema import INPUT_KEY_CHARACTERS, Input
 
 GRACE = timedelta(hours=24)  # a submit is shorter, from its first image to its commit
 CONDEMNED = timedelta(minutes=10)  # a deletion is over by then, tries and timeouts included
 LOOK_SECONDS = 0.5
 KEYS_AT_ONCE = 500
+
+
+def fits(key: str) -> bool:
+    """Whether a row can hold it, as it can each key of ours and not all that others lay there."""
+    is_text = key.encode(errors="replace").decode() == key
+    return len(key) <= INPUT_KEY_CHARACTERS and is_text and "\0" not in key
 
 
 def hold_all(db: database.Database, keys: Iterable[str]) -> None:

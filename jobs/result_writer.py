@@ -79,6 +79,8 @@ class ResultWriter:
                 log.warning(
                     "batch.manifest_delayed", batch_id=batch_id, error=told, exc_info=is_defect
                 )
+                if is_defect:
+                    continue  # the end of its lease is soon enough, and others need not wait
                 self._db.write(give_back, batch_id)
                 self._again_at = time.monotonic() + AGAIN_SECONDS
                 if isinstance(error, storage.StorageUnavailable):

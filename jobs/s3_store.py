@@ -56,11 +56,12 @@ BUSY_CODES = {
     "TooManyRequests",
 }
 MISSING_CODES = {"NoSuchKey", "NoSuchVersion"}
+READ_RIGHT = "s3:GetObject; without s3:ListBucket what is missing looks refused"
 RIGHTS = {
     "DeleteObject": "s3:DeleteObject",
     "DeleteObjects": "s3:DeleteObject",
-    "GetObject": "s3:GetObject",
-    "HeadObject": "s3:GetObject; without s3:ListBucket what is missing looks refused",
+    "GetObject": READ_RIGHT,
+    "HeadObject": READ_RIGHT,
     "ListObjectsV2": "s3:ListBucket; without it what is missing looks refused",
     "PutObject": "s3:PutObject",
 }
@@ -104,7 +105,7 @@ class S3Store:
 
     @property
     def url(self) -> str:
-        return f"s3://{self._bucket}/{self._prefix}".removesuffix("/")
+        return self._named("").removesuffix("/")
 
     def put_file(self, path: Path, key: str, *, content_type: str) -> storage.StoredObject:
         with path.open("rb") as source:
@@ -127,7 +128,11 @@ class S3Store:
             )
         body = _Body(self, key, answer["Body"])
         if answer["ResponseMetadata"]["HTTPStatusCode"] != PARTIAL_CONTENT:
-            body.skip(first)  # some stores give the whole object
+            try:
+                body.skip(first)  # some stores give the whole object
+            except storage.StorageError:
+                body.close()
+                raise
         return storage.chunks(body, last - first + 1)
 
     def download(self, key: str, path: Path) -> None:
@@ -152,7 +157,7 @@ class S3Store:
     def entries(self, prefix: str = "") -> Iterator[storage.ObjectEntry]:
         storage.check_prefix(prefix)
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
+            Bucket=self._bucket, Prefix=self._name(prefix)
         )
         with self.translated(prefix):
             for page in pages:
@@ -177,7 +182,7 @@ class S3Store:
         if not keys:
             return
         # Unchecked: they were listed, and a console's mark of a folder, `inputs/`, is among them.
-        names = [{"Key": self._prefix + key} for key in keys]
+        names = [{"Key": self._name(key)} for key in keys]
         try:
             with self.translated(keys[0]):
                 answer = self._client.delete_objects(
@@ -220,9 +225,12 @@ class S3Store:
             )
 
     def check(self) -> None:
-        # A listing and not HeadBucket: its refusals say why.
         with self.translated(""):
-            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+            self._list_one()
+
+    def _list_one(self) -> None:
+        """Not HeadBucket: the refusals of a listing say why."""
+        self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
 
     def _put(
         self, body: bytes | BinaryIO, key: str, sent: "storage.Digest", content_type: str
@@ -256,7 +264,7 @@ class S3Store:
             return self._client.head_object(Bucket=self._bucket, Key=self._key(key))
         except ClientError as error:
             if 300 <= _status(error) < 500 and _status(error) not in (404, 429):
-                self.check()  # HEAD has no body, and the refusal of a listing has words
+                self._list_one()  # HEAD has no body, and the refusal of a listing has words
             raise
 
     def _size_bytes(self, key: str) -> int:
@@ -280,7 +288,7 @@ class S3Store:
     def _delete(self, key: str) -> None:
         # Some stores answer 404 for what is gone already.
         with contextlib.suppress(storage.ObjectMissing), self.translated(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def _delete_each(self, keys: Sequence[str]) -> None:
         """One that is locked keeps none of the others."""
@@ -296,10 +304,13 @@ class S3Store:
             raise first
 
     def _key(self, key: str) -> str:
-        return self._prefix + storage.checked_key(key)
+        return self._name(storage.checked_key(key))
+
+    def _name(self, key: str) -> str:
+        return self._prefix + key
 
     def _named(self, key: str) -> str:
-        return f"s3://{self._bucket}/{self._prefix}{key}"
+        return f"s3://{self._bucket}/{self._name(key)}"
 
     @property
     def _client(self) -> "S3Client":
@@ -350,11 +361,12 @@ class S3Store:
         if 300 <= status < 400 and code != "PermanentRedirect":
             told = f"redirects to {_location(error)}: correct AWS_ENDPOINT_URL_S3"
             return storage.StorageDenied(address, f"{self._endpoint} {told}")
-        if _is_missing(error):
+        missing = _missing(error)
+        if missing == "object":
             return storage.ObjectMissing(address)
         if message := error.response.get("Error", {}).get("Message"):
             said = f"{said}: {message.rstrip('.')}"
-        if _is_no_s3(error):
+        if missing == "S3":
             told = "there is no S3 at this endpoint: correct AWS_ENDPOINT_URL_S3"
             return storage.StorageDenied(address, f"{said}; {told}")
         if code in DENIED_CODES or status in (401, 403):
@@ -535,22 +547,31 @@ def _status(error: "ClientError") -> int:
 
 def _location(error: "ClientError") -> str:
     """Where an answer redirects to, without what may be secret."""
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return str(headers.get("location", "another address")).partition("?")[0][:200]
+    location = _headers(error).get("location", "another address").partition("?")[0]
+    return re.sub(r"//[^/]*@", "//", location)[:200]
 
 
-def _is_missing(error: "ClientError") -> bool:
-    """There is no such object. The answer to HEAD has no body that could say so."""
-    operation = error.operation_name
-    if _status(error) != 404 or operation in ("ListObjectsV2", "PutObject"):
-        return False
-    return operation == "HeadObject" or _code(error) in MISSING_CODES
+def _headers(error: "ClientError") -> dict[str, str]:
+    return error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
 
 
-def _is_no_s3(error: "ClientError") -> bool:
-    """A 404 of something else. DeleteObjects is not known to every store."""
-    told = _code(error) == "NoSuchBucket" or error.operation_name == "DeleteObjects"
-    return _status(error) == 404 and not told
+def _missing(error: "ClientError") -> Literal["object", "S3"] | None:
+    """What a 404 says that there is not. The answer to HEAD has no body that could say so."""
+    operation, code = error.operation_name, _code(error)
+    if _status(error) != 404 or code == "NoSuchBucket" or operation == "DeleteObjects":
+        return None  # not every store knows DeleteObjects
+    if operation in ("ListObjectsV2", "PutObject"):
+        return "S3"
+    # Some stores answer so, without a word, for what is gone already.
+    is_bare = operation == "DeleteObject" and code in ("", "404") and not _is_page(error)
+    return "object" if operation == "HeadObject" or code in MISSING_CODES or is_bare else "S3"
+
+
+def _is_page(error: "ClientError") -> bool:
+    """Some words of a web server or a proxy."""
+    headers = _headers(error)
+    is_text = headers.get("content-type", "").startswith(("text/html", "text/plain"))
+    return is_text and headers.get("content-length") != "0"
 
 
 def _attachment(file_name: str) -> str:

@@ -222,6 +222,9 @@ HAS_STARTED = Job.state != states.JobState.QUEUED
 """Said beside another state: by this SQLite finds the index of those that have left the queue."""
 
 
+INPUT_KEY_CHARACTERS = 200
+
+
 class Input(Base):
     """Who is at work on an object below `inputs/`: those who submit it, or who deletes it as old.
 
@@ -231,7 +234,7 @@ class Input(Base):
 
     __tablename__ = "inputs"
 
-    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    key: Mapped[str] = mapped_column(String(INPUT_KEY_CHARACTERS), primary_key=True)
     held_at: Mapped[datetime | None]
     """When a submit last said that it will need it."""
     condemned_until: Mapped[datetime | None]

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.server
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -419,8 +420,17 @@ def test_links_of_aws_lead_to_the_host_of_the_region(monkeypatch, tmp_path):
     assert host("mine") == "minio.example:9000"
 
 
-def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3):
-    with _server_that_always_says("404 NoSuchKey") as endpoint:
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({}, b"<Error><Code>NoSuchKey</Code><Message>said so</Message></Error>"),
+        ({"Content-Type": "application/xml"}, b"<Error><Message>said so</Message></Error>"),
+        ({"Content-Type": "text/html"}, b""),
+        ({}, b""),
+    ],
+)
+def test_what_is_gone_already_may_be_deleted_again_where_that_is_a_404(s3, headers, body):
+    with _s3_that(lambda _: (404, headers, body)) as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
         store.delete("k")
         store.delete_many(["k"])
@@ -432,7 +442,7 @@ def test_a_store_that_redirects_is_denied_and_not_asked_for_ever(s3, status):
 
     def answer(request):
         asked.append(request.command)
-        return status, {"Location": "https://s3.example/x?secret=1"}, b""
+        return status, {"Location": "https://me:secret@s3.example/x?secret=1"}, b""
 
     with _s3_that(answer) as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
@@ -537,6 +547,26 @@ def test_a_part_of_an_object_is_that_part_where_the_store_gives_all_of_it(s3):
             assert got == VIDEO[first : last + 1]
 
 
+def test_a_whole_object_that_breaks_off_before_the_part_is_closed(s3, monkeypatch):
+    closed = []
+    close = StreamingBody.close
+
+    def cut(_body, _size=None):
+        raise ResponseStreamingError(error="cut")
+
+    def note(body):
+        closed.append(body)
+        close(body)
+
+    with _s3_that(lambda _: (200, {}, VIDEO)) as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        monkeypatch.setattr(StreamingBody, "read", cut)
+        monkeypatch.setattr(StreamingBody, "close", note)
+        with pytest.raises(storage.BrokenOff):
+            store.stream("k", first=5, last=9)
+    assert len(closed) == 1
+
+
 def test_one_object_that_is_locked_keeps_none_of_the_others(s3):
     deleted = []
 
@@ -585,9 +615,16 @@ def test_names_that_others_gave_are_deleted_as_they_were_listed(s3):
     assert all(f"<Key>pre/{name}</Key>" in asked[0] for name in names)
 
 
-def test_a_web_page_that_is_not_found_is_no_missing_object(s3):
-    page = b"<html><body>404 page not found<br></body></html>"
-    with _s3_that(lambda _: (404, {}, page)) as endpoint:
+@pytest.mark.parametrize(
+    ("content_type", "page"),
+    [
+        ("text/html; charset=utf-8", b"<html><body>404 page not found<br></body></html>"),
+        ("text/html", b"<html><body>404 page not found</body></html>"),
+        ("text/plain; charset=utf-8", b"404 page not found"),
+    ],
+)
+def test_a_web_page_that_is_not_found_is_no_missing_object(s3, content_type, page):
+    with _s3_that(lambda _: (404, {"Content-Type": content_type}, page)) as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
         for call in (
             store.check,
@@ -631,8 +668,18 @@ def test_a_head_that_is_refused_has_the_words_of_a_listing(s3, bare, of_listing,
 
     with _s3_that(answer) as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
-        with pytest.raises(storage.StorageDenied, match=told):
+        with pytest.raises(
+            storage.StorageDenied, match=rf"^{re.escape(store.address('k'))}: .*{told}"
+        ):
             store.head("k")
+
+
+def test_an_object_that_may_not_be_read_says_which_rights_may_be_missing(s3):
+    told = "s3:GetObject; without s3:ListBucket what is missing looks refused"
+    with _server_that_always_says("403 AccessDenied") as endpoint:
+        store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
+        with pytest.raises(storage.StorageDenied, match=told):
+            store.read_bytes("k")
 
 
 def test_credentials_that_are_away_for_a_moment_are_an_outage(monkeypatch, tmp_path, video):
@@ -915,9 +962,11 @@ def _server_that_always_says(answer):
             self.do_HEAD()
             self.wfile.write(body)
 
-        def do_DELETE(self):
+        def do_GET(self):
             self.do_HEAD()
             self.wfile.write(body)
+
+        do_DELETE = do_GET  # noqa: N815  # a name of http.server
 
         def do_POST(self):
             self.do_PUT()
@@ -933,9 +982,11 @@ def _server_that_always_says(answer):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextlib.contextmanager
@@ -965,9 +1016,11 @@ def _s3_that(answer):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _refusal(code):

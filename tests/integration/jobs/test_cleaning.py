@@ -603,6 +603,24 @@ def test_a_name_that_the_store_cannot_delete_keeps_nothing_else(
     assert bucket.stored(f"batches/{free}/") == []
 
 
+@pytest.mark.parametrize("apply", [True, False])
+def test_a_name_that_no_row_can_hold_keeps_nothing_else(
+    world: World, tmp_path: Path, apply: bool
+) -> None:
+    """And stays: it cannot be ours."""
+    bucket = Bucket(world, settings.load(results_url=tmp_path.as_uri()))
+    bucket.finish(bucket.submit(), days_ago=31)
+    strange = [tmp_path / "inputs" / name for name in ("a" * 210, os.fsdecode(b"\xe9t\xe9"))]
+    for path in strange:
+        path.touch()
+    outcome = bucket.clean(Kind.INPUTS, apply=apply)[Kind.INPUTS]
+    assert outcome.counts == {"objects": 1}
+    assert outcome.error is not None
+    assert "that are not ours stay: 2, such as 'inputs/" in outcome.error
+    assert outcome.error.isprintable()
+    assert all(path.exists() for path in strange)
+
+
 @ONE_DATABASE
 def test_results_that_a_schedule_starts_from_stay(bucket: Bucket) -> None:
     batch_id = bucket.finish(bucket.submit(), days_ago=31)

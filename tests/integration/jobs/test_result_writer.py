@@ -99,26 +99,35 @@ def test_a_store_that_is_silent_is_waited_for_once_and_not_for_each_batch(
     assert len(tries) == asked
 
 
-def test_a_batch_that_meets_a_defect_is_given_back_and_ends_nothing(
+def test_a_batch_that_meets_a_defect_waits_for_the_end_of_its_lease_and_holds_up_no_other(
     sqlite_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (finished(sqlite_world) for _ in range(2))
+    tries: list[str] = []
     write = results.write
 
-    def fail_once(
+    def fail_for_one(
         db: database.Database, store: storage.ObjectStore, batch_id: str, **options: Any
     ) -> bool:
+        tries.append(batch_id)
         if batch_id == first:
             raise RecursionError("too deep")
         return write(db, store, batch_id, **options)
 
-    monkeypatch.setattr(results, "write", fail_once)
+    monkeypatch.setattr(results, "write", fail_for_one)
+    writer = writer_of(sqlite_world, tmp_path.as_uri())
     with capture_logs() as logs:
-        assert writer_of(sqlite_world, tmp_path.as_uri()).write_finished() == 1
-    assert sqlite_world.batch(second).manifest_at is not None
-    assert sqlite_world.batch(first).results_lease_until is None
+        assert writer.write_finished() == 1
     assert logs[0]["error"] == "RecursionError: too deep"
     assert logs[0]["exc_info"] is True
+    third = finished(sqlite_world)
+    assert writer.write_finished() == 1
+    assert tries == [first, second, third]
+    with sqlite_world.db.transaction() as session:
+        past = database.now(session) - timedelta(seconds=1)
+        session.execute(update(Batch).values(results_lease_until=past))
+    assert writer.write_finished() == 0
+    assert tries[3:] == [first]
 
 
 def test_batches_that_ended_in_one_moment_are_tried_once_each(
