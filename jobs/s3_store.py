@@ -127,7 +127,9 @@ class S3Store:
                 Bucket=self._bucket, Key=self._key(key), Range=f"bytes={first}-{last}"
             )
         body = _Body(self, key, answer["Body"])
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != PARTIAL_CONTENT:
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        # rclone says 200 to a part as well, and of which bytes it is.
+        if status != PARTIAL_CONTENT and "ContentRange" not in answer:
             try:
                 body.skip(first)  # some stores give the whole object
             except storage.StorageError:

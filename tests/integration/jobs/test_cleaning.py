@@ -220,6 +220,7 @@ def test_a_batch_that_was_reopened_in_time_is_left_alone(bucket: Bucket) -> None
 def test_a_batch_that_is_reopened_while_a_run_waits_for_its_row_is_left_alone(
     postgres_world: World, tmp_path: Path, kind: Kind
 ) -> None:
+    (tmp_path / "results").mkdir()
     bucket = Bucket(postgres_world, settings.load(results_url=(tmp_path / "results").as_uri()))
     batch_id = bucket.submit()
     (job_id,) = bucket.world.job_ids(batch_id)

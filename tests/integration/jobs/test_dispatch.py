@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -690,14 +691,16 @@ def test_a_broker_that_answers_late_keeps_no_dead_worker_alive(
     attempt_id = world.claimed(held)
     world.submit(1)
     world.register()
-    real = getattr(broker.Broker, part)
+    real, waited = getattr(broker.Broker, part), [0.0]
 
     def late(*arguments: Any, **values: Any) -> Any:
-        time.sleep(0.5)
+        waited[0] += 60.0
         return real(*arguments, **values)
 
     monkeypatch.setattr(broker.Broker, part, late)
-    dispatcher = dispatcher_of(world, clean_redis_url, lease_seconds=1.8)
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + waited[0])
+    monkeypatch.setattr(dispatch, "time", clock)
+    dispatcher = dispatcher_of(world, clean_redis_url)
     assert dispatcher.tick().sent == 1
     world.expire(attempt_id)
     assert dispatcher.tick().ended_attempts == 1
