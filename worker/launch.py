@@ -29,6 +29,7 @@ from jobs import (
     health,
     lifecycle,
     presets,
+    programs,
     queues,
     servers,
     settings,
@@ -380,16 +381,9 @@ def check_settings() -> worker_settings.WorkerSettings:
 def _try_checks() -> None:
     """In a process of its own, as a render process is: here, torch must not be loaded."""
     try:
-        done = subprocess.run(  # noqa: S603  # our own argument list, no shell
-            [*servers.tied_to_parent(signal.SIGKILL), sys.executable, "-m", "worker.checks"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            timeout=CHECKS_SECONDS,
-            check=False,
-        )
+        tied = servers.tied_to_parent(signal.SIGKILL)
+        command = [*tied, sys.executable, "-m", "worker.checks"]
+        done = programs.run(command, seconds=CHECKS_SECONDS)
     except subprocess.TimeoutExpired:
         message = f"{BOTH_CHECKS}: not loaded within {CHECKS_SECONDS:.0f} s"
     else:
