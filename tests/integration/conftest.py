@@ -172,6 +172,8 @@ def clean_environment(home: Path) -> dict[str, str]:
 
 def start_farm(home: Path, *, devices: str = "cpu:2", **environment: str) -> Farm:
     home.mkdir(parents=True, exist_ok=True)
+    # Farms that begin at once would each find the usual port free.
+    environment = {"RUSHES_WEB_PORT": str(servers.free_port())} | environment
     with (home / "up.log").open("ab") as log:
         process = subprocess.Popen(
             # Killed tests run no fixture's end.
