@@ -979,7 +979,14 @@ def _server_that_always_says(answer):
         def log_message(self, *_arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with _served(Handler) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _served(handler):
+    """The address of a server of it."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
@@ -1013,14 +1020,8 @@ def _s3_that(answer):
         def log_message(self, *_arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with _served(Handler) as address:
+        yield address
 
 
 def _refusal(code):

@@ -243,9 +243,7 @@ def test_a_forgotten_connection_to_redis_is_given_up_for_a_new_one(
     network: Network, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broker, "SEND_SECONDS", 0.5)
-    address, _, port = clean_redis_url.rpartition("/")[0].rpartition(":")
-    proxy = Proxy(network, int(port))
-    bell = broker.Broker(settings.load(broker_url=f"{address}:{proxy.port}/0"))
+    proxy, bell = _bell_through(network, clean_redis_url)
     bell.send_renders("queue", [1])
     assert bell.waiting("queue") == {1}
     proxy.forget()
@@ -259,9 +257,7 @@ def test_a_redis_that_hangs_holds_up_who_sends_for_one_wait_only(
 ) -> None:
     """On connections that stand, and on the new ones of the second try."""
     monkeypatch.setattr(broker, "SEND_SECONDS", 0.5)
-    address, _, port = clean_redis_url.rpartition("/")[0].rpartition(":")
-    proxy = Proxy(network, int(port))
-    bell = broker.Broker(settings.load(broker_url=f"{address}:{proxy.port}/0"))
+    proxy, bell = _bell_through(network, clean_redis_url)
     calls: list[Callable[[], object]] = [
         lambda: bell.steer("sim0@here", take=["queue"], leave=["other"]),
         lambda: bell.send_renders("queue", [1]),
@@ -277,6 +273,12 @@ def test_a_redis_that_hangs_holds_up_who_sends_for_one_wait_only(
             assert time.monotonic() - began < 0.9
         proxy.fault = Fault.NONE
         _in_the_end(call)
+
+
+def _bell_through(network: Network, url: str) -> tuple[Proxy, broker.Broker]:
+    address, _, port = url.rpartition("/")[0].rpartition(":")
+    proxy = Proxy(network, int(port))
+    return proxy, broker.Broker(settings.load(broker_url=f"{address}:{proxy.port}/0"))
 
 
 def _in_the_end(call: Callable[[], R]) -> R:
