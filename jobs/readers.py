@@ -19,6 +19,7 @@ MAX_COLUMNS = 100  # every key and all metadata are 30
 VIDEOS_URL = "/v1/videos"
 REFERENCE = "input_reference"
 BOTH_GIVEN = "and image are both given: keep one"
+UPLOADED = "has a file_id, which only /v1/batches knows: give its image_url, or a path as image"
 
 
 # Which format a file is.
@@ -324,9 +325,13 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
         wrong.append("custom_id belongs beside body, not into it")
     if not isinstance(body.get("model"), str | None):
         wrong.append(f"model must be a text, got {prompt_row.shown(body['model'])}")
-    if REFERENCE in body:
+    first_frame = {}
+    if body.get(REFERENCE) is not None:
         try:
-            referred(body[REFERENCE])
+            kind, value = referred(body[REFERENCE])
+            first_frame = {"image": value}
+            if kind == "file_id":  # the service, which knows them, has put an image in its place
+                wrong.append(f"{REFERENCE} {UPLOADED}")
         except prompt_row.Invalid as invalid:
             wrong.append(f"{REFERENCE} {invalid}")
         if body.get("image") is not None:
@@ -335,7 +340,8 @@ def _unwrapped(envelope: dict[str, Any]) -> dict[str, Any]:
     wrong += [f"key {prompt_row.shown(key)} does not belong beside body" for key in beside[:3]]
     if wrong:
         raise prompt_row.Invalid("; ".join(wrong))
-    fields = {key: value for key, value in body.items() if key != "model"}  # the preset decides
+    left_out = ("model", REFERENCE)  # the preset decides the first
+    fields = {key: value for key, value in body.items() if key not in left_out} | first_frame
     if isinstance(fields.get("seconds"), str):
         fields["seconds"] = prompt_row.number(fields["seconds"])
     return {"custom_id": envelope.get("custom_id"), **fields}

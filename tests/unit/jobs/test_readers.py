@@ -310,6 +310,14 @@ class TestOpenAiEnvelope:
         )
 
     @pytest.mark.parametrize(
+        ("reference", "image"), [({"image_url": "https://x/a"}, "https://x/a"), (None, None)]
+    )
+    def test_an_input_reference_is_the_first_frame(self, reference, image):
+        body = {"prompt": "a cat", "input_reference": reference}
+        (found,) = rows_of(json.dumps(ENVELOPE | {"body": body}))
+        assert found.image == image
+
+    @pytest.mark.parametrize(
         ("changes", "part"),
         [
             ({"method": "GET"}, 'method must be "POST", got "GET"'),
@@ -324,6 +332,10 @@ class TestOpenAiEnvelope:
             (
                 {"body": {"prompt": "a", "input_reference": "a.png"}},
                 'input_reference must be an object with file_id or image_url only, got "a.png"',
+            ),
+            (
+                {"body": {"prompt": "a", "input_reference": {"file_id": "file-1"}}},
+                "input_reference has a file_id, which only /v1/batches knows",
             ),
             (
                 {
