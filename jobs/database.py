@@ -7,7 +7,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -532,6 +532,7 @@ def _make_sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
+        _keep_private(Path(url.database or ""))
         _use_wal(connection)
         for pragma in ("foreign_keys=ON", "synchronous=FULL"):
             connection.execute(f"PRAGMA {pragma}")
@@ -543,6 +544,13 @@ def _make_sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if _only_reads(connection) else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _keep_private(file: Path) -> None:
+    """A new file, and those that SQLite puts beside it: it will hold the secrets of listeners."""
+    with suppress(OSError):  # another user's, who makes it
+        if file.stat().st_size == 0:
+            file.chmod(0o600)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -39,8 +39,8 @@ def suspect(
     if len(row.suspects) < MAX_SUSPECTS or is_out:
         return False
     row.removals += 1
-    jobs = ", ".join(map(str, row.suspects))
-    reason = f"{MAX_SUSPECTS} different jobs in a row failed on it ({jobs}); the last: {error}"
+    # Without their numbers: it is told to everybody whose jobs wait.
+    reason = f"{MAX_SUSPECTS} different jobs in a row failed on it; the last: {error}"
     wait_seconds = workers.wait_seconds(row.removals - 1) if row.removals > 1 else 0.0
     _take_out(session, name, kind=kind, reason=reason, wait_seconds=wait_seconds)
     return True

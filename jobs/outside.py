@@ -66,7 +66,10 @@ _IPV6_SPECIAL = tuple(
 )
 _IPV4_SPECIAL = tuple(
     ipaddress.IPv4Network(network)
-    for network in ("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15")
+    for network in (
+        *("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15"),
+        "168.63.129.16/32",  # public, but inside each Azure machine its own host
+    )
 )
 
 

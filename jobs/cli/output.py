@@ -1,6 +1,7 @@
 """How things are printed: JSON and tables on stdout, everything said beside them on stderr."""
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import click
 from jobs import errors
 
 JOINERS = "\u200c\u200d"  # not printable by themselves, but parts of scripts and emoji
+OBEYED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal may obey and JSON need not escape."""
 MAX_CELL = 60
 COLORS = {
     "succeeded": "green",
@@ -35,7 +38,8 @@ COLORS = {
 def emit(value: object) -> None:
     """One JSON document on stdout."""
     narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
-    _print(json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of))
+    text = json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of)
+    _print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def emit_line(value: object) -> None:

@@ -42,12 +42,17 @@ def _list(*, as_json: bool) -> None:
         output.emit({"workers": [shapes.worker(live) for live in found]})
     elif found:
         output.table(WORKER_HEADERS, [_worker_row(live, now) for live in found])
-        for refusal in (each for live in found for each in live.refusals):
-            output.note(f"note: {_refused(refusal)}: {display.refusal_line(refusal)}")
+        for row, refusal in ((live.worker, each) for live in found for each in live.refusals):
+            told = f"note: {_refused(refusal)}: {display.refusal_line(refusal)}"
+            output.note(told + (_suspects(row) if refusal.needs_test else ""))
         for name in (live.worker.name for live in found if live.has_no_models):
             output.note(f"note: {output.plain(name)} takes nothing: its host has no models")
     else:
         output.note("no workers: start one with `rushes worker`, or everything with `rushes up`")
+
+
+def _suspects(row: Worker) -> str:
+    return f" (jobs {', '.join(map(str, row.suspects))})" if row.suspects else ""
 
 
 def _worker_row(live: queries.LiveWorker, now: datetime) -> tuple[str, ...]:

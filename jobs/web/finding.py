@@ -1,11 +1,11 @@
 """Batches and jobs by what a request calls them; those of others are not there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import errors, queries
+from jobs import database, errors, queries
 from jobs.schema import Batch, Job
 from jobs.web import access
 
@@ -33,6 +33,19 @@ def batches(
             (Batch.created_at < last.created_at) | (same & (Batch.id < last.id))
         )
     return session.scalars(statement).all()
+
+
+def prompts(
+    session: Session, principal: access.Principal, job_ids: Iterable[int]
+) -> dict[int, str]:
+    """Of those of these jobs that the principal may see, by their ids."""
+    statement = select(Job.id, Job.prompt).join(Batch, Batch.id == Job.batch_id)
+    statement = statement.where(
+        database.among(session, Job.id, job_ids), Batch.forgotten_at.is_(None)
+    )
+    if principal.sees is not None:
+        statement = statement.where(Batch.owner == principal.sees)
+    return {row.id: row.prompt for row in session.execute(statement)}
 
 
 def _kept(session: Session, reference: str, principal: access.Principal) -> Batch:

@@ -37,6 +37,7 @@ def respond(
         "Accept-Ranges": "bytes",
         "ETag": tag,
         "Cache-Control": "private, max-age=3600",
+        "Vary": "Cookie, Authorization",  # not for who logs in after us in the same browser
     }
     if file_name is not None:
         headers["Content-Disposition"] = f'attachment; filename="{file_name}"'

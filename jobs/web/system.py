@@ -1,6 +1,8 @@
 """Our own API: uploads, presets, workers, and how well the service is."""
 
 import asyncio
+from collections.abc import Container
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Request, Response, UploadFile
@@ -10,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import broker, database, errors, queries, shapes, uploads
-from jobs.web import access, answers, images, receiving, service
+from jobs.web import access, answers, finding, images, receiving, service
 from jobs.web.batches import Serving
 
 router = APIRouter(prefix="/api", responses=answers.PROBLEMS, route_class=access.ApiRoute)
@@ -53,9 +55,32 @@ def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:
 
 @router.get("/workers", tags=["system"], response_model=answers.Workers)
 def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]:
-    """The workers that have not stopped for good, and what they render."""
+    """The workers that have not stopped for good, and what they render.
+
+    Who is no admin is told no number of a job of others, and no folder of a host.
+    """
     with serving.db.reading() as session:
-        return {"workers": [shapes.worker(live) for live in queries.live_workers(session)]}
+        workers = [shapes.worker(live) for live in queries.live_workers(session)]
+        if principal.is_admin:
+            return {"workers": workers}
+        held = [worker["rendering"]["job_id"] for worker in workers if worker["rendering"]]
+        own = finding.prompts(session, principal, held)
+    return {"workers": [_without_others(worker, own) for worker in workers]}
+
+
+def _without_others(worker: dict[str, Any], own: Container[int]) -> dict[str, Any]:
+    rendering = worker["rendering"]
+    if rendering and rendering["job_id"] not in own:
+        rendering = rendering | {"job_id": None}
+    resident = [
+        loaded
+        | {
+            "model": Path(loaded["model"]).name,
+            "loras": [Path(lora).name for lora in loaded["loras"]],
+        }
+        for loaded in worker["resident"]
+    ]
+    return worker | {"rendering": rendering, "resident": resident, "suspects": []}
 
 
 @health.get("/metrics", include_in_schema=False, response_class=PlainTextResponse)

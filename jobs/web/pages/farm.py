@@ -1,12 +1,11 @@
 """The page: workers and what they render, how much was finished, how long the queue is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jobs import errors
 from jobs.web import access, finding, html, load, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import charts
@@ -43,18 +42,6 @@ def _prompts(
     serving: service.Service, who: access.Principal, workers: Iterable[Mapping[str, Any]]
 ) -> dict[int, str]:
     """Of the jobs that are rendered, those that this person may see."""
-    held = [worker["rendering"]["job_id"] for worker in workers if worker["rendering"]]
-    return _visible(serving, who, held)
-
-
-def _visible(
-    serving: service.Service, who: access.Principal, job_ids: Sequence[int]
-) -> dict[int, str]:
-    found: dict[int, str] = {}
+    held = (worker["rendering"]["job_id"] for worker in workers if worker["rendering"])
     with serving.db.reading() as session:
-        for job_id in job_ids:
-            try:
-                found[job_id] = finding.job(session, job_id, who).prompt
-            except errors.NotFound:
-                continue
-    return found
+        return finding.prompts(session, who, [job_id for job_id in held if job_id is not None])

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, orders, patience, servers, settings
+from jobs import database, errors, migrate, orders, patience, servers, settings
 from jobs.schema import Batch, Job
 from tests.integration.conftest import until
 from tests.integration.jobs.conftest import World
@@ -423,6 +423,18 @@ def test_no_statement_of_another_client_runs_behind_a_pooler(
             first.write(put, name="new")
     batch = postgres_world.batch(batch_id)
     assert (batch.name, batch.owner) == ("new", "somebody")
+
+
+def test_a_new_file_is_read_by_its_user_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rushes.db"
+    db = database.Database(f"sqlite:///{file}")
+    migrate.upgrade(db)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("rushes.db*")} == {0o600}
+    db.close()
+    file.chmod(0o660)
+    with db.reading():
+        pass
+    assert file.stat().st_mode & 0o777 == 0o660
 
 
 def test_many_who_open_a_new_file_at_once_wait_for_each_other(tmp_path: Path) -> None:

@@ -969,7 +969,7 @@ def test_a_worker_that_was_taken_out_is_told_with_the_reason(rushes: Rushes, far
     result = rushes("workers")
     assert " out " in result.stdout
     assert "until its self-test passes" in result.stderr
-    assert "Xid 79" in result.stderr
+    assert "Xid 79 (jobs 0, 1, 2)" in result.stderr
     (row,) = parsed(rushes("workers", "-o", "json"))["workers"]
     assert (row["suspects"], row["test"], row["takes"]) == ([0, 1, 2], None, [])
     assert row["refuses"][0]["needs_test"] is True
@@ -1392,6 +1392,15 @@ def test_a_narrow_terminal_encoding_is_no_error(farm: Farm) -> None:
     run("submit", "p.jsonl", "--preset", "tiny")
     assert "\\u65e5" in run("show", "latest/0")
     assert json.loads(run("show", "latest/0", "-o", "json"))["prompt"] == "日本語 🐕"
+
+
+def test_json_obeys_no_terminal_either(farm: Farm, rushes: Rushes) -> None:
+    prompt = "a\x7f\x9b31m\u202e日本"
+    Path("p.jsonl").write_text(json.dumps({"prompt": prompt}))
+    rushes("submit", "p.jsonl", "--preset", "tiny")
+    printed = rushes("show", "latest/0", "-o", "json").stdout
+    assert json.loads(printed)["prompt"] == prompt
+    assert "a\\u007f\\u009b31m\\u202e日本" in printed
 
 
 # Documentation.

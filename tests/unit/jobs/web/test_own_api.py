@@ -526,6 +526,7 @@ def test_what_a_browser_asks_about_a_video(web: Web) -> None:
     web.succeed(job_id)
     path = f"/api/jobs/{job_id}/video"
     whole = web.client.get(path)
+    assert whole.headers["vary"] == "Cookie, Authorization"
     tag = whole.headers["etag"]
     for held in (tag, f'"other", {tag}', "*"):
         assert web.client.get(path, headers={"If-None-Match": held}).status_code == 304

@@ -963,6 +963,28 @@ def test_the_farm_names_models_as_the_command_line_does(web: Web, browser: Brows
     assert "/srv" not in text
 
 
+def test_a_worker_tells_others_neither_a_job_nor_a_folder(guarded: Web) -> None:
+    batch_id = guarded.submit(headers=guarded.token("ann"))
+    job_id = guarded.job_id(batch_id)
+    guarded.db.write(workers.register, registration())
+    guarded.claim(job_id)
+    with guarded.db.transaction() as session:
+        row = session.get_one(schema.Worker, "gpu0@host")
+        row.suspects = [job_id]
+        row.resident = [{"model": "/srv/models/tiny", "loras": ["/srv/loras/noir.safetensors"]}]
+    told = {}
+    for owner, scope in (("ann", "read"), ("ben", "read"), ("", "admin")):
+        headers = guarded.token(owner, scope)
+        (told[owner],) = guarded.client.get("/api/workers", headers=headers).json()["workers"]
+    assert told["ann"]["rendering"]["job_id"] == told[""]["rendering"]["job_id"] == job_id
+    assert told["ben"]["rendering"]["job_id"] is None
+    assert told["ben"]["rendering"]["attempt"] == 1
+    named = [{"model": "tiny", "loras": ["noir.safetensors"]}]
+    assert told["ann"]["resident"] == told["ben"]["resident"] == named
+    assert (told["ben"]["suspects"], told[""]["suspects"]) == ([], [job_id])
+    assert told[""]["resident"][0]["model"] == "/srv/models/tiny"
+
+
 def test_a_long_word_is_shown_as_far_as_there_is_room(web: Web, browser: Browser) -> None:
     prompt = "A " + "\N{CJK UNIFIED IDEOGRAPH-732B}" * 300
     batch_id = web.submit([{"prompt": prompt}])
