@@ -91,7 +91,7 @@ def examine(shop: workshop.Workshop) -> None:
 
 
 def examine_one(
-    folder: Path, *, with_images: bool, count: int = EXAM_CLIPS, sheets: Path | None = None
+    folder: Path, *, with_images: bool, sheets: Path
 ) -> Mapping[str, Mapping[str, float]]:
     """Marks of the teacher in fifty steps and in four, of the student, and of the LoRA.
 
@@ -101,7 +101,7 @@ def examine_one(
     base = load(folder, with_images=with_images, base=True)
     student = load(folder, with_images=with_images)
     tower = student.image_encoder if isinstance(student, checkpoint.ImageToVideoNetworks) else None
-    asked = exam.paper(student.text_encoder, student.vae, count=count, seed=11, tower=tower)
+    asked = exam.paper(student.text_encoder, student.vae, count=EXAM_CLIPS, seed=11, tower=tower)
     again = exam.with_other_noise(asked, seed=12)
     rows: dict[str, dict[str, float]] = {}
     reference: tuple[Tensor, Tensor] | None = None
@@ -122,8 +122,7 @@ def examine_one(
         }
         if asked.condition is not None:
             rows[name]["first_frame"] = exam.first_frame(student.vae, latents, asked)
-        if sheets is not None:
-            save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
+        save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
 
     sit("teacher, 50 steps", base.transformer, exam.TEACHER)
     four = sampler_of(folder / STUDENT_FILE)
@@ -135,6 +134,6 @@ def examine_one(
     return rows
 
 
-def save_sheet(frames_BCTHW: Tensor, path: Path, *, every: int = 2) -> None:
+def save_sheet(frames_BCTHW: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(readout.grid(frames_BCTHW, every=every).numpy()).save(path)
+    Image.fromarray(readout.grid(frames_BCTHW).numpy()).save(path)
