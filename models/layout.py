@@ -66,6 +66,10 @@ class Task(enum.Enum):
     """Takes a prompt and the picture that the video starts with."""
 
 
+TASKS = {"t2v": Task.TEXT_TO_VIDEO, "i2v": Task.IMAGE_TO_VIDEO}
+"""As presets, LightX2V and native configs call them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """The files that make one model."""

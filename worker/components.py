@@ -313,7 +313,7 @@ class Components:
                 high_noise_file=key.transformer,
                 low_noise_file=key.low_noise_transformer,
                 base=key.base,
-                task=wanted.TASKS[key.task],
+                task=layout.TASKS[key.task],
                 **common,  # type: ignore[arg-type]  # two keywords of two types
             )
         load = (

@@ -43,7 +43,6 @@ from worker import device, group, probes
 from worker import errors as worker_errors
 from worker import settings as worker_settings_module
 
-TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRESET_FILE = "preset.json"
 LOCK_FILE = ".lock"
@@ -124,7 +123,7 @@ def _sizes(
     root = _model_folder(plan, known)
     if not root.is_dir() and root.name in KNOWN_SIZES:
         return KNOWN_SIZES[root.name], config.WAN_VAE
-    files = layout.find(root, base=True, task=TASKS[plan.task])
+    files = layout.find(root, base=True, task=layout.TASKS[plan.task])
     return checkpoint.transformer_sizes(files), _vae_sizes(files)
 
 
@@ -162,7 +161,7 @@ def _smaller(plan: course.Course) -> str:
 def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.Device) -> Done:
     here = own.torch_device
     quiet = told if processes.is_first() else _QUIET
-    files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
+    files = layout.find(_model_folder(plan, known), base=True, task=layout.TASKS[plan.task])
     raw = _raw_examples(plan, known)
     origin = _origin(plan, files, raw)
     with _alone_in(plan.output, here):

@@ -30,7 +30,6 @@ from models import (
 )
 from models.tiny import folders
 
-TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the decoder varies most
 TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a short prompt
@@ -196,9 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--task", choices=TASKS, default="t2v")
+    parser.add_argument("--task", choices=layout.TASKS, default="t2v")
     options = parser.parse_args(arguments)
-    made = make(options.folder, seed=options.seed, task=TASKS[options.task])
+    made = make(options.folder, seed=options.seed, task=layout.TASKS[options.task])
     sys.stdout.write(f"{made}\n")
 
 
