@@ -59,7 +59,7 @@ def write_base(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> N
     folders.write_vae(folder, shop.autoencoder, dtype=torch.bfloat16)
     network = shop.text_encoder.network
     folders.write_text_encoder(folder, network, words.sizes(), dtype=torch.bfloat16)
-    words.write_tokenizer(words.tokenizer(), folder / layout.TOKENIZER_FOLDER)
+    words.write_tokenizer(folder / layout.TOKENIZER_FOLDER)
     if with_images:
         folders.write_image_encoder(folder, shop.image_tower, dtype=torch.bfloat16)
 
