@@ -84,7 +84,7 @@ def worlds(transformer_pair, vae_pair, clip_pair, four_steps):
         pipeline.image_processor = Stretching()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, checkpoint.ImageToVideoNetworks(
-            text_encoder=None, transformer=dit, vae=vae, weight_files=(), image_encoder=clip
+            text_encoder=None, transformer=dit, vae=vae, image_encoder=clip
         )
 
     return build

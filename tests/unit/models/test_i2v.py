@@ -20,8 +20,8 @@ CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 I2V, T2V = layout.Task.IMAGE_TO_VIDEO, layout.Task.TEXT_TO_VIDEO
 
 
-def load(root, dtype=torch.float32, **options):
-    return checkpoint.load_image_to_video(root, device="cpu", dtype=dtype, **options)
+def load(root, dtype=torch.float32):
+    return checkpoint.load(layout.find(root), device="cpu", dtype=dtype)
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_a_missing_image_encoder_is_named(i2v_root, diffusers_i2v_root):
 def test_tasks_are_not_mixed_up(native_root, i2v_root, diffusers_root, diffusers_i2v_root):
     for root in (i2v_root, diffusers_i2v_root()):
         with pytest.raises(errors.ConfigError, match="image-to-video model, not text-to-video"):
-            checkpoint.load_text_to_video(root, device="cpu", dtype=torch.float32)
+            layout.find(root, task=T2V)
     for root in (native_root, diffusers_root("text")):
         with pytest.raises(errors.ConfigError, match="text-to-video model, not image-to-video"):
-            load(root)
+            layout.find(root, task=I2V)
 
 
 def test_every_tensor_is_in_its_place(i2v_root):
@@ -125,7 +125,6 @@ def test_every_tensor_is_in_its_place(i2v_root):
     assert stored.keys() == loaded.keys()
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)
     assert networks.transformer.config == config.TINY_I2V
-    assert networks.weight_files == layout.find(i2v_root).weights
     for network in (networks.transformer, networks.image_encoder):
         assert not network.training
         assert all(not p.requires_grad and not p.is_meta for p in network.parameters())
@@ -280,7 +279,7 @@ def test_the_official_clip_config_gives_the_named_sizes(tmp_path):
 def test_a_text_model_has_no_image_width(native_root, edit_json):
     edit_json(native_root / "config.json", image_dim=48)
     with pytest.raises(errors.ConfigError):
-        checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32)
+        layout.find(native_root, task=T2V)
 
 
 def test_a_seed_fixes_every_byte_of_the_tiny_model(tmp_path):

@@ -40,10 +40,9 @@ def cpu() -> device.Device:
 
 
 @pytest.fixture(scope="session")
-def networks(models_dir, cpu) -> checkpoint.TextToVideoNetworks:
-    return checkpoint.load_text_to_video(
-        models_dir / "tiny", device=cpu.torch_device, dtype=cpu.dtype
-    )
+def networks(models_dir, cpu) -> checkpoint.Networks:
+    files = layout.find(models_dir / "tiny")
+    return checkpoint.load(files, device=cpu.torch_device, dtype=cpu.dtype)
 
 
 @pytest.fixture(scope="session")
