@@ -190,11 +190,10 @@ def _load_text(
 
 def _read_sizes(files: layout.ModelFiles) -> _Sizes:
     path = files.transformer_config
-    vae_path, text_path = files.vae_config, files.text_encoder_config
     found = _Sizes(
         transformer=layout.transformer_sizes(files, path),
-        vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
-        text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
+        vae=layout.vae_sizes(files),
+        text_encoder=layout.text_encoder_sizes(files),
         image_encoder=_read_image_encoder_sizes(files),
     )
     _check_channels(found.transformer, found.vae, files)

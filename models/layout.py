@@ -177,6 +177,17 @@ def transformer_sizes(files: ModelFiles, path: Path) -> config.TransformerConfig
     )
 
 
+def vae_sizes(files: ModelFiles) -> config.VAEConfig:
+    """Raises ConfigError."""
+    return config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+
+
+def text_encoder_sizes(files: ModelFiles) -> config.TextEncoderConfig:
+    """Raises ConfigError."""
+    path = files.text_encoder_config
+    return config_files.text_encoder(path) if path else config.UMT5_XXL
+
+
 def weight_hashes(files: ModelFiles) -> dict[str, str]:
     """sha256 of every weight file by its path under the root. Reads them all: keep the answer."""
     hashes = {}
