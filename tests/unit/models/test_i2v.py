@@ -9,9 +9,9 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from diffusers import WanTransformer3DModel
-from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
+from benchmarks import reference
 from models import checkpoint, conditioning, config, config_files, errors, layout, sampling
 from models.tiny import make
 
@@ -39,27 +39,8 @@ def diffusers_i2v_root(diffusers_root):
     def build(kind=CLIPVisionModel):
         root = diffusers_root()
         torch.manual_seed(1)
-        WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=32,
-            in_channels=36,
-            out_channels=16,
-            text_dim=32,
-            ffn_dim=128,
-            num_layers=2,
-            image_dim=48,
-            added_kv_proj_dim=64,
-        ).save_pretrained(root / "transformer")
-        sizes = config.TINY_IMAGE_ENCODER
-        clip = CLIPVisionConfig(
-            hidden_size=sizes.dim,
-            intermediate_size=sizes.ffn_dim,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            hidden_act="gelu",
-        )
+        reference.transformer(config.TINY_I2V).save_pretrained(root / "transformer")
+        clip = reference.clip_config(config.TINY_IMAGE_ENCODER)
         kind(clip).save_pretrained(root / "image_encoder")
         (root / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
         return root
