@@ -93,11 +93,16 @@ def fill(url: str, number: int) -> str:
         path = Path(folder) / "prompts.jsonl"
         write_prompts(path, number)
         batch_id = submit(db, path).batch_id
-    if not db.is_sqlite:
-        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("ANALYZE")  # as autovacuum would within a minute
+    tidy(db, "ANALYZE")  # as autovacuum would within a minute
     db.close()
     return batch_id
+
+
+def tidy(db: database.Database, statement: str = "VACUUM ANALYZE") -> None:
+    """PostgreSQL's own work after many changes, done now."""
+    if not db.is_sqlite:
+        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(statement)
 
 
 def machine() -> str:
