@@ -30,10 +30,10 @@ DURABLE = {"shared_buffers": "256MB", "max_connections": "400", "max_wal_size": 
 TEXT = "a red circle moves slowly right over dark water while the camera follows it closely"
 
 
-def parser(description: str, *, jobs: int = 1_000_000) -> argparse.ArgumentParser:
+def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--database", choices=["sqlite", "postgresql"], action="append")
-    made.add_argument("--jobs", type=int, default=jobs)
+    made.add_argument("--jobs", type=int, default=1_000_000)
     return made
 
 
@@ -63,9 +63,9 @@ def database_url(kind: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_prompts(path: Path, number: int, *, seed: int = 0) -> None:
+def write_prompts(path: Path, number: int) -> None:
     """Rows as people send them: an id of their own, some 300 characters of prompt."""
-    draw = random.Random(seed)  # noqa: S311  # the same file every time, no secret
+    draw = random.Random(0)  # noqa: S311  # the same file every time, no secret
     texts = [" ".join(draw.choices(TEXT.split(), k=58)) for _ in range(1_000)]
     with path.open("w", encoding="utf-8") as file:
         for index in range(number):
@@ -93,11 +93,16 @@ def fill(url: str, number: int) -> str:
         path = Path(folder) / "prompts.jsonl"
         write_prompts(path, number)
         batch_id = submit(db, path).batch_id
-    if not db.is_sqlite:
-        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("ANALYZE")  # as autovacuum would within a minute
+    tidy(db, "ANALYZE")  # as autovacuum would within a minute
     db.close()
     return batch_id
+
+
+def tidy(db: database.Database, statement: str = "VACUUM ANALYZE") -> None:
+    """PostgreSQL's own work after many changes, done now."""
+    if not db.is_sqlite:
+        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(statement)
 
 
 def machine() -> str:

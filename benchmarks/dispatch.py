@@ -56,9 +56,7 @@ def spread(db: database.Database, batches: int, owners: int) -> None:
         number_of = "printf('b%06d', id % :n)" if db.is_sqlite else _PADDED
         session.execute(text(f"UPDATE jobs SET batch_id = {number_of}"), {"n": batches})  # noqa: S608
         session.execute(text("DELETE FROM batches WHERE id = :old"), {"old": old})
-    if not db.is_sqlite:
-        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("VACUUM ANALYZE")
+    common.tidy(db)
 
 
 _PADDED = "'b' || lpad((id % :n)::text, 6, '0')"

@@ -27,6 +27,7 @@ from benchmarks.gpu_common import (
     DEVICE,
     LATENTS_480P,
     LATENTS_720P,
+    compiled_chains,
     emptied,
     filled,
     inputs,
@@ -68,18 +69,15 @@ def dit(
         eager_y = network(*arguments)
         eager = measuring.seconds(lambda: network(*arguments), repeats=repeats)
         eager_peak = peak_gb()
-        failures: list[str] = []
-        compiler = fusion.Compiler(on_failure=lambda error: failures.append(str(error)[:300]))
-        fusion.run_with(compiler)
-        began = time.perf_counter()
-        compiled_y = network(*arguments)
-        torch.cuda.synchronize()
-        compiling = time.perf_counter() - began
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        compiled = measuring.seconds(lambda: network(*arguments), repeats=repeats)
-        compiled_peak = peak_gb()
-        fusion.run_with(fusion.eagerly)
+        with compiled_chains() as failures:
+            began = time.perf_counter()
+            compiled_y = network(*arguments)
+            torch.cuda.synchronize()
+            compiling = time.perf_counter() - began
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            compiled = measuring.seconds(lambda: network(*arguments), repeats=repeats)
+            compiled_peak = peak_gb()
         count = networks.flops(sizes, latents)
         floor = count / (report.facts["ceilings"]["matmul_tflops"] * 1e12)
         return {
@@ -137,14 +135,10 @@ def blocks(_report: measuring.Report) -> dict[str, Any]:
 def whole_14b(_report: measuring.Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
-        with torch.device("meta"):
-            encoder = text_encoder.build_network(config.UMT5_XXL)
-        encoder = filled(encoder.to(BF16))
+        encoder = _text_encoder()
         decoder = filled(networks.autoencoder())
         vae.to_channels_last(decoder)
         network = random_transformer(config.WAN_T2V_14B)
-        failures: list[str] = []
-        fusion.run_with(fusion.Compiler(on_failure=lambda e: failures.append(str(e)[:300])))
         levels = sampling.noise_levels((1000, 750, 500, 250), 5.0)
         ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
         stages: dict[str, list[float]] = {"text": [], "denoise": [], "decode": []}
@@ -157,7 +151,7 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
             torch.cuda.synchronize()
             stages[name].append(time.perf_counter() - began)
 
-        with torch.inference_mode():
+        with torch.inference_mode(), compiled_chains() as failures:
             for seed in range(4):
                 with stage("text"):
                     context = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
@@ -175,7 +169,6 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
                     ]
                     for frames in under_way:
                         frames.arrived()
-        fusion.run_with(fusion.eagerly)
         warm = {name: statistics.median(times[1:]) for name, times in stages.items()}
         return {
             "first": {name: times[0] for name, times in stages.items()},
@@ -187,12 +180,16 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
         }
 
 
+def _text_encoder() -> Any:
+    with torch.device("meta"):
+        network = text_encoder.build_network(config.UMT5_XXL)
+    return filled(network.to(BF16))
+
+
 def text(_report: measuring.Report) -> dict[str, Any]:
     """One prompt of 512 tokens through UMT5-XXL."""
     with emptied(), torch.inference_mode():
-        with torch.device("meta"):
-            network = text_encoder.build_network(config.UMT5_XXL)
-        network = filled(network.to(BF16))
+        network = _text_encoder()
         ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
         mask = torch.ones_like(ids)
         return {

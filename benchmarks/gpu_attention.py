@@ -28,10 +28,9 @@ def kernels(_report: measuring.Report) -> dict[str, Any]:
     return found
 
 
-def _of_size(
-    tokens: int, *, sizes: config.TransformerConfig = config.WAN_T2V_14B
-) -> dict[str, Any]:
+def _of_size(tokens: int) -> dict[str, Any]:
     torch.manual_seed(0)
+    sizes = config.WAN_T2V_14B
     shape = 1, tokens, sizes.num_heads, sizes.head_dim
     q, k, v = (torch.randn(shape, device=gpu.DEVICE, dtype=gpu.BF16) for _ in range(3))
     exact = _exact(q[:, :EXACT_TOKENS], k, v)

@@ -6,7 +6,6 @@ as a worker loads it, from the disk and once more from the cache; each number of
 
 import argparse
 import dataclasses
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ def main() -> None:
         found: dict[tuple[int, str], list[float]] = {}
         for _ in range(options.rounds):
             for readers in options.readers:
-                _drop_from_cache(path)
+                measuring.drop_from_cache(path)
                 for source in ("disk", "cache"):
                     rate = path.stat().st_size / 1e9 / _seconds(path, readers, device)
                     found.setdefault((readers, source), []).append(rate)
@@ -53,12 +52,6 @@ def _sizes(model: str, blocks: int | None) -> config.TransformerConfig:
 
 def _random(like: torch.Tensor) -> torch.Tensor:
     return torch.randn(like.shape, dtype=torch.bfloat16)
-
-
-def _drop_from_cache(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _seconds(path: Path, readers: int, device: torch.device) -> float:

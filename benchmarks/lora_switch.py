@@ -8,7 +8,6 @@ matrices and biases. `cold` is with the files out of the system's cache, `warm` 
 
 import argparse
 import dataclasses
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from benchmarks import common
+from benchmarks import common, measuring
 from models import checkpoint, config, lora_switcher, pristine, transformer
 
 RANK = 64
@@ -49,11 +48,10 @@ def measure(folder: Path, *, blocks: int, device: torch.device) -> None:
         for name, wanted in steps:
             if cache == "cold":
                 for path in folder.iterdir():
-                    forget(path)
+                    measuring.drop_from_cache(path)
             began = time.perf_counter()
             switcher.apply(wanted)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            measuring.synchronize()
             seconds = time.perf_counter() - began
             print(f"{cache}  {name:9}  {seconds:6.2f} s  {gigabytes / seconds:5.2f} GB/s")
 
@@ -95,13 +93,6 @@ def load(base: Path, *, blocks: int, device: torch.device) -> transformer.WanTra
     tensors = checkpoint.read_tensors([base])
     checkpoint.load_strictly(network, tensors, path=base, device=device, dtypes=dtypes)
     return network
-
-
-def forget(path: Path) -> None:
-    """Drop the system's copy of a file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

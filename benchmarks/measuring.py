@@ -190,6 +190,13 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def drop_from_cache(path: Path) -> None:
+    """The system's copy of a file: it is read from the disk again."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def told_by_driver(*names: str) -> str:
     """What nvidia-smi says of these, separated by commas; a line for each GPU."""
     return subprocess.run(

@@ -1,8 +1,9 @@
-"""diffusers' networks, at any size: what ours are compared with in tests and benchmarks."""
+"""diffusers' and transformers' networks, at any size: what ours are compared with."""
 
 # T frames, C channels, H height, W width
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -48,6 +49,20 @@ def autoencoder(sizes: config.VAEConfig) -> AutoencoderKLWan:
         dim_mult=list(sizes.dim_mult),
         num_res_blocks=sizes.num_res_blocks,
         temperal_downsample=list(sizes.temporal_downsample),
+    )
+
+
+def clip_config(sizes: config.ImageEncoderConfig, **more: Any) -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(
+        hidden_size=sizes.dim,
+        intermediate_size=sizes.ffn_dim,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        hidden_act="gelu",
+        layer_norm_eps=sizes.eps,
+        **more,
     )
 
 

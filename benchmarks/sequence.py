@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import networks, traffic
-from models import config, sequence_parallel, transformer
+from models import config, sequence_parallel
 
 LATENTS = {"480p": (16, 21, 60, 104), "720p": (16, 21, 90, 160)}  # 81 frames
 EXCHANGE = "alltoall_base_"
@@ -40,9 +40,7 @@ def share(
 ) -> dict[str, Any]:
     """Of one forward, by one process."""
     with one_of(processes), torch.device("meta"), torch.no_grad():
-        network = transformer.WanTransformer(sizes)
-        for name, parameter in network.named_parameters():
-            parameter.data = parameter.data.to(transformer.parameter_dtype(name, torch.bfloat16))
+        network = networks.on_meta(sizes)
         network.share(sequence_parallel.SharedTokens())
         context = torch.randn(1, sizes.text_len, sizes.text_dim, dtype=torch.bfloat16)
         arguments = torch.randn(1, *latents), torch.ones(1), context

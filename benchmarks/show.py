@@ -66,9 +66,7 @@ def half_way(db: database.Database, batch_id: str, jobs: int) -> None:
         )
         counts = {"queued": jobs - half, "succeeded": failed_from, "failed": half - failed_from}
         session.execute(update(Batch).where(Batch.id == batch_id).values(counts))
-    if not db.is_sqlite:
-        with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("VACUUM ANALYZE")
+    common.tidy(db)
 
 
 def failed(db: database.Database, batch_id: str) -> None:

@@ -9,7 +9,7 @@ are used where they are installed and asked for; Sage's pictures are others, it 
 # B batch, L query tokens, S key tokens, N heads, K head dim
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,6 @@ OTHER_KERNELS = {
     "sage": ("sageattention", "sageattn", {"tensor_layout": "NHD"}),
 }
 """Module, function and its arguments beside q, k and v, all three [B, L, N, K]."""
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

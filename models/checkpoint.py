@@ -58,18 +58,11 @@ TIED_EMBEDDING = "encoder.embed_tokens.weight"  # transformers' second name for 
 
 @dataclass(frozen=True)
 class Networks:
-    """What every model has, on one device, frozen and in eval mode."""
+    """What renders a prompt, on one device, frozen and in eval mode."""
 
     text_encoder: text_encoder.TextEncoder
     transformer: transformer.WanTransformer
     vae: vae.WanVAE
-    weight_files: tuple[Path, ...]
-    """Every weight file that was read; `layout.weight_hashes` names them by content."""
-
-
-@dataclass(frozen=True)
-class TextToVideoNetworks(Networks):
-    """What renders a prompt."""
 
 
 @dataclass(frozen=True)
@@ -81,89 +74,53 @@ class ImageToVideoNetworks(Networks):
 
 @dataclass(frozen=True)
 class TwoExpertNetworks(Networks):
-    """Wan2.2's: `transformer` takes the first steps, from noise, the other one the last."""
+    """Wan2.2's: `transformer` takes the first steps, from noise, the other one the last.
+
+    For image-to-video there is no image encoder: the first frame is in the latents only.
+    """
 
     low_noise_transformer: transformer.WanTransformer
 
 
-def load_text_to_video(
-    root: Path,
+def load(
+    files: layout.ModelFiles,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
-    transformer_file: Path | None = None,
-    base: bool = False,
-) -> TextToVideoNetworks:
-    """Load a model folder in the native or the diffusers layout (see `layout`).
+) -> Networks:
+    """Load a model that `layout.find` has found; the class tells of which kind it is.
 
-    Text encoder and transformer compute in `dtype`, the latter with its small parameters in fp32.
-    The autoencoder decodes in `vae_dtype`, by default in `dtype` (fp16: in fp32, it needs the
-    range), and encodes at least in fp32.
-    `transformer_file` is a complete transformer to use instead of the folder's (a file, an index or
-    a folder; named as in either layout), `base` passes over a distilled one. Raises CheckpointError
-    for whatever is missing, ambiguous, unreadable or not as the configs say.
+    Text encoder and transformers compute in `dtype`, the latter with their small parameters in
+    fp32; the image encoder in fp16 where `dtype` is bf16, as in official Wan. The autoencoder
+    decodes in `vae_dtype`, by default in `dtype` (fp16: in fp32, it needs the range), and encodes
+    at least in fp32. Raises CheckpointError for whatever is unreadable or not as the configs say.
     """
-    task = layout.Task.TEXT_TO_VIDEO
-    files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
-    _check_number_of_transformers(files, 1)
-    common = _load_common(files, _read_sizes(files), device, dtype, vae_dtype)
-    return TextToVideoNetworks(**vars(common))
-
-
-def load_image_to_video(
-    root: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype | None = None,
-    transformer_file: Path | None = None,
-    base: bool = False,
-) -> ImageToVideoNetworks:
-    """Load a model folder that also has an image encoder; otherwise as `load_text_to_video`.
-
-    The image encoder computes in `dtype`, but in fp16 where that is bf16, as in official Wan.
-    """
-    task = layout.Task.IMAGE_TO_VIDEO
-    files = layout.find(root, transformer_file=transformer_file, base=base, task=task)
-    _check_number_of_transformers(files, 1)
     sizes = _read_sizes(files)
-    if sizes.image_encoder is None:
+    _check_transformers(files, sizes.transformer)
+    common = Networks(
+        text_encoder=_load_text(files, sizes, device, dtype),
+        transformer=_load_transformer(files, sizes.transformer, device, dtype),
+        vae=_load_vae(files, sizes.vae, device, vae_dtype or _dtype_of_frames(dtype)),
+    )
+    if files.low_noise_transformer:
+        low_noise = _load_transformer(files, sizes.transformer, device, dtype, low_noise=True)
+        return TwoExpertNetworks(**vars(common), low_noise_transformer=low_noise)
+    if sizes.image_encoder is not None:
+        clip = _load_image_encoder(files, sizes.image_encoder, device, dtype)
+        return ImageToVideoNetworks(**vars(common), image_encoder=clip)
+    return common
+
+
+def _check_transformers(files: layout.ModelFiles, sizes: config.TransformerConfig) -> None:
+    """Two must be alike; one for images must take what the image encoder makes."""
+    if files.low_noise_config is not None:
+        if layout.transformer_sizes(files, files.low_noise_config) != sizes:
+            problem = f"describes other dimensions than {files.transformer_config}"
+            raise errors.ConfigError(files.low_noise_config, problem)
+    elif files.task is layout.Task.IMAGE_TO_VIDEO and not files.image_encoder:
         problem = "takes no image tokens, as Wan2.1's image-to-video does"
         raise errors.ConfigError(files.transformer_config, problem)
-    common = _load_common(files, sizes, device, dtype, vae_dtype)
-    clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
-    clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
-    return ImageToVideoNetworks(**vars(common), image_encoder=clip)
-
-
-def load_two_experts(
-    root: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype | None = None,
-    high_noise_file: Path | None = None,
-    low_noise_file: Path | None = None,
-    base: bool = False,
-    task: layout.Task = layout.Task.TEXT_TO_VIDEO,
-) -> TwoExpertNetworks:
-    """Load a Wan2.2 folder; otherwise as `load_text_to_video`.
-
-    For image-to-video there is no image encoder: the first frame is in the latents only.
-    """
-    files = layout.find(
-        root, transformer_file=high_noise_file, low_noise_file=low_noise_file, base=base, task=task
-    )
-    _check_number_of_transformers(files, 2)
-    sizes = _read_sizes(files)
-    assert files.low_noise_config is not None
-    if layout.transformer_sizes(files, files.low_noise_config) != sizes.transformer:
-        problem = f"describes other dimensions than {files.transformer_config}"
-        raise errors.ConfigError(files.low_noise_config, problem)
-    common = _load_common(files, sizes, device, dtype, vae_dtype)
-    low_noise = _load_transformer(files, sizes.transformer, device, dtype, low_noise=True)
-    return TwoExpertNetworks(**vars(common), low_noise_transformer=low_noise)
 
 
 @dataclass(frozen=True)
@@ -178,12 +135,11 @@ class Surroundings:
 def load_surroundings(
     files: layout.ModelFiles, *, device: torch.device | str, dtype: torch.dtype
 ) -> Surroundings:
-    """Load encoders and autoencoder, as `load_image_to_video` has them. Raises CheckpointError."""
+    """Load encoders and autoencoder, the latter at least in fp32; otherwise as `load`."""
     sizes = _read_sizes(files)
     clip = None
     if sizes.image_encoder is not None:
-        clip_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
-        clip = _load_image_encoder(files, sizes.image_encoder, device, clip_dtype)
+        clip = _load_image_encoder(files, sizes.image_encoder, device, dtype)
     return Surroundings(
         text_encoder=_load_text(files, sizes, device, dtype),
         vae=_load_vae(files, sizes.vae, device, transformer.widened(dtype)),
@@ -194,8 +150,10 @@ def load_surroundings(
 def load_transformer(
     files: layout.ModelFiles, *, device: torch.device | str, dtype: torch.dtype
 ) -> transformer.WanTransformer:
-    """Load the transformer alone. Raises CheckpointError."""
-    _check_number_of_transformers(files, 1)
+    """Load the only transformer, alone. Raises CheckpointError, also where there are two."""
+    if files.low_noise_transformer:
+        found, wanted = "two transformers, as Wan2.2 has", "one transformer, as Wan2.1 has"
+        raise errors.CheckpointError(f"{files.root}: holds a model of {found}, not of {wanted}")
     return _load_transformer(files, _read_sizes(files).transformer, device, dtype)
 
 
@@ -211,35 +169,12 @@ def transformer_sizes(files: layout.ModelFiles) -> config.TransformerConfig:
     return _read_sizes(files).transformer
 
 
-def _check_number_of_transformers(files: layout.ModelFiles, expected: int) -> None:
-    found = 2 if files.low_noise_transformer else 1
-    if found != expected:
-        words = {1: "one transformer, as Wan2.1 has", 2: "two transformers, as Wan2.2 has"}
-        problem = f"holds a model of {words[found]}, not of {words[expected]}"
-        raise errors.CheckpointError(f"{files.root}: {problem}")
-
-
 @dataclass(frozen=True)
 class _Sizes:
     transformer: config.TransformerConfig
     vae: config.VAEConfig
     text_encoder: config.TextEncoderConfig
     image_encoder: config.ImageEncoderConfig | None
-
-
-def _load_common(
-    files: layout.ModelFiles,
-    sizes: _Sizes,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype | None,
-) -> Networks:
-    return Networks(
-        text_encoder=_load_text(files, sizes, device, dtype),
-        transformer=_load_transformer(files, sizes.transformer, device, dtype),
-        vae=_load_vae(files, sizes.vae, device, vae_dtype or _dtype_of_frames(dtype)),
-        weight_files=files.weights,
-    )
 
 
 def _load_text(
@@ -255,11 +190,10 @@ def _load_text(
 
 def _read_sizes(files: layout.ModelFiles) -> _Sizes:
     path = files.transformer_config
-    vae_path, text_path = files.vae_config, files.text_encoder_config
     found = _Sizes(
         transformer=layout.transformer_sizes(files, path),
-        vae=config_files.vae(vae_path) if vae_path else config.WAN_VAE,
-        text_encoder=config_files.text_encoder(text_path) if text_path else config.UMT5_XXL,
+        vae=layout.vae_sizes(files),
+        text_encoder=layout.text_encoder_sizes(files),
         image_encoder=_read_image_encoder_sizes(files),
     )
     _check_channels(found.transformer, found.vae, files)
@@ -410,7 +344,8 @@ def _load_image_encoder(
         joined_qkv(tensors, expected) if names else tensors,
         path=_named(files.image_encoder),
         device=device,
-        dtypes=dict.fromkeys(expected, dtype),
+        # As in official Wan, where all else is in bf16.
+        dtypes=dict.fromkeys(expected, torch.float16 if dtype == torch.bfloat16 else dtype),
     )
     return network
 

@@ -34,12 +34,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Condition:
-    """What one image adds to every step of a video."""
+    """What images add to every step of their videos."""
 
     y_BCTHW: Tensor  # noqa: N815  # named by its axes, as everywhere
-    """[1, 4 + 16, T, h, w], fp32: the mask, then the latents of the first frame, normalised."""
+    """[B, 4 + 16, T, h, w], fp32: the mask, then the latents of the first frame, normalised."""
     image_tokens_BIG: Tensor | None  # noqa: N815
-    """[1, 257, 1280], in the image encoder's dtype. None for Wan2.2, which has no such encoder."""
+    """[B, 257, 1280], in the image encoder's dtype. None for Wan2.2, which has no such encoder."""
+
+    def __getitem__(self, rows: Tensor) -> "Condition":
+        """Of some of the images. `rows`: int64 [B]."""
+        tokens_BIG = self.image_tokens_BIG
+        return Condition(self.y_BCTHW[rows], None if tokens_BIG is None else tokens_BIG[rows])
+
+    def joined(self, latents_BCTHW: Tensor) -> Tensor:
+        """What the transformer takes: the noisy latents come first."""
+        return torch.cat([latents_BCTHW, self.y_BCTHW.to(latents_BCTHW.dtype)], dim=1)
 
     @property
     def nbytes(self) -> int:
@@ -76,18 +85,18 @@ def encode(
 def velocity(
     network: transformer.WanTransformer, context_BSG: Tensor, condition: Condition
 ) -> sampling.VelocityFn:
-    """What `sampling.denoise` asks at each step: the noisy latents come first, then mask and image.
+    """What `sampling.denoise` asks at each step.
 
     The condition is brought to the context's device here, once.
     """
-    y_BCTHW = condition.y_BCTHW.to(context_BSG.device)
     tokens_BIG = condition.image_tokens_BIG
     if tokens_BIG is not None:
         tokens_BIG = tokens_BIG.to(context_BSG.device)
+    here = Condition(condition.y_BCTHW.to(context_BSG.device), tokens_BIG)
 
     def of(latents_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
-        joined_BCTHW = torch.cat([latents_BCTHW, y_BCTHW.to(latents_BCTHW.dtype)], dim=1)
-        predicted: Tensor = network(joined_BCTHW, timestep_B, context_BSG, tokens_BIG)
+        joined_BCTHW = here.joined(latents_BCTHW)
+        predicted: Tensor = network(joined_BCTHW, timestep_B, context_BSG, here.image_tokens_BIG)
         return predicted
 
     return of

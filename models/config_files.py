@@ -61,18 +61,16 @@ class Keys:
             raise self.error(key, f"must be a string, got {value!r}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._take(key, default)
+    def number(self, key: str) -> float:
+        value = self._take(key, None)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, f"must be a number, got {value!r}")
         return float(value)
 
-    def sequence(
-        self, key: str, of: type, default: tuple[Any, ...] | None = None
-    ) -> tuple[Any, ...]:
-        value = self._take(key, default)
+    def sequence(self, key: str, of: type) -> tuple[Any, ...]:
+        value = self._take(key, None)
         accepted = (float, int) if of is float else (of,)
-        if not isinstance(value, list | tuple) or any(type(item) not in accepted for item in value):
+        if not isinstance(value, list) or any(type(item) not in accepted for item in value):
             raise self.error(key, f"must be a list of {of.__name__}, got {value!r}")
         return tuple(value)
 

@@ -66,6 +66,10 @@ class Task(enum.Enum):
     """Takes a prompt and the picture that the video starts with."""
 
 
+TASKS = {"t2v": Task.TEXT_TO_VIDEO, "i2v": Task.IMAGE_TO_VIDEO}
+"""As presets, LightX2V and native configs call them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """The files that make one model."""
@@ -171,6 +175,17 @@ def transformer_sizes(files: ModelFiles, path: Path) -> config.TransformerConfig
     return config_files.native_transformer(
         path, more=files.quantized_config, has_image_encoder=bool(files.image_encoder)
     )
+
+
+def vae_sizes(files: ModelFiles) -> config.VAEConfig:
+    """Raises ConfigError."""
+    return config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+
+
+def text_encoder_sizes(files: ModelFiles) -> config.TextEncoderConfig:
+    """Raises ConfigError."""
+    path = files.text_encoder_config
+    return config_files.text_encoder(path) if path else config.UMT5_XXL
 
 
 def weight_hashes(files: ModelFiles) -> dict[str, str]:

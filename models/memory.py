@@ -14,7 +14,6 @@ from pathlib import Path
 
 from models import (
     config,
-    config_files,
     layout,
     quantized_names,
     safetensors_files,
@@ -140,7 +139,7 @@ def needed(
     into. Reads headers and configs only; raises CheckpointError for broken ones.
     """
     sizes = layout.transformer_sizes(files, files.transformer_config)
-    vae_sizes = config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
+    vae_sizes = layout.vae_sizes(files)
     weights = _weights(files, vae_bytes)
     resident, on_visit = _resident(weights, mode), _visiting(weights, mode)
     if lora_bytes and weights.are_quantized:
@@ -325,8 +324,7 @@ def _transformer_bytes(name: str, entry: Entry) -> int:
 
 def _text_activations(files: layout.ModelFiles) -> int:
     """Attention scores of one layer in fp32, and its gated feed-forward net."""
-    path = files.text_encoder_config
-    sizes = config_files.text_encoder(path) if path else config.UMT5_XXL
+    sizes = layout.text_encoder_sizes(files)
     scores = 3 * sizes.num_heads * config.WAN_TEXT_LEN**2 * WIDE_BYTES
     return scores + config.WAN_TEXT_LEN * COMPUTE_BYTES * (8 * sizes.dim + 4 * sizes.ffn_dim)
 

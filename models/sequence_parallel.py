@@ -64,17 +64,15 @@ class AllTokens:
 
 
 class SharedTokens:
-    """As many shares, in order of rank, as a group of torch.distributed has processes.
+    """As many shares, in order of rank, as torch.distributed has processes.
 
     All of them call the same networks with equal inputs, in the same order. Shares differ by one
     token where the number cannot be divided: nothing is padded. Not for training.
     """
 
-    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
-        """`group`: None for the default one."""
-        self._group = group
-        self.num_processes = distributed.get_world_size(group)
-        self.rank = distributed.get_rank(group)
+    def __init__(self) -> None:
+        self.num_processes = distributed.get_world_size()
+        self.rank = distributed.get_rank()
         self._lengths: list[int] = []
 
     def check(self, num_heads: int) -> None:
@@ -123,7 +121,7 @@ class SharedTokens:
     ) -> None:
         assert not (torch.is_grad_enabled() and sent.requires_grad), "gradients would be lost"
         try:
-            distributed.all_to_all_single(received, sent, to_come, to_go, group=self._group)
+            distributed.all_to_all_single(received, sent, to_come, to_go)
         except RuntimeError as error:
             raise ExchangeError(f"processes that share a video lost each other: {error}") from error
 

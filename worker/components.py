@@ -302,24 +302,9 @@ class Components:
         is_resident = key.mode.offload is memory.Offload.NONE
         plain = is_resident and not (key.mode.park_encoders or key.mode.text_encoder_on_cpu)
         device = self.device.torch_device if plain else torch.device("cpu")
-        common = {
-            "device": device,
-            "dtype": self.device.dtype,
-            "vae_dtype": VAE_DTYPES[key.vae_dtype],
-        }
-        if files.low_noise_transformer:
-            return checkpoint.load_two_experts(
-                key.root,
-                high_noise_file=key.transformer,
-                low_noise_file=key.low_noise_transformer,
-                base=key.base,
-                task=wanted.TASKS[key.task],
-                **common,  # type: ignore[arg-type]  # two keywords of two types
-            )
-        load = (
-            checkpoint.load_image_to_video if key.task == "i2v" else checkpoint.load_text_to_video
+        return checkpoint.load(
+            files, device=device, dtype=self.device.dtype, vae_dtype=VAE_DTYPES[key.vae_dtype]
         )
-        return load(key.root, transformer_file=key.transformer, base=key.base, **common)  # type: ignore[arg-type]
 
     def _hash(self, files: layout.ModelFiles) -> dict[str, str]:
         return hashes.of(files, cache=self.home / hashes.HASHES_FILE)

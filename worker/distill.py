@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs import errors, images, preset_values, prompt_row, readers, settings
-from models import checkpoint, conditioning, config, config_files, layout, quantization
+from models import checkpoint, conditioning, config, layout, quantization
 from models.distillation import (
     adapters,
     checkpointing,
@@ -43,7 +43,6 @@ from worker import device, group, probes
 from worker import errors as worker_errors
 from worker import settings as worker_settings_module
 
-TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRESET_FILE = "preset.json"
 LOCK_FILE = ".lock"
@@ -124,8 +123,8 @@ def _sizes(
     root = _model_folder(plan, known)
     if not root.is_dir() and root.name in KNOWN_SIZES:
         return KNOWN_SIZES[root.name], config.WAN_VAE
-    files = layout.find(root, base=True, task=TASKS[plan.task])
-    return checkpoint.transformer_sizes(files), _vae_sizes(files)
+    files = layout.find(root, base=True, task=layout.TASKS[plan.task])
+    return checkpoint.transformer_sizes(files), layout.vae_sizes(files)
 
 
 def run(plan: course.Course, known: settings.Settings, told: Told) -> Done:
@@ -162,7 +161,7 @@ def _smaller(plan: course.Course) -> str:
 def _run(plan: course.Course, known: settings.Settings, told: Told, own: device.Device) -> Done:
     here = own.torch_device
     quiet = told if processes.is_first() else _QUIET
-    files = layout.find(_model_folder(plan, known), base=True, task=TASKS[plan.task])
+    files = layout.find(_model_folder(plan, known), base=True, task=layout.TASKS[plan.task])
     raw = _raw_examples(plan, known)
     origin = _origin(plan, files, raw)
     with _alone_in(plan.output, here):
@@ -327,12 +326,8 @@ def _encoded(
         paths[:-1],
         paths[-1],
         text_len=text_len,
-        latent_shape=_latent_shape(plan, _vae_sizes(files)),
+        latent_shape=_latent_shape(plan, layout.vae_sizes(files)),
     )
-
-
-def _vae_sizes(files: layout.ModelFiles) -> config.VAEConfig:
-    return config_files.vae(files.vae_config) if files.vae_config else config.WAN_VAE
 
 
 def _latent_shape(plan: course.Course, sizes: config.VAEConfig) -> tuple[int, int, int, int]:
@@ -447,7 +442,7 @@ def _check_last(
 ) -> None:
     """Whether the newest checkpoint, if there is one, may be gone on from."""
     for path in saving.complete(plan.output)[-1:]:
-        shape = _latent_shape(plan, _vae_sizes(files))
+        shape = _latent_shape(plan, layout.vae_sizes(files))
         if "prompts" in saving.check(path, plan.how, origin=origin, latent_shape=shape):
             told.on_note(f"{path} was trained with other prompts; it goes on with the new ones")
 

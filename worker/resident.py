@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -185,17 +185,15 @@ class ResidentModel:
     ) -> "Denoiser":
         return Denoiser(self, context_1SD, condition, boundary=look.boundary_step_index)
 
-    def transformer_at(self, step: int, boundary: int | None) -> nn.Module:
+    def transformer_at(self, step: int, boundary: int | None) -> transformer.WanTransformer:
         """Wan2.2 has one for the first steps and one for the last."""
         if boundary is not None and step >= boundary:
             assert isinstance(self.networks, checkpoint.TwoExpertNetworks)
             return self.networks.low_noise_transformer
         return self.networks.transformer
 
-    def using(self, network: nn.Module) -> "ExitStack":
-        stack = ExitStack()
-        stack.enter_context(self._placement.using(network))
-        return stack
+    def using(self, network: nn.Module) -> AbstractContextManager[torch.device]:
+        return self._placement.using(network)
 
     def _transformers(self) -> dict[str, transformer.WanTransformer]:
         found = {"high_noise_model": self.networks.transformer}
@@ -239,7 +237,7 @@ class Denoiser:
         self._context_1SD = context_1SD
         self._condition = condition
         self._boundary = boundary
-        self._network: nn.Module | None = None
+        self._network: transformer.WanTransformer | None = None
         self._velocity: sampling.VelocityFn | None = None
         self._in_use = ExitStack()
 
@@ -260,7 +258,7 @@ class Denoiser:
         if network is self._network:
             return
         self._in_use.close()
-        self._in_use = self._model.using(network)
+        self._in_use.enter_context(self._model.using(network))
         self._network = network
         self._velocity = self._bound(network)
 
@@ -268,9 +266,9 @@ class Denoiser:
         assert self._velocity is not None, "select(step) comes first"
         return self._velocity(latents_BCTHW, timestep_B)
 
-    def _bound(self, network: nn.Module) -> sampling.VelocityFn:
+    def _bound(self, network: transformer.WanTransformer) -> sampling.VelocityFn:
         if self._condition is not None:
-            return conditioning.velocity(network, self._context_1SD, self._condition)  # type: ignore[arg-type]  # a WanTransformer
+            return conditioning.velocity(network, self._context_1SD, self._condition)
         return lambda x_BCTHW, timestep_B: network(x_BCTHW, timestep_B, self._context_1SD)
 
 

@@ -13,7 +13,6 @@ from models import layout, memory, safetensors_files, transformer_headers
 from worker import gpus, host_memory
 
 SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
-TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,7 @@ def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
         transformer_file=first,
         low_noise_file=low,
         base=look.base == "original",
-        task=TASKS[look.task],
+        task=layout.TASKS[look.task],
     )
     if files.low_noise_transformer and look.boundary_step_index is None:
         # Else the first of them would be asked at every step.

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import config, transformer
 from models.distillation import adapters, checkpointing, draws, method, roles
 
-FP32, BF16 = 4, 2
 ADAM_BYTES = 8  # two moments in fp32
 BACKWARD_FORWARDS = {"full": 2.0, "lora": 1.0}  # a frozen matrix needs no gradient of its own
 EFFECTIVE_TFLOPS = (250, 400)

@@ -111,7 +111,7 @@ class StoredExamples:
             if "image_tokens" in read[0]:
                 tokens = torch.stack([tensors["image_tokens"] for tensors in read]).to(device)
             y_BCTHW = torch.stack([tensors["y"] for tensors in read]).to(device)
-            condition = examples.Condition(y_BCTHW, tokens)
+            condition = conditioning.Condition(y_BCTHW, tokens)
         negative = self._negative_SG.to(device).expand_as(context_BSG)
         return examples.Batch(context_BSG, negative, condition)
 

@@ -10,28 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Condition:
-    """What first frames add to the noise of a batch; the same for all three networks."""
-
-    y_BCTHW: Tensor  # noqa: N815  # named by its axes, as everywhere
-    """Mask and latents, fp32; see `models.conditioning`."""
-    image_tokens_BIG: Tensor | None  # noqa: N815
-
-    def __getitem__(self, rows: Tensor) -> "Condition":
-        tokens = self.image_tokens_BIG
-        return Condition(self.y_BCTHW[rows], None if tokens is None else tokens[rows])
+from models import conditioning
 
 
 @dataclass(frozen=True)
 class Batch:
     """Some examples on one device."""
 
-    context_BSG: Tensor  # noqa: N815
+    context_BSG: Tensor  # noqa: N815  # named by its axes, as everywhere
     negative_BSG: Tensor  # noqa: N815
     """What guidance leads away from, for each of them."""
-    condition: Condition | None
+    condition: conditioning.Condition | None
 
     def __getitem__(self, rows: Tensor) -> "Batch":
         """Some of them. `rows`: int64 [B]."""
@@ -82,6 +71,8 @@ class MemoryExamples:
         y_BCTHW = of(self._y)
         context_BSG = of(self._contexts)
         assert context_BSG is not None
-        condition = None if y_BCTHW is None else Condition(y_BCTHW, of(self._image_tokens))
+        condition = (
+            None if y_BCTHW is None else conditioning.Condition(y_BCTHW, of(self._image_tokens))
+        )
         negative = self._negative.to(device).expand_as(context_BSG)
         return Batch(context_BSG, negative, condition)

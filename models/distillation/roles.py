@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.distillation import adapters, examples, method, precision
+from models import conditioning
+from models.distillation import adapters, method, precision
 
 Start = Callable[[str], nn.Module]
 Prepare = Callable[[nn.Module, adapters.Switch | None], None]
@@ -34,20 +35,20 @@ class Role:
         latents_BCTHW: Tensor,
         sigma_B: Tensor,
         context_BSG: Tensor,
-        condition: examples.Condition | None,
+        condition: conditioning.Condition | None,
     ) -> Tensor:
         """Ask at noise levels `sigma_B`; in the dtype of the latents."""
         return self.at(context_BSG, condition)(latents_BCTHW, 1000 * sigma_B)
 
     def at(
-        self, context_BSG: Tensor, condition: examples.Condition | None
+        self, context_BSG: Tensor, condition: conditioning.Condition | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """A velocity function for `sampling`, with text and image bound."""
 
         def velocity(latents_BCTHW: Tensor, timestep_B: Tensor) -> Tensor:
             joined, image_BIG = latents_BCTHW, None
             if condition is not None:
-                joined = torch.cat([latents_BCTHW, condition.y_BCTHW.to(joined.dtype)], dim=1)
+                joined = condition.joined(latents_BCTHW)
                 image_BIG = condition.image_tokens_BIG
             with self.switched():
                 predicted: Tensor = self.network(joined, timestep_B, context_BSG, image_BIG)

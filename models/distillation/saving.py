@@ -102,11 +102,8 @@ def check(
 
     Raises ResumeError where it was trained otherwise, or does not say how.
     """
-    facts = _read_facts(path)
     asked = {**origin, "latent_shape": list(latent_shape)}
-    told = facts["origin"] | facts
-    saved = {key: told.get(key, value) for key, value in asked.items()}  # older ones do not say all
-    return _check(path, saved | facts["method"], asked | method_facts(how))
+    return _check(path, _read_facts(path), how, asked)
 
 
 def load(train: trainer.Trainer, path: Path) -> None:
@@ -114,8 +111,8 @@ def load(train: trainer.Trainer, path: Path) -> None:
 
     Raises ResumeError where it is damaged or was trained otherwise. Called by every process.
     """
-    check(path, train.how, origin=train.origin, latent_shape=train.data.latent_shape)
     facts = _read_facts(path)
+    _check(path, facts, train.how, {**train.origin, "latent_shape": [*train.data.latent_shape]})
     _check_sums(path, train.device)
     try:
         with _alone_without_warning() as alone:
@@ -262,9 +259,13 @@ def _updates(path: Path) -> int:
     return int(path.name.removeprefix("update_"))
 
 
-def _check(path: Path, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """The keys that differ and may."""
-    before, now = _by_key(saved), _by_key(asked)
+def _check(
+    path: Path, facts: dict[str, Any], how: method.Method, asked: dict[str, Any]
+) -> list[str]:
+    """The keys that differ from a checkpoint's facts and may."""
+    told = facts["origin"] | facts
+    saved = {key: told.get(key, value) for key, value in asked.items()}  # older ones do not say all
+    before, now = _by_key(saved | facts["method"]), _by_key(asked | method_facts(how))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     refused = [key for key in changed if key not in FREE]
     if refused:

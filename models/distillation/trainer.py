@@ -260,12 +260,8 @@ class Trainer:
         return sampling.predict_clean(noisy, velocity, sigma)
 
     def _predict_guided(self, noisy: Tensor, sigma: Tensor, batch: examples.Batch) -> Tensor:
-        teacher, flat = self.nets.teacher, sigma.flatten()
-        cond = teacher.velocity(noisy, flat, batch.context_BSG, batch.condition)
-        if self.how.guidance != 1:
-            uncond = teacher.velocity(noisy, flat, batch.negative_BSG, batch.condition)
-            cond = losses.guided(cond, uncond, self.how.guidance)
-        return sampling.predict_clean(noisy, cond, sigma)
+        velocity = pairs.guided(self.nets.teacher, batch, self.how.guidance)
+        return sampling.predict_clean(noisy, velocity(noisy, 1000 * sigma.flatten()), sigma)
 
     def _score_levels(self, micro: _Micro) -> Tensor:
         """[B, 1, 1, 1, 1]"""

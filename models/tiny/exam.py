@@ -17,6 +17,7 @@ from models.tiny import autoencoder, clips, loop, readout, world
 SHIFT = 5.0
 BATCH = 40
 FIRST_FRAME_CHANNELS = 4  # of the mask, before the picture's latents
+PASSING_SHARE = 0.25  # of the clips
 PROJECTIONS = 256  # random directions of the sliced Wasserstein distance
 
 
@@ -57,11 +58,10 @@ def paper(
     count: int,
     seed: int,
     tower: image_encoder.ImageEncoder | None = None,
-    passing_share: float = 0.25,
 ) -> Paper:
     """`count` held-back scenes with all of their factors said; `tower`: for image-to-video."""
     dice = loop.dice(seed, -4)
-    source = world.stream(dice, world.held_back(world.scenes()), passing_share)
+    source = world.stream(dice, world.held_back(world.scenes()), PASSING_SHARE)
     scenes = [next(source) for _ in range(count)]
     shape = network.latent_shape(num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE)
     condition = None
@@ -165,10 +165,10 @@ def first_frame(decoder: vae.WanVAE, latents_BCTHW: Tensor, asked: Paper) -> flo
     return -10 * math.log10((shown - meant).square().mean().item() / 4)
 
 
-def distance(some: Tensor, others: Tensor, *, seed: int = 0) -> float:
+def distance(some: Tensor, others: Tensor) -> float:
     """Sliced Wasserstein-2 between two sets of equally many samples, per number of a sample."""
     a, b = some.flatten(1).float(), others.flatten(1).float()
-    directions = torch.randn(a.shape[1], PROJECTIONS, generator=loop.generator(seed, -6))
+    directions = torch.randn(a.shape[1], PROJECTIONS, generator=loop.generator(0, -6))
     directions /= directions.norm(dim=0)
     along_a, along_b = ((x @ directions).sort(0).values for x in (a, b))
     return (along_a - along_b).square().mean().sqrt().item()

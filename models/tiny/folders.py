@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import tokenizers
 import torch
 from torch import Tensor, nn
 
 from models import config, image_encoder, layout, vae, weight_names
 
 LORA_FILE = Path("loras") / "distill_lora.safetensors"
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 
 
 def write_transformer_config(folder: Path, sizes: config.TransformerConfig) -> None:
@@ -41,6 +43,19 @@ def write_image_encoder(
 ) -> None:
     write_json(folder / "clip_config.json", _image_encoder_json(network.config))
     torch.save(tensors(network, dtype), folder / layout.IMAGE_ENCODER_FILE)
+
+
+def write_tokenizer(folder: Path, made: tokenizers.Tokenizer, *, text_len: int) -> None:
+    """As transformers reads it, with `</s>` at the end of each text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", made.token_to_id("</s>"))]
+    )
+    made.add_special_tokens(list(SPECIAL_TOKENS))
+    made.save(str(folder / layout.TOKENIZER_FILE))
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text_len}
+    write_json(folder / "tokenizer_config.json", {**settings, **special})
 
 
 def save(some: dict[str, Tensor], path: Path) -> None:

@@ -30,8 +30,6 @@ from models import (
 )
 from models.tiny import folders
 
-TASKS = {"t2v": layout.Task.TEXT_TO_VIDEO, "i2v": layout.Task.IMAGE_TO_VIDEO}
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 VELOCITY_SCALE = 0.7  # keeps the clean latents near unit spread, where the decoder varies most
 TEXT_SCALE = 5.0  # most of the 512 context rows are zero and would drown a short prompt
 IMAGE_SCALE = 5.0  # latents of a still picture and of zeros are small beside noise
@@ -176,29 +174,21 @@ def _lean_on_newest_frame(weight: Tensor) -> None:
 
 def write_tokenizer(folder: Path) -> None:
     """Write a byte-level tokenizer: one token per byte, `</s>` at the end, any text encodable."""
-    folder.mkdir(parents=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: id_ for id_, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    vocabulary = {token: id_ for id_, token in enumerate((*folders.SPECIAL_TOKENS, *alphabet))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
-    )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}
-    folders.write_json(folder / "tokenizer_config.json", {**settings, **special})
+    folders.write_tokenizer(folder, tokenizer, text_len=config.WAN_TEXT_LEN)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--task", choices=TASKS, default="t2v")
+    parser.add_argument("--task", choices=layout.TASKS, default="t2v")
     options = parser.parse_args(arguments)
-    made = make(options.folder, seed=options.seed, task=TASKS[options.task])
+    made = make(options.folder, seed=options.seed, task=layout.TASKS[options.task])
     sys.stdout.write(f"{made}\n")
 
 

@@ -59,17 +59,14 @@ def write_base(shop: workshop.Workshop, folder: Path, *, with_images: bool) -> N
     folders.write_vae(folder, shop.autoencoder, dtype=torch.bfloat16)
     network = shop.text_encoder.network
     folders.write_text_encoder(folder, network, words.sizes(), dtype=torch.bfloat16)
-    words.write_tokenizer(words.tokenizer(), folder / layout.TOKENIZER_FOLDER)
+    words.write_tokenizer(folder / layout.TOKENIZER_FOLDER)
     if with_images:
         folders.write_image_encoder(folder, shop.image_tower, dtype=torch.bfloat16)
 
 
-def load(
-    folder: Path, *, with_images: bool, base: bool = False
-) -> checkpoint.TextToVideoNetworks | checkpoint.ImageToVideoNetworks:
+def load(folder: Path, *, base: bool = False) -> checkpoint.Networks:
     """A shipped model in fp32 on the CPU; `base`: its teacher."""
-    read = checkpoint.load_image_to_video if with_images else checkpoint.load_text_to_video
-    return read(folder, device="cpu", dtype=torch.float32, base=base)
+    return checkpoint.load(layout.find(folder, base=base), device="cpu", dtype=torch.float32)
 
 
 def sampler_of(file: Path) -> exam.Sampler:
@@ -82,26 +79,24 @@ def sampler_of(file: Path) -> exam.Sampler:
 def examine(shop: workshop.Workshop) -> None:
     """Mark what was exported; `exam.json`, and a contact sheet for each sampler."""
     marks = {}
-    for with_images, name in NAMES.items():
+    for name in NAMES.values():
         folder = shop.folder / "weights" / name
-        rows = examine_one(folder, with_images=with_images, sheets=shop.folder / "sheets")
+        rows = examine_one(folder, sheets=shop.folder / "sheets")
         marks[name] = rows
         shop.say(exam.table(rows))
     (shop.folder / "exam.json").write_text(json.dumps(marks, indent=2) + "\n", encoding="utf-8")
 
 
-def examine_one(
-    folder: Path, *, with_images: bool, count: int = EXAM_CLIPS, sheets: Path | None = None
-) -> Mapping[str, Mapping[str, float]]:
+def examine_one(folder: Path, *, sheets: Path) -> Mapping[str, Mapping[str, float]]:
     """Marks of the teacher in fifty steps and in four, of the student, and of the LoRA.
 
     Each draws every clip twice, from other noise. Distances are from its second draw to the first
     of the teacher's fifty steps: the teacher's own is the floor.
     """
-    base = load(folder, with_images=with_images, base=True)
-    student = load(folder, with_images=with_images)
+    base = load(folder, base=True)
+    student = load(folder)
     tower = student.image_encoder if isinstance(student, checkpoint.ImageToVideoNetworks) else None
-    asked = exam.paper(student.text_encoder, student.vae, count=count, seed=11, tower=tower)
+    asked = exam.paper(student.text_encoder, student.vae, count=EXAM_CLIPS, seed=11, tower=tower)
     again = exam.with_other_noise(asked, seed=12)
     rows: dict[str, dict[str, float]] = {}
     reference: tuple[Tensor, Tensor] | None = None
@@ -122,8 +117,7 @@ def examine_one(
         }
         if asked.condition is not None:
             rows[name]["first_frame"] = exam.first_frame(student.vae, latents, asked)
-        if sheets is not None:
-            save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
+        save_sheet(frames[:SHEET_CLIPS], sheets / f"{folder.name} {name}.png")
 
     sit("teacher, 50 steps", base.transformer, exam.TEACHER)
     four = sampler_of(folder / STUDENT_FILE)
@@ -135,6 +129,6 @@ def examine_one(
     return rows
 
 
-def save_sheet(frames_BCTHW: Tensor, path: Path, *, every: int = 2) -> None:
+def save_sheet(frames_BCTHW: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(readout.grid(frames_BCTHW, every=every).numpy()).save(path)
+    Image.fromarray(readout.grid(frames_BCTHW).numpy()).save(path)

@@ -6,7 +6,6 @@ and the transformer learns what they mean.
 
 # N prompts, S text tokens, D width
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from models import config, text_encoder
-from models.tiny import world
+from models.tiny import folders, world
 
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as UMT5 numbers them
 TEXT_LEN = 24  # rows of context; the longest prompt has 17 words and an end
 UNKNOWN = "<unk>"
 CONTEXT_SHARE = 0.2  # of what random layers would add to a word from the words around it
 
 
-def tokenizer() -> tokenizers.Tokenizer:
+def write_tokenizer(folder: Path) -> None:
     """One token per word, whatever its case and punctuation; `<unk>` for any other word."""
-    ids = {word: id_ for id_, word in enumerate((*SPECIAL_TOKENS, *world.vocabulary()))}
+    ids = {word: id_ for id_, word in enumerate((*folders.SPECIAL_TOKENS, *world.vocabulary()))}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=ids, unk_token=UNKNOWN))
     made.normalizer = tokenizers.normalizers.Lowercase()
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -35,25 +33,11 @@ def tokenizer() -> tokenizers.Tokenizer:
             tokenizers.pre_tokenizers.Punctuation(behavior="removed"),
         ]
     )
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
-    )
-    made.add_special_tokens(list(SPECIAL_TOKENS))
-    return made
-
-
-def write_tokenizer(made: tokenizers.Tokenizer, folder: Path) -> None:
-    """As transformers reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    special = dict(zip(("pad_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": TEXT_LEN}
-    text = json.dumps(settings | special, indent=2, sort_keys=True) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    folders.write_tokenizer(folder, made, text_len=TEXT_LEN)
 
 
 def sizes() -> config.TextEncoderConfig:
-    words = len(SPECIAL_TOKENS) + len(world.vocabulary())
+    words = len(folders.SPECIAL_TOKENS) + len(world.vocabulary())
     return config.TextEncoderConfig(
         vocab_size=words, dim=64, head_dim=16, num_heads=4, ffn_dim=128, num_layers=2
     )
@@ -61,7 +45,7 @@ def sizes() -> config.TextEncoderConfig:
 
 def encoder(seed: int, folder: Path) -> text_encoder.TextEncoder:
     """The encoder with the weights of this seed; its tokenizer is written to `folder`."""
-    write_tokenizer(tokenizer(), folder)
+    write_tokenizer(folder)
     torch.manual_seed(seed)
     network = text_encoder.build_network(sizes())
     keep_words_apart(network)

@@ -47,7 +47,6 @@ RADII = (7.5, 9.0)  # pixels, of the circle around a shape, about
 
 PASSING_DIRECTIONS = ("right", "left")
 HELD_BACK_EACH = 5  # every fifth combination of shape, colour and direction is not trained on
-OTHER_WORDS = ("to", "the", "<unk>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,29 +145,27 @@ def with_unknown_words(text: str, dice: random.Random, unknown: str) -> str:
     return " ".join(words)
 
 
-def draw(
-    some: Sequence[Scene], dice: random.Random, *, frames: slice = slice(None), size: int = SIZE
-) -> Tensor:
+def draw(some: Sequence[Scene], dice: random.Random, *, frames: slice = slice(None)) -> Tensor:
     """Clips of these scenes from random places: [B, 3, T, H, W] in [-1, 1], anti-aliased.
 
     `frames`: only these of NUM_FRAMES.
     """
-    return torch.stack([_draw_one(scene, dice, frames, size) for scene in some])
+    return torch.stack([_draw_one(scene, dice, frames) for scene in some])
 
 
-def _draw_one(scene: Scene, dice: random.Random, some: slice, size: int) -> Tensor:
+def _draw_one(scene: Scene, dice: random.Random, some: slice) -> Tensor:
     radius = dice.uniform(*RADII)
-    x_T, y_T = (centres[some] for centres in _path(scene, dice, radius, size))
+    x_T, y_T = (centres[some] for centres in _path(scene, dice, radius))
     num_frames = len(x_T)
-    pixels = torch.arange(size, dtype=torch.float32) + 0.5
+    pixels = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x_THW = pixels[None, None, :] - x_T[:, None, None]
     y_THW = pixels[None, :, None] - y_T[:, None, None]
     shape_THW = _coverage(_distance(scene.shape, x_THW, y_THW, radius)).expand(
-        num_frames, size, size
+        num_frames, SIZE, SIZE
     )
     colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
-    frames = torch.full((3, num_frames, size, size), BACKGROUNDS[scene.background])
-    pillar_W = _coverage((pixels - size / 2).abs() - PILLAR_HALF_WIDTH)
+    frames = torch.full((3, num_frames, SIZE, SIZE), BACKGROUNDS[scene.background])
+    pillar_W = _coverage((pixels - SIZE / 2).abs() - PILLAR_HALF_WIDTH)
     if scene.depth == "behind":
         frames = frames.lerp(colour.expand_as(frames), shape_THW)
     if scene.depth is not None:
@@ -178,14 +175,14 @@ def _draw_one(scene: Scene, dice: random.Random, some: slice, size: int) -> Tens
     return frames * 2 - 1
 
 
-def _path(scene: Scene, dice: random.Random, radius: float, size: int) -> tuple[Tensor, Tensor]:
+def _path(scene: Scene, dice: random.Random, radius: float) -> tuple[Tensor, Tensor]:
     """Centres that stay inside the picture from the first to the last frame."""
     margin = radius + 1
     way = torch.arange(NUM_FRAMES, dtype=torch.float32) * scene.pixels_per_frame
     centres = []
     for step in DIRECTIONS[scene.direction]:
         travel = step * float(way[-1])
-        low, high = margin - min(travel, 0), size - margin - max(travel, 0)
+        low, high = margin - min(travel, 0), SIZE - margin - max(travel, 0)
         if low > high:  # a pillar is passed from edge to edge, a little over both
             low = high = (low + high) / 2
         centres.append(dice.uniform(low, high) + step * way)

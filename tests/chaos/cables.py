@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from tests.chaos.proxy import Network, Proxy
 
-READY_SECONDS = 10.0
 LIVE = "ip link set lo up && echo ready && exec sleep 3600"
 LISTEN = """
 import socket, sys

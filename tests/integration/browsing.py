@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.integration.conftest import START_SECONDS, Farm, until
+from tests.integration.conftest import START_SECONDS, Farm
+from tests.waiting import until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SERIOUS = ("serious", "critical")  # of what axe finds
@@ -34,7 +35,7 @@ def address_of(farm: Farm) -> str:
     """Once it answers."""
     lines = (farm.home / "up.log").read_text().splitlines()
     found = next(line.split()[1] for line in lines if line.startswith("web "))
-    until(lambda: _answers(found), bool, seconds=START_SECONDS)
+    until(lambda: _answers(found), seconds=START_SECONDS)
     return found
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from jobs import (
     submission,
 )
 from jobs.schema import Attempt, Job
+from tests.waiting import until
 
 START_SECONDS = 90.0
 LEASE_SECONDS = 4.0
@@ -124,11 +124,6 @@ class Farm:
         return psutil.Process(found[0].worker.pid)
 
 
-@pytest.fixture(scope="session", name="until")
-def _until() -> Callable[..., Any]:
-    return until
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Farm]]:
     """Starts farms of this test alone, one after the other in the same folder."""
@@ -141,19 +136,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Farm]]:
     yield start_one
     for farm in started:
         stop_farm(farm)
-
-
-def until(
-    look: Callable[[], Any], is_good: Callable[[Any], bool], *, seconds: float, pause: float = 0.1
-) -> Any:
-    """What `look` finds, once it is good; fails with what it found last."""
-    deadline = time.monotonic() + seconds
-    found = look()
-    while not is_good(found):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s; last seen: {found}"
-        time.sleep(pause)
-        found = look()
-    return found
 
 
 def clean_environment(home: Path) -> dict[str, str]:
@@ -188,7 +170,7 @@ def start_farm(home: Path, *, devices: str = "cpu:2", **environment: str) -> Far
         assert process.poll() is None, (home / "up.log").read_text()[-3000:]
         return settings.read_up_file(home)
 
-    until(up_environment, bool, seconds=START_SECONDS)
+    until(up_environment, seconds=START_SECONDS)
     config = settings.load(home=str(home))
     preset = home / "long.json"
     preset.write_text(
@@ -211,7 +193,7 @@ def start_farm(home: Path, *, devices: str = "cpu:2", **environment: str) -> Far
         db=database.Database(config.database_url.get_secret_value()),
         long_preset=preset,
     )
-    until(lambda: _live_workers(farm), bool, seconds=START_SECONDS)
+    until(lambda: _live_workers(farm), seconds=START_SECONDS)
     return farm
 
 

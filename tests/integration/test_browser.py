@@ -20,7 +20,8 @@ from jobs.schema import Job
 from jobs.web import html
 from tests.integration import browsing
 from tests.integration.browsing import CHROMIUM, SERIOUS, WAIT_MILLISECONDS
-from tests.integration.conftest import Farm, start_farm, stop_farm, until
+from tests.integration.conftest import Farm, start_farm, stop_farm
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
@@ -115,7 +116,7 @@ def ask_anew(page: Page) -> None:
     """Now, not when it is time, for the part of a page that changes."""
     page.evaluate("document.addEventListener('htmx:after:swap', () => window.isNew = true)")
     page.evaluate("window.isNew = false, document.dispatchEvent(new Event('visibilitychange'))")
-    until(lambda: page.evaluate("window.isNew"), bool, seconds=20)
+    until(lambda: page.evaluate("window.isNew"), seconds=20)
 
 
 def requests_of(page: Page) -> list[str]:
@@ -184,7 +185,7 @@ def test_a_batch_is_submitted_followed_and_played(page: Page) -> None:
     page.get_by_role("button", name="Play together").click()
     # Asked from outside: the page's policy lets nobody evaluate text inside it.
     all_run = "[...document.querySelectorAll('video')].every((video) => video.currentTime > 0.2)"
-    until(lambda: page.evaluate(all_run), bool, seconds=WAIT_MILLISECONDS / 1000)
+    until(lambda: page.evaluate(all_run), seconds=WAIT_MILLISECONDS / 1000)
 
 
 def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
@@ -202,7 +203,7 @@ def test_a_video_that_cannot_be_fetched_is_told_from_one_that_was_deleted(
         expect(again).to_be_focused()
         window.unroute("**/api/jobs/*/video")
         again.click()
-        until(lambda: video.evaluate("each => each.readyState >= 2"), bool, seconds=20)
+        until(lambda: video.evaluate("each => each.readyState >= 2"), seconds=20)
     with farm.db.reading() as session:
         winner = queries.winning_attempt(session, session.get_one(Job, int(job[6:])))
     assert winner is not None
@@ -253,10 +254,10 @@ def test_videos_of_different_lengths_play_to_the_end_of_the_longest(page: Page) 
         [video.paused, video.currentTime / video.duration])"""
 
     def reached(share: float) -> None:
-        until(lambda: page.evaluate(state)[1][1] >= share, bool, seconds=20)
+        until(lambda: page.evaluate(state)[1][1] >= share, seconds=20)
 
     page.goto(f"/compare?job={short[6:]}&job={long[6:]}")
-    until(lambda: page.evaluate("document.readyState") == "complete", bool, seconds=20)
+    until(lambda: page.evaluate("document.readyState") == "complete", seconds=20)
     page.get_by_role("button", name="Play together").click()
     reached(0.6)
     assert page.evaluate(state)[0] == [True, 1]
@@ -269,7 +270,7 @@ def test_videos_of_different_lengths_play_to_the_end_of_the_longest(page: Page) 
     assert page.evaluate(state) == [[True, 1], [True, 1]]
     expect(page.get_by_label("Time")).to_have_value("1000")
     page.get_by_role("button", name="Play together").click()
-    until(lambda: all(share < 0.9 for _, share in page.evaluate(state)), bool, seconds=20)
+    until(lambda: all(share < 0.9 for _, share in page.evaluate(state)), seconds=20)
 
 
 def test_a_page_without_answers_says_so_and_goes_on_with_the_next(

@@ -16,6 +16,7 @@ import requests
 from PIL import Image
 
 from jobs import broker, orders, queues, results, settings, states, workers
+from tests.waiting import until
 from worker import video
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 TINY_QUEUE = queues.of_model("tiny")
 
 
-def test_twelve_jobs_on_two_workers_all_lie_in_the_bucket(farm, until, tmp_path):
+def test_twelve_jobs_on_two_workers_all_lie_in_the_bucket(farm, tmp_path):
     """Every video decodes with the size, frame count and rate that its row asked for."""
     asked = [
         {"prompt": f"clip {i}", "seed": i, "size": size, "num_frames": frames, "fps": fps}
@@ -115,7 +116,7 @@ def test_a_message_for_a_cancelled_job_renders_nothing(farm, tmp_path):
     assert farm.wait_finished(batch_id).state is states.BatchState.CANCELLED
 
 
-def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm, until):
+def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm):
     batch_id = farm.submit([{"prompt": f"long {i}"} for i in range(40)], preset=farm.long_preset)
 
     def at_work() -> int:
@@ -160,7 +161,7 @@ def test_a_worker_killed_in_mid_render_gives_its_job_back(farm, victim):
     assert lost_seconds < farm.config.lease_seconds + 15
 
 
-def test_an_emptied_redis_loses_nothing(farm, until):
+def test_an_emptied_redis_loses_nothing(farm):
     batch_id = farm.submit([{"prompt": f"clip {i}", "seed": i} for i in range(16)])
     for _ in range(4):
         done = farm.progress(batch_id).batch.succeeded
@@ -205,10 +206,7 @@ def _rendering_child(parent: psutil.Process) -> psutil.Process:
 
 
 def _queue_is_empty(farm, queue: str) -> None:
-    deadline = time.monotonic() + 30
-    while farm.redis.llen(queue):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not farm.redis.llen(queue))
     time.sleep(1.0)  # the last message may be between Redis and the claim
 
 
@@ -217,7 +215,7 @@ def _index_is_at_the_front(path: Path) -> bool:
     return head.index(b"moov") < head.index(b"mdat")
 
 
-def test_stopping_mid_render_gives_the_job_back_at_no_cost(start, until):
+def test_stopping_mid_render_gives_the_job_back_at_no_cost(start):
     """SIGTERM without any grace: the attempt is released, and the next start renders it."""
     farm = start(devices="cpu", RUSHES_GRACE_SECONDS="0")
     batch_id = farm.submit([{"prompt": "interrupted"}], preset=farm.long_preset)
@@ -234,7 +232,7 @@ def test_stopping_mid_render_gives_the_job_back_at_no_cost(start, until):
     assert [a.state.value for a in again.attempts(job.id)] == ["released", "succeeded"]
 
 
-def test_a_store_outage_delays_and_renders_nothing_again(start, until):
+def test_a_store_outage_delays_and_renders_nothing_again(start):
     """The bucket goes while a video is rendered, then the farm ends: the next start uploads."""
     farm = start(devices="cpu")
     batch_id = farm.submit([{"prompt": "patient"}], preset=farm.long_preset)
@@ -358,14 +356,14 @@ def test_the_demo_renders_tells_where_and_stops_what_it_started(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-def test_a_video_over_http_is_rendered_and_fetched(farm, until):
+def test_a_video_over_http_is_rendered_and_fetched(farm):
     """As a program that was written for OpenAI's API has it, against what `rushes up` serves."""
     address = next(
         line.split()[1]
         for line in (farm.home / "up.log").read_text().splitlines()
         if line.startswith("web ")
     )
-    until(lambda: _answers(f"{address}/healthz"), bool, seconds=60)
+    until(lambda: _answers(f"{address}/healthz"), seconds=60)
     with openai.OpenAI(base_url=f"{address}/v1", api_key="unused") as client:
         made = client.videos.create(prompt="a cat", extra_body={"seed": 3})
         done = until(

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from jobs import servers, settings, stores
+from tests.waiting import until
 
 # Starts both servers, says what a test needs to know, waits; at Ctrl-C it drains first.
 PARENT = """
@@ -276,10 +277,7 @@ def test_a_free_port_can_be_bound():
 
 
 def _wait_for_the_end_of(pids):
-    deadline = time.monotonic() + 10
-    while any(_runs(pid) for pid in pids):
-        assert time.monotonic() < deadline, "still there after 10 s"
-        time.sleep(0.02)
+    until(lambda: not any(_runs(pid) for pid in pids), seconds=10)
 
 
 def _runs(pid):

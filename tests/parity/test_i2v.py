@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
-from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel
+from transformers import BatchFeature, CLIPVisionModel
 
+from benchmarks import reference as transformers
 from models import checkpoint, conditioning, config, image_encoder, sampling, weight_names
 from models.conditioning import Condition, Target
 
@@ -42,18 +43,7 @@ class Stretching:
 def clip_pair():
     def build(dtype):
         torch.manual_seed(5)
-        reference = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=CLIP.dim,
-                intermediate_size=CLIP.ffn_dim,
-                num_hidden_layers=CLIP.num_layers,
-                num_attention_heads=CLIP.num_heads,
-                image_size=CLIP.image_size,
-                patch_size=CLIP.patch_size,
-                hidden_act="gelu",
-                initializer_factor=5.0,
-            )
-        )
+        reference = CLIPVisionModel(transformers.clip_config(CLIP, initializer_factor=5.0))
         reference = reference.to(dtype).eval().requires_grad_(False)
         ours = image_encoder.ImageEncoder(CLIP).to(dtype)
         names = weight_names.image_encoder_from_transformers(ours.state_dict())
@@ -84,7 +74,7 @@ def worlds(transformer_pair, vae_pair, clip_pair, four_steps):
         pipeline.image_processor = Stretching()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, checkpoint.ImageToVideoNetworks(
-            text_encoder=None, transformer=dit, vae=vae, weight_files=(), image_encoder=clip
+            text_encoder=None, transformer=dit, vae=vae, image_encoder=clip
         )
 
     return build

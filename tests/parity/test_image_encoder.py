@@ -3,31 +3,14 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
 
+from benchmarks import reference as transformers
 from models import checkpoint, config, image_encoder, weight_names
 
 SMALL = config.ImageEncoderConfig(
     image_size=42, patch_size=14, dim=48, ffn_dim=80, num_heads=4, num_layers=4
 )
-
-
-def clip_config(sizes):
-    return CLIPVisionConfig(
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.ffn_dim,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        image_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        hidden_act="gelu",
-        layer_norm_eps=sizes.eps,
-    )
 
 
 def randomised(network):
@@ -46,7 +29,7 @@ def image_encoder_pair():
     """(reference, ours) with equal weights, through the name table."""
 
     def build(dtype, *, kind=CLIPVisionModel, sizes=SMALL):
-        reference = randomised(kind(clip_config(sizes))).to(dtype)
+        reference = randomised(kind(transformers.clip_config(sizes))).to(dtype)
         ours = image_encoder.ImageEncoder(sizes).to(dtype)
         names = weight_names.image_encoder_from_transformers(ours.state_dict())
         theirs = {
@@ -103,7 +86,7 @@ def test_the_last_block_and_the_norm_after_it_are_not_run(image_encoder_pair, dr
 def test_names_shapes_and_count_at_full_size():
     with torch.device("meta"):
         ours = image_encoder.ImageEncoder(config.CLIP_VIT_H_14).state_dict()
-        theirs = CLIPVisionModel(clip_config(config.CLIP_VIT_H_14)).state_dict()
+        theirs = CLIPVisionModel(transformers.clip_config(config.CLIP_VIT_H_14)).state_dict()
     names = weight_names.image_encoder_from_transformers(ours)
     used = {k: t for k, t in theirs.items() if not weight_names.UNUSED_OF_CLIP.match(k)}
     assert theirs.keys() - used.keys() == {"post_layernorm.weight", "post_layernorm.bias"}

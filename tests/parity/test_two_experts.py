@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from transformers import UMT5Config, UMT5EncoderModel
 
 from jobs import presets
-from models import config, sampling
+from models import config, sampling, text_encoder
 from models.tiny import make
 from worker import components, device
 
@@ -53,15 +52,7 @@ def save(pipeline, root):
     """As diffusers lays a Wan2.2 model out."""
     pipeline.save_pretrained(root)
     make.write_tokenizer(root / "tokenizer")
-    encoder = UMT5Config(
-        vocab_size=TEXT.vocab_size,
-        d_model=TEXT.dim,
-        d_kv=TEXT.head_dim,
-        d_ff=TEXT.ffn_dim,
-        num_layers=TEXT.num_layers,
-        num_heads=TEXT.num_heads,
-    )
-    UMT5EncoderModel(encoder).save_pretrained(root / "text_encoder")
+    text_encoder.build_network(TEXT).save_pretrained(root / "text_encoder")
 
 
 def look_of(task, boundary_step_index):

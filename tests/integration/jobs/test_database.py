@@ -21,8 +21,8 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, S
 
 from jobs import database, errors, migrate, orders, patience, servers, settings
 from jobs.schema import Batch, Job
-from tests.integration.conftest import until
 from tests.integration.jobs.conftest import World
+from tests.waiting import until
 
 
 def test_the_clock_is_the_databases_and_goes_on(world: World) -> None:
@@ -384,7 +384,7 @@ def pooled_url(postgres_database_url: str) -> Iterator[str]:
             [*servers.tied_to_parent(), program, "--quiet", *user, str(folder / "ini")]
         ) as process:
             try:
-                until(lambda: _listens(port), bool, seconds=30)
+                until(lambda: _listens(port), seconds=30)
                 yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/{there.database}"
             finally:
                 process.terminate()

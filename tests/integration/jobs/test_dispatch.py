@@ -38,6 +38,7 @@ from jobs import (
 )
 from jobs.schema import Batch, Job, Look
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
+from tests.waiting import until
 
 GONE = "redis://127.0.0.1:1/0"  # nothing listens there
 
@@ -378,13 +379,6 @@ def running(
         assert not thread.is_alive()
 
 
-def _within(seconds: float, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_kick_wakes_the_dispatcher(
     world: World,
     clean_redis_url: str,
@@ -406,7 +400,7 @@ def test_a_kick_wakes_the_dispatcher(
     world.submit()
     bell = broker.Broker(config)
     assert bell.kick() is None
-    _within(5, lambda: len(sent(client)) == 1)
+    until(lambda: len(sent(client)) == 1, seconds=5)
     stop.set()
     bell.kick()
 
@@ -494,18 +488,18 @@ def test_the_loop_outlives_the_database_and_redis(
     dispatcher = Faulty(config_of(world, clean_redis_url, tick_seconds=0.05), db=world.db)
     with capture_logs() as logs:
         running(dispatcher)
-        _within(5, lambda: dispatcher.ticks > 0)
+        until(lambda: dispatcher.ticks > 0, seconds=5)
         with world.db.transaction() as session:
             session.execute(text("ALTER TABLE workers RENAME TO hidden"))
-        _within(20, lambda: any(x["event"] == "dispatch.database_unavailable" for x in logs))
+        until(lambda: any(x["event"] == "dispatch.database_unavailable" for x in logs), seconds=20)
         with world.db.transaction() as session:
             session.execute(text("ALTER TABLE hidden RENAME TO workers"))
         client.set(QUEUE, "in the way")
-        _within(5, lambda: any(x["event"] == "broker.lost" for x in logs))
+        until(lambda: any(x["event"] == "broker.lost" for x in logs), seconds=5)
         client.delete(QUEUE)
-        _within(5, lambda: any(x["event"] == "broker.back" for x in logs))
+        until(lambda: any(x["event"] == "broker.back" for x in logs), seconds=5)
         world.submit()
-        _within(5, lambda: len(sent(client)) == 1)
+        until(lambda: len(sent(client)) == 1, seconds=5)
 
 
 def test_the_budgets_are_those_of_the_settings(world: World) -> None:
@@ -649,10 +643,7 @@ def test_silence_while_the_database_was_away_ends_no_attempt(
     try:
         time.sleep(still_after)
         assert world.attempt(attempt_id).state is states.AttemptState.RUNNING
-        deadline = time.monotonic() + 30
-        while world.attempt(attempt_id).state is states.AttemptState.RUNNING:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: world.attempt(attempt_id).state is not states.AttemptState.RUNNING)
     finally:
         stop.set()
         thread.join()
@@ -767,12 +758,12 @@ def test_a_redis_that_answers_is_back_only_when_it_takes_messages(
         client.config_set("maxmemory", "1")
         config = config_of(world, server.url, tick_seconds=0.05)
         running(Noting(config, db=world.db))
-        _within(20, lambda: len(ticks) > 4)
+        until(lambda: len(ticks) > 4, seconds=20)
         assert ticks[0].broker_error is not None
         assert ticks[1].broker_error is None
         told = [x["event"] for x in logs if x["event"].startswith("broker.")]
         assert told == ["broker.lost"]
         client.config_set("maxmemory", "0")
-        _within(20, lambda: any(x["event"] == "broker.back" for x in logs))
+        until(lambda: any(x["event"] == "broker.back" for x in logs), seconds=20)
         age_dispatch(world)
-        _within(20, lambda: len(sent(client)) == 1)
+        until(lambda: len(sent(client)) == 1, seconds=20)

@@ -18,6 +18,7 @@ from sqlalchemy import select, update
 
 from jobs import beat, couriers, database, listeners, notifier, outbox, outside, settings
 from jobs.schema import Listener, Notice
+from tests.waiting import until
 
 LOCAL = frozenset({"127.0.0.1"})
 
@@ -221,10 +222,7 @@ def test_a_backlog_goes_out_as_fast_as_it_is_taken(sqlite_world, receiver):
     stop = threading.Event()
     thread = threading.Thread(target=running.run, args=(stop,))
     thread.start()
-    deadline = time.monotonic() + 30
-    while any(each.next_try_at is not None for each in notices(sqlite_world)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: all(each.next_try_at is None for each in notices(sqlite_world)))
     stop.set()
     thread.join()
     assert len(receiver.letters) == 7
@@ -239,10 +237,7 @@ def test_it_gives_a_sign_of_life_also_while_the_database_is_away():
     sign = beat.of_notifier(config)
     try:
         for _ in range(3):
-            deadline = time.monotonic() + 30
-            while not sign.is_alive():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            until(sign.is_alive)
             os.utime(sign.path, (0, 0))
     finally:
         stop.set()

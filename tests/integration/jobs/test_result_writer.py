@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from jobs import database, errors, result_writer, results, settings, states, storage
 from jobs.schema import Batch
 from tests.integration.jobs.conftest import World
+from tests.waiting import until
 
 
 def writer_of(world: World, results_url: str | None = None) -> result_writer.ResultWriter:
@@ -242,10 +243,7 @@ def test_a_lease_outlives_an_outage_of_the_database(
     monkeypatch.setattr(result_writer, "renew", away)
     with result_writer._Lease(sqlite_world.db, batch_id, taken.lease_until):
         assert tried.acquire(timeout=20)
-        deadline = time.monotonic() + 20
-        while sqlite_world.batch(batch_id).results_lease_until == taken.lease_until:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: sqlite_world.batch(batch_id).results_lease_until != taken.lease_until)
 
 
 def test_a_writer_that_has_lost_its_lease_replaces_no_file(
@@ -321,10 +319,7 @@ def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:
     thread.start()
     try:
         batch_id = finished(world)
-        deadline = time.monotonic() + 20
-        while world.batch(batch_id).manifest_at is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: world.batch(batch_id).manifest_at)
     finally:
         stop.set()
         thread.join(20)
@@ -338,10 +333,7 @@ def test_the_loop_outlives_the_database() -> None:
     with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
         running = pool.submit(writer.run, stop)
         try:
-            deadline = time.monotonic() + 20
-            while len(logs) < 2 and not running.done():
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            until(lambda: len(logs) >= 2 or running.done())
         finally:
             stop.set()
         running.result(20)

@@ -21,6 +21,7 @@ import migrations
 from jobs import database, migrate, states
 from jobs.schema import Attempt, Job
 from tests.integration.jobs.conftest import World
+from tests.waiting import until
 
 JOBS = 400
 LONGEST_LOCK_WAIT = "10s"
@@ -199,10 +200,7 @@ def test_the_version_before_works_on_while_the_tables_are_changed(before: World)
 def wait_for_rounds(old: list[OldVersion], number: int) -> None:
     """Each makes so many more."""
     goals = [one.rounds + number for one in old]
-    deadline = time.monotonic() + 60
-    while any(one.rounds < goal for one, goal in zip(old, goals, strict=True)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: all(one.rounds >= goal for one, goal in zip(old, goals, strict=True)), seconds=60)
 
 
 def test_a_table_in_use_is_waited_for_without_holding_others_up(

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,19 +210,6 @@ class Host:
     def mend_database(self) -> None:
         path = self.config.home / "rushes.db"
         path.with_suffix(".away").replace(path)
-
-
-@pytest.fixture(scope="session")
-def until() -> Callable[..., Any]:
-    def wait(look: Callable[[], Any], *, seconds: float = 30.0) -> Any:
-        """What `look` finds, as soon as it is true."""
-        deadline = time.monotonic() + seconds
-        while not (found := look()):
-            assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
-            time.sleep(0.02)
-        return found
-
-    return wait
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from jobs import cli, unqueued
-from models import config, sequence_parallel
+from models import config, layout, sequence_parallel
 from models.tiny import make
 from worker import errors, pipeline
 
@@ -46,7 +46,7 @@ PRESET = {
 def world(tmp_path_factory):
     """A home with a model, a preset, prompts and their image; nothing else is there."""
     folder = tmp_path_factory.mktemp("alone")
-    make.make(folder / "home/models/tiny_i2v", task=make.TASKS["i2v"])
+    make.make(folder / "home/models/tiny_i2v", task=layout.TASKS["i2v"])
     (folder / "preset.json").write_text(json.dumps(PRESET))
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     pixels = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)

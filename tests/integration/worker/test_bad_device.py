@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from jobs import dispatch, health, states, workers
+from tests.waiting import until
 from worker import launch, trial
 
 BAD = "sim0@here"
@@ -15,7 +16,7 @@ def python(script):
     return (sys.executable, "-S", "-c", script)
 
 
-def verdict_of(until, environment=None):
+def verdict_of(environment=None):
     begun = trial.Trial(environment or {})
     found = []
     until(lambda: found or found.append(begun.verdict()) or found[0] or found.clear())
@@ -32,12 +33,12 @@ def verdict_of(until, environment=None):
         ("""print('{"failure": "NaN", "facts": {}}')""", "NaN"),
     ],
 )
-def test_a_test_that_says_nothing_good_has_failed(until, monkeypatch, script, words):
+def test_a_test_that_says_nothing_good_has_failed(monkeypatch, script, words):
     monkeypatch.setattr(trial, "COMMAND", python(script))
-    assert words in verdict_of(until).failure
+    assert words in verdict_of().failure
 
 
-def test_a_test_that_hangs_is_ended(until, monkeypatch):
+def test_a_test_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(trial, "COMMAND", python("import time; time.sleep(600)"))
     monkeypatch.setattr(trial, "LIMIT_SECONDS", 0.3)
     begun = trial.Trial({})
@@ -45,10 +46,10 @@ def test_a_test_that_hangs_is_ended(until, monkeypatch):
     assert begun._process.poll() is not None
 
 
-def test_a_test_sees_the_device_of_its_worker(until, monkeypatch):
+def test_a_test_sees_the_device_of_its_worker(monkeypatch):
     script = """import os; print('{"failure": "%s", "facts": {}}' % os.environ["RUSHES_DEVICE"])"""
     monkeypatch.setattr(trial, "COMMAND", python(script))
-    assert verdict_of(until, {"RUSHES_DEVICE": "cuda"}).failure == "cuda"
+    assert verdict_of({"RUSHES_DEVICE": "cuda"}).failure == "cuda"
 
 
 @pytest.fixture
@@ -88,9 +89,7 @@ def succeeded(host, jobs):
     return all(host.job(job.id).state is states.JobState.SUCCEEDED for job in jobs)
 
 
-def test_a_bad_device_is_taken_out_its_jobs_go_elsewhere_and_mended_it_comes_back(
-    host, farm, until
-):
+def test_a_bad_device_is_taken_out_its_jobs_go_elsewhere_and_mended_it_comes_back(host, farm):
     farm.write_text(f"{BAD} internal\n")
     jobs = host.submit(12, model_path="simulated")
     until(lambda: BAD in out(host), seconds=120)

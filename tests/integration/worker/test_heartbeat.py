@@ -12,6 +12,7 @@ import sqlalchemy
 
 from jobs import database, dispatch, lifecycle, migrate, orders
 from jobs.schema import Attempt
+from tests.waiting import until
 from worker import errors, heartbeat
 from worker.settings import WorkerSettings
 
@@ -52,43 +53,43 @@ def settings_of(**values):
     return WorkerSettings(**{f"RUSHES_{name.upper()}": value for name, value in values.items()})
 
 
-def keeps_reporting(beating, until):
+def keeps_reporting(beating):
     """Renders on until what it is told to raise is raised."""
     until(lambda: beating.reached("denoise", 1, 4))
 
 
-def test_a_cancelled_job_stops_its_attempt(host, claim, heart, until):
+def test_a_cancelled_job_stops_its_attempt(host, claim, heart):
     with heart() as beating:
         beating.reached("denoise", 0, 4)
         host.db.write(orders.cancel_job, claim.job_id)
         with pytest.raises(errors.AttemptCancelled):
-            keeps_reporting(beating, until)
+            keeps_reporting(beating)
 
 
-def test_an_attempt_that_lost_its_job_stops(host, heart, until):
+def test_an_attempt_that_lost_its_job_stops(host, heart):
     with heart() as beating:
         beating.reached("denoise", 0, 4)
         host.db.write(
             lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
         )
         with pytest.raises(errors.AttemptSuperseded):
-            keeps_reporting(beating, until)
+            keeps_reporting(beating)
 
 
-def test_a_busy_loop_needs_not_report_for_its_lease_to_be_renewed(heart, attempt, until):
+def test_a_busy_loop_needs_not_report_for_its_lease_to_be_renewed(heart, attempt):
     with heart() as beating:
         beating.reached("denoise", 1, 4)
         first = attempt().lease_until
         until(lambda: attempt().lease_until > first)
 
 
-def test_the_place_is_written_down(heart, attempt, until):
+def test_the_place_is_written_down(heart, attempt):
     with heart() as beating:
         beating.reached("denoise", 3, 4)
         until(lambda: (attempt().stage, attempt().step, attempt().steps) == ("denoise", 3, 4))
 
 
-def test_an_interval_longer_than_the_lease_cannot_lose_it(host, heart, attempt, until):
+def test_an_interval_longer_than_the_lease_cannot_lose_it(host, heart, attempt):
     own = settings_of(heartbeat_seconds=3600)
     with heart(lease_seconds=2.0, worker_settings=own) as beating:
         beating.reached("denoise", 1, 4)
@@ -192,20 +193,20 @@ def test_a_process_that_has_nothing_to_render_does_not_end(host, claim):
     assert done.returncode == 0, done.stderr
 
 
-def test_nobody_renews_the_lease_of_another(host, claim, heart, until):
+def test_nobody_renews_the_lease_of_another(host, claim, heart):
     host.db.write(
         lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
     )
     holder = host.claim(host.job(claim.job_id))
     (_, before) = host.attempts(claim.job_id)
     with heart() as beating, pytest.raises(errors.AttemptSuperseded):
-        keeps_reporting(beating, until)
+        keeps_reporting(beating)
     (_, after) = host.attempts(claim.job_id)
     assert holder.attempt_id == after.id
     assert after.lease_until == before.lease_until
 
 
-def test_a_render_does_not_wait_for_a_locked_database(host, heart, attempt, until):
+def test_a_render_does_not_wait_for_a_locked_database(host, heart, attempt):
     """The lock is held by this very thread: to wait for it would be to wait for ever."""
     with heart() as beating:
         with host.db.transaction() as session:  # a submit of a million rows
@@ -215,7 +216,7 @@ def test_a_render_does_not_wait_for_a_locked_database(host, heart, attempt, unti
         until(lambda: attempt().step == 49)
 
 
-def test_an_outage_of_the_database_is_outlived(host, heart, attempt, until):
+def test_an_outage_of_the_database_is_outlived(host, heart, attempt):
     with heart() as beating:
         beating.reached("denoise", 0, 4)
         until(lambda: attempt().stage == "denoise")
@@ -227,7 +228,7 @@ def test_an_outage_of_the_database_is_outlived(host, heart, attempt, until):
         until(lambda: attempt().stage == "mux")
 
 
-def test_a_pool_without_a_free_connection_is_outlived(host, heart, attempt, until, monkeypatch):
+def test_a_pool_without_a_free_connection_is_outlived(host, heart, attempt, monkeypatch):
     """The tail, the device and their heartbeats share a few; one that waits is no dead one."""
     write, missed = host.db.write, threading.Event()
 
@@ -243,9 +244,7 @@ def test_a_pool_without_a_free_connection_is_outlived(host, heart, attempt, unti
         until(lambda: attempt().stage == "mux")
 
 
-def test_connections_that_the_server_ends_are_outlived(
-    postgres_database_url, host, monkeypatch, until
-):
+def test_connections_that_the_server_ends_are_outlived(postgres_database_url, host, monkeypatch):
     db = database.Database(postgres_database_url)
     migrate.upgrade(db)
     monkeypatch.setattr(host, "db", db)

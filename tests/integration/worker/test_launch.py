@@ -34,6 +34,7 @@ from jobs import (
     supervisor,
     workers,
 )
+from tests.waiting import until
 from worker import finished, gpus, launch, model_folders, redis_transport, trial
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
@@ -70,7 +71,7 @@ def launcher(host, tmp_path):
 
 
 @pytest.fixture
-def running(monkeypatch, until):
+def running(monkeypatch):
     """Runs a launcher in a thread; it has drained when the test ends."""
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.02)
     started = []
@@ -97,7 +98,7 @@ def registered(host):
         return {live.worker.name: live.worker for live in queries.live_workers(session)}
 
 
-def test_a_running_worker_is_in_the_register(host, launcher, running, until):
+def test_a_running_worker_is_in_the_register(host, launcher, running):
     made = launcher()
     running(made)
     until(lambda: registered(host)["cpu0@here"].pid == made.renderers[0].child.pid)
@@ -105,7 +106,7 @@ def test_a_running_worker_is_in_the_register(host, launcher, running, until):
     assert (row.host, row.device, row.queues) == ("here", "CPU", ["rushes.render.tiny"])
 
 
-def test_a_dead_worker_comes_back_and_its_job_goes_back_at_once(host, launcher, running, until):
+def test_a_dead_worker_comes_back_and_its_job_goes_back_at_once(host, launcher, running):
     job = host.submit()[0]
     made = launcher()
     running(made)
@@ -123,7 +124,7 @@ def test_what_a_dead_worker_has_finished_is_kept(host, launcher):
     assert host.attempt(folder).state is states.AttemptState.RENDERED
 
 
-def test_a_dead_publisher_comes_back(launcher, running, until):
+def test_a_dead_publisher_comes_back(launcher, running):
     made = launcher()
     running(made)
     until(lambda: made.publisher.is_alive)
@@ -131,7 +132,7 @@ def test_a_dead_publisher_comes_back(launcher, running, until):
     until(lambda: made.publisher.restarts == 1 and made.publisher.is_alive)
 
 
-def test_a_publisher_that_does_not_end_is_killed(launcher, running, until, tmp_path):
+def test_a_publisher_that_does_not_end_is_killed(launcher, running, tmp_path):
     log = tmp_path / "publisher.log"
     made = launcher()
     made.publisher = supervisor.Child(name="publish@here", command=DEAF, log_path=log)
@@ -169,9 +170,7 @@ def test_a_stop_gives_back_what_is_held_at_no_cost(host, launcher, running):
     assert registered(host) == {}
 
 
-def test_a_worker_that_does_not_end_in_its_grace_is_killed(
-    host, launcher, running, until, tmp_path
-):
+def test_a_worker_that_does_not_end_in_its_grace_is_killed(host, launcher, running, tmp_path):
     job = host.submit()[0]
     made = launcher(DEAF, grace_seconds=0.0)
     thread = running(made)
@@ -182,7 +181,7 @@ def test_a_worker_that_does_not_end_in_its_grace_is_killed(
     assert host.attempts(job.id)[0].state is states.AttemptState.RELEASED
 
 
-def test_a_second_signal_ends_the_grace(host, launcher, running, until, tmp_path):
+def test_a_second_signal_ends_the_grace(host, launcher, running, tmp_path):
     made = launcher(DEAF, grace_seconds=3_600.0)
     thread = running(made)
     until(lambda: "deaf" in (tmp_path / "child.log").read_text())
@@ -193,7 +192,7 @@ def test_a_second_signal_ends_the_grace(host, launcher, running, until, tmp_path
     assert not thread.is_alive()
 
 
-def test_an_outage_of_the_database_ends_no_process(host, launcher, running, until, capsys):
+def test_an_outage_of_the_database_ends_no_process(host, launcher, running, capsys):
     made = launcher()
     running(made)
     until(lambda: "cpu0@here" in registered(host))
@@ -208,7 +207,7 @@ def test_an_outage_of_the_database_ends_no_process(host, launcher, running, unti
     assert registered(host)["cpu0@here"].pid == pid
 
 
-def test_a_process_that_dies_in_an_outage_comes_back(host, launcher, running, until):
+def test_a_process_that_dies_in_an_outage_comes_back(host, launcher, running):
     made = launcher()
     running(made)
     until(lambda: "cpu0@here" in registered(host))
@@ -228,13 +227,13 @@ def test_an_outage_in_which_a_name_is_taken_is_waited_out(host, launcher, monkey
     assert made._take_names()
 
 
-def test_what_lies_on_the_disk_at_the_start_is_announced(host, launcher, running, until):
+def test_what_lies_on_the_disk_at_the_start_is_announced(host, launcher, running):
     folder = host.finished()
     running(launcher())
     until(lambda: host.waiting_publishes() == [folder.attempt_id])
 
 
-def test_a_damaged_folder_does_not_end_the_launcher(host, launcher, running, until):
+def test_a_damaged_folder_does_not_end_the_launcher(host, launcher, running):
     folder = host.finished()
     folder.sidecar.write_text("{")
     made = launcher()
@@ -276,7 +275,7 @@ def test_a_worker_without_models_takes_no_queue_of_a_model(host, monkeypatch, tm
 
 @pytest.mark.parametrize("first", [(), ("rushes.render.first",)])
 def test_models_that_come_later_are_taken_without_a_restart(
-    host, launcher, running, until, monkeypatch, tmp_path, first
+    host, launcher, running, monkeypatch, tmp_path, first
 ):
     """As from a disk that is mounted later than the launcher began, or by a copy beside others."""
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
@@ -306,7 +305,7 @@ def test_models_that_come_later_are_taken_without_a_restart(
 
 
 def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
-    host, launcher, running, until, monkeypatch
+    host, launcher, running, monkeypatch
 ):
     def stale(_config):
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -324,7 +323,7 @@ def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(
 
 @pytest.mark.parametrize("trouble", [OSError(errno.ESTALE, "stale"), KeyError("a defect")])
 def test_a_look_for_models_that_fails_is_not_the_last(
-    host, launcher, running, until, monkeypatch, tmp_path, trouble
+    host, launcher, running, monkeypatch, tmp_path, trouble
 ):
     real, troubles = model_folders.find, [trouble]
 
@@ -345,7 +344,7 @@ def test_a_look_for_models_that_fails_is_not_the_last(
 
 
 def test_a_disk_of_models_that_hangs_holds_up_neither_beats_nor_a_stop(
-    host, launcher, running, until, monkeypatch
+    host, launcher, running, monkeypatch
 ):
     answered, asked = threading.Event(), threading.Event()
 
@@ -396,7 +395,7 @@ def another(host, launcher, tmp_path):
 
 
 def test_a_second_launcher_of_a_name_is_refused_whatever_its_home(
-    host, launcher, running, until, another, monkeypatch
+    host, launcher, running, another, monkeypatch
 ):
     """Each would take the other's attempts for those of a dead worker."""
     made = launcher()
@@ -412,7 +411,7 @@ def test_a_second_launcher_of_a_name_is_refused_whatever_its_home(
 
 
 def test_the_name_of_a_launcher_that_died_is_taken_over_when_it_is_stale(
-    host, launcher, running, until, another, monkeypatch
+    host, launcher, running, another, monkeypatch
 ):
     dead = launcher()
     assert dead._take_names()
@@ -487,7 +486,7 @@ def test_the_same_home_takes_its_names_back_at_once(host, launcher):
 
 
 def test_a_launcher_that_was_taken_over_ends_and_leaves_its_successor_alone(
-    host, launcher, until, another, monkeypatch
+    host, launcher, another, monkeypatch
 ):
     """After a long sleep of its machine, say."""
     made = launcher()
@@ -506,7 +505,7 @@ def test_a_launcher_that_was_taken_over_ends_and_leaves_its_successor_alone(
     assert registered(host)["cpu0@here"].launcher == another.identity
 
 
-def test_it_gives_a_sign_of_life_also_while_the_database_is_away(host, launcher, running, until):
+def test_it_gives_a_sign_of_life_also_while_the_database_is_away(host, launcher, running):
     """Whoever starts it again for that ends renders, and ends no outage."""
     sign = beat.of_launcher(host.config)
     assert not sign.is_alive()
@@ -519,7 +518,7 @@ def test_it_gives_a_sign_of_life_also_while_the_database_is_away(host, launcher,
 
 
 def test_a_self_test_has_the_device_to_itself_and_ends_with_the_launcher(
-    host, launcher, running, until, monkeypatch
+    host, launcher, running, monkeypatch
 ):
     monkeypatch.setattr(trial, "COMMAND", SLEEP)
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.1)
@@ -536,9 +535,7 @@ def test_a_self_test_has_the_device_to_itself_and_ends_with_the_launcher(
     until(lambda: process.poll() is not None)
 
 
-def test_a_process_that_had_died_before_its_self_test_ends_nobody_else(
-    host, launcher, until, monkeypatch
-):
+def test_a_process_that_had_died_before_its_self_test_ends_nobody_else(host, launcher, monkeypatch):
     """A driver that is gone: the process cannot start, and its worker is taken out for that."""
     monkeypatch.setattr(trial, "COMMAND", SLEEP)
     made = launcher()
@@ -556,9 +553,7 @@ def test_a_process_that_had_died_before_its_self_test_ends_nobody_else(
     renderer.end()
 
 
-def test_after_a_good_self_test_a_fresh_process_renders(
-    host, launcher, running, until, monkeypatch
-):
+def test_after_a_good_self_test_a_fresh_process_renders(host, launcher, running, monkeypatch):
     verdict = """print('{"failure": null, "facts": {}}')"""
     monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", verdict))
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.1)
@@ -573,7 +568,7 @@ def test_after_a_good_self_test_a_fresh_process_renders(
         assert workers.refusals(session) == []
 
 
-def test_a_self_test_that_ends_in_an_outage_ends_nobody_else(host, launcher, until, monkeypatch):
+def test_a_self_test_that_ends_in_an_outage_ends_nobody_else(host, launcher, monkeypatch):
     """Nor if no process can be started in that moment: it comes at a later look."""
     verdict = """print('{"failure": null, "facts": {}}')"""
     monkeypatch.setattr(trial, "COMMAND", (sys.executable, "-S", "-c", verdict))
@@ -594,7 +589,7 @@ def test_a_self_test_that_ends_in_an_outage_ends_nobody_else(host, launcher, unt
 
 
 @contextlib.contextmanager
-def launched(host, until, devices):
+def launched(host, devices):
     """`rushes worker` itself, with Celery."""
     command = [sys.executable, "-m", "jobs", "worker", "--devices", devices]
     command = [*servers.tied_to_parent(), *command]
@@ -615,19 +610,19 @@ def launched(host, until, devices):
 
 
 @pytest.fixture
-def real_launcher(host, until):
-    with launched(host, until, "cpu") as started:
+def real_launcher(host):
+    with launched(host, "cpu") as started:
         yield started
 
 
-def test_a_stop_lets_the_tail_of_a_job_end(host, until, monkeypatch):
+def test_a_stop_lets_the_tail_of_a_job_end(host, monkeypatch):
     """Celery has long heard that the task is over, and would end the process at once."""
     monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "0.01")
     monkeypatch.setenv("RUSHES_SIM_ENCODES", "true")
     monkeypatch.setenv("RUSHES_X264_PRESET", "veryslow")  # seconds of tail
     large = {"target_width": 832, "target_height": 480, "target_video_length": 33}
     (job,) = host.submit(model_path="simulated", **large)
-    with launched(host, until, "sim:1") as (process, _):
+    with launched(host, "sim:1") as (process, _):
         host.bell.send_renders(job.queue, [job.id])
         (attempt,) = until(lambda: [a for a in host.attempts(job.id) if a.stage == "mux"])
         assert attempt.state is states.AttemptState.RUNNING
@@ -637,24 +632,22 @@ def test_a_stop_lets_the_tail_of_a_job_end(host, until, monkeypatch):
     assert attempt.state in (states.AttemptState.RENDERED, states.AttemptState.SUCCEEDED)
 
 
-def test_a_worker_takes_no_message_before_its_device_is_free(host, until, monkeypatch):
+def test_a_worker_takes_no_message_before_its_device_is_free(host, monkeypatch):
     """It would wait for this one while another worker has nothing to do."""
     monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "5")
     jobs = host.submit(3, model_path="simulated")
-    with launched(host, until, "sim:1"):
+    with launched(host, "sim:1"):
         host.bell.send_renders(jobs[0].queue, [job.id for job in jobs])
         until(lambda: host.attempts(jobs[0].id), seconds=60)
         time.sleep(2.0)
         assert host.bell.waiting(jobs[0].queue) == {job.id for job in jobs[1:]}
 
 
-def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(
-    host, until, monkeypatch
-):
+def test_what_a_child_of_celery_held_is_given_up_by_the_one_that_comes_after_it(host, monkeypatch):
     """Its parent lives, so the launcher hears nothing; and no lease ends here in time."""
     monkeypatch.setenv("RUSHES_SIM_STEP_SECONDS", "60")
     (job,) = host.submit(model_path="simulated")
-    with launched(host, until, "sim:1"):
+    with launched(host, "sim:1"):
         host.bell.send_renders(job.queue, [job.id])
         until(lambda: host.attempts(job.id), seconds=60)
         parent = psutil.Process(registered(host)["sim0@here"].pid)
@@ -713,11 +706,11 @@ def test_what_a_check_loads_is_not_loaded_in_the_launcher(own_check):
     assert done.stdout == "False\n"
 
 
-def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, until, own_check):
+def test_a_process_that_cannot_render_ends_and_eats_no_messages(host, own_check):
     """Celery would keep it: each job would be taken by it, and sent again, for ever."""
     own_check("import os\nassert os.environ['RUSHES_WORKER_NAME'] == 'cpu0@here'\ncheck = print")
     log = host.config.home / "worker.log"
-    with launched(host, until, "sim:1"):
+    with launched(host, "sim:1"):
         until(lambda: "worker.cannot_start" in log.read_text(), seconds=60)
         until(lambda: "process.ended" in log.read_text(), seconds=20)
 
@@ -728,7 +721,7 @@ def consumed(host):
     return {queue["name"] for queue in (found or {}).get("cpu0@here", ())}
 
 
-def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alone(host, until):
+def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alone(host):
     """Its long task is not begun a second time, and its order to end is not for ours."""
     other = Celery("other", broker=host.bell.url, set_as_current=False)
     other.send_task("other.long")
@@ -738,7 +731,7 @@ def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alon
             "unacked_index", dict.fromkeys(connection.default_channel.qos._delivered, 1)
         )
         ours = celery_app.make(host.config).control
-        with launched(host, until, "sim:1"):
+        with launched(host, "sim:1"):
             until(lambda: ours.ping(["sim0@here"], timeout=1), seconds=60)
             other.control.shutdown()
             assert ours.ping(["sim0@here"], timeout=5)
@@ -746,7 +739,7 @@ def test_another_celery_app_on_the_same_redis_and_a_worker_leave_each_other_alon
         assert host.bell.redis.hlen("unacked") == 1
 
 
-def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, until, monkeypatch):
+def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, monkeypatch):
     admin = host.bell.redis
     admin.execute_command(*f"ACL SETUSER me on >pw {host.bell.rights}".split())
     admin.acl_log_reset()
@@ -755,7 +748,7 @@ def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, until, m
         monkeypatch.setenv("CELERY_BROKER_URL", restricted)
         (job,) = host.submit(model_path="simulated")
         bell = broker.Broker(settings.load())
-        with launched(host, until, "sim:1") as (process, _):
+        with launched(host, "sim:1") as (process, _):
             bell.send_renders(job.queue, [job.id])
             until(lambda: host.job(job.id).state is states.JobState.SUCCEEDED, seconds=60)
             bell.steer("sim0@here", leave=[job.queue])
@@ -766,7 +759,7 @@ def test_a_worker_needs_no_more_rights_in_redis_than_doctor_names(host, until, m
         admin.acl_deluser("me")
 
 
-def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_launcher, until):
+def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_launcher):
     """Else it would eat the messages that others could render."""
     tiny = queues.of_model("tiny")
     until(lambda: consumed(host) == {tiny}, seconds=60)
@@ -777,7 +770,7 @@ def test_a_worker_leaves_the_queues_that_it_refuses_and_comes_back(host, real_la
     until(lambda: consumed(host) == {tiny}, seconds=30)
 
 
-def test_a_worker_whose_subscription_breaks_goes_on_consuming(host, real_launcher, until):
+def test_a_worker_whose_subscription_breaks_goes_on_consuming(host, real_launcher):
     """As a proxy's time limit does it, or a failover: Redis itself is there all the time."""
     tiny = queues.of_model("tiny")
     until(lambda: consumed(host) == {tiny}, seconds=60)
@@ -791,7 +784,7 @@ def spoiled(message, **changes):
     return json.dumps({**json.loads(message), **changes})
 
 
-def test_garbage_in_redis_is_dropped_and_ends_no_process(host, real_launcher, until):
+def test_garbage_in_redis_is_dropped_and_ends_no_process(host, real_launcher):
     """Then what follows it is rendered, by the same process."""
     _, family = real_launcher
     tiny = queues.of_model("tiny")
@@ -831,7 +824,7 @@ def test_what_we_send_ourselves_is_ours(host):
         assert redis_transport.is_ours(json.loads(message))
 
 
-def test_the_children_of_a_killed_launcher_end(real_launcher, until):
+def test_the_children_of_a_killed_launcher_end(real_launcher):
     process, family = real_launcher
     process.kill()
     process.wait()

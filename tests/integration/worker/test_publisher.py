@@ -18,6 +18,7 @@ from jobs import (
     storage,
     stores,
 )
+from tests.waiting import until
 from worker import publisher
 
 
@@ -83,9 +84,7 @@ def test_a_second_message_does_nothing(host, keys):
     assert len(keys()) == 2
 
 
-def test_a_store_that_cannot_be_written_delays_and_is_tried_until_it_can(
-    host, until, in_background
-):
+def test_a_store_that_cannot_be_written_delays_and_is_tried_until_it_can(host, in_background):
     folder = host.finished()
     results_folder = host.config.home / "results"
     results_folder.write_text("a file stands in the way")
@@ -100,7 +99,7 @@ def test_a_store_that_cannot_be_written_delays_and_is_tried_until_it_can(
     assert len(host.attempts(host.job_of(folder).id)) == 1
 
 
-def test_an_outage_of_s3_is_waited_out(host, until, in_background, tmp_path, monkeypatch):
+def test_an_outage_of_s3_is_waited_out(host, in_background, tmp_path, monkeypatch):
     with servers.S3Server.start(tmp_path / "s3") as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
@@ -113,7 +112,7 @@ def test_an_outage_of_s3_is_waited_out(host, until, in_background, tmp_path, mon
     assert host.attempt(folder).state is states.AttemptState.SUCCEEDED
 
 
-def test_an_outage_of_the_database_is_waited_out(host, in_background, until):
+def test_an_outage_of_the_database_is_waited_out(host, in_background):
     folder = host.finished()
     tried = threading.Event()
     with host.database_outage():

@@ -29,6 +29,7 @@ from jobs import (
 )
 from jobs.schema import Job, Refusal, Worker
 from tests.integration.worker.conftest import WORKER
+from tests.waiting import until
 from worker import (
     components,
     device,
@@ -555,7 +556,7 @@ def test_a_job_cancelled_in_mid_render_ends_so_and_leaves_no_files(host, first_d
     assert host.waiting_publishes() == []
 
 
-def test_a_cancel_among_the_frames_leaves_no_half_video(host, until):
+def test_a_cancel_among_the_frames_leaves_no_half_video(host):
     """The verdict comes while ffmpeg already writes."""
     job = host.submit(target_video_length=33, target_width=64, target_height=64)[0]
     real = host.networks_with().model.networks.vae
@@ -691,7 +692,7 @@ def test_a_job_begins_on_the_device_while_the_one_before_is_finished(host, tail,
     assert [folder.is_finished for folder in leftovers(host)] == [True, True]
 
 
-def test_a_host_that_cannot_keep_up_holds_up_its_device(host, tail, until):
+def test_a_host_that_cannot_keep_up_holds_up_its_device(host, tail):
     """Else the frames of ever more videos would lie in its memory."""
     first, second = host.submit(2)
     made = host.runner()
@@ -740,7 +741,7 @@ def test_a_tail_that_fails_costs_its_own_job_and_not_the_next(host, monkeypatch)
     assert state_of(host, second) is states.AttemptState.RENDERED
 
 
-def test_a_cancel_in_the_tail_is_heard(host, tail, until):
+def test_a_cancel_in_the_tail_is_heard(host, tail):
     (job,) = host.submit(1)
     made = host.runner()
     runner.Runner.run_attempt(made, job.id)
@@ -751,7 +752,7 @@ def test_a_cancel_in_the_tail_is_heard(host, tail, until):
     assert leftovers(host) == []
 
 
-def test_a_stall_is_charged_to_the_job_that_stands_still(host, tail, until, monkeypatch):
+def test_a_stall_is_charged_to_the_job_that_stands_still(host, tail, monkeypatch):
     """And not to the one on the device, though that is the newest."""
     first, second = host.submit(2)
     monkeypatch.setattr(heartbeat, "end_process", lambda: ended.append(1))

@@ -28,6 +28,7 @@ from jobs import (
     supervisor,
     tokens,
 )
+from tests.waiting import until
 
 UP = [sys.executable, "-m", "jobs", "up", "--devices", "cpu"]
 
@@ -171,7 +172,7 @@ while not hurry.wait(0.01): pass
 """
 
 
-def test_a_second_ctrl_c_reaches_a_child_whose_turn_comes_after_it(tmp_path, until, monkeypatch):
+def test_a_second_ctrl_c_reaches_a_child_whose_turn_comes_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(standalone, "LOOK_SECONDS", 0.1)
     path = tmp_path / "child.log"
     command = [sys.executable, "-S", "-c", ENDS_WHEN_ASKED_TWICE]
@@ -220,7 +221,7 @@ class Farms:
                 for _ in range(2)
             ]
 
-    def split(self, until):
+    def split(self):
         def ended():
             return [one for one in self.started if one.poll() is not None]
 
@@ -243,7 +244,7 @@ class Farms:
         ):
             return queries.live_workers_by_queue(session)
 
-    def interrupt_twice(self, until):
+    def interrupt_twice(self):
         """Status of the end, and who of its family outlives it."""
         family = psutil.Process(self.winner.pid).children(recursive=True)
         self.winner.send_signal(signal.SIGINT)
@@ -262,18 +263,18 @@ class Farms:
 
 
 @pytest.fixture(scope="module")
-def farms(tmp_path_factory, until):
+def farms(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
         started = Farms(tmp_path_factory.mktemp("farm"))
-    started.split(until)
+    started.split()
     try:
         until(lambda: settings.read_up_file(started.home), seconds=60)
         until(lambda: b"ready:" in started.log.read_bytes(), seconds=90)
         started.ready_with = started.live_queues()
         yield started
         # Ctrl-C twice: a start costs too much for a test of its own.
-        assert started.interrupt_twice(until) == (0, [])
+        assert started.interrupt_twice() == (0, [])
         assert not (started.home / settings.UP_FILE).exists()
         with supervisor.only_one(started.home / standalone.LOCK, "busy"):
             pass
@@ -305,7 +306,7 @@ def test_the_address_book_names_the_web_service_where_it_listens(farms):
     assert address.encode() in farms.log.read_bytes()
 
 
-def test_a_server_that_dies_under_it_comes_back(farms, until):
+def test_a_server_that_dies_under_it_comes_back(farms):
     address = settings.read_up_file(farms.home)["CELERY_BROKER_URL"]
 
     def answers():

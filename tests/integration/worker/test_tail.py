@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy.exc
 
 from jobs import dispatch, lifecycle, orders, safety, states, workers
+from tests.waiting import until
 from worker import checks, errors, heartbeat, rendering, runner, scratch, video
 
 pytestmark = pytest.mark.timeout(60)
@@ -37,7 +38,7 @@ def slow_hashes(host, monkeypatch):
 
 
 def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
-    host, slow_hashes, ended, until, monkeypatch
+    host, slow_hashes, ended, monkeypatch
 ):
     monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
     monkeypatch.setattr(runner, "MOST_AWAITING_HASHES", 0)
@@ -59,9 +60,7 @@ def test_a_video_that_waits_for_the_tail_before_it_is_no_stall(
         assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
 
 
-def test_weights_that_are_being_hashed_hold_up_no_device(
-    host, slow_hashes, ended, until, monkeypatch
-):
+def test_weights_that_are_being_hashed_hold_up_no_device(host, slow_hashes, ended, monkeypatch):
     jobs = host.submit(4)
     networks, hashes = slow_hashes
     own = host.worker_settings.model_copy(update={"stall_seconds": 2.0})
@@ -77,7 +76,7 @@ def test_weights_that_are_being_hashed_hold_up_no_device(
     assert made.tally.held == set()
 
 
-def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes, until):
+def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes):
     """Else its finished videos would be rendered once more."""
     jobs = host.submit(3)
     networks, _ = slow_hashes
@@ -97,7 +96,7 @@ def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes, until):
 
 
 def test_a_host_that_cannot_keep_up_holds_up_its_device_while_weights_are_hashed_too(
-    host, slow_hashes, until, monkeypatch
+    host, slow_hashes, monkeypatch
 ):
     """Only what waits for nothing but a hash may pile up: an encoder holds a video's frames."""
     monkeypatch.setattr(runner, "TAIL_LOOK_SECONDS", 0.1)
@@ -148,7 +147,7 @@ def test_many_frames_that_are_still_to_encode_are_no_stall(host, slow_end, ended
     assert host.attempts(job.id)[0].state is states.AttemptState.RENDERED
 
 
-def test_a_cancel_is_heard_while_frames_are_still_to_encode(host, slow_end, until):
+def test_a_cancel_is_heard_while_frames_are_still_to_encode(host, slow_end):
     slow_end(600)
     (job,) = host.submit(1)
     made = host.runner()
@@ -160,7 +159,7 @@ def test_a_cancel_is_heard_while_frames_are_still_to_encode(host, slow_end, unti
 
 
 @pytest.fixture
-def lose_device(host, slow_hashes, until, monkeypatch):
+def lose_device(host, slow_hashes, monkeypatch):
     """Loses the device on a second job while the tail of the first is at work; that one."""
     monkeypatch.setattr(runner, "LAST_TAIL_SECONDS", 0.2)
 

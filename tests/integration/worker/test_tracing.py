@@ -10,6 +10,7 @@ import pytest
 from celery import signals
 
 from jobs import lifecycle
+from tests.waiting import until
 from worker import scratch, simulation, tasks, tracing  # noqa: F401  # tasks hears Celery's signals
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace.export")
@@ -97,7 +98,7 @@ def collector():
     server.server_close()
 
 
-def test_spans_reach_a_collector_over_http(host, collector, monkeypatch, until):
+def test_spans_reach_a_collector_over_http(host, collector, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     tracing.start(worker="cpu0@here")

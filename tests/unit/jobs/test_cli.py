@@ -43,10 +43,12 @@ from jobs import (
 from jobs.cli import demo, display, exits, processes, root, worker_commands
 from jobs.schema import Batch, Worker
 from tests.registrations import registration
+from tests.waiting import until
 
 GOOD = (
     '{"prompt": "a cat", "custom_id": "cat"}\n{"prompt": "a dog", "custom_id": "dog", "seed": 7}\n'
 )
+
 BAD = '{"prompt": "a cat"}\n{"promt": "x"}\n\n[1]\n'
 pytestmark = pytest.mark.usefixtures("no_broker")
 Rushes = Callable[..., Result]
@@ -1135,10 +1137,7 @@ def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
     assert rushes("dispatcher", "--check").exit_code == exits.ERROR
     monkeypatch.setenv("RUSHES_TICK_SECONDS", "0.1")
     with subprocess.Popen([sys.executable, "-m", "jobs", "dispatcher"]) as process:
-        deadline = time.monotonic() + 20
-        while not (settings.load().home / "dispatcher.beat").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until((settings.load().home / "dispatcher.beat").exists, seconds=20)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert rushes("dispatcher", "--check").exit_code == exits.OK

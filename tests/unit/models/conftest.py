@@ -6,10 +6,9 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
 
-from models import config
+from benchmarks import reference
+from models import config, text_encoder
 from models.tiny import make
 
 DIT = "diffusion_pytorch_model.safetensors"
@@ -51,25 +50,11 @@ def diffusers_root(tmp_path):
     def build(name="diffusers", *, transformer_shards="10GB", text_shards="10GB"):
         root = tmp_path / name
         torch.manual_seed(0)
-        WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=32,
-            text_dim=32,
-            ffn_dim=128,
-            num_layers=2,
-        ).save_pretrained(root / "transformer", max_shard_size=transformer_shards)
-        AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(root / "vae")
-        sizes = config.TINY_TEXT_ENCODER
-        UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=sizes.vocab_size,
-                d_model=sizes.dim,
-                d_kv=sizes.head_dim,
-                d_ff=sizes.ffn_dim,
-                num_layers=sizes.num_layers,
-                num_heads=sizes.num_heads,
-            )
-        ).save_pretrained(root / "text_encoder", max_shard_size=text_shards)
+        dit = reference.transformer(config.TINY)
+        dit.save_pretrained(root / "transformer", max_shard_size=transformer_shards)
+        reference.autoencoder(config.TINY_VAE).save_pretrained(root / "vae")
+        encoder = text_encoder.build_network(config.TINY_TEXT_ENCODER)
+        encoder.save_pretrained(root / "text_encoder", max_shard_size=text_shards)
         make.write_tokenizer(root / "tokenizer")
         (root / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
         return root

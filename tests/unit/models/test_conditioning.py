@@ -14,7 +14,7 @@ TARGET = Target(width=64, height=48, num_frames=9)
 def networks(tmp_path_factory):
     root = tmp_path_factory.mktemp("i2v") / "tiny"
     make.make(root, task=layout.Task.IMAGE_TO_VIDEO)
-    return checkpoint.load_image_to_video(root, device="cpu", dtype=torch.float32)
+    return checkpoint.load(layout.find(root), device="cpu", dtype=torch.float32)
 
 
 def picture(height, width, seed=0):

@@ -174,7 +174,7 @@ def test_many_blocks_come_in_the_order_of_their_numbers(tmp_path):
 
 
 def load(root, **options):
-    return checkpoint.load_text_to_video(root, device="cpu", dtype=torch.float32, **options)
+    return checkpoint.load(layout.find(root, **options), device="cpu", dtype=torch.float32)
 
 
 def test_a_split_is_the_single_file(native_root, tensors):
@@ -210,19 +210,15 @@ def test_a_config_beside_8_bit_weights_may_add_keys_but_not_contradict(
 # Wan2.2: two transformers
 
 
-def load_experts(root, **options):
-    return checkpoint.load_two_experts(root, device="cpu", dtype=torch.float32, **options)
-
-
 def test_two_experts_load_as_two_transformers(experts_root):
-    networks = load_experts(experts_root)
+    networks = load(experts_root)
     for network, folder in (
         (networks.transformer, "high_noise_model"),
         (networks.low_noise_transformer, "low_noise_model"),
     ):
         stored = safetensors.torch.load_file(experts_root / folder / DIT)
         assert all(torch.equal(network.state_dict()[name], stored[name]) for name in stored)
-    assert len(networks.weight_files) == 4
+    assert len(layout.find(experts_root).weights) == 4
 
 
 def test_distilled_experts_may_lie_in_distill_models(experts_root):
@@ -234,7 +230,7 @@ def test_distilled_experts_may_lie_in_distill_models(experts_root):
     files = layout.find(experts_root)
     assert files.transformer[0].parent.name == "high_noise_model"
     assert files.low_noise_transformer[0].parent.name == "low_noise_model"
-    assert load_experts(experts_root)
+    assert load(experts_root)
 
 
 def test_experts_may_be_replaced_by_files(experts_root, tmp_path):
@@ -246,11 +242,10 @@ def test_experts_may_be_replaced_by_files(experts_root, tmp_path):
 
 
 def test_one_transformer_and_two_are_not_taken_for_each_other(experts_root, tmp_path):
+    files = layout.find(experts_root)
     with pytest.raises(errors.CheckpointError, match="two transformers, as"):
-        load(experts_root)
+        checkpoint.load_transformer(files, device="cpu", dtype=torch.float32)
     single = make.make(tmp_path / "single")
-    with pytest.raises(errors.CheckpointError, match="one transformer, as"):
-        load_experts(single)
     with pytest.raises(errors.MissingFileError, match="high_noise_model"):
         layout.find(single, low_noise_file=single / DIT)
 
@@ -262,10 +257,11 @@ def test_two_files_beside_a_root_with_one_config(experts_root, tmp_path):
         folder = experts_root / f"{noise}_model"
         (folder / "config.json").rename(experts_root / "config.json")
         path = tmp_path / f"wan2.2_t2v_A14b_{noise}_lightx2v_4step.safetensors"
-        names[f"{noise}_file"] = (folder / DIT).rename(path)
+        names[noise] = (folder / DIT).rename(path)
         folder.rmdir()
-    networks = load_experts(experts_root, **names)
-    assert networks.weight_files[:2] == tuple(names.values())
+    asked = {"transformer_file": names["high_noise"], "low_noise_file": names["low_noise"]}
+    assert layout.find(experts_root, **asked).weights[:2] == tuple(names.values())
+    networks = load(experts_root, **asked)
     assert not torch.equal(
         networks.transformer.head.modulation, networks.low_noise_transformer.head.modulation
     )
@@ -294,10 +290,10 @@ def test_image_to_video_experts_have_no_image_encoder(experts_root, edit_json):
         edit_json(folder / "config.json", model_type="i2v", in_dim=36)
         dit = make.random_transformer(sizes, torch.Generator().manual_seed(1))
         safetensors.torch.save_file(dit.state_dict(), folder / DIT)
-    networks = load_experts(experts_root, task=layout.Task.IMAGE_TO_VIDEO)
+    networks = load(experts_root)
     assert networks.transformer.config == sizes
     with pytest.raises(errors.ConfigError, match="not text-to-video"):
-        load_experts(experts_root)
+        layout.find(experts_root, task=layout.Task.TEXT_TO_VIDEO)
 
 
 def test_an_expert_without_the_other_is_refused(experts_root):
@@ -309,13 +305,13 @@ def test_an_expert_without_the_other_is_refused(experts_root):
 def test_experts_of_different_sizes_are_refused(experts_root, edit_json):
     edit_json(experts_root / "low_noise_model" / "config.json", ffn_dim=64)
     with pytest.raises(errors.ConfigError, match="other dimensions"):
-        load_experts(experts_root)
+        load(experts_root)
 
 
 def test_two_experts_in_diffusers_names(diffusers_root):
     root, other = diffusers_root(), diffusers_root("other")
     (other / "transformer").rename(root / "transformer_2")
-    networks = load_experts(root)
+    networks = load(root)
     theirs = safetensors.torch.load_file(root / "transformer_2" / DIT)
     found = networks.low_noise_transformer.head.modulation
     assert torch.equal(found, theirs["scale_shift_table"])
@@ -356,7 +352,7 @@ def diffusers_pair(diffusers_root):
 
 
 def test_one_of_two_may_be_replaced_in_a_diffusers_folder(diffusers_pair, native_root, tensors):
-    networks = load_experts(diffusers_pair, low_noise_file=native_root / DIT)
+    networks = load(diffusers_pair, low_noise_file=native_root / DIT)
     assert torch.equal(networks.low_noise_transformer.head.modulation, tensors["head.modulation"])
     own = safetensors.torch.load_file(diffusers_pair / "transformer" / DIT)
     assert torch.equal(networks.transformer.head.modulation, own["scale_shift_table"])

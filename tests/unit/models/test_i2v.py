@@ -9,9 +9,9 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from diffusers import WanTransformer3DModel
-from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
+from benchmarks import reference
 from models import checkpoint, conditioning, config, config_files, errors, layout, sampling
 from models.tiny import make
 
@@ -20,8 +20,8 @@ CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 I2V, T2V = layout.Task.IMAGE_TO_VIDEO, layout.Task.TEXT_TO_VIDEO
 
 
-def load(root, dtype=torch.float32, **options):
-    return checkpoint.load_image_to_video(root, device="cpu", dtype=dtype, **options)
+def load(root, dtype=torch.float32):
+    return checkpoint.load(layout.find(root), device="cpu", dtype=dtype)
 
 
 @pytest.fixture
@@ -39,27 +39,8 @@ def diffusers_i2v_root(diffusers_root):
     def build(kind=CLIPVisionModel):
         root = diffusers_root()
         torch.manual_seed(1)
-        WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=32,
-            in_channels=36,
-            out_channels=16,
-            text_dim=32,
-            ffn_dim=128,
-            num_layers=2,
-            image_dim=48,
-            added_kv_proj_dim=64,
-        ).save_pretrained(root / "transformer")
-        sizes = config.TINY_IMAGE_ENCODER
-        clip = CLIPVisionConfig(
-            hidden_size=sizes.dim,
-            intermediate_size=sizes.ffn_dim,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            hidden_act="gelu",
-        )
+        reference.transformer(config.TINY_I2V).save_pretrained(root / "transformer")
+        clip = reference.clip_config(config.TINY_IMAGE_ENCODER)
         kind(clip).save_pretrained(root / "image_encoder")
         (root / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
         return root
@@ -112,10 +93,10 @@ def test_a_missing_image_encoder_is_named(i2v_root, diffusers_i2v_root):
 def test_tasks_are_not_mixed_up(native_root, i2v_root, diffusers_root, diffusers_i2v_root):
     for root in (i2v_root, diffusers_i2v_root()):
         with pytest.raises(errors.ConfigError, match="image-to-video model, not text-to-video"):
-            checkpoint.load_text_to_video(root, device="cpu", dtype=torch.float32)
+            layout.find(root, task=T2V)
     for root in (native_root, diffusers_root("text")):
         with pytest.raises(errors.ConfigError, match="text-to-video model, not image-to-video"):
-            load(root)
+            layout.find(root, task=I2V)
 
 
 def test_every_tensor_is_in_its_place(i2v_root):
@@ -125,7 +106,6 @@ def test_every_tensor_is_in_its_place(i2v_root):
     assert stored.keys() == loaded.keys()
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)
     assert networks.transformer.config == config.TINY_I2V
-    assert networks.weight_files == layout.find(i2v_root).weights
     for network in (networks.transformer, networks.image_encoder):
         assert not network.training
         assert all(not p.requires_grad and not p.is_meta for p in network.parameters())
@@ -280,7 +260,7 @@ def test_the_official_clip_config_gives_the_named_sizes(tmp_path):
 def test_a_text_model_has_no_image_width(native_root, edit_json):
     edit_json(native_root / "config.json", image_dim=48)
     with pytest.raises(errors.ConfigError):
-        checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32)
+        layout.find(native_root, task=T2V)
 
 
 def test_a_seed_fixes_every_byte_of_the_tiny_model(tmp_path):

@@ -20,7 +20,7 @@ DIT = "diffusion_pytorch_model.safetensors"
 
 
 def load(root):
-    return checkpoint.load_text_to_video(root, device="cpu", dtype=torch.bfloat16).transformer
+    return checkpoint.load_transformer(layout.find(root), device="cpu", dtype=torch.bfloat16)
 
 
 def source_of(root):

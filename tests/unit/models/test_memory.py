@@ -159,8 +159,9 @@ def test_a_safetensors_header_names_types_and_shapes(tmp_path):
 # Weights
 
 
-def load(root, **options):
-    return checkpoint.load_text_to_video(root, device="cpu", dtype=torch.bfloat16, **options)
+def load(root, *, vae_dtype=None, **options):
+    files = layout.find(root, **options)
+    return checkpoint.load(files, device="cpu", dtype=torch.bfloat16, vae_dtype=vae_dtype)
 
 
 def resident(files, **options):

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def load(root, dtype=torch.bfloat16, **options):
-    return checkpoint.load_text_to_video(root, device="cpu", dtype=dtype, **options)
+    return checkpoint.load(layout.find(root, **options), device="cpu", dtype=dtype)
 
 
 def weights(network):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from models import checkpoint, vae_tiling
+from models import checkpoint, layout, vae_tiling
 from models.vae_tiling import _spans, _weights
 
 
 @pytest.fixture
 def network(native_root):
-    return checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32).vae
+    return checkpoint.load_vae(layout.find(native_root), device="cpu", dtype=torch.float32)
 
 
 @torch.inference_mode()

@@ -100,10 +100,8 @@ def load(native_root):
     def build(content, dtype=torch.float32, name="mine.safetensors", metadata=None):
         path = native_root / name
         safetensors.torch.save_file(content, path, metadata)
-        networks = checkpoint.load_text_to_video(
-            native_root, device="cpu", dtype=dtype, transformer_file=path
-        )
-        return networks.transformer
+        files = layout.find(native_root, transformer_file=path)
+        return checkpoint.load_transformer(files, device="cpu", dtype=dtype)
 
     return build
 
@@ -546,11 +544,9 @@ def test_a_written_file_loads_and_computes(files, native_root, tmp_path, forward
     target = tmp_path / "small.safetensors"
     quantized_files.write(files, target, Scheme.INT8)
     outputs = [
-        forward(checkpoint.load_text_to_video(
-            native_root, device="cpu", dtype=torch.bfloat16, transformer_file=chosen
-        ).transformer)
-        for chosen in (None, target)
-    ]  # fmt: skip
+        forward(checkpoint.load_transformer(chosen, device="cpu", dtype=torch.bfloat16))
+        for chosen in (files, layout.find(native_root, transformer_file=target))
+    ]
     assert relative(outputs[1], outputs[0]) < 0.03
 
 

@@ -70,13 +70,10 @@ def test_both_experts_are_written_where_presets_look_and_load(experts_root, is_d
     assert found == tuple(str(target / name) for name in EXPERTS)
     assert {name.partition(".")[0] for name in report.relative_errors} == set(EXPERTS)
     assert report.num_bytes == sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-    networks = checkpoint.load_two_experts(
-        experts_root,
-        high_noise_file=target / EXPERTS[0],
-        low_noise_file=target / EXPERTS[1],
-        device="cpu",
-        dtype=torch.float32,
+    written = layout.find(
+        experts_root, transformer_file=target / EXPERTS[0], low_noise_file=target / EXPERTS[1]
     )
+    networks = checkpoint.load(written, device="cpu", dtype=torch.float32)
     for name, network in zip(
         EXPERTS, (networks.transformer, networks.low_noise_transformer), strict=True
     ):

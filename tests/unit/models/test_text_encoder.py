@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 
-from models import checkpoint, errors, text_encoder
+from models import checkpoint, errors, layout, text_encoder
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ def test_clean(prompt, cleaned):
 
 @pytest.fixture
 def encoder(native_root):
-    networks = checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32)
-    return networks.text_encoder
+    files = layout.find(native_root)
+    return checkpoint.load(files, device="cpu", dtype=torch.float32).text_encoder
 
 
 def test_a_tokenizer_is_the_one_of_its_file_whatever_its_class_is_called(tmp_path):

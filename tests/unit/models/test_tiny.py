@@ -64,7 +64,7 @@ def test_the_command_writes_a_complete_model(tmp_path):
 
 @pytest.fixture
 def render(native_root):
-    networks = checkpoint.load_text_to_video(native_root, device="cpu", dtype=torch.float32)
+    networks = checkpoint.load(layout.find(native_root), device="cpu", dtype=torch.float32)
     levels = sampling.noise_levels([1000, 750, 500, 250], 5)
 
     def frames(prompt, seed=0):

@@ -23,7 +23,7 @@ FIRST_FRAME_PSNR = 27.5  # dB
 
 @functools.cache
 def networks(name, *, base=False):
-    return shipment.load(shipped.FOLDER / name, with_images=name == "tiny_i2v", base=base)
+    return shipment.load(shipped.FOLDER / name, base=base)
 
 
 @functools.cache

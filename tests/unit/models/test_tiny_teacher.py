@@ -14,7 +14,7 @@ LEAST = {"colour": 0.9, "shape": 0.85, "direction": 0.9, "background": 1.0, "all
 @functools.cache
 def networks():
     """The loader refuses files that lack a tensor or have one too many."""
-    return shipment.load(FOLDER, with_images=False, base=True)
+    return shipment.load(FOLDER, base=True)
 
 
 def test_it_draws_scenes_that_it_was_not_trained_on():

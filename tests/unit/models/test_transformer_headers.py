@@ -35,9 +35,7 @@ def outcome(native_root):
 
 
 def load(files):
-    checkpoint.load_text_to_video(
-        files.root, device="cpu", dtype=torch.float32, transformer_file=files.transformer[0]
-    )
+    checkpoint.load(files, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

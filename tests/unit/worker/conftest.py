@@ -1,17 +1,18 @@
 """The tiny model, made and loaded once, and looks small enough to render in a blink."""
 
+import dataclasses
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
-import diffusers
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
+from benchmarks import reference
 from jobs import presets
-from models import checkpoint, config, layout, memory, weight_names
+from models import checkpoint, config, layout, memory, text_encoder, weight_names
 from models.tiny import make
 from worker import device, resident
 from worker.settings import WorkerSettings
@@ -40,10 +41,9 @@ def cpu() -> device.Device:
 
 
 @pytest.fixture(scope="session")
-def networks(models_dir, cpu) -> checkpoint.TextToVideoNetworks:
-    return checkpoint.load_text_to_video(
-        models_dir / "tiny", device=cpu.torch_device, dtype=cpu.dtype
-    )
+def networks(models_dir, cpu) -> checkpoint.Networks:
+    files = layout.find(models_dir / "tiny")
+    return checkpoint.load(files, device=cpu.torch_device, dtype=cpu.dtype)
 
 
 @pytest.fixture(scope="session")
@@ -108,19 +108,9 @@ def worker_settings(monkeypatch) -> WorkerSettings:
 
 
 def write_dit(native, folder):
-    sizes = config.TINY
-    image_dim = config.TINY_I2V.image_dim if "img_emb.proj.1.weight" in native else None
-    network = diffusers.WanTransformer3DModel(
-        num_attention_heads=sizes.num_heads,
-        attention_head_dim=sizes.head_dim,
-        in_channels=native["patch_embedding.weight"].shape[1],
-        out_channels=sizes.out_dim,
-        text_dim=sizes.text_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=sizes.num_layers,
-        image_dim=image_dim,
-        added_kv_proj_dim=image_dim and sizes.dim,
-    )
+    sizes = config.TINY_I2V if "img_emb.proj.1.weight" in native else config.TINY
+    in_dim = native["patch_embedding.weight"].shape[1]
+    network = reference.transformer(dataclasses.replace(sizes, in_dim=in_dim))
     names = weight_names.transformer_from_diffusers(native)
     network.load_state_dict({theirs: native[own] for theirs, own in names.items()})
     network.save_pretrained(folder)
@@ -128,9 +118,7 @@ def write_dit(native, folder):
 
 def write_vae(native, folder):
     sizes = config.TINY_VAE
-    network = diffusers.AutoencoderKLWan(
-        base_dim=sizes.base_dim, num_res_blocks=sizes.num_res_blocks
-    )
+    network = reference.autoencoder(sizes)
     names = weight_names.vae_from_diffusers(native, num_res_blocks=sizes.num_res_blocks)
     network.load_state_dict({theirs: native[own] for theirs, own in names.items()})
     network.save_pretrained(folder)
@@ -138,16 +126,7 @@ def write_vae(native, folder):
 
 def write_text_encoder(native, folder):
     sizes = config.TINY_TEXT_ENCODER
-    network = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=sizes.vocab_size,
-            d_model=sizes.dim,
-            d_kv=sizes.head_dim,
-            d_ff=sizes.ffn_dim,
-            num_layers=sizes.num_layers,
-            num_heads=sizes.num_heads,
-        )
-    )
+    network = text_encoder.build_network(sizes)
     names = weight_names.text_encoder_to_transformers(sizes.num_layers)
     tensors = {names[own]: tensor for own, tensor in native.items()}
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
@@ -156,18 +135,7 @@ def write_text_encoder(native, folder):
 
 
 def write_image_encoder(native, folder):
-    sizes = config.TINY_IMAGE_ENCODER
-    network = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=sizes.dim,
-            intermediate_size=sizes.ffn_dim,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            image_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            hidden_act="gelu",
-        )
-    )
+    network = transformers.CLIPVisionModel(reference.clip_config(config.TINY_IMAGE_ENCODER))
     parts = {}
     for name, tensor in native.items():
         own = weight_names.split_qkv(name)

@@ -223,7 +223,7 @@ def test_a_text_encoder_for_the_processor_never_comes_to_the_device(warm, look, 
         loaded.append(device.type)
         raise OSError("seen enough")
 
-    monkeypatch.setattr(components.checkpoint, "load_text_to_video", load)
+    monkeypatch.setattr(components.checkpoint, "load", load)
     for changes in ({"unload_encoders": True}, {}):
         with pytest.raises(errors.WeightsAbsent):
             warm.model_for(look(**changes))

@@ -54,7 +54,7 @@ def models_dir(tmp_path_factory):
     """`tiny` and `tiny_i2v`. Not to be changed."""
     folder = tmp_path_factory.mktemp("models")
     make.make(folder / "tiny")
-    make.make(folder / "tiny_i2v", task=make.TASKS["i2v"])
+    make.make(folder / "tiny_i2v", task=layout.TASKS["i2v"])
     return folder
 
 
@@ -433,7 +433,7 @@ def test_a_critic_begins_as_the_teacher_also_where_the_student_does_not(write, k
 
 def test_first_frames_are_cropped_and_other_encoders_encode_anew(write, known, tmp_path):
     shutil.copytree(known.models_dir / "tiny_i2v", tmp_path / "copy")
-    files = layout.find(tmp_path / "copy", base=True, task=distill.TASKS["i2v"])
+    files = layout.find(tmp_path / "copy", base=True, task=layout.TASKS["i2v"])
     seen = []
 
     def encode(encoder, *_arguments):

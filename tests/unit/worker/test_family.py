@@ -38,7 +38,7 @@ COLOURS = {"white": (200, 200, 200), "blue": (20, 60, 240)}
 def tiny_of(tmp_path_factory):
     """A tiny model per task, made once."""
     folder = tmp_path_factory.mktemp("tiny")
-    return {task: make.make(folder / task, task=make.TASKS[task]) for task in ("t2v", "i2v")}
+    return {task: make.make(folder / task, task=layout.TASKS[task]) for task in ("t2v", "i2v")}
 
 
 class Shelf:

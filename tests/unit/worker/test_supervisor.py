@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from jobs import supervisor
+from tests.waiting import until
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
@@ -44,13 +44,6 @@ def clock(monkeypatch):
     made = Clock()
     monkeypatch.setattr(supervisor, "time", made)
     return made
-
-
-def until(is_good, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not is_good():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def end(one):

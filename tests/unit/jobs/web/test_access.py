@@ -21,6 +21,7 @@ from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
 from jobs.web import bodies, cookies, guards, images, rates, server
 from tests.unit.jobs.web.conftest import Web
+from tests.waiting import until
 
 MakeWeb = Callable[..., Web]
 
@@ -309,10 +310,7 @@ def test_images_that_are_slow_to_decode_leave_threads_to_others(
             assert decoding.acquire(timeout=60)
         waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING - 1)]
         waiting.append(pool.submit(upload, ben))
-        deadline = time.monotonic() + 9
-        while len(turns._line) < len(waiting):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: len(turns._line) >= len(waiting), seconds=9)
         for refused in (upload(ann), submit(ann), upload(ben)):
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
         guarded.submit(headers=ann)  # without images: as ever

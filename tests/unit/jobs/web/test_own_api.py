@@ -32,6 +32,7 @@ from jobs import (
 )
 from jobs.web import bodies, events, service
 from tests.unit.jobs.web.conftest import VIDEO, Web, running
+from tests.waiting import until
 
 
 def test_a_batch_from_its_prompts_to_its_video(web: Web) -> None:
@@ -456,10 +457,7 @@ def test_streams_of_events_that_begin_at_once_are_counted_too(
         assert sorted(pool.map(listen, connections)) == [200] * 3 + [429] * 9
         for connection in connections:
             connection.close()
-        deadline = time.monotonic() + 20
-        while web.serving.listen_turns._taken:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: not web.serving.listen_turns._taken, seconds=20)
 
 
 def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> None:
