@@ -5,6 +5,7 @@ Both layouts of a model folder give the same latents, bit for bit: it is the sam
 
 import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -462,6 +463,18 @@ def test_a_lora_with_a_name_changes_that_expert_alone(number, shelf, tmp_path, c
         for network, was in zip(experts, before, strict=True)
     ]
     assert changed == [number == 0, number == 1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_replaced_lora_of_either_expert_is_not_taken_for_the_merged_one(
+    number, shelf, tmp_path, cpu
+):
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of((PAIR, {}))
+    model = warm.model_for(look)
+    assert warm.lora_hashes(look, model)
+    os.utime(shelf / PAIR_LORAS[number]["path"], (1, 1))
+    assert warm.lora_hashes(look, model) is None
 
 
 def peak_of(look, shelf, cpu):
