@@ -241,6 +241,19 @@ def test_each_mode_needs_less_of_the_device_than_the_one_before(files):
     assert needs[0].host_bytes == 0 < needs[1].host_bytes
 
 
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    [
+        (Mode(), set()),
+        (Mode(park_encoders=True), {"text encoder", "autoencoder"}),
+        (Mode(offload=Offload.MODEL), {"text encoder", "autoencoder", "transformer"}),
+        (Mode(offload=Offload.BLOCK), {"text encoder", "autoencoder", "transformer blocks"}),
+    ],
+)
+def test_what_waits_on_the_host_waits_there_once(files, mode, parts):
+    assert memory.needed(files, **VIDEO, mode=mode).host.keys() == parts
+
+
 def test_options_take_from_the_device_what_they_say(files):
     plain = memory.needed(files, **VIDEO)
     on_cpu = memory.needed(files, **VIDEO, mode=Mode(text_encoder_on_cpu=True))
