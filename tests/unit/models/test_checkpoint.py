@@ -1,5 +1,6 @@
 """Model folders load strictly, and whatever is wrong with one is said with file and names."""
 
+import math
 import os
 
 import pytest
@@ -162,6 +163,18 @@ def test_a_truncated_file_is_named(native_root, name, size):
     with pytest.raises(errors.UnreadableWeightsError) as caught:
         load(native_root)
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_refused(native_root, edit_tensors, value):
+    """Their videos would look like those of a bad machine."""
+
+    def spoil(tensors):
+        tensors["head.head.weight"][3, 5] = value
+
+    edit_tensors(native_root / DIT, spoil)
+    with pytest.raises(errors.UnreadableWeightsError, match=r"head\.head\.weight holds NaN or inf"):
+        load(native_root)
 
 
 @pytest.mark.parametrize(
