@@ -282,6 +282,22 @@ def test_the_last_frames_of_a_device_beside_are_looked_at_too(
         render(spec(num_frames=9))
 
 
+def test_frames_of_a_device_beside_that_nobody_wants_are_waited_for(
+    render, spec, device_beside, monkeypatch
+):
+    """Else a fault of theirs would be the next job's."""
+    waited = []
+    monkeypatch.setattr(pipeline.FramesUnderWay, "wait", lambda frames: waited.append(frames))
+
+    def reached(stage, step, _steps):
+        if (stage, step) == ("decode", 1):
+            raise errors.AttemptCancelled
+
+    with pytest.raises(errors.AttemptCancelled):
+        render(spec(num_frames=9), reached=reached)
+    assert len(waited) == 1
+
+
 def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, monkeypatch):
     broken = networks.transformer.head.head.bias.clone()
     broken[0] = float("nan")
