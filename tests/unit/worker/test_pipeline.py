@@ -136,6 +136,18 @@ def test_every_stage_has_its_seconds(model, cpu, spec):
     assert all(seconds > 0 for seconds in timings.seconds.values())
 
 
+def test_what_needs_no_device_does_not_wait_for_it():
+    """It works for the next job by then."""
+    waited = []
+    timings = stopwatch.Timings(lambda: waited.append(stage))
+    for stage in ("denoise", "mux"):
+        with timings.stage(stage):
+            pass
+    with timings.stage("decode", waits=False):
+        pass
+    assert waited == ["denoise"]
+
+
 def test_a_stage_that_raises_has_its_seconds_too(cpu):
     timings = stopwatch.Timings()
     with pytest.raises(errors.AttemptCancelled), timings.stage("denoise"):
@@ -266,6 +278,11 @@ def test_frames_of_a_device_that_works_beside_are_the_same_in_the_same_order(
     _, beside = render(spec(num_frames=13))
     assert [len(chunk) for chunk in beside] == [len(chunk) for chunk in one_by_one]
     assert torch.equal(torch.cat(beside), torch.cat(one_by_one))
+
+
+def test_frames_that_wait_for_ffmpeg_hold_no_memory_of_the_way_to_the_host(device_beside):
+    under_way = pipeline.FramesUnderWay(torch.zeros(1, 3, 1, 2, 2))
+    assert under_way.arrived().data_ptr() != under_way._frames_THWC.data_ptr()
 
 
 def test_the_last_frames_of_a_device_beside_are_looked_at_too(
