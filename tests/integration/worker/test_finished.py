@@ -72,6 +72,14 @@ def test_its_lease_is_renewed_when_half_of_it_is_over(host, look):
     assert host.attempt(folder).lease_until > first
 
 
+def test_one_that_waits_says_so_from_the_first_look_on(host, look):
+    """Also while the lease that its worker left it with is still long."""
+    folder = host.finished()
+    finished.renew(host.db, host.config, folder, note=None)
+    look()
+    assert host.attempt(folder).note == "waits for its upload"
+
+
 def test_a_cancel_of_one_that_waits_is_heard_at_the_next_look(host, look):
     folder = host.finished()
     look()

@@ -74,6 +74,7 @@ def test_weights_that_are_being_hashed_hold_up_no_device(host, slow_hashes, ende
     made.tail.wait()
     assert {host.attempts(job.id)[0].state for job in jobs} == {states.AttemptState.RENDERED}
     assert made.tally.held == set()
+    assert made.renderer.num_waiting() == 0
 
 
 def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes):

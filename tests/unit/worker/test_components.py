@@ -12,7 +12,7 @@ import safetensors.torch
 import structlog
 import torch
 
-from models import layout, memory
+from models import layout, memory, quantization, quantized_files, rope
 from worker import components, errors, hashes, host_memory, room, wanted
 
 
@@ -245,7 +245,10 @@ def test_a_lora_on_a_pickle_keeps_copies_and_restores_from_them(warm, look, own_
     model = warm.model_for(lora)
     assert not torch.equal(model.networks.transformer.head.modulation, tensors["head.modulation"])
     assert model._switchers["high_noise_model"].kept_bytes > 0
+    (accounted,) = warm.report(renders=0).resident
     assert warm.model_for(plain) is model
+    (kept,) = warm.report(renders=0).resident
+    assert kept.host_bytes == accounted.host_bytes
     state = model.networks.transformer.state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
 
@@ -287,6 +290,42 @@ def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, lo
     assert warm.model_for(plain) is not first
     found = warm.model_for(plain).networks.transformer.head.modulation
     assert torch.equal(found, tensors["head.modulation"])
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_told(
+    warm, look, own_models, monkeypatch
+):
+    """Else a LoRA would be merged into new weights beside old ones."""
+    load = components.checkpoint.load_text_to_video
+    path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
+
+    def load_and_replace(*arguments, **options):
+        networks = load(*arguments, **options)
+        safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"copied": "again"})
+        return networks
+
+    monkeypatch.setattr(components.checkpoint, "load_text_to_video", load_and_replace)
+    with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
+        warm.model_for(look(**WITH_LORA))
+
+
+def test_frames_are_decoded_in_the_type_that_each_look_asks_for(warm, look):
+    asked = {None: torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+    found = {name: warm.model_for(look(vae_dtype=name)).networks.vae.dtype for name in asked}
+    assert found == asked
+
+
+def test_a_refused_lora_leaves_none_in_the_report(warm, look, own_models):
+    """What is merged after a failure is not known."""
+    path = own_models / "style.safetensors"
+    safetensors.torch.save_file({"other": torch.zeros(1)}, path)
+    warm.model_for(look(**WITH_LORA))
+    assert [told.loras for told in warm.report(renders=0).resident] == [
+        (WITH_LORA["loras"][0]["path"],)
+    ]
+    with pytest.raises(errors.LoraUnfit):
+        warm.model_for(look(base="original", loras=[{"path": path.name}]))
+    assert [told.loras for told in warm.report(renders=0).resident] == [()]
 
 
 def test_models_that_fit_stay_warm_side_by_side(warm, look):
@@ -343,6 +382,42 @@ def test_copies_for_loras_are_accounted_on_the_host(warm, look, tmp_path):
     copies = with_lora.host_resident - plain.host_resident
     assert copies >= pickled.stat().st_size * 0.9
     assert plain.kept_beside(with_lora).host_resident == with_lora.host_resident
+
+
+def test_what_a_look_asks_for_is_in_its_need(warm, look, own_models):
+    """Frames in fp32, and a LoRA beside weights in 8 bits."""
+    quantized = own_models / "fp8.safetensors"
+    quantized_files.write(layout.find(own_models / "tiny"), quantized, quantization.Scheme.FP8)
+
+    def resident_bytes(**changes):
+        asked = look(**changes)
+        files = wanted.find(asked, own_models)
+        need = wanted.needed(asked, files, wanted.mode_of(asked), own_models)
+        return need.resident_bytes
+
+    assert resident_bytes(vae_dtype="fp32") > resident_bytes(vae_dtype="bf16")
+    in_fp8 = {"transformer": quantized.name}
+    assert resident_bytes(**in_fp8, loras=WITH_LORA["loras"]) > resident_bytes(**in_fp8)
+
+
+def test_a_model_whose_going_would_not_help_stays(warm, look, monkeypatch):
+    """It is on the device alone, and main memory is short."""
+    none = {"device_resident": 0, "device_peak": 0, "host_resident": 0, "host_peak": 0}
+    shares = [room.Share(**none | {"device_resident": 8}), room.Share(**none | {"host_peak": 8})]
+    monkeypatch.setattr(room, "share_of", lambda *_: shares.pop(0))
+    warm.model_for(look())
+    warm.host_bytes = 7
+    with pytest.raises(errors.HostOutOfMemory):
+        warm.model_for(look(model_path="other"))
+    assert [told.device_bytes for told in warm.report(renders=0).resident] == [8]
+
+
+def test_memory_of_a_model_that_goes_is_given_back(warm, look):
+    """Tables for its sizes go with it, and so does what the allocators keep for their next use."""
+    warm.model_for(look())
+    rope.table((1, 1, 1), 12, warm.device.torch_device, torch.float32)
+    warm.step_down(look())
+    assert rope.table.cache_info().currsize == 0
 
 
 def test_too_little_main_memory_is_refused_before_it_is_taken(warm, look):
