@@ -267,8 +267,7 @@ def _mistake(url: str) -> str | None:
 
 
 def _wrong(message: str) -> errors.InvalidInput:
-    problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
-    return errors.InvalidInput("settings", [problem])
+    return errors.invalid("settings", f"CELERY_BROKER_URL {message}")
 
 
 def _refusal_of(pipeline: Pipeline) -> str | None:

@@ -103,7 +103,7 @@ def shown(url: URL) -> str:
 
 def _wrong_url(what: str) -> errors.InvalidInput:
     message = f"DATABASE_URL {what}; give postgresql://user:password@host/name or sqlite:///file.db"
-    return errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+    return errors.invalid("settings", message)
 
 
 def _of_user(file: str) -> str:

@@ -222,7 +222,7 @@ def _replaced(file: Path) -> str:
 
 def _not_ours(folder: Path, why: str) -> errors.InvalidInput:
     message = f"{why} give another folder, or none for one named like the batch"
-    return errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+    return errors.invalid(str(folder), message)
 
 
 def _batch_of_manifest(folder: Path) -> str:

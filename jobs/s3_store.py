@@ -464,8 +464,7 @@ def _clients(options: S3Options) -> tuple["S3Client", "S3Client"]:
     try:
         return _made_clients(options)
     except (BotoCoreError, ValueError, OSError) as error:  # such as an AWS_PROFILE not there
-        problem = errors.Problem(line=None, message=f"object store: {error}")
-        raise errors.InvalidInput("settings", [problem]) from error
+        raise errors.invalid("settings", f"object store: {error}") from error
 
 
 def _made_clients(options: S3Options) -> tuple["S3Client", "S3Client"]:

@@ -498,23 +498,19 @@ def load(**overrides: object) -> Settings:
         _check_lines(Path(".env"))
         return Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
     except UnicodeDecodeError as error:
-        problem = errors.Problem(line=None, message=f".env: not UTF-8 text ({error.reason})")
-        raise errors.InvalidInput("settings", [problem]) from None
+        raise errors.invalid("settings", f".env: not UTF-8 text ({error.reason})") from None
     except ValidationError as error:
         problems = [
-            errors.Problem(
-                line=None,
-                message=f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
-                + (
-                    f" (given: {str(detail['input'])[:80]!r})"
-                    if isinstance(detail["input"], str | int | float)
-                    and "url" not in str(detail["loc"]).lower()
-                    else ""
-                ),
+            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
+            + (
+                f" (given: {str(detail['input'])[:80]!r})"
+                if isinstance(detail["input"], str | int | float)
+                and "url" not in str(detail["loc"]).lower()
+                else ""
             )
             for detail in error.errors()
         ]
-        raise errors.InvalidInput("settings", problems) from None
+        raise errors.invalid("settings", *problems) from None
 
 
 def _check_lines(dotenv: Path) -> None:
@@ -637,9 +633,7 @@ def _expanded(name: str, path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         message = f"{name}={path}: this machine has no user of this name with a home"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from None
+        raise errors.invalid("settings", message) from None
 
 
 def _home(sources: Iterable[PydanticBaseSettingsSource]) -> Path:
@@ -697,5 +691,5 @@ def _read_secret(name: str, path: Path) -> str:
         problem = f"cannot be read ({error})"
     if problem is not None:
         message = f"{name}={path}: {problem}"
-        raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("settings", message)
     return value

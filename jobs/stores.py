@@ -50,15 +50,9 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
     )
     _check_bundle(options)
     if bool(options.access_key_id) != bool(options.secret_access_key):
-        raise errors.InvalidInput(
+        raise errors.invalid(
             "settings",
-            [
-                errors.Problem(
-                    line=None,
-                    message="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, "
-                    "one of them is empty",
-                )
-            ],
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, one of them is empty",
         )
     return options
 
@@ -72,9 +66,7 @@ def _check_bundle(options: s3_store.S3Options) -> None:
         ssl.create_default_context(cafile=options.ca_bundle)
     except OSError as error:
         message = f"AWS_CA_BUNDLE={options.ca_bundle}: no file of certificates (PEM): {error}"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from error
+        raise errors.invalid("settings", message) from error
 
 
 def _endpoint(name: str, url: str | None) -> str | None:
@@ -83,7 +75,7 @@ def _endpoint(name: str, url: str | None) -> str | None:
     parts = _split(name, url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         message = f"{name}: must be http://host:port or https://host, got {_shown(parts)}"
-        raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("settings", message)
     return url
 
 
@@ -92,9 +84,7 @@ def _split(name: str, url: str) -> urllib.parse.SplitResult:
         return urllib.parse.urlsplit(url)
     except ValueError:  # its words may show a part of the password
         message = f"{name} is no address: an IPv6 address is written [::1]"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from None
+        raise errors.invalid("settings", message) from None
 
 
 def _folder_of(parts: urllib.parse.SplitResult) -> Path:
@@ -124,4 +114,4 @@ def _shown(parts: urllib.parse.SplitResult) -> str:
 
 def _bad_url(problem: str) -> errors.InvalidInput:
     message = f"must be s3://bucket/prefix or file:///absolute/folder: {problem}"
-    return errors.InvalidInput("RUSHES_RESULTS_URL", [errors.Problem(line=None, message=message)])
+    return errors.invalid("RUSHES_RESULTS_URL", message)

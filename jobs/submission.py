@@ -304,7 +304,7 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
         )
     if file.fingerprint() != file_fingerprint:
         message = "the file changed while it was read; submit it again"
-        raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
+        raise errors.invalid(file.source, message)
     fingerprint.update(file_fingerprint.encode())
     return Plan(
         prompts=prompts,
@@ -386,9 +386,7 @@ def check_options(options: Options) -> None:
         elif option == "name" and value and one_line.is_blank(value):
             problems.append("name must have a character that can be seen")
     if problems:
-        raise errors.InvalidInput(
-            "options", [errors.Problem(line=None, message=text) for text in problems]
-        )
+        raise errors.invalid("options", *problems)
 
 
 def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | None:

@@ -58,7 +58,7 @@ def _usable(config: settings.Settings, devices: str) -> str:
     """InvalidInput for devices that are not there, or that render nothing."""
     if devices.partition(":")[0] == "sim":
         message = f"{devices!r} only sleeps and takes no job of the demo: give auto or cpu:N"
-        raise errors.InvalidInput("--devices", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("--devices", message)
     try:
         parts.DEVICE_SLOTS.load()(devices, cores=1)
     except errors.GpusUnknown as error:

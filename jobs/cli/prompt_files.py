@@ -53,8 +53,7 @@ def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
     with opened:
         mode = os.fstat(opened.fileno()).st_mode
         if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not opened.isatty()):
-            problem = errors.Problem(line=None, message="is a device: give a file")
-            raise errors.InvalidInput(file, [problem])
+            raise errors.invalid(file, "is a device: give a file")
         if opened.seekable():
             yield opened, file
             return
@@ -77,7 +76,7 @@ def unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
         reason = "there is no such file"
     else:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    return errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+    return errors.invalid(file, reason)
 
 
 def detected(stream: BinaryIO, source: str) -> readers.Format:

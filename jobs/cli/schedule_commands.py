@@ -152,7 +152,7 @@ def _source(
     is_url = file.startswith("s3://")
     if file == prompt_files.STDIN or ("://" in file and not is_url):
         reason = "is neither a file, to be kept, nor s3://bucket/key, to be read at each firing"
-        raise errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+        raise errors.invalid(file, reason)
     data = firing.read_url(config, file) if is_url else _bytes(file)
     found = format_name or readers.detect_format(file, data[:4096])
     if is_url:
@@ -162,9 +162,7 @@ def _source(
     try:
         return {"prompts": data.decode(), "format": found}
     except UnicodeDecodeError:
-        raise errors.InvalidInput(
-            file, [errors.Problem(line=None, message="is not UTF-8: save the file as UTF-8")]
-        ) from None
+        raise errors.invalid(file, "is not UTF-8: save the file as UTF-8") from None
 
 
 def _bytes(file: str) -> bytes:

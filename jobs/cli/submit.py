@@ -137,8 +137,7 @@ def _deadline(text: str | None) -> datetime | timedelta | None:
     try:
         return None if text is None else deadlines.parse(text, now=datetime.now(UTC))
     except ValueError as error:
-        problem = errors.Problem(line=None, message=f"--deadline: {error}")
-        raise errors.InvalidInput("options", [problem]) from None
+        raise errors.invalid("options", f"--deadline: {error}") from None
 
 
 def _told_plan(prompts: submission.PromptFile, *, as_json: bool, quiet: bool) -> int:

@@ -39,7 +39,7 @@ def create(
 ) -> dict[str, Any]:
     """A prompt file (purpose `batch`) or an image (`vision`)."""
     if purpose not in PURPOSES:
-        raise service.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
+        raise errors.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
     if purpose == uploads.IMAGE:
         receiving.image(serving_, principal, file)
     return _shape(receiving.keep(serving_, principal, file, purpose=purpose))

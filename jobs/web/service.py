@@ -168,11 +168,11 @@ class Service:
         setting = "RUSHES_DEFAULT_IMAGE_PRESET" if with_image else "RUSHES_DEFAULT_PRESET"
         how = "name a preset as the model (GET /api/presets lists them)"
         if name is None:
-            raise invalid("model", f"{how}, or set {setting}")
+            raise errors.invalid("model", f"{how}, or set {setting}")
         try:
             return presets.load(name, folder=self.config.presets_dir)
         except errors.NotFound:
-            raise invalid("model", f"{how}: that of {setting} is gone") from None
+            raise errors.invalid("model", f"{how}: that of {setting} is gone") from None
 
     def submit(
         self,
@@ -244,7 +244,3 @@ def of(request: Request) -> Service:
 
 def names(text: str | None) -> frozenset[str]:
     return frozenset(part.strip().lower() for part in (text or "").split(",") if part.strip())
-
-
-def invalid(source: str, message: str) -> errors.InvalidInput:
-    return errors.InvalidInput(source, [errors.Problem(line=None, message=message)])
