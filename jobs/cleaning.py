@@ -197,8 +197,8 @@ class Cleaner:
         with self._db.reading() as session:
             ids = list(expiry.forgotten(session))
         for batch_id in ids:
-            while (deleted := self._db.write(expiry.delete_jobs, batch_id)).jobs:
-                tally.add("jobs", deleted.jobs)
+            while deleted := self._db.write(expiry.delete_jobs, batch_id):
+                tally.add("jobs", deleted)
             self._db.write(expiry.delete_batch, batch_id)
             tally.add("batches", 1)
 

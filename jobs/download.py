@@ -275,7 +275,6 @@ def follow(
     folder: Path,
     *,
     sidecars: bool,
-    interval_seconds: float = WATCH_SECONDS,
 ) -> Iterator[Outcome]:
     """Fetch each video when it is there, until the batch is finished and its files are written.
 
@@ -283,7 +282,7 @@ def follow(
     """
     good: set[int] = set()
     bad: set[int] = set()
-    pause = interval_seconds
+    pause = WATCH_SECONDS
     while True:
         began = time.monotonic()
         try:
@@ -302,10 +301,10 @@ def follow(
             if is_last:
                 yield from fetch_result_files(db, store, batch, folder)
                 return
-            pause = max(interval_seconds, IDLE_PER_LOOK * (time.monotonic() - began))
+            pause = max(WATCH_SECONDS, IDLE_PER_LOOK * (time.monotonic() - began))
         except (OperationalError, InterfaceError, storage.StorageUnavailable) as error:
             log.warning("download.waits", error=str(error)[:200])
-            pause = min(max(2 * pause, interval_seconds), LONGEST_PAUSE_SECONDS)
+            pause = min(max(2 * pause, WATCH_SECONDS), LONGEST_PAUSE_SECONDS)
         time.sleep(pause)
 
 

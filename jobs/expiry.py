@@ -5,7 +5,6 @@ and old; from then on it cannot be reopened. So a run that was killed is gone on
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -116,16 +115,8 @@ def forgotten(session: Session) -> Sequence[str]:
     ).all()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deleted:
-    """Rows."""
-
-    jobs: int
-    attempts: int
-
-
-def delete_jobs(session: Session, batch_id: str) -> Deleted:
-    """Some of the jobs of a forgotten batch, with their attempts; none are left after zero jobs."""
+def delete_jobs(session: Session, batch_id: str) -> int:
+    """Some of the jobs of a forgotten batch, with their attempts; how many. Zero: none are left."""
     ids = session.scalars(
         select(Job.id)
         .join(Batch, Batch.id == Job.batch_id)
@@ -137,9 +128,8 @@ def delete_jobs(session: Session, batch_id: str) -> Deleted:
     ).all()
     of_them = Attempt.job_id.in_(ids)
     totals.keep(session, totals.of_attempts(session, of_them))
-    attempts = _count(session.execute(delete(Attempt).where(of_them)))
-    jobs = _count(session.execute(delete(Job).where(Job.id.in_(ids))))
-    return Deleted(jobs=jobs, attempts=attempts)
+    session.execute(delete(Attempt).where(of_them))
+    return _count(session.execute(delete(Job).where(Job.id.in_(ids))))
 
 
 def delete_batch(session: Session, batch_id: str) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_CHARS = 100
 CHUNK_BYTES = 1 << 16
-MAX_ADDRESSES = 4  # of one host, tried one after another
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 
@@ -454,11 +453,11 @@ def _body(response: http.client.HTTPResponse, shown: str, limits: Limits) -> byt
 # Decoding.
 
 
-def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
+def decode_rgb(data: bytes) -> "Image.Image":
     """The image as a viewer shows it, 8-bit sRGB: upright by EXIF, transparent parts white."""
     from PIL import ImageOps
 
-    with _decoded(data, "image", limits) as image:
+    with _decoded(data, "image", LIMITS) as image:
         fmt = image.format
         with contextlib.suppress(*DECODER_ERRORS):  # broken EXIF turns nothing
             ImageOps.exif_transpose(image, in_place=True)

@@ -18,6 +18,7 @@ from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
 STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
+ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
 
@@ -148,23 +149,23 @@ def attempt_before_newest(session: Session, number: int) -> int:
 
 
 def attempts_of_batch(
-    session: Session, batch_id: str, *, after: int = 0, limit: int = 1_000
+    session: Session, batch_id: str, *, after: int = 0
 ) -> Sequence[tuple[Job, Attempt]]:
-    """In the order in which they began; `after` is the id of the last attempt seen."""
+    """Some, in the order in which they began; `after` is the id of the last attempt seen."""
     rows = session.execute(
         select(Job, Attempt)
         .join(Attempt, Attempt.job_id == Job.id)
         .where(Job.batch_id == batch_id, Attempt.id > after)
         .order_by(Attempt.id)
-        .limit(limit)
+        .limit(ROWS_AT_ONCE)
     ).all()
     return [(row[0], row[1]) for row in rows]
 
 
 def jobs_with_results(
-    session: Session, batch_id: str, *, after: int = -1, limit: int = 1_000
+    session: Session, batch_id: str, *, after: int = -1
 ) -> Sequence[tuple[Job, Attempt | None]]:
-    """Every job in the order of the file, each finished one with the attempt of its video."""
+    """Some jobs in the order of the file, each finished one with the attempt of its video."""
     rows = session.execute(
         select(Job, Attempt)
         .outerjoin(
@@ -172,7 +173,7 @@ def jobs_with_results(
         )
         .where(Job.batch_id == batch_id, Job.position > after)
         .order_by(Job.position)
-        .limit(limit)
+        .limit(ROWS_AT_ONCE)
     ).all()
     return [(row[0], row[1]) for row in rows]
 

@@ -115,13 +115,13 @@ def cells(text: str) -> int:
     )
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; the cells may be styled."""
     whole = [list(headers), *map(list, rows)]
     widths = [max(_shown_cells(row[column]) for row in whole) for column in range(len(headers))]
     for row in whole:
         padded = [cell + " " * (widths[i] - _shown_cells(cell)) for i, cell in enumerate(row)]
-        line((indent + "  ".join(padded)).rstrip())
+        line("  ".join(padded).rstrip())
 
 
 def _shown_cells(cell: str) -> int:

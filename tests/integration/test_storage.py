@@ -287,10 +287,10 @@ def test_links_point_to_the_public_endpoint_and_everything_else_does_not(s3):
     assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in link
 
 
-def test_a_bucket_without_prefix_is_a_store(s3, s3_server):
-    values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{s3_server.bucket}/"})
+def test_a_bucket_without_prefix_is_a_store(s3):
+    values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{servers.BUCKET}/"})
     store = stores.open_store(values)
-    assert store.url == f"s3://{s3_server.bucket}"
+    assert store.url == f"s3://{servers.BUCKET}"
     store.put_bytes(b"x", "top-level", content_type="text/plain")
     assert "top-level" in list(store.list("top"))
     store.delete("top-level")
