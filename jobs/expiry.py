@@ -10,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    CursorResult,
     Select,
     delete,
     exists,
@@ -129,7 +128,7 @@ def delete_jobs(session: Session, batch_id: str) -> int:
     of_them = Attempt.job_id.in_(ids)
     totals.keep(session, totals.of_attempts(session, of_them))
     session.execute(delete(Attempt).where(of_them))
-    return _count(session.execute(delete(Job).where(Job.id.in_(ids))))
+    return database.row_count(session.execute(delete(Job).where(Job.id.in_(ids))))
 
 
 def delete_batch(session: Session, batch_id: str) -> None:
@@ -234,7 +233,7 @@ def delete_rows(session: Session, table: type[Base], which: ColumnElement[bool])
         ended = session.scalars(delete(Firing).where(which).returning(Firing.state)).all()
         totals.keep(session, totals.of_firings(ended))
         return len(ended)
-    return _count(session.execute(delete(table).where(which)))
+    return database.row_count(session.execute(delete(table).where(which)))
 
 
 def has_old_key(before: datetime) -> ColumnElement[bool]:
@@ -244,7 +243,7 @@ def has_old_key(before: datetime) -> ColumnElement[bool]:
 def drop_keys(session: Session, before: datetime) -> int:
     """The batches stay; only their idempotency keys are free again."""
     dropped = update(Batch).where(has_old_key(before)).values(idempotency_key=None)
-    return _count(session.execute(dropped))
+    return database.row_count(session.execute(dropped))
 
 
 def live_attempts(session: Session, ids: Sequence[int]) -> set[tuple[str, int]]:
@@ -266,9 +265,6 @@ def known_batches(session: Session, ids: Collection[str]) -> set[str]:
 def _marked(session: Session, found: Select[str], **values: Any) -> int:
     # Locked one by one in order, and looked at again under the lock: one may have been reopened.
     ids = session.scalars(found.order_by(Batch.id).limit(BATCHES_AT_ONCE).with_for_update()).all()
-    return _count(session.execute(update(Batch).where(Batch.id.in_(ids)).values(values)))
-
-
-def _count(result: Any) -> int:
-    assert isinstance(result, CursorResult)
-    return result.rowcount
+    return database.row_count(
+        session.execute(update(Batch).where(Batch.id.in_(ids)).values(values))
+    )

@@ -99,7 +99,7 @@ def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[in
         .values(cancel_requested=True, **why)
     )
     cancelled = _cancel_queued(session, batch_id, [Job.id.in_(ids)], database.now(session), why)
-    return cancelled, moves.row_count(asked)
+    return cancelled, database.row_count(asked)
 
 
 def pause_batch(session: Session, batch_id: str) -> bool:
@@ -149,7 +149,7 @@ def _change_queued(
 ) -> bool:
     is_queued = Job.state == states.JobState.QUEUED
     changed = session.execute(update(Job).where(Job.id == job_id, is_queued, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def unsend(session: Session, job_ids: Collection[int]) -> None:
@@ -165,7 +165,7 @@ def _change_batch(
     session: Session, batch_id: str, *which: ColumnElement[bool], **values: Any
 ) -> bool:
     changed = session.execute(update(Batch).where(Batch.id == batch_id, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def cancel_job(session: Session, job_id: int) -> states.JobState:
@@ -186,7 +186,7 @@ def _cancel_queued(
     now: datetime,
     why: dict[str, Any],
 ) -> int:
-    cancelled = moves.row_count(
+    cancelled = database.row_count(
         session.execute(
             update(Job)
             .where(Job.state == states.JobState.QUEUED, *which)
@@ -222,7 +222,7 @@ def retry_jobs(
         )
         if job_ids is not None:
             statement = statement.where(Job.id.in_(job_ids))
-        reopened = moves.row_count(
+        reopened = database.row_count(
             session.execute(
                 statement.values(
                     state=states.JobState.QUEUED,
@@ -268,7 +268,7 @@ def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> 
     if job_ids is not None:
         statement = statement.where(Job.id.in_(job_ids))
     let = statement.values(cancel_requested=False, failure_kind=None, error=None)
-    return moves.row_count(session.execute(let))
+    return database.row_count(session.execute(let))
 
 
 def check_not_expired(session: Session, batch_id: str) -> None:

@@ -13,8 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
-from sqlalchemy import URL, Executable, func, select, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import URL, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -499,7 +498,7 @@ def _queued(session: Session, owner: str) -> int:
 
 
 def _store_owner(session: Session, name: str) -> None:
-    session.execute(_insert_new(session, Owner), [{"name": name}])
+    session.execute(database.insert(session, Owner).on_conflict_do_nothing(), [{"name": name}])
 
 
 def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
@@ -514,13 +513,7 @@ def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
         }
         for look_id, look in sorted(known.items())
     ]
-    session.execute(_insert_new(session, schema.Look), rows)
-
-
-def _insert_new(session: Session, table: type[schema.Base]) -> Executable:
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    insert = sqlite.insert(table) if is_sqlite else postgresql.insert(table)
-    return insert.on_conflict_do_nothing()
+    session.execute(database.insert(session, schema.Look).on_conflict_do_nothing(), rows)
 
 
 def _kept(order: Order) -> tuple[Any, ...]:
