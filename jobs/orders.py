@@ -17,7 +17,7 @@ STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a se
 
 
 def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
-    """From now on no job of it starts. `cancel_batch` then stops what is there.
+    """From now on no job of it starts. `go_on_cancelling` then stops what is there.
 
     How many wait and how many run at this moment: all that this request will stop, whoever does
     it. (0, 0) if that was asked for before.
@@ -33,18 +33,12 @@ def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
     return (0, 0) if found is None else (found.queued, found.running)
 
 
-def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
+def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
     """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to).
 
     At most STOPPED_AT_ONCE queued ones: then the dispatcher goes on, or whoever calls this again.
+    (0, 0) where nothing is left, and where its jobs have been asked for again meanwhile.
     """
-    stopped = _stop_jobs(session, batch_id, {})
-    request_cancel(session, batch_id)
-    return stopped
-
-
-def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
-    """The same, unless its jobs have been asked for again meanwhile: (0, 0)."""
     is_asked = Batch.cancel_requested_at.is_not(None)
     if session.scalar(select(Batch.id).where(Batch.id == batch_id, is_asked)) is None:
         return 0, 0

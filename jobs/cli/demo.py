@@ -8,10 +8,10 @@ from pathlib import Path
 
 from jobs import (
     broker,
+    cancelling,
     database,
     direct,
     errors,
-    orders,
     parts,
     presets,
     queries,
@@ -46,7 +46,7 @@ def run(config: settings.Settings, *, devices: str) -> int:
             last = _follow(db, batch_id)
         except BaseException:
             # Not left behind for whoever starts a worker here next.
-            db.write(orders.cancel_batch, batch_id)
+            cancelling.cancel_batch(db, batch_id)
             raise
         _tell_where(farm, db, batch_id)
         stopping = "; stopping what was started" if farm.children else ""

@@ -211,7 +211,7 @@ def test_who_cancels_hears_of_all_that_stops_even_if_the_dispatcher_is_faster(
     def write_as_a_dispatcher_looks(change: Any, *given: Any) -> Any:
         found = write(change, *given)
         if change is orders.request_cancel:
-            assert write(orders.cancel_batch, batch_id) == (2, 1)
+            assert write(orders.go_on_cancelling, batch_id) == (2, 1)
         return found
 
     with monkeypatch.context() as patch:
