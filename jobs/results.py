@@ -4,6 +4,8 @@ batches/<batch>/jobs/<job>/<attempt>/video.mp4    and video.json, its sidecar
 batches/<batch>/output.jsonl                      a line per finished video
 batches/<batch>/errors.jsonl                      a line per job without one
 batches/<batch>/manifest.json                     written last: the batch is complete
+
+Beside them lie input images and uploads, below inputs/: see `uploads`.
 """
 
 import json

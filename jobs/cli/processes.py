@@ -1,4 +1,4 @@
-"""The commands that keep running: dispatcher, worker, up, demo."""
+"""`rushes dispatcher`, `rushes worker`, `rushes up`, `rushes web` and `rushes demo`."""
 
 import signal
 import threading

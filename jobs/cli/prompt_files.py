@@ -1,4 +1,4 @@
-"""The file and the preset that `rushes submit` and `rushes estimate` are given."""
+"""The file and the preset that `rushes submit`, `estimate` and `render` are given."""
 
 import os
 import shutil
