@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, one_line, outside, settings, storage, stores
+from jobs import errors, one_line, outside, settings, storage, stores, uploads
 
 if TYPE_CHECKING:
     from PIL import Image, ImageCms, ImageFile
@@ -128,7 +128,7 @@ class FetchedImage:
     @property
     def key(self) -> str:
         """Where it lies in the store."""
-        return f"inputs/{self.sha256[:2]}/{self.sha256}"
+        return uploads.shared_key(self.sha256)
 
     @property
     def content_type(self) -> str:

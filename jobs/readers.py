@@ -23,6 +23,7 @@ BOTH_GIVEN = "and image are both given: keep one"
 
 # Which format a file is.
 
+HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -552,7 +552,7 @@ def _jobs(
                 negative,
                 image_key,
                 # A repetition keeps the prompt's seed, counted on: a drawn one is drawn anew.
-                drawn_seed() if seed is None else (seed + repetition) % (presets.MAX_SEED + 1),
+                drawn_seed() if seed is None else (seed + repetition) % (looks.MAX_SEED + 1),
                 meta,
                 rank,
                 queue_of[model_path],

@@ -128,7 +128,7 @@ def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
 def _manifest(batch: Batch, store: storage.ObjectStore | None) -> str | None:
     if batch.manifest_at is None or batch.results_expired_at is not None or store is None:
         return None
-    return store.address(results.batch_key(batch.id, "manifest.json"))
+    return store.address(results.batch_key(batch.id, results.MANIFEST))
 
 
 def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:

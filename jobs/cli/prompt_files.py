@@ -15,7 +15,6 @@ import click
 from jobs import errors, inputs, presets, readers, settings, stores
 from jobs.cli import output
 
-HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
 STDIN = "-"
 
 
@@ -81,4 +80,4 @@ def unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
 
 def detected(stream: BinaryIO, source: str) -> readers.Format:
     stream.seek(0)
-    return readers.detect_format(source, stream.read(HEAD_BYTES))
+    return readers.detect_format(source, stream.read(readers.HEAD_BYTES))

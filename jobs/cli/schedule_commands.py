@@ -154,7 +154,7 @@ def _source(
         reason = "is neither a file, to be kept, nor s3://bucket/key, to be read at each firing"
         raise errors.invalid(file, reason)
     data = firing.read_url(config, file) if is_url else _bytes(file)
-    found = format_name or readers.detect_format(file, data[:4096])
+    found = format_name or readers.detect_format(file, data[: readers.HEAD_BYTES])
     if is_url:
         return {"prompts_url": file, "format": found}
     if len(data) > schedules.MAX_PROMPT_BYTES:  # cut, perhaps amid a character

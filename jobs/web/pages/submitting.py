@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, one_line, presets, prompt_row, queries, readers, submission
+from jobs import errors, looks, one_line, presets, prompt_row, queries, readers, submission
 from jobs.web import access, batches, bodies, html, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
@@ -212,8 +212,8 @@ def _settings(given: Given, found: Complaints) -> dict[str, Any]:
     if isinstance(strength, str):
         found.add("strength", f"The strength must be a number such as 0.8, got {strength!r}.")
         strength = 1
-    if len(names) > prompt_row.MAX_LORAS:
-        found.add("lora", f"There may be at most {prompt_row.MAX_LORAS} LoRAs, got {len(names)}.")
+    if len(names) > looks.MAX_LORAS:
+        found.add("lora", f"There may be at most {looks.MAX_LORAS} LoRAs, got {len(names)}.")
     elif names:
         settings["lora"] = [
             {"path" if "/" in name else "name": name, "strength": strength} for name in names
@@ -301,7 +301,7 @@ def _stored(
     if given.has_file:
         assert given.file is not None
         stream, source = given.file.file, given.file.filename or "file"
-        format = readers.detect_format(source, stream.read(batches.HEAD_BYTES))
+        format = readers.detect_format(source, stream.read(readers.HEAD_BYTES))
     try:
         return serving.submit(
             stream,
