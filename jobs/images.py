@@ -374,31 +374,21 @@ def _get(
         connect_seconds=limits.connect_seconds,
         read_seconds=limits.read_seconds,
     )
-    # A server that sends a byte now and then keeps every timeout of a socket from running out.
-    watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
-    watch.daemon = True
-    watch.start()
-    try:
-        connection.request(
-            "GET",
-            place.target,
-            headers={"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"},
-        )
-        answer = _answer(connection.getresponse(), shown, limits)
-        if connection.is_cut:  # which reads like an end
-            raise TimeoutError
-    except ssl.SSLCertVerificationError as error:
-        raise ImageUnusable(
-            shown, f"its certificate is not trusted: {error.verify_message}"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        if connection.is_cut or time.monotonic() >= deadline:
-            raise _too_slow(shown, limits) from None
-        reason = outside.reason(error)
-        raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
-    finally:
-        watch.cancel()
-        connection.close()
+    headers = {"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"}
+    with connection.until(deadline):
+        try:
+            connection.request("GET", place.target, headers=headers)
+            answer = _answer(connection.getresponse(), shown, limits)
+            if connection.is_cut:  # which reads like an end
+                raise TimeoutError
+        except ssl.SSLCertVerificationError as error:
+            why = f"its certificate is not trusted: {error.verify_message}"
+            raise ImageUnusable(shown, why) from None
+        except (OSError, http.client.HTTPException) as error:
+            if connection.is_cut or time.monotonic() >= deadline:
+                raise _too_slow(shown, limits) from None
+            why = f"cannot be fetched: {outside.reason(error)}; try again later"
+            raise ImageUnreachable(shown, why) from None
     return answer
 
 
