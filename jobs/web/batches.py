@@ -111,7 +111,7 @@ def submit(
     made = serving.submit_rows(
         new.prompts,
         options=options(serving, preset, principal, key=idempotency_key, **given),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 
@@ -147,7 +147,7 @@ def submit_file(
             repeat=repeat,
             skip_invalid=skip_invalid,
         ),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 

@@ -80,9 +80,9 @@ class VideoTask(BaseModel):
 @router.post("/tasks", include_in_schema=False)
 def create(task: VideoTask, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """One prompt, one video."""
-    found = images_for(serving, principal)
-    image = _image(task.image_path, found) if task.image_path else None
-    return _submit(task, image, found, serving, principal)
+    pictures = images_for(serving, principal)
+    image = _image(task.image_path, pictures) if task.image_path else None
+    return _submit(task, image, pictures, serving, principal)
 
 
 @router.post("/tasks/video/form")
@@ -103,10 +103,10 @@ def create_by_form(
     for name, file in (("last_frame_file", last_frame_file), ("audio_file", audio_file)):
         if file is not None and file.filename:
             raise HTTPException(400, f"{name}: no model here has a use for it")
-    found = images_for(serving, principal)
+    pictures = images_for(serving, principal)
     image = None
     if image_file is not None and image_file.filename:
-        image = found.give(receiving.image(serving, principal, image_file))
+        image = pictures.give(receiving.image(serving, principal, image_file))
     task = VideoTask(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -115,13 +115,13 @@ def create_by_form(
         target_video_length=target_video_length,
         num_frames=num_frames,
     )
-    return _submit(task, image, found, serving, principal)
+    return _submit(task, image, pictures, serving, principal)
 
 
 def _submit(
     task: VideoTask,
     image: str | None,
-    found: images.WebImages,
+    pictures: images.WebImages,
     serving: service.Service,
     principal: access.Principal,
 ) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _submit(
             options=options(
                 serving, serving.default_preset(with_image=image is not None), principal
             ),
-            found=found,
+            pictures=pictures,
             beside=beside,
         )
     except errors.InvalidInput as error:
@@ -183,13 +183,13 @@ def _one(task: VideoTask, old: str, new: str) -> Any:
     return given[0] if given else None
 
 
-def _image(text: str, found: images.WebImages) -> str:
+def _image(text: str, pictures: images.WebImages) -> str:
     """What the row calls the image. Their clients send base64, with or without `data:`."""
     if re.match(r"https?://", text) or text.startswith((images.UPLOAD, "s3://")):
         return text
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return found.give(base64.b64decode("".join(data.split()), validate=True))
+        return pictures.give(base64.b64decode("".join(data.split()), validate=True))
     except (binascii.Error, ValueError):
         raise HTTPException(
             400,

@@ -85,7 +85,7 @@ def _submitted(
                 options=options(
                     serving, preset, principal, deadline=WINDOWS[new.completion_window]
                 ),
-                found=images_for(serving, principal),
+                pictures=images_for(serving, principal),
                 beside=beside,
             )
     return answer

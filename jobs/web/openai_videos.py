@@ -177,14 +177,14 @@ def create(
     principal: access.Submitter,
 ) -> dict[str, Any]:
     """One prompt, one video. Also takes `seed` and the other keys of a prompt file."""
-    found = images_for(serving, principal)
+    pictures = images_for(serving, principal)
     row = as_row(asked.fields)
     if asked.image is not None:
         if "image" in row:
             raise errors.invalid(REFERENCE, readers.BOTH_GIVEN)
-        row["image"] = found.give(asked.image)
+        row["image"] = pictures.give(asked.image)
     elif str(row.get("image")).startswith("data:"):
-        row["image"] = found.give(row["image"])
+        row["image"] = pictures.give(row["image"])
     preset = preset_of(serving, row.pop("model", None), with_image="image" in row)
     asked_model = asked.fields.get("model") or preset.name
     answer: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def create(
         answer.update(shape(session, job))
 
     serving.submit_rows(
-        [row], options=options(serving, preset, principal), found=found, beside=beside
+        [row], options=options(serving, preset, principal), pictures=pictures, beside=beside
     )
     return answer
 

@@ -181,7 +181,7 @@ class Service:
         source: str,
         format: readers.Format,
         options: submission.Options,
-        found: images.WebImages,
+        pictures: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
         fill: Callable[[prompt_row.PromptRow], prompt_row.PromptRow] | None = None,
     ) -> submission.Submission:
@@ -195,14 +195,14 @@ class Service:
             source=source,
             format=format,
             options=options,
-            images=found,
+            images=pictures,
             check=self.prompt_check,
             fill=fill,
         )
         try:
             made = submission.submit(self.db, file, beside=beside)
         finally:
-            found.close()
+            pictures.close()
         self.wake(made.is_new)
         return made
 
@@ -221,7 +221,7 @@ class Service:
         rows: Sequence[Mapping[str, Any]],
         *,
         options: submission.Options,
-        found: images.WebImages,
+        pictures: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
     ) -> submission.Submission:
         """As `submit`, for rows that came as JSON; a problem's line is a row's number from 1."""
@@ -231,7 +231,7 @@ class Service:
             source="prompts",
             format="jsonl",
             options=options,
-            found=found,
+            pictures=pictures,
             beside=beside,
         )
 

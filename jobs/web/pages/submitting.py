@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from jobs import errors, looks, one_line, presets, prompt_row, queries, readers, submission
-from jobs.web import access, batches, bodies, html, problems, receiving, service, system
+from jobs.web import access, batches, bodies, html, images, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -225,7 +225,7 @@ def _image(
     serving: service.Service,
     who: access.Principal,
     given: Given,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> dict[str, str]:
     if given.image is None or not given.image.filename:
@@ -242,7 +242,7 @@ def _checked(
     settings: dict[str, Any],
     options: submission.Options,
     given: Given,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> prompt_row.PromptRow | None:
     """The settings alone, checked as a prompt file of one row: what is wrong belongs to a field."""
@@ -267,17 +267,14 @@ def _checked(
                 elif not message.startswith(WHERE_IMAGES_LIE):
                     found.add(_field(message), message)
         if not found:
-            return next(_read(row), None)
+            return _read(row)
     return kept[0] if kept else None
 
 
-def _read(row: dict[str, Any]) -> Any:
+def _read(row: dict[str, Any]) -> prompt_row.PromptRow | None:
     lines = io.BytesIO(json.dumps(row).encode())
-    return (
-        item
-        for item in readers.read(lines, format="jsonl")
-        if isinstance(item, prompt_row.PromptRow)
-    )
+    read = readers.read(lines, format="jsonl")
+    return next((item for item in read if isinstance(item, prompt_row.PromptRow)), None)
 
 
 def _field(message: str) -> str:
@@ -292,7 +289,7 @@ def _stored(
     given: Given,
     options: submission.Options,
     default: prompt_row.PromptRow,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> submission.Submission | None:
     stream: BinaryIO = io.BytesIO(given.prompts.encode("utf-8", "replace"))
@@ -317,7 +314,7 @@ def _stored(
                 priority=options.priority,
                 skip_invalid=given.skip_invalid and given.has_file,
             ),
-            found=pictures,
+            pictures=pictures,
             fill=_filler(default),
         )
     except errors.InvalidInput as error:
