@@ -21,11 +21,9 @@ def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> No
     With --preset the name is a FILE, which is checked and not stored; else a BATCH: what is left.
     """
     if preset is None and Path(subject).is_file():
-        message = f"{subject} is a file: give --preset"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(f"{subject} is a file: give --preset")
     if preset is None and repeat != 1:
-        message = "--repeat is for a FILE: give --preset"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused("--repeat is for a FILE: give --preset")
     config = settings.load()
     db = connections.open_database(config)
     if preset is None:
@@ -39,9 +37,7 @@ def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> No
                 source=source,
                 format=prompt_files.detected(stream, source),
                 options=submission.Options(preset=look, repeat=repeat),
-                images=prompt_files.images(config, subject, check_only=True)
-                if look.look.needs_image
-                else None,
+                images=prompt_files.images(config, subject, look, check_only=True),
             )
             plan = submission.plan(file)
         waited_in = {queues.of_model(look.model_path) for look in file.looks.values()}

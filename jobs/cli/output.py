@@ -5,11 +5,14 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs import errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JOINERS = "\u200c\u200d"  # not printable by themselves, but parts of scripts and emoji
 MAX_CELL = 60
@@ -30,6 +33,14 @@ COLORS = {
     "running": "cyan",
     "rendered": "cyan",
 }
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Of rich: for pictures that change in place."""
+    from rich.console import Console
+
+    ctx = click.get_current_context(silent=True)
+    return Console(stderr=stderr, no_color=True if ctx is not None and ctx.color is False else None)
 
 
 def emit(value: object) -> None:

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import click
-
 from jobs import errors, inputs, presets, readers, settings, stores
-from jobs.cli import output
+from jobs.cli import options, output
 
 STDIN = "-"
 
@@ -23,12 +21,16 @@ def preset(name: str | None, config: settings.Settings) -> presets.Preset:
         known = presets.available(config.presets_dir)
         names = ", ".join(each.name for each in known if isinstance(each, presets.Preset))
         message = f"--preset is missing: give one of {names}, or the path of a preset file"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(message)
     return presets.load(name, folder=config.presets_dir)
 
 
-def images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.InputImages:
-    """Paths in the file start at its folder."""
+def images(
+    config: settings.Settings, file: str, preset: presets.Preset, *, check_only: bool
+) -> inputs.InputImages | None:
+    """Paths in the file start at its folder. None: the preset needs none."""
+    if not preset.look.needs_image:
+        return None
     return inputs.InputImages(
         config=config,
         base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),

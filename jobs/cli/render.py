@@ -142,9 +142,7 @@ def _read(
                 format=format_name or prompt_files.detected(stream, source),
                 options=submission.Options(preset=preset),
                 check=submission.prompt_check(config),
-                images=prompt_files.images(config, file, check_only=True)
-                if preset.look.needs_image
-                else None,
+                images=prompt_files.images(config, file, preset, check_only=True),
             )
         )
 

@@ -121,7 +121,7 @@ def _misfire(text: str) -> tuple[states.Misfire, int]:
         return policy, int(number or 1)
     except ValueError:
         message = f"--misfire must be skip, run_once or catch_up:N, got {text!r}"
-        raise click.UsageError(message, click.get_current_context()) from None
+        raise options.misused(message) from None
 
 
 def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
@@ -129,7 +129,7 @@ def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
     for name, items in map(_list, given):
         if name in lists:
             message = f"--list {name} is given twice: give all of its items at once, {name}=A,B"
-            raise click.UsageError(message, click.get_current_context())
+            raise options.misused(message)
         lists[name] = items
     return lists
 
@@ -137,8 +137,7 @@ def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
 def _list(text: str) -> tuple[str, list[str]]:
     name, equals, items = text.partition("=")
     if not equals:
-        message = f"--list must be NAME=A,B or NAME=@FILE, got {text!r}"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(f"--list must be NAME=A,B or NAME=@FILE, got {text!r}")
     if items.startswith("@"):
         lines = _bytes(items[1:]).decode("utf-8-sig", "replace").splitlines()
         return name, [line.strip() for line in lines if line.strip()]

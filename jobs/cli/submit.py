@@ -99,10 +99,9 @@ def submit(
     nothing: every bad line is told with its number.
     """
     if timeout is not None and not wait_for_it:
-        raise click.UsageError("--timeout is for --wait", click.get_current_context())
+        raise options.misused("--timeout is for --wait")
     if wait_for_it and dry_run:
-        message = "--wait is for a batch, and --dry-run makes none"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused("--wait is for a batch, and --dry-run makes none")
     config = settings.load()
     look = prompt_files.preset(preset, config)
     wanted |= {
@@ -117,9 +116,7 @@ def submit(
             format=format_name or prompt_files.detected(stream, source),
             options=submission.Options(preset=look, **wanted),
             check=submission.prompt_check(config),
-            images=prompt_files.images(config, file, check_only=dry_run)
-            if look.look.needs_image
-            else None,
+            images=prompt_files.images(config, file, look, check_only=dry_run),
         )
         if dry_run:
             return _told_plan(prompts, as_json=as_json, quiet=quiet)

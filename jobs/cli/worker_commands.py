@@ -114,7 +114,7 @@ def test_worker(name: str, no_wait: bool, timeout: float, as_json: bool) -> int:
     """
     ctx = click.get_current_context()
     if no_wait and ctx.get_parameter_source("timeout") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--timeout is for a wait: give it without --no-wait", ctx)
+        raise options.misused("--timeout is for a wait: give it without --no-wait")
     db = connections.open_database(settings.load())
     before = _find(db, name)
     db.write(health.ask_for_test, name)
