@@ -56,15 +56,18 @@ class LiveWorker:
         return _taken(self.worker.queues, {refusal.queue for refusal in self.refusals})
 
 
-def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
-    """Newest first; `before` is a batch id, for the next page."""
+def batches(
+    session: Session, *, limit: int, before: Batch | None = None, owner: str | None = None
+) -> Sequence[Batch]:
+    """Newest first; `before`: the last one seen, for the next page. `owner` None: everybody's."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
     statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    if owner is not None:
+        statement = statement.where(Batch.owner == owner)
     if before is not None:
-        last = find_batch(session, before)
+        same = Batch.created_at == before.created_at
         statement = statement.where(
-            (Batch.created_at < last.created_at)
-            | ((Batch.created_at == last.created_at) & (Batch.id < last.id))
+            (Batch.created_at < before.created_at) | (same & (Batch.id < before.id))
         )
     return session.scalars(statement).all()
 
@@ -336,14 +339,14 @@ def running_by_owner(session: Session) -> dict[str, int]:
     return {owner: int(number) for owner, number in counted}
 
 
-def open_jobs(session: Session) -> tuple[int, int]:
+def open_jobs(session: Session, *, owner: str | None = None) -> tuple[int, int]:
     """How many jobs are queued and how many run, from the counts of unfinished batches."""
-    queued, running = session.execute(
-        select(
-            func.coalesce(func.sum(Batch.queued), 0), func.coalesce(func.sum(Batch.running), 0)
-        ).where(Batch.finished_at.is_(None))
-    ).one()
-    return int(queued), int(running)
+    counts = select(func.sum(Batch.queued), func.sum(Batch.running))
+    counts = counts.where(Batch.finished_at.is_(None))
+    if owner is not None:
+        counts = counts.where(Batch.owner == owner)
+    queued, running = session.execute(counts).one()
+    return int(queued or 0), int(running or 0)
 
 
 def could_start(session: Session) -> bool:

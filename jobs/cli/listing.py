@@ -33,7 +33,8 @@ def list_batches(limit: int, before: str | None, as_json: bool) -> None:
     """List the batches, newest first."""
     db = connections.open_database(settings.load())
     with db.reading() as session:
-        found = queries.batches(session, limit=limit, before=before)
+        last = None if before is None else queries.find_batch(session, before)
+        found = queries.batches(session, limit=limit, before=last)
     if as_json:
         output.emit({"batches": [shapes.batch(row) for row in found]})
     elif found:
