@@ -142,10 +142,15 @@ class Database:
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
+    @property
+    def missing_file(self) -> Path | None:
+        """SQLite's, where it is not there: connecting would make it."""
+        file = self.url.database if self.is_sqlite else None
+        return Path(file) if file and not Path(file).exists() else None
+
     def require_file(self) -> None:
         """DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
-        file = self.url.database
-        if self.is_sqlite and file and not Path(file).exists():
+        if self.missing_file is not None:
             raise DatabaseUnavailable(
                 self.url,
                 "there is no such file: run this in the folder of `rushes up`, or set RUSHES_HOME "
