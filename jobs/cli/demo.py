@@ -15,6 +15,7 @@ from jobs import (
     parts,
     presets,
     queries,
+    results,
     servers,
     settings,
     standalone,
@@ -122,7 +123,7 @@ def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> 
     keys = [(job, attempt.video_key) for job, attempt in videos if attempt and attempt.video_key]
     if not keys:
         return
-    output.line(f"\n{len(keys)} videos in {store.address(f'batches/{batch_id}')}:")
+    output.line(f"\n{len(keys)} videos in {store.address(results.batch_folder(batch_id))}:")
     folder = _local_folder(farm)
     for job, key in keys:
         place = folder / key if folder else store.address(key)
