@@ -32,9 +32,9 @@ def shown(url: str) -> str:
 def internal_hosts(config: settings.Settings) -> frozenset[str]:
     """Hosts of our own network that notices may be sent to."""
     hosts = set()
-    for part in (config.notify_internal_hosts or "").split(","):
+    for part in settings.listed(config.notify_internal_hosts):
         with contextlib.suppress(outside.Refused):  # no address leads there
-            hosts.add(outside.host_of(part.strip()))
+            hosts.add(outside.host_of(part))
     return frozenset(hosts)
 
 

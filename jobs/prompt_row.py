@@ -220,11 +220,11 @@ def _check_one_lora(entry: Any) -> Lora:
     strength = entry.get("strength", 1.0)
     if type(strength) not in (int, float) or not -10 <= strength <= 10:
         raise Invalid(f"strength must be a number from -10 to 10, got {shown(strength)}")
-    where = {key: _check_image(entry[key]) for key in ("name", "path") if key in entry}
+    where = {key: _check_source(entry[key]) for key in ("name", "path") if key in entry}
     return Lora(**where, strength=float(strength))
 
 
-_check_image = _text_check(MAX_IMAGE_CHARS)
+_check_source = _text_check(MAX_IMAGE_CHARS)
 _check_above_0 = _whole_check(1, MAX_SIDE_OR_COUNT, told="above 0")
 
 
@@ -245,7 +245,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "num_frames": _check_count,
     "seconds": _check_seconds,
     "fps": _check_count,
-    "image": _check_image,
+    "image": _check_source,
     "lora": _check_lora,
     "metadata": check_metadata,
     "priority": _whole_check(-MAX_PRIORITY, MAX_PRIORITY),

@@ -420,7 +420,7 @@ class Settings(BaseSettings):
     @field_validator("web_names")
     @classmethod
     def _host_names(cls, value: str | None) -> str | None:
-        for part in _parts(value):
+        for part in listed(value):
             if not re.fullmatch(HOST_NAME, part) and not _is_address(part):
                 raise ValueError(f"must be names such as gpu.example, without port, got {part!r}")
         return value
@@ -428,7 +428,7 @@ class Settings(BaseSettings):
     @field_validator("web_cors_origins")
     @classmethod
     def _origins(cls, value: str | None) -> str | None:
-        for part in _parts(value):
+        for part in listed(value):
             if part == "*":
                 raise ValueError("must name each origin: with * any page could read all of ours")
             if not re.fullmatch(ORIGIN, part):
@@ -530,7 +530,7 @@ def _check_lines(dotenv: Path) -> None:
 
 def problems_of_proxies(given: str) -> list[errors.Problem]:
     """Of `FORWARDED_ALLOW_IPS`, which may be meant for other programs: for who believes them."""
-    for part in _parts(given) if given != "*" else ():
+    for part in listed(given) if given != "*" else ():
         try:
             ipaddress.ip_network(part)
         except ValueError as error:
@@ -603,7 +603,8 @@ def read_up_file(home: Path) -> dict[str, str]:
         return {}
 
 
-def _parts(text: str | None) -> list[str]:
+def listed(text: str | None) -> list[str]:
+    """What stands between the commas of a setting."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 

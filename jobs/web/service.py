@@ -243,4 +243,4 @@ def of(request: Request) -> Service:
 
 
 def names(text: str | None) -> frozenset[str]:
-    return frozenset(part.strip().lower() for part in (text or "").split(",") if part.strip())
+    return frozenset(part.lower() for part in settings.listed(text))

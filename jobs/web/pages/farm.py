@@ -1,6 +1,7 @@
 """The page: workers and what they render, how much was finished, how long the queue is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -43,18 +44,9 @@ def _prompts(
     serving: service.Service, who: access.Principal, workers: Iterable[Mapping[str, Any]]
 ) -> dict[int, str]:
     """Of the jobs that are rendered, those that this person may see."""
-    held = [worker["rendering"]["job_id"] for worker in workers if worker["rendering"]]
-    return _visible(serving, who, held)
-
-
-def _visible(
-    serving: service.Service, who: access.Principal, job_ids: Sequence[int]
-) -> dict[int, str]:
     found: dict[int, str] = {}
     with serving.db.reading() as session:
-        for job_id in job_ids:
-            try:
+        for job_id in (worker["rendering"]["job_id"] for worker in workers if worker["rendering"]):
+            with contextlib.suppress(errors.NotFound):
                 found[job_id] = finding.job(session, job_id, who).prompt
-            except errors.NotFound:
-                continue
     return found

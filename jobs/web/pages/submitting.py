@@ -144,7 +144,7 @@ def _form(
         made=made,
         given=shown,
         errors=found,
-        key=new_key(),
+        key=secrets.token_urlsafe(16),  # each form makes a batch of its own
         presets=preset_choices(serving, who, given=shown["preset"]),
         # Bad lines of a file: there one may choose to leave them out.
         more_is_open=is_typed or shown["skip_invalid"] or "file" in found,
@@ -320,11 +320,6 @@ def _stored(
     except errors.InvalidInput as error:
         found.add_error(error, at="file" if given.has_file else "prompts")
         return None
-
-
-def new_key() -> str:
-    """For a form that makes a batch of its own."""
-    return secrets.token_urlsafe(16)
 
 
 def key_of(key: str, told: object) -> str | None:
