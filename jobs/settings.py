@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 import psutil
@@ -34,7 +34,7 @@ LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, se
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_HOST = 180  # `gpu0@` and it: the database takes 200
 LONGEST_SECONDS = 7 * 24 * 3600
-LONGEST_DAYS = 36_500
+Days = Annotated[float, Field(ge=0, le=36_500)]  # that something is kept for
 HOST_NAME = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
 ORIGIN = rf"[A-Za-z][A-Za-z0-9+.-]*://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(:[0-9]{{1,5}})?"
 RESULTS_NAMES = (
@@ -287,80 +287,58 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_WEB_MAX_BYTES"),
         description="Largest request, in bytes.",
     )
-    keep_results_days: float | None = Field(
+    keep_results_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_RESULTS_DAYS"),
         description="Videos and result files of a batch, after its end. Unset: for ever.",
     )
-    keep_batches_days: float | None = Field(
+    keep_batches_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_BATCHES_DAYS"),
         description="Rows of a batch, its jobs and attempts, after its end. Unset: for ever.",
     )
-    keep_uploads_days: float | None = Field(
+    keep_uploads_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_UPLOADS_DAYS"),
         description="Files that programs uploaded. Unset: for ever.",
     )
-    keep_inputs_days: float = Field(
+    keep_inputs_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_INPUTS_DAYS"),
         description="Input images, after the end of the last batch that starts from them.",
     )
-    keep_keys_days: float = Field(
+    keep_keys_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_KEYS_DAYS"),
         description="Idempotency keys, after the end of their batch.",
     )
-    keep_requests_days: float = Field(
+    keep_requests_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_REQUESTS_DAYS"),
         description="Refused requests to the compatible APIs.",
     )
-    keep_tokens_days: float = Field(
+    keep_tokens_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_TOKENS_DAYS"),
         description="Tokens, after they were revoked or ran out.",
     )
-    keep_workers_days: float = Field(
+    keep_workers_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_WORKERS_DAYS"),
         description="Workers that have stopped or fallen silent.",
     )
-    keep_history_days: float = Field(
+    keep_history_days: Days = Field(
         365.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_HISTORY_DAYS"),
         description="What became of the fire times of schedules.",
     )
-    keep_notices_days: float = Field(
+    keep_notices_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_NOTICES_DAYS"),
         description="Notices that were delivered or given up.",
     )
-    keep_scratch_days: float = Field(
+    keep_scratch_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_SCRATCH_DAYS"),
         description="Files in the scratch folder that no attempt needs.",
     )
