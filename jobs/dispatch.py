@@ -70,7 +70,7 @@ class Dispatcher:
         self._lock_seconds = self._slow_seconds / 4
         self._busy_until: dict[int, float] = {}
         self._passed_over: set[str] = set()
-        self._budgets = budgets(config)
+        self._budgets = retries.budgets(config)
 
     def tick(self) -> Tick:
         """End lost attempts and what is past its deadline, fill the windows.
@@ -528,11 +528,3 @@ def _weights(look_id: str, body: dict[str, Any]) -> str:
         return presets.Look.model_validate(body).weights
     except ValidationError:
         return look_id  # of a newer version: no matter here, its worker may know it
-
-
-def budgets(config: settings.Settings) -> retries.Budgets:
-    return retries.Budgets(
-        max_errors=config.max_errors,
-        max_crashes=config.max_crashes,
-        retry_seconds=config.retry_seconds,
-    )

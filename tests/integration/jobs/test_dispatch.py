@@ -510,7 +510,7 @@ def test_the_loop_outlives_the_database_and_redis(
 
 def test_the_budgets_are_those_of_the_settings(world: World) -> None:
     config = config_of(world, GONE, max_errors=7, max_crashes=5, retry_seconds=3)
-    assert dispatch.budgets(config) == retries.Budgets(
+    assert retries.budgets(config) == retries.Budgets(
         max_errors=7, max_crashes=5, retry_seconds=3.0
     )
 
