@@ -31,6 +31,7 @@ from jobs import (
     reordering,
     retries,
     schema,
+    selection,
     servers,
     settings,
     states,
@@ -64,7 +65,7 @@ def sent(client: redis.Redis, queue: str = QUEUE) -> list[int]:
     return [int(json.loads(m)["headers"]["id"].partition(":")[0]) for m in reversed(messages)]
 
 
-def age_dispatch(world: World, seconds: float = dispatch.IN_FLIGHT_SECONDS + 1) -> None:
+def age_dispatch(world: World, seconds: float = selection.IN_FLIGHT_SECONDS + 1) -> None:
     """As if the messages had been sent a while ago."""
     with world.db.transaction() as session:
         past = database.now(session) - timedelta(seconds=seconds)
