@@ -7,7 +7,7 @@ import ssl
 import urllib.parse
 from pathlib import Path
 
-from jobs import errors, folder_store, s3_store, settings, storage
+from jobs import errors, folder_store, s3_clients, s3_store, settings, storage
 
 
 def open_store(
@@ -35,10 +35,10 @@ def open_bucket(values: settings.Settings, bucket: str) -> storage.ObjectStore:
     return open_store(values.model_copy(update={"results_url": f"s3://{bucket}"}))
 
 
-def _options(values: settings.Settings) -> s3_store.S3Options:
+def _options(values: settings.Settings) -> s3_clients.Options:
     secret = values.aws_secret_access_key
     token = values.aws_session_token
-    options = s3_store.S3Options(
+    options = s3_clients.Options(
         endpoint_url=_endpoint("AWS_ENDPOINT_URL_S3", values.s3_endpoint_url),
         public_endpoint_url=_endpoint("S3_PUBLIC_ENDPOINT_URL", values.s3_public_endpoint_url),
         region=values.aws_region or None,
@@ -57,7 +57,7 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
     return options
 
 
-def _check_bundle(options: s3_store.S3Options) -> None:
+def _check_bundle(options: s3_clients.Options) -> None:
     """Later, the same fault would look like a store that does not answer."""
     urls = (options.endpoint_url or "https:", options.public_endpoint_url or "")
     if options.ca_bundle is None or not any(url.lower().startswith("https:") for url in urls):
