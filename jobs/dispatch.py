@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from jobs import (
+    beat,
     broker,
     database,
     lifecycle,
@@ -50,11 +51,21 @@ class Tick:
 
 
 class Dispatcher:
-    """Feeds Redis from the database. Holds no state that another dispatcher would miss."""
+    """Feeds Redis from the database. Holds no state that another dispatcher would miss.
 
-    def __init__(self, config: settings.Settings, *, db: database.Database) -> None:
+    `after_look` is called after each look that went well.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        *,
+        db: database.Database,
+        after_look: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
         self._db = db
+        self._after_look = after_look
         self._broker = broker.Broker(config)
         self._leases_count_from = 0.0
         self._seconds_at_broker = 0.0
@@ -100,10 +111,11 @@ class Dispatcher:
 
     def run(self, stop: threading.Event) -> None:
         """Tick until told to stop: at once after a kick, else every `tick_seconds`."""
-        was_down = False
+        sign, was_down = beat.of_dispatcher(self._config), False
         # Before us nobody may have heard what the workers had to say: the database was away, or we.
         self._pardon()
         while not stop.is_set():
+            sign.touch()
             began = time.monotonic()
             try:
                 tick = self.tick()
@@ -112,6 +124,7 @@ class Dispatcher:
                 self._pardon()
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
+            self._after_look()
             if tick.sent or tick.ended_attempts or tick.stopped_jobs:
                 log.info(
                     "dispatch.tick",
