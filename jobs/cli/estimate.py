@@ -30,14 +30,14 @@ def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> No
         with db.reading() as session:
             found = estimates.of_batch(session, queries.find_batch(session, subject).id)
     else:
-        look = prompt_files.preset(preset, config)
+        chosen = prompt_files.preset(preset, config)
         with prompt_files.opened(subject) as (stream, source):
             file = submission.PromptFile(
                 stream=stream,
                 source=source,
                 format=prompt_files.detected(stream, source),
-                options=submission.Options(preset=look, repeat=repeat),
-                images=prompt_files.images(config, subject, look, check_only=True),
+                options=submission.Options(preset=chosen, repeat=repeat),
+                images=prompt_files.images(config, subject, chosen, check_only=True),
             )
             plan = submission.plan(file)
         waited_in = {queues.of_model(look.model_path) for look in file.looks.values()}

@@ -59,15 +59,15 @@ def render(
     if torchrun.is_beside_the_first():  # which tells this one what to do
         _run(NOTHING, target, config, on_begin=_not_told, on_video=_not_told)
         return exits.OK
-    look = prompt_files.preset(preset, config)
-    orders = _read(file, look, config, format_name)
+    chosen = prompt_files.preset(preset, config)
+    orders = _read(file, chosen, config, format_name)
     orders.refuse_others(target)
     for text in orders.notes:
         output.note(f"note: {text}")
     if not all((target / f"{name}.mp4").exists() for name in orders.claims):
-        if look.look.model_path in standalone.TINY_MODELS:
-            standalone.place_tiny_models(config, output.note, [look.look.model_path])
-        _require_model(look, config)
+        if chosen.look.model_path in standalone.TINY_MODELS:
+            standalone.place_tiny_models(config, output.note, [chosen.look.model_path])
+        _require_model(chosen, config)
     _make_folder(target)
     videos: list[dict[str, object]] = []
     begun: set[str] = set()

@@ -103,7 +103,7 @@ def submit(
     if wait_for_it and dry_run:
         raise options.misused("--wait is for a batch, and --dry-run makes none")
     config = settings.load()
-    look = prompt_files.preset(preset, config)
+    chosen = prompt_files.preset(preset, config)
     wanted |= {
         "owner": config.owner if owner is None else owner,
         "deadline": _deadline(deadline),
@@ -114,9 +114,9 @@ def submit(
             stream=stream,
             source=source,
             format=format_name or prompt_files.detected(stream, source),
-            options=submission.Options(preset=look, **wanted),
+            options=submission.Options(preset=chosen, **wanted),
             check=submission.prompt_check(config),
-            images=prompt_files.images(config, file, look, check_only=dry_run),
+            images=prompt_files.images(config, file, chosen, check_only=dry_run),
         )
         if dry_run:
             return _told_plan(prompts, as_json=as_json, quiet=quiet)
@@ -125,9 +125,9 @@ def submit(
     notes = [*made.plan.notes, *_after_commit(config, db, made)]
     _tell_skipped(source, made.plan, notes)
     if not wait_for_it:
-        _tell(made, look, notes, as_json=as_json, quiet=quiet)
+        _tell(made, chosen, notes, as_json=as_json, quiet=quiet)
         return exits.OK
-    return _follow(db, made, look, notes, timeout=timeout, as_json=as_json, quiet=quiet)
+    return _follow(db, made, chosen, notes, timeout=timeout, as_json=as_json, quiet=quiet)
 
 
 def _deadline(text: str | None) -> datetime | timedelta | None:
