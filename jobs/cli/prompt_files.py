@@ -8,12 +8,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
+
+import click
 
 from jobs import errors, inputs, presets, readers, settings, stores
 from jobs.cli import options, output
 
 STDIN = "-"
+
+format_option = click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(get_args(readers.Format)),
+    help="Default: by the file's name, else by how it begins.",
+)
 
 
 def preset(name: str | None, config: settings.Settings) -> presets.Preset:

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
 import click
 
@@ -35,12 +34,7 @@ NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
     type=options.NamedPath(path_type=Path, file_okay=False),
     help="Folder for the videos; made if it is not there.",
 )
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @options.output
 def render(
     file: str,

@@ -1,7 +1,7 @@
 """`rushes schedule`."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -70,12 +70,7 @@ def schedule() -> None:
 @click.option("--priority", type=int, default=0, show_default=True, help="As of `rushes submit`.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="As of `rushes submit`.")
 @click.option("--skip-invalid", is_flag=True, help="As of `rushes submit`.")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @options.output
 def add(
     name: str,

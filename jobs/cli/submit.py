@@ -1,7 +1,7 @@
 """`rushes submit`."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import Any
 
 import click
 from sqlalchemy.exc import DBAPIError
@@ -64,12 +64,7 @@ from jobs.cli import (
     help="Submitting again with the same key and content gives the same batch.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Leave bad lines out instead of refusing all.")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @click.option("--dry-run", is_flag=True, help="Check everything, store nothing.")
 @click.option("--wait", "wait_for_it", is_flag=True, help="Follow the batch to its end.")
 @click.option(
