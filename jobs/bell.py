@@ -1,4 +1,4 @@
-"""Tells the dispatchers that there is work. Apart, because Celery takes long to import."""
+"""Tells the dispatchers that there is work, once it is stored."""
 
 from jobs import broker, errors, settings
 

@@ -9,7 +9,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import kombu.exceptions
 import redis
-from celery import Celery
 from redis.client import Pipeline
 
 from jobs import celery_app, errors, settings
@@ -44,10 +43,10 @@ class Message(NamedTuple):
 class Broker:
     """Sends job ids to queues and can tell which ones still lie there."""
 
-    def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
+    def __init__(self, config: settings.Settings) -> None:
         self.url = config.broker_url.get_secret_value()
         _check(self.url)
-        self._app = app or celery_app.make(config, answer_seconds=SEND_SECONDS)
+        self._app = celery_app.make(config, answer_seconds=SEND_SECONDS)
         self.redis: redis.Redis = redis.Redis.from_url(
             self.url,
             socket_connect_timeout=SEND_SECONDS,
@@ -267,8 +266,7 @@ def _mistake(url: str) -> str | None:
 
 
 def _wrong(message: str) -> errors.InvalidInput:
-    problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
-    return errors.InvalidInput("settings", [problem])
+    return errors.invalid("settings", f"CELERY_BROKER_URL {message}")
 
 
 def _refusal_of(pipeline: Pipeline) -> str | None:

@@ -180,7 +180,7 @@ def _shown(config: settings.Settings, field: str) -> str:
 def _database(config: settings.Settings) -> Iterator[Check]:
     db = database.connect(config)
     try:
-        if missing := _missing_file(db):
+        if missing := db.missing_file:
             advice = "`rushes up` or `rushes migrate` makes it"
             yield _fail("database", f"{missing} does not exist", advice)
             return
@@ -223,12 +223,6 @@ def _refused_write(db: database.Database) -> str | None:
     except DBAPIError as error:
         return errors.first_line(error)
     return None
-
-
-def _missing_file(db: database.Database) -> Path | None:
-    """Connecting would make it."""
-    file = db.url.database if db.is_sqlite else None
-    return Path(file) if file and not Path(file).exists() else None
 
 
 # Redis.
@@ -645,7 +639,7 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
 def _processes(config: settings.Settings) -> Iterator[Check]:
     try:
         db = database.connect(config)
-        if _missing_file(db) is None:
+        if db.missing_file is None:
             with contextlib.closing(db), db.reading() as session:
                 found = queries.live_workers(session)
             yield _workers(found)

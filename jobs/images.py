@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, one_line, outside, settings, storage, stores
+from jobs import errors, one_line, outside, settings, storage, stores, uploads
 
 if TYPE_CHECKING:
     from PIL import Image, ImageCms, ImageFile
 
 MAX_SHOWN_CHARS = 100
 CHUNK_BYTES = 1 << 16
-MAX_ADDRESSES = 4  # of one host, tried one after another
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 
@@ -129,7 +128,7 @@ class FetchedImage:
     @property
     def key(self) -> str:
         """Where it lies in the store."""
-        return f"inputs/{self.sha256[:2]}/{self.sha256}"
+        return uploads.shared_key(self.sha256)
 
     @property
     def content_type(self) -> str:
@@ -375,31 +374,21 @@ def _get(
         connect_seconds=limits.connect_seconds,
         read_seconds=limits.read_seconds,
     )
-    # A server that sends a byte now and then keeps every timeout of a socket from running out.
-    watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
-    watch.daemon = True
-    watch.start()
-    try:
-        connection.request(
-            "GET",
-            place.target,
-            headers={"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"},
-        )
-        answer = _answer(connection.getresponse(), shown, limits)
-        if connection.is_cut:  # which reads like an end
-            raise TimeoutError
-    except ssl.SSLCertVerificationError as error:
-        raise ImageUnusable(
-            shown, f"its certificate is not trusted: {error.verify_message}"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        if connection.is_cut or time.monotonic() >= deadline:
-            raise _too_slow(shown, limits) from None
-        reason = outside.reason(error)
-        raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
-    finally:
-        watch.cancel()
-        connection.close()
+    headers = {"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"}
+    with connection.until(deadline):
+        try:
+            connection.request("GET", place.target, headers=headers)
+            answer = _answer(connection.getresponse(), shown, limits)
+            if connection.is_cut:  # which reads like an end
+                raise TimeoutError
+        except ssl.SSLCertVerificationError as error:
+            why = f"its certificate is not trusted: {error.verify_message}"
+            raise ImageUnusable(shown, why) from None
+        except (OSError, http.client.HTTPException) as error:
+            if connection.is_cut or time.monotonic() >= deadline:
+                raise _too_slow(shown, limits) from None
+            why = f"cannot be fetched: {outside.reason(error)}; try again later"
+            raise ImageUnreachable(shown, why) from None
     return answer
 
 
@@ -454,11 +443,11 @@ def _body(response: http.client.HTTPResponse, shown: str, limits: Limits) -> byt
 # Decoding.
 
 
-def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
+def decode_rgb(data: bytes) -> "Image.Image":
     """The image as a viewer shows it, 8-bit sRGB: upright by EXIF, transparent parts white."""
     from PIL import ImageOps
 
-    with _decoded(data, "image", limits) as image:
+    with _decoded(data, "image", LIMITS) as image:
         fmt = image.format
         with contextlib.suppress(*DECODER_ERRORS):  # broken EXIF turns nothing
             ImageOps.exif_transpose(image, in_place=True)

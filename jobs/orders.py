@@ -17,7 +17,7 @@ STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a se
 
 
 def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
-    """From now on no job of it starts. `cancel_batch` then stops what is there.
+    """From now on no job of it starts. `go_on_cancelling` then stops what is there.
 
     How many wait and how many run at this moment: all that this request will stop, whoever does
     it. (0, 0) if that was asked for before.
@@ -33,18 +33,12 @@ def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
     return (0, 0) if found is None else (found.queued, found.running)
 
 
-def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
+def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
     """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to).
 
     At most STOPPED_AT_ONCE queued ones: then the dispatcher goes on, or whoever calls this again.
+    (0, 0) where nothing is left, and where its jobs have been asked for again meanwhile.
     """
-    stopped = _stop_jobs(session, batch_id, {})
-    request_cancel(session, batch_id)
-    return stopped
-
-
-def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
-    """The same, unless its jobs have been asked for again meanwhile: (0, 0)."""
     is_asked = Batch.cancel_requested_at.is_not(None)
     if session.scalar(select(Batch.id).where(Batch.id == batch_id, is_asked)) is None:
         return 0, 0
@@ -99,7 +93,7 @@ def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[in
         .values(cancel_requested=True, **why)
     )
     cancelled = _cancel_queued(session, batch_id, [Job.id.in_(ids)], database.now(session), why)
-    return cancelled, moves.row_count(asked)
+    return cancelled, database.row_count(asked)
 
 
 def pause_batch(session: Session, batch_id: str) -> bool:
@@ -149,7 +143,7 @@ def _change_queued(
 ) -> bool:
     is_queued = Job.state == states.JobState.QUEUED
     changed = session.execute(update(Job).where(Job.id == job_id, is_queued, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def unsend(session: Session, job_ids: Collection[int]) -> None:
@@ -165,7 +159,7 @@ def _change_batch(
     session: Session, batch_id: str, *which: ColumnElement[bool], **values: Any
 ) -> bool:
     changed = session.execute(update(Batch).where(Batch.id == batch_id, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def cancel_job(session: Session, job_id: int) -> states.JobState:
@@ -186,7 +180,7 @@ def _cancel_queued(
     now: datetime,
     why: dict[str, Any],
 ) -> int:
-    cancelled = moves.row_count(
+    cancelled = database.row_count(
         session.execute(
             update(Job)
             .where(Job.state == states.JobState.QUEUED, *which)
@@ -222,7 +216,7 @@ def retry_jobs(
         )
         if job_ids is not None:
             statement = statement.where(Job.id.in_(job_ids))
-        reopened = moves.row_count(
+        reopened = database.row_count(
             session.execute(
                 statement.values(
                     state=states.JobState.QUEUED,
@@ -268,7 +262,7 @@ def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> 
     if job_ids is not None:
         statement = statement.where(Job.id.in_(job_ids))
     let = statement.values(cancel_requested=False, failure_kind=None, error=None)
-    return moves.row_count(session.execute(let))
+    return database.row_count(session.execute(let))
 
 
 def check_not_expired(session: Session, batch_id: str) -> None:

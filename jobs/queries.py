@@ -18,6 +18,7 @@ from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
 STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
+ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
 
@@ -55,15 +56,18 @@ class LiveWorker:
         return _taken(self.worker.queues, {refusal.queue for refusal in self.refusals})
 
 
-def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
-    """Newest first; `before` is a batch id, for the next page."""
+def batches(
+    session: Session, *, limit: int, before: Batch | None = None, owner: str | None = None
+) -> Sequence[Batch]:
+    """Newest first; `before`: the last one seen, for the next page. `owner` None: everybody's."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
     statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    if owner is not None:
+        statement = statement.where(Batch.owner == owner)
     if before is not None:
-        last = find_batch(session, before)
+        same = Batch.created_at == before.created_at
         statement = statement.where(
-            (Batch.created_at < last.created_at)
-            | ((Batch.created_at == last.created_at) & (Batch.id < last.id))
+            (Batch.created_at < before.created_at) | (same & (Batch.id < before.id))
         )
     return session.scalars(statement).all()
 
@@ -148,23 +152,23 @@ def attempt_before_newest(session: Session, number: int) -> int:
 
 
 def attempts_of_batch(
-    session: Session, batch_id: str, *, after: int = 0, limit: int = 1_000
+    session: Session, batch_id: str, *, after: int = 0
 ) -> Sequence[tuple[Job, Attempt]]:
-    """In the order in which they began; `after` is the id of the last attempt seen."""
+    """Some, in the order in which they began; `after` is the id of the last attempt seen."""
     rows = session.execute(
         select(Job, Attempt)
         .join(Attempt, Attempt.job_id == Job.id)
         .where(Job.batch_id == batch_id, Attempt.id > after)
         .order_by(Attempt.id)
-        .limit(limit)
+        .limit(ROWS_AT_ONCE)
     ).all()
     return [(row[0], row[1]) for row in rows]
 
 
 def jobs_with_results(
-    session: Session, batch_id: str, *, after: int = -1, limit: int = 1_000
+    session: Session, batch_id: str, *, after: int = -1
 ) -> Sequence[tuple[Job, Attempt | None]]:
-    """Every job in the order of the file, each finished one with the attempt of its video."""
+    """Some jobs in the order of the file, each finished one with the attempt of its video."""
     rows = session.execute(
         select(Job, Attempt)
         .outerjoin(
@@ -172,7 +176,7 @@ def jobs_with_results(
         )
         .where(Job.batch_id == batch_id, Job.position > after)
         .order_by(Job.position)
-        .limit(limit)
+        .limit(ROWS_AT_ONCE)
     ).all()
     return [(row[0], row[1]) for row in rows]
 
@@ -335,14 +339,14 @@ def running_by_owner(session: Session) -> dict[str, int]:
     return {owner: int(number) for owner, number in counted}
 
 
-def open_jobs(session: Session) -> tuple[int, int]:
+def open_jobs(session: Session, *, owner: str | None = None) -> tuple[int, int]:
     """How many jobs are queued and how many run, from the counts of unfinished batches."""
-    queued, running = session.execute(
-        select(
-            func.coalesce(func.sum(Batch.queued), 0), func.coalesce(func.sum(Batch.running), 0)
-        ).where(Batch.finished_at.is_(None))
-    ).one()
-    return int(queued), int(running)
+    counts = select(func.sum(Batch.queued), func.sum(Batch.running))
+    counts = counts.where(Batch.finished_at.is_(None))
+    if owner is not None:
+        counts = counts.where(Batch.owner == owner)
+    queued, running = session.execute(counts).one()
+    return int(queued or 0), int(running or 0)
 
 
 def could_start(session: Session) -> bool:

@@ -4,6 +4,8 @@ batches/<batch>/jobs/<job>/<attempt>/video.mp4    and video.json, its sidecar
 batches/<batch>/output.jsonl                      a line per finished video
 batches/<batch>/errors.jsonl                      a line per job without one
 batches/<batch>/manifest.json                     written last: the batch is complete
+
+Beside them lie input images and uploads, below inputs/: see `uploads`.
 """
 
 import json
@@ -53,8 +55,13 @@ def sidecar_key(batch_id: str, job_id: int, attempt_id: int) -> str:
     return f"{_attempt_folder(batch_id, job_id, attempt_id)}/video.json"
 
 
+def batch_folder(batch_id: str) -> str:
+    """Below which everything of a batch lies."""
+    return f"batches/{batch_id}"
+
+
 def batch_key(batch_id: str, name: str) -> str:
-    return f"batches/{batch_id}/{name}"
+    return f"{batch_folder(batch_id)}/{name}"
 
 
 def write(
@@ -112,7 +119,7 @@ def _mark_written(session: Session, batch_id: str, finished_at: datetime) -> boo
 
 
 def _attempt_folder(batch_id: str, job_id: int, attempt_id: int) -> str:
-    return f"batches/{batch_id}/jobs/{job_id}/{attempt_id}"
+    return f"{batch_folder(batch_id)}/jobs/{job_id}/{attempt_id}"
 
 
 def _manifest(batch: Batch) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from jobs import states
+from jobs import settings, states
 
 LONGEST_WAIT_SECONDS = 600.0
 MAX_DOUBLINGS = 1_000  # what a float can hold
@@ -25,6 +25,14 @@ class Budgets:
     max_errors: int
     max_crashes: int
     retry_seconds: float
+
+
+def budgets(config: settings.Settings) -> Budgets:
+    return Budgets(
+        max_errors=config.max_errors,
+        max_crashes=config.max_crashes,
+        retry_seconds=config.retry_seconds,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

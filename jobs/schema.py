@@ -1,4 +1,8 @@
-"""The tables. Rows change through `lifecycle`, `submission`, `dispatch` and nowhere else."""
+"""The tables.
+
+States of jobs, and with them the counts of their batches, change in `lifecycle` and `orders` and
+nowhere else.
+"""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -314,7 +318,7 @@ class Worker(Base):
     host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Main memory that its process holds."""
     suspects: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
-    """Ids of different jobs that failed here in a row, as on a broken machine. See `workers`."""
+    """Ids of different jobs that failed here in a row, as on a broken machine. See `health`."""
     removals: Mapped[int] = mapped_column(default=0, server_default="0")
     """Times that it was taken out since a job went well."""
     tested_at: Mapped[datetime | None]

@@ -145,7 +145,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED}),
     JobState.CANCELLED: frozenset({JobState.QUEUED}),
 }
-"""Job states and what may follow them; the names of the moves are the functions of `lifecycle`."""
+"""Job states and what may follow them. The functions of `lifecycle` and `orders` name the moves."""
 
 FINAL_JOB_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 LIVE_ATTEMPT_STATES = frozenset({AttemptState.RUNNING, AttemptState.RENDERED})

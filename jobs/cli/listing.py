@@ -33,7 +33,8 @@ def list_batches(limit: int, before: str | None, as_json: bool) -> None:
     """List the batches, newest first."""
     db = connections.open_database(settings.load())
     with db.reading() as session:
-        found = queries.batches(session, limit=limit, before=before)
+        last = None if before is None else queries.find_batch(session, before)
+        found = queries.batches(session, limit=limit, before=last)
     if as_json:
         output.emit({"batches": [shapes.batch(row) for row in found]})
     elif found:
@@ -128,7 +129,7 @@ def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
 def _manifest(batch: Batch, store: storage.ObjectStore | None) -> str | None:
     if batch.manifest_at is None or batch.results_expired_at is not None or store is None:
         return None
-    return store.address(results.batch_key(batch.id, "manifest.json"))
+    return store.address(results.batch_key(batch.id, results.MANIFEST))
 
 
 def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
@@ -153,7 +154,8 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
     if snapshot.running:
         output.line("running:")
         headers = ("JOB", "", "STAGE", "STEP", "TIME", "WORKER", "")
-        output.table(headers, [_running_row(snapshot, *pair) for pair in snapshot.running])
+        rows = [display.running_row(*pair, now=snapshot.now) for pair in snapshot.running]
+        output.table(headers, [(f"  {job_id}", *others) for job_id, *others in rows])
     if view.failed:
         output.line("failed:")
         output.table(("JOB", "", "KIND", "WHY"), [_failed_row(job) for job in view.failed])
@@ -171,19 +173,6 @@ def _expired_words(batch: Batch) -> str:
 def _deadline_words(batch: Batch) -> str:
     passed = ", passed: what was not finished is cancelled" if batch.expired_at else ""
     return output.when(batch.deadline_at) + passed
-
-
-def _running_row(snapshot: watch.Snapshot, job: Job, attempt: Attempt) -> tuple[str, ...]:
-    seconds = (snapshot.now - attempt.started_at).total_seconds()
-    return (
-        f"  {job.id}",
-        display.label(job),
-        attempt.stage or "start",
-        display.step_of(attempt),
-        output.duration(max(seconds, 0)),
-        output.plain(attempt.worker),
-        output.cut(attempt.note or ""),
-    )
 
 
 def _failed_row(job: Job) -> tuple[str, ...]:

@@ -6,11 +6,14 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs import errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JOINERS = "\u200c\u200d"  # not printable by themselves, but parts of scripts and emoji
 OBEYED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -33,6 +36,14 @@ COLORS = {
     "running": "cyan",
     "rendered": "cyan",
 }
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Of rich: for pictures that change in place."""
+    from rich.console import Console
+
+    ctx = click.get_current_context(silent=True)
+    return Console(stderr=stderr, no_color=True if ctx is not None and ctx.color is False else None)
 
 
 def emit(value: object) -> None:
@@ -119,13 +130,13 @@ def cells(text: str) -> int:
     )
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; the cells may be styled."""
     whole = [list(headers), *map(list, rows)]
     widths = [max(_shown_cells(row[column]) for row in whole) for column in range(len(headers))]
     for row in whole:
         padded = [cell + " " * (widths[i] - _shown_cells(cell)) for i, cell in enumerate(row)]
-        line((indent + "  ".join(padded)).rstrip())
+        line("  ".join(padded).rstrip())
 
 
 def _shown_cells(cell: str) -> int:

@@ -27,7 +27,6 @@ router = APIRouter(
     prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
 )
 
-HEAD_BYTES = 4096
 LINK_SECONDS = 3600
 MOST_AT_ONCE = 1_000
 MAX_OWNER_IN_KEY = 49
@@ -112,7 +111,7 @@ def submit(
     made = serving.submit_rows(
         new.prompts,
         options=options(serving, preset, principal, key=idempotency_key, **given),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 
@@ -133,7 +132,7 @@ def submit_file(
 ) -> dict[str, Any]:
     """Store a prompt file as a batch, as `rushes submit` does."""
     source = file.filename or "prompts"
-    found = format or readers.detect_format(source, file.file.read(HEAD_BYTES))
+    found = format or readers.detect_format(source, file.file.read(readers.HEAD_BYTES))
     made = serving.submit(
         file.file,
         source=source,
@@ -148,7 +147,7 @@ def submit_file(
             repeat=repeat,
             skip_invalid=skip_invalid,
         ),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 
@@ -294,7 +293,7 @@ def result_links(batch_id: str, serving: Serving, principal: access.Reader) -> d
     """Links to the result files that work for an hour without a token; null until written."""
     with serving.db.reading() as session:
         found = finding.batch(session, batch_id, principal)
-    names = {"output": results.OUTPUT, "errors": results.ERRORS, "manifest": "manifest.json"}
+    names = {"output": results.OUTPUT, "errors": results.ERRORS, "manifest": results.MANIFEST}
     if found.manifest_at is None or found.results_expired_at is not None:
         return dict.fromkeys(names)
     return {

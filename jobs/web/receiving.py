@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from jobs import database, holds, images, storage, uploads
+from jobs import database, errors, holds, images, storage, uploads
 from jobs.schema import StoredFile
 from jobs.web import access, service
 
@@ -22,7 +22,7 @@ def image(serving: service.Service, principal: access.Principal, file: UploadFil
         with serving.check_turns.taken(principal.sees):
             images.examine(data, file.filename or "the image")
     except images.ImageError as error:
-        raise service.invalid(file.filename or "image", str(error.problem)) from None
+        raise errors.invalid(file.filename or "image", str(error.problem)) from None
     return data
 
 

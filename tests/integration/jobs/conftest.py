@@ -91,7 +91,8 @@ class World:
         return self.db.write(lifecycle.cancel_attempt, attempt_id)
 
     def cancel_batch(self, batch_id: str) -> tuple[int, int]:
-        return self.db.write(orders.cancel_batch, batch_id)
+        self.db.write(orders.request_cancel, batch_id)
+        return self.db.write(orders.go_on_cancelling, batch_id)
 
     def cancel_job(self, job_id: int) -> states.JobState:
         return self.db.write(orders.cancel_job, job_id)

@@ -85,15 +85,15 @@ def test_batches_come_newest_first_in_pages_without_gaps(world: World) -> None:
     ids = {world.submit() for _ in range(7)}
     with world.db.transaction() as session:
         session.execute(update(Batch).values(created_at=database.now(session)))
-    seen: list[str] = []
+    seen: list[Batch] = []
     while True:
         with world.db.reading() as session:
             page = queries.batches(session, limit=3, before=seen[-1] if seen else None)
         if not page:
             break
-        seen += [batch.id for batch in page]
+        seen += page
     assert len(seen) == 7
-    assert set(seen) == ids
+    assert {batch.id for batch in seen} == ids
 
 
 def test_a_job_is_found_by_number_custom_id_or_position(world: World) -> None:

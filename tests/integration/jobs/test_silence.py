@@ -21,7 +21,7 @@ from jobs import (
     lifecycle,
     migrate,
     patience,
-    s3_store,
+    s3_clients,
     settings,
     states,
     storage,
@@ -293,7 +293,7 @@ def test_a_store_that_takes_everything_and_says_nothing_is_unavailable(
     s3: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(s3_clients, "READ_SECONDS", 0.3)
     proxy = HttpProxy(network, int(s3["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
     for name, value in (s3 | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{proxy.port}"}).items():
         monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from jobs import broker, dispatch, lifecycle, orders, settings, states
+from jobs import broker, lifecycle, orders, retries, settings, states
 from jobs.schema import Attempt
 from worker import finished, scratch, tasks
 
@@ -23,7 +23,7 @@ def look(host):
 
 def lose_all(host):
     host.db.write(
-        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
     )
 
 
@@ -106,7 +106,7 @@ def test_one_that_nobody_waits_for_is_removed(host, look):
         lost.attempt_id,
         kind=states.FailureKind.WORKER_LOST,
         error="silent",
-        budgets=dispatch.budgets(host.config),
+        budgets=retries.budgets(host.config),
     )
     assert look() == []
     assert not lost.path.exists()

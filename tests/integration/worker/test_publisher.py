@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from jobs import (
-    dispatch,
     lifecycle,
     orders,
     results,
+    retries,
     servers,
     settings,
     states,
@@ -177,7 +177,7 @@ def test_the_video_of_an_attempt_that_lost_its_job_is_dropped(host, keys):
     folder = host.finished()
     job = host.job_of(folder)
     host.db.write(
-        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
     )
     host.claim(host.job(job.id))
     host.publisher().publish(folder.attempt_id)

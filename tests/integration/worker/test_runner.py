@@ -18,10 +18,10 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from jobs import (
     broker,
     database,
-    dispatch,
     lifecycle,
     orders,
     presets,
+    retries,
     settings,
     states,
     stores,
@@ -622,7 +622,7 @@ def test_an_attempt_that_lost_its_job_says_nothing_more(host, first_doing):
 
     def lose():
         host.db.write(
-            lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+            lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
         )
 
     host.runner(first_doing(lose)).run_attempt(job.id)

@@ -26,13 +26,13 @@ from jobs import (
     beat,
     cli,
     database,
+    dispatch,
     errors,
     health,
     lifecycle,
     migrate,
     queries,
     reports,
-    result_writer,
     retries,
     settings,
     states,
@@ -40,7 +40,7 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import demo, display, exits, processes, root, worker_commands
+from jobs.cli import demo, display, exits, root, worker_commands
 from jobs.schema import Batch, Worker
 from tests.registrations import registration
 from tests.waiting import until
@@ -1149,11 +1149,10 @@ def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
 def test_a_dispatcher_gives_a_sign_of_life_also_while_the_database_is_away() -> None:
     config = settings.load(database_url="postgresql://x@127.0.0.1:1/y")
     away = database.connect(config)
-    writer = result_writer.ResultWriter(config, db=away)
-    made = processes._Beating(config, db=away, writer=writer)
-    made._pardon()
-    with pytest.raises(OperationalError):
-        made.tick()
+    stop = threading.Event()
+    stop.wait = lambda _seconds: stop.set()  # once its first look has failed
+    dispatch.Dispatcher(config, db=away, after_look=pytest.fail).run(stop)
+    assert stop.is_set()
     assert beat.of_dispatcher(config).is_alive()
 
 

@@ -296,7 +296,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_are_told(
     warm, look, own_models, monkeypatch
 ):
     """Else a LoRA would be merged into new weights beside old ones."""
-    load = components.checkpoint.load_text_to_video
+    load = components.checkpoint.load
     path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
 
     def load_and_replace(*arguments, **options):
@@ -304,7 +304,7 @@ def test_weights_that_are_replaced_while_they_are_loaded_are_told(
         safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"copied": "again"})
         return networks
 
-    monkeypatch.setattr(components.checkpoint, "load_text_to_video", load_and_replace)
+    monkeypatch.setattr(components.checkpoint, "load", load_and_replace)
     with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
         warm.model_for(look(**WITH_LORA))
 

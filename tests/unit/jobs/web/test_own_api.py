@@ -20,9 +20,9 @@ from starlette.requests import Request
 
 from jobs import (
     bell,
+    cancelling,
     database,
     holds,
-    orders,
     reordering,
     results,
     schema,
@@ -412,7 +412,7 @@ def test_events_go_on_after_an_outage_of_the_database(
         if 2 <= number <= 4:
             raise exc.OperationalError("SELECT", {}, Exception("no answer within 120 s"))
         if number == 5:
-            db.write(orders.cancel_batch, batch_id)
+            cancelling.cancel_batch(db, batch_id)
         return look(db, batch_id)
 
     monkeypatch.setattr(watch, "look", now_and_then)
