@@ -3,14 +3,17 @@
 Each is safe to call twice, and keeps the order of row locks that `lifecycle` tells.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, moves, schema, states
+from jobs import database, errors, failures, moves, schema, states
 from jobs.schema import Batch, Job
 
 STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
@@ -193,32 +196,46 @@ def _cancel_queued(
     return cancelled
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """What a retry did."""
+
+    jobs: int
+    doubtful: Mapping[str, int]
+    """How many of them will probably fail as before, by why: a key of `failures.PARTS`."""
+    is_paused: bool
+    """The batch is: none of them starts before somebody resumes it."""
+
+
 def retry_jobs(
     session: Session,
     batch_id: str,
     *,
     from_states: Sequence[states.JobState] = (states.JobState.FAILED,),
+    which: failures.Which = failures.ALL,
     job_ids: Sequence[int] | None = None,
-) -> int:
-    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many.
+) -> Retried:
+    """Failed or cancelled -> queued with fresh budgets; the batch is open again.
 
     With CANCELLED, those that still run and were to stop at their next step go on: they count too.
     BatchExpired where its results, its input images or its jobs are being deleted as old.
     """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
+    wanted = [Job.batch_id == batch_id, schema.HAS_STARTED, *which.conditions()]
+    if job_ids is not None:
+        wanted.append(Job.id.in_(job_ids))
     total = 0
     # First: one whose worker stops just now is waited for here, and found cancelled below.
     if states.JobState.CANCELLED in from_states:
-        total += _let_run(session, batch_id, job_ids)
-    for state in from_states:
-        statement = update(Job).where(
-            Job.batch_id == batch_id, Job.state == state, schema.HAS_STARTED
-        )
-        if job_ids is not None:
-            statement = statement.where(Job.id.in_(job_ids))
-        reopened = database.row_count(
+        total += _let_run(session, wanted)
+    reopened: Counter[states.JobState] = Counter()
+    doubtful: Counter[str] = Counter()
+    for state, (doubt, part) in itertools.product(from_states, failures.PARTS.items()):
+        number = database.row_count(
             session.execute(
-                statement.values(
+                update(Job)
+                .where(Job.state == state, *part, *wanted)
+                .values(
                     state=states.JobState.QUEUED,
                     error_count=0,
                     crash_count=0,
@@ -230,8 +247,12 @@ def retry_jobs(
                 )
             )
         )
-        moves.count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
-        total += reopened
+        reopened[state] += number
+        if doubt is not None:
+            doubtful[doubt] += number
+    for state, number in reopened.items():
+        moves.count_moved(session, batch_id, state, states.JobState.QUEUED, number)
+    total += reopened.total()
     if total:
         # Once the batch's count holds its row: who deletes what is old now waits for us.
         check_not_expired(session, batch_id)
@@ -248,20 +269,14 @@ def retry_jobs(
                 expired_at=None,
             )
         )
-    return total
+    paused_at = session.scalar(select(Batch.paused_at).where(Batch.id == batch_id))
+    return Retried(jobs=total, doubtful=+doubtful, is_paused=paused_at is not None)
 
 
-def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> int:
+def _let_run(session: Session, wanted: Sequence[ColumnElement[bool]]) -> int:
     """Take back that they stop at their next step."""
-    statement = update(Job).where(
-        Job.batch_id == batch_id,
-        Job.state == states.JobState.RUNNING,
-        Job.cancel_requested,
-        schema.HAS_STARTED,
-    )
-    if job_ids is not None:
-        statement = statement.where(Job.id.in_(job_ids))
-    let = statement.values(cancel_requested=False, failure_kind=None, error=None)
+    held = update(Job).where(Job.state == states.JobState.RUNNING, Job.cancel_requested, *wanted)
+    let = held.values(cancel_requested=False, failure_kind=None, error=None)
     return database.row_count(session.execute(let))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Select, Text, cast, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
-from jobs import database, errors, schema, states, workers
+from jobs import database, errors, failures, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
@@ -119,11 +119,12 @@ def jobs(
     batch_id: str,
     *,
     states_wanted: Sequence[states.JobState] = (),
+    which: failures.Which = failures.ALL,
     after: int = -1,
     limit: int = 100,
 ) -> Sequence[Job]:
     """In the order of the file; `after` is the position of the last one seen."""
-    page = select(Job).where(Job.batch_id == batch_id, Job.position > after)
+    page = select(Job).where(Job.batch_id == batch_id, Job.position > after, *which.conditions())
     page = page.order_by(Job.position).limit(limit)
     pages = [_in_state(page, state) for state in set(states_wanted)]
     if len(pages) == 1:
@@ -199,6 +200,15 @@ def running_attempts(session: Session, jobs: Iterable[Job]) -> dict[int, Attempt
         return {}
     found = session.scalars(select(Attempt).where(Attempt.id.in_(ids)))
     return {attempt.job_id: attempt for attempt in found}
+
+
+def workers_of(session: Session, jobs: Iterable[Job]) -> dict[int, str]:
+    """Who holds them, or had them at their end, by the ids of the jobs; none of one that waits."""
+    ids = [job.attempt_id for job in jobs if job.attempt_id is not None]
+    if not ids:
+        return {}
+    held = select(Attempt.job_id, Attempt.worker).where(database.among(session, Attempt.id, ids))
+    return {row.job_id: row.worker for row in session.execute(held)}
 
 
 def winning_attempt(session: Session, job: Job) -> Attempt | None:

@@ -37,6 +37,7 @@ COLUMNS = (
     Job.failure_kind,
     Job.error,
     Job.quarantined,
+    Job.finished_at,
     Attempt.video_key,
     Attempt.video_bytes,
     Attempt.video_sha256,
@@ -190,7 +191,9 @@ def _error_line(row: Row[Any]) -> dict[str, Any]:
     return _job_line(row) | {
         "error": None
         if was_stopped
-        else {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined}
+        else {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined},
+        "worker": row.worker,
+        "finished_at": None if row.finished_at is None else row.finished_at.isoformat(),
     }
 
 

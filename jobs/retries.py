@@ -59,6 +59,11 @@ def decide(
     return RetryDecision(wait_seconds=growing_wait(budgets.retry_seconds, errors))
 
 
+def may_go_well(kind: states.FailureKind | None, *, quarantined: bool) -> bool:
+    """Whether a job that failed so may do better when a person asks for it again, as it is."""
+    return not quarantined and kind not in NEVER_RETRIED
+
+
 def wait_after_release(attempt_number: int) -> float:
     """Seconds until a job that its host gave back is tried again: longer each time, no budget."""
     return growing_wait(FIRST_RELEASE_SECONDS, attempt_number)

@@ -121,6 +121,10 @@ def label(job: Job) -> str:
     return output.cut(job.custom_id if job.custom_id is not None else job.prompt, 40)
 
 
+def kind_of(kind: str | None, *, quarantined: bool) -> str:
+    return (kind or "") + (" (quarantined)" if quarantined else "")
+
+
 def counts(snapshot: watch.Snapshot) -> str:
     batch = snapshot.progress.batch
     said = [f"{batch.succeeded:,} of {batch.total:,} succeeded"]

@@ -61,7 +61,7 @@ def cancel(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict
 
 
 @router.post("/{job_id}/retry", response_model=answers.Retried)
-def retry(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, int]:
+def retry(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Queue it again if it failed or was cancelled."""
     with serving.db.reading() as session:
         batch_id = finding.job(session, job_id, principal).batch_id
@@ -71,8 +71,8 @@ def retry(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[
         from_states=(states.JobState.FAILED, states.JobState.CANCELLED),
         job_ids=[job_id],
     )
-    serving.wake(retried)
-    return {"retried": retried}
+    serving.wake(retried.jobs)
+    return shapes.retried(retried)
 
 
 @router.post("/{job_id}/pause", response_model=answers.ChangedJob)

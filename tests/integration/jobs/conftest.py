@@ -98,11 +98,12 @@ class World:
         return self.db.write(orders.cancel_job, job_id)
 
     def retry(self, batch_id: str, *from_states: states.JobState) -> int:
-        return self.db.write(
+        retried = self.db.write(
             orders.retry_jobs,
             batch_id,
             from_states=from_states or (states.JobState.FAILED,),
         )
+        return retried.jobs
 
     def end_lost(self, *, worker: str | None = None) -> list[int]:
         return self.db.write(lifecycle.end_lost_attempts, budgets=BUDGETS, worker=worker)

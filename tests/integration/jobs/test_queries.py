@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import database, errors, orders, queries, retries, states, watch, workers
+from jobs import database, errors, failures, orders, queries, retries, states, watch, workers
 from jobs.cli import display
 from jobs.schema import Batch, Job
 from jobs.states import BatchState
@@ -434,3 +434,81 @@ def test_jobs_of_several_states_come_page_by_page_in_the_order_of_the_file(world
         mixed = queries.jobs(session, batch_id, states_wanted=tuple(states.JobState))
     assert seen == [0, 1, 4, 5, 8]
     assert [job.position for job in mixed] == list(range(9))
+
+
+def bad_night(world: World) -> str:
+    """Jobs 0 to 4 fail by their device, mostly on one worker; 5 is refused, 6 kills its workers."""
+    batch_id = world.submit(9)
+    ids = world.job_ids(batch_id)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    for number in range(5):
+        worker = "gpu1@b" if number == 2 else "gpu0@a"
+        attempt_id = world.claimed(ids[number], worker=worker)
+        world.fail(attempt_id, states.FailureKind.DEVICE, budgets=once, error=f"Xid {number}")
+    world.fail(world.claimed(ids[5], worker="gpu1@b"), states.FailureKind.REFUSED, error="no")
+    world.fail(world.claimed(ids[6]), states.FailureKind.WORKER_LOST, budgets=once, error="silent")
+    world.fail(world.claimed(ids[7]), states.FailureKind.ENCODING)  # it is tried again
+    return batch_id
+
+
+def groups(world: World, batch_id: str) -> list[failures.Group]:
+    with world.db.snapshot() as session:
+        return failures.groups(session, queries.find_batch(session, batch_id))
+
+
+def test_what_failed_is_grouped_by_kind_with_the_workers_that_made_most_of_it(world: World) -> None:
+    assert groups(world, world.submit(1)) == []
+    batch_id = bad_night(world)
+    bad_night(world)  # of another batch
+    device, refused, lost = groups(world, batch_id)
+    assert (device.kind, device.quarantined, device.jobs) == ("device", False, 5)
+    assert device.mostly_on == [("gpu0@a", 4), ("gpu1@b", 1)]
+    assert (device.example.position, device.example.error) == (0, "Xid 0")
+    assert (refused.kind, refused.jobs, refused.mostly_on) == ("refused", 1, ())
+    assert (lost.kind, lost.quarantined, lost.jobs) == ("worker_lost", True, 1)
+    assert [group.may_go_well for group in (device, refused, lost)] == [True, False, False]
+
+
+def test_of_failures_all_over_the_farm_no_worker_is_named(world: World) -> None:
+    batch_id = world.submit(8)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    for number, job_id in enumerate(world.job_ids(batch_id)):
+        attempt_id = world.claimed(job_id, worker=f"gpu{number}@a")
+        world.fail(attempt_id, states.FailureKind.ENCODING, budgets=once)
+    (group,) = groups(world, batch_id)
+    assert (len(group.workers), group.mostly_on) == (8, ())
+
+
+def test_jobs_are_listed_by_how_they_failed_and_with_their_workers(world: World) -> None:
+    batch_id = bad_night(world)
+    failed = [states.JobState.FAILED]
+
+    def places(**which: Any) -> list[int]:
+        with world.db.reading() as session:
+            found = queries.jobs(session, batch_id, which=failures.Which(**which))
+            among = queries.jobs(
+                session, batch_id, states_wanted=failed, which=failures.Which(**which)
+            )
+        assert {job.position for job in among} == {job.position for job in found} & set(range(7))
+        return [job.position for job in found]
+
+    kind = states.FailureKind
+    assert places() == list(range(9))
+    assert places(kinds=[kind.DEVICE, kind.REFUSED]) == [0, 1, 2, 3, 4, 5]
+    assert places(kinds=[kind.ENCODING]) == [7]
+    assert places(quarantined=True) == [6]
+    assert places(kinds=[kind.WORKER_LOST], quarantined=False) == []
+    with world.db.reading() as session:
+        every = queries.jobs(session, batch_id)
+        workers_by_job = queries.workers_of(session, every)
+    assert [workers_by_job.get(job.id) for job in every] == [
+        "gpu0@a",
+        "gpu0@a",
+        "gpu1@b",
+        "gpu0@a",
+        "gpu0@a",
+        "gpu1@b",
+        "gpu0@here",
+        None,
+        None,
+    ]

@@ -31,6 +31,12 @@ def test_what_cannot_heal_is_never_retried(kind: FailureKind) -> None:
     assert decide(kind, errors=1) is None
 
 
+@pytest.mark.parametrize("kind", FailureKind)
+def test_a_retry_by_hand_may_help_what_was_not_the_job_itself(kind: FailureKind) -> None:
+    assert retries.may_go_well(kind, quarantined=False) is (kind not in FINAL)
+    assert not retries.may_go_well(kind, quarantined=True)
+
+
 def test_a_crash_is_retried_at_once_but_once() -> None:
     assert decide(FailureKind.WORKER_LOST, crashes=1) == retries.RetryDecision(wait_seconds=0.0)
     assert decide(FailureKind.WORKER_LOST, crashes=2) is None

@@ -338,6 +338,39 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
 
 
+def test_a_page_of_a_batch_tells_why_jobs_failed_and_leads_to_those_of_a_kind(
+    web: Web, browser: Browser
+) -> None:
+    batch_id = web.submit(4)
+    base = f"/batches/{batch_id}"
+    assert "Why jobs failed" not in browser.get(base).text
+    lost = states.FailureKind.WORKER_LOST
+    web.fail(web.job_id(batch_id, 0), error="too long")
+    web.fail(web.job_id(batch_id, 1), error="it fell silent", kind=lost)
+    page = browser.get(base).text
+    why = page[page.index("Why jobs failed") : page.index("<h2>Running")]
+    assert why.count("no use") == 2
+    assert "1 on gpu0@host" in why
+    links = [link.replace("&amp;", "&") for link in re.findall(rf'href="({base}\?[^"]*)"', why)]
+    assert [link.partition("?")[2] for link in links] == [
+        "state=failed&kind=input&quarantined=false#jobs",
+        "state=failed&kind=worker_lost&quarantined=true#jobs",
+    ]
+    text = browser.get(links[1]).text
+    jobs = text[text.index('id="jobs"') :]
+    assert "worker lost (quarantined): it fell silent" in jobs
+    assert "on gpu0@host" in jobs
+    assert "Only worker lost, quarantined." in jobs
+    assert "too long" not in jobs
+    asked_again = re.findall(r'hx-get="([^"]*)"', text)[0].replace("&amp;", "&")
+    assert "too long" not in browser.get(asked_again).text.partition('id="jobs"')[2]
+    which = {"states": "failed", "kind": "worker_lost", "quarantined": "true"}
+    browser.post(f"{base}/pause", {}, of=base)
+    told = browser.post(f"{base}/retry", which, of=base).text
+    assert "Queued again, but the batch is paused" in told
+    assert (batches_of(web)[0].failed, batches_of(web)[0].queued) == (1, 3)
+
+
 @pytest.mark.parametrize("typed", ["900", "1e2", "", "soon", "-101"])
 def test_what_is_no_priority_is_told_on_the_page_of_the_batch(
     web: Web, browser: Browser, typed: str
