@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import database, states, totals, workers
+from jobs import database, schema, states, totals, workers
 from jobs.schema import (
     ApiRequest,
     ApiToken,
@@ -199,9 +199,7 @@ def old_tokens(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
 
 
 def old_workers(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
-    holds_a_job = exists().where(
-        Attempt.worker == Worker.name, Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
-    )
+    holds_a_job = exists().where(Attempt.worker == Worker.name, schema.IS_LIVE)
     silent = Worker.heartbeat_at < before - timedelta(seconds=workers.ALIVE_SECONDS)
     is_gone = silent | (Worker.stopped_at < before)
     return Worker, is_gone & ~holds_a_job

@@ -13,11 +13,12 @@ from typing import Any
 from sqlalchemy import Select, Text, cast, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
-from jobs import database, errors, failures, schema, states, workers
+from jobs import attempt_ids, database, errors, failures, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results
 STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
+CLOCK_SPARE = timedelta(hours=1)  # the database's clock may have been set back meanwhile
 ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
@@ -153,17 +154,31 @@ def attempt_before_newest(session: Session, number: int) -> int:
 
 
 def attempts_of_batch(
-    session: Session, batch_id: str, *, after: int = 0
+    session: Session,
+    batch: Batch,
+    *,
+    after: int = 0,
+    that_are: Collection[states.AttemptState] = (),
 ) -> Sequence[tuple[Job, Attempt]]:
     """Some, in the order in which they began; `after` is the id of the last attempt seen."""
-    rows = session.execute(
+    statement = (
         select(Job, Attempt)
         .join(Attempt, Attempt.job_id == Job.id)
-        .where(Job.batch_id == batch_id, Attempt.id > after)
+        .where(Job.batch_id == batch.id, Attempt.id > _before_first_attempt(session, batch, after))
         .order_by(Attempt.id)
         .limit(ROWS_AT_ONCE)
-    ).all()
-    return [(row[0], row[1]) for row in rows]
+    )
+    if that_are:
+        statement = statement.where(Attempt.state.in_(that_are))
+    return [(row[0], row[1]) for row in session.execute(statement)]
+
+
+def _before_first_attempt(session: Session, batch: Batch, after: int) -> int:
+    """Else PostgreSQL reads all that is older than the batch, too."""
+    counted = select(Attempt.id).where(Attempt.id > after)
+    if session.scalar(counted.where(Attempt.id < attempt_ids.COUNTED_BELOW).limit(1)) is not None:
+        return after
+    return max(after, attempt_ids.earliest(batch.created_at - CLOCK_SPARE) - 1)
 
 
 def jobs_with_results(
@@ -252,10 +267,10 @@ def live_workers(session: Session) -> list[LiveWorker]:
         select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.name)
     ).all()
     held = session.scalars(
-        # The newest last: one before it may be in its last second, off the device.
-        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING).order_by(Attempt.id)
-    ).all()
-    by_worker = {attempt.worker: attempt for attempt in held}
+        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING, schema.IS_LIVE)
+    )
+    # The newest last: one before it may be in its last second, off the device.
+    by_worker = {attempt.worker: attempt for attempt in sorted(held, key=lambda held: held.id)}
     refused = workers.refusals(session)
     return [
         LiveWorker(

@@ -289,6 +289,10 @@ class Attempt(Base):
     )
 
 
+IS_LIVE = text("attempts.state IN ('running', 'rendered')")
+"""Of attempts. Written out: of a state that is bound SQLite does not see that the index has it."""
+
+
 class Worker(Base):
     """A render process as its launcher last saw it; alive while `heartbeat_at` is fresh."""
 

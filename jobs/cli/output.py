@@ -3,8 +3,9 @@
 import json
 import re
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,24 @@ def console(*, stderr: bool = False) -> "Console":
 
 def emit(value: object) -> None:
     """One JSON document on stdout."""
+    _print(_document(value))
+
+
+def emit_list(head: dict[str, object], name: str, values: Iterable[object]) -> None:
+    """As `emit` prints `head | {name: values}`, of which not all are held at once."""
+    start, _, end = _document(head | {name: [None]}).rpartition("\n    null\n")
+    is_first = True
+    for value in values:
+        text = textwrap.indent(_document(value), " " * 4)
+        _print(f"{start if is_first else ','}\n{text}", ends=False)
+        is_first = False
+    _print(_document(head | {name: []}) if is_first else f"\n{end}")
+
+
+def _document(value: object) -> str:
     narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of)
-    _print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def emit_line(value: object) -> None:
@@ -72,9 +88,9 @@ def line(text: str = "") -> None:
     _print(text)
 
 
-def _print(text: str) -> None:
+def _print(text: str, *, ends: bool = True) -> None:
     try:
-        click.echo(text)
+        click.echo(text, nl=ends)
     except OSError as error:
         error.filename = "standard output"  # for whoever tells of it
         raise

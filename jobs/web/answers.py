@@ -170,6 +170,7 @@ class Load(Answer):
     idle_since: datetime | None
     span_seconds: int
     is_cut: bool
+    cut_at: datetime | None
     spans: list[dict[str, Any]]
     history: list[dict[str, Any]]
 

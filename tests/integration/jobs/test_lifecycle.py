@@ -14,7 +14,7 @@ from sqlalchemy import event, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import database, failures, health, lifecycle, orders, retries, schema, states
+from jobs import attempt_ids, database, failures, health, lifecycle, orders, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, LEASE_SECONDS, World
@@ -224,9 +224,9 @@ def test_an_attempt_is_numbered_and_its_id_is_never_used_again(world: World) -> 
 
 def test_ids_of_attempts_are_no_count_and_fit_into_a_number_of_json(world: World) -> None:
     """A database that is restored from a backup counts anew, and would give them again."""
-    earliest = (BEFORE_IDS - lifecycle.IDS_SINCE) // timedelta(milliseconds=1)
+    earliest = (BEFORE_IDS - attempt_ids.SINCE) // timedelta(milliseconds=1)
     attempt_id = world.claimed(_queued(world))
-    assert earliest << lifecycle.ID_BITS < attempt_id < 1 << 53
+    assert earliest << attempt_ids.BITS < attempt_id < 1 << 53
 
 
 def test_ids_of_attempts_grow_also_when_a_clock_goes_back(

@@ -6,9 +6,20 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import database, errors, failures, orders, queries, retries, states, watch, workers
+from jobs import (
+    database,
+    errors,
+    failures,
+    orders,
+    queries,
+    retries,
+    schema,
+    states,
+    watch,
+    workers,
+)
 from jobs.cli import display
-from jobs.schema import Batch, Job
+from jobs.schema import Attempt, Batch, Job
 from jobs.states import BatchState
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
 
@@ -352,6 +363,37 @@ def test_jobs_and_attempts_are_listed_in_their_order(world: World) -> None:
         winner = queries.winning_attempt(session, world.job(ids[2]))
     assert winner is not None
     assert winner.id == last
+
+
+def test_attempts_of_a_batch_are_found_by_times_and_by_counts_of_before(world: World) -> None:
+    batch_id = world.submit(3)
+    ids = world.job_ids(batch_id)
+    released = world.claimed(ids[2])
+    world.release(released)
+    first, second = world.claimed(ids[0]), world.claimed(ids[1])
+    wrong = [states.AttemptState.FAILED]
+    world.fail(second)
+    with world.db.reading() as session:
+        batch = queries.find_batch(session, batch_id)
+
+        def told(**which: Any) -> list[int]:
+            return [attempt.id for _, attempt in queries.attempts_of_batch(session, batch, **which)]
+
+        assert told() == [released, first, second]
+        assert told(after=first) == told(that_are=wrong) == [second]
+    with world.db.transaction() as session:
+        session.execute(update(Attempt).where(Attempt.id == released).values(id=7))
+    with world.db.reading() as session:
+        assert told() == [7, first, second]
+        assert told(after=7) == [first, second]
+
+
+def test_sqlite_finds_live_attempts_by_their_index(sqlite_world: World) -> None:
+    """Else each look of a dispatcher reads all attempts that there ever were."""
+    asked = select(Attempt.id).where(schema.IS_LIVE)
+    with sqlite_world.db.reading() as session:
+        plan = session.execute(text(f"EXPLAIN QUERY PLAN {asked.compile(session.get_bind())}"))
+        assert ["ix_attempts_live" in row.detail for row in plan] == [True]
 
 
 def refuse(world: World, name: str, queue: str, reason: str = "the models folder is gone") -> float:

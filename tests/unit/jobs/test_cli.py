@@ -40,7 +40,7 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import demo, display, exits, root, worker_commands
+from jobs.cli import demo, display, exits, output, root, worker_commands
 from jobs.schema import Batch, Worker
 from tests.registrations import registration
 from tests.waiting import until
@@ -676,6 +676,15 @@ def test_logs_tell_the_story_of_a_job(farm: Farm, rushes: Rushes) -> None:
     assert "attempt 1 on gpu0@host: failed" in told
     assert "input: the prompt is unusable" in told
     assert "| line one of it" in told
+
+
+def test_a_list_is_printed_as_a_whole_document(capsys: pytest.CaptureFixture[str]) -> None:
+    head: dict[str, object] = {"batch_id": "b", "null": None}
+    for values in ([], [1], [{"a": [], "b": "x\n"}, None, [2]]):
+        output.emit_list(head, "attempts", iter(values))
+        found = capsys.readouterr().out
+        output.emit(head | {"attempts": values})
+        assert found == capsys.readouterr().out
 
 
 def test_logs_of_a_batch_are_in_order_and_can_be_filtered(farm: Farm, rushes: Rushes) -> None:

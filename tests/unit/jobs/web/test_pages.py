@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from jobs import (
+    health,
     presets,
     queries,
     reports,
@@ -25,11 +26,12 @@ from jobs import (
     schema,
     states,
     submission,
+    throughput,
     tokens,
     workers,
 )
 from jobs.web import app, history, html
-from jobs.web.pages import charts, gallery
+from jobs.web.pages import charts, farm, gallery
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web, running
 
@@ -962,6 +964,36 @@ def test_what_people_typed_is_shown_as_text(web: Web, browser: Browser) -> None:
         assert "<script>alert" not in text
         assert "<img" not in text
         assert "&lt;script&gt;" in text
+
+
+def test_a_farm_shows_those_first_that_need_a_look(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(farm, "WORKERS", 2)
+    for name in ("a@host", "b@host", "c@host", "d@host"):
+        web.db.write(workers.register, registration(name))
+    for job_id in range(health.MAX_SUSPECTS):
+        told = {"kind": states.FailureKind.DEVICE, "error": "Xid 79"}
+        web.db.write(health.suspect, "d@host", job_id=job_id, **told)
+    with web.db.transaction() as session:
+        long_ago = datetime.now(UTC) - timedelta(days=1)
+        session.get_one(schema.Worker, "c@host").heartbeat_at = long_ago
+    text = browser.get("/farm").text
+    assert re.findall(r"<h3>(\w@host)</h3>", text) == ["d@host", "c@host"]
+    assert "3 of 4, 1 takes nothing" in text
+    assert re.search(r"takes nothing until its self-test passes, the next one from \d", text)
+
+
+def test_videos_of_an_hour_that_were_not_all_counted_are_said_to_be_more(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "NEWEST_ATTEMPTS", 2)
+    batch_id = web.submit(3)
+    for number in range(2):
+        web.succeed(web.job_id(batch_id, number))
+    assert "<dd>2</dd>" in browser.get("/farm").text
+    web.succeed(web.job_id(batch_id, 2))
+    assert "<dd>over 2</dd>" in browser.get("/farm").text
 
 
 def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Browser) -> None:
