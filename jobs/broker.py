@@ -1,9 +1,10 @@
 """What Redis is used for: a few messages per worker that say "this job may start", and a kick."""
 
+import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -61,29 +62,23 @@ class Broker:
         `mark`: for whom they are, without a colon; `lying` tells it.
         """
         sent = 0
-        try:
+        with self._asking():
             for job_id in job_ids:
                 self._send(celery_app.RENDER_TASK, job_id, queue, mark=mark)
                 sent += 1
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
         return sent
 
     def send_publish(self, host: str, attempt_id: int) -> None:
-        try:
+        with self._asking():
             self._send(celery_app.PUBLISH_TASK, attempt_id, publish_queue(host))
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
 
     def steer(self, worker: str, *, take: Iterable[str] = (), leave: Iterable[str] = ()) -> None:
         """Let a worker's Celery begin or cease to take from queues. Safe to repeat."""
-        try:
+        with self._asking():
             for queue in leave:
                 self._order(worker, "cancel_consumer", queue)
             for queue in take:
                 self._order(worker, "add_consumer", queue)
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
 
     def waiting(self, queue: str) -> set[int]:
         """Ids of the messages that no worker has taken from this queue yet."""
@@ -91,22 +86,20 @@ class Broker:
 
     def lying(self, queue: str) -> list[Message]:
         """The messages that no worker has taken from this queue yet."""
-        try:
-            messages = self.redis.lrange(queue, 0, MOST_READ - 1)
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
-        assert isinstance(messages, list)
+        with self._asking():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.lrange(queue, 0, MOST_READ - 1)
+            pipeline.delete(TRIAL_KEY)  # refused by a replica, which answers who only reads
+            messages = pipeline.execute()[0]
         return _read(messages)
 
     def recall(self, queue: str) -> set[int]:
         """Take back all messages that no worker has taken; what they were about."""
-        try:
+        with self._asking():
             pipeline = self.redis.pipeline(transaction=True)
             pipeline.lrange(queue, 0, -1)
             pipeline.delete(queue)
             messages = pipeline.execute()[0]
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
         return {message.subject for message in _read(messages)}
 
     def kick(self) -> str | None:
@@ -114,14 +107,14 @@ class Broker:
         pipeline = self.redis.pipeline()
         pipeline.lpush(KICK_KEY, "1")
         pipeline.ltrim(KICK_KEY, 0, 0)
-        return _refusal_of(pipeline)
+        return self._refusal_of(pipeline)
 
     def refusal(self) -> str | None:
         """Why it takes no writes: a replica, or one that is full, answers all the same."""
         pipeline = self.redis.pipeline()
         pipeline.lpush(TRIAL_KEY, "1")
         pipeline.delete(TRIAL_KEY)
-        return _refusal_of(pipeline)
+        return self._refusal_of(pipeline)
 
     def withheld(self) -> list[str]:
         """Of what Celery needs, keys and all: what this user may not use. Changes nothing."""
@@ -197,6 +190,27 @@ class Broker:
         finally:
             client.close()
 
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """BrokerUnavailable: the next try makes new connections, which may lead elsewhere."""
+        try:
+            yield
+        except UNAVAILABLE as error:
+            self._hang_up()
+            raise BrokerUnavailable(self.url, str(error)) from error
+
+    def _refusal_of(self, pipeline: Pipeline) -> str | None:
+        try:
+            pipeline.execute()
+        except UNAVAILABLE as error:
+            self._hang_up()
+            return str(error)
+        return None
+
+    def _hang_up(self) -> None:
+        """Ours; Celery does it by itself."""
+        self.redis.connection_pool.disconnect(inuse_connections=False)
+
     def _send(self, task: str, subject: int, queue: str, *, mark: str = "") -> None:
         self._app.send_task(
             task,
@@ -211,6 +225,8 @@ class Broker:
         """As Celery's own `control` does it, which waits without end for a Redis that is away."""
         exchange = self._app.control.mailbox.exchange
         with self._app.producer_or_acquire() as producer:
+            with producer.channel.conn_or_acquire() as client:
+                client.delete(TRIAL_KEY)  # a replica takes orders too, and nobody hears them
             producer.publish(
                 {"method": method, "arguments": {"queue": queue}, "destination": [worker]},
                 exchange=exchange.name,
@@ -269,14 +285,6 @@ def _mistake(url: str) -> str | None:
 def _wrong(message: str) -> errors.InvalidInput:
     problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
     return errors.InvalidInput("settings", [problem])
-
-
-def _refusal_of(pipeline: Pipeline) -> str | None:
-    try:
-        pipeline.execute()
-    except UNAVAILABLE as error:
-        return str(error)
-    return None
 
 
 def publish_queue(host: str) -> str:

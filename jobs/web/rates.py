@@ -103,14 +103,14 @@ class Limiter:
 
     def __init__(self, rate: RateLimitItem, *, redis_url: str) -> None:
         self._rate = rate
-        pool = redis.ConnectionPool.from_url(
+        self._pool = redis.ConnectionPool.from_url(
             redis_url,
             socket_connect_timeout=ANSWER_SECONDS,
             socket_timeout=ANSWER_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
         self._shared = MovingWindowRateLimiter(
-            RedisStorage(redis_url, connection_pool=pool, key_prefix=KEY_PREFIX)
+            RedisStorage(redis_url, connection_pool=self._pool, key_prefix=KEY_PREFIX)
         )
         self._own = MovingWindowRateLimiter(MemoryStorage())
         self._ask_from = 0.0  # of the monotonic clock
@@ -122,6 +122,8 @@ class Limiter:
                 return self._wait(self._shared, who)
             except (redis.RedisError, OSError) as error:
                 self._ask_from = time.monotonic() + AWAY_SECONDS
+                # The next may lead elsewhere: a replica never takes what we count.
+                self._pool.disconnect(inuse_connections=False)
                 log.warning("web.rates_not_shared", error=str(error)[:200])
         return self._wait(self._own, who)
 
