@@ -5,8 +5,9 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import kombu.exceptions
 import redis
@@ -22,6 +23,13 @@ SEND_SECONDS = 2.0
 
 SCHEMES = ("redis://", "rediss://")
 ESCAPES = "in a password, / is written %2F, : %3A, ; %3B, @ %40, [ %5B, # %23 and ? %3F"
+
+TLS_WORDS = (
+    *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
+    *("ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers"),
+)
+"""Of redis-py's, those that Celery reads alike."""
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
@@ -48,6 +56,7 @@ class Broker:
     def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
         self.url = config.broker_url.get_secret_value()
         _check(self.url)
+        _check_files(self.url)
         self._app = app or celery_app.make(config, answer_seconds=SEND_SECONDS)
         self.redis: redis.Redis = redis.Redis.from_url(
             self.url,
@@ -251,6 +260,16 @@ def _check(url: str) -> None:
         raise _wrong(mistake)
 
 
+def _check_files(url: str) -> None:
+    """The clients' own words about one that is missing do not name it."""
+    for name, (path, *_) in parse_qs(urlsplit(url).query).items():
+        if name in TLS_FILES:
+            try:
+                Path(path).open("rb").close()
+            except (OSError, ValueError) as error:
+                raise _wrong(f"names in {name} what cannot be read: {error}") from error
+
+
 def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
     if ";" in url:  # Celery's would take it for several
@@ -260,9 +279,15 @@ def _mistake(url: str) -> str | None:
     except ValueError:  # as below
         return "is no address: an IPv6 address is written [::1]"
     try:
-        _ = parts.port
+        port = parts.port
     except ValueError:  # its words may show a part of the password
         return f"has no port: {ESCAPES}"
+    if port == 0:  # both would take the usual one
+        return "has port 0, where nobody can listen"
+    try:
+        unquote(parts.hostname or "").encode("idna")
+    except UnicodeError:
+        return f"has a host whose name cannot be one: {ESCAPES}"
     if not url.startswith(SCHEMES):
         return f"must begin with redis:// or rediss://, got {url[: len(parts.scheme)]!r}"
     if parts.fragment or not re.fullmatch("(/[0-9]*)?", parts.path):
@@ -270,15 +295,13 @@ def _mistake(url: str) -> str | None:
     options = parse_qs(parts.query, keep_blank_values=True)
     if options and parts.scheme == "redis":
         return f"may have a ? only with rediss://: {ESCAPES}"
-    if not all(name.startswith("ssl_") for name in options):
-        return f"may say only ssl_... behind the ?: {ESCAPES}"
+    if not options.keys() <= set(TLS_WORDS):
+        return f"may say only {', '.join(TLS_WORDS)} behind the ?: {ESCAPES}"
     asked = options.get("ssl_cert_reqs", ["required"])[0]
     if asked not in ("required", "optional", "none"):
         return f"has ssl_cert_reqs={asked}: must be required, optional or none"
-    try:
-        redis.connection.parse_url(url)  # type: ignore[no-untyped-call]  # redis-py says no types
-    except ValueError:
-        return "has a value behind the ? that redis-py cannot read"
+    if options.get("ssl_check_hostname", ["true"])[0].lower() not in ("true", "false"):
+        return "has an ssl_check_hostname that is neither true nor false"
     return None
 
 
