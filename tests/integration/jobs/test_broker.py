@@ -36,6 +36,11 @@ class Front(socketserver.ThreadingTCPServer):
         self.heard = b""
         super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
 
+    def ask_for_certificates(self) -> None:
+        """From clients, signed by its own."""
+        self._context.load_verify_locations(self.certificate)
+        self._context.verify_mode = ssl.CERT_REQUIRED
+
     @property
     def port(self) -> int:
         return int(self.server_address[1])
@@ -160,6 +165,22 @@ def test_own_authorities_and_none_at_all_are_taken_by_both_clients(
     assert bell.kick() is None
     assert bell.send_renders("queue", [7]) == 1
     assert bell.waiting("queue") == {7}
+
+
+def test_what_tls_lacks_is_told(front: Behind, connected: Callable[..., broker.Broker]) -> None:
+    def advice(options: str) -> str:
+        connected(own, options)
+        (found,) = (check for check in doctor.examine() if check.name == "redis")
+        return found.advice
+
+    own = front("127.0.0.1")
+    assert "ssl_ca_certs must name" in advice("")
+    options = f"?ssl_ca_certs={own.certificate}"
+    assert advice(options) == ""
+    own.ask_for_certificates()
+    assert "ssl_certfile and ssl_keyfile" in advice(options)
+    key = own.certificate.with_name("key.pem")
+    assert advice(f"{options}&ssl_certfile={own.certificate}&ssl_keyfile={key}") == ""
 
 
 @pytest.mark.parametrize(
