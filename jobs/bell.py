@@ -11,6 +11,9 @@ def kick(config: settings.Settings) -> str | None:
         if refusal is None:
             return None
         reason = str(broker.BrokerUnavailable(connection.url, refusal.rstrip(".")))
-    except (errors.RushesError, ValueError) as error:
+    except errors.RushesError as error:
         reason = str(error)
+    except Exception as error:  # who stored the jobs has yet to tell their ids
+        seen = f"{type(error).__name__}: {errors.first_line(error)}"
+        reason = f"{seen} (this is a defect in rushes)"
     return f"{reason}; the jobs are stored and start when it is back"

@@ -232,15 +232,16 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
     try:
         connection = broker.Broker(config)
         client = connection.redis
-        client.ping()
+        client.echo("")  # connects; unlike a ping it is answered by one whose disk is full
         began = time.monotonic()
-        client.ping()
+        client.echo("")
         seconds = time.monotonic() - began
         info = _info(client)
         unfit = _unfit(connection, info)
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
-        advice = "start Redis or correct CELERY_BROKER_URL; submitted jobs are safe meanwhile"
-        yield _fail("redis", errors.first_line(error), advice)
+        seen = errors.first_line(error)
+        advice = f"{_advice_on_redis(seen)}; submitted jobs are safe meanwhile"
+        yield _fail("redis", seen, advice)
         return
     version = info.get("valkey_version") or info.get("redis_version", "unknown")
     seen = f"version {version} answers in {seconds * 1000:.1f} ms"
@@ -258,6 +259,14 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         return
     yield _eviction(client, info)
     yield _persistence(client, info)
+
+
+def _advice_on_redis(problem: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in problem:  # in the words of OpenSSL, as the next
+        return "ssl_ca_certs must name the file of its authority; or correct the certificate"
+    if "CERTIFICATE_REQUIRED" in problem or "EOF occurred" in problem:
+        return "it may want a certificate from us: ssl_certfile and ssl_keyfile; or start Redis"
+    return "start Redis or correct CELERY_BROKER_URL"
 
 
 def _info(client: redis.Redis) -> dict[str, Any]:

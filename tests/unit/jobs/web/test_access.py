@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import limits
 import pytest
 import redis
 from fastapi.routing import iter_route_contexts
@@ -639,6 +640,21 @@ def test_several_processes_count_together_and_alone_when_redis_is_gone(
         patch.setattr(redis.Connection, "send_packed_command", cut)
         assert asked(10) == [200] * 8 + [429] * 2
         assert len(tried) == 2, "each asks once, and no request after that waits for it"
+
+
+def test_nobody_waits_for_the_clock_of_another_host(
+    clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A little ahead is as good as none."""
+    limiters = [
+        rates.Limiter(limits.parse("2/minute"), redis_url=clean_redis_url) for _ in range(2)
+    ]
+    now = time.time
+    for ahead, is_refused in ((0.0, True), (3.0, True), (3600.0, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda ahead=ahead: now() + ahead)
+            assert [limiters[0].seconds_to_wait(f"{ahead}") for _ in range(2)] == [0.0, 0.0]
+        assert (limiters[1].seconds_to_wait(f"{ahead}") > 0.0) is is_refused
 
 
 def test_a_request_writes_nothing_where_its_token_was_used_just_now(
