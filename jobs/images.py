@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, one_line, outside, settings, storage, stores
+from jobs import errors, image_files, one_line, outside, settings, storage, stores
 
 if TYPE_CHECKING:
     from PIL import Image, ImageCms, ImageFile
 
 MAX_SHOWN_CHARS = 100
 CHUNK_BYTES = 1 << 16
-MAX_ADDRESSES = 4  # of one host, tried one after another
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 
@@ -109,7 +108,10 @@ class Limits:
 
 LIMITS = Limits()
 _decoding = threading.BoundedSemaphore(2)
-"""Of a process: a decoded image has up to 256 MB, whatever it was on the wire."""
+_decoding_large = threading.Lock()
+"""Of a process: an image of the most pixels has 256 MB, and takes up to 1 GB while it is decoded,
+whatever it was on the wire."""
+LARGE_PIXELS = 16_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -461,7 +463,8 @@ def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
     with _decoded(data, "image", limits) as image:
         fmt = image.format
         with contextlib.suppress(*DECODER_ERRORS):  # broken EXIF turns nothing
-            ImageOps.exif_transpose(image, in_place=True)
+            if image_files.has_short_exif(image):
+                ImageOps.exif_transpose(image, in_place=True)
         try:
             return _rgb(image)
         except ImageError:
@@ -473,6 +476,32 @@ def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
 @contextlib.contextmanager
 def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]":
     """The first frame, decoded to its end; told apart by content, whatever it is called."""
+    from PIL import Image
+
+    reads = image_files.Reads(data)
+    with _opened(reads, data, shown, limits) as image:
+        pixels = image.width * image.height
+        if pixels > limits.max_pixels:
+            raise _too_many_pixels(shown, limits, image.size)
+        _match_transparency(image)
+        with _decoding_large if pixels > LARGE_PIXELS else contextlib.nullcontext():
+            try:
+                image_files.check_opened(image, reads)
+                image.load()
+            except image_files.TooMuch as error:
+                raise ImageUnusable(shown, str(error)) from None
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                raise _too_many_pixels(shown, limits) from None
+            except DECODER_ERRORS:
+                raise ImageUnusable(
+                    shown, f"is a damaged or incomplete {image.format}: send the whole file"
+                ) from None
+            yield image
+
+
+def _opened(
+    reads: image_files.Reads, data: bytes, shown: str, limits: Limits
+) -> "ImageFile.ImageFile":
     from PIL import Image, UnidentifiedImageError  # not at the top: most commands need no images
 
     if not data:
@@ -481,26 +510,16 @@ def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]"
     # that come and go are mixed up between threads.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
-        image = Image.open(io.BytesIO(data), formats=list(CONTENT_TYPES))
+        image_files.check_bytes(data)
+        return Image.open(reads, formats=list(CONTENT_TYPES))
+    except image_files.TooMuch as error:
+        raise ImageUnusable(shown, str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(shown, limits) from None
     except UnidentifiedImageError:
         raise ImageUnusable(shown, _what_else(data)) from None
     except DECODER_ERRORS:
         raise ImageUnusable(shown, "is damaged: open it in a viewer and save it again") from None
-    with image:
-        if image.width * image.height > limits.max_pixels:
-            raise _too_many_pixels(shown, limits, image.size)
-        _match_transparency(image)
-        try:
-            image.load()
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise _too_many_pixels(shown, limits) from None
-        except DECODER_ERRORS:
-            raise ImageUnusable(
-                shown, f"is a damaged or incomplete {image.format}: send the whole file"
-            ) from None
-        yield image
 
 
 def _match_transparency(image: "ImageFile.ImageFile") -> None:
@@ -531,6 +550,8 @@ def _what_else(data: bytes) -> str:
 
 
 def _orientation(image: "Image.Image") -> object:
+    if not image_files.has_short_exif(image):
+        return None
     try:
         return image.getexif().get(ORIENTATION_TAG)
     except DECODER_ERRORS:
@@ -586,7 +607,7 @@ def _srgb(image: "Image.Image", profile: bytes | None = None) -> "Image.Image":
     profile = profile or image.info.get("icc_profile")
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
-    if profile:
+    if profile and image_files.is_quick(profile):
         with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if image.mode != "RGB" or not _is_srgb(own):
