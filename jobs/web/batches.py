@@ -68,6 +68,7 @@ def images_for(serving: service.Service, principal: access.Principal) -> images.
         may_read_buckets=principal.is_admin,
         turns=serving.fetch_turns,
         checking=serving.check_turns.taken,
+        checking_far=serving.far_check_turns.taken,
         storing=serving.storing,
     )
 

@@ -72,6 +72,7 @@ class Service:
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
     check_turns: rates.Turns = field(default_factory=images.check_turns)
+    far_check_turns: rates.Turns = field(default_factory=images.far_check_turns)
     listen_turns: rates.Turns = field(default_factory=listen_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
