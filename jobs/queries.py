@@ -16,7 +16,9 @@ from sqlalchemy.orm import Session, aliased
 from jobs import database, errors, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
-RECENT_JOBS = 50  # the rate is taken over this many latest results
+RECENT_JOBS = 50  # the rate is taken over this many latest results, or
+ROUNDS = 2  # so many of each worker if that is more: workers in step end all at once,
+MOST_RESULTS = 4_000  # but no more than these: every open page asks each two seconds
 STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
@@ -384,17 +386,11 @@ def refusals_of(session: Session, queues: Sequence[str]) -> list[Refusal]:
 
 
 def _rate_per_minute(session: Session, batch: Batch) -> float | None:
-    spans = session.execute(
-        select(Job.started_at, Job.finished_at)
-        .where(Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED)
-        .order_by(Job.finished_at.desc())
-        .limit(RECENT_JOBS)
-    ).all()
-    if len(spans) < 2:
+    results = _latest_results(session, batch)
+    if len(results) < 2:
         return None
-    work = [(start or end, end) for start, end in spans if end is not None]
-    ends = [end for _, end in work]
-    until = ends[0]
+    work = list(results)
+    until, since = results[0][1], results[-1][1]
     if batch.finished_at is None:
         until = max(until, database.now(session))
         longest_running = session.scalar(
@@ -403,19 +399,43 @@ def _rate_per_minute(session: Session, batch: Batch) -> float | None:
             )
         )
         work.append((longest_running or until, until))
-    seconds = worked_seconds(work, since=ends[-1], until=until)
+    seconds = worked_seconds(work, since=since, until=until)
     if seconds <= 0:
         return None
     # Workers that began together end together: their first results come within moments.
-    return min((len(spans) - 1) / seconds, _full_speed(work[: len(spans)])) * 60
+    most = max(_side_by_side(results), batch.running)
+    return min((len(results) - 1) / seconds, _full_speed(results, workers=most)) * 60
 
 
-def _full_speed(work: Sequence[tuple[datetime, datetime]]) -> float:
-    """Jobs a second if as many as ever went on side by side all took the shortest time."""
-    shortest = min((end - start).total_seconds() for start, end in work)
+def _latest_results(session: Session, batch: Batch) -> Sequence[tuple[datetime, datetime]]:
+    """When its latest videos began and ended, the newest first: enough of them for a rate."""
+    latest = (
+        select(Job.started_at, Job.finished_at)
+        .where(Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED)
+        .order_by(Job.finished_at.desc())
+    )
+    at_work = max(batch.running, 1)
+    number = at_work * max(ROUNDS, math.ceil(RECENT_JOBS / at_work))
+    while True:
+        number = min(number, MOST_RESULTS)
+        rows = session.execute(latest.limit(number)).all()
+        results = [(start or end, end) for start, end in rows if end is not None]
+        is_all = len(rows) < number or number == MOST_RESULTS
+        if is_all or number >= ROUNDS * _side_by_side(results):
+            return results
+        number *= 2
+
+
+def _side_by_side(work: Sequence[tuple[datetime, datetime]]) -> int:
+    """How many went on at once, at most."""
     changes = sorted([(start, 1) for start, _ in work] + [(end, -1) for _, end in work])
-    most = max(itertools.accumulate(change for _, change in changes))
-    return most / shortest if shortest > 0 else math.inf
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def _full_speed(work: Sequence[tuple[datetime, datetime]], *, workers: int) -> float:
+    """Jobs a second if that many workers all took the shortest time."""
+    shortest = min((end - start).total_seconds() for start, end in work)
+    return workers / shortest if shortest > 0 else math.inf
 
 
 def worked_seconds(

@@ -184,6 +184,54 @@ def test_first_results_of_workers_that_began_together_promise_no_more_than_these
     assert rate == pytest.approx(2 / RENDER_SECONDS * 60, rel=0.05)
 
 
+def _farm(world: World, *, workers: int, began_over: float, into_seconds: float) -> str:
+    """A batch as these workers leave it in their third round, each job of a minute."""
+    batch_id = world.submit(workers * 4)
+    ids = iter(world.job_ids(batch_id))
+    with world.db.transaction() as session:
+        now = database.now(session)
+        rows = []
+        for number in range(workers):
+            ago = 120 + into_seconds - began_over * number / workers
+            while ago > 0:
+                began, ended = now - timedelta(seconds=ago), now - timedelta(seconds=ago - 60)
+                state = states.JobState.SUCCEEDED if ended <= now else states.JobState.RUNNING
+                rows.append({"id": next(ids), "state": state, "started_at": began})
+                rows[-1]["finished_at"] = ended if ended <= now else None
+                ago -= 60
+        session.execute(update(Job), rows)
+        done = sum(row["state"] is states.JobState.SUCCEEDED for row in rows)
+        running = len(rows) - done
+        counts = {"succeeded": done, "running": running, "queued": workers * 4 - len(rows)}
+        session.execute(update(Batch).where(Batch.id == batch_id).values(counts))
+    return batch_id
+
+
+@pytest.mark.parametrize("workers", [64, 150])
+@pytest.mark.parametrize(
+    ("began_over", "into_seconds"),
+    [(60, 30), (0.1, 1), (0.1, 55)],
+    ids=["one after the other", "in step, just begun", "in step, nearly done"],
+)
+def test_the_rate_is_that_of_all_workers_however_many(
+    world: World, workers: int, began_over: float, into_seconds: float
+) -> None:
+    batch_id = _farm(world, workers=workers, began_over=began_over, into_seconds=into_seconds)
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(workers, rel=0.1)
+
+
+def test_the_rate_is_that_of_all_workers_when_few_of_them_run_now(world: World) -> None:
+    """Between two rounds of a farm in step, and when the batch is over."""
+    batch_id = _farm(world, workers=64, began_over=1, into_seconds=0.5)
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(running=0, finished_at=database.now(session)))
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(64, rel=0.1)
+
+
 def test_a_batch_whose_jobs_take_longer_slows_down(world: World) -> None:
     batch_id = world.submit(4)
     _finish(world, batch_id, [660, 600])
