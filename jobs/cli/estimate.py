@@ -68,7 +68,7 @@ def _tell(found: estimates.Estimate) -> None:
     )
     if found.unmeasured_jobs:
         output.note(
-            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks that were never rendered "
+            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks without a measured job "
             "here: not in these figures. Submit a few of them first, then ask again"
         )
 
