@@ -212,9 +212,11 @@ class Job(Base):
         UniqueConstraint("batch_id", "custom_id"),
         UniqueConstraint("batch_id", "position"),
         _index("ix_jobs_queued", "batch_id", "queue", "rank", "id", where="state = 'queued'"),
-        # These two stay empty while a batch is submitted.
+        # These stay empty while a batch is submitted.
         _index("ix_jobs_started", "batch_id", "state", "position", where="state <> 'queued'"),
         _index("ix_jobs_succeeded", "batch_id", "finished_at", where="state = 'succeeded'"),
+        _index("ix_jobs_failed", "batch_id", "finished_at", where="state = 'failed'"),
+        _index("ix_jobs_look", "look_id", "finished_at", where="state = 'succeeded'"),
         # Which batches start from an image; nothing of it is written for text to video.
         _index("ix_jobs_image", "image_key", "batch_id", where="image_key IS NOT NULL"),
         {"sqlite_autoincrement": True},

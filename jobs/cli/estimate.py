@@ -17,7 +17,7 @@ from jobs.cli import connections, options, output, prompt_files
 def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> None:
     """Say how long a file or a batch will take.
 
-    From what jobs of the same look took here lately; nothing is guessed where none was measured.
+    From what the latest jobs of the same look took here; nothing is guessed where there are none.
     With --preset the name is a FILE, which is checked and not stored; else a BATCH: what is left.
     """
     if preset is None and Path(subject).is_file():
@@ -64,7 +64,7 @@ def _tell(found: estimates.Estimate) -> None:
     )
     if found.unmeasured_jobs:
         output.note(
-            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks that were never rendered "
+            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks without a measured job "
             "here: not in these figures. Submit a few of them first, then ask again"
         )
 

@@ -1,5 +1,6 @@
 """What people and programs are told, on both databases."""
 
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -193,6 +194,133 @@ def test_first_results_of_workers_that_began_together_promise_no_more_than_these
     with world.db.reading() as session:
         rate = queries.progress(session, batch_id).rate_per_minute
     assert rate == pytest.approx(2 / RENDER_SECONDS * 60, rel=0.05)
+
+
+def _farm(
+    world: World, *, workers: int, began_over: float, into_seconds: float, failing: float = 0
+) -> str:
+    """A batch as these workers leave it in their third round, each job of a minute."""
+    batch_id = world.submit(workers * 4)
+    ids = iter(world.job_ids(batch_id))
+    with world.db.transaction() as session:
+        now = database.now(session)
+        rows = []
+        for number in range(workers):
+            ago = 120 + into_seconds - began_over * number / workers
+            while ago > 0:
+                began, ended = now - timedelta(seconds=ago), now - timedelta(seconds=ago - 60)
+                state = states.JobState.SUCCEEDED if ended <= now else states.JobState.RUNNING
+                if ended <= now and int(len(rows) * failing) != int((len(rows) + 1) * failing):
+                    state = states.JobState.FAILED
+                rows.append({"id": next(ids), "state": state, "started_at": began})
+                rows[-1]["finished_at"] = ended if ended <= now else None
+                ago -= 60
+        session.execute(update(Job), rows)
+        found = Counter(row["state"].value for row in rows)
+        counts = {**found, "queued": workers * 4 - len(rows)}
+        session.execute(update(Batch).where(Batch.id == batch_id).values(counts))
+    return batch_id
+
+
+@pytest.mark.parametrize("workers", [64, 150])
+@pytest.mark.parametrize(
+    ("began_over", "into_seconds"),
+    [(60, 30), (0.1, 1), (0.1, 55)],
+    ids=["one after the other", "in step, just begun", "in step, nearly done"],
+)
+def test_the_rate_is_that_of_all_workers_however_many(
+    world: World, workers: int, began_over: float, into_seconds: float
+) -> None:
+    batch_id = _farm(world, workers=workers, began_over=began_over, into_seconds=into_seconds)
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(workers, rel=0.1)
+
+
+def test_the_rate_is_that_of_all_workers_when_few_of_them_run_now(world: World) -> None:
+    """Between two rounds of a farm in step, and when the batch is over."""
+    batch_id = _farm(world, workers=64, began_over=1, into_seconds=0.5)
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(running=0, finished_at=database.now(session)))
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(64, rel=0.1)
+
+
+@pytest.mark.parametrize("failing", [0.2, 0.5, 0.8])
+def test_failed_jobs_are_no_pace_but_nobody_waits_for_them_either(
+    world: World, failing: float
+) -> None:
+    batch_id = _farm(world, workers=40, began_over=60, into_seconds=55, failing=failing)
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(40 * (1 - failing), rel=0.2)
+    open_jobs = progress.batch.queued + progress.batch.running
+    assert progress.seconds_left == pytest.approx(open_jobs / 40 * 60, rel=0.1)
+
+
+def test_failures_before_the_latest_results_promise_nothing(world: World) -> None:
+    batch_id = world.submit(12)
+    for job_id in world.job_ids(batch_id)[8:]:
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    with world.db.transaction() as session:
+        moment = database.now(session) - timedelta(seconds=90)
+        session.execute(
+            update(Job)
+            .where(Job.state == states.JobState.FAILED)
+            .values(started_at=moment, finished_at=moment)
+        )
+    _finish(world, batch_id, [60, 40, 20, 0])
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(80.0, rel=0.1)
+
+
+def test_an_hour_of_failures_is_no_hour_in_which_the_farm_was_stopped(world: World) -> None:
+    batch_id = world.submit(20)
+    for job_id in world.job_ids(batch_id)[14:]:
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    with world.db.transaction() as session:
+        now = database.now(session)
+        failed = session.scalars(select(Job).where(Job.state == states.JobState.FAILED))
+        for number, job in enumerate(failed):
+            job.started_at = now - timedelta(seconds=3600 - number * 600)
+            job.finished_at = job.started_at + timedelta(seconds=600)
+    _finish(world, batch_id, [3620, 3600, 0])
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(2 / 3620 * 60, rel=0.05)
+    # Eleven jobs, of which eight ended within that time.
+    assert progress.seconds_left == pytest.approx(11 / 8 * 3620, rel=0.05)
+
+
+@pytest.mark.parametrize("most", [8, 20])
+def test_of_very_many_failures_and_results_the_latest_tell(
+    world: World, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(queries, "MOST_RESULTS", most)
+    batch_id = _farm(world, workers=12, began_over=60, into_seconds=55, failing=0.5)
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    open_jobs = progress.batch.queued + progress.batch.running
+    assert progress.seconds_left == pytest.approx(open_jobs / 12 * 60, rel=0.25)
+
+
+def test_time_left_is_no_less_than_the_last_job_needs(world: World) -> None:
+    batch_id = _farm(world, workers=60, began_over=1, into_seconds=10)
+    with world.db.transaction() as session:
+        running = session.scalars(select(Job).where(Job.state == states.JobState.RUNNING)).all()
+        session.execute(
+            update(Job)
+            .where(Job.id.in_([job.id for job in running[3:]]))
+            .values(state=states.JobState.CANCELLED)
+        )
+        session.execute(update(Batch).values(running=3, queued=0))
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(50, abs=5)
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(queued=1))
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(60, abs=5)
 
 
 def test_a_batch_whose_jobs_take_longer_slows_down(world: World) -> None:
