@@ -152,7 +152,7 @@ def failed_on(
     return [
         (worker, when, kind)
         for worker, when, kind in session.execute(ended)
-        if kind in kinds and when is not None
+        if kind is not None and kind in kinds and when is not None
     ]
 
 
