@@ -596,7 +596,7 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
         files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
         unlike = parts.UNLIKE_HEADERS.load()(preset.look, files, config.models_dir)
     except ValueError as error:
-        return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
+        return _warn(name, str(error), "complete the folder: workers here cannot render these jobs")
     if unlike:
         return _warn(
             name, "; ".join(unlike), "it renders, though worse: mend the preset or the file"

@@ -16,14 +16,14 @@ from jobs.schema import Attempt, Batch, Job
 FEW_WORKERS = 3  # that are named
 QUARANTINED = "quarantined"
 
-IS_NEVER_RETRIED = Job.failure_kind.in_(sorted(retries.NEVER_RETRIED))
+IS_OF_JOB = Job.failure_kind.in_(sorted(retries.OF_JOB))
 PARTS: Mapping[str | None, Sequence[ColumnElement[bool]]] = {
     QUARANTINED: [Job.quarantined.is_(True)],
     **{
         kind.value: [Job.quarantined.is_(False), Job.failure_kind == kind]
-        for kind in sorted(retries.NEVER_RETRIED)
+        for kind in sorted(retries.OF_JOB)
     },
-    None: [Job.quarantined.is_(False), or_(Job.failure_kind.is_(None), ~IS_NEVER_RETRIED)],
+    None: [Job.quarantined.is_(False), or_(Job.failure_kind.is_(None), ~IS_OF_JOB)],
 }
 """Why a retry of a job will probably fail as before; None: it may go well. Each is in one part."""
 
@@ -67,7 +67,7 @@ class Group:
     @property
     def mostly_on(self) -> Sequence[tuple[str, int]]:
         """The few workers that made at least half of them; none where it is the job's fault."""
-        if self.kind in retries.NEVER_RETRIED:
+        if self.kind in retries.OF_JOB:
             return ()
         few = self.workers[:FEW_WORKERS]
         return few if 2 * sum(number for _, number in few) >= self.jobs else ()

@@ -284,12 +284,15 @@ def _fail(
     if job is None:
         return None
     worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
-    machines = {name for name, _ in health.failed_on(session, job)}
+    machines = {name for name, _, _ in health.failed_on(session, job)}
     if kind in retries.OF_MACHINE:
         machines.add(worker)
+    hosts = None
+    if kind in retries.OF_HOST:
+        hosts = health.hosts_failed_on(session, job, worker, kind)
     now = database.now(session)
     target, values = _after_failure(
-        job, kind=kind, machines=len(machines), budgets=budgets, now=now
+        job, kind=kind, machines=len(machines), hosts=hosts, budgets=budgets, now=now
     )
     told = database.storable(error)[:MAX_ERROR_CHARS]
     values |= {"failure_kind": kind, "error": told}
@@ -314,7 +317,13 @@ def _fail(
 
 
 def _after_failure(
-    job: Job, *, kind: states.FailureKind, machines: int, budgets: retries.Budgets, now: datetime
+    job: Job,
+    *,
+    kind: states.FailureKind,
+    machines: int,
+    hosts: int | None,
+    budgets: retries.Budgets,
+    now: datetime,
 ) -> tuple[states.JobState, dict[str, Any]]:
     """The job's next state, and the columns that go with it."""
     is_crash = kind in retries.CRASHES
@@ -328,6 +337,7 @@ def _after_failure(
         crashes=spent["crash_count"],
         budgets=budgets,
         machines=machines,
+        hosts=hosts,
     )
     if decision is not None and not job.cancel_requested:
         not_before = now + timedelta(seconds=decision.wait_seconds)

@@ -51,7 +51,8 @@ class FailureKind(StrEnum):
     """What a worker says went wrong. What follows from it is decided in `retries`."""
 
     INPUT = "input"
-    """The job itself cannot be rendered. The same everywhere, so it is never retried."""
+    """The job itself cannot be rendered. Should be the same everywhere: another host is asked once,
+    if there is one."""
 
     REFUSED = "refused"
     """The user's own safety check said no. Never retried."""

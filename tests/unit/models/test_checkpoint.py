@@ -313,14 +313,17 @@ def test_a_config_of_another_size_than_the_weights_is_refused(native_root, edit_
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(native_root, edit_json):
     edit_json(native_root / "t5_config.json", vocab_size=200)
-    with pytest.raises(errors.CheckpointError, match="tokens, the encoder only 200"):
+    with pytest.raises(errors.ConfigError, match=r"tokenizer\.json: has .* the encoder only 200"):
         load(native_root)
 
 
-def test_a_broken_tokenizer_is_named(native_root):
-    (native_root / "google" / "umt5-xxl" / "tokenizer.json").write_text("{")
-    with pytest.raises(errors.CheckpointError, match="no usable tokenizer"):
+@pytest.mark.parametrize("damaged", ["{", "{\0}", "{}", '{"model": {}}', '{"added_tokens": [{}]}'])
+def test_a_broken_tokenizer_is_named(native_root, damaged):
+    path = native_root / "google" / "umt5-xxl" / "tokenizer.json"
+    path.write_text(damaged)
+    with pytest.raises(errors.ConfigError, match="no usable tokenizer") as told:
         load(native_root)
+    assert told.value.path in (path, path.parent)
 
 
 def test_every_error_is_a_value_error_a_caller_can_catch_at_once(tmp_path):

@@ -94,6 +94,34 @@ def broken_config(root):
     (root / "config.json").write_text("{")
 
 
+def config_of_another_size(root):
+    path = root / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dim": 256}))
+
+
+def missing_config_of_vae(root):
+    (root / "vae_config.json").unlink()
+
+
+def missing_config_of_text_encoder(root):
+    (root / "t5_config.json").unlink()
+
+
+def broken_tokenizer(root):
+    path = root / "google" / "umt5-xxl" / "tokenizer.json"
+    path.write_bytes(b"{" + b"\0" * 500 + b"}")
+
+
+def vae_of_another_network(root):
+    shutil.copy(layout.find(root).text_encoder[0], layout.find(root).vae[0])
+
+
+def transformer_of_another_network(root):
+    tensors = safetensors.torch.load_file(weight_file(root))
+    tensors["patch_embedding.weight"] = torch.zeros(8, 4, 1, 2, 2)
+    safetensors.torch.save_file(tensors, weight_file(root))
+
+
 @pytest.mark.parametrize(
     ("spoil", "named", "fault"),
     [
@@ -101,7 +129,13 @@ def broken_config(root):
         (missing_weights, "other: expected", errors.WeightsAbsent),
         (truncated_weights, "safetensors: cannot be read as weights", errors.WeightsAbsent),
         (foreign_files, "other: expected a model folder", errors.WeightsAbsent),
-        (broken_config, r"config\.json", errors.WeightsUnusable),
+        (broken_config, r"config\.json", errors.WeightsAbsent),
+        (config_of_another_size, r"config\.json: describes", errors.WeightsAbsent),
+        (missing_config_of_vae, r"VAE\.pth: .* missing tensors", errors.WeightsAbsent),
+        (missing_config_of_text_encoder, r"config\.json: takes text", errors.WeightsAbsent),
+        (broken_tokenizer, "umt5-xxl: is no usable tokenizer", errors.WeightsAbsent),
+        (vae_of_another_network, r"VAE\.pth: .* missing tensors", errors.WeightsAbsent),
+        (transformer_of_another_network, "describes a patch_embedding", errors.WeightsAbsent),
     ],
 )
 def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
@@ -113,6 +147,42 @@ def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
         with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
     assert len(known(warm, warm.model_for(look()))) == 3
+
+
+@pytest.fixture
+def named_look(look, own_models):
+    """A look that names the transformer of another folder, and `other` for all else."""
+    weight_file(own_models / "tiny").rename(own_models / "fine.safetensors")
+    return look(model_path="other", transformer="fine.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil", [missing_weights, vae_of_another_network, broken_tokenizer, broken_config]
+)
+def test_a_bad_folder_is_told_also_where_the_look_names_its_transformer(
+    warm, named_look, own_models, spoil
+):
+    spoil(own_models / "other")
+    with pytest.raises(errors.WeightsAbsent):
+        warm.model_for(named_look)
+
+
+def test_a_file_that_a_look_names_takes_no_worker_away(warm, named_look, own_models):
+    """Wherever it lies: others of the model do without it."""
+    path = own_models / "fine.safetensors"
+    warm.model_for(named_look)
+    config_of_another_size(own_models / "other")
+    with pytest.raises(errors.WeightsUnusable, match=r"config\.json: describes"):
+        components.Components(models_dir=own_models, home=warm.home, device=warm.device).model_for(
+            named_look
+        )
+    inside = own_models / "tiny" / "mine"
+    inside.mkdir()
+    path = path.rename(inside / "fine.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    for named in ("tiny/mine/fine.safetensors", "tiny/mine", "tiny/loras/nothing"):
+        with pytest.raises(errors.WeightsUnusable):
+            warm.model_for(named_look.with_changes({"model_path": "tiny", "transformer": named}))
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
