@@ -31,7 +31,7 @@ from jobs import (
     stores,
     submission,
 )
-from jobs.web import images, rates
+from jobs.web import bodies, images, rates
 from jobs.web.history import History
 
 log = structlog.get_logger()
@@ -73,6 +73,7 @@ class Service:
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
     check_turns: rates.Turns = field(default_factory=images.check_turns)
     listen_turns: rates.Turns = field(default_factory=listen_turns)
+    large_turns: rates.Turns = field(default_factory=bodies.large_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
 
