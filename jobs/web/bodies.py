@@ -35,7 +35,7 @@ MAX_TYPED_BYTES, MAX_TYPED_FIELDS = 3 << 20, 16  # where prompts are typed, or p
 
 SILENT_SECONDS = 30.0  # a slow line says something each second
 LARGE_BYTES = 1 << 20
-MAX_LARGE, LARGE_OF_ONE = 12, 4  # requests at a time: 48 MiB of memory each, or a file
+MAX_LARGE, LARGE_OF_ONE = 8, 3  # requests at a time: each is 200 MB of memory at most, or a file
 LARGE_WAIT_SECONDS, LOOK_SECONDS = 10.0, 0.1  # for a turn: without a thread, and not read on
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
-from jobs.web import bodies, cookies, guards, images, rates, server
+from jobs.web import bodies, cookies, guards, images, rates, server, service
 from tests.unit.jobs.web.conftest import Live, Web, running
 from tests.waiting import until
 
@@ -331,17 +331,21 @@ def test_large_bodies_of_one_owner_are_few_at_a_time(
         return guarded.client.post("/api/batches", json=new, headers=who)
 
     with running(guarded) as live, contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as pool:
-        for who, path, kind, sent in (
-            (ann, "/api/batches", "application/json", b" " * (2 << 20)),
-            (ann, "/api/uploads", "multipart/form-data; boundary=b", PART),
+        json_, form = (
+            ("application/json", b" " * (2 << 20)),
+            ("multipart/form-data; boundary=b", PART),
+        )
+        for path, (kind, sent) in (
+            ("/api/batches", json_),
+            ("/v1/videos", json_),
+            ("/api/uploads", form),
         ):
-            for _ in range(bodies.LARGE_OF_ONE // 2):
-                opened.enter_context(_begun(live, path, kind, who, sent=sent))
+            opened.enter_context(_begun(live, path, kind, ann, sent=sent))
         until(lambda: turns._taken["ann"] == bodies.LARGE_OF_ONE, seconds=9)
         monkeypatch.setattr(bodies, "LARGE_WAIT_SECONDS", 0.2)
         refused = submit(ann)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
-        assert "more than 4 requests of over 1 MiB at once" in refused.json()["detail"]
+        assert "more than 3 requests of over 1 MiB at once" in refused.json()["detail"]
         assert submit(ben).status_code == 422  # too many rows: it was read
         guarded.submit(headers=ann)  # a small one: as ever
         monkeypatch.setattr(bodies, "LARGE_WAIT_SECONDS", 20.0)
@@ -494,6 +498,41 @@ def test_images_that_are_slow_to_fetch_leave_threads_to_others(
     monkeypatch.setattr(images, "MAX_FETCH_SECONDS", -1.0)
     answer = guarded.client.post("/api/batches", json=new, headers=ann)
     assert "upload them first" in answer.json()["problems"][0]["message"]
+
+
+def test_prompt_files_of_one_owner_leave_threads_to_others(
+    make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "FILE_WAIT_SECONDS", 0.1)
+    guarded = make_web(web_require_token=True)
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    files = {"file": ("p.txt", b"a cat")}
+    up = guarded.client.post("/v1/files", files=files, data={"purpose": "batch"}, headers=ann)
+    batch = {"input_file_id": up.json()["id"], "endpoint": "/v1/videos"}
+    rows = {"preset": "tiny", "prompts": [{"prompt": "x"}] * (service.FEW_ROWS + 1)}
+    guarded.client.cookies.set(cookies.TOKEN, ann["Authorization"].removeprefix("Bearer "))
+    page = guarded.client.get("/submit").text
+    form = {"csrf": re.search(r'name="csrf" value="(\w+)"', page)[1], "prompts": "a cat"}
+
+    def submit(who: dict[str, str]) -> Any:
+        new = {"files": files, "data": {"preset": "tiny"}}
+        return guarded.client.post("/api/batches/file", **new, headers=who)
+
+    turns = guarded.serving.file_turns
+    for _ in range(service.FILES_OF_ONE):
+        turns.take("ann")
+    for answer in (
+        submit(ann),
+        guarded.client.post("/api/batches", json=rows, headers=ann),
+        guarded.client.post("/v1/batches", json=batch, headers=ann),
+        guarded.client.post("/submit", data=form | {"preset": "tiny"}),
+    ):
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1"), answer.text
+    guarded.submit(service.FEW_ROWS, headers=ann)  # few rows: as ever
+    assert submit(ben).status_code == 201
+    turns.give_back("ann")
+    assert submit(ann).status_code == 201
+    assert turns._taken == {"ann": service.FILES_OF_ONE - 1}
 
 
 @pytest.mark.parametrize("address", ["s3://b/k", "S3://b/k", "s3:b/k", "S3:b"])
