@@ -82,10 +82,13 @@ class QuotaExceeded(RushesError):
 
     exit_code = 2
 
-    def __init__(self, owner: str, *, queued: int, new: int, most: int) -> None:
+    def __init__(
+        self, owner: str, *, queued: int, new: int, most: int, is_all: bool = True
+    ) -> None:
         self.owner, self.queued, self.new, self.most = owner, queued, new, most
+        added = f"{new:,}" if is_all else f"{new:,} or more"  # it was not read on
         super().__init__(
-            f"{owner or 'nobody'} has {queued:,} jobs queued and this would add {new:,}: at most "
+            f"{owner or 'nobody'} has {queued:,} jobs queued and this would add {added}: at most "
             f"{most:,} may be (RUSHES_MAX_QUEUED_PER_OWNER); wait, cancel some, or submit fewer"
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 import secrets
 import time
@@ -35,7 +36,7 @@ from jobs import (
 from jobs.schema import Batch, Owner
 
 LORA_FOLDER = "loras"
-MAX_PROBLEMS = 100_000  # all are counted, this many are told: some 30 MB of memory
+MAX_PROBLEMS = 100_000  # are told: some 30 MB of memory, and two seconds
 MAX_REPEAT = 10_000
 MAX_LOOKS = 1_000  # in one file; each is a row that its jobs share
 MAX_REMEMBERED = 10_000  # spellings of looks, good and bad
@@ -267,7 +268,7 @@ class Order:
 def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Plan:
     """Read the whole file; InvalidInput lists every bad line unless they are to be skipped.
 
-    `keep` is given each good row.
+    After MAX_PROBLEMS of them it is not read on. `keep` is given each good row.
     """
     options = file.options
     check_options(options)
@@ -280,8 +281,10 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
         for row in rows:
             if isinstance(row, errors.Problem):
                 bad += 1
-                if len(problems) < MAX_PROBLEMS:
+                if bad <= MAX_PROBLEMS:
                     problems.append(row)
+                elif not options.skip_invalid:
+                    break
                 continue
             prompts += 1
             negatives += row.row.negative_prompt is not None
@@ -290,8 +293,10 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
             fingerprint.update((row.image_key or "").encode())
             if keep is not None:
                 keep(row)
-    if bad > len(problems):
-        more = f"and {bad - len(problems):,} more bad lines after these"
+    if bad > MAX_PROBLEMS:
+        more = f"and {bad - MAX_PROBLEMS:,} more bad lines after these"
+        if not options.skip_invalid:
+            more = f"reading stopped after {MAX_PROBLEMS:,} bad lines: correct these first"
         problems.append(errors.Problem(line=None, message=more))
     if (problems and not options.skip_invalid) or not prompts:
         raise errors.InvalidInput(file.source, problems)
@@ -328,10 +333,15 @@ def submit(
     else writes meanwhile. `beside` gets the id of a new batch, and stores what belongs to it in
     the same transaction; what it raises undoes all. AnswerLost: it may be stored or not.
     """
-    _check_room(db, file.options, new=1)
+    room = _Room(db, file.options)
     with bulk.Spool() as spool:
-        checked = plan(file, keep=lambda order: spool.add(_kept(order)))
-        _check_room(db, file.options, new=checked.jobs)
+
+        def keep(order: Order) -> None:
+            room.add(file.options.repeat)
+            spool.add(_kept(order))
+
+        checked = plan(file, keep=keep)
+        room.check()
         if file.images is not None:
             file.images.upload(db)
         # By itself: in the long transaction, another submit of the same look would wait for its
@@ -467,15 +477,37 @@ def _is_under_way(session: Session, transaction: str) -> bool:
     return bool(session.scalar(asked, {"id": transaction}) == "in progress")
 
 
-def _check_room(db: database.Database, options: Options, *, new: int) -> None:
-    """Refuse at once what the quota would refuse after its images or its jobs were stored."""
-    most = options.max_queued
-    if most is None:
-        return
-    with db.reading() as session:
-        queued = _queued(session, options.owner)
-        if queued + new > most and _of_key(session, options.idempotency_key) is None:
-            raise errors.QuotaExceeded(options.owner, queued=queued, new=new, most=most)
+class _Room:
+    """What the quota leaves, asked before the rest is read, and before images or jobs are stored.
+
+    QuotaExceeded.
+    """
+
+    def __init__(self, db: database.Database, options: Options) -> None:
+        self._db, self._options = db, options
+        self._jobs = 0
+        self._left = self._ask(1, is_all=False)
+
+    def add(self, jobs: int) -> None:
+        self._jobs += jobs
+        if self._jobs > self._left:  # others of the owner's may have begun or ended since
+            self._left = self._ask(self._jobs, is_all=False)
+
+    def check(self) -> None:
+        """All were added."""
+        self._ask(self._jobs, is_all=True)
+
+    def _ask(self, new: int, *, is_all: bool) -> float:
+        options, most = self._options, self._options.max_queued
+        if most is None:
+            return math.inf
+        with self._db.reading() as session:
+            queued = _queued(session, options.owner)
+            if queued + new <= most:
+                return most - queued
+            if _of_key(session, options.idempotency_key) is not None:
+                return math.inf
+        raise errors.QuotaExceeded(options.owner, queued=queued, new=new, most=most, is_all=is_all)
 
 
 def _check_quota(session: Session, owner: str, *, new: int, most: int) -> None:

@@ -79,9 +79,12 @@ class _WhoFirst(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            if request.method not in cookies.SAFE_METHODS:
-                request.state.principal = await self.ask(request)
-            return await handle(bodies.JsonRequest(request.scope, request.receive))
+            if request.method in cookies.SAFE_METHODS:
+                return await handle(request)
+            who = request.state.principal = await self.ask(request)
+            turns = service.of(request).large_turns
+            with bodies.in_turn(request.receive, owner=who.owner, turns=turns) as receive:
+                return await handle(bodies.JsonRequest(request.scope, receive))
 
         return handler
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, File, Form, Header, Query, Response, UploadFile
@@ -111,11 +112,13 @@ def submit(
     """Store prompts as a batch: all of them or nothing. 200 when the key was used before."""
     given = new.model_dump(exclude={"preset", "prompts"})
     preset = serving.preset(new.preset)
-    made = serving.submit_rows(
-        new.prompts,
-        options=options(serving, preset, principal, key=idempotency_key, **given),
-        pictures=images_for(serving, principal),
-    )
+    is_quick = len(new.prompts) <= service.FEW_ROWS
+    with nullcontext() if is_quick else serving.file_turns.taken(principal.owner):
+        made = serving.submit_rows(
+            new.prompts,
+            options=options(serving, preset, principal, key=idempotency_key, **given),
+            pictures=images_for(serving, principal),
+        )
     return _submitted(made, response)
 
 
@@ -136,22 +139,24 @@ def submit_file(
     """Store a prompt file as a batch, as `rushes submit` does."""
     source = file.filename or "prompts"
     found = format or readers.detect_format(source, file.file.read(readers.HEAD_BYTES))
-    made = serving.submit(
-        file.file,
-        source=source,
-        format=found,
-        options=options(
-            serving,
-            serving.preset(preset),
-            principal,
-            key=idempotency_key,
-            name=name,
-            priority=priority,
-            repeat=repeat,
-            skip_invalid=skip_invalid,
-        ),
-        pictures=images_for(serving, principal),
+    wanted = options(
+        serving,
+        serving.preset(preset),
+        principal,
+        key=idempotency_key,
+        name=name,
+        priority=priority,
+        repeat=repeat,
+        skip_invalid=skip_invalid,
     )
+    with serving.file_turns.taken(principal.owner):
+        made = serving.submit(
+            file.file,
+            source=source,
+            format=found,
+            options=wanted,
+            pictures=images_for(serving, principal),
+        )
     return _submitted(made, response)
 
 

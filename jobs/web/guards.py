@@ -7,7 +7,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.web import cookies, problems
+from jobs.web import bodies, cookies, problems
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -88,7 +88,7 @@ class Guards:
         if refusal is None:
             # What comes without its length is counted while it is read.
             counted = RequestBodyLimitMiddleware(self._app, max_body_size=most)
-            await counted(scope, receive, send_guarded)
+            await counted(scope, bodies.patient(receive), send_guarded)
         else:
             answer = problems.answer(Request(scope), status, refusal)
             await answer(scope, receive, send_guarded)

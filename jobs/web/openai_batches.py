@@ -51,7 +51,8 @@ def create(new: NewBatch, serving: Serving, principal: access.Submitter) -> dict
     with serving.db.reading() as session:
         file = uploads.find(session, new.input_file_id, owner=principal.sees)
     try:
-        return _submitted(new, file, serving, principal)
+        with serving.file_turns.taken(principal.owner):
+            return _submitted(new, file, serving, principal)
     except errors.InvalidInput as refused:
         return _refused(new, refused, serving, principal)
 

@@ -31,7 +31,7 @@ from jobs import (
     stores,
     submission,
 )
-from jobs.web import images, rates
+from jobs.web import bodies, images, rates
 from jobs.web.history import History
 
 log = structlog.get_logger()
@@ -47,14 +47,29 @@ MAX_LISTENERS, LISTENERS_OF_ONE = 200, 100  # each looks at the database twice a
 LISTEN_SECONDS = 10.0  # before one who has so many asks again
 MAX_STORING = 20
 """Requests. Starlette has 40 threads, which any two of these leave some of: images.MAX_FETCHES,
-MAX_CHECKS with CHECKS_WAITING, and this.
+MAX_CHECKS with CHECKS_WAITING, MAX_FILES with FILES_WAITING, and this.
 """
+MAX_FILES, FILES_OF_ONE, FILES_WAITING = 8, 3, 4
+"""Prompt files at a time, and those that wait. A million lines take half a minute."""
+FILE_WAIT_SECONDS = 10.0
+FEW_ROWS = 100  # are read at once, without a turn
 
 
 def listen_turns() -> rates.Turns:
     """For streams of events: no thread is held, and nobody waits for a turn."""
     return rates.Turns(
         LISTENERS_OF_ONE, of_all=MAX_LISTENERS, what="listeners", wait_seconds=LISTEN_SECONDS
+    )
+
+
+def file_turns() -> rates.Turns:
+    """For prompts that take long to read: all who read some share one lock of Python's."""
+    return rates.Turns(
+        FILES_OF_ONE,
+        of_all=MAX_FILES,
+        what="prompt files at once",
+        wait_seconds=FILE_WAIT_SECONDS,
+        waiting=FILES_WAITING,
     )
 
 
@@ -74,6 +89,8 @@ class Service:
     check_turns: rates.Turns = field(default_factory=images.check_turns)
     far_check_turns: rates.Turns = field(default_factory=images.far_check_turns)
     listen_turns: rates.Turns = field(default_factory=listen_turns)
+    large_turns: rates.Turns = field(default_factory=bodies.large_turns)
+    file_turns: rates.Turns = field(default_factory=file_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
 
@@ -226,9 +243,11 @@ class Service:
         beside: Callable[[Session, str], None] | None = None,
     ) -> submission.Submission:
         """As `submit`, for rows that came as JSON; a problem's line is a row's number from 1."""
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        lines = io.BytesIO()
+        for row in rows:  # one by one: all at once would be in memory three times
+            lines.write(json.dumps(row).encode() + b"\n")
         return self.submit(
-            io.BytesIO(lines),
+            lines,
             source="prompts",
             format="jsonl",
             options=options,

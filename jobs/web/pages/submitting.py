@@ -299,24 +299,26 @@ def _stored(
         assert given.file is not None
         stream, source = given.file.file, given.file.filename or "file"
         format = readers.detect_format(source, stream.read(readers.HEAD_BYTES))
+    wanted = batches.options(
+        serving,
+        options.preset,
+        who,
+        key=key_of(given.key, (given.texts, default)),
+        name=options.name,
+        repeat=options.repeat,
+        priority=options.priority,
+        skip_invalid=given.skip_invalid and given.has_file,
+    )
     try:
-        return serving.submit(
-            stream,
-            source=source,
-            format=format,
-            options=batches.options(
-                serving,
-                options.preset,
-                who,
-                key=key_of(given.key, (given.texts, default)),
-                name=options.name,
-                repeat=options.repeat,
-                priority=options.priority,
-                skip_invalid=given.skip_invalid and given.has_file,
-            ),
-            pictures=pictures,
-            fill=_filler(default),
-        )
+        with serving.file_turns.taken(who.owner):
+            return serving.submit(
+                stream,
+                source=source,
+                format=format,
+                options=wanted,
+                pictures=pictures,
+                fill=_filler(default),
+            )
     except errors.InvalidInput as error:
         found.add_error(error, at="file" if given.has_file else "prompts")
         return None

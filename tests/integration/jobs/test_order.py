@@ -19,6 +19,7 @@ from jobs import (
     lifecycle,
     order,
     orders,
+    prompt_row,
     queries,
     selection,
     states,
@@ -429,6 +430,26 @@ def test_a_submit_beyond_the_quota_stores_nothing_before_it_is_refused(
     monkeypatch.setattr(bulk, "store", store)
     with pytest.raises(errors.QuotaExceeded, match="this would add 3,000"):
         world.submit(3, owner="ann", max_queued=2_999, repeat=1_000)
+
+
+def test_a_file_is_read_no_further_than_the_quota(world: World) -> None:
+    rows = b'{"prompt": "x"}\n' * 2 + b"bad\n"
+    file = prompt_file(rows, preset=PRESET, owner="ann", max_queued=5, repeat=3)
+    with pytest.raises(errors.QuotaExceeded, match="this would add 6 or more"):
+        submission.submit(world.db, file)
+
+
+def test_what_begins_while_a_file_is_read_makes_room(world: World) -> None:
+    world.submit(2, owner="ann")
+    file = prompt_file([{"prompt": "x"}] * 3, preset=PRESET, owner="ann", max_queued=4)
+
+    def begun(row: prompt_row.PromptRow) -> prompt_row.PromptRow:
+        with world.db.transaction() as session:
+            session.execute(update(Batch).values(queued=0))
+        return row
+
+    file.fill = begun
+    assert submission.submit(world.db, file).jobs == 3
 
 
 def test_submits_at_once_are_counted_together(

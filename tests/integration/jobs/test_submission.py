@@ -89,14 +89,27 @@ def test_a_file_without_prompts_is_refused_even_when_bad_lines_are_left_out(worl
     assert rows_of(world) == 0
 
 
-def test_more_bad_lines_than_are_told_are_counted(
-    world: World, monkeypatch: pytest.MonkeyPatch
+def test_after_the_bad_lines_that_are_told_a_file_is_not_read_on(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(submission, "MAX_PROBLEMS", 2)
+    file = prompt_file(BAD)
+    read: list[int] = []
+    file.fill = lambda row: (read.append(row.line), row)[1]
     with pytest.raises(errors.InvalidInput) as caught:
-        submission.plan(prompt_file(BAD))
-    assert len(caught.value.problems) == 3
-    assert "5 more bad lines" in caught.value.problems[-1].message
+        submission.plan(file)
+    assert [problem.line for problem in caught.value.problems] == [2, 3, None]
+    assert "reading stopped after 2 bad lines" in caught.value.problems[-1].message
+    assert read == [1, 2, 4, 5]
+
+
+def test_more_bad_lines_than_are_told_are_counted_where_they_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submission, "MAX_PROBLEMS", 2)
+    checked = submission.plan(prompt_file(BAD, skip_invalid=True))
+    assert (checked.prompts, checked.num_skipped) == (2, 7)
+    assert "5 more bad lines" in checked.skipped[-1].message
 
 
 # Seeds and repetitions.

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 import limits
 import pytest
 import redis
+import requests
 from fastapi.routing import iter_route_contexts
 from sqlalchemy import delete, exc, update
 
 from jobs import database, errors, migrate, schema, settings, tokens
 from jobs import images as all_images
-from jobs.web import bodies, cookies, guards, images, rates, server
-from tests.unit.jobs.web.conftest import Web
+from jobs.web import bodies, cookies, guards, images, rates, server, service
+from tests.unit.jobs.web.conftest import Live, Web, running
 from tests.waiting import until
 
 MakeWeb = Callable[..., Web]
@@ -269,6 +270,94 @@ def test_what_is_kept_in_memory_has_a_limit_of_its_own(guarded: Web) -> None:
     assert answer.status_code == 401  # as large as files may be, but nobody's
 
 
+def _begun(live: Live, path: str, kind: str, who: dict[str, str], *, sent: bytes) -> socket.socket:
+    """A request whose body has a little more to come."""
+    connection = socket.create_connection(live.url.removeprefix("http://").split(":"), timeout=9)
+    headers = {"Host": "localhost", "Content-Type": kind, "Content-Length": len(sent) + 1000}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in (headers | who).items())
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + sent)
+    return connection
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"x" * (
+    2 << 20
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "sent"),
+    [
+        ("/api/batches", "application/json", b" " * (2 << 20)),
+        ("/api/uploads", "multipart/form-data; boundary=b", PART),
+        ("/login", "application/x-www-form-urlencoded", b""),
+    ],
+)
+def test_a_body_that_falls_silent_is_given_up(
+    live: Live, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, sent: bytes
+) -> None:
+    monkeypatch.setattr(bodies, "SILENT_SECONDS", 0.2)
+    with _begun(live, path, kind, {}, sent=sent) as connection:
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # to the connection's end
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"nothing more of the request came for 0.2 s" in answer
+    assert not live.web.serving.large_turns._taken
+
+
+def test_a_body_that_comes_slowly_is_read_to_its_end(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "SILENT_SECONDS", 0.5)
+
+    def body() -> Iterator[bytes]:
+        yield b'{"preset": "tiny", "prompts": ['
+        for _ in range(8):
+            time.sleep(0.1)
+            yield b" "
+        yield b'{"prompt": "x"}]}'
+
+    kind = {"Content-Type": "application/json"}
+    answer = requests.post(f"{live.url}/api/batches", data=body(), headers=kind, timeout=9)
+    assert answer.status_code == 201
+
+
+def test_large_bodies_of_one_owner_are_few_at_a_time(
+    guarded: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    large = [{"prompt": "x"}] * 80_000
+    turns = guarded.serving.large_turns
+
+    def submit(who: dict[str, str]) -> Any:
+        new = {"preset": "tiny", "prompts": large}
+        return guarded.client.post("/api/batches", json=new, headers=who)
+
+    with running(guarded) as live, contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as pool:
+        json_, form = (
+            ("application/json", b" " * (2 << 20)),
+            ("multipart/form-data; boundary=b", PART),
+        )
+        for path, (kind, sent) in (
+            ("/api/batches", json_),
+            ("/v1/videos", json_),
+            ("/api/uploads", form),
+        ):
+            opened.enter_context(_begun(live, path, kind, ann, sent=sent))
+        until(lambda: turns._taken["ann"] == bodies.LARGE_OF_ONE, seconds=9)
+        monkeypatch.setattr(bodies, "LARGE_WAIT_SECONDS", 0.2)
+        refused = submit(ann)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        assert "more than 3 requests of over 1 MiB at once" in refused.json()["detail"]
+        assert submit(ben).status_code == 422  # too many rows: it was read
+        guarded.submit(headers=ann)  # a small one: as ever
+        monkeypatch.setattr(bodies, "LARGE_WAIT_SECONDS", 20.0)
+        waiting = pool.submit(submit, ann)
+        time.sleep(0.3)
+        assert not waiting.done()
+        opened.close()
+        assert waiting.result().status_code == 422
+        until(lambda: not turns._taken, seconds=9)
+
+
 def test_only_what_takes_files_may_be_large(guarded: Web) -> None:
     described = guarded.client.get("/openapi.json").json()["paths"]
     takes_forms = {
@@ -439,6 +528,41 @@ def test_images_from_afar_are_decoded_one_of_an_owner_at_a_time(
         go_on.set()
         assert [answer.result() for answer in answers] == [422, 422]
     assert not guarded.serving.far_check_turns._taken
+
+
+def test_prompt_files_of_one_owner_leave_threads_to_others(
+    make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "FILE_WAIT_SECONDS", 0.1)
+    guarded = make_web(web_require_token=True)
+    ann, ben = guarded.token("ann"), guarded.token("ben")
+    files = {"file": ("p.txt", b"a cat")}
+    up = guarded.client.post("/v1/files", files=files, data={"purpose": "batch"}, headers=ann)
+    batch = {"input_file_id": up.json()["id"], "endpoint": "/v1/videos"}
+    rows = {"preset": "tiny", "prompts": [{"prompt": "x"}] * (service.FEW_ROWS + 1)}
+    guarded.client.cookies.set(cookies.TOKEN, ann["Authorization"].removeprefix("Bearer "))
+    page = guarded.client.get("/submit").text
+    form = {"csrf": re.search(r'name="csrf" value="(\w+)"', page)[1], "prompts": "a cat"}
+
+    def submit(who: dict[str, str]) -> Any:
+        new = {"files": files, "data": {"preset": "tiny"}}
+        return guarded.client.post("/api/batches/file", **new, headers=who)
+
+    turns = guarded.serving.file_turns
+    for _ in range(service.FILES_OF_ONE):
+        turns.take("ann")
+    for answer in (
+        submit(ann),
+        guarded.client.post("/api/batches", json=rows, headers=ann),
+        guarded.client.post("/v1/batches", json=batch, headers=ann),
+        guarded.client.post("/submit", data=form | {"preset": "tiny"}),
+    ):
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1"), answer.text
+    guarded.submit(service.FEW_ROWS, headers=ann)  # few rows: as ever
+    assert submit(ben).status_code == 201
+    turns.give_back("ann")
+    assert submit(ann).status_code == 201
+    assert turns._taken == {"ann": service.FILES_OF_ONE - 1}
 
 
 @pytest.mark.parametrize("address", ["s3://b/k", "S3://b/k", "s3:b/k", "S3:b"])
