@@ -15,12 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import structlog
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
-from jobs import database, errors, migrate, parts, queries, servers, settings, supervisor, tokens
+from jobs import (
+    database,
+    errors,
+    migrate,
+    parts,
+    pids,
+    queries,
+    servers,
+    settings,
+    supervisor,
+    tokens,
+)
 
 log = structlog.get_logger()
 
@@ -326,7 +336,7 @@ def _write_up_file(home: Path, environment: Mapping[str, str]) -> None:
     """How other commands in this folder find us. Readable by this user only: it holds keys."""
     state = {
         "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": pids.start_of(os.getpid()),
         "environment": dict(environment),
     }
     part = home / f"{settings.UP_FILE}.part"
