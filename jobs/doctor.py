@@ -36,6 +36,7 @@ from jobs import (
     presets,
     programs,
     queries,
+    semaphores,
     settings,
     storage,
     stores,
@@ -80,6 +81,7 @@ def examine() -> Iterator[Check]:
         _results,
         _ffmpeg,
         _scratch,
+        _shared_memory,
         _devices,
         _presets,
         _weights,
@@ -485,6 +487,13 @@ def _scratch(config: settings.Settings) -> Iterator[Check]:
         yield _warn("scratch", seen, advice)
     else:
         yield _ok("scratch", seen)
+
+
+def _shared_memory(_config: settings.Settings) -> Iterator[Check]:
+    if refusal := semaphores.refusal():
+        yield _fail("shared memory", f"{refusal}: no worker can start", semaphores.ADVICE)
+    else:
+        yield _ok("shared memory", "has room for semaphores")
 
 
 def _devices(_config: settings.Settings) -> Iterator[Check]:

@@ -27,6 +27,7 @@ from jobs import (
     migrate,
     presets,
     s3_store,
+    semaphores,
     servers,
     settings,
     storage,
@@ -204,6 +205,13 @@ def test_a_results_folder_takes_objects_and_is_left_clean() -> None:
 def test_a_results_url_that_is_none_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_RESULTS_URL", "ftp://x")
     assert checks()["results store"].status == "fail"
+
+
+def test_a_machine_whose_shared_memory_is_full_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks()["shared memory"].status == "ok"
+    monkeypatch.setattr(semaphores, "refusal", lambda: "no semaphore can be made: [Errno 28] ...")
+    found = checks()["shared memory"]
+    assert (found.status, "--shm-size" in found.advice) == ("fail", True)
 
 
 def test_ffmpeg_is_there() -> None:
