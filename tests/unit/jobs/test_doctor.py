@@ -79,6 +79,14 @@ def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.Monkey
     assert "readonly" in found["database writes"].seen
 
 
+def test_a_database_on_a_full_disk_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    migrated()
+    monkeypatch.setattr(database, "LEAST_FREE_BYTES", 1 << 60)
+    found = checks()["database writes"]
+    assert (found.status, "MB are free for" in found.seen) == ("fail", True)
+    assert "disk room" in found.advice
+
+
 @pytest.mark.parametrize("is_pooled", [True, False])
 def test_a_pooler_before_the_database_is_named(
     postgres_database_url: str, monkeypatch: pytest.MonkeyPatch, *, is_pooled: bool

@@ -109,6 +109,14 @@ def test_a_probe_tells_of_a_database_that_takes_no_writes(
     assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
 
 
+def test_a_probe_tells_of_a_database_whose_disk_is_full(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LEAST_FREE_BYTES", 1 << 60)
+    answer = web.client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
+
+
 def test_the_length_of_the_queue_is_kept_after_an_outage(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
