@@ -342,7 +342,10 @@ def _results(config: settings.Settings) -> Iterator[Check]:
         store = stores.open_store(config)
         yield from _round_trip(store, config)
     except storage.StorageDenied as error:
-        yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
+        advice = "correct keys, rights or RUSHES_RESULTS_URL"
+        if "RequestTimeTooSkewed" in str(error):
+            advice = "run NTP on this machine: the store takes nothing from a wrong clock"
+        yield _fail("results store", str(error), advice)
     except errors.InvalidInput as error:
         yield _fail("results store", str(error), "correct these values; docs/configuration.md")
     except errors.RushesError as error:

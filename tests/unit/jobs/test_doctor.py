@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import json5
@@ -16,6 +17,7 @@ import pytest
 import redis
 import safetensors.torch
 import torch
+from botocore import auth
 from click.testing import CliRunner
 from sqlalchemy import text
 
@@ -670,6 +672,18 @@ def test_a_store_that_may_not_be_listed_says_which_right_is_missing(
     assert found["results listing"].advice == "allow s3:ListBucket (on the bucket)"
     assert found["results store"].status == "ok"
     assert found["results links"].status == "ok"
+
+
+def test_a_clock_that_the_store_refuses_is_no_matter_of_keys(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    hour_ago = auth.get_current_datetime() - timedelta(hours=1)
+    monkeypatch.setattr(auth, "get_current_datetime", lambda: hour_ago)
+    found = checks()["results store"]
+    assert found.status == "fail"
+    assert found.advice.startswith("run NTP")
 
 
 class OwnAuthority(servers.S3Server):
