@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import random
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,7 @@ NOT_WRITABLE = (
     "disk I/O error",
 )
 """What SQLite says."""
+LEAST_FREE_BYTES = 8 << 20  # SQLite's log of changes grows to half of it, then goes into the file
 IDLE_TRANSACTION_SECONDS = 30.0
 """Between two statements of a change. Ours follow at once: whoever is silent for this long is
 frozen or cut off, and others wait for the rows that it has locked."""
@@ -157,6 +159,15 @@ class Database:
                 "to its .rushes; where nothing runs yet, `rushes up` starts everything, and "
                 "`rushes migrate` makes the database for services that you start yourself",
             )
+
+    def lacks_room(self) -> bool:
+        """Whether the disk of SQLite's file is full: a change that is small is taken even then."""
+        if not self.is_sqlite:
+            return False
+        try:
+            return shutil.disk_usage(self.url.database or "").free < LEAST_FREE_BYTES
+        except OSError:
+            return False
 
     @functools.cached_property
     def engine(self) -> Engine:

@@ -36,6 +36,7 @@ from jobs import (
     presets,
     programs,
     queries,
+    semaphores,
     settings,
     storage,
     stores,
@@ -80,6 +81,7 @@ def examine() -> Iterator[Check]:
         _results,
         _ffmpeg,
         _scratch,
+        _shared_memory,
         _devices,
         _presets,
         _weights,
@@ -217,6 +219,8 @@ def _database(config: settings.Settings) -> Iterator[Check]:
 
 def _refused_write(db: database.Database) -> str | None:
     """Of a change of no row: what a standby or a disk that is read-only says to it."""
+    if db.lacks_room():
+        return f"less than {database.LEAST_FREE_BYTES >> 20} MB are free for {db.url.database}"
     try:
         with db.transaction() as session:
             session.execute(update(Batch).where(false()).values(name=None))
@@ -341,7 +345,10 @@ def _results(config: settings.Settings) -> Iterator[Check]:
         store = stores.open_store(config)
         yield from _round_trip(store, config)
     except storage.StorageDenied as error:
-        yield _fail("results store", str(error), "correct keys, rights or RUSHES_RESULTS_URL")
+        advice = "correct keys, rights or RUSHES_RESULTS_URL"
+        if "RequestTimeTooSkewed" in str(error):
+            advice = "run NTP on this machine: the store takes nothing from a wrong clock"
+        yield _fail("results store", str(error), advice)
     except errors.InvalidInput as error:
         yield _fail("results store", str(error), "correct these values; docs/configuration.md")
     except errors.RushesError as error:
@@ -488,6 +495,13 @@ def _scratch(config: settings.Settings) -> Iterator[Check]:
         yield _warn("scratch", seen, advice)
     else:
         yield _ok("scratch", seen)
+
+
+def _shared_memory(_config: settings.Settings) -> Iterator[Check]:
+    if refusal := semaphores.refusal():
+        yield _fail("shared memory", f"{refusal}: no worker can start", semaphores.ADVICE)
+    else:
+        yield _ok("shared memory", "has room for semaphores")
 
 
 def _devices(_config: settings.Settings) -> Iterator[Check]:

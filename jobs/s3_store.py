@@ -390,7 +390,7 @@ class S3Store:
         if code == "NoSuchBucket":
             return f"create the bucket {self._bucket!r}, or name another in RUSHES_RESULTS_URL"
         if code == "RequestTimeTooSkewed":
-            return "the clock of this machine is wrong"
+            return "the clock of this machine is wrong: run NTP"
         if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
             return "set AWS_REGION to the region of the bucket"
         if code == "SecondLevelDomainForbidden":
@@ -430,7 +430,10 @@ class _Body:
 
 
 def _code(error: "ClientError") -> str:
-    return error.response.get("Error", {}).get("Code", "")
+    told = error.response.get("Error", {})
+    if "difference between the request time" in told.get("Message", ""):
+        return "RequestTimeTooSkewed"  # rclone calls a clock that is slow AccessDenied
+    return told.get("Code", "")
 
 
 def _status(error: "ClientError") -> int:

@@ -29,7 +29,7 @@ from typing import ClassVar, Self
 
 import psutil
 
-from jobs import errors
+from jobs import errors, pids
 
 START_SECONDS = 30.0  # a large append-only file takes a while to load
 STOP_SECONDS = 10.0
@@ -79,9 +79,9 @@ class ServerState:
     port: int
     secret: str
     pid: int = 0
-    pid_started: float = 0.0
+    pid_started: str | float = 0.0
     owner_pid: int = 0
-    owner_started: float = 0.0
+    owner_started: str | float = 0.0
 
 
 class LocalServer:
@@ -190,9 +190,9 @@ class LocalServer:
             port=self.port,
             secret=self._secret,
             pid=self.pid,
-            pid_started=psutil.Process(self.pid).create_time(),
+            pid_started=pids.start_of(self.pid),
             owner_pid=os.getpid(),
-            owner_started=psutil.Process().create_time(),
+            owner_started=pids.start_of(os.getpid()),
         )
 
     def _command(self) -> Sequence[str]:
@@ -424,12 +424,10 @@ def _end_orphan(server: str, folder: Path, known: ServerState) -> None:
     raise ServerError(server, f"process {known.pid} on {folder} does not end")
 
 
-def _is_alive(pid: int, started: float) -> bool:
-    """Pids are used again; with the start time (known to a fraction of a second) they are names."""
+def _is_alive(pid: int, started: str | float) -> bool:
     try:
-        process = psutil.Process(pid)
-        is_it = abs(process.create_time() - started) < 1.0
-        return is_it and process.status() != psutil.STATUS_ZOMBIE
+        is_it = pids.is_still(pid, started)
+        return is_it and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError):
         return False
 

@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 from sqlalchemy.engine import URL
 
-from jobs import errors
+from jobs import errors, pids
 
 LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, seen as a folder
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
@@ -574,8 +574,7 @@ def read_up_file(home: Path) -> dict[str, str]:
     """Environment of a running `rushes up`; empty when it is not running."""
     try:
         state = json.loads((home / UP_FILE).read_text("utf-8"))
-        process = psutil.Process(state["pid"])
-        is_alive = abs(process.create_time() - state["process_started"]) < 1.0
+        is_alive = pids.is_still(state["pid"], state["process_started"])
         return dict(state["environment"]) if is_alive else {}
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return {}

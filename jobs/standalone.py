@@ -15,12 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import structlog
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
-from jobs import database, errors, migrate, parts, queries, servers, settings, supervisor, tokens
+from jobs import (
+    database,
+    errors,
+    migrate,
+    parts,
+    pids,
+    queries,
+    servers,
+    settings,
+    supervisor,
+    tokens,
+)
 
 log = structlog.get_logger()
 
@@ -146,7 +156,7 @@ def running(
         place_tiny_models(here, say)
         children = _children(here, devices, environment)
         if with_web:
-            port = _web_port(here)
+            port = _web_port(here, stack)
             served = {"RUSHES_WEB_HOST": here.web_host, "RUSHES_WEB_PORT": str(port)}
             _write_up_file(config.home, _own_addresses(config) | environment | served)
             children = (*children, _web(here, port, environment))
@@ -275,16 +285,22 @@ def _web_place(config: settings.Settings, db: database.Database, port: int) -> s
     return f"not served yet: {why}; within a minute of that it is at {address}"
 
 
-def _web_port(config: settings.Settings) -> int:
-    """The usual one, or another when somebody listens there already."""
-    for port in (config.web_port, 0):
-        with contextlib.closing(socket.socket()) as probe:
+def _web_port(config: settings.Settings, stack: ExitStack) -> int:
+    """The usual one, or another when somebody listens there already, or soon will."""
+    for port in (config.web_port, *[0] * servers.PORT_TRIES):
+        with contextlib.closing(socket.socket()) as probe, ExitStack() as ours:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Our web process listens seconds later. Until we end, UDP's port of this number, which
+            # nobody else has a use for, tells another `rushes up` that it is taken.
+            claim = ours.enter_context(socket.socket(type=socket.SOCK_DGRAM))
             try:
                 probe.bind((config.web_host, port))
+                found = int(probe.getsockname()[1])
+                claim.bind((config.web_host, found))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            stack.push(ours.pop_all())
+            return found
     raise errors.RushesError(
         f"the web service cannot listen on {config.web_host}: correct RUSHES_WEB_HOST"
     )
@@ -325,7 +341,7 @@ def _write_up_file(home: Path, environment: Mapping[str, str]) -> None:
     """How other commands in this folder find us. Readable by this user only: it holds keys."""
     state = {
         "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": pids.start_of(os.getpid()),
         "environment": dict(environment),
     }
     part = home / f"{settings.UP_FILE}.part"

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import structlog
 from celery import signals
 from celery.exceptions import SecurityWarning
 
-from jobs import celery_app, database, logs, settings
+from jobs import celery_app, database, logs, semaphores, settings
 from worker import finished, pool_names, redis_transport, tracing
 from worker import settings as worker_settings
 
@@ -55,6 +56,16 @@ def publisher() -> "Publisher":
 @signals.setup_logging.connect
 def _configure_logs(**_: object) -> None:
     logs.configure(settings.load())
+
+
+@signals.worker_init.connect
+def _check_machine(**_: object) -> None:
+    """Celery's own words for it name no reason. A publisher has threads and needs none."""
+    name = os.environ.get("RUSHES_WORKER_NAME")
+    if name and (refusal := semaphores.refusal()):
+        logs.configure(settings.load())
+        log.critical("worker.cannot_start", worker=name, error=f"{refusal}; {semaphores.ADVICE}")
+        sys.exit(1)
 
 
 @signals.worker_process_init.connect

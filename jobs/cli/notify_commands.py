@@ -72,7 +72,7 @@ def add(name: str, url: str, events: tuple[str, ...], owner: str | None, as_json
     """
     config = settings.load()
     if url == "-":
-        url = sys.stdin.readline().strip()
+        url = sys.stdin.readline().strip() if sys.stdin else ""
     listeners.check(config, name=name, url=url, events=events)
     db = connections.open_database(config)
     with db.transaction() as session:

@@ -51,6 +51,9 @@ def images(
 def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
     """A seekable stream and what it is called; a pipe is kept in a temporary file."""
     if file == STDIN:
+        if sys.stdin is None:  # closed, as by `<&-`
+            problem = errors.Problem(line=None, message="is closed: give a file, or pipe it in")
+            raise errors.InvalidInput("stdin", [problem])
         if sys.stdin.isatty():
             output.note("reading prompts from the terminal, one per line; end with Ctrl-D")
         with _kept(sys.stdin.buffer) as stream:

@@ -1,9 +1,13 @@
 """Runs the service, and refuses what would leave it open to the network."""
 
+import asyncio
 import contextlib
 import errno
+import resource
 import socket
+import time
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 import uvicorn
@@ -15,7 +19,8 @@ from jobs.web.service import Service, names
 
 log = structlog.get_logger()
 
-BACKLOG = 2048  # as uvicorn has it
+BACKLOG = 2048  # connections that wait for us, as uvicorn has it
+ACCEPTS = 100  # of them at once, as asyncio has it: so often it tries, too, when it is out of files
 STOP_SECONDS = 10  # event streams do not end by themselves
 KEEP_ALIVE_SECONDS = 130
 """How long a connection may be idle: longer than proxies keep theirs (nginx and AWS 60, Caddy 120).
@@ -23,6 +28,10 @@ KEEP_ALIVE_SECONDS = 130
 Who ends it first decides: what a proxy sends at the moment when we end it is lost, and no proxy
 sends a POST twice. A stop ends idle connections at once.
 """
+MOST_FILES = 65_536  # a connection is one, of some 20 kB of memory
+OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+ROOM_SECONDS = 0.5  # until requests that are on their way are read
+TELL_SECONDS = 60.0
 
 
 class Refused(errors.RushesError):
@@ -37,8 +46,9 @@ def run(config: settings.Settings, *, say: Callable[[str], None]) -> None:
     serving = make_service(config, db)
     address = address_of(config)
     listening = _listen(config)
+    allow_many_files()
     say(f"web       {address}" + (" (with tokens)" if serving.needs_token else ""))
-    server = uvicorn.Server(uvicorn_config(serving))
+    server = Server(uvicorn_config(serving))
     with contextlib.suppress(KeyboardInterrupt):  # told again, after all has ended
         server.run(sockets=listening)
     for each in (db, serving.checked_db):
@@ -54,10 +64,49 @@ def uvicorn_config(serving: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=ACCEPTS,
         forwarded_allow_ips=serving.config.forwarded_allow_ips,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
+
+
+class Server(uvicorn.Server):
+    """Out of files for one more connection, it ends those that are idle."""
+
+    _makes_room = False
+    _told_at = float("-inf")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_problem)
+        await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)  # asyncio knows one number for both
+
+    def _on_problem(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if "socket" not in context or getattr(error, "errno", None) not in OUT_OF_FILES:
+            loop.default_exception_handler(context)
+        elif not self._makes_room:  # asyncio tells it ACCEPTS times, then tries in a second again
+            self._makes_room = True
+            loop.call_later(ROOM_SECONDS, self._make_room)
+            if time.monotonic() - self._told_at >= TELL_SECONDS:
+                self._told_at = time.monotonic()
+                log.warning("web.out_of_files", error=str(error))
+
+    def _make_room(self) -> None:
+        self._makes_room = False
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # one with a request ends after its answer
+
+
+def allow_many_files() -> None:
+    """Every connection is a file, and most systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS says "infinity" and has a limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(config: settings.Settings) -> list[socket.socket]:

@@ -131,6 +131,8 @@ def _database(serving: service.Service) -> str:
             is_server = not serving.checked_db.is_sqlite
             if is_server and session.scalar(text("SHOW transaction_read_only")) == "on":
                 return "read-only"  # a standby, or a managed one that is full: it serves readers
+        if serving.checked_db.lacks_room():
+            return "read-only"
     except (SQLAlchemyError, database.DatabaseUnavailable):
         return "unavailable"
     return "ok"

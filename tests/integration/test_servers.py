@@ -210,7 +210,9 @@ def test_an_orphan_is_replaced(tmp_path, parent):
     state_file = tmp_path / "redis" / "redis.json"
     pid = json.loads(parent.stdout.readline())["pids"][0]
     state = json.loads(state_file.read_text())
-    state["owner_started"] -= 3600  # as if the owner's pid belonged to another process by now
+    state["owner_started"] = (
+        "another-boot 1"  # as if the owner's pid belonged to another process by now
+    )
     state_file.write_text(json.dumps(state))
     with servers.RedisServer.start(tmp_path / "redis") as server:
         _wait_for_the_end_of([pid])

@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from botocore import auth
 from botocore.exceptions import ClientError, ResponseStreamingError
 from botocore.response import StreamingBody
 
@@ -343,6 +344,16 @@ def test_a_missing_bucket_is_denied_and_says_so(s3):
         store.check()
     with pytest.raises(storage.StorageDenied):
         store.put_bytes(b"x", "k", content_type="text/plain")
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_wrong_clock_is_told_as_such(in_s3, monkeypatch, hours):
+    now = auth.get_current_datetime
+    monkeypatch.setattr(auth, "get_current_datetime", lambda: now() + timedelta(hours=hours))
+    with pytest.raises(
+        storage.KeysRefused, match=r"RequestTimeTooSkewed: The .* is wrong: run NTP"
+    ):
+        in_s3.put_bytes(b"x", "k", content_type="text/plain")
 
 
 def test_a_store_that_is_down_is_unavailable_and_works_again_later(tmp_path):

@@ -348,6 +348,16 @@ def test_addresses_that_it_was_given_are_found_by_other_terminals(tmp_path, monk
     assert set(standalone._own_addresses(settings.load())) == {"DATABASE_URL"}
 
 
+def test_two_that_begin_at_once_have_a_page_each():
+    """Neither of them listens yet."""
+    config = settings.load(web_port=servers.free_port())
+    with contextlib.ExitStack() as second:
+        with contextlib.ExitStack() as first:
+            assert standalone._web_port(config, first) == config.web_port
+            assert standalone._web_port(config, second) != config.web_port
+        assert standalone._web_port(config, second) == config.web_port
+
+
 def test_a_page_that_nobody_may_reach_is_not_said_to_be_served(sqlite_database_url):
     """Until there is a token: then it begins by itself."""
     here = settings.load(database_url=sqlite_database_url)

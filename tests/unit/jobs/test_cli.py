@@ -391,6 +391,13 @@ def test_submit_reads_stdin(db: database.Database, rushes: Rushes) -> None:
     assert ": 2 jobs queued" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["submit - --preset tiny", "notify add ops -"])
+def test_a_closed_stdin_is_told(db: database.Database, command: str) -> None:
+    line = f"{sys.executable} -m jobs {command} <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, "defect" in done.stderr) == (2, False), done.stderr
+
+
 def test_submit_reads_a_pipe_that_cannot_be_read_twice(db: database.Database) -> None:
     command = f"{sys.executable} -m jobs submit <(printf 'a cat\\na dog\\n') --preset tiny -q"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import json5
@@ -17,6 +18,7 @@ import pytest
 import redis
 import safetensors.torch
 import torch
+from botocore import auth
 from click.testing import CliRunner
 from sqlalchemy import text
 
@@ -28,6 +30,7 @@ from jobs import (
     migrate,
     presets,
     s3_store,
+    semaphores,
     servers,
     settings,
     storage,
@@ -77,6 +80,14 @@ def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.Monkey
     found = checks()
     assert (found["database"].status, found["database writes"].status) == ("ok", "fail")
     assert "readonly" in found["database writes"].seen
+
+
+def test_a_database_on_a_full_disk_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    migrated()
+    monkeypatch.setattr(database, "LEAST_FREE_BYTES", 1 << 60)
+    found = checks()["database writes"]
+    assert (found.status, "MB are free for" in found.seen) == ("fail", True)
+    assert "disk room" in found.advice
 
 
 @pytest.mark.parametrize("is_pooled", [True, False])
@@ -225,6 +236,13 @@ def test_a_results_folder_takes_objects_and_is_left_clean() -> None:
 def test_a_results_url_that_is_none_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUSHES_RESULTS_URL", "ftp://x")
     assert checks()["results store"].status == "fail"
+
+
+def test_a_machine_whose_shared_memory_is_full_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks()["shared memory"].status == "ok"
+    monkeypatch.setattr(semaphores, "refusal", lambda: "no semaphore can be made: [Errno 28] ...")
+    found = checks()["shared memory"]
+    assert (found.status, "--shm-size" in found.advice) == ("fail", True)
 
 
 def test_ffmpeg_is_there() -> None:
@@ -675,6 +693,18 @@ def test_a_store_that_may_not_be_listed_says_which_right_is_missing(
     assert found["results listing"].advice == "allow s3:ListBucket (on the bucket)"
     assert found["results store"].status == "ok"
     assert found["results links"].status == "ok"
+
+
+def test_a_clock_that_the_store_refuses_is_no_matter_of_keys(
+    s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    hour_ago = auth.get_current_datetime() - timedelta(hours=1)
+    monkeypatch.setattr(auth, "get_current_datetime", lambda: hour_ago)
+    found = checks()["results store"]
+    assert found.status == "fail"
+    assert found.advice.startswith("run NTP")
 
 
 class OwnAuthority(servers.S3Server):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from pydantic_core import PydanticUndefined
 
-from jobs import errors, misspelt, settings
+from jobs import errors, misspelt, pids, settings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -37,8 +37,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def rushes_up(home: Path, environment: Mapping[str, str] = UP, **state: Any) -> None:
     """As `rushes up` leaves it; this process stands for it."""
-    process = psutil.Process()
-    values = {"pid": process.pid, "process_started": process.create_time(), **state}
+    values = {"pid": os.getpid(), "process_started": pids.start_of(os.getpid()), **state}
     (home / "up.json").write_text(json.dumps({**values, "environment": dict(environment)}))
 
 
@@ -263,12 +262,32 @@ def test_the_servers_of_a_running_rushes_up_are_used(home: Path) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{"pid": 2**22 + 1}, {"process_started": 1.0}, {"pid": "x"}],
-    ids=["gone", "its number is used again", "odd"],
+    [
+        {"pid": 2**22 + 1},
+        {"process_started": 1.0},
+        {"process_started": "another-boot 1"},
+        {"pid": "x"},
+    ],
+    ids=["gone", "its number is used again", "after a boot", "odd"],
 )
 def test_what_a_dead_rushes_up_left_is_not_used(home: Path, state: dict[str, Any]) -> None:
     rushes_up(home, **state)
     assert broker() == "redis://127.0.0.1:6379/0"
+
+
+def test_a_running_rushes_up_is_found_after_the_clock_was_set(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel moves the boot by it, on which the time of a start is founded."""
+    rushes_up(home)
+    started = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda each: started(each) + 3600)
+    assert broker() == UP["CELERY_BROKER_URL"]
+
+
+def test_an_up_file_of_before_tells_the_time_of_the_start(home: Path) -> None:
+    rushes_up(home, process_started=psutil.Process().create_time())
+    assert broker() == UP["CELERY_BROKER_URL"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"pid": 1}', "\x00", "7"])
@@ -278,8 +297,7 @@ def test_a_broken_up_file_is_no_up_file(home: Path, text: str) -> None:
 
 
 def test_an_up_file_without_addresses_is_no_up_file(home: Path) -> None:
-    process = psutil.Process()
-    state = {"pid": process.pid, "process_started": process.create_time()}
+    state = {"pid": os.getpid(), "process_started": pids.start_of(os.getpid())}
     (home / "up.json").write_text(json.dumps(state))
     assert broker() == "redis://127.0.0.1:6379/0"
 

@@ -42,6 +42,24 @@ def test_a_child_that_cannot_read_its_settings_ends_its_celery():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="semaphores have no files elsewhere")
+def test_a_celery_that_can_make_no_semaphores_says_why(monkeypatch):
+    """Its own words would be `Unrecoverable error`, without a place."""
+    monkeypatch.setenv("RUSHES_WORKER_NAME", "cpu0@here")
+    script = (
+        "import resource as r; from celery import signals; from worker import tasks;"
+        "r.setrlimit(r.RLIMIT_FSIZE, (0, r.getrlimit(r.RLIMIT_FSIZE)[1]));"  # no file has room
+        "signals.worker_init.send(sender=None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "worker.cannot_start" in line
+    assert "--shm-size" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="semaphores have no files elsewhere")
 def test_a_celery_that_is_killed_with_its_group_leaves_no_name_behind(tmp_path):
     """What the next one would not know of, until the shared memory of a container is full."""
     script = (

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -134,7 +133,7 @@ class Live:
 @contextlib.contextmanager
 def running(web: Web) -> Iterator[Live]:
     listening = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(server.uvicorn_config(web.serving))
+    running = server.Server(server.uvicorn_config(web.serving))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     yield Live(web, f"http://127.0.0.1:{listening.getsockname()[1]}")

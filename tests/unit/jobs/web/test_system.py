@@ -6,6 +6,7 @@ import gc
 import http.client
 import http.server
 import itertools
+import resource
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import structlog
 from sqlalchemy import exc, text, update
 
 from jobs import database, folder_store, s3_clients, schema
@@ -104,6 +106,14 @@ def test_a_probe_tells_of_a_database_that_takes_no_writes(
         session.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
     answer = web.client.get("/readyz")
     web.serving.checked_db.close()
+    assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
+
+
+def test_a_probe_tells_of_a_database_whose_disk_is_full(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LEAST_FREE_BYTES", 1 << 60)
+    answer = web.client.get("/readyz")
     assert (answer.status_code, answer.json()["status"]) == (200, "read-only")
 
 
@@ -261,3 +271,32 @@ def test_a_stop_does_not_wait_for_idle_connections(make_web: Callable[..., Web])
     assert kept.sock.recv(1) == silent.recv(1) == b""
     kept.close()
     silent.close()
+
+
+def test_idle_connections_end_when_there_is_no_file_for_another_one(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(live.url.rpartition(":")[2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as clients, structlog.testing.capture_logs() as told:
+        many = [clients.enter_context(socket.socket()) for _ in range(50)]
+        clients.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (many[-1].fileno() + 20, hard))
+        for client in many:
+            client.settimeout(10)
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for client in many:
+            assert client.recv(12) == b"HTTP/1.1 200"
+    assert [each["event"] for each in told].count("web.out_of_files") == 1
+    assert not caplog.records
+
+
+def test_a_service_takes_as_many_files_as_it_may() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+        server.allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, server.MOST_FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
