@@ -12,7 +12,7 @@ import safetensors.torch
 import structlog
 import torch
 
-from models import layout, memory
+from models import layout, memory, stamps
 from worker import components, errors, hashes, host_memory, room, wanted
 
 
@@ -51,6 +51,11 @@ def reads(monkeypatch):
 
 def weight_file(root):
     return layout.find(root).transformer[0]
+
+
+def hashed(files, cache):
+    as_loaded = [stamps.of(path) for path in files.weights]
+    return hashes.of(files, as_loaded=as_loaded, cache=cache)
 
 
 def known(warm, model):
@@ -136,12 +141,12 @@ def test_hashes_are_read_once_per_machine(warm, look, reads, own_models, tmp_pat
 
 def test_a_changed_file_is_read_again(own_models, cache, reads):
     root = own_models / "tiny"
-    first = hashes.of(layout.find(root), cache=cache)
+    first = hashed(layout.find(root), cache)
     path = weight_file(root)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    second = hashes.of(layout.find(root), cache=cache)
+    second = hashed(layout.find(root), cache)
     assert len(reads) == 2
     name = path.relative_to(root).as_posix()
     assert first[name] != second[name]
@@ -155,14 +160,14 @@ def test_a_damaged_cache_is_made_anew(own_models, cache, reads, damage):
     cache.parent.mkdir()
     cache.write_bytes(damage)
     for _ in range(2):
-        assert len(hashes.of(files, cache=cache)) == 3
+        assert len(hashed(files, cache)) == 3
     assert len(reads) == 1
     assert json.loads(cache.read_bytes())
 
 
 def test_models_share_the_cache(own_models, cache, reads):
     for name in ("tiny", "other", "tiny", "other"):
-        hashes.of(layout.find(own_models / name), cache=cache)
+        hashed(layout.find(own_models / name), cache)
     assert [root.name for root in reads] == ["tiny", "other"]
 
 
@@ -170,20 +175,68 @@ def test_a_home_that_cannot_be_written_costs_the_cache_alone(own_models, tmp_pat
     (tmp_path / "home").write_text("a file")
     files = layout.find(own_models / "tiny")
     cache = tmp_path / "home" / hashes.HASHES_FILE
-    assert len(hashes.of(files, cache=cache)) == 3
+    assert len(hashed(files, cache)) == 3
 
 
-def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models):
+def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models, cache):
     """Not the render, and not for ever: they are known again when the files are."""
     path = weight_file(own_models / "tiny")
     model = warm.model_for(look())
     known(warm, model)
+    cache.unlink()
     moved = path.rename(path.with_suffix(".away"))
-    model.hashes = warm._hasher.submit(warm._hash, model.files)
+    model.hashes = warm._hasher.submit(warm._hash, model.files, model.as_loaded)
     assert known(warm, model) is None
     moved.rename(path)
     assert warm.model_for(look()) is model
     assert len(known(warm, model)) == 3
+
+
+def replace(path):
+    """As mv and rsync do it; another content of the same size. Gives the old one back."""
+    kept = path.with_suffix(".kept")
+    shutil.copy2(path, kept)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    new = path.with_suffix(".new")
+    new.write_bytes(data)
+    new.rename(path)
+    return kept
+
+
+def test_hashes_name_no_file_that_was_put_in_place_of_what_was_loaded(
+    warm, look, own_models, tmp_path, cpu, monkeypatch
+):
+    """Reading them takes a minute; nor are they kept for those who find the old file back."""
+    path, may_read = weight_file(own_models / "tiny"), threading.Event()
+    old, real = layout.weight_hashes(layout.find(own_models / "tiny")), layout.weight_hashes
+    monkeypatch.setattr(layout, "weight_hashes", lambda files: may_read.wait(30) and real(files))
+    model = warm.model_for(look())
+    old_file = replace(path)
+    may_read.set()
+    assert known(warm, model) is None
+    shutil.copy2(old_file, path)
+    fresh = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
+    assert known(fresh, fresh.model_for(look())) == old
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_costs_its_job_nothing(
+    warm, look, own_models, monkeypatch
+):
+    """It goes back: of some of the weights nobody knows which they are."""
+    real = components.checkpoint.load
+
+    def load(*arguments, **options):
+        networks = real(*arguments, **options)
+        replace(weight_file(own_models / "tiny"))
+        return networks
+
+    monkeypatch.setattr(components.checkpoint, "load", load)
+    with pytest.raises(errors.WeightsAbsent, match="was replaced while it was loaded"):
+        warm.model_for(look())
+    monkeypatch.undo()
+    root = own_models / "tiny"
+    assert known(warm, warm.model_for(look())) == layout.weight_hashes(layout.find(root))
 
 
 WITH_LORA = {"base": "original", "loras": [{"path": "tiny/loras/distill_lora.safetensors"}]}
