@@ -1,7 +1,9 @@
 """Networks stay warm, a bad folder is told by name, and hashes are read once per machine."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import threading
 import weakref
@@ -325,6 +327,36 @@ def test_a_lora_that_was_replaced_is_applied_anew(warm, look, own_models):
         errors.WeightsUnusable, match=r"^tiny/loras: expected the LoRA distill_lora"
     ):
         warm.model_for(asked)
+
+
+def test_a_lora_of_the_same_size_and_time_is_another(warm, look, own_models):
+    """Archives with fixed times unpack to such files."""
+    asked = look(**WITH_LORA)
+    path = own_models / asked.loras[0].path
+    hashed = warm.lora_hashes(asked, warm.model_for(asked))
+    with as_old_as(path):
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: -tensors[name] for name in tensors}, path)
+    model = warm.model_for(asked)
+    assert warm.lora_switches == 2
+    assert warm.lora_hashes(asked, model) not in (None, hashed)
+
+
+def test_a_weight_file_of_the_same_size_and_time_is_read_again(own_models, cache, reads):
+    files = layout.find(own_models / "tiny")
+    first = hashed(files, cache)
+    with as_old_as(files.transformer[0]):
+        replace(files.transformer[0])
+    assert hashed(files, cache) != first
+
+
+@contextlib.contextmanager
+def as_old_as(path):
+    """Of the same size and time, however it is written."""
+    before = path.stat()
+    yield
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
 
 
 def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, look, own_models):
