@@ -283,7 +283,7 @@ class Components:
 
     def _load(self, key: WeightsKey, files: layout.ModelFiles) -> ResidentModel:
         began = time.monotonic()
-        as_loaded = tuple(stamps.of(path) for path in files.weights)
+        as_loaded = tuple(stamps.of(path) for path in files.weights + files.configs)
         hashed = self._hasher.submit(self._hash, files, as_loaded)  # beside the loading
         untouched = untouched_weights(files)
         networks = self._networks(key, files)

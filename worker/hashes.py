@@ -24,7 +24,7 @@ _cache_lock = threading.Lock()
 def of(
     files: layout.ModelFiles, *, as_loaded: Sequence[stamps.Stamp], cache: Path
 ) -> dict[str, str]:
-    """Of every weight file of a model. WeightsChangedError: one is another than it was then."""
+    """Of every file that makes a model. WeightsChangedError: one is another than it was then."""
     return _remembered(as_loaded, lambda: layout.weight_hashes(files), cache)
 
 

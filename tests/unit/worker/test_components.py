@@ -17,6 +17,8 @@ import torch
 from models import layout, memory, stamps
 from worker import components, errors, hashes, host_memory, room, wanted
 
+NUM_FILES = 8  # three of weights, three configs, two of the tokenizer
+
 
 @pytest.fixture
 def own_models(models_dir, tmp_path):
@@ -56,7 +58,7 @@ def weight_file(root):
 
 
 def hashed(files, cache):
-    as_loaded = [stamps.of(path) for path in files.weights]
+    as_loaded = [stamps.of(path) for path in files.weights + files.configs]
     return hashes.of(files, as_loaded=as_loaded, cache=cache)
 
 
@@ -119,7 +121,7 @@ def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
     for _ in range(2):
         with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
-    assert len(known(warm, warm.model_for(look()))) == 3
+    assert len(known(warm, warm.model_for(look()))) == NUM_FILES
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
@@ -137,7 +139,7 @@ def test_hashes_are_of_the_resident_model(warm, look, own_models):
 def test_hashes_are_read_once_per_machine(warm, look, reads, own_models, tmp_path, cpu):
     for _ in range(3):
         again = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
-        assert len(known(again, again.model_for(look()))) == 3
+        assert len(known(again, again.model_for(look()))) == NUM_FILES
     assert len(reads) == 1
 
 
@@ -162,7 +164,7 @@ def test_a_damaged_cache_is_made_anew(own_models, cache, reads, damage):
     cache.parent.mkdir()
     cache.write_bytes(damage)
     for _ in range(2):
-        assert len(hashed(files, cache)) == 3
+        assert len(hashed(files, cache)) == NUM_FILES
     assert len(reads) == 1
     assert json.loads(cache.read_bytes())
 
@@ -177,7 +179,7 @@ def test_a_home_that_cannot_be_written_costs_the_cache_alone(own_models, tmp_pat
     (tmp_path / "home").write_text("a file")
     files = layout.find(own_models / "tiny")
     cache = tmp_path / "home" / hashes.HASHES_FILE
-    assert len(hashed(files, cache)) == 3
+    assert len(hashed(files, cache)) == NUM_FILES
 
 
 def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models, cache):
@@ -191,7 +193,7 @@ def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own
     assert known(warm, model) is None
     moved.rename(path)
     assert warm.model_for(look()) is model
-    assert len(known(warm, model)) == 3
+    assert len(known(warm, model)) == NUM_FILES
 
 
 def replace(path):
@@ -348,6 +350,17 @@ def test_a_weight_file_of_the_same_size_and_time_is_read_again(own_models, cache
     with as_old_as(files.transformer[0]):
         replace(files.transformer[0])
     assert hashed(files, cache) != first
+
+
+@pytest.mark.parametrize("name", ["google/umt5-xxl/tokenizer.json", "config.json"])
+def test_hashes_tell_another_tokenizer_or_config(warm, look, own_models, tmp_path, cpu, name):
+    """Which change the video as weights do."""
+    first = known(warm, warm.model_for(look()))
+    path = own_models / "tiny" / name
+    path.write_text(path.read_text() + "\n")
+    fresh = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
+    second = known(fresh, fresh.model_for(look()))
+    assert {key for key in first if first[key] != second[key]} == {name}
 
 
 @contextlib.contextmanager
