@@ -1,5 +1,6 @@
 """What a file was when it was read, to tell whether another one lies in its place by now."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,12 @@ class Stamp:
         is_new = now.inode != self.inode and now.inode_changed_ns != self.inode_changed_ns
         if has_changed or is_new:
             raise errors.WeightsChangedError(self.path)
+
+
+def check(stamps: Iterable[Stamp]) -> None:
+    """Raises as `Stamp.check` does, for the first one that is another."""
+    for stamp in stamps:
+        stamp.check()
 
 
 def of(path: Path) -> Stamp:

@@ -13,7 +13,7 @@ import torch
 from jobs import presets, reports
 from models import checkpoint, layout, memory, stamps
 from models import errors as model_errors
-from worker import errors, hashes, host_memory, reservations, room, wanted
+from worker import errors, hashes, host_memory, replaced, reservations, room, wanted
 from worker.device import Device
 from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
@@ -46,9 +46,11 @@ class Components:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
     _reserved: reservations.Reservations = field(init=False)
+    _looks: replaced.Looks = field(init=False)
 
     def __post_init__(self) -> None:
         self._reserved = reservations.Reservations(self.home)
+        self._looks = replaced.Looks(self.models_dir)
 
     def model_for(self, look: presets.Look) -> ResidentModel:
         """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
@@ -88,6 +90,8 @@ class Components:
                 raise errors.WeightsAbsent(gone) from error
             if getattr(error, "path", None) in model.files.weights:
                 self._evict(key)  # the next attempt loads what is there now
+                if isinstance(error, model_errors.WeightsChangedError):
+                    raise errors.WeightsAbsent(self._told_of(error)) from error
             raise errors.WeightsUnusable(self._told_of(error)) from error
         self._loras[key] = look.loras
         self.lora_switches += has_changed
@@ -95,7 +99,12 @@ class Components:
     def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
         try:
             model = self._resident.get(key)
-            files = wanted.find(look, self.models_dir) if model is None else model.files
+            is_old = model is not None and self._looks.was_replaced(model)
+            files = model.files if model and not is_old else wanted.find(look, self.models_dir)
+            if is_old:
+                log.info("model.replaced", root=str(key.root))
+                model = None
+                self._evict(key)
             self._make_room(key, files, look)  # a bad folder cost no warm model
             model = model or self._load(key, files)
         except model_errors.UnfitLoraError as error:
@@ -305,8 +314,7 @@ class Components:
     def _check_unchanged(self, as_loaded: Sequence[stamps.Stamp]) -> None:
         """After loading. One that was replaced meanwhile: nobody knows which half was read."""
         try:
-            for stamp in as_loaded:
-                stamp.check()
+            stamps.check(as_loaded)
         except model_errors.WeightsChangedError as error:
             raise errors.WeightsAbsent(f"{error.path} was replaced while it was loaded") from error
 

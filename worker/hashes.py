@@ -47,17 +47,12 @@ def _remembered(
     with _cache_lock:
         known = _read_cache(cache)
     if key not in known:
-        _check(files)  # else it would be read for nothing
+        stamps.check(files)  # else it would be read for nothing
         known = {key: read()}
-        _check(files)
+        stamps.check(files)
         with _cache_lock:
             _write_cache(cache, _read_cache(cache) | known)
     return known[key]
-
-
-def _check(files: Sequence[stamps.Stamp]) -> None:
-    for stamp in files:
-        stamp.check()
 
 
 def _read_cache(cache: Path) -> dict[str, dict[str, str]]:

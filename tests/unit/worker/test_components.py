@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from models import layout, memory, stamps
-from worker import components, errors, hashes, host_memory, room, wanted
+from worker import components, copies, errors, hashes, host_memory, replaced, room, wanted
 
 NUM_FILES = 8  # three of weights, three configs, two of the tokenizer
 
@@ -373,18 +373,84 @@ def as_old_as(path):
 
 
 def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, look, own_models):
-    """Not merged into by halves: the old ones are gone from the disk."""
+    """Not merged into by halves: the old ones are gone from the disk, for which no job pays."""
     plain = look(base="original")
     first = warm.model_for(plain)
     path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors["head.modulation"] = tensors["head.modulation"] + 1
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
+    with pytest.raises(errors.WeightsAbsent, match="has changed since it was loaded"):
         warm.model_for(look(**WITH_LORA))
     assert warm.model_for(plain) is not first
     found = warm.model_for(plain).networks.transformer.head.modulation
     assert torch.equal(found, tensors["head.modulation"])
+
+
+def shifted(path, by):
+    """The same network with another modulation of its head, of the same names."""
+    tensors = safetensors.torch.load_file(path)
+    tensors["head.modulation"] = tensors["head.modulation"] + by
+    safetensors.torch.save_file(tensors, path)
+
+
+def test_a_distilled_model_that_is_copied_beside_a_warm_base_is_taken_when_it_is_there(
+    warm, look, own_models, monkeypatch
+):
+    path = weight_file(own_models / "tiny")
+    away = path.parent.rename(own_models / "away")
+    base = warm.model_for(look())
+    away.rename(path.parent)
+    assert warm.model_for(look()) is base  # the copy may not have ended
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    with structlog.testing.capture_logs() as logs:
+        distilled = warm.model_for(look())
+    assert base.files.transformer != distilled.files.transformer == (path,)
+    assert [each["event"] for each in logs][:2] == ["model.replaced", "model.evicted"]
+    assert warm.model_for(look()) is distilled
+    assert warm.loads == 2
+
+
+def test_a_folder_that_is_a_link_is_loaded_anew_where_it_leads_elsewhere(
+    warm, look, own_models, monkeypatch
+):
+    """At once, and no job pays for it: neither one with the same LoRA, nor the next without it."""
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    old, new, link = (own_models / name for name in ("v1", "v2", "tiny"))
+    link.rename(old)
+    shutil.copytree(old, new)
+    shifted(new / "diffusion_pytorch_model.safetensors", by=1)
+    link.symlink_to(old)
+    with_lora, plain = look(**WITH_LORA), look(base="original")
+    before = warm.model_for(with_lora).networks.transformer.head.modulation.clone()
+    link.unlink()
+    link.symlink_to(new)
+    after = warm.model_for(with_lora).networks.transformer.head.modulation
+    assert torch.allclose(after, before + 1, atol=1e-2)
+    warm.model_for(plain)
+    assert warm.loads == 2
+
+
+@pytest.mark.parametrize("spoil", [missing_folder, missing_weights, broken_config])
+def test_files_that_make_no_model_cost_no_warm_one(warm, look, own_models, monkeypatch, spoil):
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    first = warm.model_for(look())
+    spoil(own_models / "tiny")
+    assert warm.model_for(look()) is first
+
+
+def test_a_models_folder_that_hangs_holds_up_no_warm_model(warm, look, monkeypatch):
+    """It is not asked again before it has answered."""
+    first = warm.model_for(look())
+    asked, answers = [], threading.Event()
+    monkeypatch.setattr(replaced, "DISK_SECONDS", 0.1)
+    monkeypatch.setattr(
+        replaced.layout, "find", lambda *_, **__: asked.append(1) or answers.wait(30)
+    )
+    for _ in range(3):
+        assert warm.model_for(look()) is first
+    assert len(asked) == 1
+    answers.set()
 
 
 def test_models_that_fit_stay_warm_side_by_side(warm, look):
@@ -612,7 +678,8 @@ def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, ow
         shutil.copy(root / "diffusion_pytorch_model.safetensors", root / name)
     with pytest.raises(errors.WeightsUnusable, match="two transformers, and the preset no bound"):
         warm.model_for(look(model_path="other"))
-    assert warm.model_for(look(model_path="other", boundary_step_index=2))
+    both = warm.model_for(look(model_path="other", boundary_step_index=2))
+    assert warm.model_for(look(model_path="other", boundary_step_index=2)) is both
 
 
 def share_of(warm, look):
