@@ -34,7 +34,8 @@ class Looks:
             now = layout.find(
                 files.root, transformer_file=named[0], low_noise_file=named[1], base=is_base
             )
-            if now == files and not _have_changed(as_loaded):
+            are_same = [stamp.path for stamp in as_loaded] == [*now.weights, *now.configs]
+            if now == files and are_same and not _have_changed(as_loaded):
                 return False
             elsewhere = {path.parent for path in now.weights if not path.is_relative_to(now.root)}
             folders = {now.root, *elsewhere}

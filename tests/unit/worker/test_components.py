@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import weakref
 from concurrent import futures
 
@@ -409,6 +410,18 @@ def test_a_distilled_model_that_is_copied_beside_a_warm_base_is_taken_when_it_is
     assert [each["event"] for each in logs][:2] == ["model.replaced", "model.evicted"]
     assert warm.model_for(look()) is distilled
     assert warm.loads == 2
+
+
+def test_a_distilled_model_that_is_taken_away_is_waited_for(warm, look, own_models, monkeypatch):
+    """Another one may be about to be copied to its place; a minute later the base is rendered."""
+    root, first = own_models / "tiny", warm.model_for(look())
+    time.sleep(0.6)  # all else is older
+    shutil.rmtree(root / "distill_models")
+    now = root.stat().st_ctime + copies.COPIED_SECONDS - 0.3
+    monkeypatch.setattr(copies.time, "time", lambda: now)
+    assert warm.model_for(look()) is first
+    now += 0.6
+    assert warm.model_for(look()).files != first.files
 
 
 def test_a_folder_that_is_a_link_is_loaded_anew_where_it_leads_elsewhere(
