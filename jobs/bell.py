@@ -1,4 +1,4 @@
-"""Tells the dispatchers that there is work. Apart, because Celery takes long to import."""
+"""Tells the dispatchers that there is work, once it is stored."""
 
 from jobs import broker, errors, settings
 
@@ -11,6 +11,9 @@ def kick(config: settings.Settings) -> str | None:
         if refusal is None:
             return None
         reason = str(broker.BrokerUnavailable(connection.url, refusal.rstrip(".")))
-    except (errors.RushesError, ValueError) as error:
+    except errors.RushesError as error:
         reason = str(error)
+    except Exception as error:  # who stored the jobs has yet to tell their ids
+        seen = f"{type(error).__name__}: {errors.first_line(error)}"
+        reason = f"{seen} (this is a defect in rushes)"
     return f"{reason}; the jobs are stored and start when it is back"

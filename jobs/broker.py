@@ -1,15 +1,16 @@
 """What Redis is used for: a few messages per worker that say "this job may start", and a kick."""
 
+import contextlib
 import json
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import kombu.exceptions
 import redis
-from celery import Celery
 from redis.client import Pipeline
 
 from jobs import celery_app, errors, settings
@@ -21,6 +22,13 @@ SEND_SECONDS = 2.0
 
 SCHEMES = ("redis://", "rediss://")
 ESCAPES = "in a password, / is written %2F, : %3A, ; %3B, @ %40, [ %5B, # %23 and ? %3F"
+
+TLS_WORDS = (
+    *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"),
+    *("ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers"),
+)
+"""Of redis-py's, those that Celery reads alike."""
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 UNAVAILABLE = (redis.RedisError, OSError, kombu.exceptions.OperationalError)
 
@@ -44,10 +52,11 @@ class Message(NamedTuple):
 class Broker:
     """Sends job ids to queues and can tell which ones still lie there."""
 
-    def __init__(self, config: settings.Settings, *, app: Celery | None = None) -> None:
+    def __init__(self, config: settings.Settings) -> None:
         self.url = config.broker_url.get_secret_value()
         _check(self.url)
-        self._app = app or celery_app.make(config, answer_seconds=SEND_SECONDS)
+        _check_files(self.url)
+        self._app = celery_app.make(config, answer_seconds=SEND_SECONDS)
         self.redis: redis.Redis = redis.Redis.from_url(
             self.url,
             socket_connect_timeout=SEND_SECONDS,
@@ -61,29 +70,23 @@ class Broker:
         `mark`: for whom they are, without a colon; `lying` tells it.
         """
         sent = 0
-        try:
+        with self._asking():
             for job_id in job_ids:
                 self._send(celery_app.RENDER_TASK, job_id, queue, mark=mark)
                 sent += 1
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
         return sent
 
     def send_publish(self, host: str, attempt_id: int) -> None:
-        try:
+        with self._asking():
             self._send(celery_app.PUBLISH_TASK, attempt_id, publish_queue(host))
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
 
     def steer(self, worker: str, *, take: Iterable[str] = (), leave: Iterable[str] = ()) -> None:
         """Let a worker's Celery begin or cease to take from queues. Safe to repeat."""
-        try:
+        with self._asking():
             for queue in leave:
                 self._order(worker, "cancel_consumer", queue)
             for queue in take:
                 self._order(worker, "add_consumer", queue)
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
 
     def waiting(self, queue: str) -> set[int]:
         """Ids of the messages that no worker has taken from this queue yet."""
@@ -91,22 +94,20 @@ class Broker:
 
     def lying(self, queue: str) -> list[Message]:
         """The messages that no worker has taken from this queue yet."""
-        try:
-            messages = self.redis.lrange(queue, 0, MOST_READ - 1)
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
-        assert isinstance(messages, list)
+        with self._asking():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.lrange(queue, 0, MOST_READ - 1)
+            pipeline.delete(TRIAL_KEY)  # refused by a replica, which answers who only reads
+            messages = pipeline.execute()[0]
         return _read(messages)
 
     def recall(self, queue: str) -> set[int]:
         """Take back all messages that no worker has taken; what they were about."""
-        try:
+        with self._asking():
             pipeline = self.redis.pipeline(transaction=True)
             pipeline.lrange(queue, 0, -1)
             pipeline.delete(queue)
             messages = pipeline.execute()[0]
-        except UNAVAILABLE as error:
-            raise BrokerUnavailable(self.url, str(error)) from error
         return {message.subject for message in _read(messages)}
 
     def kick(self) -> str | None:
@@ -114,14 +115,14 @@ class Broker:
         pipeline = self.redis.pipeline()
         pipeline.lpush(KICK_KEY, "1")
         pipeline.ltrim(KICK_KEY, 0, 0)
-        return _refusal_of(pipeline)
+        return self._refusal_of(pipeline)
 
     def refusal(self) -> str | None:
         """Why it takes no writes: a replica, or one that is full, answers all the same."""
         pipeline = self.redis.pipeline()
         pipeline.lpush(TRIAL_KEY, "1")
         pipeline.delete(TRIAL_KEY)
-        return _refusal_of(pipeline)
+        return self._refusal_of(pipeline)
 
     def withheld(self) -> list[str]:
         """Of what Celery needs, keys and all: what this user may not use. Changes nothing."""
@@ -197,6 +198,27 @@ class Broker:
         finally:
             client.close()
 
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """BrokerUnavailable: the next try makes new connections, which may lead elsewhere."""
+        try:
+            yield
+        except UNAVAILABLE as error:
+            self._hang_up()
+            raise BrokerUnavailable(self.url, str(error)) from error
+
+    def _refusal_of(self, pipeline: Pipeline) -> str | None:
+        try:
+            pipeline.execute()
+        except UNAVAILABLE as error:
+            self._hang_up()
+            return str(error)
+        return None
+
+    def _hang_up(self) -> None:
+        """Ours; Celery does it by itself."""
+        self.redis.connection_pool.disconnect(inuse_connections=False)
+
     def _send(self, task: str, subject: int, queue: str, *, mark: str = "") -> None:
         self._app.send_task(
             task,
@@ -211,6 +233,8 @@ class Broker:
         """As Celery's own `control` does it, which waits without end for a Redis that is away."""
         exchange = self._app.control.mailbox.exchange
         with self._app.producer_or_acquire() as producer:
+            with producer.channel.conn_or_acquire() as client:
+                client.delete(TRIAL_KEY)  # a replica takes orders too, and nobody hears them
             producer.publish(
                 {"method": method, "arguments": {"queue": queue}, "destination": [worker]},
                 exchange=exchange.name,
@@ -235,6 +259,16 @@ def _check(url: str) -> None:
         raise _wrong(mistake)
 
 
+def _check_files(url: str) -> None:
+    """The clients' own words about one that is missing do not name it."""
+    for name, (path, *_) in parse_qs(urlsplit(url).query).items():
+        if name in TLS_FILES:
+            try:
+                Path(path).open("rb").close()
+            except (OSError, ValueError) as error:
+                raise _wrong(f"names in {name} what cannot be read: {error}") from error
+
+
 def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
     if ";" in url:  # Celery's would take it for several
@@ -244,9 +278,15 @@ def _mistake(url: str) -> str | None:
     except ValueError:  # as below
         return "is no address: an IPv6 address is written [::1]"
     try:
-        _ = parts.port
+        port = parts.port
     except ValueError:  # its words may show a part of the password
         return f"has no port: {ESCAPES}"
+    if port == 0:  # both would take the usual one
+        return "has port 0, where nobody can listen"
+    try:
+        unquote(parts.hostname or "").encode("idna")
+    except UnicodeError:
+        return f"has a host whose name cannot be one: {ESCAPES}"
     if not url.startswith(SCHEMES):
         return f"must begin with redis:// or rediss://, got {url[: len(parts.scheme)]!r}"
     if parts.fragment or not re.fullmatch("(/[0-9]*)?", parts.path):
@@ -254,29 +294,18 @@ def _mistake(url: str) -> str | None:
     options = parse_qs(parts.query, keep_blank_values=True)
     if options and parts.scheme == "redis":
         return f"may have a ? only with rediss://: {ESCAPES}"
-    if not all(name.startswith("ssl_") for name in options):
-        return f"may say only ssl_... behind the ?: {ESCAPES}"
+    if not options.keys() <= set(TLS_WORDS):
+        return f"may say only {', '.join(TLS_WORDS)} behind the ?: {ESCAPES}"
     asked = options.get("ssl_cert_reqs", ["required"])[0]
     if asked not in ("required", "optional", "none"):
         return f"has ssl_cert_reqs={asked}: must be required, optional or none"
-    try:
-        redis.connection.parse_url(url)  # type: ignore[no-untyped-call]  # redis-py says no types
-    except ValueError:
-        return "has a value behind the ? that redis-py cannot read"
+    if options.get("ssl_check_hostname", ["true"])[0].lower() not in ("true", "false"):
+        return "has an ssl_check_hostname that is neither true nor false"
     return None
 
 
 def _wrong(message: str) -> errors.InvalidInput:
-    problem = errors.Problem(line=None, message=f"CELERY_BROKER_URL {message}")
-    return errors.InvalidInput("settings", [problem])
-
-
-def _refusal_of(pipeline: Pipeline) -> str | None:
-    try:
-        pipeline.execute()
-    except UNAVAILABLE as error:
-        return str(error)
-    return None
+    return errors.invalid("settings", f"CELERY_BROKER_URL {message}")
 
 
 def publish_queue(host: str) -> str:

@@ -22,7 +22,18 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, expiry, firing, holds, parts, settings, storage, stores
+from jobs import (
+    database,
+    errors,
+    expiry,
+    firing,
+    holds,
+    parts,
+    results,
+    settings,
+    storage,
+    stores,
+)
 from jobs.schema import Base, Batch, Schedule
 
 log = structlog.get_logger()
@@ -157,7 +168,7 @@ class Cleaner:
                 ids = [batch.id for batch in session.scalars(old)]
                 ids += expiry.batches_to_empty(session)
             for batch_id in ids:
-                for entry in self._store.entries(_folder_of(batch_id)):
+                for entry in self._store.entries(f"{results.batch_folder(batch_id)}/"):
                     tally.add("objects", 1, size_bytes=entry.size_bytes)
                 tally.add("batches", 1)
             return
@@ -174,7 +185,7 @@ class Cleaner:
         refused.tell()
 
     def _empty(self, batch_id: str, tally: "_Tally") -> None:
-        entries = self._store.entries(_folder_of(batch_id))
+        entries = self._store.entries(f"{results.batch_folder(batch_id)}/")
         while page := list(islice(entries, storage.MOST_DELETED_AT_ONCE)):
             self._store.delete_many([entry.key for entry in page])
             tally.add("objects", len(page), size_bytes=sum(entry.size_bytes for entry in page))
@@ -197,8 +208,8 @@ class Cleaner:
         with self._db.reading() as session:
             ids = list(expiry.forgotten(session))
         for batch_id in ids:
-            while (deleted := self._db.write(expiry.delete_jobs, batch_id)).jobs:
-                tally.add("jobs", deleted.jobs)
+            while deleted := self._db.write(expiry.delete_jobs, batch_id):
+                tally.add("jobs", deleted)
             self._db.write(expiry.delete_batch, batch_id)
             tally.add("batches", 1)
 
@@ -409,10 +420,6 @@ def _condemn_inputs(
     needed |= expiry.needed_inputs(session, free, before=before, uploaded_since=None)
     holds.absolve(session, sorted(needed))
     return [key for key in free if key not in needed]
-
-
-def _folder_of(batch_id: str) -> str:
-    return f"batches/{batch_id}/"
 
 
 def _temporary_folders() -> list[Path]:

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import json
 import logging
-import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -82,20 +81,14 @@ class Courier:
             raise NotDelivered(f"{error}, and not in RUSHES_NOTIFY_INTERNAL_HOSTS") from None
         except outside.Unreachable as error:
             raise NotDelivered(str(error)) from None
-        # A server that sends a byte now and then keeps every timeout of a socket from running out.
-        watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
-        watch.daemon = True
-        watch.start()
-        try:
-            payload = json.dumps(letter.body, separators=(",", ":")).encode()
-            headers = signed(letter.message_id, payload, secret=secret)
-            connection.request("POST", place.target, body=payload, headers=headers)
-            status = connection.getresponse().status  # the body says nothing that we need
-        except (OSError, http.client.HTTPException) as error:
-            raise NotDelivered(outside.reason(error)) from None
-        finally:
-            watch.cancel()
-            connection.close()
+        payload = json.dumps(letter.body, separators=(",", ":")).encode()
+        headers = signed(letter.message_id, payload, secret=secret)
+        with connection.until(deadline):
+            try:
+                connection.request("POST", place.target, body=payload, headers=headers)
+                status = connection.getresponse().status  # the body says nothing that we need
+            except (OSError, http.client.HTTPException) as error:
+                raise NotDelivered(outside.reason(error)) from None
         if status == GONE:
             raise Gone("the receiver answered 410: it wants no more notices")
         if not 200 <= status < 300:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    CursorResult,
     DateTime,
     Engine,
     ExceptionContext,
@@ -32,6 +33,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import (
     ArgumentError,
@@ -42,7 +44,7 @@ from sqlalchemy.exc import (
     OperationalError,
 )
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -103,7 +105,7 @@ def shown(url: URL) -> str:
 
 def _wrong_url(what: str) -> errors.InvalidInput:
     message = f"DATABASE_URL {what}; give postgresql://user:password@host/name or sqlite:///file.db"
-    return errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+    return errors.invalid("settings", message)
 
 
 def _of_user(file: str) -> str:
@@ -140,10 +142,15 @@ class Database:
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
+    @property
+    def missing_file(self) -> Path | None:
+        """SQLite's, where it is not there: connecting would make it."""
+        file = self.url.database if self.is_sqlite else None
+        return Path(file) if file and not Path(file).exists() else None
+
     def require_file(self) -> None:
         """DatabaseUnavailable instead of an empty SQLite file nobody asked for."""
-        file = self.url.database
-        if self.is_sqlite and file and not Path(file).exists():
+        if self.missing_file is not None:
             raise DatabaseUnavailable(
                 self.url,
                 "there is no such file: run this in the folder of `rushes up`, or set RUSHES_HOME "
@@ -296,6 +303,19 @@ def among(
         given = func.json_each(json.dumps(list(ids))).table_valued("value")
         return column.in_(select(given.c.value))
     return column == any_(literal(list(ids), ARRAY(BigInteger)))
+
+
+def insert(session: Session, table: type[DeclarativeBase]) -> sqlite.Insert | postgresql.Insert:
+    """One that may say what to do on a conflict."""
+    if session.get_bind().dialect.name == "sqlite":
+        return sqlite.insert(table)
+    return postgresql.insert(table)
+
+
+def row_count(result: Any) -> int:
+    """Of a change: how many rows it met."""
+    assert isinstance(result, CursorResult)
+    return result.rowcount
 
 
 def storable(text: str) -> str:

@@ -180,7 +180,7 @@ def _shown(config: settings.Settings, field: str) -> str:
 def _database(config: settings.Settings) -> Iterator[Check]:
     db = database.connect(config)
     try:
-        if missing := _missing_file(db):
+        if missing := db.missing_file:
             advice = "`rushes up` or `rushes migrate` makes it"
             yield _fail("database", f"{missing} does not exist", advice)
             return
@@ -225,12 +225,6 @@ def _refused_write(db: database.Database) -> str | None:
     return None
 
 
-def _missing_file(db: database.Database) -> Path | None:
-    """Connecting would make it."""
-    file = db.url.database if db.is_sqlite else None
-    return Path(file) if file and not Path(file).exists() else None
-
-
 # Redis.
 
 
@@ -238,15 +232,16 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
     try:
         connection = broker.Broker(config)
         client = connection.redis
-        client.ping()
+        client.echo("")  # connects; unlike a ping it is answered by one whose disk is full
         began = time.monotonic()
-        client.ping()
+        client.echo("")
         seconds = time.monotonic() - began
         info = _info(client)
         unfit = _unfit(connection, info)
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
-        advice = "start Redis or correct CELERY_BROKER_URL; submitted jobs are safe meanwhile"
-        yield _fail("redis", errors.first_line(error), advice)
+        seen = errors.first_line(error)
+        advice = f"{_advice_on_redis(seen)}; submitted jobs are safe meanwhile"
+        yield _fail("redis", seen, advice)
         return
     version = info.get("valkey_version") or info.get("redis_version", "unknown")
     seen = f"version {version} answers in {seconds * 1000:.1f} ms"
@@ -264,6 +259,14 @@ def _broker(config: settings.Settings) -> Iterator[Check]:
         return
     yield _eviction(client, info)
     yield _persistence(client, info)
+
+
+def _advice_on_redis(problem: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in problem:  # in the words of OpenSSL, as the next
+        return "ssl_ca_certs must name the file of its authority; or correct the certificate"
+    if "CERTIFICATE_REQUIRED" in problem or "EOF occurred" in problem:
+        return "it may want a certificate from us: ssl_certfile and ssl_keyfile; or start Redis"
+    return "start Redis or correct CELERY_BROKER_URL"
 
 
 def _info(client: redis.Redis) -> dict[str, Any]:
@@ -593,7 +596,7 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
         files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
         unlike = parts.UNLIKE_HEADERS.load()(preset.look, files, config.models_dir)
     except ValueError as error:
-        return _warn(name, str(error), "complete the folder: its workers will fail these jobs")
+        return _warn(name, str(error), "complete the folder: workers here cannot render these jobs")
     if unlike:
         return _warn(
             name, "; ".join(unlike), "it renders, though worse: mend the preset or the file"
@@ -645,7 +648,7 @@ def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
 def _processes(config: settings.Settings) -> Iterator[Check]:
     try:
         db = database.connect(config)
-        if _missing_file(db) is None:
+        if db.missing_file is None:
             with contextlib.closing(db), db.reading() as session:
                 found = queries.live_workers(session)
             yield _workers(found)

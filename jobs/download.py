@@ -222,7 +222,7 @@ def _replaced(file: Path) -> str:
 
 def _not_ours(folder: Path, why: str) -> errors.InvalidInput:
     message = f"{why} give another folder, or none for one named like the batch"
-    return errors.InvalidInput(str(folder), [errors.Problem(line=None, message=message)])
+    return errors.invalid(str(folder), message)
 
 
 def _batch_of_manifest(folder: Path) -> str:
@@ -235,14 +235,22 @@ def _batch_of_manifest(folder: Path) -> str:
 
 
 def _mark(folder: Path, batch_id: str) -> None:
-    mark = folder / OWNER_FILE
-    part = mark.with_name(f"{OWNER_FILE}.part")
     try:
-        part.write_text(f"{batch_id}\n", "utf-8")
-        part.replace(mark)
+        with _replacing(folder / OWNER_FILE) as part:
+            part.write_text(f"{batch_id}\n", "utf-8")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise DiskUnusable(folder, error) from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A file beside it to write: at the end it takes its place, and after an error it is gone."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def fetch(
@@ -275,7 +283,6 @@ def follow(
     folder: Path,
     *,
     sidecars: bool,
-    interval_seconds: float = WATCH_SECONDS,
 ) -> Iterator[Outcome]:
     """Fetch each video when it is there, until the batch is finished and its files are written.
 
@@ -283,7 +290,7 @@ def follow(
     """
     good: set[int] = set()
     bad: set[int] = set()
-    pause = interval_seconds
+    pause = WATCH_SECONDS
     while True:
         began = time.monotonic()
         try:
@@ -302,10 +309,10 @@ def follow(
             if is_last:
                 yield from fetch_result_files(db, store, batch, folder)
                 return
-            pause = max(interval_seconds, IDLE_PER_LOOK * (time.monotonic() - began))
+            pause = max(WATCH_SECONDS, IDLE_PER_LOOK * (time.monotonic() - began))
         except (OperationalError, InterfaceError, storage.StorageUnavailable) as error:
             log.warning("download.waits", error=str(error)[:200])
-            pause = min(max(2 * pause, interval_seconds), LONGEST_PAUSE_SECONDS)
+            pause = min(max(2 * pause, WATCH_SECONDS), LONGEST_PAUSE_SECONDS)
         time.sleep(pause)
 
 
@@ -340,19 +347,18 @@ def fetch_result_files(
 def _name_videos(db: database.Database, batch_id: str, path: Path) -> None:
     """Put `video.file` into each line. The lines and the videos are in the same order."""
     videos = items(db, batch_id)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with path.open(encoding="utf-8") as lines, part.open("w", encoding="utf-8") as named:
-            for line in lines:
-                entry = json.loads(line)
-                # A batch that was reopened meanwhile may have more videos than lines.
-                name = next((v.name for v in videos if v.job_id == entry["job_id"]), None)
-                if name is not None:
-                    entry["video"]["file"] = f"{name}.mp4"
-                named.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        _replacing(path) as part,
+        path.open(encoding="utf-8") as lines,
+        part.open("w", encoding="utf-8") as named,
+    ):
+        for line in lines:
+            entry = json.loads(line)
+            # A batch that was reopened meanwhile may have more videos than lines.
+            name = next((v.name for v in videos if v.job_id == entry["job_id"]), None)
+            if name is not None:
+                entry["video"]["file"] = f"{name}.mp4"
+            named.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def _seal(folder: Path) -> None:
@@ -364,12 +370,8 @@ def _seal(folder: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     manifest["files"][results.OUTPUT] |= {"bytes": path.stat().st_size, "sha256": digest}
     body = json.dumps(manifest, indent=2, ensure_ascii=False)
-    part = target.with_name(f".{target.name}.part")
-    try:
+    with _replacing(target) as part:
         part.write_text(f"{body}\n", "utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _item(job: Job, attempt: Attempt, name: str) -> Item:
@@ -418,17 +420,13 @@ def _fetch(
 def _fetch_video(
     store: storage.ObjectStore, item: Item, target: Path, stop: threading.Event
 ) -> None:
-    part = target.with_name(f".{target.name}.part")
-    try:
+    with _replacing(target) as part:
         _download(store, item.key, part, stop)
         if not _is_there(part, item):
             address = store.address(item.key)
             raise storage.StorageError(
                 address, f"its content is not what was uploaded (sha256 {item.sha256})"
             )
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _download(store: storage.ObjectStore, key: str, path: Path, stop: threading.Event) -> None:

@@ -43,6 +43,11 @@ class InvalidInput(RushesError):
         )
 
 
+def invalid(source: str, *messages: str) -> InvalidInput:
+    """Of the whole of it, not of a line."""
+    return InvalidInput(source, [Problem(line=None, message=message) for message in messages])
+
+
 class GpusUnknown(RushesError):
     """nvidia-smi is here and fails, and of the GPUs that we may use it lists none."""
 

@@ -1,6 +1,5 @@
 """How long jobs will take, from what jobs of the same look took."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,14 +10,13 @@ from sqlalchemy.orm import Session
 from jobs import queries, states
 from jobs.schema import Attempt, Job
 
-RECENT_ATTEMPTS = 20_000  # looked at, the newest ones: older hardware and versions do not count
-MOST_MEASURED = 200  # of one look
+MOST_MEASURED = 200  # of one look, the latest: older hardware and versions count no longer
 BESIDE = ("mux",)  # stages that need no device: the next job has begun
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfLook:
-    """The jobs of one look. `mean_seconds` is None when none of them was ever measured."""
+    """The jobs of one look. `mean_seconds` is None when no measured job of it is on record."""
 
     look_id: str
     jobs: int
@@ -51,12 +49,13 @@ class Estimate:
         """If nothing else is rendered; None when it cannot be known."""
         if self.unmeasured_jobs or not self.workers:
             return None
-        return self.device_seconds / self.workers
+        longest = max((look.mean_seconds or 0 for look in self.looks), default=0)
+        return max(self.device_seconds / self.workers, longest)
 
 
 def of_jobs(session: Session, jobs: Mapping[str, int], *, queues: set[str]) -> Estimate:
     """Look id -> number of jobs, which wait in these queues."""
-    seconds = _measured(session, set(jobs))
+    seconds = {look_id: _measured(session, look_id) for look_id in jobs}
     groups = queries.live_workers_by_queues(session)
     return Estimate(
         looks=tuple(
@@ -85,19 +84,17 @@ def of_batch(session: Session, batch_id: str) -> Estimate:
     return of_jobs(session, jobs, queues={queue for _, queue, _ in counted})
 
 
-def _measured(session: Session, look_ids: set[str]) -> dict[str, list[float]]:
-    """Seconds on the device of the latest jobs of each look, all stages together."""
-    too_old = queries.attempt_before_newest(session, RECENT_ATTEMPTS)
-    found: dict[str, list[float]] = defaultdict(list)
-    rows = session.execute(
-        select(Job.look_id, Attempt.seconds)
-        .join(Job, Job.id == Attempt.job_id)
-        .where(Attempt.id > too_old)
-        .where(Attempt.state == states.AttemptState.SUCCEEDED, Job.look_id.in_(look_ids))
-        .order_by(Attempt.id.desc())
+def _measured(session: Session, look_id: str) -> list[float]:
+    """Seconds on the device of the latest jobs of a look, all stages together."""
+    rows = session.scalars(
+        select(Attempt.seconds)
+        .join(Job, Job.attempt_id == Attempt.id)
+        .where(Job.look_id == look_id, Job.state == states.JobState.SUCCEEDED)
+        .order_by(Job.finished_at.desc())
+        .limit(MOST_MEASURED)
     )
-    for look_id, seconds in rows:
-        if seconds and len(found[look_id]) < MOST_MEASURED:
-            on_device = (spent for stage, spent in seconds.items() if stage not in BESIDE)
-            found[look_id].append(sum(on_device))
-    return found
+    return [
+        sum(spent for stage, spent in seconds.items() if stage not in BESIDE)
+        for seconds in rows
+        if seconds
+    ]

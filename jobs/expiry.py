@@ -5,13 +5,11 @@ and old; from then on it cannot be reopened. So a run that was killed is gone on
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    CursorResult,
     Select,
     delete,
     exists,
@@ -23,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import database, states, totals, workers
+from jobs import database, schema, states, totals, workers
 from jobs.schema import (
     ApiRequest,
     ApiToken,
@@ -116,16 +114,8 @@ def forgotten(session: Session) -> Sequence[str]:
     ).all()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deleted:
-    """Rows."""
-
-    jobs: int
-    attempts: int
-
-
-def delete_jobs(session: Session, batch_id: str) -> Deleted:
-    """Some of the jobs of a forgotten batch, with their attempts; none are left after zero jobs."""
+def delete_jobs(session: Session, batch_id: str) -> int:
+    """Some of the jobs of a forgotten batch, with their attempts; how many. Zero: none are left."""
     ids = session.scalars(
         select(Job.id)
         .join(Batch, Batch.id == Job.batch_id)
@@ -137,9 +127,8 @@ def delete_jobs(session: Session, batch_id: str) -> Deleted:
     ).all()
     of_them = Attempt.job_id.in_(ids)
     totals.keep(session, totals.of_attempts(session, of_them))
-    attempts = _count(session.execute(delete(Attempt).where(of_them)))
-    jobs = _count(session.execute(delete(Job).where(Job.id.in_(ids))))
-    return Deleted(jobs=jobs, attempts=attempts)
+    session.execute(delete(Attempt).where(of_them))
+    return database.row_count(session.execute(delete(Job).where(Job.id.in_(ids))))
 
 
 def delete_batch(session: Session, batch_id: str) -> None:
@@ -210,9 +199,7 @@ def old_tokens(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
 
 
 def old_workers(before: datetime) -> tuple[type[Base], ColumnElement[bool]]:
-    holds_a_job = exists().where(
-        Attempt.worker == Worker.name, Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
-    )
+    holds_a_job = exists().where(Attempt.worker == Worker.name, schema.IS_LIVE)
     silent = Worker.heartbeat_at < before - timedelta(seconds=workers.ALIVE_SECONDS)
     is_gone = silent | (Worker.stopped_at < before)
     return Worker, is_gone & ~holds_a_job
@@ -244,7 +231,7 @@ def delete_rows(session: Session, table: type[Base], which: ColumnElement[bool])
         ended = session.scalars(delete(Firing).where(which).returning(Firing.state)).all()
         totals.keep(session, totals.of_firings(ended))
         return len(ended)
-    return _count(session.execute(delete(table).where(which)))
+    return database.row_count(session.execute(delete(table).where(which)))
 
 
 def has_old_key(before: datetime) -> ColumnElement[bool]:
@@ -254,7 +241,7 @@ def has_old_key(before: datetime) -> ColumnElement[bool]:
 def drop_keys(session: Session, before: datetime) -> int:
     """The batches stay; only their idempotency keys are free again."""
     dropped = update(Batch).where(has_old_key(before)).values(idempotency_key=None)
-    return _count(session.execute(dropped))
+    return database.row_count(session.execute(dropped))
 
 
 def live_attempts(session: Session, ids: Sequence[int]) -> set[tuple[str, int]]:
@@ -276,9 +263,6 @@ def known_batches(session: Session, ids: Collection[str]) -> set[str]:
 def _marked(session: Session, found: Select[str], **values: Any) -> int:
     # Locked one by one in order, and looked at again under the lock: one may have been reopened.
     ids = session.scalars(found.order_by(Batch.id).limit(BATCHES_AT_ONCE).with_for_update()).all()
-    return _count(session.execute(update(Batch).where(Batch.id.in_(ids)).values(values)))
-
-
-def _count(result: Any) -> int:
-    assert isinstance(result, CursorResult)
-    return result.rowcount
+    return database.row_count(
+        session.execute(update(Batch).where(Batch.id.in_(ids)).values(values))
+    )

@@ -297,23 +297,19 @@ def read_url(config: settings.Settings, url: str) -> bytes:
     """
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket or not key:
-        raise _unusable(url, "must be s3://bucket/key")
+        raise errors.invalid(url, "must be s3://bucket/key")
     store = stores.open_bucket(config, bucket)
     try:
         head = store.head(key)
         if head is None:
-            raise _unusable(url, "there is no such object")
+            raise errors.invalid(url, "there is no such object")
         if head.size_bytes > MAX_URL_BYTES:
-            raise _unusable(url, f"is larger than {MAX_URL_BYTES >> 20} MiB")
+            raise errors.invalid(url, f"is larger than {MAX_URL_BYTES >> 20} MiB")
         return store.read_bytes(key)
     except (storage.StorageUnavailable, storage.KeysRefused):
         raise
     except storage.StorageError as error:
-        raise _unusable(url, str(error)) from error
-
-
-def _unusable(url: str, why: str) -> errors.InvalidInput:
-    return errors.InvalidInput(url, [errors.Problem(line=None, message=why)])
+        raise errors.invalid(url, str(error)) from error
 
 
 def _prompts(config: settings.Settings, schedule: Schedule) -> bytes:

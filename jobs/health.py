@@ -112,8 +112,15 @@ def _take_out(
     )
 
 
-def _others_take(session: Session, queue: str, *, but_not: Collection[str]) -> bool:
-    """Another worker that is alive takes jobs of this queue now."""
+def host_of(worker: str) -> str:
+    """Of its name: `gpu0@host`."""
+    return worker.rpartition("@")[2]
+
+
+def _others_take(
+    session: Session, queue: str, *, but_not: Collection[str], but_on: Collection[str]
+) -> bool:
+    """Another worker that is alive, on another host than these, takes jobs of this queue now."""
     alive_since = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS)
     refused = {(held.worker, held.queue) for held in workers.refusals(session)}
     there = session.execute(
@@ -124,6 +131,7 @@ def _others_take(session: Session, queue: str, *, but_not: Collection[str]) -> b
     return any(
         queue in queues and not refused & {(other, queue), (other, workers.ALL_QUEUES)}
         for other, queues in there
+        if host_of(other) not in but_on
     )
 
 
@@ -132,7 +140,7 @@ def failed_on(
     job: Job,
     *,
     kinds: Collection[states.FailureKind] = retries.OF_MACHINE,
-) -> Sequence[tuple[str, datetime]]:
+) -> Sequence[tuple[str, datetime, states.FailureKind]]:
     """Workers on which it failed by one of these kinds, and when, since its budgets were fresh."""
     ended = (
         select(Attempt.worker, Attempt.finished_at, Attempt.failure_kind)
@@ -142,20 +150,39 @@ def failed_on(
         .limit(job.error_count + job.crash_count)
     )
     return [
-        (worker, when)
+        (worker, when, kind)
         for worker, when, kind in session.execute(ended)
-        if kind in kinds and when is not None
+        if kind is not None and kind in kinds and when is not None
     ]
 
 
 def is_for_others(session: Session, job: Job, worker: str, now: datetime) -> bool:
     """It failed here a while ago, and another worker may show whether that was its own fault.
 
-    One on which it has failed as well has shown it.
+    One on which it has failed as well has shown it, and of what lies at a host, its whole host.
     """
     if not job.error_count + job.crash_count:
         return False
     since = now - timedelta(seconds=ELSEWHERE_SECONDS)
     found = failed_on(session, job, kinds=retries.TRIED_ELSEWHERE)
-    failed = {name for name, when in found if when > since}
-    return worker in failed and _others_take(session, job.queue, but_not=failed)
+    recent = [(name, kind) for name, when, kind in found if when > since]
+    failed = {name for name, _ in recent}
+    hosts = {host_of(name) for name, kind in recent if kind in retries.OF_HOST}
+    if worker not in failed and host_of(worker) not in hosts:
+        return False
+    return _others_take(session, job.queue, but_not=failed, but_on=hosts)
+
+
+def hosts_failed_on(
+    session: Session, job: Job, worker: str, kind: states.FailureKind
+) -> int | None:
+    """How many it has failed on by this kind, with this worker's. None: that is all there are.
+
+    Of workers on which it failed otherwise nothing is expected either.
+    """
+    found = failed_on(session, job, kinds=retries.TRIED_ELSEWHERE)
+    hosts = {host_of(name) for name, _, its in found if its is kind} | {host_of(worker)}
+    failed = {name for name, _, _ in found}
+    if not _others_take(session, job.queue, but_not=failed, but_on=hosts):
+        return None
+    return len(hosts)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, delete, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from jobs import database
@@ -89,8 +88,7 @@ def _upsert(
     """The keys of the rows that were new or that `where` is true for."""
     if not rows:
         return ()
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    insert = sqlite.insert(Input) if is_sqlite else postgresql.insert(Input)
+    insert = database.insert(session, Input)
     changed = {name: insert.excluded[name] for name in rows[0] if name != "key"}
     statement = insert.values(rows).on_conflict_do_update(
         index_elements=[Input.key], set_=changed, where=where

@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import errors, one_line, outside, settings, storage, stores
+from jobs import errors, image_files, one_line, outside, settings, storage, stores, uploads
 
 if TYPE_CHECKING:
     from PIL import Image, ImageCms, ImageFile
 
 MAX_SHOWN_CHARS = 100
 CHUNK_BYTES = 1 << 16
-MAX_ADDRESSES = 4  # of one host, tried one after another
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 
@@ -109,7 +108,10 @@ class Limits:
 
 LIMITS = Limits()
 _decoding = threading.BoundedSemaphore(2)
-"""Of a process: a decoded image has up to 256 MB, whatever it was on the wire."""
+_decoding_large = threading.Lock()
+"""Of a process: an image of the most pixels has 256 MB, and takes up to 1 GB while it is decoded,
+whatever it was on the wire."""
+LARGE_PIXELS = 16_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +131,7 @@ class FetchedImage:
     @property
     def key(self) -> str:
         """Where it lies in the store."""
-        return f"inputs/{self.sha256[:2]}/{self.sha256}"
+        return uploads.shared_key(self.sha256)
 
     @property
     def content_type(self) -> str:
@@ -146,15 +148,17 @@ def fetch(
     config: settings.Settings,
     limits: Limits = LIMITS,
     network: outside.Network = outside.INTERNET,
+    checking: contextlib.AbstractContextManager[object] | None = None,
 ) -> FetchedImage:
     """Get an image from a path, `file://`, `s3://`, `https://` or `data:` and check it.
 
     Paths start at `base`, the folder of the prompt file. None: prompts that came over the network,
-    which must not read files of this machine.
+    which must not read files of this machine. `checking` is around what comes after the waiting.
     """
     shown = _shown(source)
     data = _read(source, shown, base=base, config=config, limits=limits, network=network)
-    return examine(data, shown, limits=limits)
+    with checking or contextlib.nullcontext():
+        return examine(data, shown, limits=limits)
 
 
 def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage:
@@ -375,31 +379,21 @@ def _get(
         connect_seconds=limits.connect_seconds,
         read_seconds=limits.read_seconds,
     )
-    # A server that sends a byte now and then keeps every timeout of a socket from running out.
-    watch = threading.Timer(max(deadline - time.monotonic(), 0), connection.cut)
-    watch.daemon = True
-    watch.start()
-    try:
-        connection.request(
-            "GET",
-            place.target,
-            headers={"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"},
-        )
-        answer = _answer(connection.getresponse(), shown, limits)
-        if connection.is_cut:  # which reads like an end
-            raise TimeoutError
-    except ssl.SSLCertVerificationError as error:
-        raise ImageUnusable(
-            shown, f"its certificate is not trusted: {error.verify_message}"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        if connection.is_cut or time.monotonic() >= deadline:
-            raise _too_slow(shown, limits) from None
-        reason = outside.reason(error)
-        raise ImageUnreachable(shown, f"cannot be fetched: {reason}; try again later") from None
-    finally:
-        watch.cancel()
-        connection.close()
+    headers = {"User-Agent": "rushes", "Accept": "image/*", "Accept-Encoding": "identity"}
+    with connection.until(deadline):
+        try:
+            connection.request("GET", place.target, headers=headers)
+            answer = _answer(connection.getresponse(), shown, limits)
+            if connection.is_cut:  # which reads like an end
+                raise TimeoutError
+        except ssl.SSLCertVerificationError as error:
+            why = f"its certificate is not trusted: {error.verify_message}"
+            raise ImageUnusable(shown, why) from None
+        except (OSError, http.client.HTTPException) as error:
+            if connection.is_cut or time.monotonic() >= deadline:
+                raise _too_slow(shown, limits) from None
+            why = f"cannot be fetched: {outside.reason(error)}; try again later"
+            raise ImageUnreachable(shown, why) from None
     return answer
 
 
@@ -454,14 +448,15 @@ def _body(response: http.client.HTTPResponse, shown: str, limits: Limits) -> byt
 # Decoding.
 
 
-def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
+def decode_rgb(data: bytes) -> "Image.Image":
     """The image as a viewer shows it, 8-bit sRGB: upright by EXIF, transparent parts white."""
     from PIL import ImageOps
 
-    with _decoded(data, "image", limits) as image:
+    with _decoded(data, "image", LIMITS) as image:
         fmt = image.format
         with contextlib.suppress(*DECODER_ERRORS):  # broken EXIF turns nothing
-            ImageOps.exif_transpose(image, in_place=True)
+            if image_files.has_short_exif(image):
+                ImageOps.exif_transpose(image, in_place=True)
         try:
             return _rgb(image)
         except ImageError:
@@ -473,6 +468,32 @@ def decode_rgb(data: bytes, *, limits: Limits = LIMITS) -> "Image.Image":
 @contextlib.contextmanager
 def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]":
     """The first frame, decoded to its end; told apart by content, whatever it is called."""
+    from PIL import Image
+
+    reads = image_files.Reads(data)
+    with _opened(reads, data, shown, limits) as image:
+        pixels = image.width * image.height
+        if pixels > limits.max_pixels:
+            raise _too_many_pixels(shown, limits, image.size)
+        _match_transparency(image)
+        with _decoding_large if pixels > LARGE_PIXELS else contextlib.nullcontext():
+            try:
+                image_files.check_opened(image, reads)
+                image.load()
+            except image_files.TooMuch as error:
+                raise ImageUnusable(shown, str(error)) from None
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                raise _too_many_pixels(shown, limits) from None
+            except DECODER_ERRORS:
+                raise ImageUnusable(
+                    shown, f"is a damaged or incomplete {image.format}: send the whole file"
+                ) from None
+            yield image
+
+
+def _opened(
+    reads: image_files.Reads, data: bytes, shown: str, limits: Limits
+) -> "ImageFile.ImageFile":
     from PIL import Image, UnidentifiedImageError  # not at the top: most commands need no images
 
     if not data:
@@ -481,26 +502,16 @@ def _decoded(data: bytes, shown: str, limits: Limits) -> "Iterator[Image.Image]"
     # that come and go are mixed up between threads.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
-        image = Image.open(io.BytesIO(data), formats=list(CONTENT_TYPES))
+        image_files.check_bytes(data)
+        return Image.open(reads, formats=list(CONTENT_TYPES))
+    except image_files.TooMuch as error:
+        raise ImageUnusable(shown, str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(shown, limits) from None
     except UnidentifiedImageError:
         raise ImageUnusable(shown, _what_else(data)) from None
     except DECODER_ERRORS:
         raise ImageUnusable(shown, "is damaged: open it in a viewer and save it again") from None
-    with image:
-        if image.width * image.height > limits.max_pixels:
-            raise _too_many_pixels(shown, limits, image.size)
-        _match_transparency(image)
-        try:
-            image.load()
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise _too_many_pixels(shown, limits) from None
-        except DECODER_ERRORS:
-            raise ImageUnusable(
-                shown, f"is a damaged or incomplete {image.format}: send the whole file"
-            ) from None
-        yield image
 
 
 def _match_transparency(image: "ImageFile.ImageFile") -> None:
@@ -531,6 +542,8 @@ def _what_else(data: bytes) -> str:
 
 
 def _orientation(image: "Image.Image") -> object:
+    if not image_files.has_short_exif(image):
+        return None
     try:
         return image.getexif().get(ORIENTATION_TAG)
     except DECODER_ERRORS:
@@ -586,7 +599,7 @@ def _srgb(image: "Image.Image", profile: bytes | None = None) -> "Image.Image":
     profile = profile or image.info.get("icc_profile")
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
-    if profile:
+    if profile and image_files.is_quick(profile):
         with contextlib.suppress(ImageCms.PyCMSError, *DECODER_ERRORS):
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if image.mode != "RGB" or not _is_srgb(own):

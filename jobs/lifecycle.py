@@ -7,11 +7,10 @@ Lost attempts are locked before their batches: a heartbeat, which holds nothing 
 one to lock an attempt without its job.
 """
 
-import secrets
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -31,14 +30,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import database, health, moves, presets, retries, schema, states, workers
+from jobs import attempt_ids, database, health, moves, presets, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
 MAX_DETAIL_CHARS = 20_000
 LOST_AT_ONCE = 500  # leases ended in one transaction
-IDS_SINCE = datetime(2020, 1, 1, tzinfo=UTC)
-ID_BITS = 12  # below the milliseconds: 53 in all till 2089, which numbers in JSON hold
 SPARED_TRIES = 2  # attempts that a worker's death in their tail costs nothing; it might be theirs
 
 
@@ -97,7 +94,7 @@ def claim(
         return None
     lease_until = now + timedelta(seconds=lease_seconds)
     begun = {"of_job": job_id, "by": worker, "at": now, "until": lease_until}
-    ids = {"new_id": _new_id(now), "ahead": 1 + secrets.randbits(ID_BITS)}
+    ids = {"new_id": attempt_ids.new(now), "ahead": attempt_ids.ahead()}
     attempt = session.execute(_BEGUN, begun | ids).one()
     moved = moves.move(
         session,
@@ -127,12 +124,6 @@ def claim(
         queue=job.queue,
         spec=spec,
     )
-
-
-def _new_id(now: datetime) -> int:
-    """Never used before, also by a database that was restored from a backup and counts anew."""
-    milliseconds = max((now - IDS_SINCE) // timedelta(milliseconds=1), 0)
-    return milliseconds << ID_BITS | secrets.randbits(ID_BITS)
 
 
 def is_open(now: datetime) -> list[ColumnElement[bool]]:
@@ -293,12 +284,15 @@ def _fail(
     if job is None:
         return None
     worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
-    machines = {name for name, _ in health.failed_on(session, job)}
+    machines = {name for name, _, _ in health.failed_on(session, job)}
     if kind in retries.OF_MACHINE:
         machines.add(worker)
+    hosts = None
+    if kind in retries.OF_HOST:
+        hosts = health.hosts_failed_on(session, job, worker, kind)
     now = database.now(session)
     target, values = _after_failure(
-        job, kind=kind, machines=len(machines), budgets=budgets, now=now
+        job, kind=kind, machines=len(machines), hosts=hosts, budgets=budgets, now=now
     )
     told = database.storable(error)[:MAX_ERROR_CHARS]
     values |= {"failure_kind": kind, "error": told}
@@ -323,7 +317,13 @@ def _fail(
 
 
 def _after_failure(
-    job: Job, *, kind: states.FailureKind, machines: int, budgets: retries.Budgets, now: datetime
+    job: Job,
+    *,
+    kind: states.FailureKind,
+    machines: int,
+    hosts: int | None,
+    budgets: retries.Budgets,
+    now: datetime,
 ) -> tuple[states.JobState, dict[str, Any]]:
     """The job's next state, and the columns that go with it."""
     is_crash = kind in retries.CRASHES
@@ -337,6 +337,7 @@ def _after_failure(
         crashes=spent["crash_count"],
         budgets=budgets,
         machines=machines,
+        hosts=hosts,
     )
     if decision is not None and not job.cancel_requested:
         not_before = now + timedelta(seconds=decision.wait_seconds)
@@ -500,7 +501,7 @@ def _longest_silent(which: ColumnElement[bool]) -> Select[int, int]:
     return (
         select(Attempt.id, Attempt.job_id)
         .join(Job, Job.id == Attempt.job_id)
-        .where(Attempt.state.in_(states.LIVE_ATTEMPT_STATES), which)
+        .where(schema.IS_LIVE, which)
         .order_by(Attempt.lease_until)
         .limit(LOST_AT_ONCE)
     )

@@ -32,9 +32,9 @@ def shown(url: str) -> str:
 def internal_hosts(config: settings.Settings) -> frozenset[str]:
     """Hosts of our own network that notices may be sent to."""
     hosts = set()
-    for part in (config.notify_internal_hosts or "").split(","):
+    for part in settings.listed(config.notify_internal_hosts):
         with contextlib.suppress(outside.Refused):  # no address leads there
-            hosts.add(outside.host_of(part.strip()))
+            hosts.add(outside.host_of(part))
     return frozenset(hosts)
 
 
@@ -49,9 +49,7 @@ def check(config: settings.Settings, *, name: str, url: str, events: Sequence[st
     if problem:
         problems.append(f"URL {problem}")
     if problems:
-        raise errors.InvalidInput(
-            "listener", [errors.Problem(line=None, message=text) for text in problems]
-        )
+        raise errors.invalid("listener", *problems)
 
 
 def _problem_of_address(config: settings.Settings, url: str) -> str | None:
@@ -95,8 +93,7 @@ def add(
     try:
         session.flush()
     except IntegrityError:
-        problem = errors.Problem(line=None, message=f"there is a listener {name!r} already")
-        raise errors.InvalidInput("listener", [problem]) from None
+        raise errors.invalid("listener", f"there is a listener {name!r} already") from None
     return row
 
 

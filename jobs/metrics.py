@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs import database, queries, retries, states, totals
+from jobs import database, queries, retries, schema, states, totals
 from jobs.schema import Attempt, Batch, Firing, Job, Notice
 
 LATECOMERS = 2_000
@@ -64,8 +64,8 @@ class Farm(Collector):
             if past != self._past:  # some that are in our sums may be in theirs by now
                 self._settled_to, self._settled, self._past = 0, Counter(), past
             newest = session.scalar(select(func.max(Attempt.id))) or 0
-            live = Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
-            oldest_live = session.scalar(select(func.min(Attempt.id)).where(live))
+            live = session.scalars(select(Attempt.id).where(schema.IS_LIVE))
+            oldest_live = min(live, default=None)
             before_late = queries.attempt_before_newest(session, LATECOMERS)
             settled_to = max(min(before_late, (oldest_live or newest) - 1), 0)
             if settled_to > self._settled_to:
@@ -145,14 +145,14 @@ def _attempts_now(session: Session) -> Iterator[Metric]:
     now = database.now(session)
     by_stage = session.execute(
         select(Attempt.stage, func.count())
-        .where(Attempt.state == states.AttemptState.RUNNING)
+        .where(Attempt.state == states.AttemptState.RUNNING, schema.IS_LIVE)
         .group_by(Attempt.stage)
     ).all()
     running = {(stage or "start",): float(number) for stage, number in by_stage}
     yield _gauge("attempts_running", "What is rendered now, by stage.", running, "stage")
     backlog, oldest = session.execute(
         select(func.count(), func.min(Attempt.started_at)).where(
-            Attempt.state == states.AttemptState.RENDERED
+            Attempt.state == states.AttemptState.RENDERED, schema.IS_LIVE
         )
     ).one()
     yield _gauge("uploads_waiting", "Finished videos that wait for the store.", {(): backlog})

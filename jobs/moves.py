@@ -10,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    CursorResult,
     Integer,
     Update,
     bindparam,
@@ -95,11 +94,6 @@ def lock_jobs(session: Session, *which: ColumnElement[bool]) -> None:
     """Always in the same order: two that lock many jobs wait for each other, not in a circle."""
     locked = select(Job.id).where(*which).order_by(Job.batch_id, Job.id).with_for_update()
     session.execute(select(func.count()).select_from(locked.subquery()))
-
-
-def row_count(result: Any) -> int:
-    assert isinstance(result, CursorResult)
-    return result.rowcount
 
 
 def _told(values: dict[str, Any]) -> tuple[Shape, dict[str, Any]]:

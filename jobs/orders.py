@@ -3,21 +3,24 @@
 Each is safe to call twice, and keeps the order of row locks that `lifecycle` tells.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, moves, schema, states
+from jobs import database, errors, failures, moves, schema, states
 from jobs.schema import Batch, Job
 
 STOPPED_AT_ONCE = 10_000  # queued jobs cancelled in one transaction: under a second
 
 
 def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
-    """From now on no job of it starts. `cancel_batch` then stops what is there.
+    """From now on no job of it starts. `go_on_cancelling` then stops what is there.
 
     How many wait and how many run at this moment: all that this request will stop, whoever does
     it. (0, 0) if that was asked for before.
@@ -33,18 +36,12 @@ def request_cancel(session: Session, batch_id: str) -> tuple[int, int]:
     return (0, 0) if found is None else (found.queued, found.running)
 
 
-def cancel_batch(session: Session, batch_id: str) -> tuple[int, int]:
+def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
     """Queued jobs are cancelled now, running ones at their next step: (cancelled, asked to).
 
     At most STOPPED_AT_ONCE queued ones: then the dispatcher goes on, or whoever calls this again.
+    (0, 0) where nothing is left, and where its jobs have been asked for again meanwhile.
     """
-    stopped = _stop_jobs(session, batch_id, {})
-    request_cancel(session, batch_id)
-    return stopped
-
-
-def go_on_cancelling(session: Session, batch_id: str) -> tuple[int, int]:
-    """The same, unless its jobs have been asked for again meanwhile: (0, 0)."""
     is_asked = Batch.cancel_requested_at.is_not(None)
     if session.scalar(select(Batch.id).where(Batch.id == batch_id, is_asked)) is None:
         return 0, 0
@@ -99,7 +96,7 @@ def _stop_jobs(session: Session, batch_id: str, why: dict[str, Any]) -> tuple[in
         .values(cancel_requested=True, **why)
     )
     cancelled = _cancel_queued(session, batch_id, [Job.id.in_(ids)], database.now(session), why)
-    return cancelled, moves.row_count(asked)
+    return cancelled, database.row_count(asked)
 
 
 def pause_batch(session: Session, batch_id: str) -> bool:
@@ -149,7 +146,7 @@ def _change_queued(
 ) -> bool:
     is_queued = Job.state == states.JobState.QUEUED
     changed = session.execute(update(Job).where(Job.id == job_id, is_queued, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def unsend(session: Session, job_ids: Collection[int]) -> None:
@@ -165,7 +162,7 @@ def _change_batch(
     session: Session, batch_id: str, *which: ColumnElement[bool], **values: Any
 ) -> bool:
     changed = session.execute(update(Batch).where(Batch.id == batch_id, *which).values(values))
-    return moves.row_count(changed) == 1
+    return database.row_count(changed) == 1
 
 
 def cancel_job(session: Session, job_id: int) -> states.JobState:
@@ -186,7 +183,7 @@ def _cancel_queued(
     now: datetime,
     why: dict[str, Any],
 ) -> int:
-    cancelled = moves.row_count(
+    cancelled = database.row_count(
         session.execute(
             update(Job)
             .where(Job.state == states.JobState.QUEUED, *which)
@@ -199,32 +196,46 @@ def _cancel_queued(
     return cancelled
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """What a retry did."""
+
+    jobs: int
+    doubtful: Mapping[str, int]
+    """How many of them will probably fail as before, by why: a key of `failures.PARTS`."""
+    is_paused: bool
+    """The batch is: none of them starts before somebody resumes it."""
+
+
 def retry_jobs(
     session: Session,
     batch_id: str,
     *,
     from_states: Sequence[states.JobState] = (states.JobState.FAILED,),
+    which: failures.Which = failures.ALL,
     job_ids: Sequence[int] | None = None,
-) -> int:
-    """Failed or cancelled -> queued with fresh budgets; the batch is open again. How many.
+) -> Retried:
+    """Failed or cancelled -> queued with fresh budgets; the batch is open again.
 
     With CANCELLED, those that still run and were to stop at their next step go on: they count too.
     BatchExpired where its results, its input images or its jobs are being deleted as old.
     """
     assert set(from_states) <= {states.JobState.FAILED, states.JobState.CANCELLED}
+    wanted = [Job.batch_id == batch_id, schema.HAS_STARTED, *which.conditions()]
+    if job_ids is not None:
+        wanted.append(Job.id.in_(job_ids))
     total = 0
     # First: one whose worker stops just now is waited for here, and found cancelled below.
     if states.JobState.CANCELLED in from_states:
-        total += _let_run(session, batch_id, job_ids)
-    for state in from_states:
-        statement = update(Job).where(
-            Job.batch_id == batch_id, Job.state == state, schema.HAS_STARTED
-        )
-        if job_ids is not None:
-            statement = statement.where(Job.id.in_(job_ids))
-        reopened = moves.row_count(
+        total += _let_run(session, wanted)
+    reopened: Counter[states.JobState] = Counter()
+    doubtful: Counter[str] = Counter()
+    for state, (doubt, part) in itertools.product(from_states, failures.PARTS.items()):
+        number = database.row_count(
             session.execute(
-                statement.values(
+                update(Job)
+                .where(Job.state == state, *part, *wanted)
+                .values(
                     state=states.JobState.QUEUED,
                     error_count=0,
                     crash_count=0,
@@ -236,8 +247,12 @@ def retry_jobs(
                 )
             )
         )
-        moves.count_moved(session, batch_id, state, states.JobState.QUEUED, reopened)
-        total += reopened
+        reopened[state] += number
+        if doubt is not None:
+            doubtful[doubt] += number
+    for state, number in reopened.items():
+        moves.count_moved(session, batch_id, state, states.JobState.QUEUED, number)
+    total += reopened.total()
     if total:
         # Once the batch's count holds its row: who deletes what is old now waits for us.
         check_not_expired(session, batch_id)
@@ -254,21 +269,15 @@ def retry_jobs(
                 expired_at=None,
             )
         )
-    return total
+    paused_at = session.scalar(select(Batch.paused_at).where(Batch.id == batch_id))
+    return Retried(jobs=total, doubtful=+doubtful, is_paused=paused_at is not None)
 
 
-def _let_run(session: Session, batch_id: str, job_ids: Sequence[int] | None) -> int:
+def _let_run(session: Session, wanted: Sequence[ColumnElement[bool]]) -> int:
     """Take back that they stop at their next step."""
-    statement = update(Job).where(
-        Job.batch_id == batch_id,
-        Job.state == states.JobState.RUNNING,
-        Job.cancel_requested,
-        schema.HAS_STARTED,
-    )
-    if job_ids is not None:
-        statement = statement.where(Job.id.in_(job_ids))
-    let = statement.values(cancel_requested=False, failure_kind=None, error=None)
-    return moves.row_count(session.execute(let))
+    held = update(Job).where(Job.state == states.JobState.RUNNING, Job.cancel_requested, *wanted)
+    let = held.values(cancel_requested=False, failure_kind=None, error=None)
+    return database.row_count(session.execute(let))
 
 
 def check_not_expired(session: Session, batch_id: str) -> None:

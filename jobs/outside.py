@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MAX_ADDRESSES = 4  # of one host, tried one after another
@@ -199,6 +199,21 @@ class Connection(http.client.HTTPConnection):
             if self.sock is not None:
                 # Below TLS, whose own shutdown would change the socket under its reader.
                 socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Cut at that moment of `time.monotonic`, closed at the end.
+
+        A server that sends a byte now and then keeps every timeout of a socket from running out.
+        """
+        watch = threading.Timer(max(deadline - time.monotonic(), 0), self.cut)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+            self.close()
 
     def _plain(self) -> socket.socket:
         for address in self._addresses[:-1]:

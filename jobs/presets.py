@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 import json5
 
 from jobs import errors, looks, preset_values
-from jobs.looks import MAX_SEED, Look, LoraUse, RenderSpec
+from jobs.looks import Look, LoraUse, RenderSpec
 
 __all__ = [
-    "MAX_SEED",
     "SHIPPED_FOLDER",
     "BrokenPreset",
     "FolderMissing",

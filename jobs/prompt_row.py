@@ -8,16 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import one_line
+from jobs import looks, one_line
 
 MAX_PROMPT_CHARS = 10_000  # the text encoder reads the first 512 tokens
 MAX_CUSTOM_ID_CHARS = 512
 MAX_IMAGE_CHARS = 1_048_576  # of a data URL; the longest prompt needs 60 kB
-MAX_LORAS = 8
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
-MAX_SEED = 2**63 - 1  # the widest signed integer of both databases
 MAX_SECONDS = 3_600
 MAX_SIDE_OR_COUNT = 100_000  # keeps numbers sane here; the preset decides what fits
 MAX_PRIORITY = 100
@@ -206,9 +204,9 @@ def check_metadata(value: Any) -> dict[str, str]:
 
 
 def _check_lora(value: Any) -> tuple[Lora, ...]:
-    if type(value) is not list or not 1 <= len(value) <= MAX_LORAS:
+    if type(value) is not list or not 1 <= len(value) <= looks.MAX_LORAS:
         raise Invalid(
-            f'must be a list of 1 to {MAX_LORAS} objects such as [{{"name": "film", '
+            f'must be a list of 1 to {looks.MAX_LORAS} objects such as [{{"name": "film", '
             f'"strength": 0.8}}], got {shown(value)}'
         )
     return tuple(_check_one_lora(entry) for entry in value)
@@ -222,11 +220,11 @@ def _check_one_lora(entry: Any) -> Lora:
     strength = entry.get("strength", 1.0)
     if type(strength) not in (int, float) or not -10 <= strength <= 10:
         raise Invalid(f"strength must be a number from -10 to 10, got {shown(strength)}")
-    where = {key: _check_image(entry[key]) for key in ("name", "path") if key in entry}
+    where = {key: _check_source(entry[key]) for key in ("name", "path") if key in entry}
     return Lora(**where, strength=float(strength))
 
 
-_check_image = _text_check(MAX_IMAGE_CHARS)
+_check_source = _text_check(MAX_IMAGE_CHARS)
 _check_above_0 = _whole_check(1, MAX_SIDE_OR_COUNT, told="above 0")
 
 
@@ -240,14 +238,14 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "custom_id": _check_custom_id,
     "prompt": _text_check(MAX_PROMPT_CHARS),
     "negative_prompt": _check_negative_prompt,
-    "seed": _whole_check(0, MAX_SEED),
+    "seed": _whole_check(0, looks.MAX_SEED),
     "size": _check_size,
     "width": _check_count,
     "height": _check_count,
     "num_frames": _check_count,
     "seconds": _check_seconds,
     "fps": _check_count,
-    "image": _check_image,
+    "image": _check_source,
     "lora": _check_lora,
     "metadata": check_metadata,
     "priority": _whole_check(-MAX_PRIORITY, MAX_PRIORITY),

@@ -8,16 +8,21 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from statistics import fmean
 from typing import Any
 
-from sqlalchemy import Select, Text, cast, func, or_, select, union_all
+from sqlalchemy import ColumnElement, Select, Text, cast, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
-from jobs import database, errors, schema, states, workers
+from jobs import attempt_ids, database, errors, failures, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
-RECENT_JOBS = 50  # the rate is taken over this many latest results
+RECENT_JOBS = 50  # the rate is taken over this many latest results, or
+ROUNDS = 2  # so many of each worker if that is more: workers in step end all at once,
+MOST_RESULTS = 4_000  # but no more than these: every open page asks each two seconds
 STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or worked for others
+CLOCK_SPARE = timedelta(hours=1)  # the database's clock may have been set back meanwhile
+ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
 
@@ -29,8 +34,19 @@ class Progress:
     batch: Batch
     state: states.BatchState
     rate_per_minute: float | None
-    """Finished jobs per minute lately, while there was work on it; None before the first two."""
+    """Videos per minute lately, while there was work on it; None before the first two."""
     seconds_left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pace:
+    """Of a batch lately, while there was work on it."""
+
+    videos_per_second: float
+    jobs_per_second: float
+    """Those that failed as well: they took their time, and are out of the queue."""
+    last_job_seconds: float
+    """Until the job that begins or began last has taken as long as others took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +71,18 @@ class LiveWorker:
         return _taken(self.worker.queues, {refusal.queue for refusal in self.refusals})
 
 
-def batches(session: Session, *, limit: int, before: str | None = None) -> Sequence[Batch]:
-    """Newest first; `before` is a batch id, for the next page."""
+def batches(
+    session: Session, *, limit: int, before: Batch | None = None, owner: str | None = None
+) -> Sequence[Batch]:
+    """Newest first; `before`: the last one seen, for the next page. `owner` None: everybody's."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
     statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
+    if owner is not None:
+        statement = statement.where(Batch.owner == owner)
     if before is not None:
-        last = find_batch(session, before)
+        same = Batch.created_at == before.created_at
         statement = statement.where(
-            (Batch.created_at < last.created_at)
-            | ((Batch.created_at == last.created_at) & (Batch.id < last.id))
+            (Batch.created_at < before.created_at) | (same & (Batch.id < before.id))
         )
     return session.scalars(statement).all()
 
@@ -115,11 +134,12 @@ def jobs(
     batch_id: str,
     *,
     states_wanted: Sequence[states.JobState] = (),
+    which: failures.Which = failures.ALL,
     after: int = -1,
     limit: int = 100,
 ) -> Sequence[Job]:
     """In the order of the file; `after` is the position of the last one seen."""
-    page = select(Job).where(Job.batch_id == batch_id, Job.position > after)
+    page = select(Job).where(Job.batch_id == batch_id, Job.position > after, *which.conditions())
     page = page.order_by(Job.position).limit(limit)
     pages = [_in_state(page, state) for state in set(states_wanted)]
     if len(pages) == 1:
@@ -148,23 +168,37 @@ def attempt_before_newest(session: Session, number: int) -> int:
 
 
 def attempts_of_batch(
-    session: Session, batch_id: str, *, after: int = 0, limit: int = 1_000
+    session: Session,
+    batch: Batch,
+    *,
+    after: int = 0,
+    that_are: Collection[states.AttemptState] = (),
 ) -> Sequence[tuple[Job, Attempt]]:
-    """In the order in which they began; `after` is the id of the last attempt seen."""
-    rows = session.execute(
+    """Some, in the order in which they began; `after` is the id of the last attempt seen."""
+    statement = (
         select(Job, Attempt)
         .join(Attempt, Attempt.job_id == Job.id)
-        .where(Job.batch_id == batch_id, Attempt.id > after)
+        .where(Job.batch_id == batch.id, Attempt.id > _before_first_attempt(session, batch, after))
         .order_by(Attempt.id)
-        .limit(limit)
-    ).all()
-    return [(row[0], row[1]) for row in rows]
+        .limit(ROWS_AT_ONCE)
+    )
+    if that_are:
+        statement = statement.where(Attempt.state.in_(that_are))
+    return [(row[0], row[1]) for row in session.execute(statement)]
+
+
+def _before_first_attempt(session: Session, batch: Batch, after: int) -> int:
+    """Else PostgreSQL reads all that is older than the batch, too."""
+    counted = select(Attempt.id).where(Attempt.id > after)
+    if session.scalar(counted.where(Attempt.id < attempt_ids.COUNTED_BELOW).limit(1)) is not None:
+        return after
+    return max(after, attempt_ids.earliest(batch.created_at - CLOCK_SPARE) - 1)
 
 
 def jobs_with_results(
-    session: Session, batch_id: str, *, after: int = -1, limit: int = 1_000
+    session: Session, batch_id: str, *, after: int = -1
 ) -> Sequence[tuple[Job, Attempt | None]]:
-    """Every job in the order of the file, each finished one with the attempt of its video."""
+    """Some jobs in the order of the file, each finished one with the attempt of its video."""
     rows = session.execute(
         select(Job, Attempt)
         .outerjoin(
@@ -172,7 +206,7 @@ def jobs_with_results(
         )
         .where(Job.batch_id == batch_id, Job.position > after)
         .order_by(Job.position)
-        .limit(limit)
+        .limit(ROWS_AT_ONCE)
     ).all()
     return [(row[0], row[1]) for row in rows]
 
@@ -197,6 +231,15 @@ def running_attempts(session: Session, jobs: Iterable[Job]) -> dict[int, Attempt
     return {attempt.job_id: attempt for attempt in found}
 
 
+def workers_of(session: Session, jobs: Iterable[Job]) -> dict[int, str]:
+    """Who holds them, or had them at their end, by the ids of the jobs; none of one that waits."""
+    ids = [job.attempt_id for job in jobs if job.attempt_id is not None]
+    if not ids:
+        return {}
+    held = select(Attempt.job_id, Attempt.worker).where(database.among(session, Attempt.id, ids))
+    return {row.job_id: row.worker for row in session.execute(held)}
+
+
 def winning_attempt(session: Session, job: Job) -> Attempt | None:
     """The attempt whose video is the job's result."""
     if job.state is not states.JobState.SUCCEEDED or job.attempt_id is None:
@@ -211,12 +254,17 @@ def look(session: Session, job: Job) -> dict[str, Any]:
 def progress(session: Session, batch_id: str) -> Progress:
     """Counts, state, rate and time left."""
     batch = find_batch(session, batch_id)
-    rate = _rate_per_minute(session, batch)
+    pace = _pace(session, batch)
     open_jobs = batch.queued + batch.running
     seconds_left = None
-    if rate and open_jobs and not batch.paused_at and not _is_at_rest(session, batch):
-        seconds_left = open_jobs / rate * 60
-    return Progress(batch=batch, state=batch.state, rate_per_minute=rate, seconds_left=seconds_left)
+    if pace and open_jobs and not batch.paused_at and not _is_at_rest(session, batch):
+        seconds_left = max(open_jobs / pace.jobs_per_second, pace.last_job_seconds)
+    return Progress(
+        batch=batch,
+        state=batch.state,
+        rate_per_minute=None if pace is None else pace.videos_per_second * 60,
+        seconds_left=seconds_left,
+    )
 
 
 def _is_at_rest(session: Session, batch: Batch) -> bool:
@@ -238,10 +286,10 @@ def live_workers(session: Session) -> list[LiveWorker]:
         select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.name)
     ).all()
     held = session.scalars(
-        # The newest last: one before it may be in its last second, off the device.
-        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING).order_by(Attempt.id)
-    ).all()
-    by_worker = {attempt.worker: attempt for attempt in held}
+        select(Attempt).where(Attempt.state == states.AttemptState.RUNNING, schema.IS_LIVE)
+    )
+    # The newest last: one before it may be in its last second, off the device.
+    by_worker = {attempt.worker: attempt for attempt in sorted(held, key=lambda held: held.id)}
     refused = workers.refusals(session)
     return [
         LiveWorker(
@@ -335,14 +383,14 @@ def running_by_owner(session: Session) -> dict[str, int]:
     return {owner: int(number) for owner, number in counted}
 
 
-def open_jobs(session: Session) -> tuple[int, int]:
+def open_jobs(session: Session, *, owner: str | None = None) -> tuple[int, int]:
     """How many jobs are queued and how many run, from the counts of unfinished batches."""
-    queued, running = session.execute(
-        select(
-            func.coalesce(func.sum(Batch.queued), 0), func.coalesce(func.sum(Batch.running), 0)
-        ).where(Batch.finished_at.is_(None))
-    ).one()
-    return int(queued), int(running)
+    counts = select(func.sum(Batch.queued), func.sum(Batch.running))
+    counts = counts.where(Batch.finished_at.is_(None))
+    if owner is not None:
+        counts = counts.where(Batch.owner == owner)
+    queued, running = session.execute(counts).one()
+    return int(queued or 0), int(running or 0)
 
 
 def could_start(session: Session) -> bool:
@@ -383,39 +431,86 @@ def refusals_of(session: Session, queues: Sequence[str]) -> list[Refusal]:
     ]
 
 
-def _rate_per_minute(session: Session, batch: Batch) -> float | None:
-    spans = session.execute(
-        select(Job.started_at, Job.finished_at)
-        .where(Job.batch_id == batch.id, Job.state == states.JobState.SUCCEEDED)
-        .order_by(Job.finished_at.desc())
-        .limit(RECENT_JOBS)
-    ).all()
-    if len(spans) < 2:
+def _pace(session: Session, batch: Batch) -> _Pace | None:
+    results = _latest_results(session, batch)
+    if len(results) < 2:
         return None
-    work = [(start or end, end) for start, end in spans if end is not None]
-    ends = [end for _, end in work]
-    until = ends[0]
+    until = results[0][1]
     if batch.finished_at is None:
         until = max(until, database.now(session))
-        longest_running = session.scalar(
-            select(func.min(Job.started_at)).where(
-                Job.batch_id == batch.id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED
-            )
+    meanwhile = (Job.finished_at > results[-1][1], Job.finished_at <= until)
+    failures = _latest(session, batch, states.JobState.FAILED, *meanwhile, number=MOST_RESULTS)
+    if len(failures) == MOST_RESULTS:
+        # There may be more of them: as far back as these reach.
+        results = [span for span in results if span[1] >= failures[-1][1]]
+        if len(results) < 2:
+            return None
+    since = results[-1][1]
+    first, last = session.execute(
+        select(func.min(Job.started_at), func.max(Job.started_at)).where(
+            Job.batch_id == batch.id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED
         )
-        work.append((longest_running or until, until))
-    seconds = worked_seconds(work, since=ends[-1], until=until)
+    ).one()
+    work = [*results, *failures, (first or until, until)]
+    seconds = worked_seconds(work, since=since, until=until)
     if seconds <= 0:
         return None
     # Workers that began together end together: their first results come within moments.
-    return min((len(spans) - 1) / seconds, _full_speed(work[: len(spans)])) * 60
+    most = max(_side_by_side(results), batch.running)
+    videos = len(results) - 1
+    videos_per_second = min(videos / seconds, _full_speed(results, workers=most))
+    last_began = until if batch.queued or last is None else last
+    return _Pace(
+        videos_per_second=videos_per_second,
+        jobs_per_second=videos_per_second * (videos + len(failures)) / videos,
+        last_job_seconds=_mean_seconds(results) - (until - last_began).total_seconds(),
+    )
 
 
-def _full_speed(work: Sequence[tuple[datetime, datetime]]) -> float:
-    """Jobs a second if as many as ever went on side by side all took the shortest time."""
-    shortest = min((end - start).total_seconds() for start, end in work)
+def _latest_results(session: Session, batch: Batch) -> Sequence[tuple[datetime, datetime]]:
+    """When its latest videos began and ended, the newest first: enough of them for a rate."""
+    at_work = max(batch.running, 1)
+    number = at_work * max(ROUNDS, math.ceil(RECENT_JOBS / at_work))
+    while True:
+        number = min(number, MOST_RESULTS)
+        results = _latest(session, batch, states.JobState.SUCCEEDED, number=number)
+        is_all = len(results) < number or number == MOST_RESULTS
+        if is_all or number >= ROUNDS * _side_by_side(results):
+            return results
+        number *= 2
+
+
+def _latest(
+    session: Session,
+    batch: Batch,
+    state: states.JobState,
+    *those: ColumnElement[bool],
+    number: int,
+) -> Sequence[tuple[datetime, datetime]]:
+    """When the jobs began and ended that came to this state, the newest first."""
+    rows = session.execute(
+        select(Job.started_at, Job.finished_at)
+        .where(Job.batch_id == batch.id, Job.state == state, *those)
+        .order_by(Job.finished_at.desc())
+        .limit(number)
+    ).all()
+    return [(start or end, end) for start, end in rows if end is not None]
+
+
+def _mean_seconds(work: Sequence[tuple[datetime, datetime]]) -> float:
+    return fmean((end - start).total_seconds() for start, end in work)
+
+
+def _side_by_side(work: Sequence[tuple[datetime, datetime]]) -> int:
+    """How many went on at once, at most."""
     changes = sorted([(start, 1) for start, _ in work] + [(end, -1) for _, end in work])
-    most = max(itertools.accumulate(change for _, change in changes))
-    return most / shortest if shortest > 0 else math.inf
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def _full_speed(work: Sequence[tuple[datetime, datetime]], *, workers: int) -> float:
+    """Jobs a second if that many workers all took the shortest time."""
+    shortest = min((end - start).total_seconds() for start, end in work)
+    return workers / shortest if shortest > 0 else math.inf
 
 
 def worked_seconds(

@@ -24,6 +24,7 @@ UPLOADED = "has a file_id, which only /v1/batches knows: give its image_url, or 
 
 # Which format a file is.
 
+HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -60,13 +61,13 @@ def detect_format(name: str, head: bytes) -> Format:
     suffix = PurePath(name).suffix.lower()
     if suffix in _UNREADABLE_SUFFIXES:
         hint = f"{suffix} files are not read: {_UNREADABLE_SUFFIXES[suffix]}"
-        raise errors.InvalidInput(name, [errors.Problem(line=None, message=hint)])
+        raise errors.invalid(name, hint)
     if suffix in _FORMAT_OF_SUFFIX:
         return _FORMAT_OF_SUFFIX[suffix]
     start = head.removeprefix(_BOM).lstrip()
     if start.startswith(b"#!"):
         problem = "is a script: give a file of prompts"
-        raise errors.InvalidInput(name, [errors.Problem(line=None, message=problem)])
+        raise errors.invalid(name, problem)
     return "jsonl" if start.startswith((b"{", b"[{", b"[\n", b"[\r")) else "text"
 
 

@@ -4,6 +4,8 @@ batches/<batch>/jobs/<job>/<attempt>/video.mp4    and video.json, its sidecar
 batches/<batch>/output.jsonl                      a line per finished video
 batches/<batch>/errors.jsonl                      a line per job without one
 batches/<batch>/manifest.json                     written last: the batch is complete
+
+Beside them lie input images and uploads, below inputs/: see `uploads`.
 """
 
 import json
@@ -35,6 +37,7 @@ COLUMNS = (
     Job.failure_kind,
     Job.error,
     Job.quarantined,
+    Job.finished_at,
     Attempt.video_key,
     Attempt.video_bytes,
     Attempt.video_sha256,
@@ -53,8 +56,13 @@ def sidecar_key(batch_id: str, job_id: int, attempt_id: int) -> str:
     return f"{_attempt_folder(batch_id, job_id, attempt_id)}/video.json"
 
 
+def batch_folder(batch_id: str) -> str:
+    """Below which everything of a batch lies."""
+    return f"batches/{batch_id}"
+
+
 def batch_key(batch_id: str, name: str) -> str:
-    return f"batches/{batch_id}/{name}"
+    return f"{batch_folder(batch_id)}/{name}"
 
 
 def write(
@@ -112,7 +120,7 @@ def _mark_written(session: Session, batch_id: str, finished_at: datetime) -> boo
 
 
 def _attempt_folder(batch_id: str, job_id: int, attempt_id: int) -> str:
-    return f"batches/{batch_id}/jobs/{job_id}/{attempt_id}"
+    return f"{batch_folder(batch_id)}/jobs/{job_id}/{attempt_id}"
 
 
 def _manifest(batch: Batch) -> dict[str, Any]:
@@ -183,7 +191,9 @@ def _error_line(row: Row[Any]) -> dict[str, Any]:
     return _job_line(row) | {
         "error": None
         if was_stopped
-        else {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined}
+        else {"kind": row.failure_kind, "message": row.error, "quarantined": row.quarantined},
+        "worker": row.worker,
+        "finished_at": None if row.finished_at is None else row.finished_at.isoformat(),
     }
 
 

@@ -82,7 +82,5 @@ def load(path: str | None, *, setting: str) -> Check | None:
             raise TypeError("is not a function")
     except Exception as error:  # importing runs the user's code
         message = f"{setting}={path}: {type(error).__name__}: {error}"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from error
+        raise errors.invalid("settings", message) from error
     return Check(path, found)

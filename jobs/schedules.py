@@ -130,9 +130,7 @@ def check(new: NewSchedule) -> cron.Rule:
 
 
 def _invalid(name: str, *problems: str) -> errors.InvalidInput:
-    return errors.InvalidInput(
-        f"schedule {name!r}", [errors.Problem(line=None, message=text) for text in problems]
-    )
+    return errors.invalid(f"schedule {name!r}", *problems)
 
 
 def rule_of(schedule: Schedule) -> cron.Rule:

@@ -1,4 +1,8 @@
-"""The tables. Rows change through `lifecycle`, `submission`, `dispatch` and nowhere else."""
+"""The tables.
+
+States of jobs, and with them the counts of their batches, change in `lifecycle` and `orders` and
+nowhere else.
+"""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -208,9 +212,11 @@ class Job(Base):
         UniqueConstraint("batch_id", "custom_id"),
         UniqueConstraint("batch_id", "position"),
         _index("ix_jobs_queued", "batch_id", "queue", "rank", "id", where="state = 'queued'"),
-        # These two stay empty while a batch is submitted.
+        # These stay empty while a batch is submitted.
         _index("ix_jobs_started", "batch_id", "state", "position", where="state <> 'queued'"),
         _index("ix_jobs_succeeded", "batch_id", "finished_at", where="state = 'succeeded'"),
+        _index("ix_jobs_failed", "batch_id", "finished_at", where="state = 'failed'"),
+        _index("ix_jobs_look", "look_id", "finished_at", where="state = 'succeeded'"),
         # Which batches start from an image; nothing of it is written for text to video.
         _index("ix_jobs_image", "image_key", "batch_id", where="image_key IS NOT NULL"),
         {"sqlite_autoincrement": True},
@@ -285,6 +291,10 @@ class Attempt(Base):
     )
 
 
+IS_LIVE = text("attempts.state IN ('running', 'rendered')")
+"""Of attempts. Written out: of a state that is bound SQLite does not see that the index has it."""
+
+
 class Worker(Base):
     """A render process as its launcher last saw it; alive while `heartbeat_at` is fresh."""
 
@@ -314,7 +324,7 @@ class Worker(Base):
     host_used_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Main memory that its process holds."""
     suspects: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
-    """Ids of different jobs that failed here in a row, as on a broken machine. See `workers`."""
+    """Ids of different jobs that failed here in a row, as on a broken machine. See `health`."""
     removals: Mapped[int] = mapped_column(default=0, server_default="0")
     """Times that it was taken out since a job went well."""
     tested_at: Mapped[datetime | None]

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import psutil
 
@@ -35,7 +35,7 @@ START_SECONDS = 30.0  # a large append-only file takes a while to load
 STOP_SECONDS = 10.0
 PORT_TRIES = 3  # another process may take a free port before the server does
 REGION = "us-east-1"
-DEFAULT_BUCKET = "rushes"
+BUCKET = "rushes"
 KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")  # RCLONE_* would change the server
 
 # Runs between fork and exec without preexec_fn, which may deadlock when the parent has threads.
@@ -135,7 +135,7 @@ class LocalServer:
         self.stop()
 
     @classmethod
-    def _launch(cls, folder: Path, port: int | None, **arguments: Any) -> Self:
+    def _launch(cls, folder: Path, port: int | None) -> Self:
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_state(folder, cls.name)
@@ -145,7 +145,7 @@ class LocalServer:
         tries = 1 if port else PORT_TRIES
         for attempt in range(tries):
             chosen = port or _port_for(known if attempt == 0 else None)
-            server = cls(folder, port=chosen, secret=secret, **arguments)
+            server = cls(folder, port=chosen, secret=secret)
             try:
                 server._run()
                 break
@@ -270,15 +270,11 @@ class S3Server(LocalServer):
 
     name = "s3"
 
-    def __init__(self, folder: Path, *, port: int, secret: str, bucket: str) -> None:
-        super().__init__(folder, port=port, secret=secret)
-        self.bucket = bucket
-
     @classmethod
-    def start(cls, folder: Path, *, bucket: str = DEFAULT_BUCKET, port: int | None = None) -> Self:
+    def start(cls, folder: Path, *, port: int | None = None) -> Self:
         """Creates the bucket; returns when it answers."""
-        (folder / "buckets" / bucket).mkdir(parents=True, exist_ok=True)
-        return cls._launch(folder, port, bucket=bucket)
+        (folder / "buckets" / BUCKET).mkdir(parents=True, exist_ok=True)
+        return cls._launch(folder, port)
 
     @property
     def endpoint_url(self) -> str:
@@ -294,12 +290,12 @@ class S3Server(LocalServer):
 
     @property
     def bucket_folder(self) -> Path:
-        return self.folder / "buckets" / self.bucket
+        return self.folder / "buckets" / BUCKET
 
     def environment(self, *, prefix: str = "") -> dict[str, str]:
         """The settings that lead here. The empty token keeps out one that belongs to other keys."""
         return {
-            "RUSHES_RESULTS_URL": f"s3://{self.bucket}/{prefix}".rstrip("/"),
+            "RUSHES_RESULTS_URL": f"s3://{BUCKET}/{prefix}".rstrip("/"),
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "S3_PUBLIC_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self.access_key_id,

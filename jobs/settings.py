@@ -13,7 +13,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 import psutil
@@ -34,7 +34,7 @@ LOCAL_RESULTS = Path("s3", "buckets", "rushes")  # the bucket of `rushes up`, se
 UP_FILE = "up.json"  # in RUSHES_HOME, while `rushes up` runs
 LONGEST_HOST = 180  # `gpu0@` and it: the database takes 200
 LONGEST_SECONDS = 7 * 24 * 3600
-LONGEST_DAYS = 36_500
+Days = Annotated[float, Field(ge=0, le=36_500)]  # that something is kept for
 HOST_NAME = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
 ORIGIN = rf"[A-Za-z][A-Za-z0-9+.-]*://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(:[0-9]{{1,5}})?"
 RESULTS_NAMES = (
@@ -287,80 +287,58 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("RUSHES_WEB_MAX_BYTES"),
         description="Largest request, in bytes.",
     )
-    keep_results_days: float | None = Field(
+    keep_results_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_RESULTS_DAYS"),
         description="Videos and result files of a batch, after its end. Unset: for ever.",
     )
-    keep_batches_days: float | None = Field(
+    keep_batches_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_BATCHES_DAYS"),
         description="Rows of a batch, its jobs and attempts, after its end. Unset: for ever.",
     )
-    keep_uploads_days: float | None = Field(
+    keep_uploads_days: Days | None = Field(
         None,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_UPLOADS_DAYS"),
         description="Files that programs uploaded. Unset: for ever.",
     )
-    keep_inputs_days: float = Field(
+    keep_inputs_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_INPUTS_DAYS"),
         description="Input images, after the end of the last batch that starts from them.",
     )
-    keep_keys_days: float = Field(
+    keep_keys_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_KEYS_DAYS"),
         description="Idempotency keys, after the end of their batch.",
     )
-    keep_requests_days: float = Field(
+    keep_requests_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_REQUESTS_DAYS"),
         description="Refused requests to the compatible APIs.",
     )
-    keep_tokens_days: float = Field(
+    keep_tokens_days: Days = Field(
         90.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_TOKENS_DAYS"),
         description="Tokens, after they were revoked or ran out.",
     )
-    keep_workers_days: float = Field(
+    keep_workers_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_WORKERS_DAYS"),
         description="Workers that have stopped or fallen silent.",
     )
-    keep_history_days: float = Field(
+    keep_history_days: Days = Field(
         365.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_HISTORY_DAYS"),
         description="What became of the fire times of schedules.",
     )
-    keep_notices_days: float = Field(
+    keep_notices_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_NOTICES_DAYS"),
         description="Notices that were delivered or given up.",
     )
-    keep_scratch_days: float = Field(
+    keep_scratch_days: Days = Field(
         30.0,
-        ge=0,
-        le=LONGEST_DAYS,
         validation_alias=AliasChoices("RUSHES_KEEP_SCRATCH_DAYS"),
         description="Files in the scratch folder that no attempt needs.",
     )
@@ -420,7 +398,7 @@ class Settings(BaseSettings):
     @field_validator("web_names")
     @classmethod
     def _host_names(cls, value: str | None) -> str | None:
-        for part in _parts(value):
+        for part in listed(value):
             if not re.fullmatch(HOST_NAME, part) and not _is_address(part):
                 raise ValueError(f"must be names such as gpu.example, without port, got {part!r}")
         return value
@@ -428,7 +406,7 @@ class Settings(BaseSettings):
     @field_validator("web_cors_origins")
     @classmethod
     def _origins(cls, value: str | None) -> str | None:
-        for part in _parts(value):
+        for part in listed(value):
             if part == "*":
                 raise ValueError("must name each origin: with * any page could read all of ours")
             if not re.fullmatch(ORIGIN, part):
@@ -498,23 +476,19 @@ def load(**overrides: object) -> Settings:
         _check_lines(Path(".env"))
         return Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
     except UnicodeDecodeError as error:
-        problem = errors.Problem(line=None, message=f".env: not UTF-8 text ({error.reason})")
-        raise errors.InvalidInput("settings", [problem]) from None
+        raise errors.invalid("settings", f".env: not UTF-8 text ({error.reason})") from None
     except ValidationError as error:
         problems = [
-            errors.Problem(
-                line=None,
-                message=f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
-                + (
-                    f" (given: {str(detail['input'])[:80]!r})"
-                    if isinstance(detail["input"], str | int | float)
-                    and "url" not in str(detail["loc"]).lower()
-                    else ""
-                ),
+            f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
+            + (
+                f" (given: {str(detail['input'])[:80]!r})"
+                if isinstance(detail["input"], str | int | float)
+                and "url" not in str(detail["loc"]).lower()
+                else ""
             )
             for detail in error.errors()
         ]
-        raise errors.InvalidInput("settings", problems) from None
+        raise errors.invalid("settings", *problems) from None
 
 
 def _check_lines(dotenv: Path) -> None:
@@ -534,7 +508,7 @@ def _check_lines(dotenv: Path) -> None:
 
 def problems_of_proxies(given: str) -> list[errors.Problem]:
     """Of `FORWARDED_ALLOW_IPS`, which may be meant for other programs: for who believes them."""
-    for part in _parts(given) if given != "*" else ():
+    for part in listed(given) if given != "*" else ():
         try:
             ipaddress.ip_network(part)
         except ValueError as error:
@@ -607,7 +581,8 @@ def read_up_file(home: Path) -> dict[str, str]:
         return {}
 
 
-def _parts(text: str | None) -> list[str]:
+def listed(text: str | None) -> list[str]:
+    """What stands between the commas of a setting."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
@@ -637,9 +612,7 @@ def _expanded(name: str, path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         message = f"{name}={path}: this machine has no user of this name with a home"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from None
+        raise errors.invalid("settings", message) from None
 
 
 def _home(sources: Iterable[PydanticBaseSettingsSource]) -> Path:
@@ -697,5 +670,5 @@ def _read_secret(name: str, path: Path) -> str:
         problem = f"cannot be read ({error})"
     if problem is not None:
         message = f"{name}={path}: {problem}"
-        raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("settings", message)
     return value

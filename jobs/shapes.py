@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Any
 
-from jobs import queries, states, storage, watch
+from jobs import failures, orders, queries, states, storage, watch
 from jobs.schema import Attempt, Batch, Firing, Job, Refusal, Schedule
 
 LINK_SECONDS = 24 * 3600
@@ -69,16 +69,42 @@ def running_job(job: Job, attempt: Attempt, *, now: datetime) -> dict[str, Any]:
     }
 
 
-def failed_job(job: Job) -> dict[str, Any]:
+def failure(group: failures.Group) -> dict[str, Any]:
+    return {
+        "kind": group.kind,
+        "quarantined": group.quarantined,
+        "count": group.jobs,
+        "may_go_well": group.may_go_well,
+        "worker_count": len(group.workers),
+        "workers": [{"worker": worker, "count": number} for worker, number in group.mostly_on],
+        "example": {
+            "job_id": group.example.id,
+            "custom_id": group.example.custom_id,
+            "message": group.example.error,
+        },
+    }
+
+
+def retried(found: orders.Retried) -> dict[str, Any]:
+    return {
+        "retried": found.jobs,
+        "doubtful": dict(found.doubtful),
+        "batch_is_paused": found.is_paused,
+    }
+
+
+def failed_job(job: Job, *, worker: str | None) -> dict[str, Any]:
     return {
         "job_id": job.id,
         "position": job.position,
         "custom_id": job.custom_id,
+        "finished_at": job.finished_at,
+        "worker": worker,
         "error": error(job),
     }
 
 
-def job_line(row: Job) -> dict[str, Any]:
+def job_line(row: Job, *, worker: str | None) -> dict[str, Any]:
     """A job in a list."""
     return {
         "job_id": row.id,
@@ -92,6 +118,7 @@ def job_line(row: Job) -> dict[str, Any]:
         "not_before": waits_until(row),
         "started_at": row.started_at,
         "finished_at": row.finished_at,
+        "worker": worker,
         "error": error(row),
     }
 
@@ -129,6 +156,9 @@ def job(
         "finished_at": row.finished_at,
         "errors": row.error_count,
         "crashes": row.crash_count,
+        "worker": next(
+            (held["worker"] for held in attempts if held["attempt_id"] == row.attempt_id), None
+        ),
         "error": error(row),
         "video": video,
         "video_deleted_at": video_deleted_at,

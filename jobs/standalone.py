@@ -41,7 +41,6 @@ ADDRESSES = frozenset(
 )
 """Settings that say where things are; the store's come together or not at all, without keys."""
 TINY_MODELS = ("tiny", "tiny_i2v")
-DISPATCHER_STOP_SECONDS = 10.0
 LAUNCHER_SPARE_SECONDS = 60.0  # beyond the grace that it gives its own children
 LOCK = "up.lock"  # in RUSHES_HOME; held while `rushes up` runs
 DEFAULT_HOME: Path = settings.Settings.model_fields["home"].default

@@ -51,7 +51,8 @@ class FailureKind(StrEnum):
     """What a worker says went wrong. What follows from it is decided in `retries`."""
 
     INPUT = "input"
-    """The job itself cannot be rendered. The same everywhere, so it is never retried."""
+    """The job itself cannot be rendered. Should be the same everywhere: another host is asked once,
+    if there is one."""
 
     REFUSED = "refused"
     """The user's own safety check said no. Never retried."""
@@ -145,7 +146,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED}),
     JobState.CANCELLED: frozenset({JobState.QUEUED}),
 }
-"""Job states and what may follow them; the names of the moves are the functions of `lifecycle`."""
+"""Job states and what may follow them. The functions of `lifecycle` and `orders` name the moves."""
 
 FINAL_JOB_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 LIVE_ATTEMPT_STATES = frozenset({AttemptState.RUNNING, AttemptState.RENDERED})

@@ -252,9 +252,7 @@ def checked_key(key: str) -> str:
     elif len(key.encode()) > 900 or any(len(part.encode()) > 255 for part in parts):
         problem = "at most 900 bytes, 255 between slashes"
     if problem:
-        raise errors.InvalidInput(
-            "object key", [errors.Problem(line=None, message=f"{problem}; got {key[:100]!r}")]
-        )
+        raise errors.invalid("object key", f"{problem}; got {key[:100]!r}")
     return key
 
 
@@ -268,4 +266,4 @@ def check_link_seconds(seconds: int) -> None:
     """InvalidInput where no link can live for so long."""
     if not 1 <= seconds <= MAX_LINK_SECONDS:
         message = f"a link can live for 1 second to 7 days ({MAX_LINK_SECONDS} s), got {seconds}"
-        raise errors.InvalidInput("link", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("link", message)

@@ -7,7 +7,7 @@ import ssl
 import urllib.parse
 from pathlib import Path
 
-from jobs import errors, folder_store, s3_store, settings, storage
+from jobs import errors, folder_store, s3_clients, s3_store, settings, storage
 
 
 def open_store(
@@ -35,10 +35,10 @@ def open_bucket(values: settings.Settings, bucket: str) -> storage.ObjectStore:
     return open_store(values.model_copy(update={"results_url": f"s3://{bucket}"}))
 
 
-def _options(values: settings.Settings) -> s3_store.S3Options:
+def _options(values: settings.Settings) -> s3_clients.Options:
     secret = values.aws_secret_access_key
     token = values.aws_session_token
-    options = s3_store.S3Options(
+    options = s3_clients.Options(
         endpoint_url=_endpoint("AWS_ENDPOINT_URL_S3", values.s3_endpoint_url),
         public_endpoint_url=_endpoint("S3_PUBLIC_ENDPOINT_URL", values.s3_public_endpoint_url),
         region=values.aws_region or None,
@@ -50,20 +50,14 @@ def _options(values: settings.Settings) -> s3_store.S3Options:
     )
     _check_bundle(options)
     if bool(options.access_key_id) != bool(options.secret_access_key):
-        raise errors.InvalidInput(
+        raise errors.invalid(
             "settings",
-            [
-                errors.Problem(
-                    line=None,
-                    message="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, "
-                    "one of them is empty",
-                )
-            ],
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, one of them is empty",
         )
     return options
 
 
-def _check_bundle(options: s3_store.S3Options) -> None:
+def _check_bundle(options: s3_clients.Options) -> None:
     """Later, the same fault would look like a store that does not answer."""
     urls = (options.endpoint_url or "https:", options.public_endpoint_url or "")
     if options.ca_bundle is None or not any(url.lower().startswith("https:") for url in urls):
@@ -72,9 +66,7 @@ def _check_bundle(options: s3_store.S3Options) -> None:
         ssl.create_default_context(cafile=options.ca_bundle)
     except OSError as error:
         message = f"AWS_CA_BUNDLE={options.ca_bundle}: no file of certificates (PEM): {error}"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from error
+        raise errors.invalid("settings", message) from error
 
 
 def _endpoint(name: str, url: str | None) -> str | None:
@@ -83,7 +75,7 @@ def _endpoint(name: str, url: str | None) -> str | None:
     parts = _split(name, url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         message = f"{name}: must be http://host:port or https://host, got {_shown(parts)}"
-        raise errors.InvalidInput("settings", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("settings", message)
     return url
 
 
@@ -92,9 +84,7 @@ def _split(name: str, url: str) -> urllib.parse.SplitResult:
         return urllib.parse.urlsplit(url)
     except ValueError:  # its words may show a part of the password
         message = f"{name} is no address: an IPv6 address is written [::1]"
-        raise errors.InvalidInput(
-            "settings", [errors.Problem(line=None, message=message)]
-        ) from None
+        raise errors.invalid("settings", message) from None
 
 
 def _folder_of(parts: urllib.parse.SplitResult) -> Path:
@@ -124,4 +114,4 @@ def _shown(parts: urllib.parse.SplitResult) -> str:
 
 def _bad_url(problem: str) -> errors.InvalidInput:
     message = f"must be s3://bucket/prefix or file:///absolute/folder: {problem}"
-    return errors.InvalidInput("RUSHES_RESULTS_URL", [errors.Problem(line=None, message=message)])
+    return errors.invalid("RUSHES_RESULTS_URL", message)

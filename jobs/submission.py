@@ -13,8 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
-from sqlalchemy import URL, Executable, func, select, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import URL, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -304,7 +303,7 @@ def plan(file: PromptFile, *, keep: Callable[[Order], None] | None = None) -> Pl
         )
     if file.fingerprint() != file_fingerprint:
         message = "the file changed while it was read; submit it again"
-        raise errors.InvalidInput(file.source, [errors.Problem(line=None, message=message)])
+        raise errors.invalid(file.source, message)
     fingerprint.update(file_fingerprint.encode())
     return Plan(
         prompts=prompts,
@@ -386,9 +385,7 @@ def check_options(options: Options) -> None:
         elif option == "name" and value and one_line.is_blank(value):
             problems.append("name must have a character that can be seen")
     if problems:
-        raise errors.InvalidInput(
-            "options", [errors.Problem(line=None, message=text) for text in problems]
-        )
+        raise errors.invalid("options", *problems)
 
 
 def _earlier(session: Session, key: str | None, checked: Plan) -> Submission | None:
@@ -501,7 +498,7 @@ def _queued(session: Session, owner: str) -> int:
 
 
 def _store_owner(session: Session, name: str) -> None:
-    session.execute(_insert_new(session, Owner), [{"name": name}])
+    session.execute(database.insert(session, Owner).on_conflict_do_nothing(), [{"name": name}])
 
 
 def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
@@ -516,13 +513,7 @@ def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
         }
         for look_id, look in sorted(known.items())
     ]
-    session.execute(_insert_new(session, schema.Look), rows)
-
-
-def _insert_new(session: Session, table: type[schema.Base]) -> Executable:
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    insert = sqlite.insert(table) if is_sqlite else postgresql.insert(table)
-    return insert.on_conflict_do_nothing()
+    session.execute(database.insert(session, schema.Look).on_conflict_do_nothing(), rows)
 
 
 def _kept(order: Order) -> tuple[Any, ...]:
@@ -561,7 +552,7 @@ def _jobs(
                 negative,
                 image_key,
                 # A repetition keeps the prompt's seed, counted on: a drawn one is drawn anew.
-                drawn_seed() if seed is None else (seed + repetition) % (presets.MAX_SEED + 1),
+                drawn_seed() if seed is None else (seed + repetition) % (looks.MAX_SEED + 1),
                 meta,
                 rank,
                 queue_of[model_path],

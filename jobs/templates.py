@@ -106,9 +106,7 @@ def check_lists(lists: Mapping[str, Sequence[str]]) -> None:
     if len(lists) > MAX_LISTS:
         problems.append(f"at most {MAX_LISTS} lists, got {len(lists)}")
     if problems:
-        raise errors.InvalidInput(
-            "lists", [errors.Problem(line=None, message=text) for text in problems]
-        )
+        raise errors.invalid("lists", *problems)
 
 
 def _wrong_list(name: str, items: Sequence[str]) -> str | None:

@@ -31,8 +31,12 @@ class Throughput:
 
     spans: Sequence[Span]
     span_seconds: float
-    is_cut: bool
-    """There were more attempts than were looked at: the oldest spans lack some."""
+    cut_at: datetime | None
+    """There were more attempts than were looked at: some of those that ended before are missing."""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.cut_at is not None
 
 
 def lately(session: Session, *, span_seconds: float, spans: int) -> Throughput:
@@ -60,11 +64,11 @@ def lately(session: Session, *, span_seconds: float, spans: int) -> Throughput:
             for number in range(spans)
         ],
         span_seconds=span_seconds,
-        is_cut=_is_cut(session, left_out, begin),
+        cut_at=_cut_at(session, left_out, begin),
     )
 
 
-def _is_cut(session: Session, left_out: int, begin: datetime) -> bool:
-    """Whether the newest of those that were not looked at ended within the time."""
+def _cut_at(session: Session, left_out: int, begin: datetime) -> datetime | None:
+    """When the newest of those that were not looked at ended, if within the time."""
     ended_at = session.scalar(select(Attempt.finished_at).where(Attempt.id == left_out))
-    return ended_at is not None and ended_at > begin
+    return ended_at if ended_at is not None and ended_at > begin else None

@@ -46,9 +46,7 @@ def create(
     if not scopes:
         problems.append(f"scopes: give one or more of {', '.join(Scope)}")
     if problems:
-        raise errors.InvalidInput(
-            "token", [errors.Problem(line=None, message=text) for text in problems]
-        )
+        raise errors.invalid("token", *problems)
     secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     now = database.now(session)
     token = ApiToken(

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, case, cast, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from jobs import database, states
@@ -62,8 +61,7 @@ def keep(session: Session, totals: Totals) -> None:
     """Call this where the rows are deleted, in the same transaction."""
     if not totals:
         return
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    insert = sqlite.insert(PastTotal) if is_sqlite else postgresql.insert(PastTotal)
+    insert = database.insert(session, PastTotal)
     rows = [
         # In order: two that delete at once wait for each other, not in a circle.
         {"state": state, "kind": kind, "name": name, "value": value}

@@ -47,16 +47,13 @@ class Orders:
     def refuse_others(self, folder: Path) -> None:
         """InvalidInput names each video there that was made from something else, by its sidecar."""
         problems = [
-            errors.Problem(
-                line=None,
-                message=f"{name}.mp4 is there and {unlike}: give another folder, or remove it",
-            )
+            f"{name}.mp4 is there and {unlike}: give another folder, or remove it"
             for name, claim in self.claims.items()
             if (folder / f"{name}.mp4").exists()
             and (unlike := _unlike(folder / f"{name}.json", claim.spec, drawn=name in self.drawn))
         ]
         if problems:
-            raise errors.InvalidInput(str(folder), problems)
+            raise errors.invalid(str(folder), *problems)
 
     def mixed_files(self, folder: Path) -> list[str]:
         """Of models and LoRAs: those that the videos there were not all made with the same of."""

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import bindparam, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, reports, retries, states
+from jobs import database, errors, reports, retries, schema, states
 from jobs.schema import Attempt, Refusal, Worker
 
 MIN_FREE_BYTES = 64 << 20  # with less on its scratch disk, a few videos, a worker takes no jobs
@@ -175,7 +175,7 @@ def forget(session: Session, name: str) -> bool:
             f"{name} was seen {max(seconds, 0):.0f} s ago: only silent ones can be forgotten. Stop "
             "`rushes worker` on its host, and it is off the list"
         )
-    live = Attempt.worker == name, Attempt.state.in_(states.LIVE_ATTEMPT_STATES)
+    live = Attempt.worker == name, schema.IS_LIVE
     if held := session.scalar(select(func.count()).where(*live)):
         raise NotForgotten(
             f"{name} still holds jobs ({held}): what it rendered goes back when its lease ends, "

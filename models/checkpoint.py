@@ -183,7 +183,7 @@ def _load_text(
     tokenizer = text_encoder.load_tokenizer(files.tokenizer)
     if len(tokenizer) > sizes.text_encoder.vocab_size:
         problem = f"has {len(tokenizer)} tokens, the encoder only {sizes.text_encoder.vocab_size}"
-        raise errors.CheckpointError(f"{files.tokenizer}: {problem}")
+        raise errors.ConfigError(files.tokenizer / layout.TOKENIZER_FILE, problem)
     encoder = _load_text_encoder(files, sizes.text_encoder, device, dtype)
     return text_encoder.TextEncoder(encoder, tokenizer, text_len=sizes.transformer.text_len)
 

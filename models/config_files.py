@@ -46,7 +46,7 @@ class Keys:
         for key, value in (read_json(more) if more else {}).items():
             if values.setdefault(key, value) != value and not key.startswith("_"):
                 problem = f"is {values[key]!r}, but {value!r} in {more}"
-                raise errors.ConfigError(path, problem, key=key)
+                raise errors.ConfigError(path, problem, key=key, against=more)
         return cls(path, values)
 
     def integer(self, key: str, default: int | None = None) -> int:

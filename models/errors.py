@@ -45,10 +45,18 @@ class AmbiguousFilesError(CheckpointError):
 class ConfigError(CheckpointError):
     """A config file is broken, or says something that these networks cannot do."""
 
-    def __init__(self, path: Path, problem: str, *, key: str | None = None) -> None:
+    def __init__(
+        self, path: Path, problem: str, *, key: str | None = None, against: Path | None = None
+    ) -> None:
         super().__init__(f"{path}: " + (f"key {key!r} " if key else "") + problem)
         self.path = path
         self.key = key
+        self.against = against
+        """The transformer, or a config beside it, that says otherwise."""
+
+
+class WrongTaskError(ConfigError):
+    """A model for another task than the one that was asked for; nothing is wrong with it."""
 
 
 class UnreadableWeightsError(CheckpointError):

@@ -382,7 +382,7 @@ def _task(transformer_config: Path, wanted: Task | None) -> Task:
     task = Task.IMAGE_TO_VIDEO if takes_image else Task.TEXT_TO_VIDEO
     if wanted is not None and wanted is not task:
         problem = f"does not fit the task: {task.value} model, not {wanted.value}"
-        raise errors.ConfigError(transformer_config, problem)
+        raise errors.WrongTaskError(transformer_config, problem)
     return task
 
 

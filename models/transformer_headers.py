@@ -76,7 +76,8 @@ def _check_sizes(
     expected = (sizes.dim, sizes.in_dim, *sizes.patch_size)
     if entries[PATCHES].shape != expected:
         problem = f"describes a {PATCHES} of {list(expected)}, {path} has one of"
-        raise errors.ConfigError(said_by, f"{problem} {list(entries[PATCHES].shape)}")
+        problem += f" {list(entries[PATCHES].shape)}"
+        raise errors.ConfigError(said_by, problem, against=path)
     if len(blocks) != sizes.num_layers:
         problem = f"describes {sizes.num_layers} blocks (num_layers), {path} has {len(blocks)}"
-        raise errors.ConfigError(said_by, problem)
+        raise errors.ConfigError(said_by, problem, against=path)

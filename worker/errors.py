@@ -16,7 +16,7 @@ class SpecUnusable(RenderError):
 
 
 class LoraUnfit(RenderError):
-    """A LoRA that the job asks for can be read, and does not fit its model. Final."""
+    """A LoRA that the job asks for can be read, and does not fit its model."""
 
     kind = states.FailureKind.INPUT
 
@@ -84,7 +84,7 @@ class StoreUnavailable(HostFault):
 
 
 class ImageLost(RenderError):
-    """The job's first frame is gone from the store or damaged there: no worker will get it."""
+    """The job's first frame is gone from the store, as this host sees it, or damaged there."""
 
     kind = states.FailureKind.INPUT
 

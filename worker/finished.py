@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import broker, database, dispatch, lifecycle, retries, settings, states
+from jobs import broker, database, lifecycle, retries, settings, states
 from jobs.schema import Attempt, Job, Worker
 from worker import errors, scratch
 
@@ -66,7 +66,7 @@ def give_up(
         folder.attempt_id,
         kind=states.FailureKind.DISK,
         error=error,
-        budgets=dispatch.budgets(config),
+        budgets=retries.budgets(config),
     )
     folder.remove()
     log.error("publish.damaged", attempt_id=folder.attempt_id, error=error)
@@ -117,7 +117,7 @@ def end_lost(db: database.Database, config: settings.Settings, worker: str) -> N
     except OSError as error:
         # A scratch disk that cannot be read has lost them.
         log.error("scratch.not_read", path=str(config.scratch_dir), error=str(error))
-    db.write(lifecycle.end_lost_attempts, budgets=dispatch.budgets(config), worker=worker)
+    db.write(lifecycle.end_lost_attempts, budgets=retries.budgets(config), worker=worker)
 
 
 def requeue_vanished(

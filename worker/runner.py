@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 from jobs import (
     broker,
     database,
-    dispatch,
     lifecycle,
     presets,
     reports,
@@ -196,7 +195,7 @@ class Runner:
             claim.attempt_id,
             kind=states.FailureKind.WORKER_LOST,
             error=f"no progress for {seconds:.0f} s: its process was ended",
-            budgets=dispatch.budgets(self.config),
+            budgets=retries.budgets(self.config),
         )
         lifecycle.release_worker(
             session,
@@ -339,7 +338,7 @@ class Runner:
                 claim.attempt_id,
                 kind=kind,
                 error=message,
-                budgets=dispatch.budgets(self.config),
+                budgets=retries.budgets(self.config),
                 detail=detail,
             )
         except DBAPIError as unreachable:

@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs import presets
 from models import errors as model_errors
 from models import layout, memory, safetensors_files, transformer_headers
+from models import transformer_files as named_files
 from worker import gpus, host_memory
 
 SPARE_SHARE = 0.05  # of a device's memory: gaps of the allocator, workspace of kernels
@@ -65,17 +66,47 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
 
     Else one look that no host can load would take every worker away from its model.
     """
-    root = models_dir / look.model_path
-    if isinstance(error, model_errors.MissingLoraError):
+    if is_gone(look, models_dir):
+        return True
+    if isinstance(error, (model_errors.MissingLoraError, model_errors.WrongTaskError)):
         return False
-    if isinstance(error, (model_errors.UnreadableWeightsError, OSError)):
-        return transformer_files(look, models_dir) == (None, None)
+    root, named = models_dir / look.model_path, transformer_files(look, models_dir)
+    is_named = named != (None, None)
+    if is_named and isinstance(error, model_errors.ConfigError) and error.against:
+        return False
+    try:
+        own = _own_files(look, models_dir)
+    except (model_errors.CheckpointError, OSError):
+        return False
     if isinstance(error, (model_errors.MissingFileError, model_errors.AmbiguousFilesError)):
-        try:
-            layout.find(root)
-        except model_errors.CheckpointError:
-            return not root.is_dir() or transformer_files(look, models_dir) == (None, None)
-    return False
+        # What `base` asks for may be missing where others find all that they want.
+        return not _is_whole(root, named)
+    where = _place_of(error)
+    if where is None:
+        return isinstance(error, OSError) and not is_named
+    return where.is_relative_to(root) and where not in own
+
+
+def _own_files(look: presets.Look, models_dir: Path) -> set[Path]:
+    """What this look alone asks for. CheckpointError: a transformer that it names is not there."""
+    own = {models_dir / use.path for use in look.loras}
+    for path in filter(None, transformer_files(look, models_dir)):
+        own |= {path, path.parent, *named_files.named(path)}  # shards are told by their folder
+    return own
+
+
+def _is_whole(root: Path, named: tuple[Path | None, Path | None]) -> bool:
+    try:
+        layout.find(root, transformer_file=named[0], low_noise_file=named[1])
+    except (model_errors.CheckpointError, OSError):
+        return False
+    return True
+
+
+def _place_of(error: Exception) -> Path | None:
+    """The file that it is about."""
+    name = error.filename if isinstance(error, OSError) else getattr(error, "path", None)
+    return None if name is None else Path(os.fsdecode(name))
 
 
 def is_gone(look: presets.Look, models_dir: Path) -> bool:

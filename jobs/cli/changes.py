@@ -1,10 +1,11 @@
 """`rushes cancel` and `rushes retry`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from jobs import bell, cancelling, database, orders, settings, states
+from jobs import bell, cancelling, database, failures, orders, settings, shapes, states
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Batch, Job
 
@@ -54,11 +55,30 @@ def _cancel_words(outcome: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("reference", metavar="BATCH|JOB")
+@click.argument("references_given", metavar="BATCH|JOB...", nargs=-1, required=True)
 @click.option("--failed-only", is_flag=True, help="The failed jobs: the default for a batch.")
 @click.option("--cancelled", is_flag=True, help="The cancelled jobs.")
+@click.option(
+    "--kind",
+    "kinds",
+    type=click.Choice([kind.value for kind in states.FailureKind]),
+    multiple=True,
+    help="Only those that failed so, as `rushes show` names it; may be given several times.",
+)
+@click.option(
+    "--quarantined/--no-quarantined",
+    default=None,
+    help="Only those that were set aside for ending their workers, or none of these.",
+)
 @options.output
-def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> None:
+def retry(
+    references_given: tuple[str, ...],
+    failed_only: bool,
+    cancelled: bool,
+    kinds: tuple[str, ...],
+    quarantined: bool | None,
+    as_json: bool,
+) -> None:
     """Queue failed or cancelled jobs again.
 
     With the same seed and look and with fresh budgets. A single JOB may be failed or cancelled,
@@ -67,21 +87,28 @@ def retry(reference: str, failed_only: bool, cancelled: bool, as_json: bool) -> 
     """
     config = settings.load()
     db = connections.open_database(config)
-    with db.reading() as session:
-        found = references.find(session, reference)
-        batch_id = found.batch_id if isinstance(found, Job) else found.id
-        orders.check_not_expired(session, batch_id)
+    with db.reading() as session:  # all of them are found before any is touched
+        found = [references.find(session, reference) for reference in references_given]
+        for batch_id in {_batch_id(row) for row in found}:
+            orders.check_not_expired(session, batch_id)
+    which = failures.Which(
+        kinds=tuple(states.FailureKind(kind) for kind in kinds), quarantined=quarantined
+    )
     wanted = _wanted(failed_only, cancelled)
-    if isinstance(found, Job) and not (failed_only or cancelled):
-        wanted = RETRYABLE
-    job_ids = [found.id] if isinstance(found, Job) else None
-    retried = db.write(orders.retry_jobs, batch_id, from_states=wanted, job_ids=job_ids)
-    if retried and (delayed := bell.kick(config)):
+    of_job = wanted if failed_only or cancelled else RETRYABLE
+    outcomes = [_retry(db, row, of_job if isinstance(row, Job) else wanted, which) for row in found]
+    if any(outcome.jobs for outcome in outcomes) and (delayed := bell.kick(config)):
         output.note(f"note: {delayed}")
     if as_json:
-        output.emit({"batch_id": batch_id, "retried": retried})
-    else:
-        output.line(_retry_words(found, retried, wanted))
+        output.emit(_retry_shape(found, outcomes))
+        return
+    for row, outcome in zip(found, outcomes, strict=True):
+        states_wanted = of_job if isinstance(row, Job) else wanted
+        output.line(_retry_words(db, row, outcome, states_wanted, which))
+
+
+def _batch_id(row: Batch | Job) -> str:
+    return row.batch_id if isinstance(row, Job) else row.id
 
 
 def _wanted(failed_only: bool, cancelled: bool) -> tuple[states.JobState, ...]:
@@ -90,13 +117,68 @@ def _wanted(failed_only: bool, cancelled: bool) -> tuple[states.JobState, ...]:
     return RETRYABLE if failed_only else (states.JobState.CANCELLED,)
 
 
-def _retry_words(found: Batch | Job, retried: int, wanted: tuple[states.JobState, ...]) -> str:
-    if isinstance(found, Job):
-        unasked = f", not {' or '.join(wanted)}" if found.state in RETRYABLE else ""
-        said = "queued again" if retried else f"is {found.state}{unasked}: nothing to retry"
-        return f"job {found.id} ({display.label(found)}): {said}"
-    if retried:
-        return f"batch {found.id}: {output.count(retried, 'job')} queued again"
-    others = found.cancelled if wanted == (states.JobState.FAILED,) else 0
-    hint = f"; {output.count(others, 'cancelled job')} there: --cancelled" if others else ""
-    return f"batch {found.id}: no {' or '.join(wanted)} jobs{hint}"
+def _retry(
+    db: database.Database,
+    row: Batch | Job,
+    wanted: tuple[states.JobState, ...],
+    which: failures.Which,
+) -> orders.Retried:
+    return db.write(
+        orders.retry_jobs,
+        _batch_id(row),
+        from_states=wanted,
+        which=which,
+        job_ids=[row.id] if isinstance(row, Job) else None,
+    )
+
+
+def _retry_shape(found: list[Batch | Job], outcomes: list[orders.Retried]) -> dict[str, Any]:
+    batch_ids = {_batch_id(row) for row in found}
+    return {
+        "batch_id": batch_ids.pop() if len(batch_ids) == 1 else None,
+        "retried": sum(outcome.jobs for outcome in outcomes),
+        "outcomes": [
+            {"batch_id": _batch_id(row), "job_id": row.id if isinstance(row, Job) else None}
+            | shapes.retried(outcome)
+            for row, outcome in zip(found, outcomes, strict=True)
+        ],
+    }
+
+
+def _retry_words(
+    db: database.Database,
+    row: Batch | Job,
+    outcome: orders.Retried,
+    wanted: tuple[states.JobState, ...],
+    which: failures.Which,
+) -> str:
+    if isinstance(row, Job):
+        done = "queued again" if outcome.jobs else _why_not_retried(db, row, wanted)
+        said = f"job {row.id} ({display.label(row)}): {done}"
+    elif outcome.jobs:
+        said = f"batch {row.id}: {output.count(outcome.jobs, 'job')} queued again"
+    else:
+        others = row.cancelled if wanted == (states.JobState.FAILED,) else 0
+        hint = f"; {output.count(others, 'cancelled job')} there: --cancelled" if others else ""
+        such = " such" if which != failures.ALL else ""
+        return f"batch {row.id}: no{such} {' or '.join(wanted)} jobs{hint}"
+    if outcome.doubtful:
+        said += f"; will probably fail as before: {_doubts(outcome.doubtful)}"
+    if outcome.jobs and outcome.is_paused:
+        said += f"; the batch is paused, `rushes resume {_batch_id(row)}` lets it go on"
+    return said
+
+
+def _why_not_retried(db: database.Database, job: Job, wanted: tuple[states.JobState, ...]) -> str:
+    with db.reading() as session:  # it may have been queued since it was found
+        now = session.get(Job, job.id) or job
+    if now.state not in RETRYABLE:
+        return f"is {now.state}: nothing to retry"
+    if now.state not in wanted:
+        return f"is {now.state}, not {' or '.join(wanted)}: nothing to retry"
+    kind = display.kind_of(now.failure_kind, quarantined=now.quarantined)
+    return f"is {now.state}{kind and f', {kind}'}: nothing to retry"
+
+
+def _doubts(doubtful: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {doubt}" for doubt, number in doubtful.items())

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from jobs import (
     broker,
+    cancelling,
     database,
     direct,
     errors,
-    orders,
     parts,
     presets,
     queries,
+    results,
     servers,
     settings,
     standalone,
@@ -46,7 +47,7 @@ def run(config: settings.Settings, *, devices: str) -> int:
             last = _follow(db, batch_id)
         except BaseException:
             # Not left behind for whoever starts a worker here next.
-            db.write(orders.cancel_batch, batch_id)
+            cancelling.cancel_batch(db, batch_id)
             raise
         _tell_where(farm, db, batch_id)
         stopping = "; stopping what was started" if farm.children else ""
@@ -58,7 +59,7 @@ def _usable(config: settings.Settings, devices: str) -> str:
     """InvalidInput for devices that are not there, or that render nothing."""
     if devices.partition(":")[0] == "sim":
         message = f"{devices!r} only sleeps and takes no job of the demo: give auto or cpu:N"
-        raise errors.InvalidInput("--devices", [errors.Problem(line=None, message=message)])
+        raise errors.invalid("--devices", message)
     try:
         parts.DEVICE_SLOTS.load()(devices, cores=1)
     except errors.GpusUnknown as error:
@@ -122,7 +123,7 @@ def _tell_where(farm: standalone.Farm, db: database.Database, batch_id: str) -> 
     keys = [(job, attempt.video_key) for job, attempt in videos if attempt and attempt.video_key]
     if not keys:
         return
-    output.line(f"\n{len(keys)} videos in {store.address(f'batches/{batch_id}')}:")
+    output.line(f"\n{len(keys)} videos in {store.address(results.batch_folder(batch_id))}:")
     folder = _local_folder(farm)
     for job, key in keys:
         place = folder / key if folder else store.address(key)

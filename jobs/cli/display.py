@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-import click
-
 from jobs import shapes, watch
 from jobs.cli import output
 from jobs.schema import PAUSED_UNTIL, Attempt, Job, Refusal
@@ -21,12 +19,9 @@ COUNTED = ("succeeded", "failed", "cancelled", "running", "queued")
 
 def live(snapshots: Iterable[watch.Snapshot]) -> watch.Snapshot:
     """One picture that changes in place; returns the last snapshot."""
-    from rich.console import Console
     from rich.live import Live
 
-    ctx = click.get_current_context(silent=True)
-    console = Console(no_color=True if ctx is not None and ctx.color is False else None)
-    snapshot = None
+    console, snapshot = output.console(), None
     with Live(console=console, auto_refresh=False) as screen:
         for snapshot in snapshots:
             screen.update(_picture(snapshot, max_rows=max(console.height - 6, 3)), refresh=True)
@@ -107,9 +102,27 @@ def step_of(attempt: Attempt) -> str:
     return f"{attempt.step}/{attempt.steps}" if attempt.steps else ""
 
 
+def running_row(job: Job, attempt: Attempt, *, now: datetime) -> tuple[str, ...]:
+    """Number, name, stage, step, time, worker, and what it waits for."""
+    seconds = (now - attempt.started_at).total_seconds()
+    return (
+        str(job.id),
+        label(job),
+        attempt.stage or "start",
+        step_of(attempt),
+        output.duration(max(seconds, 0)),
+        output.plain(attempt.worker),
+        output.cut(attempt.note or ""),
+    )
+
+
 def label(job: Job) -> str:
     """What a person calls the job."""
     return output.cut(job.custom_id if job.custom_id is not None else job.prompt, 40)
+
+
+def kind_of(kind: str | None, *, quarantined: bool) -> str:
+    return (kind or "") + (" (quarantined)" if quarantined else "")
 
 
 def counts(snapshot: watch.Snapshot) -> str:
@@ -154,17 +167,7 @@ def _running_table(snapshot: watch.Snapshot, max_rows: int) -> "RenderableType":
     for header in ("job", "", "stage", "step", "time", "worker", ""):
         table.add_column(header, no_wrap=True)
     for job, attempt in snapshot.running[:max_rows]:
-        seconds = (snapshot.now - attempt.started_at).total_seconds()
-        cells = (
-            str(job.id),
-            label(job),
-            attempt.stage or "start",
-            step_of(attempt),
-            output.duration(max(seconds, 0)),
-            attempt.worker,
-            output.cut(attempt.note or ""),
-        )
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*map(Text, running_row(job, attempt, now=snapshot.now)))
     if len(snapshot.running) > max_rows:
         table.add_row("", Text(f"and {len(snapshot.running) - max_rows} more"))
     return table

@@ -49,7 +49,7 @@ def distill(config: Path, dry_run: bool, processes: int, as_json: bool) -> int:
         _tell_cost(cost, as_json=as_json)
         return exits.OK
     if processes != 1:
-        raise click.UsageError("--processes is for --dry-run; torchrun starts several processes")
+        raise options.misused("--processes is for --dry-run; torchrun starts several processes")
     with _shown(as_json=as_json) as told:
         done = parts.TRAIN.load()(plan, known, parts.TRAINING_LISTENER.load()(**told))
     if not torchrun.is_beside_the_first():
@@ -117,13 +117,8 @@ def _shown(*, as_json: bool) -> Iterator[Told]:
 
 
 def _bar() -> "Progress":
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    ctx = click.get_current_context(silent=True)
-    console = Console(
-        stderr=True, no_color=True if ctx is not None and ctx.color is False else None
-    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -131,7 +126,7 @@ def _bar() -> "Progress":
         TimeRemainingColumn(),
         TextColumn("{task.fields[facts]}"),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=output.console(stderr=True))
 
 
 def _told_by_bar(progress: "Progress") -> Told:

@@ -17,31 +17,27 @@ from jobs.cli import connections, options, output, prompt_files
 def estimate(subject: str, preset: str | None, repeat: int, as_json: bool) -> None:
     """Say how long a file or a batch will take.
 
-    From what jobs of the same look took here lately; nothing is guessed where none was measured.
+    From what the latest jobs of the same look took here; nothing is guessed where there are none.
     With --preset the name is a FILE, which is checked and not stored; else a BATCH: what is left.
     """
     if preset is None and Path(subject).is_file():
-        message = f"{subject} is a file: give --preset"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(f"{subject} is a file: give --preset")
     if preset is None and repeat != 1:
-        message = "--repeat is for a FILE: give --preset"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused("--repeat is for a FILE: give --preset")
     config = settings.load()
     db = connections.open_database(config)
     if preset is None:
         with db.reading() as session:
             found = estimates.of_batch(session, queries.find_batch(session, subject).id)
     else:
-        look = prompt_files.preset(preset, config)
+        chosen = prompt_files.preset(preset, config)
         with prompt_files.opened(subject) as (stream, source):
             file = submission.PromptFile(
                 stream=stream,
                 source=source,
                 format=prompt_files.detected(stream, source),
-                options=submission.Options(preset=look, repeat=repeat),
-                images=prompt_files.images(config, subject, check_only=True)
-                if look.look.needs_image
-                else None,
+                options=submission.Options(preset=chosen, repeat=repeat),
+                images=prompt_files.images(config, subject, chosen, check_only=True),
             )
             plan = submission.plan(file)
         waited_in = {queues.of_model(look.model_path) for look in file.looks.values()}
@@ -68,7 +64,7 @@ def _tell(found: estimates.Estimate) -> None:
     )
     if found.unmeasured_jobs:
         output.note(
-            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks that were never rendered "
+            f"note: {output.count(found.unmeasured_jobs, 'job')} of looks without a measured job "
             "here: not in these figures. Submit a few of them first, then ask again"
         )
 

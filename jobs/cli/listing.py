@@ -1,6 +1,6 @@
 """`rushes list` and `rushes show`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,6 +10,7 @@ import click
 from jobs import (
     database,
     errors,
+    failures,
     queries,
     requests,
     results,
@@ -24,6 +25,8 @@ from jobs import (
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Batch, Job
 
+MOST_NAMED = 100_000  # failed jobs: some ten seconds
+
 
 @click.command("list")
 @click.option("--limit", type=options.Whole(1, 1000), default=20, show_default=True)
@@ -33,7 +36,8 @@ def list_batches(limit: int, before: str | None, as_json: bool) -> None:
     """List the batches, newest first."""
     db = connections.open_database(settings.load())
     with db.reading() as session:
-        found = queries.batches(session, limit=limit, before=before)
+        last = None if before is None else queries.find_batch(session, before)
+        found = queries.batches(session, limit=limit, before=last)
     if as_json:
         output.emit({"batches": [shapes.batch(row) for row in found]})
     elif found:
@@ -62,10 +66,10 @@ def _list_row(row: Batch) -> tuple[str, ...]:
 @click.argument("reference", metavar="BATCH|JOB")
 @click.option(
     "--limit",
-    type=options.Whole(0, 10_000),
+    type=options.Whole(0, MOST_NAMED),
     default=20,
     show_default=True,
-    help="Failed jobs that are named.",
+    help="Failed jobs, and running ones, that are named.",
 )
 @options.output
 def show(reference: str, limit: int, as_json: bool) -> None:
@@ -103,23 +107,37 @@ class BatchView:
     """What `show` tells of a batch."""
 
     snapshot: watch.Snapshot
+    groups: Sequence[failures.Group]
+    """Of what failed."""
     failed: Sequence[Job]
+    workers: Mapping[int, str]
+    """Of the failed jobs, by their ids."""
+    limit: int
 
 
 def _read_batch(db: database.Database, batch_id: str, *, limit: int) -> BatchView:
     snapshot = watch.look(db, batch_id)
-    with db.reading() as session:
+    with db.snapshot() as session:
         failed = queries.jobs(
             session, batch_id, states_wanted=(states.JobState.FAILED,), limit=limit
         )
-    return BatchView(snapshot=snapshot, failed=failed if limit else ())
+        return BatchView(
+            snapshot=snapshot,
+            groups=failures.groups(session, snapshot.progress.batch),
+            failed=failed,
+            workers=queries.workers_of(session, failed),
+            limit=limit,
+        )
 
 
 def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
     output.emit(
         shapes.snapshot(view.snapshot)
         | {
-            "failed": [shapes.failed_job(job) for job in view.failed],
+            "failures": [shapes.failure(group) for group in view.groups],
+            "failed": [
+                shapes.failed_job(job, worker=view.workers.get(job.id)) for job in view.failed
+            ],
             "manifest": _manifest(view.snapshot.progress.batch, store),
         }
     )
@@ -128,7 +146,7 @@ def _emit_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
 def _manifest(batch: Batch, store: storage.ObjectStore | None) -> str | None:
     if batch.manifest_at is None or batch.results_expired_at is not None or store is None:
         return None
-    return store.address(results.batch_key(batch.id, "manifest.json"))
+    return store.address(results.batch_key(batch.id, results.MANIFEST))
 
 
 def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
@@ -150,17 +168,66 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
             ("results", _manifest(batch, store) or _expired_words(batch)),
         ]
     )
-    if snapshot.running:
+    _print_failures(view)
+    if running := snapshot.running[: view.limit]:
         output.line("running:")
         headers = ("JOB", "", "STAGE", "STEP", "TIME", "WORKER", "")
-        output.table(headers, [_running_row(snapshot, *pair) for pair in snapshot.running])
+        rows = [display.running_row(*pair, now=snapshot.now) for pair in running]
+        output.table(headers, [(f"  {job_id}", *others) for job_id, *others in rows])
+    _print_more(len(snapshot.running), len(running), "running")
     if view.failed:
         output.line("failed:")
-        output.table(("JOB", "", "KIND", "WHY"), [_failed_row(job) for job in view.failed])
-    if batch.failed > len(view.failed):
-        output.line(f"  and {batch.failed - len(view.failed):,} more failed: --limit shows them")
+        rows = [_failed_row(job, view.workers) for job in view.failed]
+        output.table(("JOB", "", "KIND", "WORKER", "WHY"), rows)
+    _print_more(batch.failed, len(view.failed), "failed")
+    if hint := _worth_a_retry(view):
+        output.note(f"note: {hint}")
     if snapshot.idle_queues:
         output.note(f"note: {display.hint_of_idle(snapshot.idle_queues, snapshot.refusals)}")
+
+
+def _print_failures(view: BatchView) -> None:
+    """What they have in common, before the single ones."""
+    if view.groups:
+        output.line("why jobs failed:")
+        headers = ("  JOBS", "KIND", "RETRY", "WORKERS", "FOR EXAMPLE")
+        output.table(headers, [_failure_row(group) for group in view.groups])
+
+
+def _failure_row(group: failures.Group) -> tuple[str, ...]:
+    return (
+        f"  {group.jobs:,}",
+        display.kind_of(group.kind, quarantined=group.quarantined),
+        "may help" if group.may_go_well else "no use",
+        _workers_words(group),
+        output.cut(group.example.error or "", 100),
+    )
+
+
+def _workers_words(group: failures.Group) -> str:
+    """The few that made at least half of them; else how many."""
+    if few := group.mostly_on:
+        return ", ".join(f"{number:,} on {output.plain(worker)}" for worker, number in few)
+    return f"on {output.count(len(group.workers), 'worker')}" if group.workers else ""
+
+
+def _worth_a_retry(view: BatchView) -> str:
+    """How to ask for these alone, where there are others too."""
+    good = [group for group in view.groups if group.may_go_well]
+    if not good or len(good) == len(view.groups):
+        return ""
+    kinds = {group.kind: f" --kind {group.kind}" for group in good if group.kind}
+    command = f"rushes retry {view.snapshot.progress.batch.id}{''.join(kinds.values())}"
+    if any(group.quarantined and group.kind in kinds for group in view.groups):
+        command += " --no-quarantined"
+    number = output.count(sum(group.jobs for group in good), "failed job")
+    return f"a retry may help {number}: {command}"
+
+
+def _print_more(number: int, shown: int, word: str) -> None:
+    if number > shown:
+        limit = min(number, MOST_NAMED)
+        output.line(f"  and {number - shown:,} more {word}: --limit {limit}")
 
 
 def _expired_words(batch: Batch) -> str:
@@ -173,22 +240,14 @@ def _deadline_words(batch: Batch) -> str:
     return output.when(batch.deadline_at) + passed
 
 
-def _running_row(snapshot: watch.Snapshot, job: Job, attempt: Attempt) -> tuple[str, ...]:
-    seconds = (snapshot.now - attempt.started_at).total_seconds()
+def _failed_row(job: Job, workers: Mapping[int, str]) -> tuple[str, ...]:
     return (
         f"  {job.id}",
         display.label(job),
-        attempt.stage or "start",
-        display.step_of(attempt),
-        output.duration(max(seconds, 0)),
-        output.plain(attempt.worker),
-        output.cut(attempt.note or ""),
+        display.kind_of(job.failure_kind, quarantined=job.quarantined),
+        output.plain(workers.get(job.id, "")),
+        output.cut(job.error or "", 100),
     )
-
-
-def _failed_row(job: Job) -> tuple[str, ...]:
-    kind = (job.failure_kind or "") + (" (quarantined)" if job.quarantined else "")
-    return (f"  {job.id}", display.label(job), kind, output.cut(job.error or "", 100))
 
 
 # A job.

@@ -54,6 +54,11 @@ def owner(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -
     return stripped
 
 
+def misused(message: str) -> click.UsageError:
+    """Told with the way to the help of the command that runs."""
+    return click.UsageError(message, click.get_current_context())
+
+
 def _without_color(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted:
         ctx.color = False

@@ -92,10 +92,10 @@ def prioritize(
     distance to the others.
     """
     if first == (priority is not None):
-        raise click.UsageError("give either --to N or --first", click.get_current_context())
+        raise options.misused("give either --to N or --first")
     most = prompt_row.MAX_PRIORITY
     if priority is not None and not -most <= priority <= most:
-        raise click.UsageError(f"--to must be -{most} to {most}", click.get_current_context())
+        raise options.misused(f"--to must be -{most} to {most}")
     config = settings.load()
     db = connections.open_database(config)
     with db.reading() as session:

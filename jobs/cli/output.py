@@ -3,14 +3,18 @@
 import json
 import re
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs import errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JOINERS = "\u200c\u200d"  # not printable by themselves, but parts of scripts and emoji
 OBEYED = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -35,11 +39,34 @@ COLORS = {
 }
 
 
+def console(*, stderr: bool = False) -> "Console":
+    """Of rich: for pictures that change in place."""
+    from rich.console import Console
+
+    ctx = click.get_current_context(silent=True)
+    return Console(stderr=stderr, no_color=True if ctx is not None and ctx.color is False else None)
+
+
 def emit(value: object) -> None:
     """One JSON document on stdout."""
+    _print(_document(value))
+
+
+def emit_list(head: dict[str, object], name: str, values: Iterable[object]) -> None:
+    """As `emit` prints `head | {name: values}`, of which not all are held at once."""
+    start, _, end = _document(head | {name: [None]}).rpartition("\n    null\n")
+    is_first = True
+    for value in values:
+        text = textwrap.indent(_document(value), " " * 4)
+        _print(f"{start if is_first else ','}\n{text}", ends=False)
+        is_first = False
+    _print(_document(head | {name: []}) if is_first else f"\n{end}")
+
+
+def _document(value: object) -> str:
     narrow = not (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(value, indent=2, ensure_ascii=narrow, default=_json_of)
-    _print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def emit_line(value: object) -> None:
@@ -61,9 +88,9 @@ def line(text: str = "") -> None:
     _print(text)
 
 
-def _print(text: str) -> None:
+def _print(text: str, *, ends: bool = True) -> None:
     try:
-        click.echo(text)
+        click.echo(text, nl=ends)
     except OSError as error:
         error.filename = "standard output"  # for whoever tells of it
         raise
@@ -119,13 +146,13 @@ def cells(text: str) -> int:
     )
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; the cells may be styled."""
     whole = [list(headers), *map(list, rows)]
     widths = [max(_shown_cells(row[column]) for row in whole) for column in range(len(headers))]
     for row in whole:
         padded = [cell + " " * (widths[i] - _shown_cells(cell)) for i, cell in enumerate(row)]
-        line((indent + "  ".join(padded)).rstrip())
+        line("  ".join(padded).rstrip())
 
 
 def _shown_cells(cell: str) -> int:

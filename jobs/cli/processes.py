@@ -1,4 +1,4 @@
-"""The commands that keep running: dispatcher, worker, up, demo."""
+"""`rushes dispatcher`, `rushes worker`, `rushes up`, `rushes web` and `rushes demo`."""
 
 import signal
 import threading
@@ -67,7 +67,8 @@ def dispatcher(check: bool) -> int:
         wait_seconds=THREAD_SECONDS,
     )
     with results, schedules:
-        _Beating(config, db=db, writer=writer).run(stop)
+        # A finished job kicks it: perhaps it was the last of its batch.
+        dispatch.Dispatcher(config, db=db, after_look=writer.look.set).run(stop)
     return exits.OK
 
 
@@ -92,27 +93,6 @@ def _beside(
     thread.join(wait_seconds)
     if failures:
         raise failures[0]
-
-
-class _Beating(dispatch.Dispatcher):
-    """Leaves a sign of life on this machine at each tick, also while the database is away."""
-
-    def __init__(
-        self,
-        config: settings.Settings,
-        *,
-        db: database.Database,
-        writer: result_writer.ResultWriter,
-    ) -> None:
-        super().__init__(config, db=db)
-        self._writer = writer
-
-    def tick(self) -> dispatch.Tick:
-        beat.of_dispatcher(self._config).touch()
-        done = super().tick()
-        # A finished job kicked us: perhaps it was the last of its batch.
-        self._writer.look.set()
-        return done
 
 
 def told_beat(found: beat.Beat, what: str) -> int:

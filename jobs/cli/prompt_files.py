@@ -1,4 +1,4 @@
-"""The file and the preset that `rushes submit` and `rushes estimate` are given."""
+"""The file and the preset that `rushes submit`, `estimate` and `render` are given."""
 
 import os
 import shutil
@@ -8,15 +8,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import click
 
 from jobs import errors, inputs, presets, readers, settings, stores
-from jobs.cli import output
+from jobs.cli import options, output
 
-HEAD_BYTES = 4096  # enough to tell the format of a stream without a name
 STDIN = "-"
+
+format_option = click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(get_args(readers.Format)),
+    help="Default: by the file's name, else by how it begins.",
+)
 
 
 def preset(name: str | None, config: settings.Settings) -> presets.Preset:
@@ -24,12 +30,16 @@ def preset(name: str | None, config: settings.Settings) -> presets.Preset:
         known = presets.available(config.presets_dir)
         names = ", ".join(each.name for each in known if isinstance(each, presets.Preset))
         message = f"--preset is missing: give one of {names}, or the path of a preset file"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(message)
     return presets.load(name, folder=config.presets_dir)
 
 
-def images(config: settings.Settings, file: str, *, check_only: bool) -> inputs.InputImages:
-    """Paths in the file start at its folder."""
+def images(
+    config: settings.Settings, file: str, preset: presets.Preset, *, check_only: bool
+) -> inputs.InputImages | None:
+    """Paths in the file start at its folder. None: the preset needs none."""
+    if not preset.look.needs_image:
+        return None
     return inputs.InputImages(
         config=config,
         base=(Path.cwd() if file == STDIN else Path(file).resolve().parent),
@@ -53,8 +63,7 @@ def opened(file: str) -> Iterator[tuple[BinaryIO, str]]:
     with opened:
         mode = os.fstat(opened.fileno()).st_mode
         if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not opened.isatty()):
-            problem = errors.Problem(line=None, message="is a device: give a file")
-            raise errors.InvalidInput(file, [problem])
+            raise errors.invalid(file, "is a device: give a file")
         if opened.seekable():
             yield opened, file
             return
@@ -77,9 +86,9 @@ def unreadable(file: str, error: OSError | ValueError) -> errors.InvalidInput:
         reason = "there is no such file"
     else:
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    return errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+    return errors.invalid(file, reason)
 
 
 def detected(stream: BinaryIO, source: str) -> readers.Format:
     stream.seek(0)
-    return readers.detect_format(source, stream.read(HEAD_BYTES))
+    return readers.detect_format(source, stream.read(readers.HEAD_BYTES))

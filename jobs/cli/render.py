@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
 import click
 
@@ -35,12 +34,7 @@ NOTHING = unqueued.Orders(claims={}, notes=(), sources={})
     type=options.NamedPath(path_type=Path, file_okay=False),
     help="Folder for the videos; made if it is not there.",
 )
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @options.output
 def render(
     file: str,
@@ -59,15 +53,15 @@ def render(
     if torchrun.is_beside_the_first():  # which tells this one what to do
         _run(NOTHING, target, config, on_begin=_not_told, on_video=_not_told)
         return exits.OK
-    look = prompt_files.preset(preset, config)
-    orders = _read(file, look, config, format_name)
+    chosen = prompt_files.preset(preset, config)
+    orders = _read(file, chosen, config, format_name)
     orders.refuse_others(target)
     for text in orders.notes:
         output.note(f"note: {text}")
     if not all((target / f"{name}.mp4").exists() for name in orders.claims):
-        if look.look.model_path in standalone.TINY_MODELS:
-            standalone.place_tiny_models(config, output.note, [look.look.model_path])
-        _require_model(look, config)
+        if chosen.look.model_path in standalone.TINY_MODELS:
+            standalone.place_tiny_models(config, output.note, [chosen.look.model_path])
+        _require_model(chosen, config)
     _make_folder(target)
     videos: list[dict[str, object]] = []
     begun: set[str] = set()
@@ -144,9 +138,7 @@ def _read(
                 format=format_name or prompt_files.detected(stream, source),
                 options=submission.Options(preset=preset),
                 check=submission.prompt_check(config),
-                images=prompt_files.images(config, file, check_only=True)
-                if preset.look.needs_image
-                else None,
+                images=prompt_files.images(config, file, preset, check_only=True),
             )
         )
 

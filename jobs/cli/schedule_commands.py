@@ -1,7 +1,7 @@
 """`rushes schedule`."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -70,12 +70,7 @@ def schedule() -> None:
 @click.option("--priority", type=int, default=0, show_default=True, help="As of `rushes submit`.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="As of `rushes submit`.")
 @click.option("--skip-invalid", is_flag=True, help="As of `rushes submit`.")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @options.output
 def add(
     name: str,
@@ -121,7 +116,7 @@ def _misfire(text: str) -> tuple[states.Misfire, int]:
         return policy, int(number or 1)
     except ValueError:
         message = f"--misfire must be skip, run_once or catch_up:N, got {text!r}"
-        raise click.UsageError(message, click.get_current_context()) from None
+        raise options.misused(message) from None
 
 
 def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
@@ -129,7 +124,7 @@ def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
     for name, items in map(_list, given):
         if name in lists:
             message = f"--list {name} is given twice: give all of its items at once, {name}=A,B"
-            raise click.UsageError(message, click.get_current_context())
+            raise options.misused(message)
         lists[name] = items
     return lists
 
@@ -137,8 +132,7 @@ def _lists(given: tuple[str, ...]) -> dict[str, list[str]]:
 def _list(text: str) -> tuple[str, list[str]]:
     name, equals, items = text.partition("=")
     if not equals:
-        message = f"--list must be NAME=A,B or NAME=@FILE, got {text!r}"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused(f"--list must be NAME=A,B or NAME=@FILE, got {text!r}")
     if items.startswith("@"):
         lines = _bytes(items[1:]).decode("utf-8-sig", "replace").splitlines()
         return name, [line.strip() for line in lines if line.strip()]
@@ -152,9 +146,9 @@ def _source(
     is_url = file.startswith("s3://")
     if file == prompt_files.STDIN or ("://" in file and not is_url):
         reason = "is neither a file, to be kept, nor s3://bucket/key, to be read at each firing"
-        raise errors.InvalidInput(file, [errors.Problem(line=None, message=reason)])
+        raise errors.invalid(file, reason)
     data = firing.read_url(config, file) if is_url else _bytes(file)
-    found = format_name or readers.detect_format(file, data[:4096])
+    found = format_name or readers.detect_format(file, data[: readers.HEAD_BYTES])
     if is_url:
         return {"prompts_url": file, "format": found}
     if len(data) > schedules.MAX_PROMPT_BYTES:  # cut, perhaps amid a character
@@ -162,9 +156,7 @@ def _source(
     try:
         return {"prompts": data.decode(), "format": found}
     except UnicodeDecodeError:
-        raise errors.InvalidInput(
-            file, [errors.Problem(line=None, message="is not UTF-8: save the file as UTF-8")]
-        ) from None
+        raise errors.invalid(file, "is not UTF-8: save the file as UTF-8") from None
 
 
 def _bytes(file: str) -> bytes:

@@ -1,14 +1,15 @@
 """`rushes logs`: the attempts of a job or a batch, in the order in which they began."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import click
 
 from jobs import database, queries, settings, shapes, states
 from jobs.cli import connections, display, options, output, references
-from jobs.schema import Attempt, Job
+from jobs.schema import Attempt, Batch, Job
 
 Pair = tuple[Job, Attempt]
+States = Collection[states.AttemptState]
 WENT_WRONG = (states.AttemptState.FAILED, states.AttemptState.LOST)
 
 
@@ -27,15 +28,16 @@ def logs(reference: str, failed_only: bool, detail: bool, as_json: bool) -> None
     db = connections.open_database(settings.load())
     with db.reading() as session:
         found = references.find(session, reference)
-    pairs = _of_job(db, found) if isinstance(found, Job) else _of_batch(db, found.id)
-    if failed_only:
-        pairs = (pair for pair in pairs if pair[1].state in WENT_WRONG)
+    that_are = WENT_WRONG if failed_only else ()
+    if isinstance(found, Job):
+        pairs, batch_id = _of_job(db, found, that_are), found.batch_id
+    else:
+        pairs, batch_id = _of_batch(db, found, that_are), found.id
     if as_json:
-        batch_id = found.batch_id if isinstance(found, Job) else found.id
-        attempts = [
+        attempts = (
             shapes.attempt(attempt) | {"custom_id": job.custom_id} for job, attempt in pairs
-        ]
-        output.emit({"batch_id": batch_id, "attempts": attempts})
+        )
+        output.emit_list({"batch_id": batch_id}, "attempts", attempts)
         return
     told = 0
     for job, attempt in pairs:
@@ -47,18 +49,18 @@ def logs(reference: str, failed_only: bool, detail: bool, as_json: bool) -> None
         output.note("no attempts" + (" that went wrong" if failed_only else " yet"))
 
 
-def _of_job(db: database.Database, job: Job) -> Iterator[Pair]:
+def _of_job(db: database.Database, job: Job, that_are: States) -> Iterator[Pair]:
     with db.reading() as session:
         found = queries.attempts(session, job.id)
-    yield from ((job, attempt) for attempt in found)
+    yield from ((job, each) for each in found if not that_are or each.state in that_are)
 
 
-def _of_batch(db: database.Database, batch_id: str) -> Iterator[Pair]:
+def _of_batch(db: database.Database, batch: Batch, that_are: States) -> Iterator[Pair]:
     after = 0
     while True:
         # A short transaction per page: what is printed may be read for hours.
         with db.reading() as session:
-            page = queries.attempts_of_batch(session, batch_id, after=after)
+            page = queries.attempts_of_batch(session, batch, after=after, that_are=that_are)
         yield from page
         if not page:
             return

@@ -1,7 +1,7 @@
 """`rushes submit`."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from typing import Any
 
 import click
 from sqlalchemy.exc import DBAPIError
@@ -64,12 +64,7 @@ from jobs.cli import (
     help="Submitting again with the same key and content gives the same batch.",
 )
 @click.option("--skip-invalid", is_flag=True, help="Leave bad lines out instead of refusing all.")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(get_args(readers.Format)),
-    help="Default: by the file's name, else by how it begins.",
-)
+@prompt_files.format_option
 @click.option("--dry-run", is_flag=True, help="Check everything, store nothing.")
 @click.option("--wait", "wait_for_it", is_flag=True, help="Follow the batch to its end.")
 @click.option(
@@ -99,12 +94,11 @@ def submit(
     nothing: every bad line is told with its number.
     """
     if timeout is not None and not wait_for_it:
-        raise click.UsageError("--timeout is for --wait", click.get_current_context())
+        raise options.misused("--timeout is for --wait")
     if wait_for_it and dry_run:
-        message = "--wait is for a batch, and --dry-run makes none"
-        raise click.UsageError(message, click.get_current_context())
+        raise options.misused("--wait is for a batch, and --dry-run makes none")
     config = settings.load()
-    look = prompt_files.preset(preset, config)
+    chosen = prompt_files.preset(preset, config)
     wanted |= {
         "owner": config.owner if owner is None else owner,
         "deadline": _deadline(deadline),
@@ -115,11 +109,9 @@ def submit(
             stream=stream,
             source=source,
             format=format_name or prompt_files.detected(stream, source),
-            options=submission.Options(preset=look, **wanted),
+            options=submission.Options(preset=chosen, **wanted),
             check=submission.prompt_check(config),
-            images=prompt_files.images(config, file, check_only=dry_run)
-            if look.look.needs_image
-            else None,
+            images=prompt_files.images(config, file, chosen, check_only=dry_run),
         )
         if dry_run:
             return _told_plan(prompts, as_json=as_json, quiet=quiet)
@@ -128,17 +120,16 @@ def submit(
     notes = [*made.plan.notes, *_after_commit(config, db, made)]
     _tell_skipped(source, made.plan, notes)
     if not wait_for_it:
-        _tell(made, look, notes, as_json=as_json, quiet=quiet)
+        _tell(made, chosen, notes, as_json=as_json, quiet=quiet)
         return exits.OK
-    return _follow(db, made, look, notes, timeout=timeout, as_json=as_json, quiet=quiet)
+    return _follow(db, made, chosen, notes, timeout=timeout, as_json=as_json, quiet=quiet)
 
 
 def _deadline(text: str | None) -> datetime | timedelta | None:
     try:
         return None if text is None else deadlines.parse(text, now=datetime.now(UTC))
     except ValueError as error:
-        problem = errors.Problem(line=None, message=f"--deadline: {error}")
-        raise errors.InvalidInput("options", [problem]) from None
+        raise errors.invalid("options", f"--deadline: {error}") from None
 
 
 def _told_plan(prompts: submission.PromptFile, *, as_json: bool, quiet: bool) -> int:

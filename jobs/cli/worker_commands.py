@@ -8,13 +8,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from jobs import bell, database, errors, health, queries, settings, shapes
+from jobs import bell, database, errors, health, queries, queues, settings, shapes
 from jobs import workers as jobs_workers
 from jobs.cli import connections, display, exits, options, output
 from jobs.schema import Attempt, Refusal, Worker
 
 LOOK_SECONDS = 0.5
-QUEUE_PREFIX = "rushes.render."
 WORKER_HEADERS = (
     *("WORKER", "STATE", "SEEN", "DEVICE", "MEMORY", "TAKES", "RENDERS"),
     *("LOADED", "JOBS", "LOADS", "LORA SWITCHES", "RESTARTS"),
@@ -63,7 +62,7 @@ def _worker_row(live: queries.LiveWorker, now: datetime) -> tuple[str, ...]:
         f"{output.duration(max((now - row.heartbeat_at).total_seconds(), 0))} ago",
         output.plain(row.device),
         _memory(row),
-        output.plain(", ".join(queue.removeprefix(QUEUE_PREFIX) for queue in live.takes)),
+        output.plain(", ".join(queue.removeprefix(queues.PREFIX) for queue in live.takes)),
         _rendering(live.attempt),
         output.plain(", ".join(_loaded(model) for model in row.resident or ())),
         *(str(number) for number in (row.renders, row.loads, row.lora_switches, row.restarts)),
@@ -79,7 +78,7 @@ def _state(live: queries.LiveWorker) -> str:
 
 
 def _refused(refusal: Refusal) -> str:
-    return f"no jobs of {refusal.queue.removeprefix(QUEUE_PREFIX)}" if refusal.queue else "no jobs"
+    return f"no jobs of {refusal.queue.removeprefix(queues.PREFIX)}" if refusal.queue else "no jobs"
 
 
 def _memory(row: Worker) -> str:
@@ -120,7 +119,7 @@ def test_worker(name: str, no_wait: bool, timeout: float, as_json: bool) -> int:
     """
     ctx = click.get_current_context()
     if no_wait and ctx.get_parameter_source("timeout") is not ParameterSource.DEFAULT:
-        raise click.UsageError("--timeout is for a wait: give it without --no-wait", ctx)
+        raise options.misused("--timeout is for a wait: give it without --no-wait")
     db = connections.open_database(settings.load())
     before = _find(db, name)
     db.write(health.ask_for_test, name)

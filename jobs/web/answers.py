@@ -52,10 +52,23 @@ class Batches(Answer):
     next_cursor: str | None
 
 
+class Failure(Answer):
+    """Failed jobs that ended in the same way."""
+
+    kind: str | None
+    quarantined: bool
+    count: int
+    may_go_well: bool
+    worker_count: int
+    workers: list[dict[str, Any]]
+    example: dict[str, Any]
+
+
 class Progress(Batch):
     rate_per_minute: float | None
     seconds_left: float | None
     running: list[dict[str, Any]]
+    failures: list[Failure]
     queues_without_workers: list[str]
     refused_by: list[dict[str, Any]]
 
@@ -69,6 +82,7 @@ class JobLine(Answer):
     prompt: str
     seed: int
     not_before: datetime | None
+    worker: str | None
     error: dict[str, Any] | None
 
 
@@ -93,6 +107,8 @@ class Cancelled(Answer):
 
 class Retried(Answer):
     retried: int
+    doubtful: dict[str, int]
+    batch_is_paused: bool
 
 
 class Results(Answer):
@@ -154,6 +170,7 @@ class Load(Answer):
     idle_since: datetime | None
     span_seconds: int
     is_cut: bool
+    cut_at: datetime | None
     spans: list[dict[str, Any]]
     history: list[dict[str, Any]]
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from jobs import (
     cancelling,
+    failures,
     orders,
     presets,
     prompt_row,
@@ -27,12 +28,12 @@ router = APIRouter(
     prefix="/api/batches", tags=["batches"], responses=answers.PROBLEMS, route_class=access.ApiRoute
 )
 
-HEAD_BYTES = 4096
 LINK_SECONDS = 3600
 MOST_AT_ONCE = 1_000
 MAX_OWNER_IN_KEY = 49
 
 Serving = Annotated[service.Service, Depends(service.of)]
+Kinds = list[states.FailureKind]
 Limit = Annotated[int, Query(ge=1, le=MOST_AT_ONCE)]
 IdempotencyKey = Annotated[
     str | None,
@@ -67,6 +68,7 @@ def images_for(serving: service.Service, principal: access.Principal) -> images.
         may_read_buckets=principal.is_admin,
         turns=serving.fetch_turns,
         checking=serving.check_turns.taken,
+        checking_far=serving.far_check_turns.taken,
         storing=serving.storing,
     )
 
@@ -112,7 +114,7 @@ def submit(
     made = serving.submit_rows(
         new.prompts,
         options=options(serving, preset, principal, key=idempotency_key, **given),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 
@@ -133,7 +135,7 @@ def submit_file(
 ) -> dict[str, Any]:
     """Store a prompt file as a batch, as `rushes submit` does."""
     source = file.filename or "prompts"
-    found = format or readers.detect_format(source, file.file.read(HEAD_BYTES))
+    found = format or readers.detect_format(source, file.file.read(readers.HEAD_BYTES))
     made = serving.submit(
         file.file,
         source=source,
@@ -148,7 +150,7 @@ def submit_file(
             repeat=repeat,
             skip_invalid=skip_invalid,
         ),
-        found=images_for(serving, principal),
+        pictures=images_for(serving, principal),
     )
     return _submitted(made, response)
 
@@ -185,10 +187,11 @@ def list_batches(
 
 @router.get("/{batch_id}", response_model=answers.Progress)
 def show(batch_id: str, serving: Serving, principal: access.Reader) -> dict[str, Any]:
-    """Counts, pace, what runs and how far."""
-    with serving.db.reading() as session:
-        finding.batch(session, batch_id, principal)
-    return shapes.snapshot(watch.look(serving.db, batch_id))
+    """Counts, pace, what runs and how far, what failed and why."""
+    with serving.db.snapshot() as session:
+        found = failures.groups(session, finding.batch(session, batch_id, principal))
+    snapshot = watch.look(serving.db, batch_id)
+    return shapes.snapshot(snapshot) | {"failures": [shapes.failure(group) for group in found]}
 
 
 @router.get("/{batch_id}/jobs", response_model=answers.Jobs)
@@ -197,16 +200,22 @@ def list_jobs(
     serving: Serving,
     principal: access.Reader,
     state: Annotated[list[states.JobState], Query()] = [],  # noqa: B006  # FastAPI copies it
+    kind: Annotated[Kinds, Query()] = [],  # noqa: B006
+    quarantined: bool | None = None,
     limit: Limit = 100,
     cursor: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> dict[str, Any]:
-    """In the order of the file."""
+    """In the order of the file; of a kind: those whose last failure is of it."""
+    which = failures.Which(kinds=kind, quarantined=quarantined)
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
-        rows = queries.jobs(session, batch_id, states_wanted=state, after=cursor, limit=limit + 1)
+        rows = queries.jobs(
+            session, batch_id, states_wanted=state, which=which, after=cursor, limit=limit + 1
+        )
+        workers = queries.workers_of(session, rows)
     more = len(rows) > limit
     return {
-        "jobs": [shapes.job_line(row) for row in rows[:limit]],
+        "jobs": [shapes.job_line(row, worker=workers.get(row.id)) for row in rows[:limit]],
         "next_cursor": str(rows[limit - 1].position) if more else None,
     }
 
@@ -274,19 +283,23 @@ class Retry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     states: list[Literal["failed", "cancelled"]] = Field(["failed"], min_length=1, max_length=2)
+    kinds: Kinds = Field([], description="Only those that failed so.")
+    quarantined: bool | None = Field(None, description="Only those that are, or that are not.")
 
 
 @router.post("/{batch_id}/retry", response_model=answers.Retried)
 def retry(
     batch_id: str, serving: Serving, principal: access.Submitter, wanted: Retry | None = None
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Failed (or cancelled) jobs are queued again, with the same seed and look."""
-    chosen = sorted({states.JobState(state) for state in (wanted or Retry()).states})
+    wanted = wanted or Retry()
+    chosen = sorted({states.JobState(state) for state in wanted.states})
+    which = failures.Which(kinds=wanted.kinds, quarantined=wanted.quarantined)
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
-    retried = serving.db.write(orders.retry_jobs, batch_id, from_states=chosen)
-    serving.wake(retried)
-    return {"retried": retried}
+    retried = serving.db.write(orders.retry_jobs, batch_id, from_states=chosen, which=which)
+    serving.wake(retried.jobs)
+    return shapes.retried(retried)
 
 
 @router.get("/{batch_id}/results", response_model=answers.Results)
@@ -294,7 +307,7 @@ def result_links(batch_id: str, serving: Serving, principal: access.Reader) -> d
     """Links to the result files that work for an hour without a token; null until written."""
     with serving.db.reading() as session:
         found = finding.batch(session, batch_id, principal)
-    names = {"output": results.OUTPUT, "errors": results.ERRORS, "manifest": "manifest.json"}
+    names = {"output": results.OUTPUT, "errors": results.ERRORS, "manifest": results.MANIFEST}
     if found.manifest_at is None or found.results_expired_at is not None:
         return dict.fromkeys(names)
     return {

@@ -22,17 +22,8 @@ def batches(
     session: Session, principal: access.Principal, *, limit: int, cursor: str | None
 ) -> Sequence[Batch]:
     """Newest first; `cursor` is the last batch that was seen, being forgotten or not. NotFound."""
-    statement = select(Batch).where(Batch.forgotten_at.is_(None))
-    statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
-    if principal.sees is not None:
-        statement = statement.where(Batch.owner == principal.sees)
-    if cursor is not None:
-        last = _kept(session, cursor, principal)
-        same = Batch.created_at == last.created_at
-        statement = statement.where(
-            (Batch.created_at < last.created_at) | (same & (Batch.id < last.id))
-        )
-    return session.scalars(statement).all()
+    last = None if cursor is None else _kept(session, cursor, principal)
+    return queries.batches(session, limit=limit, before=last, owner=principal.sees)
 
 
 def prompts(

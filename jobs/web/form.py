@@ -9,8 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs import prompt_row, readers
-from jobs.web import service
+from jobs import errors, prompt_row, readers
 
 METADATA = re.compile(r"metadata\[([^\[\]]+)\]")
 LORA = re.compile(r"lora\[\]\[(name|path|strength)\]")
@@ -28,11 +27,11 @@ def values(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
         pair = METADATA.fullmatch(name)
         where, key = (metadata, pair[1]) if pair else (given, name)
         if key in where:
-            raise service.invalid(name, "is given twice: keep one")
+            raise errors.invalid(name, "is given twice: keep one")
         where[key] = text
     for name, parts in (("metadata", metadata), ("lora", loras)):
         if parts and name in given:
-            raise service.invalid(name, "is given whole and in parts: keep one form")
+            raise errors.invalid(name, "is given whole and in parts: keep one form")
     found = {name: readers.typed(name, text) for name, text in given.items()}
     if metadata:
         found["metadata"] = metadata
@@ -50,7 +49,7 @@ def _entries(parts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     if strengths is None:
         return entries
     if len(strengths) != len(entries) or {"name", "path"} <= parts.keys():
-        raise service.invalid(
+        raise errors.invalid(
             "lora",
             "a form does not tell which strength belongs to which LoRA: give each of them a name, "
             "or each a path, and each a strength; or send the list as a JSON text",

@@ -130,7 +130,7 @@ def _submit(
     if image is not None:
         row["image"] = pictures.give(Path(image).read_bytes())
     options = batches.options(serving, serving.preset(preset or ""), who)
-    made = serving.submit_rows([row], options=options, found=pictures)
+    made = serving.submit_rows([row], options=options, pictures=pictures)
     with serving.db.reading() as session:
         return queries.jobs(session, made.batch_id, limit=1)[0].id
 

@@ -32,6 +32,7 @@ OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,2000}")
 NOTES = {
     "cancelled": "Cancelled: what waited will not be rendered, what runs stops at its next step.",
     "retried": "Queued again, with the same seeds and settings.",
+    "retried-paused": "Queued again, but the batch is paused: nothing starts before it is resumed.",
     "nothing-retried": "There was nothing to queue again.",
     "paused": "Paused: nothing of it starts; what runs goes on.",
     "resumed": "It goes on.",

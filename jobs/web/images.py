@@ -14,10 +14,11 @@ MAX_FETCH_SECONDS = 300.0
 """Of one request, which holds a thread meanwhile; the image that it ends in may take longer."""
 MAX_FETCHES, FETCHES_OF_ONE = 16, 12  # requests at a time
 WAIT_SECONDS = 10.0  # before one who has so many asks again
-MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 8, 6, 10
-"""Images of all and of one owner at a time, of which two are decoded; so many more wait.
+MAX_CHECKS, CHECKS_OF_ONE, CHECKS_WAITING = 2, 1, 15
+"""Images of all and of one owner that are decoded at a time; so many more wait.
 
-An image of the most pixels takes a good half of a second: who waits gets a turn.
+An image of the most pixels takes a good half of a second: who waits gets a turn. One who sends
+the worst of them keeps nobody else waiting.
 """
 GIVEN = "given:"
 UPLOAD = "upload:"
@@ -40,6 +41,17 @@ def check_turns() -> rates.Turns:
     )
 
 
+def far_check_turns() -> rates.Turns:
+    """The same, for images from afar: all of a request that has its turn to fetch wait."""
+    return rates.Turns(
+        CHECKS_OF_ONE,
+        of_all=MAX_CHECKS,
+        what="images at once",
+        wait_seconds=MAX_FETCH_SECONDS,
+        waiting=MAX_FETCHES * inputs.FETCHES_AT_ONCE,
+    )
+
+
 @dataclass
 class WebImages(inputs.InputImages):
     """No file of this machine, and of its buckets only what the sender may read anyway."""
@@ -54,6 +66,8 @@ class WebImages(inputs.InputImages):
     """For images from afar."""
     checking: Callable[[str | None], AbstractContextManager[object]] = nullcontext
     """Around an owner's image that is here."""
+    checking_far: Callable[[str | None], AbstractContextManager[object]] = nullcontext
+    """Around one that was fetched."""
     storing: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around what waits for the store."""
     _fetching_since: float | None = None
@@ -107,7 +121,8 @@ class WebImages(inputs.InputImages):
                 f"fetching the images before it took {seconds:.0f} s: upload them first, or send "
                 "fewer prompts at a time",
             )
-        return super().read(source)
+        checking = self.checking_far(self.owner)
+        return images.fetch(source, base=self.base, config=self.config, checking=checking)
 
     def _uploaded(self, source: str) -> images.FetchedImage:
         assert self.db is not None

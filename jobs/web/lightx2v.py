@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, HTTPException, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from jobs import cancelling, errors, queries, requests, states
@@ -80,9 +80,9 @@ class VideoTask(BaseModel):
 @router.post("/tasks", include_in_schema=False)
 def create(task: VideoTask, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """One prompt, one video."""
-    found = images_for(serving, principal)
-    image = _image(task.image_path, found) if task.image_path else None
-    return _submit(task, image, found, serving, principal)
+    pictures = images_for(serving, principal)
+    image = _image(task.image_path, pictures) if task.image_path else None
+    return _submit(task, image, pictures, serving, principal)
 
 
 @router.post("/tasks/video/form")
@@ -103,10 +103,10 @@ def create_by_form(
     for name, file in (("last_frame_file", last_frame_file), ("audio_file", audio_file)):
         if file is not None and file.filename:
             raise HTTPException(400, f"{name}: no model here has a use for it")
-    found = images_for(serving, principal)
+    pictures = images_for(serving, principal)
     image = None
     if image_file is not None and image_file.filename:
-        image = found.give(receiving.image(serving, principal, image_file))
+        image = pictures.give(receiving.image(serving, principal, image_file))
     task = VideoTask(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -115,13 +115,13 @@ def create_by_form(
         target_video_length=target_video_length,
         num_frames=num_frames,
     )
-    return _submit(task, image, found, serving, principal)
+    return _submit(task, image, pictures, serving, principal)
 
 
 def _submit(
     task: VideoTask,
     image: str | None,
-    found: images.WebImages,
+    pictures: images.WebImages,
     serving: service.Service,
     principal: access.Principal,
 ) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _submit(
             options=options(
                 serving, serving.default_preset(with_image=image is not None), principal
             ),
-            found=found,
+            pictures=pictures,
             beside=beside,
         )
     except errors.InvalidInput as error:
@@ -183,13 +183,13 @@ def _one(task: VideoTask, old: str, new: str) -> Any:
     return given[0] if given else None
 
 
-def _image(text: str, found: images.WebImages) -> str:
+def _image(text: str, pictures: images.WebImages) -> str:
     """What the row calls the image. Their clients send base64, with or without `data:`."""
     if re.match(r"https?://", text) or text.startswith((images.UPLOAD, "s3://")):
         return text
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return found.give(base64.b64decode("".join(data.split()), validate=True))
+        return pictures.give(base64.b64decode("".join(data.split()), validate=True))
     except (binascii.Error, ValueError):
         raise HTTPException(
             400,
@@ -216,7 +216,7 @@ def list_tasks(serving: Serving, principal: access.Reader) -> dict[str, Any]:
 def queue_status(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Counts over all jobs of the owner, not only those of this API."""
     with serving.db.reading() as session:
-        queued, running = _open_jobs(session, principal)
+        queued, running = queries.open_jobs(session, owner=principal.sees)
         active = _active(session, principal)
     return {
         "is_processing": running > 0,
@@ -289,7 +289,7 @@ def stop(task_id: str, serving: Serving, principal: access.Submitter) -> dict[st
 def service_status(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """`idle` while a live worker has nothing to do."""
     with serving.db.reading() as session:
-        queued, running = _open_jobs(session, principal)
+        queued, running = queries.open_jobs(session, owner=principal.sees)
         alive = sum(live.is_alive for live in queries.live_workers(session))
         active = _active(session, principal)
         totals = _totals(session, principal)
@@ -348,26 +348,19 @@ def _status(row: ApiRequest, job: Job) -> dict[str, Any]:
     }
 
 
-def _open_jobs(session: Session, principal: access.Principal) -> tuple[int, int]:
-    """Queued and running ones."""
-    statement = select(func.sum(Batch.queued), func.sum(Batch.running)).where(
-        Batch.finished_at.is_(None)
-    )
-    if principal.sees is not None:
-        statement = statement.where(Batch.owner == principal.sees)
-    queued, running = session.execute(statement).one()
-    return int(queued or 0), int(running or 0)
+def _is_theirs(principal: access.Principal) -> ColumnElement[bool]:
+    """A request of this API that they may see."""
+    is_ours = ApiRequest.api == API
+    return is_ours if principal.sees is None else is_ours & (ApiRequest.owner == principal.sees)
 
 
 def _unfinished(session: Session, principal: access.Principal) -> list[ApiRequest]:
     statement = (
         select(ApiRequest)
         .join(Batch, Batch.id == ApiRequest.batch_id)
-        .where(ApiRequest.api == API, Batch.finished_at.is_(None))
+        .where(_is_theirs(principal), Batch.finished_at.is_(None))
         .order_by(ApiRequest.id)
     )
-    if principal.sees is not None:
-        statement = statement.where(ApiRequest.owner == principal.sees)
     return list(session.scalars(statement))
 
 
@@ -376,11 +369,9 @@ def _active(session: Session, principal: access.Principal) -> list[str]:
     statement = (
         select(ApiRequest.name)
         .join(Batch, Batch.id == ApiRequest.batch_id)
-        .where(ApiRequest.api == API, Batch.finished_at.is_(None), Batch.running > 0)
+        .where(_is_theirs(principal), Batch.finished_at.is_(None), Batch.running > 0)
         .order_by(ApiRequest.id)
     )
-    if principal.sees is not None:
-        statement = statement.where(ApiRequest.owner == principal.sees)
     return list(session.scalars(statement))
 
 
@@ -389,10 +380,8 @@ def _totals(session: Session, principal: access.Principal) -> dict[str, int]:
         select(func.count(), func.sum(Batch.succeeded), func.sum(Batch.failed))
         .select_from(ApiRequest)
         .join(Batch, Batch.id == ApiRequest.batch_id)
-        .where(ApiRequest.api == API)
+        .where(_is_theirs(principal))
     )
-    if principal.sees is not None:
-        statement = statement.where(ApiRequest.owner == principal.sees)
     total, completed, failed = session.execute(statement).one()
     return {
         "total_tasks": int(total),

@@ -33,6 +33,7 @@ def show(
         "idle_since": serving.history.idle_since,
         "span_seconds": span_seconds,
         "is_cut": found.is_cut,
+        "cut_at": found.cut_at,
         "spans": [
             {"since": span.since, "succeeded": span.succeeded, "failed": span.failed}
             for span in found.spans

@@ -41,13 +41,13 @@ class NewBatch(BaseModel):
 def create(new: NewBatch, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """A batch of an uploaded file. One with bad lines is `failed`; `errors` names them."""
     if new.endpoint != readers.VIDEOS_URL:
-        raise service.invalid("endpoint", f"must be {readers.VIDEOS_URL}")
+        raise errors.invalid("endpoint", f"must be {readers.VIDEOS_URL}")
     if new.completion_window not in WINDOWS:
-        raise service.invalid("completion_window", f"must be {' or '.join(WINDOWS)}")
+        raise errors.invalid("completion_window", f"must be {' or '.join(WINDOWS)}")
     try:
         prompt_row.check_metadata(new.metadata or {})
     except prompt_row.Invalid as wrong:
-        raise service.invalid("metadata", str(wrong)) from None
+        raise errors.invalid("metadata", str(wrong)) from None
     with serving.db.reading() as session:
         file = uploads.find(session, new.input_file_id, owner=principal.sees)
     try:
@@ -66,12 +66,12 @@ def _submitted(
         with path.open("rb") as source, tempfile.TemporaryFile() as rows:
             models, with_image = _convert(source, rows)
             if len(models) > 1:
-                raise service.invalid(file.name, f"all lines need one model, got {sorted(models)}")
+                raise errors.invalid(file.name, f"all lines need one model, got {sorted(models)}")
             model = next(iter(models), None)
             try:
                 preset = openai_videos.preset_of(serving, model, with_image=with_image)
             except errors.NotFound as unknown:
-                raise service.invalid(file.name, str(unknown)) from unknown
+                raise errors.invalid(file.name, str(unknown)) from unknown
             answer: dict[str, Any] = {}
 
             def beside(session: Session, batch_id: str) -> None:
@@ -85,7 +85,7 @@ def _submitted(
                 options=options(
                     serving, preset, principal, deadline=WINDOWS[new.completion_window]
                 ),
-                found=images_for(serving, principal),
+                pictures=images_for(serving, principal),
                 beside=beside,
             )
     return answer

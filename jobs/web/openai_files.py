@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from jobs import database, errors, queries, states, uploads
 from jobs.schema import Batch, Job, StoredFile
-from jobs.web import access, answers, finding, openai_videos, receiving, service, serving
+from jobs.web import access, answers, finding, objects, openai_videos, receiving, service
 from jobs.web.batches import Serving
 
 router = APIRouter(
@@ -34,20 +34,20 @@ KEPT_SIZES = 1_000  # of result files; to know one, the whole file is made
 def create(
     file: Annotated[UploadFile, File()],
     purpose: Annotated[str, Form()],
-    serving_: Serving,
+    serving: Serving,
     principal: access.Submitter,
 ) -> dict[str, Any]:
     """A prompt file (purpose `batch`) or an image (`vision`)."""
     if purpose not in PURPOSES:
-        raise service.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
+        raise errors.invalid("purpose", f"must be one of {', '.join(PURPOSES)}")
     if purpose == uploads.IMAGE:
-        receiving.image(serving_, principal, file)
-    return _shape(receiving.keep(serving_, principal, file, purpose=purpose))
+        receiving.image(serving, principal, file)
+    return _shape(receiving.keep(serving, principal, file, purpose=purpose))
 
 
 @router.get("")
 def list_files(
-    serving_: Serving,
+    serving: Serving,
     principal: access.Reader,
     after: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
@@ -55,7 +55,7 @@ def list_files(
     purpose: str | None = None,
 ) -> dict[str, Any]:
     """Uploaded files; result files are named by their batch."""
-    with serving_.db.reading() as session:
+    with serving.db.reading() as session:
         last = None
         if after is not None:
             last = uploads.place(session, after, owner=principal.sees)
@@ -72,11 +72,11 @@ def list_files(
 
 
 @router.get("/{file_id}")
-def retrieve(file_id: str, serving_: Serving, principal: access.Reader) -> dict[str, Any]:
+def retrieve(file_id: str, serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Name, size and purpose."""
     if match := RESULT_FILE.fullmatch(file_id):
-        return _result_shape(serving_, _batch(serving_, match[1], principal), match[2])
-    with serving_.db.reading() as session:
+        return _result_shape(serving, _batch(serving, match[1], principal), match[2])
+    with serving.db.reading() as session:
         return _shape(uploads.find(session, file_id, owner=principal.sees))
 
 
@@ -86,22 +86,20 @@ def retrieve(file_id: str, serving_: Serving, principal: access.Reader) -> dict[
     response_class=Response,
     responses=answers.bytes_of("application/octet-stream", RESULT_TYPE),
 )
-def content(
-    file_id: str, request: Request, serving_: Serving, principal: access.Reader
-) -> Response:
+def content(file_id: str, request: Request, serving: Serving, principal: access.Reader) -> Response:
     """The bytes."""
     if match := RESULT_FILE.fullmatch(file_id):
-        batch = _batch(serving_, match[1], principal)
+        batch = _batch(serving, match[1], principal)
         if request.method == "HEAD":
-            size = _size_bytes(serving_.db, batch.id, match[2], batch.finished_at)
+            size = _size_bytes(serving.db, batch.id, match[2], batch.finished_at)
             return Response(headers={"Content-Length": str(size)}, media_type=RESULT_TYPE)
-        pages = _pages(serving_.db, batch.id, match[2])
+        pages = _pages(serving.db, batch.id, match[2])
         return StreamingResponse(pages, media_type=RESULT_TYPE)
-    with serving_.db.reading() as session:
+    with serving.db.reading() as session:
         row = uploads.find(session, file_id, owner=principal.sees)
-    return serving.respond(
+    return objects.respond(
         request,
-        serving_,
+        serving,
         row.key,
         size_bytes=row.size_bytes,
         sha256=row.sha256,
@@ -110,15 +108,15 @@ def content(
 
 
 @router.delete("/{file_id}")
-def delete(file_id: str, serving_: Serving, principal: access.Submitter) -> dict[str, Any]:
+def delete(file_id: str, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Forget an upload. The bytes of an image stay while they may be that of a job."""
-    with serving_.db.reading() as session:
+    with serving.db.reading() as session:
         row = uploads.find(session, file_id, owner=principal.sees)
     # Before the row: who hears that the store is away asks again.
     if row.key == uploads.own_key(row.id):
-        with serving_.storing():
-            serving_.store.delete(row.key)
-    serving_.db.write(uploads.remove, row.id)
+        with serving.storing():
+            serving.store.delete(row.key)
+    serving.db.write(uploads.remove, row.id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 
@@ -134,11 +132,11 @@ def _shape(row: StoredFile) -> dict[str, Any]:
     }
 
 
-def _result_shape(serving_: service.Service, batch: Batch, which: str) -> dict[str, Any]:
+def _result_shape(serving: service.Service, batch: Batch, which: str) -> dict[str, Any]:
     return {
         "id": result_file_id(batch.id, which),
         "object": "file",
-        "bytes": _size_bytes(serving_.db, batch.id, which, batch.finished_at),
+        "bytes": _size_bytes(serving.db, batch.id, which, batch.finished_at),
         "created_at": openai_videos.seconds(batch.finished_at),
         "filename": f"{batch.id}_{which}.jsonl",
         "purpose": "batch_output",
@@ -150,8 +148,8 @@ def result_file_id(batch_id: str, which: str) -> str:
     return f"file-{batch_id}_{which}"
 
 
-def _batch(serving_: service.Service, batch_id: str, principal: access.Principal) -> Batch:
-    with serving_.db.reading() as session:
+def _batch(serving: service.Service, batch_id: str, principal: access.Principal) -> Batch:
+    with serving.db.reading() as session:
         batch = finding.batch(session, batch_id, principal)
     if batch.finished_at is None:
         raise errors.NotFound(f"batch {batch_id} is not finished")

@@ -140,13 +140,13 @@ async def _read(request: Request) -> Asked:
         try:
             body = await request.json()
         except (ValueError, RecursionError):
-            raise service.invalid("body", "is not JSON") from None
+            raise errors.invalid("body", "is not JSON") from None
         if not isinstance(body, dict):
-            raise service.invalid("body", "must be an object")
+            raise errors.invalid("body", "must be an object")
         return Asked(fields=body)
     if not kind.startswith(FORM_TYPES):
         message = "must be a form, or JSON sent with Content-Type: application/json"
-        raise service.invalid("body", message)
+        raise errors.invalid("body", message)
     async with request.form(
         max_files=1, max_fields=bodies.MAX_FIELDS, max_part_size=bodies.MAX_TEXT_BYTES
     ) as sent:
@@ -156,7 +156,7 @@ async def _read(request: Request) -> Asked:
         for name, value in sent.multi_items():
             if isinstance(value, UploadFile):
                 if name != REFERENCE:
-                    raise service.invalid(name, f"is a file: only {REFERENCE} may be one")
+                    raise errors.invalid(name, f"is a file: only {REFERENCE} may be one")
                 who = access.known(request)
                 assert who is not None  # before the body was read
                 serving = service.of(request)
@@ -164,7 +164,7 @@ async def _read(request: Request) -> Asked:
             elif inside := re.fullmatch(rf"{REFERENCE}\[(file_id|image_url)\]", name):
                 reference = {REFERENCE: {inside[1]: value}}
             elif name.startswith("{"):
-                raise service.invalid("body", "JSON needs Content-Type: application/json")
+                raise errors.invalid("body", "JSON needs Content-Type: application/json")
             else:
                 texts.append((name, value))
         return Asked(fields=form.values(texts) | reference, image=image)
@@ -177,14 +177,14 @@ def create(
     principal: access.Submitter,
 ) -> dict[str, Any]:
     """One prompt, one video. Also takes `seed` and the other keys of a prompt file."""
-    found = images_for(serving, principal)
+    pictures = images_for(serving, principal)
     row = as_row(asked.fields)
     if asked.image is not None:
         if "image" in row:
-            raise service.invalid(REFERENCE, readers.BOTH_GIVEN)
-        row["image"] = found.give(asked.image)
+            raise errors.invalid(REFERENCE, readers.BOTH_GIVEN)
+        row["image"] = pictures.give(asked.image)
     elif str(row.get("image")).startswith("data:"):
-        row["image"] = found.give(row["image"])
+        row["image"] = pictures.give(row["image"])
     preset = preset_of(serving, row.pop("model", None), with_image="image" in row)
     asked_model = asked.fields.get("model") or preset.name
     answer: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def create(
         answer.update(shape(session, job))
 
     serving.submit_rows(
-        [row], options=options(serving, preset, principal), found=found, beside=beside
+        [row], options=options(serving, preset, principal), pictures=pictures, beside=beside
     )
     return answer
 
@@ -217,7 +217,7 @@ def as_row(fields: Mapping[str, Any]) -> dict[str, Any]:
     reference = fields.get(REFERENCE)
     if reference is not None:
         if "image" in row:
-            raise service.invalid(REFERENCE, readers.BOTH_GIVEN)
+            raise errors.invalid(REFERENCE, readers.BOTH_GIVEN)
         row["image"] = _image(reference)
     return row
 
@@ -226,7 +226,7 @@ def _image(reference: Any) -> str:
     try:
         kind, value = readers.referred(reference)
     except prompt_row.Invalid:
-        raise service.invalid(
+        raise errors.invalid(
             REFERENCE, "must be a file, or an object with file_id or image_url"
         ) from None
     return f"{images.UPLOAD}{value}" if kind == "file_id" else value
@@ -235,7 +235,7 @@ def _image(reference: Any) -> str:
 def preset_of(serving: service.Service, model: Any, *, with_image: bool) -> presets.Preset:
     """The preset that a client calls its model. NotFound names those that there are."""
     if not isinstance(model, str | None):
-        raise service.invalid("model", "must be the name of a preset")
+        raise errors.invalid("model", "must be the name of a preset")
     if model is None or model in ALIASES:
         return serving.default_preset(with_image=with_image)
     return serving.preset(model)
@@ -298,7 +298,7 @@ def content(
 ) -> Response:
     """The mp4; understands Range."""
     if variant != "video":
-        raise service.invalid("variant", "must be video: there are no thumbnails")
+        raise errors.invalid("variant", "must be video: there are no thumbnails")
     with serving.db.reading() as session:
         job = _find(session, video_id, principal)
         winner = queries.winning_attempt(session, job)

@@ -21,6 +21,7 @@ log = structlog.get_logger()
 KEY_PREFIX = "rushes.rate"
 ANSWER_SECONDS = 0.25  # a request waits for this before it is served
 AWAY_SECONDS = 10.0  # without asking again
+CLOCKS_SECONDS = 5.0  # may differ by this between those who count together
 
 
 class TooManyRequests(errors.RushesError):
@@ -103,14 +104,14 @@ class Limiter:
 
     def __init__(self, rate: RateLimitItem, *, redis_url: str) -> None:
         self._rate = rate
-        pool = redis.ConnectionPool.from_url(
+        self._pool = redis.ConnectionPool.from_url(
             redis_url,
             socket_connect_timeout=ANSWER_SECONDS,
             socket_timeout=ANSWER_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
         self._shared = MovingWindowRateLimiter(
-            RedisStorage(redis_url, connection_pool=pool, key_prefix=KEY_PREFIX)
+            RedisStorage(redis_url, connection_pool=self._pool, key_prefix=KEY_PREFIX)
         )
         self._own = MovingWindowRateLimiter(MemoryStorage())
         self._ask_from = 0.0  # of the monotonic clock
@@ -119,11 +120,20 @@ class Limiter:
         """0: this request counts and may be served."""
         if time.monotonic() >= self._ask_from:
             try:
-                return self._wait(self._shared, who)
+                wait = self._wait(self._shared, who)
             except (redis.RedisError, OSError) as error:
-                self._ask_from = time.monotonic() + AWAY_SECONDS
-                log.warning("web.rates_not_shared", error=str(error)[:200])
+                # The next may lead elsewhere: a replica never takes what we count.
+                self._pool.disconnect(inuse_connections=False)
+                self._count_alone(str(error)[:200])
+            else:
+                if wait <= self._rate.get_expiry() + CLOCKS_SECONDS:
+                    return wait
+                self._count_alone("the clock of another web host is ahead of this one's")
         return self._wait(self._own, who)
+
+    def _count_alone(self, reason: str) -> None:
+        self._ask_from = time.monotonic() + AWAY_SECONDS
+        log.warning("web.rates_not_shared", error=reason)
 
     def _wait(self, limiter: MovingWindowRateLimiter, who: str) -> float:
         if limiter.hit(self._rate, who):

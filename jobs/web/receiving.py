@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.datastructures import UploadFile
 
-from jobs import database, holds, images, storage, uploads
+from jobs import database, errors, holds, images, storage, uploads
 from jobs.schema import StoredFile
 from jobs.web import access, service
 
@@ -17,12 +17,12 @@ KIND = "application/octet-stream"  # as they are served, whatever the sender cal
 
 def image(serving: service.Service, principal: access.Principal, file: UploadFile) -> bytes:
     """The bytes of an image. InvalidInput when it is none that can be rendered from."""
-    data = file.file.read(images.LIMITS.max_bytes + 1)
     try:
         with serving.check_turns.taken(principal.sees):
+            data = file.file.read(images.LIMITS.max_bytes + 1)  # those who wait hold no memory
             images.examine(data, file.filename or "the image")
     except images.ImageError as error:
-        raise service.invalid(file.filename or "image", str(error.problem)) from None
+        raise errors.invalid(file.filename or "image", str(error.problem)) from None
     return data
 
 

@@ -72,6 +72,7 @@ class Service:
     """How long the queue was, since this process began."""
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
     check_turns: rates.Turns = field(default_factory=images.check_turns)
+    far_check_turns: rates.Turns = field(default_factory=images.far_check_turns)
     listen_turns: rates.Turns = field(default_factory=listen_turns)
 
     _storing: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_STORING))
@@ -168,11 +169,11 @@ class Service:
         setting = "RUSHES_DEFAULT_IMAGE_PRESET" if with_image else "RUSHES_DEFAULT_PRESET"
         how = "name a preset as the model (GET /api/presets lists them)"
         if name is None:
-            raise invalid("model", f"{how}, or set {setting}")
+            raise errors.invalid("model", f"{how}, or set {setting}")
         try:
             return presets.load(name, folder=self.config.presets_dir)
         except errors.NotFound:
-            raise invalid("model", f"{how}: that of {setting} is gone") from None
+            raise errors.invalid("model", f"{how}: that of {setting} is gone") from None
 
     def submit(
         self,
@@ -181,7 +182,7 @@ class Service:
         source: str,
         format: readers.Format,
         options: submission.Options,
-        found: images.WebImages,
+        pictures: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
         fill: Callable[[prompt_row.PromptRow], prompt_row.PromptRow] | None = None,
     ) -> submission.Submission:
@@ -195,14 +196,14 @@ class Service:
             source=source,
             format=format,
             options=options,
-            images=found,
+            images=pictures,
             check=self.prompt_check,
             fill=fill,
         )
         try:
             made = submission.submit(self.db, file, beside=beside)
         finally:
-            found.close()
+            pictures.close()
         self.wake(made.is_new)
         return made
 
@@ -221,7 +222,7 @@ class Service:
         rows: Sequence[Mapping[str, Any]],
         *,
         options: submission.Options,
-        found: images.WebImages,
+        pictures: images.WebImages,
         beside: Callable[[Session, str], None] | None = None,
     ) -> submission.Submission:
         """As `submit`, for rows that came as JSON; a problem's line is a row's number from 1."""
@@ -231,7 +232,7 @@ class Service:
             source="prompts",
             format="jsonl",
             options=options,
-            found=found,
+            pictures=pictures,
             beside=beside,
         )
 
@@ -243,8 +244,4 @@ def of(request: Request) -> Service:
 
 
 def names(text: str | None) -> frozenset[str]:
-    return frozenset(part.strip().lower() for part in (text or "").split(",") if part.strip())
-
-
-def invalid(source: str, message: str) -> errors.InvalidInput:
-    return errors.InvalidInput(source, [errors.Problem(line=None, message=message)])
+    return frozenset(part.lower() for part in settings.listed(text))

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from jobs import cancelling, errors, orders, queries, requests, shapes, states
 from jobs.schema import Attempt, Batch
-from jobs.web import access, answers, finding, serving
+from jobs.web import access, answers, finding, objects
 from jobs.web.batches import Serving
 
 router = APIRouter(
@@ -32,9 +32,9 @@ JobId = Annotated[int, Path(ge=1, lt=2**63)]
 
 
 @router.get("/{job_id}", response_model=answers.Job)
-def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str, Any]:
+def show(job_id: JobId, serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Everything about a job, its attempts and the link to its video."""
-    with service.db.reading() as session:
+    with serving.db.reading() as session:
         row = finding.job(session, job_id, principal)
         look = queries.look(session, row)
         attempts = [shapes.attempt(attempt) for attempt in queries.attempts(session, job_id)]
@@ -46,58 +46,58 @@ def show(job_id: JobId, service: Serving, principal: access.Reader) -> dict[str,
         of=batch,
         look=look,
         attempts=attempts,
-        video=shapes.video(service.store, winner) if deleted_at is None else None,
+        video=shapes.video(serving.store, winner) if deleted_at is None else None,
         video_deleted_at=deleted_at,
     )
 
 
 @router.post("/{job_id}/cancel", response_model=answers.Cancelled)
-def cancel(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, int]:
+def cancel(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, int]:
     """Now if it waits, at its next step if it runs."""
-    with service.db.reading() as session:
+    with serving.db.reading() as session:
         job = finding.job(session, job_id, principal)
-    cancelled, stopping = cancelling.cancel_job(service.db, job)
+    cancelled, stopping = cancelling.cancel_job(serving.db, job)
     return {"cancelled": cancelled, "stopping": stopping}
 
 
 @router.post("/{job_id}/retry", response_model=answers.Retried)
-def retry(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, int]:
+def retry(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Queue it again if it failed or was cancelled."""
-    with service.db.reading() as session:
+    with serving.db.reading() as session:
         batch_id = finding.job(session, job_id, principal).batch_id
-    retried = service.db.write(
+    retried = serving.db.write(
         orders.retry_jobs,
         batch_id,
         from_states=(states.JobState.FAILED, states.JobState.CANCELLED),
         job_ids=[job_id],
     )
-    service.wake(retried)
-    return {"retried": retried}
+    serving.wake(retried.jobs)
+    return shapes.retried(retried)
 
 
 @router.post("/{job_id}/pause", response_model=answers.ChangedJob)
-def pause(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, Any]:
+def pause(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Do not start it, whatever its batch does."""
-    return _changed(job_id, service, principal, orders.pause_job)
+    return _changed(job_id, serving, principal, orders.pause_job)
 
 
 @router.post("/{job_id}/resume", response_model=answers.ChangedJob)
-def resume(job_id: JobId, service: Serving, principal: access.Submitter) -> dict[str, Any]:
+def resume(job_id: JobId, serving: Serving, principal: access.Submitter) -> dict[str, Any]:
     """Let it start after a pause of its own."""
-    return _changed(job_id, service, principal, orders.resume_job)
+    return _changed(job_id, serving, principal, orders.resume_job)
 
 
 def _changed(
     job_id: int,
-    service: Serving,
+    serving: Serving,
     principal: access.Principal,
     change: Callable[[Session, int], bool],
 ) -> dict[str, Any]:
-    with service.db.reading() as session:
+    with serving.db.reading() as session:
         finding.job(session, job_id, principal)
-    changed = service.db.write(change, job_id)
-    service.wake(changed)
-    with service.db.reading() as session:
+    changed = serving.db.write(change, job_id)
+    serving.wake(changed)
+    with serving.db.reading() as session:
         job = finding.job(session, job_id, principal)
     return {"job_id": job.id, "state": job.state, "is_paused": job.is_paused, "changed": changed}
 
@@ -108,24 +108,24 @@ def _changed(
     response_class=Response,
     responses=answers.bytes_of("video/mp4"),
 )
-def video(job_id: JobId, request: Request, service: Serving, principal: access.Reader) -> Response:
+def video(job_id: JobId, request: Request, serving: Serving, principal: access.Reader) -> Response:
     """The video itself; understands Range."""
-    with service.db.reading() as session:
+    with serving.db.reading() as session:
         row = finding.job(session, job_id, principal)
         winner = queries.winning_attempt(session, row)
         deleted_at = requests.video_deleted_at(session, row) if winner else None
     if winner is None or deleted_at is not None:
         raise NoVideo(job_id, row.state, deleted_at=deleted_at)
-    return video_of(request, service, winner, name=f"{row.batch_id}-{row.position:05}.mp4")
+    return video_of(request, serving, winner, name=f"{row.batch_id}-{row.position:05}.mp4")
 
 
-def video_of(request: Request, service: Serving, winner: Attempt, *, name: str) -> Response:
+def video_of(request: Request, serving: Serving, winner: Attempt, *, name: str) -> Response:
     assert winner.video_key is not None
     assert winner.video_bytes is not None
     assert winner.video_sha256 is not None
-    return serving.respond(
+    return objects.respond(
         request,
-        service,
+        serving,
         winner.video_key,
         size_bytes=winner.video_bytes,
         sha256=winner.video_sha256,

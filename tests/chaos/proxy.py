@@ -90,6 +90,10 @@ class Proxy:
         """From now on nothing comes through the connections of now; new ones are good."""
         self._network.loop.call_soon_threadsafe(self._forget)
 
+    def lead_to(self, target: int) -> None:
+        """New connections go to another port of 127.0.0.1; those of now stay where they are."""
+        self._target = target
+
     def cut(self) -> None:
         """The connections of now break; new ones are good at once."""
         self._network.loop.call_soon_threadsafe(self._abort)

@@ -15,7 +15,7 @@ import pytest
 import requests
 from PIL import Image
 
-from jobs import broker, orders, queues, results, settings, states, workers
+from jobs import broker, cancelling, orders, queues, results, settings, states, workers
 from tests.waiting import until
 from worker import video
 
@@ -129,7 +129,7 @@ def test_cancel_stops_a_running_job_at_its_next_step_and_frees_the_device(farm):
     # Many more jobs than workers: one of these may have ended some before the other begins.
     until(at_work, lambda number: number == 2, seconds=60.0)
     asked = time.monotonic()
-    farm.db.write(orders.cancel_batch, batch_id)
+    cancelling.cancel_batch(farm.db, batch_id)
     until(
         lambda: farm.progress(batch_id).state,
         lambda state: state is states.BatchState.CANCELLED,

@@ -20,7 +20,7 @@ import pytest
 from botocore.exceptions import ClientError, ResponseStreamingError
 from botocore.response import StreamingBody
 
-from jobs import errors, folder_store, s3_store, servers, settings, storage, stores
+from jobs import errors, folder_store, s3_clients, s3_store, servers, settings, storage, stores
 
 VIDEO = b"\x00\x00\x00 ftypisom" + bytes(range(256)) * 5000  # more than one chunk
 
@@ -287,10 +287,10 @@ def test_links_point_to_the_public_endpoint_and_everything_else_does_not(s3):
     assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in link
 
 
-def test_a_bucket_without_prefix_is_a_store(s3, s3_server):
-    values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{s3_server.bucket}/"})
+def test_a_bucket_without_prefix_is_a_store(s3):
+    values = settings.Settings(**{**s3, "RUSHES_RESULTS_URL": f"s3://{servers.BUCKET}/"})
     store = stores.open_store(values)
-    assert store.url == f"s3://{s3_server.bucket}"
+    assert store.url == f"s3://{servers.BUCKET}"
     store.put_bytes(b"x", "top-level", content_type="text/plain")
     assert "top-level" in list(store.list("top"))
     store.delete("top-level")
@@ -358,8 +358,8 @@ def test_a_store_that_is_down_is_unavailable_and_works_again_later(tmp_path):
 
 
 def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
-    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.2)
-    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
+    monkeypatch.setattr(s3_clients, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(s3_clients, "MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
@@ -383,7 +383,7 @@ def test_a_store_that_accepts_and_says_nothing_is_given_up(s3, monkeypatch):
     ],
 )
 def test_each_refusal_of_an_upload_has_its_class(s3, monkeypatch, answer, kind):
-    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
+    monkeypatch.setattr(s3_clients, "MAX_TRIES", 1)
     with _server_that_always_says(answer) as endpoint:
         values = settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint})
         with pytest.raises(storage.StorageError) as raised:
@@ -493,7 +493,7 @@ def test_credentials_that_come_late_or_are_renewed_are_taken_up(s3, monkeypatch,
 def test_other_credentials_are_looked_for_every_few_seconds_at_most(monkeypatch):
     made = []
     monkeypatch.setattr(s3_store, "RENEW_SECONDS", 600)
-    monkeypatch.setattr(s3_store, "_clients", _counted(s3_store._clients, made))
+    monkeypatch.setattr(s3_clients, "make", _counted(s3_clients.make, made))
     store = stores.open_store(settings.load(results_url="s3://bucket"))
     for _ in range(4):
         with pytest.raises(storage.StorageDenied):
@@ -503,7 +503,7 @@ def test_other_credentials_are_looked_for_every_few_seconds_at_most(monkeypatch)
 
 def test_a_token_of_the_settings_that_ended_says_what_to_restart(s3, monkeypatch):
     made = []
-    monkeypatch.setattr(s3_store, "_clients", _counted(s3_store._clients, made))
+    monkeypatch.setattr(s3_clients, "make", _counted(s3_clients.make, made))
     with _server_that_always_says("400 TokenRefreshRequired") as endpoint:
         store = stores.open_store(settings.Settings(**{**s3, "AWS_ENDPOINT_URL_S3": endpoint}))
         for _ in range(2):

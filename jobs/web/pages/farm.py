@@ -19,10 +19,12 @@ SPANS = 36  # three hours
 
 @router.get("/farm")
 def show(request: Request, serving: Serving, who: access.Reader) -> Response:
-    workers = system.list_workers(serving, who)["workers"]
+    workers = sorted(system.list_workers(serving, who)["workers"], key=_needs_a_look)
     found = load.show(serving, who, span_seconds=SPAN_SECONDS, spans=SPANS)
     spans = found["spans"]
-    last_hour = sum(span["succeeded"] for span in spans[-load.HOUR // SPAN_SECONDS :])
+    hour = spans[-load.HOUR // SPAN_SECONDS :]
+    last_hour = sum(span["succeeded"] for span in hour)
+    is_more = found["is_cut"] and found["cut_at"] > hour[0]["since"]
     history = found["history"]
     return html.page(
         request,
@@ -32,10 +34,21 @@ def show(request: Request, serving: Serving, who: access.Reader) -> Response:
         most=WORKERS,
         alive=sum(worker["is_alive"] for worker in workers),
         prompts=_prompts(serving, who, workers[:WORKERS]),
-        load=found | {"last_hour": last_hour, "since": history[0]["at"] if history else None},
+        take_nothing=sum(worker["is_alive"] and not worker["takes"] for worker in workers),
+        load=found
+        | {
+            "last_hour": last_hour,
+            "is_more": is_more,
+            "since": history[0]["at"] if history else None,
+        },
         bars=charts.bars(spans, span_seconds=SPAN_SECONDS),
         lines=charts.lines(history),
     )
+
+
+def _needs_a_look(worker: Mapping[str, Any]) -> tuple[bool, bool, str]:
+    """Those first that a person should see: of a large farm not all are shown."""
+    return not (worker["refuses"] and worker["is_alive"]), worker["is_alive"], worker["name"]
 
 
 def _prompts(

@@ -145,13 +145,9 @@ def _cards(
         found = queries.jobs(session, batch.id, states_wanted=wanted, after=after, limit=most)
         for job in found:
             if len(cards) == CARDS:
-                return cards, cursor_after(cards[-1])
+                return cards, f"{cards[-1]['batch_id']}:{cards[-1]['position']}"
             cards.append(_card(session, job, batch))
     return cards, None
-
-
-def cursor_after(card: Mapping[str, Any]) -> str:
-    return f"{card['batch_id']}:{card['position']}"
 
 
 def _batches(session: Session, who: access.Principal, place: _Place) -> Iterator[tuple[Batch, int]]:

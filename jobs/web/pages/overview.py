@@ -45,26 +45,35 @@ def show(
     serving: Serving,
     who: access.Reader,
     state: states.JobState | None = None,
+    kind: states.FailureKind | None = None,
+    quarantined: bool | None = None,
     cursor: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> Response:
     batch = batches.show(batch_id, serving, who)
-    wanted = [] if state is None else [state]
-    found = batches.list_jobs(batch_id, serving, who, state=wanted, limit=JOBS, cursor=cursor)
+    found = batches.list_jobs(
+        batch_id,
+        serving,
+        who,
+        state=[] if state is None else [state],
+        kind=[] if kind is None else [kind],
+        quarantined=quarantined,
+        limit=JOBS,
+        cursor=cursor,
+    )
     base = f"/batches/{batch_id}"
     following = found["next_cursor"]
-    here = {"state": state, "cursor": cursor if cursor >= 0 else None}
-    chosen = html.address(base, state=state)
+    chosen = {"state": state, "kind": kind, "quarantined": quarantined}
     return html.page(
         request,
         "batch.html",
         who=who,
         batch=batch,
         jobs=found["jobs"],
-        state=state,
+        chosen=chosen,
         results=batches.result_links(batch_id, serving, who),
-        here=html.address(base, **here),
-        next_url=html.address(base, state=state, cursor=following) if following else None,
-        first_url=chosen if cursor >= 0 else None,
+        here=html.address(base, **chosen, cursor=cursor if cursor >= 0 else None),
+        next_url=html.address(base, **chosen, cursor=following) if following else None,
+        first_url=html.address(base, **chosen) if cursor >= 0 else None,
     )
 
 
@@ -94,11 +103,15 @@ def retry(
     batch_id: str,
     serving: Serving,
     who: access.FormSubmitter,
-    states: Annotated[Literal["failed", "cancelled"], Form()] = "failed",
+    from_state: Annotated[Literal["failed", "cancelled"], Form(alias="states")] = "failed",
+    kind: Annotated[states.FailureKind | None, Form()] = None,
+    quarantined: Annotated[bool | None, Form()] = None,
 ) -> Response:
-    wanted = batches.Retry(states=[states])
-    retried = batches.retry(batch_id, serving, who, wanted)["retried"]
-    return html.go(f"/batches/{batch_id}", did="retried" if retried else "nothing-retried")
+    kinds = [] if kind is None else [kind]
+    wanted = batches.Retry(states=[from_state], kinds=kinds, quarantined=quarantined)
+    done = batches.retry(batch_id, serving, who, wanted)
+    did = "retried-paused" if done["batch_is_paused"] else "retried"
+    return html.go(f"/batches/{batch_id}", did=did if done["retried"] else "nothing-retried")
 
 
 @router.post("/{batch_id}/priority")

@@ -14,8 +14,8 @@ from typing import Annotated, Any, BinaryIO
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import Response
 
-from jobs import errors, one_line, presets, prompt_row, queries, readers, submission
-from jobs.web import access, batches, bodies, html, problems, receiving, service, system
+from jobs import errors, looks, one_line, presets, prompt_row, queries, readers, submission
+from jobs.web import access, batches, bodies, html, images, problems, receiving, service, system
 from jobs.web.batches import Serving
 from jobs.web.pages import complaints
 from jobs.web.pages.complaints import Complaints
@@ -144,7 +144,7 @@ def _form(
         made=made,
         given=shown,
         errors=found,
-        key=new_key(),
+        key=secrets.token_urlsafe(16),  # each form makes a batch of its own
         presets=preset_choices(serving, who, given=shown["preset"]),
         # Bad lines of a file: there one may choose to leave them out.
         more_is_open=is_typed or shown["skip_invalid"] or "file" in found,
@@ -212,8 +212,8 @@ def _settings(given: Given, found: Complaints) -> dict[str, Any]:
     if isinstance(strength, str):
         found.add("strength", f"The strength must be a number such as 0.8, got {strength!r}.")
         strength = 1
-    if len(names) > prompt_row.MAX_LORAS:
-        found.add("lora", f"There may be at most {prompt_row.MAX_LORAS} LoRAs, got {len(names)}.")
+    if len(names) > looks.MAX_LORAS:
+        found.add("lora", f"There may be at most {looks.MAX_LORAS} LoRAs, got {len(names)}.")
     elif names:
         settings["lora"] = [
             {"path" if "/" in name else "name": name, "strength": strength} for name in names
@@ -225,7 +225,7 @@ def _image(
     serving: service.Service,
     who: access.Principal,
     given: Given,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> dict[str, str]:
     if given.image is None or not given.image.filename:
@@ -242,7 +242,7 @@ def _checked(
     settings: dict[str, Any],
     options: submission.Options,
     given: Given,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> prompt_row.PromptRow | None:
     """The settings alone, checked as a prompt file of one row: what is wrong belongs to a field."""
@@ -267,17 +267,14 @@ def _checked(
                 elif not message.startswith(WHERE_IMAGES_LIE):
                     found.add(_field(message), message)
         if not found:
-            return next(_read(row), None)
+            return _read(row)
     return kept[0] if kept else None
 
 
-def _read(row: dict[str, Any]) -> Any:
+def _read(row: dict[str, Any]) -> prompt_row.PromptRow | None:
     lines = io.BytesIO(json.dumps(row).encode())
-    return (
-        item
-        for item in readers.read(lines, format="jsonl")
-        if isinstance(item, prompt_row.PromptRow)
-    )
+    read = readers.read(lines, format="jsonl")
+    return next((item for item in read if isinstance(item, prompt_row.PromptRow)), None)
 
 
 def _field(message: str) -> str:
@@ -292,7 +289,7 @@ def _stored(
     given: Given,
     options: submission.Options,
     default: prompt_row.PromptRow,
-    pictures: Any,
+    pictures: images.WebImages,
     found: Complaints,
 ) -> submission.Submission | None:
     stream: BinaryIO = io.BytesIO(given.prompts.encode("utf-8", "replace"))
@@ -301,7 +298,7 @@ def _stored(
     if given.has_file:
         assert given.file is not None
         stream, source = given.file.file, given.file.filename or "file"
-        format = readers.detect_format(source, stream.read(batches.HEAD_BYTES))
+        format = readers.detect_format(source, stream.read(readers.HEAD_BYTES))
     try:
         return serving.submit(
             stream,
@@ -317,17 +314,12 @@ def _stored(
                 priority=options.priority,
                 skip_invalid=given.skip_invalid and given.has_file,
             ),
-            found=pictures,
+            pictures=pictures,
             fill=_filler(default),
         )
     except errors.InvalidInput as error:
         found.add_error(error, at="file" if given.has_file else "prompts")
         return None
-
-
-def new_key() -> str:
-    """For a form that makes a batch of its own."""
-    return secrets.token_urlsafe(16)
 
 
 def key_of(key: str, told: object) -> str | None:

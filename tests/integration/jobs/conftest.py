@@ -91,17 +91,19 @@ class World:
         return self.db.write(lifecycle.cancel_attempt, attempt_id)
 
     def cancel_batch(self, batch_id: str) -> tuple[int, int]:
-        return self.db.write(orders.cancel_batch, batch_id)
+        self.db.write(orders.request_cancel, batch_id)
+        return self.db.write(orders.go_on_cancelling, batch_id)
 
     def cancel_job(self, job_id: int) -> states.JobState:
         return self.db.write(orders.cancel_job, job_id)
 
     def retry(self, batch_id: str, *from_states: states.JobState) -> int:
-        return self.db.write(
+        retried = self.db.write(
             orders.retry_jobs,
             batch_id,
             from_states=from_states or (states.JobState.FAILED,),
         )
+        return retried.jobs
 
     def end_lost(self, *, worker: str | None = None) -> list[int]:
         return self.db.write(lifecycle.end_lost_attempts, budgets=BUDGETS, worker=worker)

@@ -440,7 +440,7 @@ def test_nobody_is_told_of_a_batch_whose_rows_are_going(
     with db.reading() as session:
         before = database.now(session) - timedelta(days=30)
     assert db.write(expiry.forget, before, keeps_results=True) == 1
-    assert db.write(expiry.delete_jobs, batch_id) == expiry.Deleted(jobs=1, attempts=1)
+    assert db.write(expiry.delete_jobs, batch_id) == 1
     with db.reading() as session:
         assert queries.batches(session, limit=10) == []
         for reference in (batch_id, batch_id[:9]):

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from sqlalchemy import select, text
 
-from jobs import database, dispatch, lifecycle, states, submission
+from jobs import database, lifecycle, selection, states, submission
 from jobs.schema import Job
 from jobs.states import JobState
 from tests.integration.jobs.conftest import QUEUE, World, prompt_file
@@ -226,8 +226,8 @@ def test_two_choices_at_once_take_each_job_once(world: World) -> None:
     def choose() -> list[int]:
         start.wait()
         with world.db.reading() as session:
-            chosen = dispatch.choose(session, queues=[QUEUE], room=10, waiting=set())
-        return [job.id for job in world.db.write(dispatch.take, chosen)]
+            chosen = selection.choose(session, queues=[QUEUE], room=10, waiting=set())
+        return [job.id for job in world.db.write(selection.take, chosen)]
 
     with ThreadPoolExecutor(6) as pool:
         chosen = [f.result() for f in [pool.submit(choose) for _ in range(6)]]

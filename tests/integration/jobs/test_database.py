@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, StatementError
 
-from jobs import database, errors, migrate, orders, patience, servers, settings
+from jobs import cancelling, database, errors, migrate, orders, patience, servers, settings
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import World
 from tests.waiting import until
@@ -281,7 +281,7 @@ def test_a_server_that_is_back_soon_costs_no_write(
     coming.start()
     watch_connects(monkeypatch, refused.set)
     batch_id = postgres_world.submit()
-    db.write(orders.cancel_batch, batch_id)
+    cancelling.cancel_batch(db, batch_id)
     coming.join()
     db.close()
     assert refused.is_set()
@@ -298,7 +298,7 @@ def test_a_server_that_stays_away_is_told_soon(
     runs: list[int] = []
     watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError):
-        db.write(orders.cancel_batch, "none")
+        db.write(orders.request_cancel, "none")
     assert 1 < len(runs) <= database.WRITE_TRIES
 
 
@@ -310,7 +310,7 @@ def test_a_server_that_answers_no_is_not_asked_again(
     runs: list[int] = []
     watch_connects(monkeypatch, lambda: runs.append(1))
     with pytest.raises(OperationalError, match="does not exist"):
-        db.write(orders.cancel_batch, "none")
+        db.write(orders.request_cancel, "none")
     assert len(runs) == 1
 
 

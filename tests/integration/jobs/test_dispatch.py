@@ -31,6 +31,7 @@ from jobs import (
     reordering,
     retries,
     schema,
+    selection,
     servers,
     settings,
     states,
@@ -65,7 +66,7 @@ def sent(client: redis.Redis, queue: str = QUEUE) -> list[int]:
     return [int(json.loads(m)["headers"]["id"].partition(":")[0]) for m in reversed(messages)]
 
 
-def age_dispatch(world: World, seconds: float = dispatch.IN_FLIGHT_SECONDS + 1) -> None:
+def age_dispatch(world: World, seconds: float = selection.IN_FLIGHT_SECONDS + 1) -> None:
     """As if the messages had been sent a while ago."""
     with world.db.transaction() as session:
         past = database.now(session) - timedelta(seconds=seconds)
@@ -504,7 +505,7 @@ def test_the_loop_outlives_the_database_and_redis(
 
 def test_the_budgets_are_those_of_the_settings(world: World) -> None:
     config = config_of(world, GONE, max_errors=7, max_crashes=5, retry_seconds=3)
-    assert dispatch.budgets(config) == retries.Budgets(
+    assert retries.budgets(config) == retries.Budgets(
         max_errors=7, max_crashes=5, retry_seconds=3.0
     )
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 from sqlalchemy import select
 
-from jobs import broker, dispatch, health, settings
+from jobs import broker, dispatch, health, selection, settings
 from jobs.schema import Job
 from jobs.states import JobState
 from tests.integration.jobs.conftest import QUEUE, World
 from tests.integration.jobs.test_lifecycle_machine import Machine, run_machine
 
 WORKER = "gpu0@here"
-A_WHILE_SECONDS = 2 * dispatch.IN_FLIGHT_SECONDS
+A_WHILE_SECONDS = 2 * selection.IN_FLIGHT_SECONDS
 
 
 class DispatchMachine(Machine):
@@ -129,7 +129,7 @@ def test_the_machine_finds_a_message_that_is_never_sent_again(
     sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its silence above would mean nothing."""
-    monkeypatch.setattr(dispatch, "IN_FLIGHT_SECONDS", 1e6)
+    monkeypatch.setattr(selection, "IN_FLIGHT_SECONDS", 1e6)
     with pytest.raises(AssertionError):
         _run(
             sqlite_world,

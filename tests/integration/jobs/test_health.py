@@ -12,6 +12,7 @@ from jobs.schema import Worker as WorkerRow
 from tests.integration.jobs.conftest import QUEUE, World
 
 BAD, GOOD, THIRD = "gpu0@a", "gpu0@b", "gpu0@c"
+SAME_HOST = "gpu1@a"
 KIND = states.FailureKind
 PATIENT = retries.Budgets(max_errors=50, max_crashes=50, retry_seconds=0.0)
 
@@ -311,6 +312,72 @@ def test_what_another_machine_may_well_do_is_tried_there(sqlite_world: World, ki
     world.register(GOOD)
     assert world.claim(job_id, worker=BAD) is None
     assert world.claim(job_id, worker=GOOD) is not None
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_HOST))
+def test_what_lies_at_the_files_of_a_host_is_tried_on_another_host(
+    world: World, kind: KIND
+) -> None:
+    """All of its workers would fail alike, and a whole batch of jobs with them."""
+    world.register(BAD)
+    world.register(SAME_HOST)
+    world.register(GOOD)
+    jobs = world.job_ids(world.submit(3))
+    assert {fail_on(world, job_id, BAD, kind) for job_id in jobs} == {states.JobState.QUEUED}
+    assert out(world) == {}
+    world.make_runnable()
+    assert [world.claim(jobs[0], worker=name) for name in (BAD, SAME_HOST)] == [None, None]
+    for job_id in jobs:
+        assert world.succeed(world.claimed(job_id, worker=GOOD))
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_HOST))
+def test_a_host_that_fails_a_job_whenever_it_may_ends_it_not_while_another_is_busy(
+    sqlite_world: World, kind: KIND
+) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    world.register(GOOD)
+    job_id = world.only_job(world.submit()).id
+    for _ in range(5):
+        world.make_runnable()
+        attempt_id = world.claimed(job_id, worker=BAD)
+        assert world.fail(attempt_id, kind) is states.JobState.QUEUED
+        world.make_runnable()
+        assert world.claim(job_id, worker=BAD) is None
+        others_had_their_time(world)
+    world.silence(GOOD)
+    assert world.fail(world.claimed(job_id, worker=BAD), kind) is states.JobState.FAILED
+
+
+def test_a_job_that_cannot_be_rendered_ends_when_a_second_host_says_so(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    for name in (BAD, GOOD, THIRD):
+        world.register(name)
+    first, second = world.job_ids(world.submit(2))
+    assert fail_on(world, first, BAD, KIND.INPUT) is states.JobState.QUEUED
+    assert fail_on(world, first, GOOD, KIND.INPUT) is states.JobState.FAILED
+    assert fail_on(world, second, GOOD, KIND.DEVICE) is states.JobState.QUEUED
+    assert fail_on(world, second, BAD, KIND.INPUT) is states.JobState.QUEUED
+    assert fail_on(world, second, THIRD, KIND.INPUT) is states.JobState.FAILED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [others_are_silent, others_refuse, lambda world: world.db.write(health.ask_for_test, GOOD)],
+)
+def test_a_job_that_cannot_be_rendered_ends_at_once_where_nobody_else_is_there(
+    sqlite_world: World, change: Callable[[World], None]
+) -> None:
+    world = sqlite_world
+    world.register(BAD)
+    world.register(SAME_HOST)
+    world.register(GOOD)
+    change(world)
+    job_id = world.only_job(world.submit()).id
+    assert fail_on(world, job_id, BAD, KIND.INPUT) is states.JobState.FAILED
 
 
 def test_messages_that_arrive_while_a_worker_refuses_make_it_no_longer(

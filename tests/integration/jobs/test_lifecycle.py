@@ -14,7 +14,7 @@ from sqlalchemy import event, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from jobs import database, health, lifecycle, orders, retries, schema, states
+from jobs import attempt_ids, database, failures, health, lifecycle, orders, retries, schema, states
 from jobs.schema import Attempt, Batch, Job
 from jobs.states import AttemptState, FailureKind, JobState
 from tests.integration.jobs.conftest import BUDGETS, LEASE_SECONDS, World
@@ -224,9 +224,9 @@ def test_an_attempt_is_numbered_and_its_id_is_never_used_again(world: World) -> 
 
 def test_ids_of_attempts_are_no_count_and_fit_into_a_number_of_json(world: World) -> None:
     """A database that is restored from a backup counts anew, and would give them again."""
-    earliest = (BEFORE_IDS - lifecycle.IDS_SINCE) // timedelta(milliseconds=1)
+    earliest = (BEFORE_IDS - attempt_ids.SINCE) // timedelta(milliseconds=1)
     attempt_id = world.claimed(_queued(world))
-    assert earliest << lifecycle.ID_BITS < attempt_id < 1 << 53
+    assert earliest << attempt_ids.BITS < attempt_id < 1 << 53
 
 
 def test_ids_of_attempts_grow_also_when_a_clock_goes_back(
@@ -351,13 +351,69 @@ def test_a_retry_may_name_its_jobs(world: World) -> None:
     ids = world.job_ids(batch_id)
     for job_id in ids:
         world.fail(world.claimed(job_id), FailureKind.INPUT)
-    assert world.db.write(orders.retry_jobs, batch_id, job_ids=[ids[1]]) == 1
+    assert world.db.write(orders.retry_jobs, batch_id, job_ids=[ids[1]]).jobs == 1
     assert [job.state for job in world.jobs(batch_id)] == [
         JobState.FAILED,
         JobState.QUEUED,
         JobState.FAILED,
     ]
     world.check()
+
+
+def test_a_retry_tells_how_many_will_probably_fail_as_before(world: World) -> None:
+    batch_id = world.submit(5)
+    ids = world.job_ids(batch_id)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    kinds = (
+        FailureKind.INPUT,
+        FailureKind.INPUT,
+        FailureKind.REFUSED,
+        FailureKind.WORKER_LOST,
+        FailureKind.DEVICE,
+    )
+    for job_id, kind in zip(ids, kinds, strict=True):
+        world.fail(world.claimed(job_id), kind, budgets=once)
+    retried = world.db.write(orders.retry_jobs, batch_id)
+    assert retried.jobs == 5
+    assert retried.doubtful == {"quarantined": 1, "input": 2, "refused": 1}
+    assert not retried.is_paused
+    assert all(job.state is JobState.QUEUED for job in world.jobs(batch_id))
+    world.check()
+
+
+def test_a_retry_may_name_kinds_and_leave_out_what_is_quarantined(world: World) -> None:
+    batch_id = world.submit(5)
+    ids = world.job_ids(batch_id)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    world.fail(world.claimed(ids[0]), FailureKind.INPUT)
+    world.fail(world.claimed(ids[1]), FailureKind.DEVICE, budgets=once)
+    world.fail(world.claimed(ids[2]), FailureKind.WORKER_LOST, budgets=once)
+    world.cancel_job(ids[3])
+
+    def retry(*kinds: FailureKind, quarantined: bool | None = None) -> list[int]:
+        which = failures.Which(kinds=kinds, quarantined=quarantined)
+        both = (JobState.FAILED, JobState.CANCELLED)
+        before = {job.id for job in world.jobs(batch_id) if job.state is JobState.QUEUED}
+        retried = world.db.write(orders.retry_jobs, batch_id, from_states=both, which=which)
+        queued = [job.id for job in world.jobs(batch_id) if job.state is JobState.QUEUED]
+        new = [ids.index(job_id) for job_id in queued if job_id not in before]
+        assert retried.jobs == len(new)
+        world.check()
+        return new
+
+    assert retry(FailureKind.STORAGE) == []
+    assert retry(FailureKind.WORKER_LOST, quarantined=False) == []
+    assert retry(FailureKind.WORKER_LOST, FailureKind.DEVICE, quarantined=False) == [1]
+    assert retry(quarantined=True) == [2]
+    assert retry(quarantined=False) == [0, 3]
+
+
+def test_a_retry_of_a_paused_batch_says_that_it_is(world: World) -> None:
+    batch_id = world.submit(2)
+    world.fail(world.claimed(world.job_ids(batch_id)[0]), FailureKind.INPUT)
+    world.db.write(orders.pause_batch, batch_id)
+    assert world.db.write(orders.retry_jobs, batch_id).is_paused
+    assert world.batch(batch_id).state == "paused"
 
 
 # Cancel.

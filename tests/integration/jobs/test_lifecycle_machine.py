@@ -38,6 +38,8 @@ class ModelJob:
     crashes: int = 0
     failed_on: set[str] = field(default_factory=set)
     """Workers, as on a broken machine, since its budgets were fresh."""
+    unfit_on: set[str] = field(default_factory=set)
+    """Those that said that it cannot be rendered at all."""
 
     def requeue(self) -> None:
         self.state, self.holder, self.cancel_requested = JobState.QUEUED, None, False
@@ -46,6 +48,7 @@ class ModelJob:
         self.requeue()
         self.errors = self.crashes = 0
         self.failed_on.clear()
+        self.unfit_on.clear()
 
 
 @dataclass
@@ -68,14 +71,14 @@ class Model:
     def is_out(self, worker: str) -> bool:
         return len(self.suspected_by.get(worker, ())) >= health.MAX_SUSPECTS
 
+    def others(self, job: ModelJob) -> list[str]:
+        """Workers that may yet show whether it is to blame."""
+        failed = job.failed_on | job.unfit_on
+        return [name for name in self.suspected_by if name not in failed and not self.is_out(name)]
+
     def may_claim(self, job_id: int, *, worker: str) -> bool:
         job = self.jobs[job_id]
-        others = [
-            name
-            for name in self.suspected_by
-            if name not in job.failed_on and not self.is_out(name)
-        ]
-        is_for_others = worker in job.failed_on and bool(others)
+        is_for_others = worker in job.failed_on | job.unfit_on and bool(self.others(job))
         if job.batch_id in self.paused or self.is_out(worker) or is_for_others:
             return False
         return job.state is JobState.QUEUED
@@ -108,7 +111,11 @@ class Model:
             if job.failed_on == {attempt.worker} and attempt.worker in self.suspected_by:
                 self.suspected_by[attempt.worker].add(attempt.job)
         spent = job.crashes >= BUDGETS.max_crashes if is_crash else job.errors >= BUDGETS.max_errors
-        is_to_blame = kind is FailureKind.INPUT or len(job.failed_on) >= retries.MAX_MACHINES
+        is_to_blame = len(job.failed_on) >= retries.MAX_MACHINES
+        if kind is FailureKind.INPUT:
+            job.unfit_on.add(attempt.worker)
+            is_to_blame |= len(job.unfit_on) > 1 or not self.others(job)
+            spent = False
         if job.cancel_requested:
             job.state = JobState.CANCELLED
         elif spent or is_to_blame:

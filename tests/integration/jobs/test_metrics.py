@@ -169,7 +169,7 @@ def forget_all(world) -> None:
         expiry.forget(session, now + timedelta(days=1), keeps_results=True)
         ids = expiry.forgotten(session)
     for batch_id in ids:
-        while world.db.write(expiry.delete_jobs, batch_id).jobs:
+        while world.db.write(expiry.delete_jobs, batch_id):
             pass
     assert world.db.write(expiry.delete_rows, *expiry.old_firings(now - timedelta(hours=1))) == 1
     world.db.write(schedules.remove, "night")

@@ -15,12 +15,12 @@ from jobs import (
     bulk,
     cancelling,
     database,
-    dispatch,
     errors,
     lifecycle,
     order,
     orders,
     queries,
+    selection,
     states,
     submission,
 )
@@ -32,9 +32,9 @@ from tests.integration.jobs.conftest import PRESET, QUEUE, World, prompt_file
 def sent(world: World, room: int = 1, **quota: Any) -> list[Job]:
     """What a dispatcher chooses now, marked as sent."""
     with world.db.reading() as session:
-        chosen = dispatch.choose(session, queues=[QUEUE], room=room, waiting=set(), **quota)
-    taken = world.db.write(dispatch.take, chosen)
-    world.db.write(dispatch.mark_served, sorted({job.batch_id for job in taken}))
+        chosen = selection.choose(session, queues=[QUEUE], room=room, waiting=set(), **quota)
+    taken = world.db.write(selection.take, chosen)
+    world.db.write(selection.mark_served, sorted({job.batch_id for job in taken}))
     return [world.job(job.id) for job in taken]
 
 
@@ -211,7 +211,7 @@ def test_who_cancels_hears_of_all_that_stops_even_if_the_dispatcher_is_faster(
     def write_as_a_dispatcher_looks(change: Any, *given: Any) -> Any:
         found = write(change, *given)
         if change is orders.request_cancel:
-            assert write(orders.cancel_batch, batch_id) == (2, 1)
+            assert write(orders.go_on_cancelling, batch_id) == (2, 1)
         return found
 
     with monkeypatch.context() as patch:
@@ -357,7 +357,7 @@ def test_a_message_that_came_twice_takes_no_second_place_of_the_quota(world: Wor
     world.claimed(first)
     with world.db.reading() as session:
         waiting, quota = {first}, {"max_running_per_owner": 2}
-        chosen = dispatch.choose(session, queues=[QUEUE], room=9, waiting=waiting, **quota)
+        chosen = selection.choose(session, queues=[QUEUE], room=9, waiting=waiting, **quota)
     assert len(chosen) == 1
 
 

@@ -1,14 +1,26 @@
 """What people and programs are told, on both databases."""
 
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import database, errors, orders, queries, retries, states, watch, workers
+from jobs import (
+    database,
+    errors,
+    failures,
+    orders,
+    queries,
+    retries,
+    schema,
+    states,
+    watch,
+    workers,
+)
 from jobs.cli import display
-from jobs.schema import Batch, Job
+from jobs.schema import Attempt, Batch, Job
 from jobs.states import BatchState
 from tests.integration.jobs.conftest import PRESET, QUEUE, World
 
@@ -85,15 +97,15 @@ def test_batches_come_newest_first_in_pages_without_gaps(world: World) -> None:
     ids = {world.submit() for _ in range(7)}
     with world.db.transaction() as session:
         session.execute(update(Batch).values(created_at=database.now(session)))
-    seen: list[str] = []
+    seen: list[Batch] = []
     while True:
         with world.db.reading() as session:
             page = queries.batches(session, limit=3, before=seen[-1] if seen else None)
         if not page:
             break
-        seen += [batch.id for batch in page]
+        seen += page
     assert len(seen) == 7
-    assert set(seen) == ids
+    assert {batch.id for batch in seen} == ids
 
 
 def test_a_job_is_found_by_number_custom_id_or_position(world: World) -> None:
@@ -182,6 +194,133 @@ def test_first_results_of_workers_that_began_together_promise_no_more_than_these
     with world.db.reading() as session:
         rate = queries.progress(session, batch_id).rate_per_minute
     assert rate == pytest.approx(2 / RENDER_SECONDS * 60, rel=0.05)
+
+
+def _farm(
+    world: World, *, workers: int, began_over: float, into_seconds: float, failing: float = 0
+) -> str:
+    """A batch as these workers leave it in their third round, each job of a minute."""
+    batch_id = world.submit(workers * 4)
+    ids = iter(world.job_ids(batch_id))
+    with world.db.transaction() as session:
+        now = database.now(session)
+        rows = []
+        for number in range(workers):
+            ago = 120 + into_seconds - began_over * number / workers
+            while ago > 0:
+                began, ended = now - timedelta(seconds=ago), now - timedelta(seconds=ago - 60)
+                state = states.JobState.SUCCEEDED if ended <= now else states.JobState.RUNNING
+                if ended <= now and int(len(rows) * failing) != int((len(rows) + 1) * failing):
+                    state = states.JobState.FAILED
+                rows.append({"id": next(ids), "state": state, "started_at": began})
+                rows[-1]["finished_at"] = ended if ended <= now else None
+                ago -= 60
+        session.execute(update(Job), rows)
+        found = Counter(row["state"].value for row in rows)
+        counts = {**found, "queued": workers * 4 - len(rows)}
+        session.execute(update(Batch).where(Batch.id == batch_id).values(counts))
+    return batch_id
+
+
+@pytest.mark.parametrize("workers", [64, 150])
+@pytest.mark.parametrize(
+    ("began_over", "into_seconds"),
+    [(60, 30), (0.1, 1), (0.1, 55)],
+    ids=["one after the other", "in step, just begun", "in step, nearly done"],
+)
+def test_the_rate_is_that_of_all_workers_however_many(
+    world: World, workers: int, began_over: float, into_seconds: float
+) -> None:
+    batch_id = _farm(world, workers=workers, began_over=began_over, into_seconds=into_seconds)
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(workers, rel=0.1)
+
+
+def test_the_rate_is_that_of_all_workers_when_few_of_them_run_now(world: World) -> None:
+    """Between two rounds of a farm in step, and when the batch is over."""
+    batch_id = _farm(world, workers=64, began_over=1, into_seconds=0.5)
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(running=0, finished_at=database.now(session)))
+    with world.db.reading() as session:
+        rate = queries.progress(session, batch_id).rate_per_minute
+    assert rate == pytest.approx(64, rel=0.1)
+
+
+@pytest.mark.parametrize("failing", [0.2, 0.5, 0.8])
+def test_failed_jobs_are_no_pace_but_nobody_waits_for_them_either(
+    world: World, failing: float
+) -> None:
+    batch_id = _farm(world, workers=40, began_over=60, into_seconds=55, failing=failing)
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(40 * (1 - failing), rel=0.2)
+    open_jobs = progress.batch.queued + progress.batch.running
+    assert progress.seconds_left == pytest.approx(open_jobs / 40 * 60, rel=0.1)
+
+
+def test_failures_before_the_latest_results_promise_nothing(world: World) -> None:
+    batch_id = world.submit(12)
+    for job_id in world.job_ids(batch_id)[8:]:
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    with world.db.transaction() as session:
+        moment = database.now(session) - timedelta(seconds=90)
+        session.execute(
+            update(Job)
+            .where(Job.state == states.JobState.FAILED)
+            .values(started_at=moment, finished_at=moment)
+        )
+    _finish(world, batch_id, [60, 40, 20, 0])
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(80.0, rel=0.1)
+
+
+def test_an_hour_of_failures_is_no_hour_in_which_the_farm_was_stopped(world: World) -> None:
+    batch_id = world.submit(20)
+    for job_id in world.job_ids(batch_id)[14:]:
+        world.fail(world.claimed(job_id), states.FailureKind.INPUT)
+    with world.db.transaction() as session:
+        now = database.now(session)
+        failed = session.scalars(select(Job).where(Job.state == states.JobState.FAILED))
+        for number, job in enumerate(failed):
+            job.started_at = now - timedelta(seconds=3600 - number * 600)
+            job.finished_at = job.started_at + timedelta(seconds=600)
+    _finish(world, batch_id, [3620, 3600, 0])
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    assert progress.rate_per_minute == pytest.approx(2 / 3620 * 60, rel=0.05)
+    # Eleven jobs, of which eight ended within that time.
+    assert progress.seconds_left == pytest.approx(11 / 8 * 3620, rel=0.05)
+
+
+@pytest.mark.parametrize("most", [8, 20])
+def test_of_very_many_failures_and_results_the_latest_tell(
+    world: World, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(queries, "MOST_RESULTS", most)
+    batch_id = _farm(world, workers=12, began_over=60, into_seconds=55, failing=0.5)
+    with world.db.reading() as session:
+        progress = queries.progress(session, batch_id)
+    open_jobs = progress.batch.queued + progress.batch.running
+    assert progress.seconds_left == pytest.approx(open_jobs / 12 * 60, rel=0.25)
+
+
+def test_time_left_is_no_less_than_the_last_job_needs(world: World) -> None:
+    batch_id = _farm(world, workers=60, began_over=1, into_seconds=10)
+    with world.db.transaction() as session:
+        running = session.scalars(select(Job).where(Job.state == states.JobState.RUNNING)).all()
+        session.execute(
+            update(Job)
+            .where(Job.id.in_([job.id for job in running[3:]]))
+            .values(state=states.JobState.CANCELLED)
+        )
+        session.execute(update(Batch).values(running=3, queued=0))
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(50, abs=5)
+    with world.db.transaction() as session:
+        session.execute(update(Batch).values(queued=1))
+    with world.db.reading() as session:
+        assert queries.progress(session, batch_id).seconds_left == pytest.approx(60, abs=5)
 
 
 def test_a_batch_whose_jobs_take_longer_slows_down(world: World) -> None:
@@ -354,6 +493,37 @@ def test_jobs_and_attempts_are_listed_in_their_order(world: World) -> None:
     assert winner.id == last
 
 
+def test_attempts_of_a_batch_are_found_by_times_and_by_counts_of_before(world: World) -> None:
+    batch_id = world.submit(3)
+    ids = world.job_ids(batch_id)
+    released = world.claimed(ids[2])
+    world.release(released)
+    first, second = world.claimed(ids[0]), world.claimed(ids[1])
+    wrong = [states.AttemptState.FAILED]
+    world.fail(second)
+    with world.db.reading() as session:
+        batch = queries.find_batch(session, batch_id)
+
+        def told(**which: Any) -> list[int]:
+            return [attempt.id for _, attempt in queries.attempts_of_batch(session, batch, **which)]
+
+        assert told() == [released, first, second]
+        assert told(after=first) == told(that_are=wrong) == [second]
+    with world.db.transaction() as session:
+        session.execute(update(Attempt).where(Attempt.id == released).values(id=7))
+    with world.db.reading() as session:
+        assert told() == [7, first, second]
+        assert told(after=7) == [first, second]
+
+
+def test_sqlite_finds_live_attempts_by_their_index(sqlite_world: World) -> None:
+    """Else each look of a dispatcher reads all attempts that there ever were."""
+    asked = select(Attempt.id).where(schema.IS_LIVE)
+    with sqlite_world.db.reading() as session:
+        plan = session.execute(text(f"EXPLAIN QUERY PLAN {asked.compile(session.get_bind())}"))
+        assert ["ix_attempts_live" in row.detail for row in plan] == [True]
+
+
 def refuse(world: World, name: str, queue: str, reason: str = "the models folder is gone") -> float:
     kind = states.FailureKind.WEIGHTS
     return world.db.write(workers.refuse, name, queue=queue, kind=kind, reason=reason)
@@ -434,3 +604,81 @@ def test_jobs_of_several_states_come_page_by_page_in_the_order_of_the_file(world
         mixed = queries.jobs(session, batch_id, states_wanted=tuple(states.JobState))
     assert seen == [0, 1, 4, 5, 8]
     assert [job.position for job in mixed] == list(range(9))
+
+
+def bad_night(world: World) -> str:
+    """Jobs 0 to 4 fail by their device, mostly on one worker; 5 is refused, 6 kills its workers."""
+    batch_id = world.submit(9)
+    ids = world.job_ids(batch_id)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    for number in range(5):
+        worker = "gpu1@b" if number == 2 else "gpu0@a"
+        attempt_id = world.claimed(ids[number], worker=worker)
+        world.fail(attempt_id, states.FailureKind.DEVICE, budgets=once, error=f"Xid {number}")
+    world.fail(world.claimed(ids[5], worker="gpu1@b"), states.FailureKind.REFUSED, error="no")
+    world.fail(world.claimed(ids[6]), states.FailureKind.WORKER_LOST, budgets=once, error="silent")
+    world.fail(world.claimed(ids[7]), states.FailureKind.ENCODING)  # it is tried again
+    return batch_id
+
+
+def groups(world: World, batch_id: str) -> list[failures.Group]:
+    with world.db.snapshot() as session:
+        return failures.groups(session, queries.find_batch(session, batch_id))
+
+
+def test_what_failed_is_grouped_by_kind_with_the_workers_that_made_most_of_it(world: World) -> None:
+    assert groups(world, world.submit(1)) == []
+    batch_id = bad_night(world)
+    bad_night(world)  # of another batch
+    device, refused, lost = groups(world, batch_id)
+    assert (device.kind, device.quarantined, device.jobs) == ("device", False, 5)
+    assert device.mostly_on == [("gpu0@a", 4), ("gpu1@b", 1)]
+    assert (device.example.position, device.example.error) == (0, "Xid 0")
+    assert (refused.kind, refused.jobs, refused.mostly_on) == ("refused", 1, ())
+    assert (lost.kind, lost.quarantined, lost.jobs) == ("worker_lost", True, 1)
+    assert [group.may_go_well for group in (device, refused, lost)] == [True, False, False]
+
+
+def test_of_failures_all_over_the_farm_no_worker_is_named(world: World) -> None:
+    batch_id = world.submit(8)
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0.0)
+    for number, job_id in enumerate(world.job_ids(batch_id)):
+        attempt_id = world.claimed(job_id, worker=f"gpu{number}@a")
+        world.fail(attempt_id, states.FailureKind.ENCODING, budgets=once)
+    (group,) = groups(world, batch_id)
+    assert (len(group.workers), group.mostly_on) == (8, ())
+
+
+def test_jobs_are_listed_by_how_they_failed_and_with_their_workers(world: World) -> None:
+    batch_id = bad_night(world)
+    failed = [states.JobState.FAILED]
+
+    def places(**which: Any) -> list[int]:
+        with world.db.reading() as session:
+            found = queries.jobs(session, batch_id, which=failures.Which(**which))
+            among = queries.jobs(
+                session, batch_id, states_wanted=failed, which=failures.Which(**which)
+            )
+        assert {job.position for job in among} == {job.position for job in found} & set(range(7))
+        return [job.position for job in found]
+
+    kind = states.FailureKind
+    assert places() == list(range(9))
+    assert places(kinds=[kind.DEVICE, kind.REFUSED]) == [0, 1, 2, 3, 4, 5]
+    assert places(kinds=[kind.ENCODING]) == [7]
+    assert places(quarantined=True) == [6]
+    assert places(kinds=[kind.WORKER_LOST], quarantined=False) == []
+    with world.db.reading() as session:
+        every = queries.jobs(session, batch_id)
+        workers_by_job = queries.workers_of(session, every)
+    assert [workers_by_job.get(job.id) for job in every] == [
+        "gpu0@a",
+        "gpu0@a",
+        "gpu1@b",
+        "gpu0@a",
+        "gpu0@a",
+        "gpu1@b",
+        "gpu0@here",
+        None,
+        None,
+    ]

@@ -86,6 +86,11 @@ def test_each_job_is_in_one_of_two_files_in_the_order_of_the_prompts(
         "message": "no such thing",
         "quarantined": False,
     }
+    assert [entry["worker"] for entry in failed] == ["gpu0@here", None, "gpu0@here"]
+    for entry, place in zip(failed, (1, 2, 3), strict=True):
+        ended = world.jobs(batch_id)[place].finished_at
+        assert ended is not None
+        assert entry["finished_at"] == ended.isoformat()
     assert failed[1]["error"] is None
     assert failed[1]["state"] == "cancelled"
     assert failed[2]["error"]["quarantined"] is True

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import limits
 import psutil
 import psycopg
 import pytest
+import redis
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
@@ -21,7 +23,8 @@ from jobs import (
     lifecycle,
     migrate,
     patience,
-    s3_store,
+    s3_clients,
+    servers,
     settings,
     states,
     storage,
@@ -29,6 +32,7 @@ from jobs import (
     watch,
 )
 from jobs.schema import Batch
+from jobs.web import rates
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
 
@@ -275,6 +279,72 @@ def test_a_redis_that_hangs_holds_up_who_sends_for_one_wait_only(
         _in_the_end(call)
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[servers.RedisServer, servers.RedisServer]]:
+    """Two that take any password."""
+    with (
+        servers.RedisServer.start(tmp_path / "one") as one,
+        servers.RedisServer.start(tmp_path / "two") as two,
+    ):
+        for server in (one, two):
+            with redis.Redis.from_url(server.url) as client:
+                client.config_set("requirepass", "")
+        yield one, two
+
+
+@pytest.mark.parametrize("doing", ["look", "take back", "kick", "try", "steer"])
+def test_who_is_connected_to_what_became_a_replica_finds_the_new_primary(
+    network: Network, pair: tuple[servers.RedisServer, servers.RedisServer], doing: str
+) -> None:
+    """It answers whoever reads, with what it had, and takes orders that nobody hears."""
+    one, two = pair
+    proxy, bell = _bell_through(network, one.url)
+
+    def steer() -> bool:
+        with contextlib.suppress(broker.BrokerUnavailable):
+            bell.steer("sim0@here", take=["queue"])
+        return heard.get_message(ignore_subscribe_messages=True, timeout=0.2) is not None
+
+    tries: dict[str, Callable[[], bool]] = {
+        "look": lambda: _in_the_end(lambda: bell.waiting("queue")) == {2},
+        "take back": lambda: _in_the_end(lambda: bell.recall("queue")) == {2},
+        "kick": lambda: bell.kick() is None,
+        "try": lambda: bell.refusal() is None,
+        "steer": steer,
+    }
+    with (
+        redis.Redis.from_url(one.url) as old,
+        redis.Redis.from_url(two.url) as new,
+        new.pubsub() as heard,
+    ):
+        heard.psubscribe("/0.rushes.pidbox")
+        broker.Broker(settings.load(broker_url=one.url)).send_renders("queue", [1])
+        broker.Broker(settings.load(broker_url=two.url)).send_renders("queue", [2])
+        assert not tries[doing]() or doing in ("kick", "try")
+        old.replicaof("127.0.0.1", 1)  # where it will find no primary to learn from
+        proxy.lead_to(two.port)
+        assert any(tries[doing]() for _ in range(3))
+
+
+def test_requests_are_counted_on_the_new_primary(
+    network: Network,
+    pair: tuple[servers.RedisServer, servers.RedisServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rates, "AWAY_SECONDS", 0.0)
+    one, two = pair
+    proxy, bell = _bell_through(network, one.url)
+    limiter = rates.Limiter(limits.parse("9/minute"), redis_url=bell.url)
+    limiter.seconds_to_wait("ada")
+    with redis.Redis.from_url(one.url) as old, redis.Redis.from_url(two.url) as new:
+        assert old.dbsize() == 1
+        old.replicaof("127.0.0.1", 1)
+        proxy.lead_to(two.port)
+        for _ in range(2):
+            limiter.seconds_to_wait("ada")
+        assert new.dbsize() == 1
+
+
 def _bell_through(network: Network, url: str) -> tuple[Proxy, broker.Broker]:
     address, _, port = url.rpartition("/")[0].rpartition(":")
     proxy = Proxy(network, int(port))
@@ -293,7 +363,7 @@ def test_a_store_that_takes_everything_and_says_nothing_is_unavailable(
     s3: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_store, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(s3_clients, "READ_SECONDS", 0.3)
     proxy = HttpProxy(network, int(s3["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
     for name, value in (s3 | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{proxy.port}"}).items():
         monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from jobs import broker, dispatch, lifecycle, orders, settings, states
+from jobs import broker, lifecycle, orders, retries, settings, states
 from jobs.schema import Attempt
 from worker import finished, scratch, tasks
 
@@ -23,7 +23,7 @@ def look(host):
 
 def lose_all(host):
     host.db.write(
-        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
     )
 
 
@@ -72,6 +72,14 @@ def test_its_lease_is_renewed_when_half_of_it_is_over(host, look):
     assert host.attempt(folder).lease_until > first
 
 
+def test_one_that_waits_says_so_from_the_first_look_on(host, look):
+    """Also while the lease that its worker left it with is still long."""
+    folder = host.finished()
+    finished.renew(host.db, host.config, folder, note=None)
+    look()
+    assert host.attempt(folder).note == "waits for its upload"
+
+
 def test_a_cancel_of_one_that_waits_is_heard_at_the_next_look(host, look):
     folder = host.finished()
     look()
@@ -98,7 +106,7 @@ def test_one_that_nobody_waits_for_is_removed(host, look):
         lost.attempt_id,
         kind=states.FailureKind.WORKER_LOST,
         error="silent",
-        budgets=dispatch.budgets(host.config),
+        budgets=retries.budgets(host.config),
     )
     assert look() == []
     assert not lost.path.exists()

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy
 
-from jobs import database, dispatch, lifecycle, migrate, orders
+from jobs import database, lifecycle, migrate, orders, retries
 from jobs.schema import Attempt
 from tests.waiting import until
 from worker import errors, heartbeat
@@ -70,7 +70,7 @@ def test_an_attempt_that_lost_its_job_stops(host, heart):
     with heart() as beating:
         beating.reached("denoise", 0, 4)
         host.db.write(
-            lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+            lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
         )
         with pytest.raises(errors.AttemptSuperseded):
             keeps_reporting(beating)
@@ -96,7 +96,7 @@ def test_an_interval_longer_than_the_lease_cannot_lose_it(host, heart, attempt):
         first = attempt().heartbeat_at
 
         def outlived_its_first_lease():
-            budgets = dispatch.budgets(host.config)
+            budgets = retries.budgets(host.config)
             assert host.db.write(lifecycle.end_lost_attempts, budgets=budgets) == []
             return attempt().heartbeat_at > first + timedelta(seconds=2.0)
 
@@ -195,7 +195,7 @@ def test_a_process_that_has_nothing_to_render_does_not_end(host, claim):
 
 def test_nobody_renews_the_lease_of_another(host, claim, heart):
     host.db.write(
-        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
     )
     holder = host.claim(host.job(claim.job_id))
     (_, before) = host.attempts(claim.job_id)

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from jobs import (
-    dispatch,
     lifecycle,
     orders,
     results,
+    retries,
     servers,
     settings,
     states,
@@ -57,9 +57,11 @@ class Store:
 
     def __init__(self, real, before):
         self.real, self.before = real, before
+        self.types = {}
 
     def put_file(self, path, key, *, content_type):
         self.before(path)
+        self.types[path.name] = content_type
         return self.real.put_file(path, key, content_type=content_type)
 
 
@@ -175,7 +177,7 @@ def test_the_video_of_an_attempt_that_lost_its_job_is_dropped(host, keys):
     folder = host.finished()
     job = host.job_of(folder)
     host.db.write(
-        lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+        lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
     )
     host.claim(host.job(job.id))
     host.publisher().publish(folder.attempt_id)
@@ -221,6 +223,26 @@ def test_a_crash_after_the_upload_leaves_one_object_when_it_is_done_again(host, 
     assert host.attempt(folder).state is states.AttemptState.SUCCEEDED
 
 
+def test_a_database_that_goes_amid_the_upload_costs_no_render(host):
+    """What has been uploaded stays on the disk until the database knows of it."""
+    folder = host.finished()
+    before = {"video.mp4": lambda: None, "sidecar.json": host.break_database}
+    store = Store(stores.open_store(host.config), lambda path: before[path.name]())
+    assert host.publisher(store)._try(folder, 0) is not None
+    host.mend_database()
+    host.publisher().publish(folder.attempt_id)
+    assert host.attempt(folder).state is states.AttemptState.SUCCEEDED
+    assert len(host.attempts(host.job_of(folder).id)) == 1
+
+
+def test_the_store_is_told_what_the_files_are(host):
+    """A browser plays and shows them by that."""
+    folder = host.finished()
+    store = Store(stores.open_store(host.config), lambda _path: None)
+    host.publisher(store).publish(folder.attempt_id)
+    assert store.types == {"video.mp4": "video/mp4", "sidecar.json": "application/json"}
+
+
 def test_a_folder_of_another_farm_is_left_alone(host, keys):
     """The same number of an attempt, but of another database on this disk."""
     folder = host.finished()
@@ -234,8 +256,10 @@ def test_a_folder_of_another_farm_is_left_alone(host, keys):
     assert all(host.job_of(folder).batch_id in key for key in keys())
 
 
-def test_publishing_wakes_the_dispatcher(host):
+@pytest.mark.parametrize("content", [b"video" * 1_000, b"other"], ids=["whole", "damaged"])
+def test_publishing_wakes_the_dispatcher(host, content):
     folder = host.finished()
+    folder.video.write_bytes(content)
     host.publisher().publish(folder.attempt_id)
     assert host.bell.wait_for_kick(0.1)
 

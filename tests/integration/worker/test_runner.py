@@ -18,10 +18,10 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from jobs import (
     broker,
     database,
-    dispatch,
     lifecycle,
     orders,
     presets,
+    retries,
     settings,
     states,
     stores,
@@ -126,6 +126,7 @@ def test_the_sidecar_tells_everything_that_made_the_video(host):
     look = presets.load(str(host.preset)).look
     assert told["weights_sha256"] == host.warm.weight_hashes(host.warm.model_for(look).hashes)
     assert len(told["latents_sha256"]) == 64
+    assert (told["encoder"], told["loras_sha256"]) == ("libx264", {})
     assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
     spans = [datetime.fromisoformat(told[f"device_{end}_at"]) for end in ("began", "ended")]
     on_device = sum(told["seconds"][stage] for stage in ("text", "denoise", "decode"))
@@ -134,6 +135,37 @@ def test_the_sidecar_tells_everything_that_made_the_video(host):
     ours = {"batch_id", "job_id", "attempt_id", "attempt", "custom_id", "metadata"}
     machine = {"rushes", "torch", "device", "dtype", "worker", "peak_memory_bytes"}
     assert look | ours | machine | {"denoising_step_list", "negative_prompt"} <= set(told)
+
+
+def test_the_sidecar_names_loras_by_their_content(host):
+    path = "tiny/loras/distill_lora.safetensors"
+    base = "tiny/diffusion_pytorch_model.safetensors"
+    job = host.submit(dit_original_ckpt=base, lora_configs=[{"path": path}])[0]
+    host.runner().run_attempt(job.id)
+    (folder,) = leftovers(host)
+    told = json.loads(folder.sidecar.read_text())
+    assert told["loras_sha256"] == {path: scratch.sha256(host.config.models_dir / path)}
+
+
+def test_each_video_has_a_peak_of_its_own(host, monkeypatch):
+    """Memory of the job before it is not charged to it."""
+    taken = []
+    monkeypatch.setattr(device.Device, "reset_peak_memory", lambda _self: taken.clear())
+    monkeypatch.setattr(device.Device, "synchronize", lambda _self: taken.append(1))
+    monkeypatch.setattr(device.Device, "peak_memory_bytes", lambda _self: len(taken))
+    for job in host.submit(2):
+        host.runner().run_attempt(job.id)
+    first, second = (folder.facts().peak_memory_bytes for folder in leftovers(host))
+    assert first == second > 0
+
+
+def test_a_video_with_a_frame_too_few_is_not_handed_over(host, failure_of, monkeypatch):
+    write = video.Mp4Writer.write
+    monkeypatch.setattr(video.Mp4Writer, "write", lambda self, frames: write(self, frames[:3]))
+    _, attempt = failure_of()
+    assert attempt.failure_kind is states.FailureKind.ENCODING
+    assert "num_frames=9" in attempt.error
+    assert "num_frames=7" in attempt.error
 
 
 def test_a_doubled_message_renders_nothing(host):
@@ -590,7 +622,7 @@ def test_an_attempt_that_lost_its_job_says_nothing_more(host, first_doing):
 
     def lose():
         host.db.write(
-            lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker="cpu0@here"
+            lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker="cpu0@here"
         )
 
     host.runner(first_doing(lose)).run_attempt(job.id)

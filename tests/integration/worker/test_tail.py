@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import pytest
 import sqlalchemy.exc
 
-from jobs import dispatch, lifecycle, orders, safety, states, workers
+from jobs import lifecycle, orders, retries, safety, states, workers
 from tests.waiting import until
 from worker import checks, errors, heartbeat, rendering, runner, scratch, video
 
@@ -74,6 +74,7 @@ def test_weights_that_are_being_hashed_hold_up_no_device(host, slow_hashes, ende
     made.tail.wait()
     assert {host.attempts(job.id)[0].state for job in jobs} == {states.AttemptState.RENDERED}
     assert made.tally.held == set()
+    assert made.renderer.num_waiting() == 0
 
 
 def test_a_process_that_ends_waits_for_no_hash(host, slow_hashes):
@@ -190,7 +191,7 @@ def test_a_lost_device_charges_no_unfinished_tail(host, lose_device):
     """Nor does the process that comes after it."""
     first = lose_device()
     name = host.worker_settings.worker_name
-    host.db.write(lifecycle.end_lost_attempts, budgets=dispatch.budgets(host.config), worker=name)
+    host.db.write(lifecycle.end_lost_attempts, budgets=retries.budgets(host.config), worker=name)
     assert host.attempts(first.id)[0].state is states.AttemptState.RELEASED
     assert host.job(first.id).crash_count == 0
 

@@ -26,13 +26,13 @@ from jobs import (
     beat,
     cli,
     database,
+    dispatch,
     errors,
     health,
     lifecycle,
     migrate,
     queries,
     reports,
-    result_writer,
     retries,
     settings,
     states,
@@ -40,7 +40,7 @@ from jobs import (
     watch,
     workers,
 )
-from jobs.cli import demo, display, exits, processes, root, worker_commands
+from jobs.cli import demo, display, exits, output, root, worker_commands
 from jobs.schema import Batch, Worker
 from tests.registrations import registration
 from tests.waiting import until
@@ -89,9 +89,13 @@ class Farm:
         video = lifecycle.StoredVideo(key="batches/x/video.mp4", size_bytes=5, sha256="0" * 64)
         self.db.write(lifecycle.succeed, self.claim(position), video=video)
 
-    def fail(self, position: int, error: str = "the prompt is unusable") -> None:
-        budgets = retries.Budgets(max_errors=3, max_crashes=2, retry_seconds=0)
-        kind = states.FailureKind.INPUT
+    def fail(
+        self,
+        position: int,
+        error: str = "the prompt is unusable",
+        kind: states.FailureKind = states.FailureKind.INPUT,
+    ) -> None:
+        budgets = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0)
         self.db.write(
             lifecycle.fail,
             self.claim(position),
@@ -583,6 +587,42 @@ def test_show_tells_a_batch_and_what_failed(farm: Farm, rushes: Rushes) -> None:
     assert told["counts"]["failed"] == 1
     assert told["running"][0]["custom_id"] == "cat"
     assert told["failed"][0]["error"]["kind"] == "input"
+    assert told["failed"][0]["worker"] == "gpu0@host"
+    assert told["failed"][0]["finished_at"]
+
+
+def test_show_tells_what_failures_have_in_common_and_which_a_retry_may_help(
+    farm: Farm, rushes: Rushes
+) -> None:
+    farm.fail(0)
+    farm.fail(1, "Xid 79", states.FailureKind.DEVICE)
+    result = rushes("show", "latest", "--limit", "0")
+    table = result.stdout.partition("why jobs failed:\n")[2].splitlines()
+    assert [line.split() for line in table[1:3]] == [
+        ["1", "device", "may", "help", "1", "on", "gpu0@host", "Xid", "79"],
+        ["1", "input", "no", "use", "on", "1", "worker", "the", "prompt", "is", "unusable"],
+    ]
+    assert "and 2 more failed: --limit 2" in result.stdout
+    command = f"rushes retry {farm.batch_id} --kind device"
+    assert f"a retry may help 1 failed job: {command}\n" in result.stderr
+    told = parsed(rushes("show", "latest", "-o", "json"))["failures"]
+    assert [(group["kind"], group["may_go_well"]) for group in told] == [
+        ("device", True),
+        ("input", False),
+    ]
+    assert parsed(rushes(*command.split()[1:], "-o", "json"))["retried"] == 1
+    assert "a retry may help" not in rushes("show", "latest").stderr
+
+
+def test_show_names_as_many_running_jobs_as_failed_ones(farm: Farm, rushes: Rushes) -> None:
+    farm.claim(0)
+    farm.claim(1)
+    told = rushes("show", "latest", "--limit", "1").stdout
+    assert told.count("gpu0@host") == 1
+    assert "and 1 more running: --limit 2" in told
+    assert "running:\n" not in rushes("show", "latest", "--limit", "0").stdout
+    assert len(parsed(rushes("show", "latest", "--limit", "1", "-o", "json"))["running"]) == 2
+    assert rushes("show", "latest", "--limit", "20000").exit_code == 0
 
 
 def test_show_hints_at_a_queue_without_worker(farm: Farm, rushes: Rushes) -> None:
@@ -636,6 +676,15 @@ def test_logs_tell_the_story_of_a_job(farm: Farm, rushes: Rushes) -> None:
     assert "attempt 1 on gpu0@host: failed" in told
     assert "input: the prompt is unusable" in told
     assert "| line one of it" in told
+
+
+def test_a_list_is_printed_as_a_whole_document(capsys: pytest.CaptureFixture[str]) -> None:
+    head: dict[str, object] = {"batch_id": "b", "null": None}
+    for values in ([], [1], [{"a": [], "b": "x\n"}, None, [2]]):
+        output.emit_list(head, "attempts", iter(values))
+        found = capsys.readouterr().out
+        output.emit(head | {"attempts": values})
+        assert found == capsys.readouterr().out
 
 
 def test_logs_of_a_batch_are_in_order_and_can_be_filtered(farm: Farm, rushes: Rushes) -> None:
@@ -848,6 +897,53 @@ def test_retry_of_a_job_that_is_not_as_asked_for_does_nothing(farm: Farm, rushes
     assert "queued again" in rushes("retry", "latest/cat", "--failed-only").stdout
     both = ("--failed-only", "--cancelled")
     assert "queued again" in rushes("retry", "latest/dog", *both).stdout
+
+
+def test_retry_takes_several_names_and_none_of_them_when_one_is_wrong(
+    farm: Farm, rushes: Rushes
+) -> None:
+    farm.fail(0)
+    farm.fail(1)
+    assert rushes("retry", "latest/cat", "latest/bird").exit_code == exits.USAGE
+    told = parsed(rushes("retry", "latest/cat", "latest/dog", "latest/cat", "-o", "json"))
+    assert (told["batch_id"], told["retried"]) == (farm.batch_id, 2)
+    assert [outcome["retried"] for outcome in told["outcomes"]] == [1, 1, 0]
+    assert all(outcome["job_id"] for outcome in told["outcomes"])
+
+
+def test_retry_of_batches_tells_each(farm: Farm, rushes: Rushes, prompts: str) -> None:
+    other = rushes("submit", prompts, "--preset", "tiny", "-q", "--repeat", "2").stdout.strip()
+    farm.fail(0)
+    assert rushes("retry", farm.batch_id, other).stdout.splitlines() == [
+        f"batch {farm.batch_id}: 1 job queued again; will probably fail as before: 1 input",
+        f"batch {other}: no failed jobs",
+    ]
+    told = parsed(rushes("retry", farm.batch_id, other, "-o", "json"))
+    assert (told["batch_id"], told["retried"]) == (None, 0)
+
+
+def test_retry_takes_the_kinds_that_are_worth_it(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    farm.fail(1, "it fell silent", states.FailureKind.WORKER_LOST)
+    wrong = rushes("retry", "latest", "--kind", "devise")
+    assert wrong.exit_code == exits.USAGE
+    assert "'out_of_memory'" in wrong.stderr
+    some = ("--kind", "worker_lost", "--kind", "device", "--no-quarantined")
+    assert "no such failed jobs" in rushes("retry", "latest", *some).stdout
+    assert "is failed, worker_lost (quarantined): nothing to retry" in (
+        rushes("retry", "latest/dog", "--no-quarantined").stdout
+    )
+    told = parsed(rushes("retry", "latest", *some[:4], "-o", "json"))["outcomes"][0]
+    assert (told["retried"], told["doubtful"]) == (1, {"quarantined": 1})
+    assert rushes("retry", "latest", "--quarantined").stdout.endswith("no such failed jobs\n")
+
+
+def test_retry_of_what_is_paused_says_how_it_goes_on(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    rushes("pause", "latest")
+    told = rushes("retry", "latest/cat").stdout
+    assert f"the batch is paused, `rushes resume {farm.batch_id}` lets it go on" in told
+    assert "paused" not in rushes("retry", "latest").stdout
 
 
 def test_retry_of_a_batch_whose_results_are_gone_advises_nothing(
@@ -1149,11 +1245,10 @@ def test_a_dispatcher_stops_on_sigterm_and_leaves_a_sign_of_life(
 def test_a_dispatcher_gives_a_sign_of_life_also_while_the_database_is_away() -> None:
     config = settings.load(database_url="postgresql://x@127.0.0.1:1/y")
     away = database.connect(config)
-    writer = result_writer.ResultWriter(config, db=away)
-    made = processes._Beating(config, db=away, writer=writer)
-    made._pardon()
-    with pytest.raises(OperationalError):
-        made.tick()
+    stop = threading.Event()
+    stop.wait = lambda _seconds: stop.set()  # once its first look has failed
+    dispatch.Dispatcher(config, db=away, after_look=pytest.fail).run(stop)
+    assert stop.is_set()
     assert beat.of_dispatcher(config).is_alive()
 
 
@@ -1425,13 +1520,14 @@ def test_the_documentation_names_every_command_and_option() -> None:
         for parameter in command.params:
             if not isinstance(parameter, click.Option) or parameter.name == "help":
                 continue
-            for option in parameter.opts:
+            for option in (*parameter.opts, *parameter.secondary_opts):
                 shared = option in ("-o", "--output", "--no-color")
                 assert f"`{option}" in (text if shared else section), f"{name} {option}"
 
 
 def test_the_documentation_names_no_option_that_is_gone() -> None:
-    there = {option for _, command in _commands() for p in command.params for option in p.opts}
+    parameters = [parameter for _, command in _commands() for parameter in command.params]
+    there = {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
     there |= {"--version", "--help", "-h"}
     named = set(re.findall(r"`(--?[a-z][a-z-]*)", DOCS.read_text()))
     assert named <= there

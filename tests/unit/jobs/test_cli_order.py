@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import insert, select
 
-from jobs import cli, database, lifecycle, queries, workers
+from jobs import cli, database, lifecycle, queries, states, workers
 from jobs.cli import exits
+from jobs.schema import Attempt
 from tests.registrations import registration
 
 pytestmark = pytest.mark.usefixtures("no_broker", "db")
@@ -175,12 +177,36 @@ def test_an_estimate_comes_from_what_the_same_look_took(db: database.Database) -
     assert len(told("list")["batches"]) == 2  # nothing was stored by asking
 
 
+def test_an_estimate_is_no_shorter_than_one_job(db: database.Database) -> None:
+    register(db, "gpu0@h", "gpu1@h", "gpu2@h", "gpu3@h")
+    render(db, f"{submit()}/0", seconds=20)
+    assert told("estimate", submit())["seconds_left"] == 20.0
+
+
+def test_an_estimate_finds_a_look_of_which_nothing_was_rendered_for_long(
+    db: database.Database,
+) -> None:
+    render(db, f"{submit()}/0", seconds=20)
+    with db.transaction() as session:
+        one = session.scalars(select(Attempt)).one()
+        attempt = {
+            "job_id": one.job_id,
+            "number": 2,
+            "state": states.AttemptState.FAILED,
+            "worker": "w",
+            **dict.fromkeys(("started_at", "lease_until", "heartbeat_at"), one.started_at),
+        }
+        later = [{"id": one.id + number, **attempt} for number in range(1, 20_002)]
+        session.execute(insert(Attempt), later)
+    assert told("estimate", submit())["looks"][0]["mean_seconds"] == 20.0
+
+
 def test_an_estimate_without_a_measurement_says_so(db: database.Database) -> None:
     submit()
     register(db, "gpu0@h")
     result = rushes("estimate", "latest")
     assert result.exit_code == 0
-    assert "2 jobs of looks that were never rendered here" in result.stderr
+    assert "2 jobs of looks without a measured job here" in result.stderr
     assert "GPU hours" not in result.stdout
     found = told("estimate", "latest")
     assert (found["unmeasured_jobs"], found["seconds_left"], found["gpu_hours"]) == (2, None, 0)

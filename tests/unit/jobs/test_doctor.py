@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -147,6 +148,26 @@ def test_a_redis_that_answers_and_takes_nothing_fails_in_its_own_words(
         client.execute_command(*change.split())
         found = checks()["redis"]
     assert (found.status, seen.lower() in found.seen.lower()) == ("fail", True), found
+
+
+def test_a_redis_that_cannot_write_to_its_disk_fails_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses even a ping."""
+    with (
+        servers.RedisServer.start(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        (server.folder / "dump.rdb").mkdir()  # it cannot replace a folder by a snapshot
+        client.config_set("save", "3600 1")
+        client.bgsave()
+        while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            time.sleep(0.02)
+        monkeypatch.setenv("CELERY_BROKER_URL", server.url)
+        found = checks()["redis"]
+    assert found.seen.startswith("it answers, but takes no writes: "), found
+    assert "MISCONF" in found.seen
+    assert "Redis takes nothing" in found.advice
 
 
 @pytest.mark.parametrize(

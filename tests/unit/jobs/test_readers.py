@@ -666,7 +666,7 @@ def test_the_documentation_names_every_key_and_limit():
         prompt_row.MAX_METADATA_PAIRS,
         prompt_row.MAX_METADATA_KEY_CHARS,
         prompt_row.MAX_METADATA_VALUE_CHARS,
-        prompt_row.MAX_LORAS,
+        looks.MAX_LORAS,
         prompt_row.MAX_IMAGE_CHARS,
         prompt_row.MAX_SECONDS,
         looks.MAX_SIDE,

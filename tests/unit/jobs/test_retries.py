@@ -31,6 +31,30 @@ def test_what_cannot_heal_is_never_retried(kind: FailureKind) -> None:
     assert decide(kind, errors=1) is None
 
 
+@pytest.mark.parametrize("kind", FailureKind)
+def test_a_retry_by_hand_may_help_what_was_not_the_job_itself(kind: FailureKind) -> None:
+    assert retries.may_go_well(kind, quarantined=False) is (kind not in FINAL)
+    assert not retries.may_go_well(kind, quarantined=True)
+
+
+def test_what_should_be_the_same_everywhere_is_final_once_a_second_host_says_so() -> None:
+    told = {"errors": 1, "crashes": 0, "budgets": BUDGETS}
+    ends = [retries.decide(FailureKind.INPUT, **told, hosts=hosts) for hosts in (None, 1, 2, 3)]
+    assert [end is None for end in ends] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_HOST))
+def test_a_host_that_fails_a_job_again_costs_it_nothing_while_there_is_another(
+    kind: FailureKind,
+) -> None:
+    told = {"errors": 99, "crashes": 0, "budgets": BUDGETS}
+    assert retries.decide(kind, **told, hosts=1) is not None
+    assert retries.decide(kind, **told, hosts=BUDGETS.max_errors) is None
+    assert retries.decide(kind, **told, hosts=None) is None
+    once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0)
+    assert retries.decide(kind, **told | {"budgets": once}, hosts=1) is None
+
+
 def test_a_crash_is_retried_at_once_but_once() -> None:
     assert decide(FailureKind.WORKER_LOST, crashes=1) == retries.RetryDecision(wait_seconds=0.0)
     assert decide(FailureKind.WORKER_LOST, crashes=2) is None

@@ -96,3 +96,16 @@ def test_an_installed_package_can_take_its_place(name, module, function, answer,
 def test_a_package_that_is_missing_is_an_import_error():
     with pytest.raises(ImportError):
         attention.OtherKernel("sage")
+
+
+def test_kernels_are_tried_in_the_order_that_was_chosen(monkeypatch):
+    asked, real = [], attention.sdpa_kernel
+
+    def note(backends, **options):
+        asked.append((backends, options))
+        return real(backends, **options)
+
+    monkeypatch.setattr(attention, "sdpa_kernel", note)
+    order = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    attention.TorchKernels(order)(*torch.zeros(3, 1, 2, 1, 8))
+    assert asked == [(order, {"set_priority": True})]

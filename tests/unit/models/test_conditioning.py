@@ -135,6 +135,7 @@ def test_an_image_is_stretched_unless_it_is_to_be_cropped():
         ((1900, 1096), (832, 480), (0, 0, 1900, 1096)),  # 0.5768 against 0.5769: stretched
         ((1080, 1920), (480, 832), (0, 24, 1080, 1896)),
         ((601, 1001), (480, 480), (0, 200, 601, 801)),
+        ((1003, 1000), (832, 480), (0, 211, 1003, 789)),  # of 578.65 rows, as LightX2V has them
         ((1, 100), (832, 480), (0, 49, 1, 50)),
     ],
 )
@@ -142,6 +143,17 @@ def test_the_middle_is_kept(image, video, box):
     """Sizes are width and height, the box left, top, right and bottom."""
     rows, columns = conditioning.middle(image[1], image[0], aspect=video[1] / video[0])
     assert (columns.start, rows.start, columns.stop, rows.stop) == box
+
+
+def test_what_is_too_fine_for_a_cropped_frame_becomes_grey():
+    """It is antialiased: else stripes would appear that the image does not have."""
+    image = torch.zeros(96, 160, 3, dtype=torch.uint8)
+    image[:, ::2] = 255
+    signed = conditioning.to_signed(image)
+    target = Target(width=32, height=32, num_frames=1, crops=True)
+    inside = (..., slice(4, -4), slice(4, -4))
+    assert conditioning.crop_to_fill(signed, target)[inside].abs().max() < 0.05
+    assert conditioning.first_frame(signed, target)[inside].abs().max() > 0.9
 
 
 def test_a_frame_of_the_videos_size_is_not_resampled():

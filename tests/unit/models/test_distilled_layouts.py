@@ -267,6 +267,13 @@ def test_two_files_beside_a_root_with_one_config(experts_root, tmp_path):
     )
 
 
+def test_a_config_beside_an_expert_comes_before_that_of_the_root(experts_root):
+    high, low = (experts_root / name / "config.json" for name in transformer_files.EXPERTS)
+    shutil.copy(high, experts_root / "config.json")
+    found = layout.find(experts_root)
+    assert (found.transformer_config, found.low_noise_config) == (high, low)
+
+
 def test_distilled_experts_come_before_plain_ones_unless_base(experts_root):
     for copy in ("distill_fp8", "distill_int8"):
         for name in ("high_noise_model", "low_noise_model"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import config, errors, lora, lora_keys, lora_switcher, transformer, weight_names
+from models.lora_keys import Role
 from models.lora_switcher import Choice
 
 SIZES = config.TransformerConfig(
@@ -151,6 +152,37 @@ def test_every_spelling_of_a_lora_gives_the_same_weights_and_leaves_no_trace(
     assert equal(weights(network), expected)
     switcher.apply([])
     assert equal(weights(network), before)
+
+
+# As trainers write them, letter by letter.
+KEYS_OF_OTHERS = {
+    "diffusion_model.blocks.0.ffn.0.lora_down.weight": Role.DOWN,
+    "diffusion_model.blocks.0.ffn.0.lora_A": Role.DOWN,
+    "model.diffusion_model.blocks.0.ffn.0.lora_B.weight": Role.UP,
+    "pipe.dit.blocks.0.ffn.0.lora_A.default.weight": Role.DOWN,
+    "base_model.model.blocks.0.ffn.0.lora_B.default.weight": Role.UP,
+    "model.blocks.0.ffn.0.lora_B": Role.UP,
+    "unet.blocks.0.ffn.0.lora_A.weight": Role.DOWN,
+    "transformer_2.blocks.0.ffn.net.0.proj.lora_A.weight": Role.DOWN,
+    "transformer.blocks.0.ffn.net.0.proj.lora.down.weight": Role.DOWN,
+    "transformer.blocks.0.ffn.net.0.proj_lora.up.weight": Role.UP,
+    "transformer.blocks.0.ffn.net.0.proj.lora_linear_layer.down.weight": Role.DOWN,
+    "lora_unet_blocks_0_ffn_0.alpha": Role.ALPHA,
+    "lora_unet__blocks_0_ffn_0.lora_up.weight": Role.UP,
+    "lycoris_blocks_0_ffn_0.lora_down.weight": Role.DOWN,
+    "diffusion_model.blocks.0.ffn.0.diff": Role.DELTA,
+    "diffusion_model.blocks.0.ffn.0.diff_b": Role.DELTA,
+    "diffusion_model.blocks.0.ffn.0.lora_up.bias": Role.UP_BIAS,
+    "diffusion_model.blocks.0.ffn.0.lora_B.bias": Role.UP_BIAS,
+    "base_model.model.blocks.0.ffn.0.lora_B.default.bias": Role.UP_BIAS,
+}
+
+
+@pytest.mark.parametrize(("key", "role"), KEYS_OF_OTHERS.items())
+def test_keys_of_other_trainers_are_understood(network, key, role):
+    leaf = "bias" if key.endswith(("bias", "diff_b")) else "weight"
+    names = lora_keys.Names(name for name, _ in network.named_parameters())
+    assert names.find(key) == (f"blocks.0.ffn.0.{leaf}", role)
 
 
 def distillation_tensors(network, seed=2):

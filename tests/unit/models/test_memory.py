@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -242,6 +243,19 @@ def test_each_mode_needs_less_of_the_device_than_the_one_before(files):
     assert needs[0].host_bytes == 0 < needs[1].host_bytes
 
 
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    [
+        (Mode(), set()),
+        (Mode(park_encoders=True), {"text encoder", "autoencoder"}),
+        (Mode(offload=Offload.MODEL), {"text encoder", "autoencoder", "transformer"}),
+        (Mode(offload=Offload.BLOCK), {"text encoder", "autoencoder", "transformer blocks"}),
+    ],
+)
+def test_what_waits_on_the_host_waits_there_once(files, mode, parts):
+    assert memory.needed(files, **VIDEO, mode=mode).host.keys() == parts
+
+
 def test_options_take_from_the_device_what_they_say(files):
     plain = memory.needed(files, **VIDEO)
     on_cpu = memory.needed(files, **VIDEO, mode=Mode(text_encoder_on_cpu=True))
@@ -264,6 +278,12 @@ def test_a_first_frame_is_encoded_also_where_there_is_no_image_encoder(files):
         )
         assert of_image.keys() - of_text.keys() == {"image"}
         assert of_image["image"]["activations"] > of_image["decode"]["activations"]
+    big = {**VIDEO, "height": 480, "width": 832}
+    i2v = dataclasses.replace(files, task=layout.Task.IMAGE_TO_VIDEO)
+    whole, tiled = (
+        memory.needed(i2v, **big, mode=Mode(vae_tiles=tiles)).stages for tiles in (False, True)
+    )
+    assert tiled["image"] == whole["image"]  # it is not encoded in tiles
 
 
 def test_two_transformers_wait_together_and_come_one_at_a_time(files):
@@ -275,6 +295,32 @@ def test_two_transformers_wait_together_and_come_one_at_a_time(files):
         assert need.stages["denoise"]["transformer"] == on_device * one
         waits = need.host.get("transformer", 0)
         assert on_host * one <= waits <= 2 * on_host * one  # rounded up by torch
+
+
+def test_of_two_transformers_the_larger_one_decides_and_both_wait(files, native_root, tmp_path):
+    target = tmp_path / "small.safetensors"
+    quantized_files.write(files, target, Scheme.FP8)
+    large, small = files.transformer, layout.find(native_root, transformer_file=target).transformer
+    blocks = {
+        paths: memory.needed(
+            dataclasses.replace(files, transformer=paths), **VIDEO, mode=Mode(offload=Offload.BLOCK)
+        ).host["transformer blocks"]
+        for paths in (large, small)
+    }
+    for high, low in ((large, small), (small, large)):
+        pair = dataclasses.replace(files, transformer=high, low_noise_transformer=low)
+        need = memory.needed(pair, **VIDEO, mode=Mode(offload=Offload.MODEL))
+        assert need.stages["denoise"]["transformer"] == resident(files)["transformer"]
+        need = memory.needed(pair, **VIDEO, mode=Mode(offload=Offload.BLOCK))
+        assert need.host["transformer blocks"] == sum(blocks.values())
+
+
+def test_a_pair_is_read_again_where_both_can_be(files):
+    for high, low in (("a.pt", "b.safetensors"), ("a.safetensors", "b.pt")):
+        pair = {"transformer": (Path(high),), "low_noise_transformer": (Path(low),)}
+        assert not dataclasses.replace(files, **pair).transformers_can_be_read_again
+    pair["low_noise_transformer"] = pair["transformer"]
+    assert dataclasses.replace(files, **pair).transformers_can_be_read_again
 
 
 def test_loras_stay_beside_8_bit_weights_alone(files, tmp_path):

@@ -40,6 +40,22 @@ def test_a_fractional_timestep_is_not_its_integer(network):
     assert not torch.allclose(half, whole, atol=1e-6)
 
 
+def test_bf16_networks_know_the_time_as_exactly_as_fp32_ones():
+    wide = transformer.WanTransformer(config.TINY)
+    narrow = transformer.WanTransformer(config.TINY)
+    narrow.load_state_dict(
+        {
+            name: tensor.to(transformer.parameter_dtype(name, torch.bfloat16))
+            for name, tensor in wide.state_dict().items()
+        },
+        assign=True,
+    )
+    assert narrow.dtype == torch.bfloat16
+    timestep = torch.tensor([937.5])
+    for ours, exact in zip(narrow._embed_time(timestep), wide._embed_time(timestep), strict=True):
+        assert torch.equal(ours, exact)
+
+
 def test_padding_rows_are_attended_to(network):
     """No mask in cross-attention: a zero row is a key like any other."""
     latents, time, context = (

@@ -206,3 +206,11 @@ def test_latents_are_brought_to_their_scale_before_they_are_rounded():
     )
     assert torch.equal(seen[0], (latents * std + mean).bfloat16())
     assert not torch.equal(seen[0], (latents.bfloat16() * std + mean).bfloat16())
+
+
+def test_what_is_remembered_of_a_chunk_is_all_that_is_kept_of_it():
+    cache, layer = causal_conv.FrameCache(), nn.Identity()
+    chunk = torch.zeros(1, 2, 4, 3, 3)
+    cache.remember(layer, chunk, 1)
+    kept = cache._frames[layer]
+    assert kept.untyped_storage().nbytes() == kept.nbytes == chunk.nbytes // 4

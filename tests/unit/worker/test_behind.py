@@ -1,10 +1,12 @@
 """Work in order in a thread, and what it raises."""
 
 import threading
+from concurrent import futures
 
 import pytest
+import torch
 
-from worker import behind
+from worker import behind, errors, rendering
 
 
 def test_pieces_are_done_in_order_in_one_thread():
@@ -69,3 +71,19 @@ def test_at_the_end_what_has_not_begun_is_dropped():
         assert began.wait(10)
         threading.Timer(0.05, go_on.set).start()
     assert seen == []
+
+
+def test_frames_are_no_longer_taken_after_those_that_were_refused():
+    """The rest need not be decoded."""
+
+    class Refusing:
+        def look_at(self, _frames):
+            raise errors.Refused("not these")
+
+    nothing = dict.fromkeys(("folder", "look", "origin", "writer", "heart"))
+    with behind.Behind("frames") as beside:
+        encoder = rendering.Encoder(**nothing, check=Refusing(), beside=beside)
+        encoder.take(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
+        futures.wait(beside._open)
+        with pytest.raises(errors.Refused):
+            encoder.take(torch.zeros(1, 2, 2, 3, dtype=torch.uint8))

@@ -15,7 +15,7 @@ import safetensors.torch
 import structlog
 import torch
 
-from models import layout, memory, stamps
+from models import layout, memory, quantization, quantized_files, rope, stamps
 from worker import components, copies, errors, hashes, host_memory, replaced, room, wanted
 
 NUM_FILES = 8  # three of weights, three configs, two of the tokenizer
@@ -104,6 +104,34 @@ def broken_config(root):
     (root / "config.json").write_text("{")
 
 
+def config_of_another_size(root):
+    path = root / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dim": 256}))
+
+
+def missing_config_of_vae(root):
+    (root / "vae_config.json").unlink()
+
+
+def missing_config_of_text_encoder(root):
+    (root / "t5_config.json").unlink()
+
+
+def broken_tokenizer(root):
+    path = root / "google" / "umt5-xxl" / "tokenizer.json"
+    path.write_bytes(b"{" + b"\0" * 500 + b"}")
+
+
+def vae_of_another_network(root):
+    shutil.copy(layout.find(root).text_encoder[0], layout.find(root).vae[0])
+
+
+def transformer_of_another_network(root):
+    tensors = safetensors.torch.load_file(weight_file(root))
+    tensors["patch_embedding.weight"] = torch.zeros(8, 4, 1, 2, 2)
+    safetensors.torch.save_file(tensors, weight_file(root))
+
+
 @pytest.mark.parametrize(
     ("spoil", "named", "fault"),
     [
@@ -111,7 +139,13 @@ def broken_config(root):
         (missing_weights, "other: expected", errors.WeightsAbsent),
         (truncated_weights, "safetensors: cannot be read as weights", errors.WeightsAbsent),
         (foreign_files, "other: expected a model folder", errors.WeightsAbsent),
-        (broken_config, r"config\.json", errors.WeightsUnusable),
+        (broken_config, r"config\.json", errors.WeightsAbsent),
+        (config_of_another_size, r"config\.json: describes", errors.WeightsAbsent),
+        (missing_config_of_vae, r"VAE\.pth: .* missing tensors", errors.WeightsAbsent),
+        (missing_config_of_text_encoder, r"config\.json: takes text", errors.WeightsAbsent),
+        (broken_tokenizer, "umt5-xxl: is no usable tokenizer", errors.WeightsAbsent),
+        (vae_of_another_network, r"VAE\.pth: .* missing tensors", errors.WeightsAbsent),
+        (transformer_of_another_network, "describes a patch_embedding", errors.WeightsAbsent),
     ],
 )
 def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
@@ -123,6 +157,42 @@ def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
         with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
     assert len(known(warm, warm.model_for(look()))) == NUM_FILES
+
+
+@pytest.fixture
+def named_look(look, own_models):
+    """A look that names the transformer of another folder, and `other` for all else."""
+    weight_file(own_models / "tiny").rename(own_models / "fine.safetensors")
+    return look(model_path="other", transformer="fine.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil", [missing_weights, vae_of_another_network, broken_tokenizer, broken_config]
+)
+def test_a_bad_folder_is_told_also_where_the_look_names_its_transformer(
+    warm, named_look, own_models, spoil
+):
+    spoil(own_models / "other")
+    with pytest.raises(errors.WeightsAbsent):
+        warm.model_for(named_look)
+
+
+def test_a_file_that_a_look_names_takes_no_worker_away(warm, named_look, own_models):
+    """Wherever it lies: others of the model do without it."""
+    path = own_models / "fine.safetensors"
+    warm.model_for(named_look)
+    config_of_another_size(own_models / "other")
+    with pytest.raises(errors.WeightsUnusable, match=r"config\.json: describes"):
+        components.Components(models_dir=own_models, home=warm.home, device=warm.device).model_for(
+            named_look
+        )
+    inside = own_models / "tiny" / "mine"
+    inside.mkdir()
+    path = path.rename(inside / "fine.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    for named in ("tiny/mine/fine.safetensors", "tiny/mine", "tiny/loras/nothing"):
+        with pytest.raises(errors.WeightsUnusable):
+            warm.model_for(named_look.with_changes({"model_path": "tiny", "transformer": named}))
 
 
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
@@ -303,7 +373,10 @@ def test_a_lora_on_a_pickle_keeps_copies_and_restores_from_them(warm, look, own_
     model = warm.model_for(lora)
     assert not torch.equal(model.networks.transformer.head.modulation, tensors["head.modulation"])
     assert model._switchers["high_noise_model"].kept_bytes > 0
+    (accounted,) = warm.report(renders=0).resident
     assert warm.model_for(plain) is model
+    (kept,) = warm.report(renders=0).resident
+    assert kept.host_bytes == accounted.host_bytes
     state = model.networks.transformer.state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in tensors)
 
@@ -466,6 +539,25 @@ def test_a_models_folder_that_hangs_holds_up_no_warm_model(warm, look, monkeypat
     answers.set()
 
 
+def test_frames_are_decoded_in_the_type_that_each_look_asks_for(warm, look):
+    asked = {None: torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+    found = {name: warm.model_for(look(vae_dtype=name)).networks.vae.dtype for name in asked}
+    assert found == asked
+
+
+def test_a_refused_lora_leaves_none_in_the_report(warm, look, own_models):
+    """What is merged after a failure is not known."""
+    path = own_models / "style.safetensors"
+    safetensors.torch.save_file({"other": torch.zeros(1)}, path)
+    warm.model_for(look(**WITH_LORA))
+    assert [told.loras for told in warm.report(renders=0).resident] == [
+        (WITH_LORA["loras"][0]["path"],)
+    ]
+    with pytest.raises(errors.LoraUnfit):
+        warm.model_for(look(base="original", loras=[{"path": path.name}]))
+    assert [told.loras for told in warm.report(renders=0).resident] == [()]
+
+
 def test_models_that_fit_stay_warm_side_by_side(warm, look):
     for _ in range(5):
         warm.model_for(look())
@@ -520,6 +612,42 @@ def test_copies_for_loras_are_accounted_on_the_host(warm, look, tmp_path):
     copies = with_lora.host_resident - plain.host_resident
     assert copies >= pickled.stat().st_size * 0.9
     assert plain.kept_beside(with_lora).host_resident == with_lora.host_resident
+
+
+def test_what_a_look_asks_for_is_in_its_need(warm, look, own_models):
+    """Frames in fp32, and a LoRA beside weights in 8 bits."""
+    quantized = own_models / "fp8.safetensors"
+    quantized_files.write(layout.find(own_models / "tiny"), quantized, quantization.Scheme.FP8)
+
+    def resident_bytes(**changes):
+        asked = look(**changes)
+        files = wanted.find(asked, own_models)
+        need = wanted.needed(asked, files, wanted.mode_of(asked), own_models)
+        return need.resident_bytes
+
+    assert resident_bytes(vae_dtype="fp32") > resident_bytes(vae_dtype="bf16")
+    in_fp8 = {"transformer": quantized.name}
+    assert resident_bytes(**in_fp8, loras=WITH_LORA["loras"]) > resident_bytes(**in_fp8)
+
+
+def test_a_model_whose_going_would_not_help_stays(warm, look, monkeypatch):
+    """It is on the device alone, and main memory is short."""
+    none = {"device_resident": 0, "device_peak": 0, "host_resident": 0, "host_peak": 0}
+    shares = [room.Share(**none | {"device_resident": 8}), room.Share(**none | {"host_peak": 8})]
+    monkeypatch.setattr(room, "share_of", lambda *_: shares.pop(0))
+    warm.model_for(look())
+    warm.host_bytes = 7
+    with pytest.raises(errors.HostOutOfMemory):
+        warm.model_for(look(model_path="other"))
+    assert [told.device_bytes for told in warm.report(renders=0).resident] == [8]
+
+
+def test_memory_of_a_model_that_goes_is_given_back(warm, look):
+    """Tables for its sizes go with it, and so does what the allocators keep for their next use."""
+    warm.model_for(look())
+    rope.table((1, 1, 1), 12, warm.device.torch_device, torch.float32)
+    warm.step_down(look())
+    assert rope.table.cache_info().currsize == 0
 
 
 def test_too_little_main_memory_is_refused_before_it_is_taken(warm, look):

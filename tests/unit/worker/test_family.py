@@ -3,7 +3,9 @@
 Both layouts of a model folder give the same latents, bit for bit: it is the same model.
 """
 
+import contextlib
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -390,6 +392,64 @@ def test_the_last_image_is_kept_however_large_it_is(shelf, tmp_path, cpu, monkey
     assert [model.knows_image(f"inputs/{colour}", look) for colour in COLOURS] == [False, True]
 
 
+def test_what_is_forgotten_takes_no_room():
+    recent = resident.Recent(2)
+    for keys in ("ab", "cd"):
+        for key in keys:
+            recent.get(key, lambda: torch.zeros(1, dtype=torch.uint8))
+        assert all(key in recent for key in keys)
+        assert recent.forget()
+    assert not recent.forget()
+
+
+def test_texts_and_images_are_forgotten_together(shelf, tmp_path, cpu):
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of(("tiny_i2v", {"base": "original", "denoising_step_list": [1000]}))
+    latents_of(look, warm, cpu)
+    model = warm.model_for(look)
+    assert model.knows_image("inputs/white", look)
+    assert model.forget()
+    assert not model.knows_image("inputs/white", look)
+    assert not model.forget()
+
+
+def test_an_image_is_cropped_where_its_look_says_so(shelf, tmp_path, cpu):
+    """Wider than the video, with other colours at its sides than in its middle."""
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    image_HWC = torch.zeros(32, 96, 3, dtype=torch.uint8)
+    image_HWC[:, 32:64] = 255
+    found = []
+    for rule in ("fixed", "area"):
+        look = look_of(("tiny_i2v", {"size_rule": rule}))
+        condition = warm.model_for(look).condition("inputs/striped", image_HWC, look)
+        white = torch.full((32, 32, 3), 255, dtype=torch.uint8)
+        all_white = warm.model_for(look).condition("inputs/white", white, look)
+        found.append(torch.equal(condition.y_BCTHW, all_white.y_BCTHW))
+    assert found == [True, False]
+
+
+def test_one_expert_leaves_the_device_before_the_other_comes(shelf, tmp_path, cpu, monkeypatch):
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of((PAIR, {"loras": [], "offload": "model"}))
+    model = warm.model_for(look)
+    told, real = [], model._placement.using
+
+    @contextlib.contextmanager
+    def using(network):
+        told.append(("comes", network))
+        with real(network) as device:
+            yield device
+        told.append(("leaves", network))
+
+    monkeypatch.setattr(model._placement, "using", using)
+    denoiser = model.denoiser(torch.zeros(1), None, look)
+    with denoiser:
+        for step in range(look.num_steps):
+            denoiser.select(step)
+    high, low = model.networks.transformer, model.networks.low_noise_transformer
+    assert told == [("comes", high), ("leaves", high), ("comes", low), ("leaves", low)]
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_lora_with_a_name_changes_that_expert_alone(number, shelf, tmp_path, cpu):
     warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
@@ -403,6 +463,18 @@ def test_a_lora_with_a_name_changes_that_expert_alone(number, shelf, tmp_path, c
         for network, was in zip(experts, before, strict=True)
     ]
     assert changed == [number == 0, number == 1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_replaced_lora_of_either_expert_is_not_taken_for_the_merged_one(
+    number, shelf, tmp_path, cpu
+):
+    warm = components.Components(models_dir=shelf, home=tmp_path, device=cpu)
+    look = look_of((PAIR, {}))
+    model = warm.model_for(look)
+    assert warm.lora_hashes(look, model)
+    os.utime(shelf / PAIR_LORAS[number]["path"], (1, 1))
+    assert warm.lora_hashes(look, model) is None
 
 
 def peak_of(look, shelf, cpu):

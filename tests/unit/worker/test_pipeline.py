@@ -136,6 +136,18 @@ def test_every_stage_has_its_seconds(model, cpu, spec):
     assert all(seconds > 0 for seconds in timings.seconds.values())
 
 
+def test_what_needs_no_device_does_not_wait_for_it():
+    """It works for the next job by then."""
+    waited = []
+    timings = stopwatch.Timings(lambda: waited.append(stage))
+    for stage in ("denoise", "mux"):
+        with timings.stage(stage):
+            pass
+    with timings.stage("decode", waits=False):
+        pass
+    assert waited == ["denoise"]
+
+
 def test_a_stage_that_raises_has_its_seconds_too(cpu):
     timings = stopwatch.Timings()
     with pytest.raises(errors.AttemptCancelled), timings.stage("denoise"):
@@ -268,6 +280,11 @@ def test_frames_of_a_device_that_works_beside_are_the_same_in_the_same_order(
     assert torch.equal(torch.cat(beside), torch.cat(one_by_one))
 
 
+def test_frames_that_wait_for_ffmpeg_hold_no_memory_of_the_way_to_the_host(device_beside):
+    under_way = pipeline.FramesUnderWay(torch.zeros(1, 3, 1, 2, 2))
+    assert under_way.arrived().data_ptr() != under_way._frames_THWC.data_ptr()
+
+
 def test_the_last_frames_of_a_device_beside_are_looked_at_too(
     model, render, spec, device_beside, monkeypatch
 ):
@@ -280,6 +297,22 @@ def test_the_last_frames_of_a_device_beside_are_looked_at_too(
     monkeypatch.setattr(model, "decode_chunks", broken_at_the_end)
     with pytest.raises(errors.NotFinite, match="NaN in the frames"):
         render(spec(num_frames=9))
+
+
+def test_frames_of_a_device_beside_that_nobody_wants_are_waited_for(
+    render, spec, device_beside, monkeypatch
+):
+    """Else a fault of theirs would be the next job's."""
+    waited = []
+    monkeypatch.setattr(pipeline.FramesUnderWay, "wait", lambda frames: waited.append(frames))
+
+    def reached(stage, step, _steps):
+        if (stage, step) == ("decode", 1):
+            raise errors.AttemptCancelled
+
+    with pytest.raises(errors.AttemptCancelled):
+        render(spec(num_frames=9), reached=reached)
+    assert len(waited) == 1
 
 
 def test_latents_that_are_not_finite_are_refused(model, networks, cpu, spec, monkeypatch):

@@ -75,12 +75,17 @@ class Web:
         video = lifecycle.StoredVideo(key=key, size_bytes=len(VIDEO), sha256=stored.sha256)
         assert self.db.write(lifecycle.succeed, attempt_id, video=video)
 
-    def fail(self, job_id: int, error: str = "it broke") -> None:
+    def fail(
+        self,
+        job_id: int,
+        error: str = "it broke",
+        kind: states.FailureKind = states.FailureKind.INPUT,
+    ) -> None:
         budgets = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0)
         self.db.write(
             lifecycle.fail,
             self.claim(job_id),
-            kind=states.FailureKind.INPUT,
+            kind=kind,
             error=error,
             budgets=budgets,
         )

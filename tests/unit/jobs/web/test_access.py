@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import limits
 import pytest
 import redis
 from fastapi.routing import iter_route_contexts
@@ -305,7 +306,7 @@ def test_images_that_are_slow_to_decode_leave_threads_to_others(
     turns = guarded.serving.check_turns
     with ThreadPoolExecutor(32) as pool:
         checked = [pool.submit(upload, ann) for _ in range(images.CHECKS_OF_ONE)]
-        checked += [pool.submit(submit, ben) for _ in range(2)]
+        checked.append(pool.submit(submit, ben))  # has his own turn, whatever ann sends
         for _ in checked:
             assert decoding.acquire(timeout=60)
         waiting = [pool.submit(submit, ann) for _ in range(images.CHECKS_WAITING - 1)]
@@ -409,6 +410,35 @@ def test_images_that_are_slow_to_fetch_leave_threads_to_others(
     monkeypatch.setattr(images, "MAX_FETCH_SECONDS", -1.0)
     answer = guarded.client.post("/api/batches", json=new, headers=ann)
     assert "upload them first" in answer.json()["problems"][0]["message"]
+
+
+def test_images_from_afar_are_decoded_one_of_an_owner_at_a_time(
+    guarded: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(_: bytes, shown: str, **__: object) -> None:
+        decoding.release()
+        assert go_on.wait(60)
+        raise all_images.ImageUnusable(shown, "is none")
+
+    monkeypatch.setattr(all_images, "_read", lambda *_, **__: b"")
+    monkeypatch.setattr(all_images, "examine", slow)
+    rows = [{"prompt": "x", "image": f"https://x.example/{n}"} for n in range(4)]
+    new = {"preset": "tiny_i2v", "prompts": rows}
+
+    def submit(who: dict[str, str]) -> int:
+        return guarded.client.post("/api/batches", json=new, headers=who).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(submit, guarded.token("ann"))]
+        assert decoding.acquire(timeout=60)
+        assert not decoding.acquire(timeout=0.3)
+        answers.append(pool.submit(submit, guarded.token("ben")))
+        assert decoding.acquire(timeout=60)
+        go_on.set()
+        assert [answer.result() for answer in answers] == [422, 422]
+    assert not guarded.serving.far_check_turns._taken
 
 
 @pytest.mark.parametrize("address", ["s3://b/k", "S3://b/k", "s3:b/k", "S3:b"])
@@ -639,6 +669,21 @@ def test_several_processes_count_together_and_alone_when_redis_is_gone(
         patch.setattr(redis.Connection, "send_packed_command", cut)
         assert asked(10) == [200] * 8 + [429] * 2
         assert len(tried) == 2, "each asks once, and no request after that waits for it"
+
+
+def test_nobody_waits_for_the_clock_of_another_host(
+    clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A little ahead is as good as none."""
+    limiters = [
+        rates.Limiter(limits.parse("2/minute"), redis_url=clean_redis_url) for _ in range(2)
+    ]
+    now = time.time
+    for ahead, is_refused in ((0.0, True), (3.0, True), (3600.0, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda ahead=ahead: now() + ahead)
+            assert [limiters[0].seconds_to_wait(f"{ahead}") for _ in range(2)] == [0.0, 0.0]
+        assert (limiters[1].seconds_to_wait(f"{ahead}") > 0.0) is is_refused
 
 
 def test_a_request_writes_nothing_where_its_token_was_used_just_now(

@@ -20,12 +20,13 @@ from starlette.requests import Request
 
 from jobs import (
     bell,
+    cancelling,
     database,
     holds,
-    orders,
     reordering,
     results,
     schema,
+    states,
     submission,
     tokens,
     watch,
@@ -288,11 +289,49 @@ def test_cancel_and_retry(web: Web) -> None:
     assert answer.json() == {"cancelled": 1, "stopping": 1}
     assert web.step(attempt_id, "denoise", 1, 4) == "cancelled"
     answer = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["cancelled"]})
-    assert answer.json() == {"retried": 3}
+    assert answer.json() == {"retried": 3, "doubtful": {}, "batch_is_paused": False}
     assert web.step(attempt_id, "denoise", 2, 4) == "go_on"
-    assert web.client.post(f"/api/jobs/{waiting}/retry").json() == {"retried": 0}
+    assert web.client.post(f"/api/jobs/{waiting}/retry").json()["retried"] == 0
     bad = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["succeeded"]})
     assert bad.status_code == 422
+
+
+def test_what_failed_is_told_by_kind_and_retried_by_kind(web: Web) -> None:
+    path = f"/api/batches/{(batch_id := web.submit(4))}"
+    assert web.client.get(path).json()["failures"] == []
+    web.fail(web.job_id(batch_id, 0), error="too long")
+    device = states.FailureKind.DEVICE
+    for number in (1, 2):
+        web.fail(web.job_id(batch_id, number), error=f"Xid {number}", kind=device)
+    first, other = web.client.get(path).json()["failures"]
+    assert first == {
+        "kind": "device",
+        "quarantined": False,
+        "count": 2,
+        "may_go_well": True,
+        "worker_count": 1,
+        "workers": [{"worker": "gpu0@host", "count": 2}],
+        "example": {"job_id": web.job_id(batch_id, 1), "custom_id": "p1", "message": "Xid 1"},
+    }
+    assert (other["kind"], other["count"], other["may_go_well"]) == ("input", 1, False)
+
+    def listed(**query: str) -> list[tuple[str, str | None]]:
+        jobs = web.client.get(f"{path}/jobs", params=query).json()["jobs"]
+        return [(job["custom_id"], job["worker"]) for job in jobs]
+
+    assert listed(kind="device") == [("p1", "gpu0@host"), ("p2", "gpu0@host")]
+    assert listed(state="failed", kind="input", quarantined="false") == [("p0", "gpu0@host")]
+    assert listed(quarantined="true") == []
+    assert listed()[3] == ("p3", None)
+    job = web.client.get(f"/api/jobs/{web.job_id(batch_id, 1)}").json()
+    assert job["worker"] == "gpu0@host"
+    assert web.client.get(f"{path}/jobs", params={"kind": "devise"}).status_code == 422
+
+    wanted = {"kinds": ["device"], "quarantined": False}
+    assert web.client.post(f"{path}/retry", json=wanted).json()["retried"] == 2
+    answer = web.client.post(f"{path}/retry").json()
+    assert (answer["retried"], answer["doubtful"]) == (1, {"input": 1})
+    assert web.client.post(f"{path}/retry", json={"kinds": ["devise"]}).status_code == 422
 
 
 def test_a_batch_is_paused_resumed_and_moved(web: Web) -> None:
@@ -412,7 +451,7 @@ def test_events_go_on_after_an_outage_of_the_database(
         if 2 <= number <= 4:
             raise exc.OperationalError("SELECT", {}, Exception("no answer within 120 s"))
         if number == 5:
-            db.write(orders.cancel_batch, batch_id)
+            cancelling.cancel_batch(db, batch_id)
         return look(db, batch_id)
 
     monkeypatch.setattr(watch, "look", now_and_then)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from jobs import (
+    health,
     presets,
     queries,
     reports,
@@ -25,11 +26,12 @@ from jobs import (
     schema,
     states,
     submission,
+    throughput,
     tokens,
     workers,
 )
 from jobs.web import app, history, html
-from jobs.web.pages import charts, gallery
+from jobs.web.pages import charts, farm, gallery
 from tests.registrations import registration
 from tests.unit.jobs.web.conftest import HOST, Web, running
 
@@ -336,6 +338,39 @@ def test_buttons_do_what_the_api_does(web: Web, browser: Browser) -> None:
     job = f"/jobs/{web.job_id(batch_id)}"
     assert "Queued again" in browser.post(f"{job}/retry", {}, of=job).text
     assert "Cancelled" in browser.post(f"{job}/cancel", {}, of=job).text
+
+
+def test_a_page_of_a_batch_tells_why_jobs_failed_and_leads_to_those_of_a_kind(
+    web: Web, browser: Browser
+) -> None:
+    batch_id = web.submit(4)
+    base = f"/batches/{batch_id}"
+    assert "Why jobs failed" not in browser.get(base).text
+    lost = states.FailureKind.WORKER_LOST
+    web.fail(web.job_id(batch_id, 0), error="too long")
+    web.fail(web.job_id(batch_id, 1), error="it fell silent", kind=lost)
+    page = browser.get(base).text
+    why = page[page.index("Why jobs failed") : page.index("<h2>Running")]
+    assert why.count("no use") == 2
+    assert "1 on gpu0@host" in why
+    links = [link.replace("&amp;", "&") for link in re.findall(rf'href="({base}\?[^"]*)"', why)]
+    assert [link.partition("?")[2] for link in links] == [
+        "state=failed&kind=input&quarantined=false#jobs",
+        "state=failed&kind=worker_lost&quarantined=true#jobs",
+    ]
+    text = browser.get(links[1]).text
+    jobs = text[text.index('id="jobs"') :]
+    assert "worker lost (quarantined): it fell silent" in jobs
+    assert "on gpu0@host" in jobs
+    assert "Only worker lost, quarantined." in jobs
+    assert "too long" not in jobs
+    asked_again = re.findall(r'hx-get="([^"]*)"', text)[0].replace("&amp;", "&")
+    assert "too long" not in browser.get(asked_again).text.partition('id="jobs"')[2]
+    which = {"states": "failed", "kind": "worker_lost", "quarantined": "true"}
+    browser.post(f"{base}/pause", {}, of=base)
+    told = browser.post(f"{base}/retry", which, of=base).text
+    assert "Queued again, but the batch is paused" in told
+    assert (batches_of(web)[0].failed, batches_of(web)[0].queued) == (1, 3)
 
 
 @pytest.mark.parametrize("typed", ["900", "1e2", "", "soon", "-101"])
@@ -929,6 +964,36 @@ def test_what_people_typed_is_shown_as_text(web: Web, browser: Browser) -> None:
         assert "<script>alert" not in text
         assert "<img" not in text
         assert "&lt;script&gt;" in text
+
+
+def test_a_farm_shows_those_first_that_need_a_look(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(farm, "WORKERS", 2)
+    for name in ("a@host", "b@host", "c@host", "d@host"):
+        web.db.write(workers.register, registration(name))
+    for job_id in range(health.MAX_SUSPECTS):
+        told = {"kind": states.FailureKind.DEVICE, "error": "Xid 79"}
+        web.db.write(health.suspect, "d@host", job_id=job_id, **told)
+    with web.db.transaction() as session:
+        long_ago = datetime.now(UTC) - timedelta(days=1)
+        session.get_one(schema.Worker, "c@host").heartbeat_at = long_ago
+    text = browser.get("/farm").text
+    assert re.findall(r"<h3>(\w@host)</h3>", text) == ["d@host", "c@host"]
+    assert "3 of 4, 1 takes nothing" in text
+    assert re.search(r"takes nothing until its self-test passes, the next one from \d", text)
+
+
+def test_videos_of_an_hour_that_were_not_all_counted_are_said_to_be_more(
+    web: Web, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "NEWEST_ATTEMPTS", 2)
+    batch_id = web.submit(3)
+    for number in range(2):
+        web.succeed(web.job_id(batch_id, number))
+    assert "<dd>2</dd>" in browser.get("/farm").text
+    web.succeed(web.job_id(batch_id, 2))
+    assert "<dd>over 2</dd>" in browser.get("/farm").text
 
 
 def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Browser) -> None:

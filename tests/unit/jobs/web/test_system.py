@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import exc, text, update
 
-from jobs import database, folder_store, s3_store, schema
+from jobs import database, folder_store, s3_clients, schema
 from jobs.web import history, server, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web, running
 
@@ -211,8 +211,8 @@ def test_uploads_that_hang_leave_threads_to_others(
     hanging: Callable[[], Web], image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "MAX_STORING", 2)
-    monkeypatch.setattr(s3_store, "READ_SECONDS", 4)
-    monkeypatch.setattr(s3_store, "MAX_TRIES", 1)
+    monkeypatch.setattr(s3_clients, "READ_SECONDS", 4)
+    monkeypatch.setattr(s3_clients, "MAX_TRIES", 1)
     web = hanging()
 
     def upload() -> tuple[int, float]:

@@ -20,7 +20,7 @@ RANGE = re.compile(r"bytes=(\d{0,30})-(\d{0,30})", re.IGNORECASE)
 
 def respond(
     request: Request,
-    service: Service,
+    serving: Service,
     key: str,
     *,
     size_bytes: int,
@@ -57,8 +57,8 @@ def respond(
     status = 206 if wanted is not None else 200
     if request.method == "HEAD" or not size_bytes:
         return Response(status_code=status, headers=headers, media_type=content_type)
-    content = functools.partial(service.streaming_store.stream, key, first=first, last=last)
-    return _Streamed(service, content, status_code=status, headers=headers, media_type=content_type)
+    content = functools.partial(serving.streaming_store.stream, key, first=first, last=last)
+    return _Streamed(serving, content, status_code=status, headers=headers, media_type=content_type)
 
 
 class _Streamed(StreamingResponse):
@@ -68,17 +68,17 @@ class _Streamed(StreamingResponse):
     """
 
     def __init__(
-        self, service: Service, content: Callable[[], Generator[bytes]], **how: Any
+        self, serving: Service, content: Callable[[], Generator[bytes]], **how: Any
     ) -> None:
         super().__init__((), **how)
-        self._service, self._content = service, content
+        self._serving, self._content = serving, content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        opening = self._service.opening
+        opening = self._serving.opening
         with move_on_after(TURN_SECONDS) as waiting:
             await opening.acquire_on_behalf_of(self)
         if waiting.cancelled_caught:
-            url = self._service.streaming_store.url
+            url = self._serving.streaming_store.url
             raise storage.StorageUnavailable(url, "too many requests wait for it")
         try:
             chunks = await to_thread.run_sync(self._content, limiter=CapacityLimiter(1))
@@ -93,7 +93,7 @@ class _Streamed(StreamingResponse):
                 chunks.close()
 
     async def _read(self, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
-        readers = self._service.reading
+        readers = self._serving.reading
         while chunk := await to_thread.run_sync(next, chunks, b"", limiter=readers):
             yield chunk
 
