@@ -55,6 +55,14 @@ class Orders:
         if problems:
             raise errors.invalid(str(folder), *problems)
 
+    def mixed_files(self, folder: Path) -> list[str]:
+        """Of models and LoRAs: those that the videos there were not all made with the same of."""
+        found: dict[str, set[str]] = {}
+        for name in self.claims:
+            for path, sha256 in _made_with(folder / f"{name}.json"):
+                found.setdefault(path, set()).add(sha256)
+        return sorted(path for path, hashes in found.items() if len(hashes) > 1)
+
 
 def read(file: submission.PromptFile) -> Orders:
     """All of it, checked as a submit is: InvalidInput lists every bad line."""
@@ -93,6 +101,18 @@ def _unlike(sidecar: Path, asked: presets.RenderSpec, *, drawn: bool) -> str:
     if of_look := list(_differing(made.look, asked.look, PLACEMENT)):
         found.append(f"look ({', '.join(of_look)})")
     return f"was made from another {', '.join(found)}" if found else ""
+
+
+def _made_with(sidecar: Path) -> Iterator[tuple[str, str]]:
+    """Files below the models folder, and their hashes as far as they are known."""
+    try:
+        told = json.loads(sidecar.read_text("utf-8"))
+        for name, sha256 in (told["weights_sha256"] or {}).items():
+            yield str(Path(told["model_path"], name)), str(sha256)
+        for path, sha256 in (told["loras_sha256"] or {}).items():
+            yield path, str(sha256)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        return  # the video is not there, or is older than such hashes
 
 
 def _differing(one: BaseModel, other: BaseModel, ignored: Set[str]) -> Iterator[str]:

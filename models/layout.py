@@ -109,6 +109,20 @@ class ModelFiles:
         return transformers + self.vae + self.text_encoder + self.image_encoder
 
     @property
+    def configs(self) -> tuple[Path, ...]:
+        """What decides beside the weights what is rendered: dimensions, and the tokenizer."""
+        paths = (
+            self.transformer_config,
+            self.low_noise_config,
+            self.quantized_config,
+            self.vae_config,
+            self.text_encoder_config,
+            self.image_encoder_config,
+            *sorted(self.tokenizer.glob("*.json")),
+        )
+        return tuple(dict.fromkeys(path for path in paths if path is not None and path.is_file()))
+
+    @property
     def transformers_can_be_read_again(self) -> bool:
         """Tensor by tensor, so that a LoRA needs no copies of what it changes."""
         paths = self.transformer + self.low_noise_transformer
@@ -189,9 +203,12 @@ def text_encoder_sizes(files: ModelFiles) -> config.TextEncoderConfig:
 
 
 def weight_hashes(files: ModelFiles) -> dict[str, str]:
-    """sha256 of every weight file by its path under the root. Reads them all: keep the answer."""
+    """sha256 of every weight file, config and file of the tokenizer by its path under the root.
+
+    Reads them all: keep the answer.
+    """
     hashes = {}
-    for path in files.weights:
+    for path in files.weights + files.configs:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         hashes[_relative(path, files.root)] = digest

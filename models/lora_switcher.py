@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import errors, lora, offload
+from models import errors, lora, offload, stamps
 from models.quantization import QuantizedLinear
 
 
@@ -56,8 +56,8 @@ class LoraSwitcher:
         self._pristine = pristine
         self._kept: dict[str, Tensor] = {}
         self._changed: frozenset[str] = frozenset()
-        self._loras: dict[_Stamp, lora.Lora] = {}
-        self._applied: tuple[tuple[_Stamp, float], ...] | None = ()
+        self._loras: dict[stamps.Stamp, lora.Lora] = {}
+        self._applied: tuple[tuple[stamps.Stamp, float], ...] | None = ()
 
     @property
     def kept_bytes(self) -> int:
@@ -92,7 +92,7 @@ class LoraSwitcher:
             if _stamp(stamp.path) != stamp:
                 raise errors.WeightsChangedError(stamp.path)
 
-    def _read(self, stamp: "_Stamp") -> lora.Lora:
+    def _read(self, stamp: stamps.Stamp) -> lora.Lora:
         if stamp in self._loras:
             return self._loras[stamp]
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -159,18 +159,8 @@ def _run_beside(
     layer.lora_dense = dense.to(dtype) if dense is not None else None
 
 
-@dataclass(frozen=True, order=True)
-class _Stamp:
-    """A file as it is now: one that was replaced is another."""
-
-    path: Path
-    num_bytes: int
-    changed_ns: int
-
-
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: Path) -> stamps.Stamp:
     try:
-        status = path.stat()
+        return stamps.of(path)
     except OSError as error:
         raise errors.MissingFileError(path.parent, f"the LoRA {path.name}") from error
-    return _Stamp(path, status.st_size, status.st_mtime_ns)

@@ -6,7 +6,7 @@ from pathlib import Path
 import safetensors
 from torch import Tensor
 
-from models import errors, safetensors_files, weight_names
+from models import errors, safetensors_files, stamps, weight_names
 
 
 class PristineFiles:
@@ -18,7 +18,7 @@ class PristineFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Files in the safetensors format, with names of either layout."""
-        self._stamps = {path: _stamp(path) for path in paths}
+        self._stamps = {path: stamps.of(path) for path in paths}
         self._places: dict[str, tuple[Path, str]] = {}
         for path in paths:
             names = safetensors_files.read_header(path)
@@ -34,15 +34,9 @@ class PristineFiles:
             name = weight_names.rename(name, weight_names.TRANSFORMER)
         path, stored = self._places[name]
         try:
-            if _stamp(path) != self._stamps[path]:
-                raise errors.WeightsChangedError(path)
+            self._stamps[path].check()
             with safetensors.safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(stored)
         except (OSError, safetensors.SafetensorError) as error:
             raise errors.UnreadableWeightsError(path, str(error)) from error
         return tensor
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns

@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,9 @@ import structlog
 import torch
 
 from jobs import presets, reports
-from models import checkpoint, layout, memory
+from models import checkpoint, layout, memory, stamps
 from models import errors as model_errors
-from worker import errors, hashes, host_memory, reservations, room, wanted
+from worker import errors, hashes, host_memory, replaced, reservations, room, wanted
 from worker.device import Device
 from worker.resident import ResidentModel, WeightsKey, untouched_weights
 
@@ -45,9 +46,11 @@ class Components:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
     )
     _reserved: reservations.Reservations = field(init=False)
+    _looks: replaced.Looks = field(init=False)
 
     def __post_init__(self) -> None:
         self._reserved = reservations.Reservations(self.home)
+        self._looks = replaced.Looks(self.models_dir)
 
     def model_for(self, look: presets.Look) -> ResidentModel:
         """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
@@ -87,6 +90,8 @@ class Components:
                 raise errors.WeightsAbsent(gone) from error
             if getattr(error, "path", None) in model.files.weights:
                 self._evict(key)  # the next attempt loads what is there now
+                if isinstance(error, model_errors.WeightsChangedError):
+                    raise errors.WeightsAbsent(self._told_of(error)) from error
             raise errors.WeightsUnusable(self._told_of(error)) from error
         self._loras[key] = look.loras
         self.lora_switches += has_changed
@@ -94,7 +99,12 @@ class Components:
     def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
         try:
             model = self._resident.get(key)
-            files = wanted.find(look, self.models_dir) if model is None else model.files
+            is_old = model is not None and self._looks.was_replaced(model)
+            files = model.files if model and not is_old else wanted.find(look, self.models_dir)
+            if is_old:
+                log.info("model.replaced", root=str(key.root))
+                model = None
+                self._evict(key)
             self._make_room(key, files, look)  # a bad folder cost no warm model
             model = model or self._load(key, files)
         except model_errors.UnfitLoraError as error:
@@ -156,17 +166,17 @@ class Components:
     def hashing(self, model: ResidentModel) -> "Future[dict[str, str]]":
         """Of its weights, under way or done; begun anew where they could not be read before."""
         if model.hashes.done() and model.hashes.exception() is not None:
-            model.hashes = self._hasher.submit(self._hash, model.files)
+            model.hashes = self._hasher.submit(self._hash, model.files, model.as_loaded)
         return model.hashes
 
     def weight_hashes(self, hashing: "Future[dict[str, str]]") -> dict[str, str] | None:
-        """SHA-256 per weight file. None: they are not known yet, or could not be read."""
+        """SHA-256 per weight file. None: not known yet, not to be read, or replaced since."""
         if not hashing.done():
             log.warning("weight_hashes.unknown", error="the worker ends before they are")
             return None
         try:
             return hashing.result()
-        except OSError as error:
+        except (model_errors.CheckpointError, OSError) as error:
             log.warning("weight_hashes.unknown", error=str(error))
             return None
 
@@ -282,9 +292,11 @@ class Components:
 
     def _load(self, key: WeightsKey, files: layout.ModelFiles) -> ResidentModel:
         began = time.monotonic()
-        hashed = self._hasher.submit(self._hash, files)  # beside the loading
+        as_loaded = tuple(stamps.of(path) for path in files.weights + files.configs)
+        hashed = self._hasher.submit(self._hash, files, as_loaded)  # beside the loading
         untouched = untouched_weights(files)
         networks = self._networks(key, files)
+        self._check_unchanged(as_loaded)
         model = ResidentModel(
             key,
             files=files,
@@ -292,11 +304,19 @@ class Components:
             device=self.device.torch_device,
             hashes=hashed,
             untouched=untouched,
+            as_loaded=as_loaded,
         )
         self.loads += 1
         seconds = round(time.monotonic() - began, 2)
         log.info("model.loaded", root=str(key.root), seconds=seconds, mode=wanted.told(key.mode))
         return model
+
+    def _check_unchanged(self, as_loaded: Sequence[stamps.Stamp]) -> None:
+        """After loading. One that was replaced meanwhile: nobody knows which half was read."""
+        try:
+            stamps.check(as_loaded)
+        except model_errors.WeightsChangedError as error:
+            raise errors.WeightsAbsent(f"{error.path} was replaced while it was loaded") from error
 
     def _networks(self, key: WeightsKey, files: layout.ModelFiles) -> checkpoint.Networks:
         is_resident = key.mode.offload is memory.Offload.NONE
@@ -306,8 +326,8 @@ class Components:
             files, device=device, dtype=self.device.dtype, vae_dtype=VAE_DTYPES[key.vae_dtype]
         )
 
-    def _hash(self, files: layout.ModelFiles) -> dict[str, str]:
-        return hashes.of(files, cache=self.home / hashes.HASHES_FILE)
+    def _hash(self, files: layout.ModelFiles, as_loaded: Sequence[stamps.Stamp]) -> dict[str, str]:
+        return hashes.of(files, as_loaded=as_loaded, cache=self.home / hashes.HASHES_FILE)
 
 
 def _below(mode: memory.Mode) -> memory.Mode | None:

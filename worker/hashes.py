@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
-from models import layout
+from models import layout, stamps
 
 log = structlog.get_logger()
 
@@ -20,14 +21,17 @@ HASHES = TypeAdapter(dict[str, dict[str, str]])  # stamp of the files -> their h
 _cache_lock = threading.Lock()
 
 
-def of(files: layout.ModelFiles, *, cache: Path) -> dict[str, str]:
-    """Of every weight file of a model."""
-    return _remembered(files.weights, lambda: layout.weight_hashes(files), cache)
+def of(
+    files: layout.ModelFiles, *, as_loaded: Sequence[stamps.Stamp], cache: Path
+) -> dict[str, str]:
+    """Of every file that makes a model. WeightsChangedError: one is another than it was then."""
+    return _remembered(as_loaded, lambda: layout.weight_hashes(files), cache)
 
 
 def of_file(path: Path, *, cache: Path) -> str:
-    """Of one file, such as a LoRA."""
-    return _remembered([path], lambda: {path.name: _read_hash(path)}, cache)[path.name]
+    """Of one file, such as a LoRA. WeightsChangedError: it was replaced meanwhile."""
+    now = [stamps.of(path)]
+    return _remembered(now, lambda: {path.name: _read_hash(path)}, cache)[path.name]
 
 
 def _read_hash(path: Path) -> str:
@@ -36,15 +40,16 @@ def _read_hash(path: Path) -> str:
 
 
 def _remembered(
-    paths: Iterable[Path], read: Callable[[], dict[str, str]], cache: Path
+    files: Sequence[stamps.Stamp], read: Callable[[], dict[str, str]], cache: Path
 ) -> dict[str, str]:
-    """By path, size and time of change, so that each file is read once per machine."""
-    stamp = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-    key = json.dumps(stamp, sort_keys=True)
+    """So that each file is read once per machine."""
+    key = json.dumps({str(path): facts for path, *facts in map(astuple, files)}, sort_keys=True)
     with _cache_lock:
         known = _read_cache(cache)
     if key not in known:
+        stamps.check(files)  # else it would be read for nothing
         known = {key: read()}
+        stamps.check(files)
         with _cache_lock:
             _write_cache(cache, _read_cache(cache) | known)
     return known[key]

@@ -2,22 +2,19 @@
 
 import functools
 import os
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from jobs import presets, queues, settings
+from worker import copies
 
 log = structlog.get_logger()
 
-# Longer than a copy pauses, and than NFS keeps a list of files that others add to.
-COPIED_SECONDS = 60.0
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
 MODEL_MARKERS = ("config.json", "model_index.json")
-MODEL_DEPTHS = ("*", "*/*", "*/*/*", "*/*/*/*", "*/*/*/*/*")  # of files, also in parts of models
 
 
 @dataclass
@@ -30,7 +27,7 @@ class Newcomers:
     def look(self, *, known: Collection[str]) -> tuple[str, ...]:
         """Queues of others than these. Two looks must agree, and no file be new. OSError."""
         seen = {
-            queue: _files_beside(folder, self.config.models_dir)
+            queue: copies.beside(folder, self.config.models_dir)
             for queue, folder in find(self.config).items()
             if queue not in known
         }
@@ -41,13 +38,6 @@ class Newcomers:
         ]
         self._before = {queue: files.sizes_bytes for queue, files in seen.items()}
         return tuple(sorted(ended))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Files:
-    sizes_bytes: Mapping[Path, int]
-    is_copied: bool
-    """Nothing has changed for a while."""
 
 
 def find(config: settings.Settings) -> dict[str, Path]:
@@ -86,24 +76,6 @@ def _is_utf8(path: str) -> bool:
 def _tell_unnamed(path: str) -> None:
     """Once: it is found at every look."""
     log.warning("launcher.model_left_out", path=path)
-
-
-def _files_beside(folder: Path, models_dir: Path) -> _Files:
-    """Of what is copied together: a part of a model that is not all there looks like one."""
-    below = folder.relative_to(models_dir).parts if folder.is_relative_to(models_dir) else ()
-    top = models_dir / below[0] if below else folder
-    files = {path: path.stat() for path in _all_below(top) if path.is_file()}
-    now = time.time()
-    return _Files(
-        sizes_bytes={path: status.st_size for path, status in files.items()},
-        # Of the inode: `cp -a` sets the time of the content back. The server's clock may be ahead.
-        is_copied=all(abs(now - each.st_ctime) >= COPIED_SECONDS for each in files.values()),
-    )
-
-
-def _all_below(folder: Path) -> Iterator[Path]:
-    for depth in MODEL_DEPTHS:
-        yield from folder.glob(depth)
 
 
 def _model_of(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from models import (
     pristine,
     sampling,
     sequence_parallel,
+    stamps,
     transformer,
     vae_tiling,
 )
@@ -94,11 +95,16 @@ class ResidentModel:
         device: torch.device,
         hashes: "Future[dict[str, str]]",
         untouched: Mapping[str, pristine.PristineFiles] | None = None,
+        as_loaded: tuple[stamps.Stamp, ...] = (),
     ) -> None:
-        """`untouched` is from `untouched_weights`; without it LoRAs need copies on the host."""
+        """`untouched` is from `untouched_weights`; without it LoRAs need copies on the host.
+
+        `as_loaded` says what the files were.
+        """
         self.key = key
         self.files = files
         self.networks = networks
+        self.as_loaded = as_loaded
         self.hashes = hashes
         self.device = device
         self._placement = offload.Placement(networks, mode=key.mode, device=device)

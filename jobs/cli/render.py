@@ -85,6 +85,8 @@ def render(
 
     with _sigterm_as_ctrl_c():
         _run(orders, target, config, on_begin=on_begin, on_video=on_video)
+    for path in orders.mixed_files(target):
+        output.note(f"note: {path} was replaced: not all of these videos were made with the same")
     if as_json:
         output.emit({"videos": videos})
     return exits.OK

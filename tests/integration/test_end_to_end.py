@@ -71,7 +71,7 @@ def test_a_seed_decides_the_latents_and_the_sidecar_tells_everything(farm):
     assert (told["step_rule"], told["denoising_step_list"]) == ("renoise", [1000, 700, 400, 150])
     assert set(told["seconds"]) == {"load", "text", "denoise", "decode", "mux"}
     assert all(len(digest) == 64 for digest in told["weights_sha256"].values())
-    assert len(told["weights_sha256"]) == 3
+    assert len(told["weights_sha256"]) == 8
     assert told["video"]["sha256"] == farm.winner(jobs[0]).video_sha256
     assert {"rushes", "torch", "device", "dtype", "worker"} <= set(told)
 

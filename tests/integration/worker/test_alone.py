@@ -162,6 +162,24 @@ def test_what_is_there_is_not_made_again(world, rushes, alone):
     assert [video["status"] for video in told] == ["there", "rendered"]
 
 
+def test_weights_that_were_replaced_between_two_videos_of_a_folder_are_told(
+    world, rushes, alone, tmp_path
+):
+    render = ("render", "prompts.jsonl", "--preset", "preset.json", "--to", str(tmp_path))
+    shutil.copytree(world / "alone", tmp_path, dirs_exist_ok=True)
+    assert "note: " not in rushes(*render).stderr
+    (tmp_path / "00001.mp4").unlink()
+    tokenizer = world / "home/models/tiny_i2v/google/umt5-xxl/tokenizer.json"
+    before = tokenizer.read_text()
+    tokenizer.write_text(before + "\n")
+    told = rushes(*render).stderr.splitlines()
+    tokenizer.write_text(before)
+    assert [line for line in told if line.startswith("note: ")] == [
+        "note: tiny_i2v/google/umt5-xxl/tokenizer.json was replaced: "
+        "not all of these videos were made with the same"
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -35,7 +35,7 @@ from jobs import (
     workers,
 )
 from tests.waiting import until
-from worker import finished, gpus, launch, model_folders, redis_transport, trial
+from worker import copies, finished, gpus, launch, model_folders, redis_transport, trial
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 DEAF = [
@@ -280,7 +280,7 @@ def test_models_that_come_later_are_taken_without_a_restart(
     """As from a disk that is mounted later than the launcher began, or by a copy beside others."""
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(launch, "MODELS_SECONDS", 0.05)
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     monkeypatch.setattr(launch, "_render_command", lambda _name, names: [*SLEEP, *names])
     told = []
     monkeypatch.setattr(broker.Broker, "steer", lambda _bell, name, **given: told.append(given))
@@ -334,7 +334,7 @@ def test_a_look_for_models_that_fails_is_not_the_last(
 
     monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(launch, "MODELS_SECONDS", 0.05)
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     monkeypatch.setattr(model_folders, "find", find)
     made = launcher(models_dir=tmp_path / "models")
     (tmp_path / "models" / "new").mkdir(parents=True)

@@ -160,7 +160,8 @@ def test_weight_hashes_are_sha256_by_relative_path(native_root):
     hashes = layout.weight_hashes(layout.find(native_root))
     expected = hashlib.sha256((native_root / DIT).read_bytes()).hexdigest()
     assert hashes[DIT] == expected
-    assert len(hashes) == 3
+    assert len(hashes) == 8
+    assert {"config.json", "google/umt5-xxl/tokenizer.json"} <= hashes.keys()
 
 
 def test_looking_at_files_loads_no_torch():

@@ -1,6 +1,7 @@
 """Untouched weights come back from their files exactly as they were loaded."""
 
 import os
+import shutil
 
 import pytest
 import safetensors.torch
@@ -85,6 +86,17 @@ def test_a_file_that_changed_or_went_is_refused(native_root, lora_path):
         switcher.apply([lora_switcher.Choice(path=lora_path)])
     path.unlink()
     with pytest.raises(errors.UnreadableWeightsError, match=DIT):
+        source("head.modulation")
+
+
+def test_a_file_of_the_same_size_and_time_in_its_place_is_refused(native_root):
+    """As archives with fixed times unpack; a changed mode makes it no other file."""
+    source, path = source_of(native_root), native_root / DIT
+    path.chmod(0o600)
+    source("head.modulation")
+    shutil.copy2(path, native_root / "new")
+    (native_root / "new").rename(path)
+    with pytest.raises(errors.WeightsChangedError):
         source("head.modulation")
 
 

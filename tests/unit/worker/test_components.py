@@ -1,9 +1,12 @@
 """Networks stay warm, a bad folder is told by name, and hashes are read once per machine."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import threading
+import time
 import weakref
 from concurrent import futures
 
@@ -12,8 +15,10 @@ import safetensors.torch
 import structlog
 import torch
 
-from models import layout, memory, quantization, quantized_files, rope
-from worker import components, errors, hashes, host_memory, room, wanted
+from models import layout, memory, quantization, quantized_files, rope, stamps
+from worker import components, copies, errors, hashes, host_memory, replaced, room, wanted
+
+NUM_FILES = 8  # three of weights, three configs, two of the tokenizer
 
 
 @pytest.fixture
@@ -51,6 +56,11 @@ def reads(monkeypatch):
 
 def weight_file(root):
     return layout.find(root).transformer[0]
+
+
+def hashed(files, cache):
+    as_loaded = [stamps.of(path) for path in files.weights + files.configs]
+    return hashes.of(files, as_loaded=as_loaded, cache=cache)
 
 
 def known(warm, model):
@@ -146,7 +156,7 @@ def test_a_bad_folder_is_told_by_name_and_the_next_good_one_works(
     for _ in range(2):
         with pytest.raises(fault, match=named):
             warm.model_for(look(model_path="other"))
-    assert len(known(warm, warm.model_for(look()))) == 3
+    assert len(known(warm, warm.model_for(look()))) == NUM_FILES
 
 
 @pytest.fixture
@@ -200,18 +210,18 @@ def test_hashes_are_of_the_resident_model(warm, look, own_models):
 def test_hashes_are_read_once_per_machine(warm, look, reads, own_models, tmp_path, cpu):
     for _ in range(3):
         again = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
-        assert len(known(again, again.model_for(look()))) == 3
+        assert len(known(again, again.model_for(look()))) == NUM_FILES
     assert len(reads) == 1
 
 
 def test_a_changed_file_is_read_again(own_models, cache, reads):
     root = own_models / "tiny"
-    first = hashes.of(layout.find(root), cache=cache)
+    first = hashed(layout.find(root), cache)
     path = weight_file(root)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    second = hashes.of(layout.find(root), cache=cache)
+    second = hashed(layout.find(root), cache)
     assert len(reads) == 2
     name = path.relative_to(root).as_posix()
     assert first[name] != second[name]
@@ -225,14 +235,14 @@ def test_a_damaged_cache_is_made_anew(own_models, cache, reads, damage):
     cache.parent.mkdir()
     cache.write_bytes(damage)
     for _ in range(2):
-        assert len(hashes.of(files, cache=cache)) == 3
+        assert len(hashed(files, cache)) == NUM_FILES
     assert len(reads) == 1
     assert json.loads(cache.read_bytes())
 
 
 def test_models_share_the_cache(own_models, cache, reads):
     for name in ("tiny", "other", "tiny", "other"):
-        hashes.of(layout.find(own_models / name), cache=cache)
+        hashed(layout.find(own_models / name), cache)
     assert [root.name for root in reads] == ["tiny", "other"]
 
 
@@ -240,20 +250,68 @@ def test_a_home_that_cannot_be_written_costs_the_cache_alone(own_models, tmp_pat
     (tmp_path / "home").write_text("a file")
     files = layout.find(own_models / "tiny")
     cache = tmp_path / "home" / hashes.HASHES_FILE
-    assert len(hashes.of(files, cache=cache)) == 3
+    assert len(hashed(files, cache)) == NUM_FILES
 
 
-def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models):
+def test_weights_that_vanish_after_loading_cost_the_hashes_alone(warm, look, own_models, cache):
     """Not the render, and not for ever: they are known again when the files are."""
     path = weight_file(own_models / "tiny")
     model = warm.model_for(look())
     known(warm, model)
+    cache.unlink()
     moved = path.rename(path.with_suffix(".away"))
-    model.hashes = warm._hasher.submit(warm._hash, model.files)
+    model.hashes = warm._hasher.submit(warm._hash, model.files, model.as_loaded)
     assert known(warm, model) is None
     moved.rename(path)
     assert warm.model_for(look()) is model
-    assert len(known(warm, model)) == 3
+    assert len(known(warm, model)) == NUM_FILES
+
+
+def replace(path):
+    """As mv and rsync do it; another content of the same size. Gives the old one back."""
+    kept = path.with_suffix(".kept")
+    shutil.copy2(path, kept)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    new = path.with_suffix(".new")
+    new.write_bytes(data)
+    new.rename(path)
+    return kept
+
+
+def test_hashes_name_no_file_that_was_put_in_place_of_what_was_loaded(
+    warm, look, own_models, tmp_path, cpu, monkeypatch
+):
+    """Reading them takes a minute; nor are they kept for those who find the old file back."""
+    path, may_read = weight_file(own_models / "tiny"), threading.Event()
+    old, real = layout.weight_hashes(layout.find(own_models / "tiny")), layout.weight_hashes
+    monkeypatch.setattr(layout, "weight_hashes", lambda files: may_read.wait(30) and real(files))
+    model = warm.model_for(look())
+    old_file = replace(path)
+    may_read.set()
+    assert known(warm, model) is None
+    shutil.copy2(old_file, path)
+    fresh = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
+    assert known(fresh, fresh.model_for(look())) == old
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_costs_its_job_nothing(
+    warm, look, own_models, monkeypatch
+):
+    """It goes back: of some of the weights nobody knows which they are."""
+    real = components.checkpoint.load
+
+    def load(*arguments, **options):
+        networks = real(*arguments, **options)
+        replace(weight_file(own_models / "tiny"))
+        return networks
+
+    monkeypatch.setattr(components.checkpoint, "load", load)
+    with pytest.raises(errors.WeightsAbsent, match="was replaced while it was loaded"):
+        warm.model_for(look())
+    monkeypatch.undo()
+    root = own_models / "tiny"
+    assert known(warm, warm.model_for(look())) == layout.weight_hashes(layout.find(root))
 
 
 WITH_LORA = {"base": "original", "loras": [{"path": "tiny/loras/distill_lora.safetensors"}]}
@@ -347,36 +405,138 @@ def test_a_lora_that_was_replaced_is_applied_anew(warm, look, own_models):
         warm.model_for(asked)
 
 
+def test_a_lora_of_the_same_size_and_time_is_another(warm, look, own_models):
+    """Archives with fixed times unpack to such files."""
+    asked = look(**WITH_LORA)
+    path = own_models / asked.loras[0].path
+    hashed = warm.lora_hashes(asked, warm.model_for(asked))
+    with as_old_as(path):
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file({name: -tensors[name] for name in tensors}, path)
+    model = warm.model_for(asked)
+    assert warm.lora_switches == 2
+    assert warm.lora_hashes(asked, model) not in (None, hashed)
+
+
+def test_a_weight_file_of_the_same_size_and_time_is_read_again(own_models, cache, reads):
+    files = layout.find(own_models / "tiny")
+    first = hashed(files, cache)
+    with as_old_as(files.transformer[0]):
+        replace(files.transformer[0])
+    assert hashed(files, cache) != first
+
+
+@pytest.mark.parametrize("name", ["google/umt5-xxl/tokenizer.json", "config.json"])
+def test_hashes_tell_another_tokenizer_or_config(warm, look, own_models, tmp_path, cpu, name):
+    """Which change the video as weights do."""
+    first = known(warm, warm.model_for(look()))
+    path = own_models / "tiny" / name
+    path.write_text(path.read_text() + "\n")
+    fresh = components.Components(models_dir=own_models, home=tmp_path / "home", device=cpu)
+    second = known(fresh, fresh.model_for(look()))
+    assert {key for key in first if first[key] != second[key]} == {name}
+
+
+@contextlib.contextmanager
+def as_old_as(path):
+    """Of the same size and time, however it is written."""
+    before = path.stat()
+    yield
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
 def test_weights_that_were_replaced_are_loaded_anew_by_the_next_attempt(warm, look, own_models):
-    """Not merged into by halves: the old ones are gone from the disk."""
+    """Not merged into by halves: the old ones are gone from the disk, for which no job pays."""
     plain = look(base="original")
     first = warm.model_for(plain)
     path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors["head.modulation"] = tensors["head.modulation"] + 1
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
+    with pytest.raises(errors.WeightsAbsent, match="has changed since it was loaded"):
         warm.model_for(look(**WITH_LORA))
     assert warm.model_for(plain) is not first
     found = warm.model_for(plain).networks.transformer.head.modulation
     assert torch.equal(found, tensors["head.modulation"])
 
 
-def test_weights_that_are_replaced_while_they_are_loaded_are_told(
+def shifted(path, by):
+    """The same network with another modulation of its head, of the same names."""
+    tensors = safetensors.torch.load_file(path)
+    tensors["head.modulation"] = tensors["head.modulation"] + by
+    safetensors.torch.save_file(tensors, path)
+
+
+def test_a_distilled_model_that_is_copied_beside_a_warm_base_is_taken_when_it_is_there(
     warm, look, own_models, monkeypatch
 ):
-    """Else a LoRA would be merged into new weights beside old ones."""
-    load = components.checkpoint.load
-    path = own_models / "tiny" / "diffusion_pytorch_model.safetensors"
+    path = weight_file(own_models / "tiny")
+    away = path.parent.rename(own_models / "away")
+    base = warm.model_for(look())
+    away.rename(path.parent)
+    assert warm.model_for(look()) is base  # the copy may not have ended
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    with structlog.testing.capture_logs() as logs:
+        distilled = warm.model_for(look())
+    assert base.files.transformer != distilled.files.transformer == (path,)
+    assert [each["event"] for each in logs][:2] == ["model.replaced", "model.evicted"]
+    assert warm.model_for(look()) is distilled
+    assert warm.loads == 2
 
-    def load_and_replace(*arguments, **options):
-        networks = load(*arguments, **options)
-        safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"copied": "again"})
-        return networks
 
-    monkeypatch.setattr(components.checkpoint, "load", load_and_replace)
-    with pytest.raises(errors.WeightsUnusable, match="has changed since it was loaded"):
-        warm.model_for(look(**WITH_LORA))
+def test_a_distilled_model_that_is_taken_away_is_waited_for(warm, look, own_models, monkeypatch):
+    """Another one may be about to be copied to its place; a minute later the base is rendered."""
+    root, first = own_models / "tiny", warm.model_for(look())
+    time.sleep(0.6)  # all else is older
+    shutil.rmtree(root / "distill_models")
+    now = root.stat().st_ctime + copies.COPIED_SECONDS - 0.3
+    monkeypatch.setattr(copies.time, "time", lambda: now)
+    assert warm.model_for(look()) is first
+    now += 0.6
+    assert warm.model_for(look()).files != first.files
+
+
+def test_a_folder_that_is_a_link_is_loaded_anew_where_it_leads_elsewhere(
+    warm, look, own_models, monkeypatch
+):
+    """At once, and no job pays for it: neither one with the same LoRA, nor the next without it."""
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    old, new, link = (own_models / name for name in ("v1", "v2", "tiny"))
+    link.rename(old)
+    shutil.copytree(old, new)
+    shifted(new / "diffusion_pytorch_model.safetensors", by=1)
+    link.symlink_to(old)
+    with_lora, plain = look(**WITH_LORA), look(base="original")
+    before = warm.model_for(with_lora).networks.transformer.head.modulation.clone()
+    link.unlink()
+    link.symlink_to(new)
+    after = warm.model_for(with_lora).networks.transformer.head.modulation
+    assert torch.allclose(after, before + 1, atol=1e-2)
+    warm.model_for(plain)
+    assert warm.loads == 2
+
+
+@pytest.mark.parametrize("spoil", [missing_folder, missing_weights, broken_config])
+def test_files_that_make_no_model_cost_no_warm_one(warm, look, own_models, monkeypatch, spoil):
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
+    first = warm.model_for(look())
+    spoil(own_models / "tiny")
+    assert warm.model_for(look()) is first
+
+
+def test_a_models_folder_that_hangs_holds_up_no_warm_model(warm, look, monkeypatch):
+    """It is not asked again before it has answered."""
+    first = warm.model_for(look())
+    asked, answers = [], threading.Event()
+    monkeypatch.setattr(replaced, "DISK_SECONDS", 0.1)
+    monkeypatch.setattr(
+        replaced.layout, "find", lambda *_, **__: asked.append(1) or answers.wait(30)
+    )
+    for _ in range(3):
+        assert warm.model_for(look()) is first
+    assert len(asked) == 1
+    answers.set()
 
 
 def test_frames_are_decoded_in_the_type_that_each_look_asks_for(warm, look):
@@ -659,7 +819,8 @@ def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, ow
         shutil.copy(root / "diffusion_pytorch_model.safetensors", root / name)
     with pytest.raises(errors.WeightsUnusable, match="two transformers, and the preset no bound"):
         warm.model_for(look(model_path="other"))
-    assert warm.model_for(look(model_path="other", boundary_step_index=2))
+    both = warm.model_for(look(model_path="other", boundary_step_index=2))
+    assert warm.model_for(look(model_path="other", boundary_step_index=2)) is both
 
 
 def share_of(warm, look):

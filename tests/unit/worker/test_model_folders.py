@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobs import queues, settings
-from worker import model_folders
+from worker import copies, model_folders
 
 
 @pytest.fixture
@@ -119,12 +119,12 @@ MODEL_A = {"a/config.json": "{}", "a/weights": "1"}
 
 
 def test_a_model_is_told_when_two_looks_agree(looks, monkeypatch):
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     assert looks(MODEL_A, {"a/weights": "12"}, {}) == [(), (), (A,)]
 
 
 def test_a_model_that_is_known_is_not_told(looks, monkeypatch):
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     assert looks(MODEL_A, {"b/config.json": "{}"}, {}, known=[A]) == [(), (), (B,)]
 
 
@@ -133,14 +133,14 @@ def test_a_copy_that_pauses_has_not_ended(looks):
 
 
 def test_a_model_that_is_copied_holds_up_no_other(looks, monkeypatch):
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     copy = [{"b/config.json": "{}", "b/weights": "1" * length} for length in range(3)]
     assert looks(MODEL_A | copy[0], *copy[1:]) == [(), (A,), (A,)]
 
 
 def test_a_part_of_a_model_that_is_copied_is_none(looks, monkeypatch):
     """As a file of diffusers' layout may come before the one that says that it is a part."""
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     first = {"b/vae/config.json": "{}", "b/unet/weights": "1"}
     rest = {"b/model_index.json": "{}"}
     assert looks(first, {"b/unet/weights": "12"}, rest, {}) == [(), (), (), (B,)]
@@ -148,7 +148,7 @@ def test_a_part_of_a_model_that_is_copied_is_none(looks, monkeypatch):
 
 
 def test_a_link_to_nothing_keeps_no_model_away(looks, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_folders, "COPIED_SECONDS", 0.0)
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     (tmp_path / "models" / "a").mkdir(parents=True)
     (tmp_path / "models" / "a" / "gone").symlink_to("nowhere")
     assert looks(MODEL_A, {}) == [(), (A,)]
