@@ -21,7 +21,7 @@ STOP_SECONDS = 300.0  # longer without a job in work: the farm was stopped, or w
 ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
-RECENT_BATCHES = 1_000  # that are searched for a custom_id: a seek in each, some milliseconds
+RECENT_BATCHES = 10_000  # that are searched for a custom_id: a seek in each, some ten milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
