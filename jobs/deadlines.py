@@ -14,8 +14,7 @@ def parse(text: str, *, now: datetime, zone: tzinfo | None = None) -> datetime |
     Times without a zone are in `zone`, by default this machine's. ValueError says what would do.
     """
     text = text.strip()
-    if span := re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(m|min|h|d)", text):
-        found = timedelta(**{UNITS[span[2]]: float(span[1])})
+    if (found := span(text)) is not None:
         if not timedelta(0) < found <= LONGEST:
             raise ValueError(f"must be above 0 and at most {LONGEST.days} days, got {text!r}")
         return found
@@ -32,6 +31,13 @@ def parse(text: str, *, now: datetime, zone: tzinfo | None = None) -> datetime |
         when = "is over" if moment <= now else f"is more than {LONGEST.days} days away"
         raise ValueError(f"{moment.isoformat(sep=' ', timespec='minutes')} {when}")
     return moment
+
+
+def span(text: str) -> timedelta | None:
+    """`90m`, `2h`, `3d`; None for what is none."""
+    if not (found := re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(m|min|h|d)", text)):
+        return None
+    return timedelta(**{UNITS[found[2]]: float(found[1])})
 
 
 def _clock(text: str, wall: datetime) -> datetime | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from jobs import database, errors, queries, results, retries, storage
+from jobs import database, errors, queries, requests, results, retries, storage
 from jobs.schema import Attempt, Batch, Job
 
 log = structlog.get_logger()
@@ -46,6 +46,8 @@ class Status(StrEnum):
     DOWNLOADED = "downloaded"
     THERE = "there"
     """Already there with the right size and checksum."""
+    DELETED = "deleted"
+    """Nowhere any more: OpenAI's API was asked to delete it."""
     FAILED = "failed"
 
 
@@ -81,6 +83,8 @@ class Item:
     sidecar_key: str
     size_bytes: int
     sha256: str
+    is_deleted: bool
+    """In the store; what was fetched before lies here still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +149,14 @@ def _named(db: database.Database, batch_id: str) -> Iterator[tuple[str, Item | N
     while True:
         with db.reading() as session:
             page = queries.jobs_with_results(session, batch_id, after=after)
+            finished = [job for job, attempt in page if attempt is not None]
+            deleted = requests.deleted_videos(session, batch_id, finished)
         for job, attempt in page:
             name = names.of(job.position, job.custom_id)
-            yield name, None if attempt is None else _item(job, attempt, name)
+            if attempt is None:
+                yield name, None
+            else:
+                yield name, _item(job, attempt, name, is_deleted=job.id in deleted)
         if not page:
             return
         after = page[-1][0].position
@@ -297,14 +306,15 @@ def follow(
             with db.reading() as session:
                 batch = queries.find_batch(session, batch_id)
             is_last = batch.manifest_at is not None
-            # What failed is tried once more at the end, not every few seconds.
+            # What is not to be had is tried once more at the end, not every few seconds.
             known = good if is_last else good | bad
             if batch.succeeded > len(known):
                 new = (item for item in items(db, batch_id) if item.job_id not in known)
                 for outcome in fetch(store, new, folder, sidecars=sidecars):
                     assert outcome.job_id is not None
-                    (bad if outcome.status is Status.FAILED else good).add(outcome.job_id)
-                    if is_last or outcome.status is not Status.FAILED:
+                    is_here = outcome.status in (Status.DOWNLOADED, Status.THERE)
+                    (good if is_here else bad).add(outcome.job_id)
+                    if is_last or is_here:
                         yield outcome
             if is_last:
                 yield from fetch_result_files(db, store, batch, folder)
@@ -355,10 +365,14 @@ def _name_videos(db: database.Database, batch_id: str, path: Path) -> None:
         for line in lines:
             entry = json.loads(line)
             # A batch that was reopened meanwhile may have more videos than lines.
-            name = next((v.name for v in videos if v.job_id == entry["job_id"]), None)
-            if name is not None:
-                entry["video"]["file"] = f"{name}.mp4"
+            video = next((v for v in videos if v.job_id == entry["job_id"]), None)
+            if video is not None and not _is_gone(video, path.parent):
+                entry["video"]["file"] = f"{video.name}.mp4"
             named.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _is_gone(item: Item, folder: Path) -> bool:
+    return item.is_deleted and not _is_there(folder / f"{item.name}.mp4", item)
 
 
 def _seal(folder: Path) -> None:
@@ -374,7 +388,7 @@ def _seal(folder: Path) -> None:
         part.write_text(f"{body}\n", "utf-8")
 
 
-def _item(job: Job, attempt: Attempt, name: str) -> Item:
+def _item(job: Job, attempt: Attempt, name: str, *, is_deleted: bool) -> Item:
     assert attempt.video_key is not None
     assert attempt.video_bytes is not None
     assert attempt.video_sha256 is not None
@@ -386,6 +400,7 @@ def _item(job: Job, attempt: Attempt, name: str) -> Item:
         sidecar_key=results.sidecar_key(job.batch_id, job.id, attempt.id),
         size_bytes=attempt.video_bytes,
         sha256=attempt.video_sha256,
+        is_deleted=is_deleted,
     )
 
 
@@ -396,10 +411,12 @@ def _fetch(
     status, error = Status.THERE, None
     try:
         if not _is_there(target, item):
+            status = Status.DELETED if item.is_deleted else Status.DOWNLOADED
+        if status is Status.DOWNLOADED:
             _fetch_video(store, item, target, stop)
-            status = Status.DOWNLOADED
         sidecar = folder / f"{item.name}.json"
-        if sidecars and (status is Status.DOWNLOADED or not _is_sidecar(sidecar, item)):
+        wants_sidecar = sidecars and not item.is_deleted
+        if wants_sidecar and (status is Status.DOWNLOADED or not _is_sidecar(sidecar, item)):
             _download(store, item.sidecar_key, sidecar, stop)
     except (storage.StorageUnavailable, storage.StorageDenied):
         raise

@@ -5,8 +5,9 @@ import contextlib
 import secrets
 import urllib.parse
 from collections.abc import Sequence
+from enum import StrEnum
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -16,6 +17,15 @@ from jobs.schema import Listener, Notice
 SECRET_BYTES = 32  # Standard Webhooks asks for 24 to 64
 SECRET_PREFIX = "whsec_"  # noqa: S105  # how every such secret begins
 WEBHOOK_SCHEMES = ("https", "http")
+
+
+class NoticeState(StrEnum):
+    """What became of a notice."""
+
+    WAITS = "waits"
+    """For its next try."""
+    DELIVERED = "delivered"
+    GIVEN_UP = "given up"
 
 
 def is_webhook(url: str) -> bool:
@@ -119,12 +129,38 @@ def remove(session: Session, name: str) -> int:
     return number
 
 
-def notices(session: Session, *, limit: int) -> Sequence[tuple[Notice, str]]:
-    """The newest ones with the names of their listeners, newest first."""
-    rows = session.execute(
-        select(Notice, Listener.name)
-        .join(Listener, Listener.id == Notice.listener_id)
-        .order_by(Notice.id.desc())
-        .limit(limit)
-    ).all()
+def notices(
+    session: Session, *, limit: int, state: NoticeState | None = None, before: str | None = None
+) -> Sequence[tuple[Notice, str]]:
+    """The newest ones with the names of their listeners, newest first.
+
+    `before`: the message_id of the last one seen, for the next page. NotFound.
+    """
+    statement = select(Notice, Listener.name).join(Listener, Listener.id == Notice.listener_id)
+    if state is not None:
+        statement = statement.where(_is_in(state))
+    if before is not None:
+        last = session.scalar(select(Notice.id).where(Notice.message_id == before))
+        if last is None:
+            raise errors.NotFound(
+                f"no notice {before!r}: `rushes notify log -o json` shows their ids"
+            )
+        statement = statement.where(Notice.id < last)
+    rows = session.execute(statement.order_by(Notice.id.desc()).limit(limit)).all()
     return [(row[0], row[1]) for row in rows]
+
+
+def state_of(notice: Notice) -> NoticeState:
+    if notice.delivered_at is not None:
+        return NoticeState.DELIVERED
+    return NoticeState.WAITS if notice.given_up_at is None else NoticeState.GIVEN_UP
+
+
+def _is_in(state: NoticeState) -> ColumnElement[bool]:
+    """The same for the database."""
+    if state is NoticeState.DELIVERED:
+        return Notice.delivered_at.is_not(None)
+    is_given_up = Notice.given_up_at.is_not(None)
+    return Notice.delivered_at.is_(None) & (
+        is_given_up if state is NoticeState.GIVEN_UP else ~is_given_up
+    )

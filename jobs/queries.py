@@ -25,6 +25,7 @@ CLOCK_SPARE = timedelta(hours=1)  # the database's clock may have been set back 
 ROWS_AT_ONCE = 1_000  # of what is read page by page, to its end
 BATCH_ID_PART = re.compile(r"[0-9a-z-]{1,20}")
 SHORTEST_PART = 3
+RECENT_BATCHES = 10_000  # that are searched for a custom_id: a seek in each, some ten milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +73,23 @@ class LiveWorker:
 
 
 def batches(
-    session: Session, *, limit: int, before: Batch | None = None, owner: str | None = None
+    session: Session,
+    *,
+    limit: int,
+    before: Batch | None = None,
+    owner: str | None = None,
+    states_wanted: Sequence[states.BatchState] = (),
+    since: datetime | None = None,
 ) -> Sequence[Batch]:
     """Newest first; `before`: the last one seen, for the next page. `owner` None: everybody's."""
     statement = select(Batch).where(Batch.forgotten_at.is_(None))
+    if states_wanted:
+        statement = statement.where(Batch.state.in_([state.value for state in states_wanted]))
+    if since is not None:
+        statement = statement.where(Batch.created_at >= since)
     statement = statement.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(limit)
     if owner is not None:
-        statement = statement.where(Batch.owner == owner)
+        statement = statement.where(Batch.owner == database.storable(owner))
     if before is not None:
         same = Batch.created_at == before.created_at
         statement = statement.where(
@@ -129,17 +140,30 @@ def find_job(session: Session, reference: str) -> Job:
     return job
 
 
+def jobs_called(session: Session, custom_id: str, *, limit: int) -> Sequence[Job]:
+    """Of the recent batches, those of the newest one first."""
+    recent = select(Batch.id).where(Batch.forgotten_at.is_(None))
+    recent = recent.order_by(Batch.created_at.desc(), Batch.id.desc()).limit(RECENT_BATCHES)
+    found = select(Job).where(
+        Job.batch_id.in_(recent), Job.custom_id == database.storable(custom_id)
+    )
+    return session.scalars(found.order_by(Job.id.desc()).limit(limit)).all()
+
+
 def jobs(
     session: Session,
     batch_id: str,
     *,
     states_wanted: Sequence[states.JobState] = (),
+    custom_id: str | None = None,
     which: failures.Which = failures.ALL,
     after: int = -1,
     limit: int = 100,
 ) -> Sequence[Job]:
     """In the order of the file; `after` is the position of the last one seen."""
     page = select(Job).where(Job.batch_id == batch_id, Job.position > after, *which.conditions())
+    if custom_id is not None:
+        page = page.where(Job.custom_id == database.storable(custom_id))
     page = page.order_by(Job.position).limit(limit)
     pages = [_in_state(page, state) for state in set(states_wanted)]
     if len(pages) == 1:

@@ -139,9 +139,30 @@ def delete_asked_at(session: Session, job: Job) -> datetime | None:
     """
     batch = session.get_one(Batch, job.batch_id)
     row = get(session, api=VIDEOS, owner=batch.owner, name=video_name(job.id))
-    if row is None or row.deleted_at is None:
+    if row is None or row.deleted_at is None or _is_there_again(job, row.deleted_at):
         return None
-    if job.state is states.JobState.SUCCEEDED:
-        assert job.finished_at is not None
-        return None if row.deleted_at < job.finished_at else row.deleted_at
     return row.deleted_at
+
+
+def _is_there_again(job: Job, deleted_at: datetime) -> bool:
+    if job.state is not states.JobState.SUCCEEDED:
+        return False
+    assert job.finished_at is not None
+    return deleted_at < job.finished_at
+
+
+def deleted_videos(session: Session, batch_id: str, jobs: Collection[Job]) -> set[int]:
+    """The ids of those of these jobs of a batch for which `delete_asked_at` has a time."""
+    batch = session.get_one(Batch, batch_id)
+    found = session.execute(
+        select(ApiRequest.name, ApiRequest.deleted_at)
+        .where(ApiRequest.api == VIDEOS, ApiRequest.owner == batch.owner)
+        .where(ApiRequest.name.in_([video_name(job.id) for job in jobs]))
+        .where(ApiRequest.deleted_at.is_not(None))
+    )
+    deleted_at = {row.name: row.deleted_at for row in found}
+    return {
+        job.id
+        for job in jobs
+        if (moment := deleted_at.get(video_name(job.id))) and not _is_there_again(job, moment)
+    }

@@ -12,6 +12,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
+    ColumnElement,
     DateTime,
     Dialect,
     Enum,
@@ -23,9 +24,11 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    case,
     false,
     text,
 )
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from jobs import states
@@ -138,7 +141,7 @@ class Batch(Base):
     failed: Mapped[int] = mapped_column(default=0)
     cancelled: Mapped[int] = mapped_column(default=0)
 
-    @property
+    @hybrid_property
     def state(self) -> states.BatchState:
         """The word for its counts."""
         if self.queued + self.running:
@@ -154,6 +157,28 @@ class Batch(Base):
         if self.cancelled and not self.failed and self.expired_at is None:
             return states.BatchState.CANCELLED
         return states.BatchState.PARTIALLY_FAILED if self.succeeded else states.BatchState.FAILED
+
+    @state.inplace.expression
+    @classmethod
+    def _state_in_sql(cls) -> ColumnElement[states.BatchState]:
+        """The same for the database, to choose by."""
+        word = states.BatchState
+        is_ending = cls.cancel_requested_at.is_not(None) | cls.expired_at.is_not(None)
+        has_started = (cls.running > 0) | (cls.queued < cls.total)
+        is_given_up = (cls.cancelled > 0) & (cls.failed == 0) & cls.expired_at.is_(None)
+        while_open = case(
+            (is_ending, word.CANCELLING.value),
+            (cls.paused_at.is_not(None), word.PAUSED.value),
+            (has_started, word.RUNNING.value),
+            else_=word.QUEUED.value,
+        )
+        return case(
+            (cls.queued + cls.running > 0, while_open),
+            (cls.succeeded == cls.total, word.SUCCEEDED.value),
+            (is_given_up, word.CANCELLED.value),
+            (cls.succeeded > 0, word.PARTIALLY_FAILED.value),
+            else_=word.FAILED.value,
+        )
 
     # Neither names a count: those change with every job, and PostgreSQL then leaves indexes alone.
     __table_args__ = (

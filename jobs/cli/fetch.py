@@ -102,6 +102,8 @@ def _tell(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> Non
     said = [f"{output.count(len(new), 'video')} ({size}) downloaded"]
     if there:
         said.append(f"{there:,} already there")
+    if deleted := _count(videos, download.Status.DELETED):
+        said.append(f"{deleted:,} deleted")
     if failed := _count(outcomes, download.Status.FAILED):
         said.append(f"{failed:,} failed")
     output.line(f"{output.plain(str(target))}: {', '.join(said)}")
@@ -121,6 +123,7 @@ def _shape(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> di
         "folder": str(target.absolute()),
         "downloaded": _count(videos, download.Status.DOWNLOADED),
         "already_there": _count(videos, download.Status.THERE),
+        "deleted": _count(videos, download.Status.DELETED),
         "failed": _count(outcomes, download.Status.FAILED),
         "not_finished": row.queued + row.running,
         "files": [asdict(outcome) for outcome in outcomes],

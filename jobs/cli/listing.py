@@ -1,8 +1,9 @@
 """`rushes list` and `rushes show`."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from jobs import (
     retries,
     settings,
     shapes,
+    since,
     states,
     storage,
     stores,
@@ -31,32 +33,89 @@ MOST_NAMED = 100_000  # failed jobs: some ten seconds
 @click.command("list")
 @click.option("--limit", type=options.Whole(1, 1000), default=20, show_default=True)
 @click.option("--before", metavar="BATCH", help="Older than this one: the next page.")
+@click.option(
+    "--state",
+    "wanted",
+    multiple=True,
+    type=click.Choice([state.value for state in states.BatchState]),
+    help="Only those in this state; may be repeated.",
+)
+@click.option("--owner", callback=options.owner, help="Only this owner's.")
+@click.option(
+    "--since",
+    "begin",
+    metavar="WHEN",
+    help="Only those submitted from then on: 12h, 3d, 2026-12-24, 2026-12-24T06:00.",
+)
 @options.output
-def list_batches(limit: int, before: str | None, as_json: bool) -> None:
+def list_batches(
+    limit: int,
+    before: str | None,
+    wanted: tuple[str, ...],
+    owner: str | None,
+    begin: str | None,
+    as_json: bool,
+) -> None:
     """List the batches, newest first."""
+    moment = _since(begin)
     db = connections.open_database(settings.load())
     with db.reading() as session:
-        last = None if before is None else queries.find_batch(session, before)
-        found = queries.batches(session, limit=limit, before=last)
+        found = queries.batches(
+            session,
+            limit=limit,
+            before=None if before is None else queries.find_batch(session, before),
+            owner=owner,
+            states_wanted=[states.BatchState(state) for state in wanted],
+            since=moment,
+        )
     if as_json:
         output.emit({"batches": [shapes.batch(row) for row in found]})
-    elif found:
-        headers = ("BATCH", "STATE", "JOBS", "DONE", "FAILED", "CREATED", "PRESET", "NAME")
-        output.table(headers, [_list_row(row) for row in found])
-        if len(found) == limit:
-            output.note(f"older ones: rushes list --before {found[-1].id}")
-    else:
-        output.note("no batches" + (" before that one" if before else " yet"))
+        return
+    given = _given(wanted, owner, begin)
+    if not found:
+        what = "no such batches" if given else "no batches"
+        output.note(what + (" before that one" if before else "" if given else " yet"))
+        return
+    _print_list(found)
+    if len(found) == limit:
+        command = ["rushes", "list", *given, "--before", found[-1].id]
+        output.note(f"older ones: {shlex.join(command)}")
 
 
-def _list_row(row: Batch) -> tuple[str, ...]:
+def _given(wanted: Sequence[str], owner: str | None, begin: str | None) -> list[str]:
+    """What chose among them, for the command that shows more of the same."""
+    pairs = [("--state", state) for state in wanted]
+    pairs += [("--owner", owner)] if owner is not None else []
+    pairs += [("--since", begin)] if begin is not None else []
+    return [word for pair in pairs for word in pair]
+
+
+def _since(text: str | None) -> datetime | None:
+    try:
+        return None if text is None else since.parse(text, now=datetime.now(UTC))
+    except ValueError as error:
+        raise options.misused(f"--since: {error}") from None
+
+
+def _print_list(found: Sequence[Batch]) -> None:
+    """With the owner of each where they differ."""
+    has_owners = len({row.owner for row in found}) > 1
+    owner = ("OWNER",) if has_owners else ()
+    headers = ("BATCH", "STATE", "JOBS", "DONE", "FAILED", "CANCELLED", "CREATED", *owner)
+    rows = [_list_row(row, has_owners=has_owners) for row in found]
+    output.table((*headers, "PRESET", "NAME"), rows)
+
+
+def _list_row(row: Batch, *, has_owners: bool) -> tuple[str, ...]:
     return (
         row.id,
         output.state(row.state),
         str(row.total),
         str(row.succeeded),
         str(row.failed),
+        str(row.cancelled),
         output.when(row.created_at),
+        *((output.cut(row.owner, 20),) if has_owners else ()),
         output.cut(row.preset, 40),
         output.cut(row.name or "", 40),
     )

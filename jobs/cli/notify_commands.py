@@ -21,6 +21,8 @@ from jobs.cli import connections, exits, options, output, processes
 from jobs.schema import Listener, Notice
 
 DEFAULT_EVENTS = (outbox.BATCH_FINISHED, outbox.SCHEDULE_FAILED)
+NOTICE_STATES = [state.replace(" ", "-") for state in listeners.NoticeState]
+"""As they are typed."""
 
 
 @click.group()
@@ -147,19 +149,31 @@ def test(name: str, as_json: bool) -> int:
 
 @notify.command()
 @click.option("--limit", type=options.Whole(1, 1_000), default=20, show_default=True)
+@click.option(
+    "--state",
+    type=click.Choice(NOTICE_STATES),
+    help="Only those of which this became.",
+)
+@click.option("--before", metavar="MESSAGE_ID", help="Older than this one: the next page.")
 @options.output
-def log(limit: int, as_json: bool) -> None:
+def log(limit: int, state: str | None, before: str | None, as_json: bool) -> None:
     """List the latest notices and what became of them."""
+    wanted = None if state is None else listeners.NoticeState(state.replace("-", " "))
     db = connections.open_database(settings.load())
     with db.reading() as session:
-        found = listeners.notices(session, limit=limit)
+        found = listeners.notices(session, limit=limit, state=wanted, before=before)
     if as_json:
         output.emit({"notices": [_notice_shape(notice, name) for notice, name in found]})
     elif found:
-        headers = ("CREATED", "EVENT", "TO", "STATE", "TRIES", "NEXT TRY", "ERROR")
+        headers = ("CREATED", "EVENT", "ABOUT", "TO", "STATE", "TRIES", "NEXT TRY", "ERROR")
         output.table(headers, [_notice_row(notice, name) for notice, name in found])
+        if len(found) == limit:
+            of_state = f" --state {state}" if state else ""
+            last = found[-1][0].message_id
+            output.note(f"older ones: rushes notify log{of_state} --before {last}")
     else:
-        output.note("no notices yet")
+        what = "no such notices" if state else "no notices"
+        output.note(what + (" before that one" if before else "" if state else " yet"))
 
 
 def _row(row: Listener) -> tuple[str, ...]:
@@ -184,18 +198,14 @@ def _shape(row: Listener) -> dict[str, Any]:
     }
 
 
-def _notice_state(notice: Notice) -> str:
-    if notice.delivered_at is not None:
-        return "delivered"
-    return "given up" if notice.given_up_at is not None else "waits"
-
-
 def _notice_row(notice: Notice, name: str) -> tuple[str, ...]:
+    about = notice.body["data"]
     return (
         output.when(notice.created_at),
         notice.event,
+        output.cut(about.get("batch_id") or about.get("schedule") or "", 40),
         output.cut(name, 40),
-        _notice_state(notice),
+        listeners.state_of(notice),
         str(notice.tries),
         output.when(notice.next_try_at),
         output.plain(notice.error or ""),
@@ -203,11 +213,14 @@ def _notice_row(notice: Notice, name: str) -> tuple[str, ...]:
 
 
 def _notice_shape(notice: Notice, name: str) -> dict[str, Any]:
+    about = notice.body["data"]
     return {
         "message_id": notice.message_id,
         "name": name,
         "event": notice.event,
-        "state": _notice_state(notice),
+        "batch_id": about.get("batch_id"),
+        "schedule": about.get("schedule"),
+        "state": listeners.state_of(notice),
         "created_at": notice.created_at,
         "tries": notice.tries,
         "next_try_at": notice.next_try_at,

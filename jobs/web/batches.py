@@ -35,6 +35,7 @@ MAX_OWNER_IN_KEY = 49
 
 Serving = Annotated[service.Service, Depends(service.of)]
 Kinds = list[states.FailureKind]
+CustomId = Annotated[str | None, Query(max_length=520)]
 Limit = Annotated[int, Query(ge=1, le=MOST_AT_ONCE)]
 IdempotencyKey = Annotated[
     str | None,
@@ -177,12 +178,21 @@ def _submitted(made: submission.Submission, response: Response) -> dict[str, Any
 def list_batches(
     serving: Serving,
     principal: access.Reader,
+    state: Annotated[list[states.BatchState], Query()] = [],  # noqa: B006  # FastAPI copies it
+    owner: Annotated[str | None, Query(max_length=200)] = None,
     limit: Limit = 50,
     cursor: Annotated[str | None, Query(max_length=50)] = None,
 ) -> dict[str, Any]:
     """Newest first. `next_cursor` leads to older ones; null at the end."""
     with serving.db.reading() as session:
-        rows = finding.batches(session, principal, limit=limit + 1, cursor=cursor)
+        rows = finding.batches(
+            session,
+            principal,
+            limit=limit + 1,
+            cursor=cursor,
+            owner=owner,
+            states_wanted=state,
+        )
     more = len(rows) > limit
     return {
         "batches": [shapes.batch(row) for row in rows[:limit]],
@@ -207,6 +217,7 @@ def list_jobs(
     state: Annotated[list[states.JobState], Query()] = [],  # noqa: B006  # FastAPI copies it
     kind: Annotated[Kinds, Query()] = [],  # noqa: B006
     quarantined: bool | None = None,
+    custom_id: CustomId = None,
     limit: Limit = 100,
     cursor: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> dict[str, Any]:
@@ -215,7 +226,13 @@ def list_jobs(
     with serving.db.reading() as session:
         finding.batch(session, batch_id, principal)
         rows = queries.jobs(
-            session, batch_id, states_wanted=state, which=which, after=cursor, limit=limit + 1
+            session,
+            batch_id,
+            states_wanted=state,
+            custom_id=custom_id,
+            which=which,
+            after=cursor,
+            limit=limit + 1,
         )
         workers = queries.workers_of(session, rows)
     more = len(rows) > limit

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, queries
+from jobs import database, errors, queries, states
 from jobs.schema import Batch, Job
 from jobs.web import access
 
@@ -19,11 +19,23 @@ def batch(session: Session, reference: str, principal: access.Principal) -> Batc
 
 
 def batches(
-    session: Session, principal: access.Principal, *, limit: int, cursor: str | None
+    session: Session,
+    principal: access.Principal,
+    *,
+    limit: int,
+    cursor: str | None,
+    owner: str | None = None,
+    states_wanted: Sequence[states.BatchState] = (),
 ) -> Sequence[Batch]:
     """Newest first; `cursor` is the last batch that was seen, being forgotten or not. NotFound."""
     last = None if cursor is None else _kept(session, cursor, principal)
-    return queries.batches(session, limit=limit, before=last, owner=principal.sees)
+    if owner is None:
+        owner = principal.sees
+    elif not principal.may_see(owner):
+        return []
+    return queries.batches(
+        session, limit=limit, before=last, owner=owner, states_wanted=states_wanted
+    )
 
 
 def prompts(

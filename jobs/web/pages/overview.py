@@ -47,8 +47,10 @@ def show(
     state: states.JobState | None = None,
     kind: states.FailureKind | None = None,
     quarantined: bool | None = None,
+    custom_id: batches.CustomId = None,
     cursor: Annotated[int, Query(ge=-1, lt=2**31)] = -1,
 ) -> Response:
+    custom_id = custom_id or None  # the field is sent empty, too
     batch = batches.show(batch_id, serving, who)
     found = batches.list_jobs(
         batch_id,
@@ -57,12 +59,18 @@ def show(
         state=[] if state is None else [state],
         kind=[] if kind is None else [kind],
         quarantined=quarantined,
+        custom_id=custom_id,
         limit=JOBS,
         cursor=cursor,
     )
     base = f"/batches/{batch_id}"
     following = found["next_cursor"]
-    chosen = {"state": state, "kind": kind, "quarantined": quarantined}
+    chosen = {
+        "state": state,
+        "kind": kind,
+        "quarantined": quarantined,
+        "custom_id": custom_id,
+    }
     return html.page(
         request,
         "batch.html",

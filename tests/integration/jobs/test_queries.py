@@ -1,5 +1,6 @@
 """What people and programs are told, on both databases."""
 
+import itertools
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -158,6 +159,55 @@ def _batch(**values: Any) -> Batch:
 )
 def test_the_counts_of_a_batch_have_one_word(counts: dict[str, int], state: BatchState) -> None:
     assert _batch(**counts).state is state
+
+
+def test_the_database_has_the_same_word(world: World) -> None:
+    """For every mixture of counts, and of what was asked for."""
+    counts = ("queued", "running", "succeeded", "failed", "cancelled")
+    moments = ("cancel_requested_at", "expired_at", "paused_at")
+    with world.db.transaction() as session:
+        now = database.now(session)
+        mixtures = itertools.product((0, 1), repeat=len(counts) + len(moments))
+        for number, mixture in enumerate(m for m in mixtures if any(m[: len(counts)])):
+            given = dict(zip(counts, mixture, strict=False))
+            when = {
+                name: now if yes else None for name, yes in zip(moments, mixture[5:], strict=True)
+            }
+            session.add(
+                Batch(
+                    id=f"b{number}",
+                    preset="tiny",
+                    priority=0,
+                    fingerprint="f",
+                    created_at=now,
+                    total=sum(given.values()),
+                    **given,
+                    **when,
+                )
+            )
+    with world.db.reading() as session:
+        for state in BatchState:
+            chosen = queries.batches(session, limit=1_000, states_wanted=[state])
+            assert {batch.state for batch in chosen} == {state}
+        every = queries.batches(session, limit=1_000, states_wanted=list(BatchState))
+        assert len(every) == 8 * (2**5 - 1)
+
+
+def test_jobs_of_a_custom_id_are_found_in_all_recent_batches_but_forgotten_ones(
+    world: World,
+) -> None:
+    rows = [{"prompt": "a", "custom_id": "cat"}, {"prompt": "b", "custom_id": "dog"}]
+    one, other, forgotten = (world.submit(rows) for _ in range(3))
+    with world.db.transaction() as session:
+        batch = session.get_one(Batch, forgotten)
+        batch.forgotten_at = database.now(session)
+    with world.db.reading() as session:
+        found = queries.jobs_called(session, "cat", limit=5)
+        assert [job.batch_id for job in found] == [other, one]
+        assert queries.jobs_called(session, "cow\0", limit=5) == []
+        (dog,) = queries.jobs(session, one, custom_id="dog")
+        assert dog.position == 1
+        assert queries.jobs(session, one, custom_id="cow\0") == []
 
 
 RENDER_SECONDS = 15

@@ -575,6 +575,64 @@ def test_list_is_newest_first_and_pages(
     assert ids[2] in rushes("list").stdout
 
 
+def listed(rushes: Rushes, *options: str) -> list[str]:
+    return [batch["name"] for batch in parsed(rushes("list", *options, "-o", "json"))["batches"]]
+
+
+def test_list_chooses_by_state_owner_and_time(
+    db: database.Database, rushes: Rushes, prompts: str
+) -> None:
+    for name, owner in (("one", "ann"), ("two", "ben"), ("three", "ben")):
+        assert not rushes(
+            "submit", prompts, "--preset", "tiny", "--name", name, "--owner", owner
+        ).exit_code
+    assert "OWNER" in rushes("list").stdout
+    assert rushes("cancel", "latest").exit_code == 0
+    assert listed(rushes, "--state", "cancelled") == ["three"]
+    assert listed(rushes, "--state", "cancelled", "--state", "queued") == ["three", "two", "one"]
+    assert listed(rushes, "--owner", "ben", "--state", "queued") == ["two"]
+    with db.transaction() as session:
+        session.execute(
+            update(Batch).where(Batch.name == "one").values(created_at=Batch.created_at)
+        )
+        one = session.query(Batch).filter_by(name="one").one()
+        one.created_at -= timedelta(days=2)
+    assert listed(rushes, "--since", "1d") == ["three", "two"]
+    assert listed(rushes, "--since", "3d") == ["three", "two", "one"]
+    page = rushes("list", "--owner", "ben", "--since", "1d", "--limit", "1")
+    assert "OWNER" not in page.stdout
+    assert page.stdout.splitlines()[0].split()[2:6] == ["JOBS", "DONE", "FAILED", "CANCELLED"]
+    assert page.stdout.splitlines()[1].split()[2:6] == ["2", "0", "0", "2"]
+    following = page.stderr.partition("older ones: rushes ")[2].split()
+    assert following[:5] == ["list", "--owner", "ben", "--since", "1d"]
+    assert listed(rushes, *following[1:]) == ["two"]
+    assert "no such batches" in rushes("list", "--owner", "cem").stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (("--state", "done"), "'succeeded', 'partially_failed'"),
+        (("--since", "lately"), "12h or 3d"),
+    ],
+)
+def test_list_refuses_what_chooses_nothing_with_what_would_do(
+    db: database.Database, rushes: Rushes, option: tuple[str, str], told: str
+) -> None:
+    result = rushes("list", *option)
+    assert result.exit_code == exits.USAGE
+    assert told in " ".join(result.stderr.split())
+
+
+def test_a_custom_id_without_its_batch_is_told_how_to_name_it(farm: Farm, rushes: Rushes) -> None:
+    for command in ("show", "logs", "cancel", "retry"):
+        result = rushes(command, "cat")
+        assert result.exit_code == exits.USAGE
+        assert f"no batch 'cat'; the job of this custom_id: {farm.batch_id}/cat" in result.stderr
+    assert rushes("show", f"{farm.batch_id}/cat").exit_code == 0
+    assert "`rushes list` shows what there is" in rushes("show", "cow").stderr
+
+
 def test_list_without_batches_says_so_beside_the_output(
     db: database.Database, rushes: Rushes
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ from jobs import (
     folder_store,
     lifecycle,
     queries,
+    requests,
     results,
     settings,
     storage,
     stores,
 )
 from jobs.cli import exits
+from jobs.schema import Batch
 
 pytestmark = pytest.mark.usefixtures("no_broker")
 CONTENT = b"not really a video"
@@ -240,6 +243,74 @@ def test_a_damaged_object_is_refused_and_the_others_arrive(
     assert "bad.mp4: " in result.stderr
     assert "lost.mp4: " in result.stderr
     assert {name for name in files(Path("out")) if "mp4" in name} == {"good.mp4"}
+
+
+def delete_video(db: database.Database, store: storage.ObjectStore, reference: str) -> None:
+    with db.transaction() as session:
+        job = queries.find_job(session, reference)
+        winner = queries.winning_attempt(session, job)
+        assert winner is not None
+        assert winner.video_key is not None
+        store.delete(winner.video_key)
+        store.delete(results.sidecar_key(job.batch_id, job.id, winner.id))
+        row = requests.add(
+            session,
+            api=requests.VIDEOS,
+            owner=session.get_one(Batch, job.batch_id).owner,
+            name=requests.video_name(job.id),
+            batch_id=job.batch_id,
+            body={},
+        )
+        row.deleted_at = database.now(session)
+
+
+def named_files(folder: Path) -> list[str | None]:
+    lines = (folder / "output.jsonl").read_text().splitlines()
+    return [json.loads(line)["video"].get("file") for line in lines]
+
+
+@pytest.mark.parametrize("watching", [(), ("--watch",)])
+def test_a_deleted_video_is_told_and_no_failure(
+    db: database.Database, store: storage.ObjectStore, watching: tuple[str, ...]
+) -> None:
+    batch_id = finished_batch(db, store, "kept", "gone")
+    delete_video(db, store, f"{batch_id}/gone")
+    result = rushes("download", "latest", "out", "--include", "sidecar", *watching)
+    assert (result.exit_code, result.stderr) == (exits.OK, "")
+    assert result.stdout.endswith("1 deleted\n")
+    assert files(Path("out")) == {"kept.mp4", "kept.json", *download.RESULT_FILES}
+    assert named_files(Path("out")) == ["kept.mp4", None]
+    told = json.loads(rushes("download", "latest", "out", "-o", "json", *watching).stdout)
+    assert (told["already_there"], told["deleted"], told["failed"]) == (1, 1, 0)
+    assert [entry["status"] for entry in told["files"][:2]] == ["there", "deleted"]
+
+
+def test_a_video_that_was_fetched_before_it_was_deleted_stays(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "cat")
+    rushes("download", "latest", "out")
+    delete_video(db, store, f"{batch_id}/cat")
+    result = rushes("download", "latest", "out", "--include", "sidecar")
+    assert (result.exit_code, result.stderr) == (exits.OK, "")
+    assert "1 already there" in result.stdout
+    assert named_files(Path("out")) == ["cat.mp4"]
+
+
+def test_a_video_that_was_made_again_after_it_was_deleted_is_fetched(
+    db: database.Database, store: storage.ObjectStore
+) -> None:
+    batch_id = finished_batch(db, store, "cat")
+    delete_video(db, store, f"{batch_id}/cat")
+    with db.transaction() as session:
+        job = queries.find_job(session, f"{batch_id}/cat")
+        winner = queries.winning_attempt(session, job)
+        assert winner is not None
+        assert winner.video_key is not None
+        store.put_bytes(CONTENT, winner.video_key, content_type="video/mp4")
+        job.finished_at = database.now(session) + timedelta(seconds=1)
+    assert "1 video (" in rushes("download", "latest", "out").stdout
+    assert named_files(Path("out")) == ["cat.mp4"]
 
 
 def test_a_store_that_stays_away_ends_it_and_says_so(

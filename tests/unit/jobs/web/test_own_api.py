@@ -261,6 +261,40 @@ def test_pages_lead_through_everything_once(web: Web, at_once: bool) -> None:
     assert positions == [0, 1, 2]
 
 
+def test_batches_and_jobs_are_chosen(web: Web) -> None:
+    first, second = web.submit(2), web.submit(2)
+    web.client.post(f"/api/batches/{first}/cancel")
+
+    def chosen(**query: Any) -> list[str]:
+        answer = web.client.get("/api/batches", params=query)
+        assert answer.status_code == 200, answer.text
+        return [batch["batch_id"] for batch in answer.json()["batches"]]
+
+    assert chosen(state="cancelled") == [first]
+    assert chosen(state=["cancelled", "queued"]) == [second, first]
+    assert chosen(state="failed") == []
+    assert web.client.get("/api/batches", params={"state": "done"}).status_code == 422
+    path = f"/api/batches/{first}/jobs"
+    jobs = web.client.get(path, params={"custom_id": "p1"}).json()["jobs"]
+    assert [(job["custom_id"], job["position"]) for job in jobs] == [("p1", 1)]
+    query = {"custom_id": "p1", "state": "queued"}
+    assert web.client.get(path, params=query).json()["jobs"] == []
+    assert web.client.get(path, params={"custom_id": "p"}).json()["jobs"] == []
+
+
+def test_only_an_admin_chooses_an_owner(make_web: Callable[..., Web]) -> None:
+    web = make_web(web_require_token=True)
+    batch_id = web.submit(headers=web.token("ann"))
+    web.submit(headers=web.token("ben"))
+    for headers, owner, found in (
+        (web.token("", "admin"), "ann", [batch_id]),
+        (web.token("ann"), "ann", [batch_id]),
+        (web.token("ben"), "ann", []),
+    ):
+        answer = web.client.get("/api/batches", params={"owner": owner}, headers=headers)
+        assert [batch["batch_id"] for batch in answer.json()["batches"]] == found
+
+
 def test_a_list_goes_on_after_a_batch_that_is_being_forgotten(web: Web) -> None:
     made = [web.submit(1) for _ in range(2)]
     job_id = web.job_id(made[1])
@@ -687,6 +721,9 @@ def test_a_nul_in_an_address_is_nothing_that_there_is(
     """PostgreSQL takes none in a text."""
     web = make_web(database_url=postgres_database_url)
     assert web.client.get("/v1/files?purpose=%00").json()["data"] == []
+    assert web.client.get("/api/batches?owner=%00").json()["batches"] == []
+    jobs = web.client.get(f"/api/batches/{web.submit(1)}/jobs?custom_id=%00")
+    assert jobs.json()["jobs"] == []
     for path in (
         "/api/batches/%00",
         "/api/batches?cursor=%00",

@@ -1090,6 +1090,9 @@ def test_what_people_do_on_a_page_is_left_alone_when_it_is_asked_for_anew(
     assert re.search(
         r'<input id="to"[^>]* hx-morph-skip>', browser.get(f"/batches/{batch_id}").text
     )
+    assert re.search(
+        r'<input id="custom-id"[^>]* hx-morph-skip>', browser.get(f"/batches/{batch_id}").text
+    )
     job_id = web.job_id(batch_id)
     web.succeed(job_id)
     assert f'<div id="video-{job_id}" hx-morph-skip>' in browser.get(f"/jobs/{job_id}").text
@@ -1197,6 +1200,22 @@ def test_the_jobs_that_are_shown_are_marked_among_the_tabs(web: Web, browser: Br
     current = re.compile(r'aria-current="true">\s*(\w+)')
     for asked, word in (("", "all"), ("?state=queued", "queued")):
         assert current.findall(browser.get(f"/batches/{batch_id}{asked}").text) == [word]
+
+
+def test_a_job_is_found_by_its_custom_id_on_the_page_of_its_batch(
+    web: Web, browser: Browser
+) -> None:
+    batch_id = web.submit(120)
+    base = f"/batches/{batch_id}"
+    text = browser.get(base).text
+    form = text[text.index('id="find"') :].partition("</form>")[0]
+    assert 'name="custom_id"' in form
+    found = browser.get(f"{base}?custom_id=p77").text
+    assert re.findall(r'<tr id="job-(\d+)"', found) == [str(web.job_id(batch_id, 77))]
+    assert f'hx-get="{base}?custom_id=p77"' in found
+    assert "Only the job called <bdi>p77</bdi>" in found
+    assert browser.get(f"{base}?custom_id=").text.count('<tr id="job-') == 50
+    assert "None." in browser.get(f"{base}?custom_id=p777").text
 
 
 def test_a_page_of_many_jobs_is_short(web: Web, browser: Browser) -> None:
