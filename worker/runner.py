@@ -200,7 +200,7 @@ class Runner:
         lifecycle.release_worker(
             session,
             self.worker_settings.worker_name,
-            reason=f"its process was ended, because job {claim.job_id} beside it stood still",
+            reason="its process was ended, because a job beside it stood still",
         )
 
     def _traced(self, name: str, claim: lifecycle.Claim) -> contextlib.AbstractContextManager[None]:
@@ -349,7 +349,7 @@ class Runner:
             self.bell.kick()
             try:
                 if not self.end(seconds=LAST_TAIL_SECONDS):
-                    reason = f"its process was ended, because job {claim.job_id} lost the device"
+                    reason = "its process was ended, because a job beside it lost the device"
                     name = self.worker_settings.worker_name
                     self.db.write(lifecycle.release_worker, name, reason=reason)
             finally:

@@ -56,10 +56,15 @@ def emit_list(head: dict[str, object], name: str, values: Iterable[object]) -> N
     """As `emit` prints `head | {name: values}`, of which not all are held at once."""
     start, _, end = _document(head | {name: [None]}).rpartition("\n    null\n")
     is_first = True
-    for value in values:
-        text = textwrap.indent(_document(value), " " * 4)
-        _print(f"{start if is_first else ','}\n{text}", ends=False)
-        is_first = False
+    try:
+        for value in values:
+            text = textwrap.indent(_document(value), " " * 4)
+            _print(f"{start if is_first else ','}\n{text}", ends=False)
+            is_first = False
+    except Exception:  # what is told of it is a document, too
+        if not is_first:
+            _print(f"\n{end}")
+        raise
     _print(_document(head | {name: []}) if is_first else f"\n{end}")
 
 

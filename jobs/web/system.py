@@ -57,7 +57,7 @@ def list_presets(serving: Serving, principal: access.Reader) -> dict[str, Any]:
 def list_workers(serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """The workers that have not stopped for good, and what they render.
 
-    Who is no admin is told no number of a job of others, and no folder of a host.
+    Who is no admin is told no number of a job of others, and of models their names alone.
     """
     with serving.db.reading() as session:
         workers = [shapes.worker(live) for live in queries.live_workers(session)]

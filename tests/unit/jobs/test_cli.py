@@ -752,6 +752,18 @@ def test_a_list_is_printed_as_a_whole_document(capsys: pytest.CaptureFixture[str
         assert found == capsys.readouterr().out
 
 
+def test_a_list_that_breaks_off_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    def values(number: int) -> Iterator[int]:
+        yield from range(number)
+        raise LookupError
+
+    for number, printed in ((0, None), (2, {"a": 1, "values": [0, 1]})):
+        with pytest.raises(LookupError):
+            output.emit_list({"a": 1}, "values", values(number))
+        out = capsys.readouterr().out
+        assert (json.loads(out) if out else None) == printed
+
+
 def test_logs_of_a_batch_are_in_order_and_can_be_filtered(farm: Farm, rushes: Rushes) -> None:
     farm.succeed(0)
     farm.fail(1)
