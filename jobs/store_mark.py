@@ -25,7 +25,7 @@ class OtherStore(storage.StorageDenied):
     def __init__(self, store_url: str, mark: StoreMark) -> None:
         super().__init__(
             store_url,
-            f"is not the store of this farm, {mark.url}: it has no {key(mark.name)}; correct "
+            f"this is not the store of this farm, {mark.url}: it has no {key(mark.name)}; correct "
             "RUSHES_RESULTS_URL or its endpoint here and start this again "
             "(docs/operations.md, another store)",
         )
