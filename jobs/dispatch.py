@@ -20,6 +20,7 @@ from jobs import (
     beat,
     broker,
     database,
+    errors,
     lifecycle,
     orders,
     queries,
@@ -213,7 +214,7 @@ class Dispatcher:
                 event = "dispatch.batch_failed"
             else:
                 raise
-            log.warning(event, error=str(error.orig).splitlines()[0])
+            log.warning(event, error=errors.first_line(error))
             return None
 
     @contextmanager

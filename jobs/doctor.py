@@ -39,6 +39,7 @@ from jobs import (
     semaphores,
     settings,
     storage,
+    store_mark,
     stores,
     workers,
 )
@@ -384,6 +385,7 @@ def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterat
                 "none needed: sizes are compared, and videos carry their sha256 in the database"
             )
             yield _warn("results checksums", "the store keeps no sha256 metadata", advice)
+        yield from _farm(config, store)
         yield _listing(store, key)
         yield from _versions(store)
         yield _link(store, key, sha256, config)
@@ -394,6 +396,25 @@ def _round_trip(store: storage.ObjectStore, config: settings.Settings) -> Iterat
     with contextlib.suppress(storage.StorageDenied):
         if store.head(key) is not None:
             yield _warn("results delete", f"{key} is still there", "allow s3:DeleteObject")
+
+
+def _farm(config: settings.Settings, store: storage.ObjectStore) -> Iterator[Check]:
+    """Whether it is the one that the other processes use."""
+    try:
+        db = database.connect(config)
+        if db.missing_file is None:
+            with contextlib.closing(db):
+                store_mark.Guard(db, store).require()
+    except store_mark.OtherStore as error:
+        yield _fail("results store of the farm", str(error), OTHER_STORE)
+    except (SQLAlchemyError, errors.RushesError):
+        pass  # the checks of these two say it
+
+
+OTHER_STORE = (
+    "correct RUSHES_RESULTS_URL or AWS_ENDPOINT_URL_S3; if the farm moves to this store, "
+    "`rushes migrate --store`"
+)
 
 
 def _listing(store: storage.ObjectStore, key: str) -> Check:

@@ -5,6 +5,7 @@ locking the schedule and looking whether the fire time is still the next one.
 """
 
 import contextlib
+import dataclasses
 import io
 import sqlite3
 import threading
@@ -14,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy import or_, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
@@ -53,6 +55,14 @@ class Overtaken(errors.RushesError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"schedule {name!r} fires just now: try again")
+
+
+class FromLaterVersion(errors.RushesError):
+    """A schedule was stored with something that this version does not know."""
+
+    def __init__(self, name: str, what: str) -> None:
+        told = "this version of rushes cannot render what was stored"
+        super().__init__(f"schedule {name!r}: {told}: {what}; upgrade this machine")
 
 
 class Clockwork:
@@ -135,8 +145,11 @@ class Clockwork:
                 is_taken_up or self._in_time.get(schedule_id) == schedule.next_fire_at
             ) and now - schedule.next_fire_at < PATIENCE
             try:
+                _preset_of(schedule)
                 due = schedules.decide(schedule, now, has_open_batch=is_open, is_in_time=is_in_time)
-            except Exception as error:  # such as a zone that this host does not know
+            except (
+                Exception
+            ) as error:  # such as a zone that this host does not know, or such a look
                 log.error("schedule.delayed", schedule=schedule.name, error=_told(error))
                 schedule.busy_until = now + BUSY
                 return None
@@ -260,13 +273,7 @@ def prompt_file(
         schedule=schedule.name,
         lists=schedule.lists,
     )
-    preset = presets.Preset(
-        name=schedule.preset,
-        path=Path(),
-        description=None,
-        look=presets.Look.model_validate(schedule.look),
-        keys_without_effect=(),
-    )
+    preset = _preset_of(schedule)
     # Any dispatcher may come to read them: no images from the files of one machine.
     images = inputs.InputImages(
         config=config, base=None, store=stores.open_store(config), may_wait=may_wait
@@ -288,6 +295,21 @@ def prompt_file(
             check=submission.prompt_check(config),
             fill=variables.row,
         )
+
+
+def _preset_of(schedule: Schedule) -> presets.Preset:
+    """FromLaterVersion where its look, or an option beside it, says what we do not know."""
+    known = {field.name for field in dataclasses.fields(submission.Options)}
+    if unknown := sorted(schedule.options.keys() - known):
+        raise FromLaterVersion(schedule.name, ", ".join(unknown))
+    try:
+        look = presets.Look.model_validate(schedule.look)
+    except ValidationError as error:
+        where = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
+        raise FromLaterVersion(schedule.name, where) from error
+    return presets.Preset(
+        name=schedule.preset, path=Path(), description=None, look=look, keys_without_effect=()
+    )
 
 
 def read_url(config: settings.Settings, url: str) -> bytes:

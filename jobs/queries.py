@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, cast, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
-from jobs import attempt_ids, database, errors, failures, schema, states, workers
+from jobs import attempt_ids, database, errors, failures, one_line, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Look, Refusal, Worker
 
 RECENT_JOBS = 50  # the rate is taken over this many latest results, or
@@ -127,7 +127,7 @@ def find_job(session: Session, reference: str) -> Job:
     if slash:
         batch = find_batch(session, batch_reference)
         of_batch = select(Job).where(Job.batch_id == batch.id)
-        if "\0" not in inside and inside.isprintable():
+        if one_line.is_named(inside):
             job = session.scalar(of_batch.where(Job.custom_id == inside))
         if job is None and inside.isdecimal() and len(inside) < 10:
             job = session.scalar(of_batch.where(Job.position == int(inside)))

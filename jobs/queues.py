@@ -19,6 +19,11 @@ def of_model(model_path: str) -> str:
     return f"{PREFIX}{slug or 'model'}-{mark}"
 
 
+def may_lie_elsewhere(queue: str) -> bool:
+    """Whether its model's path may have several parts; of an absolute one it has."""
+    return re.search(r"-[0-9a-f]{8}$", queue) is not None
+
+
 def is_simulated(model_path: str) -> bool:
     """For rehearsals: `simulated`, or a path below it to stand for several models."""
     return PurePosixPath(model_path).parts[:1] == (SIMULATED,)

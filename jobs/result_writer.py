@@ -12,13 +12,14 @@ from sqlalchemy import Select, or_, select, tuple_, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from jobs import database, errors, results, settings, storage, stores
+from jobs import database, errors, results, settings, storage, store_mark, stores
 from jobs.schema import Batch
 
 log = structlog.get_logger()
 
 LEASE_SECONDS = 60.0  # then another writer begins anew
 AGAIN_SECONDS = 30.0  # after the database or the object store failed
+MARK_SECONDS = 24 * 3600.0  # until the mark of the store is written again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,9 @@ class ResultWriter:
         self._config = config
         self._db = db
         self._store: storage.ObjectStore | None = None
+        self._guard: store_mark.Guard | None = None
         self._again_at = 0.0
+        self._mark_at = 0.0
         self.look = threading.Event()
         """Set it to have finished batches looked for at once."""
 
@@ -51,12 +54,30 @@ class ResultWriter:
         while not stop.is_set():
             self.look.clear()
             try:
+                self._mark_store()
                 self.write_finished(stop)
             except (DBAPIError, database.DatabaseUnavailable) as error:
                 log.warning("results.database_unavailable", error=str(error)[:300])
                 stop.wait(min(self._config.tick_seconds, AGAIN_SECONDS))
                 continue
             self.look.wait(self._config.tick_seconds)
+
+    def _mark_store(self) -> None:
+        """Once a day: this is the farm's store, unless another one is."""
+        if time.monotonic() < self._mark_at:
+            return
+        self._mark_at = time.monotonic() + AGAIN_SECONDS
+        try:
+            self._opened()[1].leave()
+        except (errors.RushesError, OSError) as error:
+            log.error("store.unmarked", error=str(error))
+        else:
+            self._mark_at = time.monotonic() + MARK_SECONDS
+
+    def _opened(self) -> tuple[storage.ObjectStore, store_mark.Guard]:
+        self._store = self._store or stores.open_store(self._config)
+        self._guard = self._guard or store_mark.Guard(self._db, self._store)
+        return self._store, self._guard
 
     def write_finished(self, stop: threading.Event | None = None) -> int:
         """Every finished batch that nobody else writes; how many are complete now."""
@@ -68,8 +89,9 @@ class ResultWriter:
             batch_id = taken.batch_id
             try:
                 with _Lease(self._db, batch_id, taken.lease_until) as lease:
-                    self._store = self._store or stores.open_store(self._config)
-                    written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
+                    store, guard = self._opened()
+                    guard.require()
+                    written += results.write(self._db, store, batch_id, may_put=lease.renew)
             except DBAPIError:
                 raise
             except Exception as error:  # one batch that meets a defect must not end dispatch

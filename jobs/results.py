@@ -5,7 +5,8 @@ batches/<batch>/output.jsonl                      a line per finished video
 batches/<batch>/errors.jsonl                      a line per job without one
 batches/<batch>/manifest.json                     written last: the batch is complete
 
-Beside them lie input images and uploads, below inputs/: see `uploads`.
+Beside them lie input images and uploads, below inputs/: see `uploads`; and below farms/ what tells
+the store from others: see `store_mark`.
 """
 
 import json

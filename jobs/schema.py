@@ -538,3 +538,14 @@ class PastTotal(Base):
     name: Mapped[str] = mapped_column(String(40), primary_key=True)
     """What was added up."""
     value: Mapped[int] = mapped_column(BigInteger)
+
+
+class StoreMark(Base):
+    """The one row: by which object the farm knows its store again. See `store_mark`."""
+
+    __tablename__ = "store_marks"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(40))
+    url: Mapped[str]
+    """As the process that made it calls the store; for people."""

@@ -33,6 +33,8 @@ from jobs import (
     queues,
     servers,
     settings,
+    states,
+    store_mark,
     stores,
     supervisor,
     workers,
@@ -98,6 +100,8 @@ class Launcher:
     """None for simulated devices, which render no model."""
     found_queues: frozenset[str] = frozenset()
     """Of models that came after we began."""
+    other_store: str | None = None
+    """Why the store of our settings is not that of the farm."""
     lost_name: workers.NameTaken | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     hurry: threading.Event = field(default_factory=threading.Event)
@@ -161,6 +165,7 @@ class Launcher:
         if self.newcomers is not None:
             look = functools.partial(self._look_for_models, self.newcomers)
             threading.Thread(target=look, name="models", daemon=True).start()
+        threading.Thread(target=self._look_at_store, name="store", daemon=True).start()
         while not self.stop.wait(LOOK_SECONDS):
             self.publisher.revive()
             for renderer in self.renderers:
@@ -183,6 +188,7 @@ class Launcher:
                 self.bell.kick()
             self._take_found_queues()
             for renderer in self.renderers:
+                self._refuse_all(renderer)
                 self._steer(renderer)
                 self._test_if_due(renderer)
         except (DBAPIError, broker.BrokerUnavailable, OSError) as error:
@@ -212,6 +218,35 @@ class Launcher:
                 )
             else:
                 self.found_queues |= set(found)
+
+    def _look_at_store(self) -> None:
+        """In a thread of its own: it may hang."""
+        guard = store_mark.Guard(self.db, stores.open_store(self.config))
+        is_told = False
+        while not self.stop.is_set():
+            try:
+                guard.require()
+            except store_mark.OtherStore as error:
+                self.other_store = str(error)
+                if not is_told:
+                    log.error("launcher.other_store", error=self.other_store)
+                is_told = True
+            except (DBAPIError, errors.RushesError, OSError):
+                pass  # told by those who need it
+            else:
+                self.other_store, is_told = None, False
+            self.stop.wait(workers.BEAT_SECONDS)
+
+    def _refuse_all(self, renderer: RenderProcess) -> None:
+        """In another store nobody would find what it renders."""
+        if self.other_store is not None:
+            self.db.write(
+                workers.refuse,
+                renderer.name,
+                queue=workers.ALL_QUEUES,
+                kind=states.FailureKind.STORAGE,
+                reason=self.other_store,
+            )
 
     def _take_found_queues(self) -> None:
         """Told to Celery with the others that it is steered to, at each beat."""

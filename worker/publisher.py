@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import structlog
 from sqlalchemy.exc import DBAPIError
 
-from jobs import broker, database, lifecycle, results, retries, settings, storage, stores
+from jobs import (
+    broker,
+    database,
+    lifecycle,
+    results,
+    retries,
+    settings,
+    storage,
+    store_mark,
+    stores,
+)
 from worker import errors, finished, scratch, tracing
 from worker import settings as worker_settings_module
 
@@ -29,6 +39,7 @@ class Publisher:
     db: database.Database
     bell: broker.Broker
     store: storage.ObjectStore
+    guard: store_mark.Guard
 
     def publish(self, attempt_id: int) -> None:
         """Upload until the store has it or the job is somebody else's. Safe to call twice."""
@@ -53,6 +64,7 @@ class Publisher:
         try:
             if not self._is_wanted(folder):
                 return None
+            self.guard.require()
             job_id = folder.facts().job_id
             with tracing.job("upload", batch_id=folder.batch_id, job_id=job_id, tries=tries):
                 stored = self._upload(folder)
@@ -114,9 +126,11 @@ def make() -> Publisher:
     config = settings.load()
     if worker_settings_module.load().traces:
         tracing.start(worker=f"publisher@{config.host_name}")
+    db, store = database.connect_service(config), stores.open_store(config)
     return Publisher(
         config=config,
-        db=database.connect_service(config),
+        db=db,
         bell=broker.Broker(config),
-        store=stores.open_store(config),
+        store=store,
+        guard=store_mark.Guard(db, store),
     )

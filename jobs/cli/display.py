@@ -1,10 +1,11 @@
 """A batch in progress: live on a terminal, else line by line."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from jobs import queues as queue_names
 from jobs import shapes, watch
 from jobs.cli import output
 from jobs.schema import PAUSED_UNTIL, Attempt, Job, Refusal
@@ -76,15 +77,21 @@ def pace_of(snapshot: watch.Snapshot) -> str:
     return ", ".join(said)
 
 
-def hint_of_idle(queues: Iterable[str], refusals: Sequence[Refusal] = ()) -> str:
+def hint_of_idle(queues: Collection[str], refusals: Sequence[Refusal] = ()) -> str:
     names = ", ".join(queues)
     if refusals:
         why = "; ".join(refusal_line(refusal) for refusal in refusals[:SHOWN_REFUSALS])
         return f"no worker takes from {names} for now: {why}"
+    elsewhere = (
+        "; a model outside that folder is found only by workers that have a preset naming it in "
+        "RUSHES_PRESETS_DIR"
+        if any(map(queue_names.may_lie_elsewhere, queues))
+        else ""
+    )
     return (
         f"no live worker takes from {names}: a worker takes jobs of the models in its models "
         "folder; start one with `rushes up` or `rushes worker`, or put the weights there, which "
-        "it finds within minutes (`rushes doctor` says what is missing)"
+        f"it finds within minutes (`rushes doctor` says what is missing){elsewhere}"
     )
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from alembic.util import CommandError
 
-from jobs import database, doctor, errors, logs, migrate, parts, settings
-from jobs.cli import exits, options, output
+from jobs import database, doctor, errors, logs, migrate, parts, settings, store_mark, stores
+from jobs.cli import connections, exits, options, output
 
 
 @click.command("migrate")
@@ -19,12 +19,21 @@ from jobs.cli import exits, options, output
     callback=options.not_empty,
     help="Go up to this one only.",
 )
+@click.option(
+    "--store",
+    "moves_store",
+    is_flag=True,
+    help="Instead: from now on the results lie in the store of RUSHES_RESULTS_URL.",
+)
 @options.output
-def migrate_database(revision: str, as_json: bool) -> None:
+def migrate_database(revision: str, moves_store: bool, as_json: bool) -> None:
     """Bring the database to this version.
 
     Any number of them may start at once: one works, the others wait.
     """
+    if moves_store:
+        _move_store(as_json=as_json)
+        return
     config = settings.load()
     logs.configure(config, level="WARNING")
     db = database.connect(config)
@@ -41,6 +50,18 @@ def migrate_database(revision: str, as_json: bool) -> None:
         output.line(f"the database is at {after or 'nothing'} already")
     else:
         output.line(f"the database went from {before or 'nothing'} to {after}")
+
+
+def _move_store(*, as_json: bool) -> None:
+    config = settings.load()
+    logs.configure(config, level="WARNING")
+    store = stores.open_store(config)
+    key = store_mark.move(connections.open_database(config), store)
+    if as_json:
+        output.emit({"store": store.url, "key": key})
+    else:
+        output.line(f"the farm's results lie in {store.url} from now on")
+        output.note("nothing was copied; restart what runs with the address before it")
 
 
 @click.command("doctor")

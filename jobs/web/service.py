@@ -28,6 +28,7 @@ from jobs import (
     safety,
     settings,
     storage,
+    store_mark,
     stores,
     submission,
 )
@@ -119,6 +120,10 @@ class Service:
     @functools.cached_property
     def checked_store(self) -> storage.ObjectStore:
         return stores.open_store(self.config, answer_seconds=CHECK_SECONDS)
+
+    @functools.cached_property
+    def store_guard(self) -> store_mark.Guard:
+        return store_mark.Guard(self.checked_db, self.checked_store)
 
     @functools.cached_property
     def checked_db(self) -> database.Database:

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs import broker, database, errors, queries, shapes, uploads
+from jobs import broker, database, errors, queries, shapes, store_mark, uploads
 from jobs.web import access, answers, finding, images, receiving, service
 from jobs.web.batches import Serving
 
@@ -149,6 +149,9 @@ def _broker(serving: service.Service) -> str:
 def _store(serving: service.Service) -> str:
     try:
         serving.checked_store.check()
-    except errors.RushesError:
+        serving.store_guard.require()
+    except store_mark.OtherStore:
+        return "another"
+    except (SQLAlchemyError, errors.RushesError):
         return "unavailable"
     return "ok"

@@ -1,7 +1,5 @@
 """What is wrong with a form, each thing at its field."""
 
-import contextlib
-import math
 from dataclasses import dataclass, field
 
 from jobs import errors, prompt_row, schedules, submission
@@ -67,12 +65,5 @@ class Complaints:
 
 def number(text: str) -> int | float | str | None:
     """As prompt files have it; what is none stays a text, and None is an empty field."""
-    text = text.strip()
-    if not text:
-        return None
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            found = kind(text[:400])
-            if isinstance(found, int) or math.isfinite(found):
-                return found
-    return text
+    found: int | float | str = prompt_row.number(text)
+    return None if found == "" else found

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 from sqlalchemy import select, text, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from structlog.testing import capture_logs
 
 from jobs import (
@@ -768,3 +768,21 @@ def test_a_redis_that_answers_is_back_only_when_it_takes_messages(
         until(lambda: any(x["event"] == "broker.back" for x in logs), seconds=20)
         age_dispatch(world)
         until(lambda: len(sent(client)) == 1, seconds=20)
+
+
+def test_rows_that_are_refused_without_a_word_end_no_look(
+    sqlite_world: World, clean_redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a driver whose error has a code alone."""
+
+    class Wordless(Exception):
+        sqlstate = "23000"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise IntegrityError("UPDATE", {}, Wordless())
+
+    dispatcher = dispatcher_of(sqlite_world, clean_redis_url)
+    monkeypatch.setattr(sqlite_world.db, "write", refuse)
+    with capture_logs() as logs:
+        assert dispatcher._unless_held_up(selection.mark_served, ["x"]) is None
+    assert [each["event"] for each in logs] == ["dispatch.batch_failed"]

@@ -111,8 +111,9 @@ def test_batches_come_newest_first_in_pages_without_gaps(world: World) -> None:
 
 def test_a_job_is_found_by_number_custom_id_or_position(world: World) -> None:
     rows = [{"prompt": "a", "custom_id": "scene/1"}, {"prompt": "b"}, {"prompt": "c"}]
-    batch_id = world.submit([*rows, {"prompt": "d", "custom_id": "2"}])
-    first, second, third, fourth = world.jobs(batch_id)
+    rows += [{"prompt": "d", "custom_id": "2"}, {"prompt": "e", "custom_id": "9.41\u202fPM"}]
+    batch_id = world.submit(rows)
+    first, second, third, fourth, fifth = world.jobs(batch_id)
 
     def job(reference: str) -> int:
         with world.db.reading() as session:
@@ -125,6 +126,7 @@ def test_a_job_is_found_by_number_custom_id_or_position(world: World) -> None:
     # A custom_id that is a number wins over the position of the same number.
     assert job(f"{batch_id}/2") == fourth.id
     assert third.position == 2
+    assert job(f"{batch_id}/9.41\u202fPM") == fifth.id
     for nothing in ("x", "", "0", "9" * 30, f"{batch_id}/", f"{batch_id}/9", "latest/nul\0"):
         with pytest.raises(errors.NotFound):
             job(nothing)

@@ -12,7 +12,17 @@ import pytest
 from sqlalchemy import event, update
 from structlog.testing import capture_logs
 
-from jobs import database, errors, result_writer, results, settings, states, storage
+from jobs import (
+    database,
+    errors,
+    folder_store,
+    result_writer,
+    results,
+    settings,
+    states,
+    storage,
+    store_mark,
+)
 from jobs.schema import Batch
 from tests.integration.jobs.conftest import World
 from tests.waiting import until
@@ -324,6 +334,32 @@ def test_the_loop_writes_until_it_is_told_to_stop(world: World) -> None:
         stop.set()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_the_loop_marks_the_store_as_the_farms(world: World, tmp_path: Path) -> None:
+    folder, stop = tmp_path / "results", threading.Event()
+    folder.mkdir()
+    thread = threading.Thread(target=writer_of(world, folder.as_uri()).run, args=(stop,))
+    thread.start()
+    try:
+        until(lambda: list(folder.glob("farms/*")))
+    finally:
+        stop.set()
+        thread.join(20)
+
+
+def test_result_files_are_not_written_to_another_store(world: World, tmp_path: Path) -> None:
+    batch_id = finished(world)
+    for name in ("farm", "elsewhere"):
+        (tmp_path / name).mkdir()
+    farm = folder_store.FolderStore(tmp_path / "farm", may_make=False)
+    store_mark.Guard(world.db, farm).leave()
+    with capture_logs() as logs:
+        assert writer_of(world, (tmp_path / "elsewhere").as_uri()).write_finished() == 0
+    assert "is not the store of this farm" in logs[0]["error"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert writer_of(world, (tmp_path / "farm").as_uri()).write_finished() == 1
+    assert world.batch(batch_id).manifest_at is not None
 
 
 def test_the_loop_outlives_the_database() -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from jobs import (
     bulk,
@@ -576,21 +577,36 @@ def test_prompts_in_a_bucket_wait_for_new_keys_and_not_for_rights(
     assert (farm.states("a"), farm.states("b")) == ([], [FAILED])
 
 
-def test_one_that_cannot_be_read_is_told_and_holds_up_no_other(sqlite_farm: Farm) -> None:
-    """Its look has a key of a later version, or its zone is not known on this machine."""
+def test_one_that_cannot_be_read_is_left_to_others_and_holds_up_no_other(
+    sqlite_farm: Farm,
+) -> None:
+    """Its look or options are of a later version, or its zone is not known on this machine."""
     farm = sqlite_farm
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         farm.add(name, cron="0 * * * *")
     with farm.world.db.transaction() as session:
+        options = {**session.scalars(select(Schedule.options)).first(), "with_sound": True}
+        session.execute(update(Schedule).where(Schedule.name == "d").values(options=options))
         later = Schedule.name == "a"
         look = {**session.scalars(select(Schedule.look)).first(), "of_tomorrow": 1}
         session.execute(update(Schedule).where(later).values(look=look))
         session.execute(update(Schedule).where(Schedule.name == "b").values(zone="Moon/Dark"))
-    assert farm.tick(START + timedelta(hours=1)) == 1
-    assert farm.states("a") == [FAILED]
-    assert "of_tomorrow" in farm.firings("a")[0].reason
-    assert farm.states("b") == []
-    assert farm.states("c") == [MADE]
+    with capture_logs() as logs:
+        assert farm.tick(START + timedelta(hours=1)) == 1
+    delayed = {
+        each["schedule"]: each["error"] for each in logs if "schedule.delayed" in each.values()
+    }
+    assert "cannot render what was stored: of_tomorrow" in delayed["a"]
+    assert "cannot render what was stored: with_sound" in delayed["d"]
+    assert [farm.states(name) for name in "abcd"] == [[], [], [MADE], []]
+    with pytest.raises(firing.FromLaterVersion, match="of_tomorrow"):
+        firing.fire_now(farm.config, farm.world.db, "a")
+    look = dict(look)
+    del look["of_tomorrow"]
+    with farm.world.db.transaction() as session:  # as a newer dispatcher would read it
+        session.execute(update(Schedule).where(later).values(look=look))
+    assert farm.tick(START + timedelta(hours=1, minutes=3)) == 1
+    assert farm.states("a") == [MADE]
 
 
 def test_a_full_disk_delays(sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from jobs import (
     reports,
     settings,
     storage,
+    store_mark,
     stores,
     submission,
     workers,
@@ -152,11 +153,13 @@ class Host:
         return Prepared(with_parts(self.warm.model_for(presets.load(str(self.preset)).look), parts))
 
     def publisher(self, store: storage.ObjectStore | None = None) -> publisher.Publisher:
+        store = store or stores.open_store(self.config)
         return publisher.Publisher(
             config=self.config,
             db=self.db,
             bell=self.bell,
-            store=store or stores.open_store(self.config),
+            store=store,
+            guard=store_mark.Guard(self.db, store),
         )
 
     def finished(self, job: Job | None = None) -> scratch.AttemptFolder:

@@ -31,6 +31,8 @@ from jobs import (
     servers,
     settings,
     states,
+    store_mark,
+    stores,
     supervisor,
     workers,
 )
@@ -302,6 +304,40 @@ def test_models_that_come_later_are_taken_without_a_restart(
     child.send(signal.SIGKILL)
     until(lambda: child.restarts == 1 and child.is_alive)
     assert psutil.Process(child.pid).cmdline()[-len(wanted) :] == wanted
+
+
+def test_a_host_with_another_store_than_the_farms_takes_nothing(
+    host, launcher, running, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    store_mark.Guard(host.db, stores.open_store(host.config)).leave()
+    (tmp_path / "elsewhere").mkdir()
+    running(launcher(results_url=(tmp_path / "elsewhere").as_uri()))
+
+    def refused():
+        with host.db.reading() as session:
+            return workers.refusals(session, worker="cpu0@here")
+
+    until(refused)
+    (refusal,) = refused()
+    assert (refusal.queue, refusal.kind) == (workers.ALL_QUEUES, states.FailureKind.STORAGE)
+    assert "RUSHES_RESULTS_URL" in refusal.reason
+
+
+def test_a_host_with_the_store_of_the_farm_refuses_nothing(host, launcher, running, monkeypatch):
+    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+    store_mark.Guard(host.db, stores.open_store(host.config)).leave()
+    looked, require = threading.Event(), store_mark.Guard.require
+
+    def told(guard):
+        require(guard)
+        looked.set()
+
+    monkeypatch.setattr(store_mark.Guard, "require", told)
+    made = launcher()
+    running(made)
+    assert looked.wait(20)
+    assert made.other_store is None
 
 
 def test_a_disk_of_models_that_cannot_be_read_holds_up_no_beat(

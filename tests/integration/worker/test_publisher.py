@@ -16,6 +16,7 @@ from jobs import (
     settings,
     states,
     storage,
+    store_mark,
     stores,
 )
 from tests.waiting import until
@@ -101,6 +102,25 @@ def test_a_store_that_cannot_be_written_delays_and_is_tried_until_it_can(host, i
     assert len(host.attempts(host.job_of(folder).id)) == 1
 
 
+def test_a_video_is_kept_while_the_store_is_not_that_of_the_farm(
+    host, in_background, tmp_path, monkeypatch
+):
+    """As when one host was started with another RUSHES_RESULTS_URL."""
+    farm = stores.open_store(host.config)
+    store_mark.Guard(host.db, farm).leave()
+    folder = host.finished()
+    (tmp_path / "elsewhere").mkdir()
+    url = (tmp_path / "elsewhere").as_uri()
+    other = stores.open_store(host.config.model_copy(update={"results_url": url}))
+    thread = in_background(lambda: host.publisher(other).publish(folder.attempt_id))
+    until(lambda: "is not the store of this farm" in (host.attempt(folder).note or ""))
+    assert thread.is_alive()
+    assert list(other.list()) == []
+    store_mark.move(host.db, other)
+    thread.join(60)
+    assert host.attempt(folder).video_key in list(other.list())
+
+
 def test_an_outage_of_s3_is_waited_out(host, in_background, tmp_path, monkeypatch):
     with servers.S3Server.start(tmp_path / "s3") as server:
         for name, value in server.environment().items():
@@ -126,7 +146,7 @@ def test_an_outage_of_the_database_is_waited_out(host, in_background):
                 return done
 
         real = host.publisher()
-        telling = Telling(config=real.config, db=real.db, bell=real.bell, store=real.store)
+        telling = Telling(**vars(real))
         waiting = in_background(lambda: telling.publish(folder.attempt_id))
         assert tried.wait(30)
     waiting.join(30)

@@ -331,8 +331,19 @@ def test_submit_stores_a_batch_while_redis_is_down(
     assert ": 2 jobs queued" in result.stdout
     assert "Connection refused; the jobs are stored" in result.stderr
     assert "no live worker takes from rushes.render.tiny" in result.stderr
+    assert "RUSHES_PRESETS_DIR" not in result.stderr
     with db.reading() as session:
         assert queries.find_batch(session, "latest").name == "night"
+
+
+def test_a_model_at_a_path_of_its_own_is_found_by_a_preset_alone(
+    db: database.Database, rushes: Rushes, prompts: str, tmp_path: Path
+) -> None:
+    preset = tmp_path / "mine.json"
+    preset.write_text(json.dumps({"model_path": str(tmp_path / "elsewhere" / "tiny")}))
+    result = rushes("submit", prompts, "--preset", str(preset))
+    assert result.exit_code == 0
+    assert "that have a preset naming it in RUSHES_PRESETS_DIR" in result.stderr
 
 
 def test_a_stored_batch_is_told_though_the_database_goes_away(

@@ -34,6 +34,8 @@ from jobs import (
     servers,
     settings,
     storage,
+    store_mark,
+    stores,
     workers,
 )
 from models.tiny import shipped
@@ -231,6 +233,26 @@ def test_a_results_folder_takes_objects_and_is_left_clean() -> None:
     assert checks()["results store"].status == "ok"
     left = [path for path in (settings.load().home / "results").rglob("*") if path.is_file()]
     assert left == []
+
+
+def test_a_store_that_is_not_the_farms_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrated()
+    config = settings.load()
+    db = database.connect(config)
+    store_mark.Guard(db, stores.open_store(config)).leave()
+    assert "results store of the farm" not in checks()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("RUSHES_RESULTS_URL", (tmp_path / "elsewhere").as_uri())
+    found = checks()["results store of the farm"]
+    assert found.status == "fail"
+    assert f"is not the store of this farm, {config.results_url}" in found.seen
+    result = CliRunner().invoke(cli.main, ["migrate", "--store"])
+    assert result.exit_code == 0, result.output
+    assert "results store of the farm" not in checks()
+    monkeypatch.delenv("RUSHES_RESULTS_URL")
+    assert checks()["results store of the farm"].status == "fail"
 
 
 def test_a_results_url_that_is_none_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,12 @@ def test_other_weights_have_another_queue(one: str, other: str) -> None:
     assert queues.of_model(one) != queues.of_model(other)
 
 
+@pytest.mark.parametrize("path", ["/data/a/wan", "a/wan", "/tiny"])
+def test_a_path_of_several_parts_is_told_from_the_name(path: str) -> None:
+    assert queues.may_lie_elsewhere(queues.of_model(path))
+    assert not queues.may_lie_elsewhere(queues.of_model("Wan2.1-T2V-14B"))
+
+
 @given(st.text(min_size=1).filter(lambda text: "\0" not in text and text.isprintable()))
 def test_any_path_makes_a_name_that_the_tables_and_redis_take(model_path: str) -> None:
     name = queues.of_model(model_path)

@@ -14,13 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from sqlalchemy import exc, text, update
 
-from jobs import database, folder_store, s3_clients, schema
+from jobs import database, folder_store, s3_clients, schema, store_mark
 from jobs.web import history, server, service
 from tests.unit.jobs.web.conftest import VIDEO, Live, Web, running
 
@@ -63,6 +64,13 @@ def test_a_probe_does_not_wait_for_a_store_with_many_addresses(
         assert (answer.status_code, answer.json()["checks"]["store"]) == (200, "unavailable")
     enough.set()
     assert web.client.get("/readyz").json()["checks"]["store"] == "ok"
+
+
+def test_a_probe_is_told_of_a_store_that_is_not_the_farms(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "farm").mkdir()
+    farm = folder_store.FolderStore(tmp_path / "farm", may_make=False)
+    store_mark.Guard(web.db, farm).leave()
+    assert web.client.get("/readyz").json()["checks"]["store"] == "another"
 
 
 def test_a_probe_is_answered_while_all_threads_wait_for_the_database(
