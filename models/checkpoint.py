@@ -281,7 +281,7 @@ def _read_transformer(
     )
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
-        raise errors.CheckpointError(f"{_named(paths)}: {problem}")
+        raise errors.ConfigError(_named(paths), problem)
     return tensors
 
 

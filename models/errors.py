@@ -56,7 +56,10 @@ class ConfigError(CheckpointError):
 
 
 class WrongTaskError(ConfigError):
-    """A model for another task than the one that was asked for; nothing is wrong with it."""
+    """A model for another task, or of more or fewer transformers, than was asked for.
+
+    Nothing is wrong with it.
+    """
 
 
 class UnreadableWeightsError(CheckpointError):

@@ -30,6 +30,8 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
         loaded: transformers.PreTrainedTokenizerBase = (
             transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         )
+    except MemoryError:
+        raise
     except Exception as error:  # tokenizers has no class of its own for a file that is none
         problem = f"is no usable tokenizer: {error}"
         raise errors.ConfigError(folder, problem) from error

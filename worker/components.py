@@ -109,6 +109,8 @@ class Components:
             model = model or self._load(key, files)
         except model_errors.UnfitLoraError as error:
             raise errors.LoraUnfit(self._told_of(error)) from error
+        except model_errors.WrongTaskError as error:
+            raise errors.SpecUnusable(self._told_of(error)) from error
         except (model_errors.CheckpointError, OSError) as error:
             is_of_host = wanted.is_fault_of_host(error, look, self.models_dir)
             if is_of_host:

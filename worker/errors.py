@@ -10,7 +10,7 @@ class RenderError(errors.RushesError):
 
 
 class SpecUnusable(RenderError):
-    """The networks cannot render what the job asks for: not here and not anywhere."""
+    """The model or its networks cannot render what the job asks for: not here and not anywhere."""
 
     kind = states.FailureKind.INPUT
 

@@ -68,7 +68,7 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
     """
     if is_gone(look, models_dir):
         return True
-    if isinstance(error, (model_errors.MissingLoraError, model_errors.WrongTaskError)):
+    if isinstance(error, model_errors.MissingLoraError):
         return False
     root, named = models_dir / look.model_path, transformer_files(look, models_dir)
     is_named = named != (None, None)
@@ -90,8 +90,13 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
 def _own_files(look: presets.Look, models_dir: Path) -> set[Path]:
     """What this look alone asks for. CheckpointError: a transformer that it names is not there."""
     own = {models_dir / use.path for use in look.loras}
+    root = models_dir / look.model_path
     for path in filter(None, transformer_files(look, models_dir)):
-        own |= {path, path.parent, *named_files.named(path)}  # shards are told by their folder
+        own |= {path, path.parent}
+        for file in named_files.named(path):
+            own |= {file, file.parent}  # shards are told by their folder
+            if file.parent != root:
+                own.add(file.parent / "config.json")
     return own
 
 
@@ -131,10 +136,10 @@ def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
     if files.low_noise_transformer and look.boundary_step_index is None:
         # Else the first of them would be asked at every step.
         problem = "has two transformers, and the preset no boundary_step_index: 2 is for 4 steps"
-        raise model_errors.CheckpointError(f"{root}: {problem}")
+        raise model_errors.WrongTaskError(root, problem)
     if look.boundary_step_index is not None and not files.low_noise_transformer:
         problem = "has one transformer, and the preset a boundary_step_index between two"
-        raise model_errors.CheckpointError(f"{root}: {problem}")
+        raise model_errors.WrongTaskError(root, problem)
     transformer_headers.check(files)
     for use in look.loras:
         _check_lora(models_dir / use.path, files)

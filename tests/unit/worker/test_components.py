@@ -195,6 +195,44 @@ def test_a_file_that_a_look_names_takes_no_worker_away(warm, named_look, own_mod
             warm.model_for(named_look.with_changes({"model_path": "tiny", "transformer": named}))
 
 
+def shards_below_an_index(root, tensors):
+    (root / "sh").mkdir()
+    names = sorted(tensors)
+    parts = {"a": names[:9], "b": names[9:-1]}  # one is missing
+    for part, held in parts.items():
+        held = {name: tensors[name] for name in held}
+        safetensors.torch.save_file(held, root / "sh" / f"{part}.safetensors")
+    where = {name: f"sh/{part}.safetensors" for part, held in parts.items() for name in held}
+    (root / "a.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return {"transformer": "tiny/a.safetensors.index.json"}
+
+
+def config_beside(content):
+    def spoil(root, tensors):
+        (root / "distill_fp8").mkdir()
+        safetensors.torch.save_file(tensors, root / "distill_fp8" / "x.safetensors")
+        (root / "distill_fp8" / "config.json").write_text(content)
+        return {"transformer": "tiny/distill_fp8"}
+
+    return spoil
+
+
+def damaged_lora(root, tensors):
+    (root / "style.safetensors").write_bytes(b"x")
+    return {"loras": [{"path": "tiny/style.safetensors"}]}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [shards_below_an_index, config_beside("{"), config_beside('{"dim": 8}'), damaged_lora],
+)
+def test_what_a_look_alone_asks_for_is_its_own_inside_the_folder_too(warm, look, own_models, spoil):
+    root = own_models / "tiny"
+    asked = spoil(root, safetensors.torch.load_file(weight_file(root)))
+    with pytest.raises(errors.WeightsUnusable):
+        warm.model_for(look(**asked))
+
+
 def test_a_missing_folder_does_not_cost_the_warm_model(warm, look):
     first = warm.model_for(look())
     with pytest.raises(errors.WeightsAbsent):
@@ -757,12 +795,12 @@ def test_weights_that_vanished_are_loaded_anew_when_they_are_back(warm, look, ow
 
 
 def test_a_look_that_asks_for_what_no_host_has_takes_no_worker_away(warm, look):
-    for asks in (
-        {"transformer": "nowhere.safetensors"},
-        {"loras": [{"path": "nowhere.safetensors"}]},
-        {"task": "i2v"},
+    for asks, error in (
+        ({"transformer": "nowhere.safetensors"}, errors.WeightsUnusable),
+        ({"loras": [{"path": "nowhere.safetensors"}]}, errors.WeightsUnusable),
+        ({"task": "i2v"}, errors.SpecUnusable),
     ):
-        with pytest.raises(errors.WeightsUnusable):
+        with pytest.raises(error):
             warm.model_for(look(**asks))
 
 
@@ -811,13 +849,13 @@ def test_a_lora_that_cannot_fit_is_told_apart_from_one_that_cannot_be_read(warm,
 
 
 def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, own_models):
-    with pytest.raises(errors.WeightsUnusable, match="one transformer, and the preset a boundary"):
+    with pytest.raises(errors.SpecUnusable, match="one transformer, and the preset a boundary"):
         warm.model_for(look(boundary_step_index=2))
     root = own_models / "other"
     for name in ("high_noise_model", "low_noise_model"):
         (root / name).mkdir()
         shutil.copy(root / "diffusion_pytorch_model.safetensors", root / name)
-    with pytest.raises(errors.WeightsUnusable, match="two transformers, and the preset no bound"):
+    with pytest.raises(errors.SpecUnusable, match="two transformers, and the preset no bound"):
         warm.model_for(look(model_path="other"))
     both = warm.model_for(look(model_path="other", boundary_step_index=2))
     assert warm.model_for(look(model_path="other", boundary_step_index=2)) is both
