@@ -8,7 +8,7 @@ from jobs import settings, states
 LONGEST_WAIT_SECONDS = 600.0
 MAX_DOUBLINGS = 1_000  # what a float can hold
 FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
-SHORTEST_LEFT_SECONDS = 10.0  # to others, before its message is sent again
+SHORTEST_LEFT_SECONDS = 20.0  # to others, before its message is sent again
 LONGEST_LEFT_SECONDS = 120.0  # one of them may have become idle meanwhile
 
 NEVER_RETRIED = frozenset({states.FailureKind.REFUSED})
@@ -100,7 +100,7 @@ def wait_for_others(seconds_since_failure: float) -> float:
 
     Else such jobs would come again before all others, and none of these would reach the worker.
     """
-    return min(max(seconds_since_failure / 2, SHORTEST_LEFT_SECONDS), LONGEST_LEFT_SECONDS)
+    return min(max(seconds_since_failure, SHORTEST_LEFT_SECONDS), LONGEST_LEFT_SECONDS)
 
 
 def growing_wait(
