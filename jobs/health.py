@@ -17,6 +17,7 @@ from jobs.schema import Attempt, Job, Refusal, Worker
 MAX_SUSPECTS = 3  # different jobs in a row
 ELSEWHERE_SECONDS = 600.0  # a worker leaves a job that failed on it to others for this long
 MAX_REASON_CHARS = 1_000
+READ_AT_ONCE = 100  # workers: one that takes a job is mostly among the first
 
 
 def suspect(
@@ -123,25 +124,26 @@ def _others_take(
     """Another worker that is alive, on another host than these, takes jobs of this queue now."""
     alive_since = database.now(session) - timedelta(seconds=workers.ALIVE_SECONDS)
     refused = {(held.worker, held.queue) for held in workers.refusals(session)}
-    there = session.execute(
+    alive = (
         select(Worker.name, Worker.queues)
         .where(Worker.stopped_at.is_(None), Worker.heartbeat_at >= alive_since)
         .where(Worker.name.not_in(but_not))
+        .execution_options(yield_per=READ_AT_ONCE)
     )
-    return any(
-        queue in queues and not refused & {(other, queue), (other, workers.ALL_QUEUES)}
-        for other, queues in there
-        if host_of(other) not in but_on
-    )
+    with session.execute(alive) as there:
+        return any(
+            queue in queues and not refused & {(other, queue), (other, workers.ALL_QUEUES)}
+            for other, queues in there
+            if host_of(other) not in but_on
+        )
 
 
-def failed_on(
-    session: Session,
-    job: Job,
-    *,
-    kinds: Collection[states.FailureKind] = retries.OF_MACHINE,
-) -> Sequence[tuple[str, datetime, states.FailureKind]]:
-    """Workers on which it failed by one of these kinds, and when, since its budgets were fresh."""
+Failure = tuple[str, datetime, states.FailureKind]
+"""On which worker, when, and how."""
+
+
+def failures(session: Session, job: Job) -> list[Failure]:
+    """Of its attempts, since its budgets were fresh."""
     ended = (
         select(Attempt.worker, Attempt.finished_at, Attempt.failure_kind)
         .where(Attempt.job_id == job.id)
@@ -152,37 +154,47 @@ def failed_on(
     return [
         (worker, when, kind)
         for worker, when, kind in session.execute(ended)
-        if kind is not None and kind in kinds and when is not None
+        if kind is not None and when is not None
     ]
 
 
-def is_for_others(session: Session, job: Job, worker: str, now: datetime) -> bool:
+def wait_for_others(session: Session, job: Job, worker: str, now: datetime) -> timedelta | None:
     """It failed here a while ago, and another worker may show whether that was its own fault.
 
     One on which it has failed as well has shown it, and of what lies at a host, its whole host.
+    None: this worker takes it.
     """
     if not job.error_count + job.crash_count:
-        return False
+        return None
     since = now - timedelta(seconds=ELSEWHERE_SECONDS)
-    found = failed_on(session, job, kinds=retries.TRIED_ELSEWHERE)
+    found = [each for each in failures(session, job) if each[2] in retries.TRIED_ELSEWHERE]
     recent = [(name, kind) for name, when, kind in found if when > since]
     failed = {name for name, _ in recent}
     hosts = {host_of(name) for name, kind in recent if kind in retries.OF_HOST}
     if worker not in failed and host_of(worker) not in hosts:
-        return False
-    return _others_take(session, job.queue, but_not=failed, but_on=hosts)
+        return None
+    if not _others_take(session, job.queue, but_not=failed, but_on=hosts):
+        return None
+    since_failure = now - max(when for _, when, _ in found)
+    return timedelta(seconds=retries.wait_for_others(since_failure.total_seconds()))
 
 
 def hosts_failed_on(
-    session: Session, job: Job, worker: str, kind: states.FailureKind
+    session: Session, job: Job, found: Sequence[Failure], kind: states.FailureKind
 ) -> int | None:
-    """How many it has failed on by this kind, with this worker's. None: that is all there are.
+    """On how many it has failed by this kind. None: nobody is left to be asked.
 
-    Of workers on which it failed otherwise nothing is expected either.
+    Of hosts whose files it failed at in another way nothing is expected either, nor of workers on
+    which it failed otherwise.
     """
-    found = failed_on(session, job, kinds=retries.TRIED_ELSEWHERE)
-    hosts = {host_of(name) for name, _, its in found if its is kind} | {host_of(worker)}
-    failed = {name for name, _, _ in found}
-    if not _others_take(session, job.queue, but_not=failed, but_on=hosts):
+    failed = {name for name, _, its in found if its in retries.TRIED_ELSEWHERE}
+    asked = {host_of(name) for name, _, its in found if its in retries.OF_HOST}
+    if not _others_take(session, job.queue, but_not=failed, but_on=asked):
         return None
-    return len(hosts)
+    return len({host_of(name) for name, _, its in found if its is kind})
+
+
+def repeats(found: Sequence[Failure]) -> int:
+    """How many of them told again what may lie at the files of a host."""
+    told = [(host_of(name), kind) for name, _, kind in found if kind in retries.OF_HOST]
+    return len(told) - len(set(told))

@@ -84,13 +84,15 @@ def claim(
 
     None also for a job of a batch that is paused or being stopped, beyond its owner's quota, where
     this worker takes nothing of the job's queue for now, and where another one is there for a job
-    that failed on this one: its message is sent again.
+    that failed on this one: its message is sent again, of such a job after a while.
     """
     now = database.now(session)
     job = session.scalar(_RUNNABLE, {"of_job": job_id, "at": now})
     if job is None or workers.refuses(session, worker, job.queue, now=now):
         return None
-    if health.is_for_others(session, job, worker, now):
+    wait = health.wait_for_others(session, job, worker, now)
+    if wait is not None:
+        job.not_before = now + wait
         return None
     lease_until = now + timedelta(seconds=lease_seconds)
     begun = {"of_job": job_id, "by": worker, "at": now, "until": lease_until}
@@ -284,15 +286,20 @@ def _fail(
     if job is None:
         return None
     worker = session.scalars(select(Attempt.worker).where(Attempt.id == attempt_id)).one()
-    machines = {name for name, _, _ in health.failed_on(session, job)}
-    if kind in retries.OF_MACHINE:
-        machines.add(worker)
+    now = database.now(session)
+    failures = [*health.failures(session, job), (worker, now, kind)]
+    machines = {name for name, _, its in failures if its in retries.OF_MACHINE}
     hosts = None
     if kind in retries.OF_HOST:
-        hosts = health.hosts_failed_on(session, job, worker, kind)
-    now = database.now(session)
+        hosts = health.hosts_failed_on(session, job, failures, kind)
     target, values = _after_failure(
-        job, kind=kind, machines=len(machines), hosts=hosts, budgets=budgets, now=now
+        job,
+        kind=kind,
+        machines=len(machines),
+        hosts=hosts,
+        repeats=health.repeats(failures),
+        budgets=budgets,
+        now=now,
     )
     told = database.storable(error)[:MAX_ERROR_CHARS]
     values |= {"failure_kind": kind, "error": told}
@@ -322,6 +329,7 @@ def _after_failure(
     kind: states.FailureKind,
     machines: int,
     hosts: int | None,
+    repeats: int,
     budgets: retries.Budgets,
     now: datetime,
 ) -> tuple[states.JobState, dict[str, Any]]:
@@ -338,6 +346,7 @@ def _after_failure(
         budgets=budgets,
         machines=machines,
         hosts=hosts,
+        repeats=repeats,
     )
     if decision is not None and not job.cancel_requested:
         not_before = now + timedelta(seconds=decision.wait_seconds)

@@ -8,6 +8,8 @@ from jobs import settings, states
 LONGEST_WAIT_SECONDS = 600.0
 MAX_DOUBLINGS = 1_000  # what a float can hold
 FIRST_RELEASE_SECONDS = 5.0  # soon: another host may well do it
+SHORTEST_LEFT_SECONDS = 20.0  # to others, before its message is sent again
+LONGEST_LEFT_SECONDS = 120.0  # one of them may have become idle meanwhile
 
 NEVER_RETRIED = frozenset({states.FailureKind.REFUSED})
 SAID_TWICE = frozenset({states.FailureKind.INPUT})
@@ -23,6 +25,7 @@ TRIED_ELSEWHERE = (
     OF_MACHINE | OF_HOST | {states.FailureKind.ENCODING, states.FailureKind.OUT_OF_MEMORY}
 )
 """What another machine may well do; it says nothing against the one that could not."""
+MAX_ROUNDS = 3  # budgets of errors spent, repeats counted: those that are there do not take it
 MAX_MACHINES = 3  # that a job may fail on in such a way: then it is to blame
 
 
@@ -58,11 +61,13 @@ def decide(
     budgets: Budgets,
     machines: int = 0,
     hosts: int | None = None,
+    repeats: int = 0,
 ) -> RetryDecision | None:
     """None: give up. The numbers include the failure that is being decided.
 
     `machines`: different workers on which the job failed by a kind of OF_MACHINE. `hosts`: on how
     many it failed by this kind, which is one of OF_HOST; None: no other one takes its jobs.
+    `repeats`: those of the errors by which a host said again, by a kind of OF_HOST, what it had.
     """
     if kind in NEVER_RETRIED or machines >= MAX_MACHINES:
         return None
@@ -71,8 +76,10 @@ def decide(
     if kind in CRASHES:
         # The worker died, the job may be innocent: at once, but not often.
         return RetryDecision(wait_seconds=0.0) if crashes < budgets.max_crashes else None
-    if hosts is not None:
-        errors = hosts  # one that fails it again says nothing new, and the others may be busy
+    if errors >= MAX_ROUNDS * budgets.max_errors:
+        return None
+    if kind not in OF_HOST or hosts is not None:
+        errors -= repeats  # they say nothing new, and the other hosts may be busy
     if errors >= budgets.max_errors:
         return None
     return RetryDecision(wait_seconds=growing_wait(budgets.retry_seconds, errors))
@@ -86,6 +93,14 @@ def may_go_well(kind: states.FailureKind | None, *, quarantined: bool) -> bool:
 def wait_after_release(attempt_number: int) -> float:
     """Seconds until a job that its host gave back is tried again: longer each time, no budget."""
     return growing_wait(FIRST_RELEASE_SECONDS, attempt_number)
+
+
+def wait_for_others(seconds_since_failure: float) -> float:
+    """Seconds until a job that a worker leaves to others is sent again: longer each time.
+
+    Else such jobs would come again before all others, and none of these would reach the worker.
+    """
+    return min(max(seconds_since_failure, SHORTEST_LEFT_SECONDS), LONGEST_LEFT_SECONDS)
 
 
 def growing_wait(

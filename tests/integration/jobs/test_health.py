@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from jobs import database, health, lifecycle, queries, retries, states, workers
+from jobs import database, health, lifecycle, queries, retries, selection, states, workers
 from jobs.schema import Attempt, Refusal
 from jobs.schema import Worker as WorkerRow
-from tests.integration.jobs.conftest import QUEUE, World
+from tests.integration.jobs.conftest import BUDGETS, QUEUE, World
 
 BAD, GOOD, THIRD = "gpu0@a", "gpu0@b", "gpu0@c"
 SAME_HOST = "gpu1@a"
@@ -142,6 +142,7 @@ def test_a_job_is_left_to_others_by_the_worker_on_which_it_failed(world: World) 
     world.make_runnable()
     world.register(GOOD)
     assert world.claim(job_id, worker=BAD) is None
+    world.make_runnable()
     assert world.claim(job_id, worker=GOOD) is not None
 
 
@@ -182,8 +183,35 @@ def test_a_job_comes_back_where_it_failed_when_nobody_else_takes_it(
     fail_on(world, job_id, BAD)
     world.make_runnable()
     assert world.claim(job_id, worker=BAD) is None
+    world.make_runnable()
     change(world)
     assert world.claim(job_id, worker=BAD) is not None
+
+
+@pytest.mark.parametrize(
+    ("since_failure", "wait"), [(0, 20), (60, 60), (200, 120)], ids=str
+)
+def test_a_job_that_is_left_to_others_gives_way_to_other_work(
+    world: World, since_failure: int, wait: int
+) -> None:
+    """Else it would be sent to the same host again and again, before all that this one can do."""
+    world.register(BAD)
+    world.register(GOOD)
+    job_id, other = world.job_ids(world.submit(2))
+    attempt_id = world.claimed(job_id, worker=BAD)
+    world.fail(attempt_id, KIND.WEIGHTS)
+    world.make_runnable()
+    with world.db.transaction() as session:
+        failed_at = database.now(session) - timedelta(seconds=since_failure)
+        session.execute(update(Attempt).values(finished_at=failed_at))
+    assert world.claim(job_id, worker=BAD) is None
+    left = world.job(job_id)
+    assert left.state is states.JobState.QUEUED
+    assert left.not_before is not None
+    assert 0 <= (left.not_before - failed_at).total_seconds() - since_failure - wait < 5
+    with world.db.reading() as session:
+        chosen = selection.choose(session, queues=[QUEUE], room=5, waiting=[])
+    assert [job.id for job in chosen] == [other]
 
 
 def due(world: World) -> bool:
@@ -311,6 +339,7 @@ def test_what_another_machine_may_well_do_is_tried_there(sqlite_world: World, ki
     world.make_runnable()
     world.register(GOOD)
     assert world.claim(job_id, worker=BAD) is None
+    world.make_runnable()
     assert world.claim(job_id, worker=GOOD) is not None
 
 
@@ -326,7 +355,10 @@ def test_what_lies_at_the_files_of_a_host_is_tried_on_another_host(
     assert {fail_on(world, job_id, BAD, kind) for job_id in jobs} == {states.JobState.QUEUED}
     assert out(world) == {}
     world.make_runnable()
-    assert [world.claim(jobs[0], worker=name) for name in (BAD, SAME_HOST)] == [None, None]
+    assert world.claim(jobs[0], worker=BAD) is None
+    world.make_runnable()
+    assert world.claim(jobs[0], worker=SAME_HOST) is None
+    world.make_runnable()
     for job_id in jobs:
         assert world.succeed(world.claimed(job_id, worker=GOOD))
 
@@ -346,8 +378,64 @@ def test_a_host_that_fails_a_job_whenever_it_may_ends_it_not_while_another_is_bu
         world.make_runnable()
         assert world.claim(job_id, worker=BAD) is None
         others_had_their_time(world)
+    world.make_runnable()
     world.silence(GOOD)
     assert world.fail(world.claimed(job_id, worker=BAD), kind) is states.JobState.FAILED
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_HOST))
+def test_a_job_that_another_host_could_take_and_never_does_ends_after_an_hour_and_a_half(
+    sqlite_world: World, kind: KIND
+) -> None:
+    """That host may have lost Redis, or be busy for hours."""
+    world = sqlite_world
+    world.register(BAD)
+    world.register(GOOD)
+    job_id = world.only_job(world.submit()).id
+    ends = []
+    for _ in range(retries.MAX_ROUNDS * BUDGETS.max_errors):
+        world.make_runnable()
+        ends.append(world.fail(world.claimed(job_id, worker=BAD), kind))
+        others_had_their_time(world)
+    assert ends == [states.JobState.QUEUED] * 8 + [states.JobState.FAILED]
+
+
+@pytest.mark.parametrize("first", [BAD, GOOD])
+def test_two_hosts_that_fail_a_job_each_in_its_way_do_not_hand_it_back_and_forth(
+    sqlite_world: World, first: str
+) -> None:
+    world = sqlite_world
+    kinds = {BAD: KIND.INPUT, GOOD: KIND.WEIGHTS}
+    second = ({BAD, GOOD} - {first}).pop()
+    for name in (BAD, GOOD, SAME_HOST, "gpu1@b"):
+        world.register(name)
+    job_id = world.only_job(world.submit()).id
+    ends = []
+    for name in (first, second, BAD):
+        world.make_runnable()
+        ends.append(world.fail(world.claimed(job_id, worker=name), kinds[name]))
+        if ends[-1] is states.JobState.FAILED:
+            break
+    assert ends[-1] is states.JobState.FAILED
+
+
+@pytest.mark.parametrize("kind", sorted(set(KIND) - retries.OF_JOB - retries.CRASHES))
+def test_what_one_host_says_again_spends_nothing_of_what_is_left_for_other_failures(
+    sqlite_world: World, kind: KIND
+) -> None:
+    world = sqlite_world
+    for name in (BAD, GOOD, THIRD):
+        world.register(name)
+    job_id = world.only_job(world.submit()).id
+    for _ in range(4):
+        world.make_runnable()
+        world.fail(world.claimed(job_id, worker=BAD), KIND.WEIGHTS)
+        others_had_their_time(world)
+    world.make_runnable()
+    assert world.fail(world.claimed(job_id, worker=GOOD), kind) is states.JobState.QUEUED
+    assert world.job(job_id).error_count == 5
+    world.make_runnable()
+    assert world.fail(world.claimed(job_id, worker=THIRD), kind) is states.JobState.FAILED
 
 
 def test_a_job_that_cannot_be_rendered_ends_when_a_second_host_says_so(

@@ -40,13 +40,15 @@ class ModelJob:
     """Workers, as on a broken machine, since its budgets were fresh."""
     unfit_on: set[str] = field(default_factory=set)
     """Those that said that it cannot be rendered at all."""
+    repeats: int = 0
+    """How often they said so again."""
 
     def requeue(self) -> None:
         self.state, self.holder, self.cancel_requested = JobState.QUEUED, None, False
 
     def retry(self) -> None:
         self.requeue()
-        self.errors = self.crashes = 0
+        self.errors = self.crashes = self.repeats = 0
         self.failed_on.clear()
         self.unfit_on.clear()
 
@@ -110,12 +112,16 @@ class Model:
             job.failed_on.add(attempt.worker)
             if job.failed_on == {attempt.worker} and attempt.worker in self.suspected_by:
                 self.suspected_by[attempt.worker].add(attempt.job)
-        spent = job.crashes >= BUDGETS.max_crashes if is_crash else job.errors >= BUDGETS.max_errors
         is_to_blame = len(job.failed_on) >= retries.MAX_MACHINES
         if kind is FailureKind.INPUT:
+            job.repeats += attempt.worker in job.unfit_on
             job.unfit_on.add(attempt.worker)
             is_to_blame |= len(job.unfit_on) > 1 or not self.others(job)
-            spent = False
+        if is_crash:
+            spent = job.crashes >= BUDGETS.max_crashes
+        else:
+            spent = job.errors - job.repeats >= BUDGETS.max_errors
+            spent |= job.errors >= retries.MAX_ROUNDS * BUDGETS.max_errors
         if job.cancel_requested:
             job.state = JobState.CANCELLED
         elif spent or is_to_blame:
@@ -174,6 +180,7 @@ class Machine(RuleBasedStateMachine):
 
     def claim_one(self, job_id: int, *, worker: str) -> None:
         claim = self.world.claim(job_id, worker=worker)
+        self.world.make_runnable()  # it may have been left to others for a while
         assert (claim is not None) == self.model.may_claim(job_id, worker=worker)
         if claim is not None:
             assert all(claim.attempt_id > earlier for earlier in self.model.attempts)

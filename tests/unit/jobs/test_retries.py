@@ -47,12 +47,22 @@ def test_what_should_be_the_same_everywhere_is_final_once_a_second_host_says_so(
 def test_a_host_that_fails_a_job_again_costs_it_nothing_while_there_is_another(
     kind: FailureKind,
 ) -> None:
-    told = {"errors": 99, "crashes": 0, "budgets": BUDGETS}
-    assert retries.decide(kind, **told, hosts=1) is not None
-    assert retries.decide(kind, **told, hosts=BUDGETS.max_errors) is None
-    assert retries.decide(kind, **told, hosts=None) is None
+    told = {"errors": 5, "crashes": 0, "budgets": BUDGETS}
+    assert retries.decide(kind, **told, hosts=1, repeats=4) is not None
+    assert retries.decide(kind, **told, hosts=1, repeats=2) is None
+    assert retries.decide(kind, **told, hosts=None, repeats=4) is None
+    assert retries.decide(FailureKind.DISK, **told, repeats=4) is not None
     once = retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0)
-    assert retries.decide(kind, **told | {"budgets": once}, hosts=1) is None
+    told = {"errors": 1, "crashes": 0, "budgets": once}
+    assert retries.decide(kind, **told, hosts=1) is None
+
+
+@pytest.mark.parametrize("kind", sorted(retries.OF_HOST))
+def test_what_no_other_host_takes_ends_all_the_same(kind: FailureKind) -> None:
+    told = {"crashes": 0, "budgets": BUDGETS, "hosts": 1}
+    most = retries.MAX_ROUNDS * BUDGETS.max_errors
+    assert retries.decide(kind, errors=most - 1, repeats=most - 2, **told) is not None
+    assert retries.decide(kind, errors=most, repeats=most - 1, **told) is None
 
 
 def test_a_crash_is_retried_at_once_but_once() -> None:
