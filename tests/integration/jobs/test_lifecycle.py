@@ -234,7 +234,7 @@ def test_ids_of_attempts_grow_also_when_a_clock_goes_back(
 ) -> None:
     """What is the newest of a worker is told by them."""
     ids = [world.claimed(_queued(world))]
-    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 7)
+    monkeypatch.setattr(attempt_ids, "new", lambda _now: 7)
     ids += [world.claimed(_queued(world)) for _ in range(5)]
     assert ids == sorted(set(ids))
 
@@ -244,7 +244,7 @@ def test_an_id_that_two_claims_draw_at_once_is_one_claim_that_is_missed(
 ) -> None:
     """Nothing of it is left, and its message is sent again."""
     world = postgres_world
-    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 7)
+    monkeypatch.setattr(attempt_ids, "new", lambda _now: 7)
     first, second = _queued(world), _queued(world)
     with ThreadPoolExecutor(1) as pool:
         with world.db.transaction() as session:

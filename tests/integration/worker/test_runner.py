@@ -351,7 +351,7 @@ def test_a_lora_that_cannot_fit_fails_its_job_at_once_and_one_that_cannot_be_rea
 
 
 def test_a_disk_that_fills_up_gives_the_job_back(host, monkeypatch):
-    monkeypatch.setattr(lifecycle, "_new_id", lambda _now: 17)
+    monkeypatch.setattr(attempt_ids, "new", lambda _now: 17)
     job = host.submit()[0]
     full = host.config.scratch_dir / f"{job.batch_id}.17"
     full.mkdir(parents=True)

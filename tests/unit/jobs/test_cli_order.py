@@ -155,7 +155,7 @@ def test_a_quota_refuses_a_submit_in_one_line(
     submit("--owner", "ann")
     result = rushes("submit", "p.jsonl", "--preset", "tiny", "--owner", "ann")
     assert result.exit_code == exits.USAGE
-    assert "ann has 2 jobs queued and this would add 2: at most 3" in result.stderr
+    assert "ann has 2 jobs queued and this would add 2 or more: at most 3" in result.stderr
 
 
 def test_an_estimate_comes_from_what_the_same_look_took(db: database.Database) -> None:
