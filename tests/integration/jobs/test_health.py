@@ -188,9 +188,7 @@ def test_a_job_comes_back_where_it_failed_when_nobody_else_takes_it(
     assert world.claim(job_id, worker=BAD) is not None
 
 
-@pytest.mark.parametrize(
-    ("since_failure", "wait"), [(0, 20), (60, 60), (200, 120)], ids=str
-)
+@pytest.mark.parametrize(("since_failure", "wait"), [(0, 20), (60, 60), (200, 120)], ids=str)
 def test_a_job_that_is_left_to_others_gives_way_to_other_work(
     world: World, since_failure: int, wait: int
 ) -> None:
