@@ -16,6 +16,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from jobs import (
+    attempt_ids,
     broker,
     database,
     lifecycle,
