@@ -221,7 +221,9 @@ def test_what_needs_no_store_is_quick_while_videos_hang(
         told = [video.result() for video in videos]
     assert {answer[:2] for answer in told} == {(503, "5")}
     waited = sorted(seconds for _, _, seconds in told)
-    assert waited[4] < service.STREAM_SECONDS <= waited[5]
+    # Whatever the machine adds to all of them: some are told at once, and the others wait.
+    assert waited[4] + 1 < waited[5]
+    assert service.STREAM_SECONDS <= waited[5]
     assert waited[-1] < 3 * service.STREAM_SECONDS
 
 
