@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 from alembic.util import CommandError
 
-from jobs import database, doctor, errors, logs, migrate, parts, settings, store_mark, stores
+from jobs import database, errors, logs, migrate, parts, settings, store_mark, stores
 from jobs.cli import connections, exits, options, output
+from jobs.doctor import checks, examination, weights
 
 
 @click.command("migrate")
@@ -77,21 +78,21 @@ def doctor_command(preset: str | None, as_json: bool) -> int:
 
     Exit code 1 when something fails; warnings are no failure.
     """
-    checks = []
-    for check in doctor.fits(settings.load(), preset) if preset else doctor.examine():
-        checks.append(check)
+    found = []
+    for check in weights.fits(settings.load(), preset) if preset else examination.examine():
+        found.append(check)
         if not as_json:
             _print_check(check)
     if as_json:
-        output.emit({"checks": [asdict(check) for check in checks]})
-    failed = sum(check.status == "fail" for check in checks)
+        output.emit({"checks": [asdict(check) for check in found]})
+    failed = sum(check.status == "fail" for check in found)
     if not as_json:
-        warned = sum(check.status == "warn" for check in checks)
-        output.line(f"{len(checks) - failed - warned} ok, {warned} warnings, {failed} failures")
+        warned = sum(check.status == "warn" for check in found)
+        output.line(f"{len(found) - failed - warned} ok, {warned} warnings, {failed} failures")
     return exits.ERROR if failed else exits.OK
 
 
-def _print_check(check: doctor.Check) -> None:
+def _print_check(check: checks.Check) -> None:
     mark = output.state(check.status) + " " * (4 - len(check.status))
     output.line(f"{mark}  {check.name}: {output.plain(check.seen)}")
     if check.advice:

@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from jobs import bell, broker, doctor, errors, settings
+from jobs import bell, broker, errors, settings
+from jobs.doctor import broker as part
+from jobs.doctor import examination
+from tests.told import told_by
 
 x509 = pytest.importorskip("cryptography.x509")
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
@@ -170,8 +173,7 @@ def test_own_authorities_and_none_at_all_are_taken_by_both_clients(
 def test_what_tls_lacks_is_told(front: Behind, connected: Callable[..., broker.Broker]) -> None:
     def advice(options: str) -> str:
         connected(own, options)
-        (found,) = (check for check in doctor.examine() if check.name == "redis")
-        return found.advice
+        return told_by(part.check)["redis"].advice
 
     own = front("127.0.0.1")
     assert "ssl_ca_certs must name" in advice("")
@@ -217,7 +219,7 @@ def test_an_address_that_one_client_reads_otherwise_is_refused_and_nothing_of_it
     with pytest.raises(errors.InvalidInput, match=f"CELERY_BROKER_URL {why}") as caught:
         broker.Broker(config)
     told = [str(caught.value), str(bell.kick(config)), str(broker.BrokerUnavailable(url, "gone"))]
-    told += [check.seen for check in doctor.examine() if "BROKER" in check.name + check.seen]
+    told += [check.seen for check in examination.examine() if "BROKER" in check.name + check.seen]
     assert len(told) >= 5
     for each in told:
         assert "hunter2" not in each

@@ -1,0 +1,1 @@
+"""Checks each real part of an installation: what was seen, and what to do about it."""
