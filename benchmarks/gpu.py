@@ -29,12 +29,11 @@ from benchmarks.gpu_common import (
     LATENTS_720P,
     compiled_chains,
     emptied,
-    filled,
     inputs,
     peak_gb,
     random_transformer,
 )
-from models import attention, config, fusion, offload, sampling, text_encoder, vae
+from models import attention, config, fusion, offload, sampling, vae
 from worker import pipeline
 
 
@@ -135,8 +134,8 @@ def blocks(_report: measuring.Report) -> dict[str, Any]:
 def whole_14b(_report: measuring.Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
-        encoder = _text_encoder()
-        decoder = filled(networks.autoencoder())
+        encoder = networks.filled(networks.text_encoder())
+        decoder = networks.filled(networks.autoencoder())
         vae.to_channels_last(decoder)
         network = random_transformer(config.WAN_T2V_14B)
         levels = sampling.noise_levels((1000, 750, 500, 250), 5.0)
@@ -180,16 +179,10 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
         }
 
 
-def _text_encoder() -> Any:
-    with torch.device("meta"):
-        network = text_encoder.build_network(config.UMT5_XXL)
-    return filled(network.to(BF16))
-
-
 def text(_report: measuring.Report) -> dict[str, Any]:
     """One prompt of 512 tokens through UMT5-XXL."""
     with emptied(), torch.inference_mode():
-        network = _text_encoder()
+        network = networks.filled(networks.text_encoder())
         ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
         mask = torch.ones_like(ids)
         return {

@@ -1,4 +1,4 @@
-"""What the measurements on a GPU share: times, peaks, kernels, random networks on the device."""
+"""What the measurements on a GPU share: times, peaks, kernels, a random transformer."""
 
 import gc
 from collections import Counter
@@ -89,23 +89,7 @@ def compiled_chains() -> Iterator[list[str]]:
 
 @torch.inference_mode(mode=False)  # weights that a mode may move
 def random_transformer(sizes: config.TransformerConfig) -> transformer.WanTransformer:
-    network: transformer.WanTransformer = filled(networks.on_meta(sizes))
-    return network
-
-
-@torch.inference_mode(mode=False)
-def filled(network: Any) -> Any:
-    """On the device, with weights that keep signals at their size."""
-    network = network.to_empty(device=DEVICE)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            else:
-                tensor.fill_(1.0 if "norm" in name or "gamma" in name else 0.0)
-    return network.eval().requires_grad_(requires_grad=False)
+    return networks.filled(networks.on_meta(sizes))
 
 
 def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Tensor]:
