@@ -25,8 +25,6 @@ from benchmarks import gpu_attention, gpu_fp8, gpu_peers, measuring, networks
 from benchmarks.gpu_common import (
     BF16,
     DEVICE,
-    LATENTS_480P,
-    LATENTS_720P,
     compiled_chains,
     emptied,
     inputs,
@@ -59,7 +57,7 @@ def dit(
     report: measuring.Report,
     sizes: config.TransformerConfig,
     repeats: int,
-    latents: tuple[int, ...] = LATENTS_480P,
+    latents: tuple[int, ...] = networks.LATENTS["480p"],
 ) -> dict[str, Any]:
     with emptied(), torch.inference_mode():
         network = random_transformer(sizes)
@@ -103,7 +101,7 @@ def dit_14b(report: measuring.Report) -> dict[str, Any]:
 
 
 def dit_14b_720p(report: measuring.Report) -> dict[str, Any]:
-    return dit(report, config.WAN_T2V_14B, 1, LATENTS_720P)
+    return dit(report, config.WAN_T2V_14B, 1, networks.LATENTS["720p"])
 
 
 def blocks(_report: measuring.Report) -> dict[str, Any]:
@@ -154,7 +152,7 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
             for seed in range(4):
                 with stage("text"):
                     context = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-                noise, _ = sampling.initial_noise(seed, LATENTS_480P, DEVICE)
+                noise, _ = sampling.initial_noise(seed, networks.LATENTS["480p"], DEVICE)
                 with stage("denoise"):
                     latents = sampling.denoise(
                         lambda x, t, context=context: network(x, t, context),

@@ -16,9 +16,6 @@ from models import config, fusion, transformer
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
-LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
-LATENTS_720P = (16, 21, 90, 160)
-TOKENS_480P = 32_760
 CONTEXT = (1, 512, 4096)
 
 
@@ -92,7 +89,7 @@ def random_transformer(sizes: config.TransformerConfig) -> transformer.WanTransf
     return networks.filled(networks.on_meta(sizes))
 
 
-def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(latents: tuple[int, ...] = networks.LATENTS["480p"]) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(1, *latents, device=DEVICE)
     return x, torch.tensor([937.5], device=DEVICE), torch.randn(*CONTEXT, device=DEVICE, dtype=BF16)

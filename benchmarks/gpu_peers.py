@@ -75,7 +75,7 @@ def autoencoders(_report: measuring.Report) -> dict[str, Any]:
         vae.to_channels_last(ours)
         theirs = diffusers.AutoencoderKLWan().to(device=gpu.DEVICE, dtype=gpu.BF16).eval()
         theirs.requires_grad_(requires_grad=False)
-        latents = torch.randn(1, *gpu.LATENTS_480P, device=gpu.DEVICE)
+        latents = torch.randn(1, *networks.LATENTS["480p"], device=gpu.DEVICE)
 
         def run_ours() -> None:
             for _chunk in ours.decode_chunks(latents):

@@ -11,6 +11,10 @@ from models.distillation import cost
 
 Network = TypeVar("Network", bound=nn.Module)
 SIZES = {"1.3B": config.WAN_T2V_1_3B, "14B": config.WAN_T2V_14B}
+LATENTS = {
+    "480p": config.WAN_VAE.latent_shape(num_frames=81, height=480, width=832),
+    "720p": config.WAN_VAE.latent_shape(num_frames=81, height=720, width=1280),
+}
 
 
 def on_meta(

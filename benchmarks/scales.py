@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from benchmarks import networks
 from jobs import looks, presets
 from models import config
 
@@ -66,7 +67,7 @@ ON_GPU = Scale(
     width=832,
     height=480,
     num_frames=81,
-    latents=(16, 21, 60, 104),
+    latents=networks.LATENTS["480p"],
     image=(480, 832),
 )
 

@@ -36,7 +36,7 @@ def make_latents(
     look = spec.look
     try:
         levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
-        shape = model.networks.vae.latent_shape(
+        shape = model.networks.vae.config.latent_shape(
             num_frames=look.num_frames, height=look.height, width=look.width
         )
     except ValueError as error:
