@@ -191,13 +191,13 @@ def text(_report: measuring.Report) -> dict[str, Any]:
 
 def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
     """A real one in the worker's own path; then the same latents in each smaller mode."""
-    from jobs import presets
+    from jobs import looks, presets
     from models.tiny import shipped
     from worker import components, device, errors, pipeline, settings, stopwatch
 
     here = device.current(settings.WorkerSettings())
     look = presets.load("tiny").look.with_changes({"width": 320, "height": 320, "num_frames": 81})
-    spec = presets.RenderSpec(
+    spec = looks.RenderSpec(
         look=look, prompt="a red circle moves right", negative_prompt=None, seed=1, image_key=None
     )
     with tempfile.TemporaryDirectory() as home, emptied():

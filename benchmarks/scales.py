@@ -89,7 +89,7 @@ def look(scale: Scale) -> looks.Look:
     return presets.load("tiny").look.with_changes(changes)
 
 
-def spec(scale: Scale, prompt: str) -> presets.RenderSpec:
-    return presets.RenderSpec(
+def spec(scale: Scale, prompt: str) -> looks.RenderSpec:
+    return looks.RenderSpec(
         look=look(scale), prompt=prompt, negative_prompt=None, seed=SEED, image_key=None
     )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from jobs import presets
+from jobs import looks
 from models import sampling
 from worker import errors, resident, stopwatch
 from worker.device import Device
@@ -20,7 +20,7 @@ Reached = Callable[[str, int, int], None]
 
 @torch.inference_mode()
 def make_latents(
-    spec: presets.RenderSpec,
+    spec: looks.RenderSpec,
     model: resident.ResidentModel,
     *,
     device: Device,
