@@ -39,7 +39,7 @@ def main() -> None:
             ratio=options.ratio,
         )
         sizes = networks.SIZES[options.model]
-        derived = cost.estimate(sizes, gpu.LATENTS_480P, how, student_updates=1)
+        derived = cost.estimate(sizes, networks.LATENTS["480p"], how, student_updates=1)
         for facts in measured(sizes, how, options.updates):
             walked = cost.walked_in(how, int(facts["update"]))
             forwards = cost.forwards_per_update(how, walked=walked)
@@ -98,7 +98,7 @@ def three_networks(sizes: config.TransformerConfig, how: method.Method) -> roles
 
 def lessons(sizes: config.TransformerConfig) -> examples.MemoryExamples:
     texts = torch.randn(4, sizes.text_len, sizes.text_dim, dtype=torch.bfloat16)
-    return examples.MemoryExamples(texts, texts[:1], latent_shape=gpu.LATENTS_480P)
+    return examples.MemoryExamples(texts, texts[:1], latent_shape=networks.LATENTS["480p"])
 
 
 if __name__ == "__main__":

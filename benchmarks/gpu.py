@@ -25,16 +25,13 @@ from benchmarks import gpu_attention, gpu_fp8, gpu_peers, measuring, networks
 from benchmarks.gpu_common import (
     BF16,
     DEVICE,
-    LATENTS_480P,
-    LATENTS_720P,
     compiled_chains,
     emptied,
-    filled,
     inputs,
     peak_gb,
     random_transformer,
 )
-from models import attention, config, fusion, offload, sampling, text_encoder, vae
+from models import attention, config, fusion, offload, sampling, vae
 from worker import pipeline
 
 
@@ -60,7 +57,7 @@ def dit(
     report: measuring.Report,
     sizes: config.TransformerConfig,
     repeats: int,
-    latents: tuple[int, ...] = LATENTS_480P,
+    latents: tuple[int, ...] = networks.LATENTS["480p"],
 ) -> dict[str, Any]:
     with emptied(), torch.inference_mode():
         network = random_transformer(sizes)
@@ -104,7 +101,7 @@ def dit_14b(report: measuring.Report) -> dict[str, Any]:
 
 
 def dit_14b_720p(report: measuring.Report) -> dict[str, Any]:
-    return dit(report, config.WAN_T2V_14B, 1, LATENTS_720P)
+    return dit(report, config.WAN_T2V_14B, 1, networks.LATENTS["720p"])
 
 
 def blocks(_report: measuring.Report) -> dict[str, Any]:
@@ -135,8 +132,8 @@ def blocks(_report: measuring.Report) -> dict[str, Any]:
 def whole_14b(_report: measuring.Report) -> dict[str, Any]:
     """Prompt to frames on the host, 480p: text, four steps, decoding; without mp4 and upload."""
     with emptied():
-        encoder = _text_encoder()
-        decoder = filled(networks.autoencoder())
+        encoder = networks.filled(networks.text_encoder())
+        decoder = networks.filled(networks.autoencoder())
         vae.to_channels_last(decoder)
         network = random_transformer(config.WAN_T2V_14B)
         levels = sampling.noise_levels((1000, 750, 500, 250), 5.0)
@@ -155,7 +152,7 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
             for seed in range(4):
                 with stage("text"):
                     context = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-                noise, _ = sampling.initial_noise(seed, LATENTS_480P, DEVICE)
+                noise, _ = sampling.initial_noise(seed, networks.LATENTS["480p"], DEVICE)
                 with stage("denoise"):
                     latents = sampling.denoise(
                         lambda x, t, context=context: network(x, t, context),
@@ -180,16 +177,10 @@ def whole_14b(_report: measuring.Report) -> dict[str, Any]:
         }
 
 
-def _text_encoder() -> Any:
-    with torch.device("meta"):
-        network = text_encoder.build_network(config.UMT5_XXL)
-    return filled(network.to(BF16))
-
-
 def text(_report: measuring.Report) -> dict[str, Any]:
     """One prompt of 512 tokens through UMT5-XXL."""
     with emptied(), torch.inference_mode():
-        network = _text_encoder()
+        network = networks.filled(networks.text_encoder())
         ids = torch.randint(3, 250_000, (1, 512), device=DEVICE)
         mask = torch.ones_like(ids)
         return {
@@ -200,13 +191,13 @@ def text(_report: measuring.Report) -> dict[str, Any]:
 
 def out_of_memory(_report: measuring.Report) -> dict[str, Any]:
     """A real one in the worker's own path; then the same latents in each smaller mode."""
-    from jobs import presets
+    from jobs import looks, presets
     from models.tiny import shipped
     from worker import components, device, errors, pipeline, settings, stopwatch
 
     here = device.current(settings.WorkerSettings())
     look = presets.load("tiny").look.with_changes({"width": 320, "height": 320, "num_frames": 81})
-    spec = presets.RenderSpec(
+    spec = looks.RenderSpec(
         look=look, prompt="a red circle moves right", negative_prompt=None, seed=1, image_key=None
     )
     with tempfile.TemporaryDirectory() as home, emptied():

@@ -1,5 +1,6 @@
 """Attention of 14B by every kernel that is here, and what a GPU keeps up when it gets warm."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from benchmarks import gpu_common as gpu
-from benchmarks import measuring
+from benchmarks import measuring, networks
 from models import attention, config
 
-TOKENS = {"480p": gpu.TOKENS_480P, "720p": 75_600}
+TOKENS = {
+    size: math.prod(config.WAN_T2V_14B.grid(latents)) for size, latents in networks.LATENTS.items()
+}
 EXACT_TOKENS = 64
 ROUNDS = 3
 SUSTAINED_SECONDS = 4.0

@@ -1,4 +1,4 @@
-"""What the measurements on a GPU share: times, peaks, kernels, random networks on the device."""
+"""What the measurements on a GPU share: times, peaks, kernels, a random transformer."""
 
 import gc
 from collections import Counter
@@ -16,9 +16,6 @@ from models import config, fusion, transformer
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
-LATENTS_480P = (16, 21, 60, 104)  # 81 frames of 832x480
-LATENTS_720P = (16, 21, 90, 160)
-TOKENS_480P = 32_760
 CONTEXT = (1, 512, 4096)
 
 
@@ -89,26 +86,10 @@ def compiled_chains() -> Iterator[list[str]]:
 
 @torch.inference_mode(mode=False)  # weights that a mode may move
 def random_transformer(sizes: config.TransformerConfig) -> transformer.WanTransformer:
-    network: transformer.WanTransformer = filled(networks.on_meta(sizes))
-    return network
+    return networks.filled(networks.on_meta(sizes))
 
 
-@torch.inference_mode(mode=False)
-def filled(network: Any) -> Any:
-    """On the device, with weights that keep signals at their size."""
-    network = network.to_empty(device=DEVICE)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            else:
-                tensor.fill_(1.0 if "norm" in name or "gamma" in name else 0.0)
-    return network.eval().requires_grad_(requires_grad=False)
-
-
-def inputs(latents: tuple[int, ...] = LATENTS_480P) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(latents: tuple[int, ...] = networks.LATENTS["480p"]) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(1, *latents, device=DEVICE)
     return x, torch.tensor([937.5], device=DEVICE), torch.randn(*CONTEXT, device=DEVICE, dtype=BF16)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import gpu_attention, measuring, networks
 from benchmarks import gpu_common as gpu
-from benchmarks import measuring, networks
 from models import config, fp8, quantization, rope, transformer
 
 SHAPES = ((5120, 13824), (13824, 5120), (5120, 5120))  # in and out features of 14B's matrices
@@ -33,7 +33,7 @@ def products(_report: measuring.Report) -> dict[str, Any]:
 
 def _product(num_in: int, num_out: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    x = torch.randn(1, gpu.TOKENS_480P, num_in, device=gpu.DEVICE, dtype=gpu.BF16)
+    x = torch.randn(1, gpu_attention.TOKENS["480p"], num_in, device=gpu.DEVICE, dtype=gpu.BF16)
     weight = torch.randn(num_out, num_in, device=gpu.DEVICE) * num_in**-0.5
     codes, scale = quantization.quantize(weight, quantization.Scheme.FP8)
     narrow, bias = weight.to(gpu.BF16), torch.zeros(num_out, device=gpu.DEVICE, dtype=gpu.BF16)
@@ -111,11 +111,8 @@ class _Measured:
 
 def _given_to_a_block(network: transformer.WanTransformer) -> tuple[Any, ...]:
     """Random tokens of a video at 480p, time and text."""
-    dim, patch = network.config.dim, network.config.patch_size
-    frames, rows, columns = (
-        size // step for size, step in zip(gpu.LATENTS_480P[1:], patch, strict=True)
-    )
-    grid = frames, rows, columns
+    dim = network.config.dim
+    grid = network.config.grid(networks.LATENTS["480p"])
     rotation = rope.table(grid, network.config.head_dim, gpu.DEVICE, torch.float32)
     x_BLD, text_BSD = (
         torch.randn(1, tokens, dim, device=gpu.DEVICE, dtype=gpu.BF16)

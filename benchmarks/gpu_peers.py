@@ -30,7 +30,7 @@ def transformers(_report: measuring.Report) -> dict[str, Any]:
                 num_layers=sizes.num_layers,
                 freq_dim=sizes.freq_dim,
             )
-        theirs = gpu.filled(theirs.to(gpu.BF16))
+        theirs = networks.filled(theirs.to(gpu.BF16))
         # Rope's tables are no parameters, so they were lost on `meta`.
         theirs.rope = type(theirs.rope)(sizes.head_dim, (1, 2, 2), 1024).to(gpu.DEVICE)
         x, time, context = gpu.inputs()
@@ -71,11 +71,11 @@ def autoencoders(_report: measuring.Report) -> dict[str, Any]:
     import diffusers
 
     with gpu.emptied(), gpu.compiled_chains() as failures:
-        ours = gpu.filled(networks.autoencoder())
+        ours = networks.filled(networks.autoencoder())
         vae.to_channels_last(ours)
         theirs = diffusers.AutoencoderKLWan().to(device=gpu.DEVICE, dtype=gpu.BF16).eval()
         theirs.requires_grad_(requires_grad=False)
-        latents = torch.randn(1, *gpu.LATENTS_480P, device=gpu.DEVICE)
+        latents = torch.randn(1, *networks.LATENTS["480p"], device=gpu.DEVICE)
 
         def run_ours() -> None:
             for _chunk in ours.decode_chunks(latents):

@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from benchmarks import common, measuring
+from benchmarks import common, measuring, networks
 from models import checkpoint, config, lora_switcher, pristine, transformer
 
 RANK = 64
@@ -35,9 +35,10 @@ def main() -> None:
 
 
 def measure(folder: Path, *, blocks: int, device: torch.device) -> None:
-    base = write(folder, dataclasses.replace(config.WAN_T2V_14B, num_layers=blocks))
+    sizes = dataclasses.replace(config.WAN_T2V_14B, num_layers=blocks)
+    base = write(folder, sizes)
     untouched = pristine.PristineFiles([base])
-    network = load(base, blocks=blocks, device=device)
+    network = load(base, sizes=sizes, device=device)
     switcher = lora_switcher.LoraSwitcher(network, device=device, pristine=untouched)
     gigabytes = base.stat().st_size / 1e9
     print(common.machine())
@@ -58,9 +59,8 @@ def measure(folder: Path, *, blocks: int, device: torch.device) -> None:
 
 def write(folder: Path, sizes: config.TransformerConfig) -> Path:
     """A base and two LoRAs for it."""
-    with torch.device("meta"):
-        network = transformer.WanTransformer(sizes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    empty = networks.on_meta(sizes).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
     base = folder / "base.safetensors"
     safetensors.torch.save_file(
         {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}, base
@@ -82,14 +82,11 @@ def lora_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return found
 
 
-def load(base: Path, *, blocks: int, device: torch.device) -> transformer.WanTransformer:
-    with torch.device("meta"):
-        network = transformer.WanTransformer(
-            dataclasses.replace(config.WAN_T2V_14B, num_layers=blocks)
-        )
-    dtypes = {
-        name: transformer.parameter_dtype(name, torch.bfloat16) for name in network.state_dict()
-    }
+def load(
+    base: Path, *, sizes: config.TransformerConfig, device: torch.device
+) -> transformer.WanTransformer:
+    network = networks.on_meta(sizes)
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     tensors = checkpoint.read_tensors([base])
     checkpoint.load_strictly(network, tensors, path=base, device=device, dtypes=dtypes)
     return network

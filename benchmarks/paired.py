@@ -111,9 +111,7 @@ class Both:
         network = self.ours.networks.vae
         latents = self.draw(
             1,
-            *network.latent_shape(
-                num_frames=self.scale.num_frames, height=self.scale.height, width=self.scale.width
-            ),
+            *self._latent_shape(),
         )
         mean, std = self._statistics()
         return self.compared(
@@ -188,7 +186,7 @@ class Both:
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         scale = self.scale
-        return self.ours.networks.vae.latent_shape(
+        return self.ours.networks.vae.config.latent_shape(
             num_frames=scale.num_frames, height=scale.height, width=scale.width
         )
 

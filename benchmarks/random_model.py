@@ -1,18 +1,15 @@
 """A model folder with Wan2.1's sizes and random weights, for a worker that is to be measured."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import nn
 
-from models import config, layout, text_encoder, transformer, vae
+from benchmarks import networks
+from models import config, layout
 from models.tiny import folders, make
 
 BF16 = torch.bfloat16
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def write(
@@ -31,27 +28,9 @@ def write(
     make.write_tokenizer(folder / layout.TOKENIZER_FOLDER)
     folders.write_transformer_config(folder, sizes)
     weights = folder / f"{layout.TRANSFORMER_STEM}.safetensors"
-    folders.save(folders.tensors(_filled(lambda: transformer.WanTransformer(sizes)), BF16), weights)
-    folders.write_vae(folder, _filled(lambda: vae.WanVAE(autoencoder)), dtype=BF16)
-    encoder = _filled(lambda: text_encoder.build_network(text))
+    folders.save(folders.tensors(networks.filled(networks.on_meta(sizes)), BF16), weights)
+    folders.write_vae(folder, networks.filled(networks.autoencoder(autoencoder)), dtype=BF16)
+    encoder = networks.filled(networks.text_encoder(text))
     folders.write_text_encoder(folder, encoder, text, dtype=BF16)
     del encoder
     torch.cuda.empty_cache()  # else as much of the GPU stays with this process as they took on it
-
-
-@torch.no_grad()
-def _filled(make_network: Callable[[], Network]) -> Network:
-    """Weights that keep signals at about their size."""
-    with torch.device("meta"):
-        network = make_network()
-    network = network.to(BF16).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    for name, tensor in network.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        if tensor.ndim > 1 and not name.endswith(("modulation", "gamma")):
-            tensor.normal_(std=tensor[0].numel() ** -0.5)
-        elif name.endswith(("bias", "modulation")):
-            tensor.normal_(std=0.02)
-        else:
-            tensor.fill_(1.0)
-    return network

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from benchmarks import networks
 from jobs import looks, presets
 from models import config
 
@@ -66,7 +67,7 @@ ON_GPU = Scale(
     width=832,
     height=480,
     num_frames=81,
-    latents=(16, 21, 60, 104),
+    latents=networks.LATENTS["480p"],
     image=(480, 832),
 )
 
@@ -88,7 +89,7 @@ def look(scale: Scale) -> looks.Look:
     return presets.load("tiny").look.with_changes(changes)
 
 
-def spec(scale: Scale, prompt: str) -> presets.RenderSpec:
-    return presets.RenderSpec(
+def spec(scale: Scale, prompt: str) -> looks.RenderSpec:
+    return looks.RenderSpec(
         look=look(scale), prompt=prompt, negative_prompt=None, seed=SEED, image_key=None
     )

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import networks, traffic
 from models import config, sequence_parallel
 
-LATENTS = {"480p": (16, 21, 60, 104), "720p": (16, 21, 90, 160)}  # 81 frames
 EXCHANGE = "alltoall_base_"
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     options = parser.parse_args()
     for name, sizes in networks.SIZES.items():
-        for shape, latents in LATENTS.items():
+        for shape, latents in networks.LATENTS.items():
             for processes in options.processes:
                 facts = {"model": name, "size": shape, "processes": processes}
                 try:

@@ -25,6 +25,7 @@ from jobs import (
     database,
     errors,
     inputs,
+    looks,
     outbox,
     presets,
     safety,
@@ -303,7 +304,7 @@ def _preset_of(schedule: Schedule) -> presets.Preset:
     if unknown := sorted(schedule.options.keys() - known):
         raise FromLaterVersion(schedule.name, ", ".join(unknown))
     try:
-        look = presets.Look.model_validate(schedule.look)
+        look = looks.Look.model_validate(schedule.look)
     except ValidationError as error:
         where = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
         raise FromLaterVersion(schedule.name, where) from error

@@ -30,7 +30,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import attempt_ids, database, health, moves, presets, retries, schema, states, workers
+from jobs import (
+    attempt_ids,
+    database,
+    health,
+    looks,
+    moves,
+    retries,
+    schema,
+    states,
+    workers,
+)
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
@@ -60,7 +70,7 @@ class Claim:
     number: int
     meta: dict[str, Any] | None
     queue: str
-    spec: presets.RenderSpec
+    spec: looks.RenderSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -541,10 +551,10 @@ def _after(session: Session, seconds: float | None) -> datetime | None:
     return None if seconds is None else database.now(session) + timedelta(seconds=seconds)
 
 
-def _spec(session: Session, job: Job) -> presets.RenderSpec:
+def _spec(session: Session, job: Job) -> looks.RenderSpec:
     look = session.get_one(schema.Look, job.look_id)
-    return presets.RenderSpec(
-        look=presets.Look.model_validate(look.body),
+    return looks.RenderSpec(
+        look=looks.Look.model_validate(look.body),
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,
         image_key=job.image_key,

@@ -18,22 +18,6 @@ from typing import Any, NoReturn
 import json5
 
 from jobs import errors, looks, preset_values
-from jobs.looks import Look, LoraUse, RenderSpec
-
-__all__ = [
-    "SHIPPED_FOLDER",
-    "BrokenPreset",
-    "FolderMissing",
-    "Look",
-    "LoraUse",
-    "Preset",
-    "RenderSpec",
-    "available",
-    "frames_for_seconds",
-    "load",
-    "problems_of",
-    "read",
-]
 
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 MAX_FILE_BYTES = 65_536  # json5 needs seconds for more, and a preset has 30 lines
@@ -49,7 +33,7 @@ class Preset:
     """Its shortest name: `load` finds this file by it."""
     path: Path
     description: str | None
-    look: Look
+    look: looks.Look
     keys_without_effect: tuple[tuple[str, str], ...]
     """Keys of the file that decide nothing here, each with the reason."""
 
@@ -60,8 +44,8 @@ class Preset:
         height: int | None = None,
         num_frames: int | None = None,
         fps: int | None = None,
-        loras: Sequence[LoraUse] = (),
-    ) -> Look:
+        loras: Sequence[looks.LoraUse] = (),
+    ) -> looks.Look:
         """The look with what one prompt row asks for; ValueError names the number that would do.
 
         The row's LoRAs come after the preset's own: the distillation first, then the style. With
@@ -75,7 +59,7 @@ class Preset:
         return self.look.with_changes(changes) if changes else self.look
 
 
-def _refuse_absolute(loras: Iterable[LoraUse]) -> None:
+def _refuse_absolute(loras: Iterable[looks.LoraUse]) -> None:
     """Prompts may come over the network: they must not make a worker open any file."""
     for lora in loras:
         if PurePosixPath(lora.path).is_absolute():

@@ -80,7 +80,7 @@ class Base(DeclarativeBase):
 
 
 class Look(Base):
-    """A `presets.Look`, stored once however many jobs share it. Never changed."""
+    """A `looks.Look`, stored once however many jobs share it. Never changed."""
 
     __tablename__ = "looks"
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from jobs import database, lifecycle, order, presets, queries, states
+from jobs import database, lifecycle, looks, order, queries, states
 from jobs.schema import Attempt, Batch, Job, Look, Owner
 
 IN_FLIGHT_SECONDS = 5.0  # between leaving Redis and the claim in the database
@@ -229,6 +229,6 @@ def _weights_of(session: Session, look_ids: Iterable[str]) -> dict[str, str]:
 
 def _weights(look_id: str, body: dict[str, Any]) -> str:
     try:
-        return presets.Look.model_validate(body).weights
+        return looks.Look.model_validate(body).weights
     except ValidationError:
         return look_id  # of a newer version: no matter here, its worker may know it

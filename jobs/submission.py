@@ -33,6 +33,7 @@ from jobs import (
     schema,
     settings,
 )
+from jobs.looks import Look, LoraUse
 from jobs.schema import Batch, Owner
 
 LORA_FOLDER = "loras"
@@ -111,7 +112,7 @@ class PromptFile:
     source: str
     format: readers.Format
     options: Options
-    looks: dict[str, presets.Look] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
     """Those of the rows that were good, by id."""
     images: inputs.InputImages | None = None
     """Where rows' images come from; None: from nowhere."""
@@ -119,7 +120,7 @@ class PromptFile:
     """A user's own, which may refuse a row's prompt."""
     fill: Callable[[prompt_row.PromptRow], prompt_row.PromptRow] | None = None
     """What a schedule does to each row before it is checked; ValueError says what is wrong."""
-    _remembered: dict[tuple[Any, ...], presets.Look | str] = field(default_factory=dict)
+    _remembered: dict[tuple[Any, ...], Look | str] = field(default_factory=dict)
 
     def rows(self) -> Generator["Order | errors.Problem"]:
         """Each good row with its look, each bad one as a problem, in the order of the file."""
@@ -189,7 +190,7 @@ class PromptFile:
             digest.update(block)
         return digest.hexdigest()
 
-    def _look(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> presets.Look:
+    def _look(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> Look:
         pixels = None if image is None else (image.width, image.height)
         asked = (row.width, row.height, row.num_frames, row.seconds, row.fps, row.lora, pixels)
         if asked not in self._remembered:
@@ -204,7 +205,7 @@ class PromptFile:
             raise ValueError(found)
         return found
 
-    def _resolve(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> presets.Look:
+    def _resolve(self, row: prompt_row.PromptRow, image: inputs.InputImage | None) -> Look:
         preset = self.options.preset
         num_frames = row.num_frames
         if row.seconds is not None:
@@ -261,7 +262,7 @@ class Order:
     """A row that can be rendered."""
 
     row: prompt_row.PromptRow
-    look: presets.Look
+    look: Look
     image_key: str | None
 
 
@@ -533,7 +534,7 @@ def _store_owner(session: Session, name: str) -> None:
     session.execute(database.insert(session, Owner).on_conflict_do_nothing(), [{"name": name}])
 
 
-def _store_looks(session: Session, known: dict[str, presets.Look]) -> None:
+def _store_looks(session: Session, known: dict[str, Look]) -> None:
     """Those that are not there yet, in one order for all who do the same at once."""
     rows = [
         {
@@ -592,11 +593,11 @@ def _jobs(
             position += 1
 
 
-def _lora_use(lora: prompt_row.Lora) -> presets.LoraUse:
+def _lora_use(lora: prompt_row.Lora) -> LoraUse:
     """A name is a file in the folder `loras` of the models folder."""
     path = lora.path if lora.path is not None else f"{LORA_FOLDER}/{lora.name}.safetensors"
     try:
-        return presets.LoraUse(path=path, strength=lora.strength)
+        return LoraUse(path=path, strength=lora.strength)
     except ValidationError as error:
         told = "; ".join(text for _, text in looks.messages(error))
         raise ValueError(f"lora {path!r}: {told}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from jobs import download, errors, inputs, lifecycle, presets, queues, submission
+from jobs import download, errors, inputs, lifecycle, looks, queues, submission
 
 PLAIN_NAMES = {"negative_prompt": "negative prompt", "image_key": "image"}
 PLACEMENT = {"offload", "vae_tiling", "text_encoder_on_cpu", "image_encoder_on_cpu"}
@@ -87,13 +87,13 @@ def read(file: submission.PromptFile) -> Orders:
     )
 
 
-def _unlike(sidecar: Path, asked: presets.RenderSpec, *, drawn: bool) -> str:
+def _unlike(sidecar: Path, asked: looks.RenderSpec, *, drawn: bool) -> str:
     """How a video was made from something else; empty: it was not."""
     try:
         told = json.loads(sidecar.read_text("utf-8"))
-        look = {field: told[field] for field in presets.Look.model_fields if field in told}
-        facts = {field: told.get(field) for field in presets.RenderSpec.model_fields}
-        made = presets.RenderSpec.model_validate(facts | {"look": look})
+        look = {field: told[field] for field in looks.Look.model_fields if field in told}
+        facts = {field: told.get(field) for field in looks.RenderSpec.model_fields}
+        made = looks.RenderSpec.model_validate(facts | {"look": look})
     except (OSError, ValueError, TypeError, AttributeError):
         return "has no sidecar that says what it was made from"
     ignored = {"look", "seed"} if drawn else {"look"}
@@ -131,7 +131,7 @@ def _claim(batch_id: str, position: int, order: submission.Order) -> lifecycle.C
         number=1,
         meta=row.metadata,
         queue=queues.of_model(order.look.model_path),
-        spec=presets.RenderSpec(
+        spec=looks.RenderSpec(
             look=order.look,
             prompt=row.prompt,
             negative_prompt=row.negative_prompt,

@@ -1,6 +1,7 @@
 """Dimensions of the networks, and their named sizes."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 WAN_TEXT_DIM = 4096  # width of UMT5-XXL; the native config.json leaves it out
@@ -54,6 +55,12 @@ class TransformerConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens along each axis of latents (C, T, H, W)."""
+        _, frames, rows, columns = latent_shape
+        per_frame, per_row, per_column = self.patch_size
+        return frames // per_frame, rows // per_row, columns // per_column
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -86,6 +93,19 @@ class VAEConfig:
     @property
     def spatial_stride(self) -> int:
         return int(2 ** len(self.temporal_downsample))
+
+    def latent_shape(
+        self, *, num_frames: int, height: int, width: int
+    ) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of a video's latents. Raises ValueError for sizes it cannot represent."""
+        per_latent, per_pixel = self.temporal_stride, self.spatial_stride
+        if num_frames < 1 or (num_frames - 1) % per_latent:
+            raise ValueError(f"num_frames must be {per_latent}n+1 (e.g. 77, 81), got {num_frames}")
+        for name, size in (("height", height), ("width", width)):
+            if size < per_pixel or size % per_pixel:
+                raise ValueError(f"{name} must be a positive multiple of {per_pixel}, got {size}")
+        frames = (num_frames - 1) // per_latent + 1
+        return self.z_dim, frames, height // per_pixel, width // per_pixel
 
 
 @dataclass(frozen=True, kw_only=True)

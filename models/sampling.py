@@ -21,6 +21,8 @@ STEP_RULES: tuple[StepRule, ...] = ("euler", "renoise")
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """(latents_BCTHW, timestep_B) -> velocity_BCTHW"""
+DrawNoise = Callable[[], Tensor]
+"""Fresh noise in the shape of the latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +92,17 @@ def predict_clean(latents: Tensor, velocity: Tensor, sigma: float | Tensor) -> T
     return latents - sigma * velocity
 
 
-def euler(
-    clean: Tensor, velocity: Tensor, next_sigma: float, _generator: torch.Generator | None
+def advance(
+    clean: Tensor, velocity: Tensor, next_sigma: float, *, rule: StepRule, draw_noise: DrawNoise
 ) -> Tensor:
-    """Go along the velocity to the next level: x = x0 + sigma' * v. Deterministic."""
+    """The latents at the next level.
+
+    `euler` goes along the velocity: x = x0 + sigma' * v. `renoise` mixes the clean prediction with
+    fresh noise: x = (1 - sigma') * x0 + sigma' * eps.
+    """
+    if rule == "renoise":
+        return mix(clean, draw_noise(), next_sigma)
     return clean + next_sigma * velocity
-
-
-def renoise(
-    clean: Tensor, _velocity: Tensor, next_sigma: float, generator: torch.Generator | None
-) -> Tensor:
-    """Mix the clean prediction with fresh noise: x = (1 - sigma') * x0 + sigma' * eps."""
-    if generator is None:
-        raise ValueError("step_rule 'renoise' needs the generator that made the initial noise")
-    eps = torch.randn(clean.shape, generator=generator, dtype=torch.float32)
-    return mix(clean, eps.to(clean), next_sigma)
-
-
-_RULES = {"euler": euler, "renoise": renoise}
 
 
 def _never_stop(_step: int, _num_steps: int) -> None:
@@ -129,16 +124,24 @@ def denoise(
     Latents and arithmetic stay in fp32 between steps whatever the network computes in. The last
     step returns its clean prediction; no noise is added after it.
     """
-    if step_rule not in _RULES:
+    if step_rule not in STEP_RULES:
         raise ValueError(f"step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
     latents = noise_BCTHW.to(torch.promote_types(noise_BCTHW.dtype, torch.float32))
     timesteps = levels.timesteps.to(latents.device)
     clean = latents
+
+    def draw_noise() -> Tensor:
+        if generator is None:
+            raise ValueError("step_rule 'renoise' needs the generator that made the initial noise")
+        eps = torch.randn(clean.shape, generator=generator, dtype=torch.float32)
+        return eps.to(clean)
+
     for step, sigma in enumerate(levels.sigmas):
         on_step(step, len(levels))
         timestep_B = timesteps[step].expand(latents.shape[0])
         velocity = velocity_fn(latents, timestep_B).to(latents.dtype)
         clean = predict_clean(latents, velocity, sigma)
         if step + 1 < len(levels):
-            latents = _RULES[step_rule](clean, velocity, levels.sigmas[step + 1], generator)
+            next_sigma = levels.sigmas[step + 1]
+            latents = advance(clean, velocity, next_sigma, rule=step_rule, draw_noise=draw_noise)
     return clean

@@ -289,19 +289,6 @@ class WanVAE(nn.Module):
         """Of decoding; encoding may be wider, see `parameter_dtype`."""
         return self.conv2.weight.dtype
 
-    def latent_shape(
-        self, *, num_frames: int, height: int, width: int
-    ) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of a video's latents. Raises ValueError for sizes it cannot represent."""
-        per_latent, per_pixel = self.config.temporal_stride, self.config.spatial_stride
-        if num_frames < 1 or (num_frames - 1) % per_latent:
-            raise ValueError(f"num_frames must be {per_latent}n+1 (e.g. 77, 81), got {num_frames}")
-        for name, size in (("height", height), ("width", width)):
-            if size < per_pixel or size % per_pixel:
-                raise ValueError(f"{name} must be a positive multiple of {per_pixel}, got {size}")
-        frames = (num_frames - 1) // per_latent + 1
-        return self.config.z_dim, frames, height // per_pixel, width // per_pixel
-
     def encode(self, frames_BCTHW: Tensor, *, still_from: int | None = None) -> Tensor:
         """Normalised means of the latents, [B, z_dim, T', H', W'], at least fp32.
 
@@ -311,7 +298,7 @@ class WanVAE(nn.Module):
         is two thirds of the work.
         """
         _, _, num_frames, height, width = frames_BCTHW.shape
-        self.latent_shape(num_frames=num_frames, height=height, width=width)
+        self.config.latent_shape(num_frames=num_frames, height=height, width=width)
         stride = self.config.temporal_stride
         chunks = torch.split(
             _channels_last(frames_BCTHW.to(self.conv1.weight.dtype)),

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from jobs import errors as jobs_errors
-from jobs import lifecycle, presets, settings
+from jobs import lifecycle, looks, settings
 from models import sequence_parallel
 from worker import checks, errors, gpus, group, rendering, runner, scratch, stopwatch
 from worker import settings as worker_settings_module
@@ -36,7 +36,7 @@ PATIENCE = datetime.timedelta(hours=1)  # for one that reads its weights from a 
 class Work:
     """What the first process tells the others to denoise with it."""
 
-    spec: presets.RenderSpec
+    spec: looks.RenderSpec
     image: bytes | None
 
 
@@ -110,7 +110,7 @@ def _tell_of_gpus() -> None:
             log.warning("gpu.not_used", gpus=found, because=TORCH_SEES_NONE)
 
 
-def _image(spec: presets.RenderSpec, read_image: Callable[[str], bytes]) -> bytes | None:
+def _image(spec: looks.RenderSpec, read_image: Callable[[str], bytes]) -> bytes | None:
     if spec.image_key is None:
         return None
     try:

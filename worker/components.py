@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from jobs import presets, reports
+from jobs import looks, reports
 from models import checkpoint, layout, memory, stamps
 from models import errors as model_errors
 from worker import errors, hashes, host_memory, replaced, reservations, room, wanted
@@ -40,7 +40,7 @@ class Components:
     _shares: dict[WeightsKey, room.Share] = field(default_factory=dict)
     _needs: dict[tuple[WeightsKey, str], memory.Need] = field(default_factory=dict)
     _lower_modes: dict[str, memory.Mode] = field(default_factory=dict)
-    _loras: dict[WeightsKey, tuple[presets.LoraUse, ...] | None] = field(default_factory=dict)
+    _loras: dict[WeightsKey, tuple[looks.LoraUse, ...] | None] = field(default_factory=dict)
     _looked_at: set[tuple[WeightsKey, str]] = field(default_factory=set)
     _hasher: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="weight-hashes")
@@ -52,7 +52,7 @@ class Components:
         self._reserved = reservations.Reservations(self.home)
         self._looks = replaced.Looks(self.models_dir)
 
-    def model_for(self, look: presets.Look) -> ResidentModel:
+    def model_for(self, look: looks.Look) -> ResidentModel:
         """The look's networks with its LoRAs; loads them, and lets others go, if need be."""
         key = self._key(look)
         try:
@@ -63,7 +63,7 @@ class Components:
         self._look_at_headers(key, model, look)
         return model
 
-    def _look_at_headers(self, key: WeightsKey, model: ResidentModel, look: presets.Look) -> None:
+    def _look_at_headers(self, key: WeightsKey, model: ResidentModel, look: looks.Look) -> None:
         """Another list of steps renders, though worse: that is told once, and no failure."""
         if (key, look.id) in self._looked_at:
             return
@@ -75,7 +75,7 @@ class Components:
         for each in unlike:
             log.warning("model.unlike_header", because=each)
 
-    def _switch_loras(self, key: WeightsKey, model: ResidentModel, look: presets.Look) -> None:
+    def _switch_loras(self, key: WeightsKey, model: ResidentModel, look: looks.Look) -> None:
         """Also where the look is the same: a LoRA's file may have been replaced."""
         # Forgotten first: after a failure it is unknown what is merged.
         self._loras[key] = None
@@ -96,7 +96,7 @@ class Components:
         self._loras[key] = look.loras
         self.lora_switches += has_changed
 
-    def _warm(self, key: WeightsKey, look: presets.Look) -> ResidentModel:
+    def _warm(self, key: WeightsKey, look: looks.Look) -> ResidentModel:
         try:
             model = self._resident.get(key)
             is_old = model is not None and self._looks.was_replaced(model)
@@ -149,11 +149,11 @@ class Components:
             host_bytes=share.host_resident,
         )
 
-    def mode_of(self, look: presets.Look) -> memory.Mode:
+    def mode_of(self, look: looks.Look) -> memory.Mode:
         """What the preset asks for, or what was found to fit after it did not."""
         return self._lower_modes.get(look.id) or wanted.mode_of(look)
 
-    def step_down(self, look: presets.Look) -> memory.Mode | None:
+    def step_down(self, look: looks.Look) -> memory.Mode | None:
         """After the device ran out of memory: the next mode for this look. None: there is none.
 
         Every model goes, the warm ones of other looks as well.
@@ -182,7 +182,7 @@ class Components:
             log.warning("weight_hashes.unknown", error=str(error))
             return None
 
-    def lora_hashes(self, look: presets.Look, model: ResidentModel) -> dict[str, str] | None:
+    def lora_hashes(self, look: looks.Look, model: ResidentModel) -> dict[str, str] | None:
         """SHA-256 per LoRA file that the model has. None: one of them was replaced since."""
         cache = self.home / hashes.HASHES_FILE
         try:
@@ -196,7 +196,7 @@ class Components:
             return None
         return found
 
-    def _key(self, look: presets.Look) -> WeightsKey:
+    def _key(self, look: looks.Look) -> WeightsKey:
         transformer, low_noise = wanted.transformer_files(look, self.models_dir)
         return WeightsKey(
             root=self.models_dir / look.model_path,
@@ -208,7 +208,7 @@ class Components:
             vae_dtype=look.vae_dtype,
         )
 
-    def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> None:
+    def _make_room(self, key: WeightsKey, files: layout.ModelFiles, look: looks.Look) -> None:
         """Before each job: a larger one than before needs more beside the same weights.
 
         HostOutOfMemory when main memory is short though nothing else is loaded: the kernel would
@@ -258,7 +258,7 @@ class Components:
             self._reserved.reserve(share.beyond(held))
         return True
 
-    def _need(self, key: WeightsKey, files: layout.ModelFiles, look: presets.Look) -> memory.Need:
+    def _need(self, key: WeightsKey, files: layout.ModelFiles, look: looks.Look) -> memory.Need:
         if (key, look.id) not in self._needs:
             self._needs[key, look.id] = wanted.needed(look, files, key.mode, self.models_dir)
         return self._needs[key, look.id]

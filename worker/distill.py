@@ -38,7 +38,6 @@ from models.distillation import (
     trainer,
     tuner,
 )
-from models.vae import WanVAE
 from worker import device, group, probes
 from worker import errors as worker_errors
 from worker import settings as worker_settings_module
@@ -331,9 +330,7 @@ def _encoded(
 
 
 def _latent_shape(plan: course.Course, sizes: config.VAEConfig) -> tuple[int, int, int, int]:
-    with torch.device("meta"):
-        network = WanVAE(sizes)
-    return network.latent_shape(
+    return sizes.latent_shape(
         num_frames=plan.target_video_length, height=plan.target_height, width=plan.target_width
     )
 

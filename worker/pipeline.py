@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from jobs import presets
+from jobs import looks
 from models import sampling
 from worker import errors, resident, stopwatch
 from worker.device import Device
@@ -20,7 +20,7 @@ Reached = Callable[[str, int, int], None]
 
 @torch.inference_mode()
 def make_latents(
-    spec: presets.RenderSpec,
+    spec: looks.RenderSpec,
     model: resident.ResidentModel,
     *,
     device: Device,
@@ -36,7 +36,7 @@ def make_latents(
     look = spec.look
     try:
         levels = sampling.noise_levels(look.denoising_step_list, look.sample_shift)
-        shape = model.networks.vae.latent_shape(
+        shape = model.networks.vae.config.latent_shape(
             num_frames=look.num_frames, height=look.height, width=look.width
         )
     except ValueError as error:

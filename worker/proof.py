@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs import presets
+from jobs import looks, presets
 from models.tiny import make
 from worker import components, device, errors, pipeline, stopwatch
 
@@ -49,7 +49,7 @@ def _renders(here: device.Device, folder: Path) -> None:
     preset = folder / "selftest.json"
     preset.write_text(PRESET)
     look = presets.load(str(preset)).look
-    spec = presets.RenderSpec(look=look, prompt=PROMPT, negative_prompt=None, seed=SEED)
+    spec = looks.RenderSpec(look=look, prompt=PROMPT, negative_prompt=None, seed=SEED)
     first, again = _render(spec, here, folder, times=2)
     if not all(torch.equal(one, other) for one, other in zip(first, again, strict=True)):
         raise errors.DeviceFault(f"{here.name}: two renders of one seed differ")
@@ -66,7 +66,7 @@ def _renders(here: device.Device, folder: Path) -> None:
 
 
 def _render(
-    spec: presets.RenderSpec, here: device.Device, folder: Path, *, times: int
+    spec: looks.RenderSpec, here: device.Device, folder: Path, *, times: int
 ) -> list[tuple[Tensor, Tensor]]:
     """latents_BCTHW in fp32 and frames_THWC, on the processor."""
     model = components.Components(models_dir=folder, home=folder, device=here).model_for(spec.look)

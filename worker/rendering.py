@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs import images, lifecycle, presets, reports, settings, storage, stores
+from jobs import images, lifecycle, looks, reports, settings, storage, stores
 from models import fusion, sequence_parallel
 from worker import (
     behind,
@@ -159,7 +159,7 @@ class Renderer:
             )
 
     def make_latents(
-        self, spec: presets.RenderSpec, timings: stopwatch.Timings, reached: pipeline.Reached
+        self, spec: looks.RenderSpec, timings: stopwatch.Timings, reached: pipeline.Reached
     ) -> tuple[resident.ResidentModel, Tensor]:
         """The model, loaded if need be, and the video's clean latents.
 
@@ -178,7 +178,7 @@ class Renderer:
             image=self._image(spec, model),
         )
 
-    def step_down(self, look: presets.Look) -> str | None:
+    def step_down(self, look: looks.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
         with self.device.faults():
             lower = self.components.step_down(look)
@@ -202,7 +202,7 @@ class Renderer:
         return facts
 
     def _image(
-        self, spec: presets.RenderSpec, model: resident.ResidentModel
+        self, spec: looks.RenderSpec, model: resident.ResidentModel
     ) -> Callable[[], Tensor] | None:
         """The first frame as it was submitted, fetched while the text is encoded."""
         if spec.image_key is None or model.knows_image(spec.image_key, spec.look):
@@ -241,7 +241,7 @@ class Encoder:
     """Frames go straight into ffmpeg, in a thread: the device decodes the next ones meanwhile."""
 
     folder: scratch.AttemptFolder
-    look: presets.Look
+    look: looks.Look
     origin: provenance.Origin
     check: checks.FrameCheck
     writer: video.Mp4Writer

@@ -13,7 +13,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from jobs import presets
+from jobs import looks
 from models import (
     checkpoint,
     conditioning,
@@ -119,7 +119,7 @@ class ResidentModel:
             MAX_CONDITION_BYTES
         )
 
-    def apply_loras(self, look: presets.Look, models_dir: Path) -> bool:
+    def apply_loras(self, look: looks.Look, models_dir: Path) -> bool:
         """Make the weights those of this look; without LoRAs they are as loaded, bit for bit.
 
         Whether there was something to change.
@@ -153,12 +153,12 @@ class ResidentModel:
         """context_1SD on the device; kept for other seeds of the same prompt."""
         return self._contexts.get(prompt, lambda: self._encode_text(prompt)).to(self.device)
 
-    def knows_image(self, image_key: str, look: presets.Look) -> bool:
+    def knows_image(self, image_key: str, look: looks.Look) -> bool:
         """Its condition is at hand: the image itself is not needed."""
         return (image_key, _target(look)) in self._conditions
 
     def condition(
-        self, image_key: str, image_HWC: Tensor | None, look: presets.Look
+        self, image_key: str, image_HWC: Tensor | None, look: looks.Look
     ) -> conditioning.Condition:
         """What the first frame adds; kept for other prompts and seeds of the same image."""
         target = _target(look)
@@ -187,7 +187,7 @@ class ResidentModel:
                 yield from self.networks.vae.decode_chunks(latents_BCTHW)
 
     def denoiser(
-        self, context_1SD: Tensor, condition: conditioning.Condition | None, look: presets.Look
+        self, context_1SD: Tensor, condition: conditioning.Condition | None, look: looks.Look
     ) -> "Denoiser":
         return Denoiser(self, context_1SD, condition, boundary=look.boundary_step_index)
 
@@ -289,7 +289,7 @@ def untouched_weights(files: layout.ModelFiles) -> dict[str, pristine.PristineFi
     return {name: pristine.PristineFiles(paths) for name, paths in found.items() if paths}
 
 
-def _target(look: presets.Look) -> conditioning.Target:
+def _target(look: looks.Look) -> conditioning.Target:
     return conditioning.Target(
         width=look.width,
         height=look.height,

@@ -15,7 +15,7 @@ from jobs import (
     broker,
     database,
     lifecycle,
-    presets,
+    looks,
     reports,
     retries,
     settings,
@@ -52,7 +52,7 @@ class Renderer(Protocol):
         DeviceOutOfMemory: step down, then try again.
         """
 
-    def step_down(self, look: presets.Look) -> str | None:
+    def step_down(self, look: looks.Look) -> str | None:
         """After running out of memory: place less on the device. In words; None: nothing less."""
 
     def num_waiting(self) -> int:

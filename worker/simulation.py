@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import lifecycle, presets, queues, reports
+from jobs import lifecycle, looks, queues, reports
 from worker import (
     errors,
     h264,
@@ -110,7 +110,7 @@ class SimulatedRenderer:
         )
         folder.finish(sidecar.of(claim, folder, rendering))
 
-    def step_down(self, _look: presets.Look) -> str | None:
+    def step_down(self, _look: looks.Look) -> str | None:
         return "simulated, smaller"
 
     def num_waiting(self) -> int:
@@ -129,7 +129,7 @@ class SimulatedRenderer:
             host_used_bytes=host_memory.process_bytes(),
         )
 
-    def _card(self, look: presets.Look) -> tuple[video.VideoInfo, bytes]:
+    def _card(self, look: looks.Look) -> tuple[video.VideoInfo, bytes]:
         size = (look.width, look.height, look.num_frames, look.fps)
         if self.worker_settings.sim_encodes:
             return _encode_card(*size, h264.options(h264.X264, self.worker_settings))
@@ -201,7 +201,7 @@ def _encode_card(
             raise errors.EncodingFailed(f"no test card: {error}") from error
 
 
-def _mark(spec: presets.RenderSpec) -> bytes:
+def _mark(spec: looks.RenderSpec) -> bytes:
     """An mp4 box that players skip: says what this file is, and makes it the seed's own."""
     told = {
         "simulated": True,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import presets
+from jobs import looks
 from models import errors as model_errors
 from models import layout, memory, safetensors_files, transformer_headers
 from models import transformer_files as named_files
@@ -38,7 +38,7 @@ class Fit:
         return self.has_bytes is None or self.needs_bytes <= self.has_bytes * (1 - SPARE_SHARE)
 
 
-def mode_of(look: presets.Look) -> memory.Mode:
+def mode_of(look: looks.Look) -> memory.Mode:
     """What the preset asks for."""
     offload = memory.Offload(look.offload)
     wants_parking = look.text_encoder_on_cpu or look.image_encoder_on_cpu or look.vae_on_cpu
@@ -51,7 +51,7 @@ def mode_of(look: presets.Look) -> memory.Mode:
     )
 
 
-def transformer_files(look: presets.Look, models_dir: Path) -> tuple[Path | None, Path | None]:
+def transformer_files(look: looks.Look, models_dir: Path) -> tuple[Path | None, Path | None]:
     """The transformer and the one for low noise, where the look names them."""
     first = look.high_noise_transformer or look.transformer
     low = look.low_noise_transformer
@@ -61,7 +61,7 @@ def transformer_files(look: presets.Look, models_dir: Path) -> tuple[Path | None
     )
 
 
-def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> bool:
+def is_fault_of_host(error: Exception, look: looks.Look, models_dir: Path) -> bool:
     """Whether the model's folder here is bad for everybody, and not just for what this look asks.
 
     Else one look that no host can load would take every worker away from its model.
@@ -87,7 +87,7 @@ def is_fault_of_host(error: Exception, look: presets.Look, models_dir: Path) -> 
     return where.is_relative_to(root) and where not in own
 
 
-def _own_files(look: presets.Look, models_dir: Path) -> set[Path]:
+def _own_files(look: looks.Look, models_dir: Path) -> set[Path]:
     """What this look alone asks for. CheckpointError: a transformer that it names is not there."""
     own = {models_dir / use.path for use in look.loras}
     root = models_dir / look.model_path
@@ -114,12 +114,12 @@ def _place_of(error: Exception) -> Path | None:
     return None if name is None else Path(os.fsdecode(name))
 
 
-def is_gone(look: presets.Look, models_dir: Path) -> bool:
+def is_gone(look: looks.Look, models_dir: Path) -> bool:
     """Whether the model's folder is not there (any more): unmounted, or moved away."""
     return not (models_dir / look.model_path).is_dir()
 
 
-def find(look: presets.Look, models_dir: Path) -> layout.ModelFiles:
+def find(look: looks.Look, models_dir: Path) -> layout.ModelFiles:
     """The files that this look renders with; of weights and LoRAs no more than headers are read.
 
     CheckpointError says what is missing or would not load, UnfitLoraError that a LoRA fits nowhere.
@@ -154,7 +154,7 @@ def _check_lora(path: Path, files: layout.ModelFiles) -> None:
         transformer_headers.check_lora(path, files)
 
 
-def unlike_headers(look: presets.Look, files: layout.ModelFiles, models_dir: Path) -> list[str]:
+def unlike_headers(look: looks.Look, files: layout.ModelFiles, models_dir: Path) -> list[str]:
     """Where the look asks for other steps than a file of it was distilled for, by its header.
 
     `rushes distill` writes such headers; files of others say nothing. Raises CheckpointError for a
@@ -189,7 +189,7 @@ def _distilled_for(path: Path) -> Mapping[str, object]:
 
 
 def needed(
-    look: presets.Look, files: layout.ModelFiles, mode: memory.Mode, models_dir: Path
+    look: looks.Look, files: layout.ModelFiles, mode: memory.Mode, models_dir: Path
 ) -> memory.Need:
     return memory.needed(
         files,
@@ -212,7 +212,7 @@ def _lora_bytes(path: Path) -> int:
     return sum(entry.num_elements * memory.COMPUTE_BYTES for entry in entries)
 
 
-def fits(look: presets.Look, models_dir: Path) -> list[Fit]:
+def fits(look: looks.Look, models_dir: Path) -> list[Fit]:
     """For each GPU of this machine. ValueError: why it cannot be said."""
     mode = mode_of(look)
     try:

@@ -77,7 +77,7 @@ def estimate(
             name: sum(weight.numel() for weight in role.trained.values())
             for name, role in (("student", nets.student), ("critic", nets.critic))
         },
-        tokens=_tokens(sizes, latent_shape),
+        tokens=math.prod(sizes.grid(latent_shape)),
         flops_per_forward=flops,
         forwards_per_update=forwards,
         flops_per_update=per_update,
@@ -164,7 +164,8 @@ def _kept(role: roles.Role, inputs: tuple[Tensor, ...]) -> int:
     """Bytes that autograd keeps of one forward, beside the weights themselves."""
     weights = {id(weight.untyped_storage()) for weight in role.network.parameters()}
     kept: dict[int, tuple[Any, int]] = {}
-    num_tokens = _tokens(role.network.config, tuple(inputs[0].shape[1:]))  # type: ignore[arg-type]
+    sizes: config.TransformerConfig = role.network.config  # type: ignore[assignment]
+    num_tokens = math.prod(sizes.grid(inputs[0].shape[1:]))
 
     def keep(tensor: Tensor) -> Tensor:
         # Attention's matrix is never stored on a GPU; `meta` computes as if it were.
@@ -216,15 +217,6 @@ def _static(nets: roles.Roles, how: method.Method) -> dict[str, int]:
     if how.ema is not None:
         found["average"] = sum(weight.nbytes for weight in nets.student.trained.values())
     return found
-
-
-def _tokens(sizes: config.TransformerConfig, latent_shape: tuple[int, int, int, int]) -> int:
-    _, frames, rows, columns = latent_shape
-    return (
-        (frames // sizes.patch_size[0])
-        * (rows // sizes.patch_size[1])
-        * (columns // sizes.patch_size[2])
-    )
 
 
 def _count(network: nn.Module) -> int:

@@ -2,15 +2,10 @@
 
 # B batch, C latent channels, T H W latent frames, rows, columns
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from models import sampling
-
-DrawNoise = Callable[[], Tensor]
-"""Fresh noise in the shape of the latents."""
 
 
 def until(
@@ -20,7 +15,7 @@ def until(
     levels: sampling.NoiseLevels,
     *,
     rule: sampling.StepRule,
-    draw_noise: DrawNoise,
+    draw_noise: sampling.DrawNoise,
 ) -> Tensor:
     """The clean latents that step `exit_step` predicts, after steps 0..exit_step - 1.
 
@@ -39,29 +34,16 @@ def walk(
     levels: sampling.NoiseLevels,
     *,
     rule: sampling.StepRule,
-    draw_noise: DrawNoise,
+    draw_noise: sampling.DrawNoise,
 ) -> Tensor:
     """The latents after so many steps, at the level of the next one."""
     latents = noise_BCTHW
     for step in range(num_steps):
-        latents = _step(step, velocity_fn, latents, levels, rule, draw_noise)
+        velocity = _ask(step, velocity_fn, latents, levels)
+        clean = sampling.predict_clean(latents, velocity, levels.sigmas[step])
+        next_sigma = levels.sigmas[step + 1]
+        latents = sampling.advance(clean, velocity, next_sigma, rule=rule, draw_noise=draw_noise)
     return latents
-
-
-def _step(
-    step: int,
-    velocity_fn: sampling.VelocityFn,
-    latents: Tensor,
-    levels: sampling.NoiseLevels,
-    rule: sampling.StepRule,
-    draw_noise: DrawNoise,
-) -> Tensor:
-    next_sigma = levels.sigmas[step + 1]
-    velocity = _ask(step, velocity_fn, latents, levels)
-    clean = sampling.predict_clean(latents, velocity, levels.sigmas[step])
-    if rule == "renoise":
-        return sampling.mix(clean, draw_noise(), next_sigma)
-    return sampling.euler(clean, velocity, next_sigma, None)
 
 
 def _ask(

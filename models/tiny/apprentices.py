@@ -162,7 +162,7 @@ def lessons(shop: workshop.Workshop, *, with_images: bool) -> examples.MemoryExa
     clips = shop.clips(with_images=with_images)
     dice = loop.dice(shop.recipe.seed, -7)
     contexts = shop.contexts.choose(clips.scenes, dice, empty_share=0.0)
-    shape = shop.autoencoder.latent_shape(
+    shape = shop.autoencoder.config.latent_shape(
         num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE
     )
     return examples.MemoryExamples(

@@ -63,7 +63,9 @@ def paper(
     dice = loop.dice(seed, -4)
     source = world.stream(dice, world.held_back(world.scenes()), PASSING_SHARE)
     scenes = [next(source) for _ in range(count)]
-    shape = network.latent_shape(num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE)
+    shape = network.config.latent_shape(
+        num_frames=world.NUM_FRAMES, height=world.SIZE, width=world.SIZE
+    )
     condition = None
     if tower is not None:
         firsts = world.draw(scenes, dice, frames=slice(0, 1))[:, :, 0]

@@ -177,7 +177,7 @@ def test_the_whole_pipeline_agrees(
     pipeline, networks = worlds(dtype)
     image = picture(TARGET.width, TARGET.height)
     context = draw(1, 512, DIT.text_dim, dtype=dtype)
-    shape = networks.vae.latent_shape(num_frames=9, height=32, width=48)
+    shape = networks.vae.config.latent_shape(num_frames=9, height=32, width=48)
     noise = draw(1, *shape, dtype=dtype)
     their_latents, their_frames = rendered_by(pipeline, noise, context, image)
     assert (their_frames.dtype, their_latents.dtype) == (dtype, dtype)

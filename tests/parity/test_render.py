@@ -56,7 +56,7 @@ def test_four_steps_and_decode(
     their_vae, our_vae = vae_pair(dtype)
     sizes = our_transformer.config
     context = draw(1, sizes.text_len, sizes.text_dim, dtype=dtype)
-    shape = our_vae.latent_shape(num_frames=9, height=32, width=48)
+    shape = our_vae.config.latent_shape(num_frames=9, height=32, width=48)
     assert shape == (16, 3, 4, 6)
 
     levels = exact_levels if dtype == torch.float64 else table_levels()

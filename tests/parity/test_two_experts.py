@@ -9,7 +9,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from jobs import presets
+from jobs import looks
 from models import config, sampling, text_encoder
 from models.tiny import make
 from worker import components, device
@@ -56,7 +56,7 @@ def save(pipeline, root):
 
 
 def look_of(task, boundary_step_index):
-    return presets.Look(
+    return looks.Look(
         task=task,
         model_path="pair",
         denoising_step_list=[1000, 750, 500, 250],

@@ -24,6 +24,7 @@ from jobs import (
     database,
     dispatch,
     lifecycle,
+    looks,
     orders,
     presets,
     queries,
@@ -525,11 +526,11 @@ def test_a_broker_of_another_kind_is_refused(world: World) -> None:
         broker.Broker(config_of(world, "amqp://guest@127.0.0.1//"))
 
 
-def look_of(model_path: str, **changes: Any) -> presets.Look:
+def look_of(model_path: str, **changes: Any) -> looks.Look:
     return PRESET.look.with_changes({"model_path": model_path, **changes})
 
 
-def submit_alternating(world: World, looks: list[presets.Look], number: int) -> None:
+def submit_alternating(world: World, looks: list[looks.Look], number: int) -> None:
     """One batch whose jobs ask for one look after the other, as two submitters' would."""
     world.submit(number)
     with world.db.transaction() as session:
@@ -570,7 +571,7 @@ def drained(world: World, client: redis.Redis, dispatcher: dispatch.Dispatcher) 
     ids=["two models", "one model with and without LoRA"],
 )
 def test_a_worker_switches_weights_far_less_often_than_jobs_do(
-    sqlite_world: World, client: redis.Redis, clean_redis_url: str, looks: list[presets.Look]
+    sqlite_world: World, client: redis.Redis, clean_redis_url: str, looks: list[looks.Look]
 ) -> None:
     """64 jobs that alternate between two sets of weights: a few switches, not 63."""
     world = sqlite_world

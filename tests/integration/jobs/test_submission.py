@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from jobs import bulk, database, errors, presets, queues, schema, submission
+from jobs import bulk, database, errors, looks, queues, schema, submission
 from jobs.schema import Batch, Job
 from tests.integration.jobs.conftest import PRESET, World, prompt_file
 
@@ -46,7 +46,7 @@ def test_each_job_is_stored_as_its_line_says(world: World) -> None:
     with world.db.reading() as session:
         look = session.get_one(schema.Look, second.look_id)
     assert (look.body["width"], look.body["height"]) == (32, 48)
-    assert presets.Look.model_validate(look.body).id == look.id
+    assert looks.Look.model_validate(look.body).id == look.id
     world.check()
 
 

@@ -19,6 +19,7 @@ from jobs import (
     broker,
     database,
     lifecycle,
+    looks,
     migrate,
     presets,
     queries,
@@ -56,10 +57,10 @@ class Prepared:
             host_used_bytes=0,
         )
 
-    def model_for(self, _look: presets.Look) -> resident.ResidentModel:
+    def model_for(self, _look: looks.Look) -> resident.ResidentModel:
         return self.model
 
-    def step_down(self, _look: presets.Look) -> None:
+    def step_down(self, _look: looks.Look) -> None:
         return None
 
     def hashing(self, model: resident.ResidentModel) -> Any:
@@ -68,7 +69,7 @@ class Prepared:
     def weight_hashes(self, hashing: Any) -> dict[str, str] | None:
         return self.hashes() if hashing.done() else None
 
-    def lora_hashes(self, _look: presets.Look, _model: object) -> dict[str, str]:
+    def lora_hashes(self, _look: looks.Look, _model: object) -> dict[str, str]:
         return {}
 
 

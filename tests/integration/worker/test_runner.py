@@ -29,6 +29,7 @@ from jobs import (
     workers,
 )
 from jobs.schema import Job, Refusal, Worker
+from models import config, vae
 from tests.integration.worker.conftest import WORKER
 from tests.waiting import until
 from worker import (
@@ -470,13 +471,15 @@ def test_a_worker_tells_what_it_holds_and_how_often_that_changed(host):
 
 
 def test_a_spec_that_no_worker_can_render_is_not_tried_again(host, failure_of):
-    class OtherStrides(torch.nn.Module):
-        def latent_shape(self, **_):
-            raise ValueError("num_frames must be 8n+1")
-
-    job, attempt = failure_of(host.networks_with(vae=OtherStrides()))
+    sizes = config.VAEConfig(
+        base_dim=4, num_res_blocks=1, dim_mult=(1,) * 5, temporal_downsample=(True,) * 4
+    )
+    job, attempt = failure_of(host.networks_with(vae=vae.WanVAE(sizes)))
     assert attempt.failure_kind is states.FailureKind.INPUT
-    assert (job.state, job.error) == (states.JobState.FAILED, "num_frames must be 8n+1")
+    assert (job.state, job.error) == (
+        states.JobState.FAILED,
+        "num_frames must be 16n+1 (e.g. 77, 81), got 9",
+    )
 
 
 def test_a_defect_of_ours_is_told_with_its_traceback(host, failure_of):
@@ -603,8 +606,7 @@ def test_a_cancel_among_the_frames_leaves_no_half_video(host):
         until(lambda: host.attempts(job.id)[0].heartbeat_at > told)
 
     class Slow(torch.nn.Module):
-        def latent_shape(self, **sizes):
-            return real.latent_shape(**sizes)
+        config = real.config
 
         def decode_chunks(self, latents):
             for number, chunk in enumerate(real.decode_chunks(latents)):

@@ -71,8 +71,8 @@ def fault(write):
     return fault
 
 
-def tiny(**changes: Any) -> presets.Look:
-    return presets.Look.model_validate(presets.load("tiny").look.model_dump() | changes)
+def tiny(**changes: Any) -> looks.Look:
+    return looks.Look.model_validate(presets.load("tiny").look.model_dump() | changes)
 
 
 def is_preset_or_told(path: Path) -> bool:
@@ -226,7 +226,7 @@ class TestShippedPresets:
 
     def test_a_look_that_was_stored_before_later_fields_has_its_old_id(self):
         assert (
-            presets.Look.model_validate(WAN).id == presets.load("wan_t2v_distill_4step_cfg").look.id
+            looks.Look.model_validate(WAN).id == presets.load("wan_t2v_distill_4step_cfg").look.id
         )
 
 
@@ -262,10 +262,10 @@ class TestLook:
         assert tiny(**changes).id != tiny().id
 
     def test_a_spec_survives_json_with_its_id(self):
-        spec = presets.RenderSpec(look=tiny(), prompt="猫", negative_prompt=None, seed=2**63 - 1)
+        spec = looks.RenderSpec(look=tiny(), prompt="猫", negative_prompt=None, seed=2**63 - 1)
         for again in (
-            presets.RenderSpec.model_validate_json(spec.model_dump_json()),
-            presets.RenderSpec.model_validate(json.loads(spec.model_dump_json())),
+            looks.RenderSpec.model_validate_json(spec.model_dump_json()),
+            looks.RenderSpec.model_validate(json.loads(spec.model_dump_json())),
         ):
             assert again == spec
             assert again.look.id == spec.look.id
@@ -320,7 +320,7 @@ class TestLook:
     @pytest.mark.parametrize("seed", [-1, 2**63])
     def test_a_seed_fits_both_databases(self, seed):
         with pytest.raises(ValidationError):
-            presets.RenderSpec(look=tiny(), prompt="a", negative_prompt=None, seed=seed)
+            looks.RenderSpec(look=tiny(), prompt="a", negative_prompt=None, seed=seed)
 
 
 class TestLookFor:
@@ -365,7 +365,7 @@ class TestLookFor:
                     preset.look_for(**{field: int(hint)})
 
     def test_the_rows_loras_come_after_the_presets(self):
-        style = presets.LoraUse(path="loras/film.safetensors", strength=0.8)
+        style = looks.LoraUse(path="loras/film.safetensors", strength=0.8)
         look = presets.load("tiny_lora").look_for(loras=[style])
         assert [lora.path for lora in look.loras] == [
             "tiny/loras/distill_lora.safetensors",
@@ -383,7 +383,7 @@ class TestLookFor:
     )
     def test_a_row_cannot_name_every_file(self, path, part):
         with pytest.raises(ValueError, match=r".") as caught:
-            presets.load("tiny_lora").look_for(loras=[presets.LoraUse(path=path)])
+            presets.load("tiny_lora").look_for(loras=[looks.LoraUse(path=path)])
         assert part in str(caught.value)
 
 
@@ -684,7 +684,7 @@ class TestLightX2VFiles:
         }"""
         look = presets.load(write(content, name)).look
         assert look.denoising_step_list == (999, 750, 500, 250)
-        assert look.loras == (presets.LoraUse(path="path/to/distill_lora.safetensors"),)
+        assert look.loras == (looks.LoraUse(path="path/to/distill_lora.safetensors"),)
 
 
 class TestWeights:
@@ -702,7 +702,7 @@ class TestWeights:
     )
     def test_a_lora_has_five_spellings(self, write, fields):
         look = presets.load(write(fields)).look
-        assert look.loras == (presets.LoraUse(path="a"),)
+        assert look.loras == (looks.LoraUse(path="a"),)
         assert look.base == "original"
 
     def test_strength_model_is_for_all_of_lora_path(self, write):

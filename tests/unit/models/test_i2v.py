@@ -284,7 +284,7 @@ def render(i2v_root):
     networks = load(i2v_root)
     levels = sampling.noise_levels([1000, 750, 500, 250], 5)
     target = conditioning.Target(width=64, height=48, num_frames=5)
-    shape = networks.vae.latent_shape(num_frames=5, height=48, width=64)
+    shape = networks.vae.config.latent_shape(num_frames=5, height=48, width=64)
 
     @torch.inference_mode()
     def latents(colour, *, seed=0, change=lambda condition: condition):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import sequence
+from benchmarks import networks, sequence
 from models import config, sequence_parallel
 
 
@@ -22,7 +22,7 @@ def test_too_few_tokens_are_refused():
 def test_a_process_of_four_computes_a_quarter_and_sends_four_activations_per_block():
     """q, k, v and the attention's result, three quarters of each; the rest is the text's and the
     head's, which all compute or get."""
-    latents, tokens = sequence.LATENTS["480p"], 32_760
+    latents, tokens = networks.LATENTS["480p"], 32_760
     sizes = config.TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=2)
     alone, one_of_four = (sequence.share(sizes, latents, count) for count in (1, 4))
     assert alone["sent_bytes"] == 0

@@ -69,7 +69,7 @@ def render(native_root):
 
     def frames(prompt, seed=0):
         context = networks.text_encoder.encode(prompt)
-        shape = networks.vae.latent_shape(num_frames=9, height=48, width=64)
+        shape = networks.vae.config.latent_shape(num_frames=9, height=48, width=64)
         noise, _ = sampling.initial_noise(seed, shape, "cpu")
         latents = sampling.denoise(
             lambda x, t: networks.transformer(x, t, context), noise, levels, step_rule="euler"

@@ -26,7 +26,7 @@ def network():
 )
 def test_latent_shape(network, video, latents):
     num_frames, height, width = video
-    assert network.latent_shape(num_frames=num_frames, height=height, width=width) == latents
+    assert network.config.latent_shape(num_frames=num_frames, height=height, width=width) == latents
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_latent_shape(network, video, latents):
 )
 def test_sizes_that_have_no_latents_are_refused(network, changed, says):
     with pytest.raises(ValueError, match=says):
-        network.latent_shape(**{"num_frames": 81, "height": 480, "width": 832} | changed)
+        network.config.latent_shape(**{"num_frames": 81, "height": 480, "width": 832} | changed)
 
 
 def test_frames_that_have_no_latents_are_refused(network):

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from benchmarks import reference
-from jobs import presets
+from jobs import looks
 from models import checkpoint, config, layout, memory, text_encoder, weight_names
 from models.tiny import make
 from worker import device, resident
@@ -69,7 +69,7 @@ def model(models_dir, networks, cpu) -> resident.ResidentModel:
 def look():
     """`look(width=32)`: a small look with what the test wants changed."""
 
-    def make_look(**changes) -> presets.Look:
+    def make_look(**changes) -> looks.Look:
         values = {
             "task": "t2v",
             "model_path": "tiny",
@@ -81,7 +81,7 @@ def look():
             "num_frames": 5,
             "fps": 8,
         }
-        return presets.Look.model_validate(values | changes)
+        return looks.Look.model_validate(values | changes)
 
     return make_look
 
@@ -90,8 +90,8 @@ def look():
 def spec(look):
     """`spec(seed=3, width=32)`"""
 
-    def make_spec(*, prompt="a red circle", seed=7, **changes) -> presets.RenderSpec:
-        return presets.RenderSpec(
+    def make_spec(*, prompt="a red circle", seed=7, **changes) -> looks.RenderSpec:
+        return looks.RenderSpec(
             look=look(**changes), prompt=prompt, negative_prompt=None, seed=seed
         )
 

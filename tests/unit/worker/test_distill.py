@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from jobs import cli, errors, presets
+from jobs import cli, errors, looks, presets
 from jobs import settings as job_settings
 from models import layout, quantization, quantized_files
 from models.distillation import export, saving
@@ -103,7 +103,7 @@ def rendered(preset_path, known, cpu, *, image=None):
     """What a worker makes of the preset that a training wrote."""
     look = presets.load(str(preset_path)).look
     warm = components.Components(models_dir=known.models_dir, home=known.home, device=cpu)
-    spec = presets.RenderSpec(
+    spec = looks.RenderSpec(
         look=look,
         prompt="a red circle",
         negative_prompt=None,

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from hypothesis import strategies
 
-from jobs import presets
+from jobs import looks, presets
 from models import (
     config,
     image_encoder,
@@ -46,7 +46,7 @@ def tiny_of(tmp_path_factory):
 class Shelf:
     """A models folder, filled with what one look asks for."""
 
-    def __init__(self, folder: Path, tiny: Path, look: presets.Look) -> None:
+    def __init__(self, folder: Path, tiny: Path, look: looks.Look) -> None:
         self.folder, self.tiny, self.look = folder, tiny, look
         self.root = folder / look.model_path
         self.has_two = look.boundary_step_index is not None
@@ -115,7 +115,7 @@ class Shelf:
             target.write_bytes(source.read_bytes())
 
 
-def small(look: presets.Look) -> presets.Look:
+def small(look: looks.Look) -> looks.Look:
     return look.with_changes({"width": 32, "height": 32, "num_frames": 5, "size_rule": "fixed"})
 
 
@@ -124,7 +124,7 @@ def options_of(cpu, reached=lambda *_: None):
 
 
 def latents_of(look, warm, cpu, *, colour="white", **options):
-    spec = presets.RenderSpec(
+    spec = looks.RenderSpec(
         look=look,
         prompt="a red circle",
         negative_prompt=None,

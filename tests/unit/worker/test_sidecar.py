@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 
-from jobs import lifecycle, presets
+from jobs import lifecycle, looks
 from worker import scratch, sidecar, stopwatch, video
 
 
@@ -17,7 +17,7 @@ def test_each_fact_has_its_own_name(look, tmp_path):
         number=4,
         meta={"scene": "5"},
         queue="rushes.render.tiny",
-        spec=presets.RenderSpec(
+        spec=looks.RenderSpec(
             look=look(),
             prompt="a red circle",
             negative_prompt="blur",
