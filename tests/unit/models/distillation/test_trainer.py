@@ -85,6 +85,19 @@ def test_each_network_moves_in_its_own_update_only(train, student, critic):
     )
 
 
+@pytest.mark.parametrize(("sgmd", "factor"), [(None, 1.0), (0.1, 0.5)])
+def test_the_critic_learns_the_velocity_to_what_the_student_makes(train, sgmd, factor):
+    beginning = train(sgmd=sgmd)
+    loss = beginning._critic_loss(micro_of(beginning, 1))
+    micro = micro_of(beginning, 1)
+    x0, _ = beginning._make(micro)
+    sigma, noise = beginning._score_levels(micro), beginning._noise(micro)
+    noisy = (1 - sigma) * x0 + sigma * noise
+    made = beginning.nets.critic.velocity(noisy, sigma.flatten(), micro.batch.context_BSG, None)
+    expected = factor * (made - (noise - x0)).square().mean()
+    torch.testing.assert_close(loss.detach(), expected.detach())
+
+
 def test_sgmds_passage_through_the_critic_leaves_it_as_it_was(train):
     beginning = train(sgmd=0.1)
     of_critic, of_student = weights(beginning.critic), weights(beginning.student)
@@ -122,17 +135,29 @@ def test_forwards_of_an_update_are_what_the_cost_model_counts(train, monkeypatch
     assert counts == {"student": sum(exits) + 4, "teacher": 2, "critic": 1 + 3}
 
 
-def test_accumulated_batches_count_as_one(train):
-    """The gradient of an update is the mean of its batches' gradients."""
+@pytest.mark.parametrize("who", ["student", "critic"])
+def test_accumulated_batches_count_as_one(train, who):
+    """The gradient of an update, and what is told of it, is the mean over its batches."""
     beginning = train(accumulate=3, batch=1)
-    trained = list(beginning.student.trained.values())
+    trained = list(getattr(beginning, who).trained.values())
     sums = [torch.zeros_like(weight) for weight in trained]
-    for micro in beginning._micros(action=0):
-        loss, _ = beginning._student_loss(micro)
+    mean_loss = 0.0
+    for micro in beginning._micros(action=1 if who == "critic" else 0):
+        if who == "critic":
+            loss = beginning._critic_loss(micro)
+        else:
+            loss, _ = beginning._student_loss(micro)
+        mean_loss += float(loss.detach()) / 3
         for total, gradient in zip(sums, torch.autograd.grad(loss, trained), strict=True):
             total += gradient / 3
     norm = torch.stack([total.norm() for total in sums]).norm()
-    assert beginning._update_student()[1] == pytest.approx(float(norm), rel=1e-5)
+    if who == "critic":
+        told, made = beginning._update_critic(1)
+    else:
+        facts, made = beginning._update_student()
+        told = facts["student_loss"]
+    assert made == pytest.approx(float(norm), rel=1e-5)
+    assert told == pytest.approx(mean_loss, rel=1e-5)
 
 
 def test_no_two_actions_draw_the_same(train):
@@ -187,10 +212,11 @@ def test_the_average_follows_its_formula(train):
 
 
 def test_ida_moves_the_critic_towards_the_student(train):
+    """After its update, before the critic's own."""
     beginning = train(ida=0.97)
-    beginning._update_student()
-    of_critic, of_student = weights(beginning.critic), weights(beginning.student)
-    beginning._mix_critic()
+    of_critic = weights(beginning.critic)
+    beginning._act(beginning.underway)
+    of_student = weights(beginning.student)
     for name, weight in beginning.critic.trained.items():
         expected = 0.97 * of_critic[name] + 0.03 * of_student[name]
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-7)
