@@ -315,6 +315,34 @@ def test_rounded_weights_compute_as_the_renderers_bf16_network(teacher):
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
+def test_a_copy_of_a_teacher_in_bf16_has_wide_weights_and_computes_as_it(teacher, how):
+    from models import transformer
+
+    narrow = teacher()
+    for name, parameter in narrow.named_parameters():
+        parameter.data = parameter.data.to(transformer.parameter_dtype(name, torch.bfloat16))
+    nets = roles.of_teacher(narrow, how())
+    for role in (nets.student, nets.critic):
+        assert {weight.dtype for weight in role.trained.values()} == {torch.float32}
+    inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([0.9, 0.03]), torch.randn(2, 6, 16), None
+    with torch.no_grad():
+        made = [role.velocity(*inputs) for role in (nets.student, nets.teacher, nets.critic)]
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[2], made[1])
+
+
+def test_a_student_makes_its_samples_by_the_rule_that_will_render_it(train):
+    euler, renoise = (train(rollout=rule) for rule in ("euler", "renoise"))
+    steps = []
+    for action in range(3):
+        (one, exit_step), (other, _) = (
+            each._make(micro_of(each, action)) for each in (euler, renoise)
+        )
+        assert torch.equal(one, other) is (exit_step == 0)
+        steps.append(exit_step)
+    assert any(steps)
+
+
 def test_three_networks_of_any_kind_can_be_trained(data, how):
     """The trainer asks nothing of a network but its call."""
 
