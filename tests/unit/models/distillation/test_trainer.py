@@ -315,6 +315,16 @@ def test_rounded_weights_compute_as_the_renderers_bf16_network(teacher):
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
+def test_each_lora_begins_as_its_own_tuning_and_layer_say(teacher, how):
+    asked = how("lora")
+    asked = dataclasses.replace(asked, critic=dataclasses.replace(asked.critic, rank=2))
+    nets = roles.of_teacher(teacher(), asked)
+    for role, rank in ((nets.student, 4), (nets.critic, 2)):
+        down = [weight.detach() for name, weight in role.trained.items() if name.endswith("down")]
+        assert {len(each) for each in down} == {rank}
+        assert len({float(each[0, 0]) for each in down}) == len(down)
+
+
 def test_a_copy_of_a_teacher_in_bf16_has_wide_weights_and_computes_as_it(teacher, how):
     from models import transformer
 
