@@ -147,7 +147,9 @@ def test_a_part_of_a_model_that_is_copied_is_none(looks, monkeypatch):
     assert PART not in model_folders.find(settings.load())
 
 
-@pytest.mark.parametrize(("clock", "is_copied"), [(-30, False), (30, False), (90, True)])
+@pytest.mark.parametrize(
+    ("clock", "is_copied"), [(-90, True), (-30, False), (30, False), (90, True)]
+)
 def test_a_copy_is_as_old_as_its_inodes_whatever_times_it_keeps(
     monkeypatch, tmp_path, clock, is_copied
 ):
