@@ -354,12 +354,15 @@ def test_who_is_at_the_quota_keeps_nobody_from_their_turn(sqlite_world: World) -
 
 
 def test_a_message_that_came_twice_takes_no_second_place_of_the_quota(world: World) -> None:
-    first, *_ = world.job_ids(world.submit(3, owner="ann"))
+    """One of a job that has not begun does take one."""
+    first, second, *_ = world.job_ids(world.submit(4, owner="ann"))
     world.claimed(first)
+    found = []
     with world.db.reading() as session:
-        waiting, quota = {first}, {"max_running_per_owner": 2}
-        chosen = selection.choose(session, queues=[QUEUE], room=9, waiting=waiting, **quota)
-    assert len(chosen) == 1
+        for waiting in ({first}, {first, second}):
+            quota = {"waiting": waiting, "max_running_per_owner": 2}
+            found.append(selection.choose(session, queues=[QUEUE], room=9, **quota))
+    assert [len(chosen) for chosen in found] == [1, 0]
 
 
 def test_claims_at_once_in_several_batches_keep_the_quota(world: World) -> None:

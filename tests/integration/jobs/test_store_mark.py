@@ -1,5 +1,6 @@
 """A farm knows its store again, and takes no other for it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_of_two_at_once_both_know_the_store(
     assert len(list(store.list())) == 1
 
 
+def test_a_mark_that_was_written_unheard_stays(
+    world: World, folders: list[folder_store.FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the database took it and its answer was lost: it is asked again."""
+    write = world.db.write
+    monkeypatch.setattr(world.db, "write", lambda *given: [write(*given), write(*given)])
+    store_mark.Guard(world.db, folders[0]).leave()
+    store_mark.Guard(world.db, folders[0]).require()
+
+
 def test_a_mark_that_was_deleted_ends_nothing_that_runs(
     world: World, folders: list[folder_store.FolderStore]
 ) -> None:
@@ -67,5 +78,5 @@ def test_a_farm_that_moved_takes_its_old_store_for_another(
     guard.leave()
     store_mark.move(world.db, new)
     store_mark.Guard(world.db, new).require()
-    with pytest.raises(store_mark.OtherStore):
+    with pytest.raises(store_mark.OtherStore, match=re.escape(f"of this farm, {new.url}:")):
         guard.require()

@@ -129,6 +129,12 @@ class TestJpeg:
         images.examine(with_segments(exif * image_files.MAX_EXIF_SEGMENTS), "x")
         refused(with_segments(exif * (image_files.MAX_EXIF_SEGMENTS + 1)))
 
+    @pytest.mark.parametrize("marker", [0xE1, 0xFE])
+    def test_what_a_segment_holds_is_no_marker(self, marker: int) -> None:
+        """Neither of metadata of another kind than EXIF, nor of comments."""
+        held = segment(marker, b"http\0" + b"\xff\xda" * image_files.MAX_SCANS)
+        images.examine(with_segments(held * (image_files.MAX_EXIF_SEGMENTS + 1)), "x")
+
 
 class TestOthers:
     def test_chunks_of_a_png_without_end_are_refused(self) -> None:
@@ -161,6 +167,17 @@ class TestOthers:
         refused(tiff(*pixels, (282, 5, most + 1, 8), body=body))
         refused(tiff((273, 4, most + 1, 8), (278, 4, 1, 1), body=body))
         refused(tiff((273, 1, most + 1, 8), (278, 4, 1, 1), body=body))
+
+    @pytest.mark.parametrize(("order", "is_big"), [("<", False), (">", False), ("<", True)])
+    def test_tags_are_counted_in_every_kind_of_tiff(self, order: str, is_big: bool) -> None:
+        """Pillow does not read big ones of the other order."""
+        head = (b"II" if order == "<" else b"MM") + struct.pack(
+            *((f"{order}HHHQQ", 43, 8, 0, 16, 1) if is_big else (f"{order}HLH", 42, 8, 1))
+        )
+        most, entry = image_files.MAX_VALUES, f"{order}HHQ8x" if is_big else f"{order}HHL4x"
+        image_files.check_bytes(head + struct.pack(entry, 324, 1, most))
+        with pytest.raises(image_files.TooMuch):
+            image_files.check_bytes(head + struct.pack(entry, 324, 1, most + 1))
 
     def test_a_tile_is_not_much_larger_than_its_image(self) -> None:
         for side, is_read in ((4096, True), (4097, False)):

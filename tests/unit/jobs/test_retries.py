@@ -94,3 +94,10 @@ def test_jobs_that_failed_together_do_not_come_back_together() -> None:
 def test_every_kind_of_failure_is_decided() -> None:
     for kind in states.FailureKind:
         assert decide(kind, errors=100, crashes=100) is None
+
+
+def test_what_hosts_give_back_comes_later_each_time() -> None:
+    waits = [retries.wait_after_release(number) for number in (1, 3, 5, 30)]
+    assert waits == sorted(waits)
+    assert waits[0] <= retries.FIRST_RELEASE_SECONDS < waits[1]
+    assert waits[-1] <= retries.LONGEST_WAIT_SECONDS

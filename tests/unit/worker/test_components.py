@@ -535,6 +535,22 @@ def test_a_distilled_model_that_is_taken_away_is_waited_for(warm, look, own_mode
     assert warm.model_for(look()).files != first.files
 
 
+def test_a_transformer_that_a_look_names_is_waited_for_where_it_lies(
+    warm, named_look, own_models, monkeypatch
+):
+    """As what lies in the model's folder is; and it is not taken for another one afterwards."""
+    first, path = warm.model_for(named_look), own_models / "fine.safetensors"
+    time.sleep(0.6)  # all else is older
+    shifted(path, by=1)
+    now = path.stat().st_ctime + copies.COPIED_SECONDS - 0.3
+    monkeypatch.setattr(copies.time, "time", lambda: now)
+    assert warm.model_for(named_look) is first
+    now += 0.6
+    anew = warm.model_for(named_look)
+    assert anew is not first
+    assert warm.model_for(named_look) is anew
+
+
 def test_a_folder_that_is_a_link_is_loaded_anew_where_it_leads_elsewhere(
     warm, look, own_models, monkeypatch
 ):
@@ -573,6 +589,7 @@ def test_a_models_folder_that_hangs_holds_up_no_warm_model(warm, look, monkeypat
     )
     for _ in range(3):
         assert warm.model_for(look()) is first
+        monkeypatch.setattr(replaced, "DISK_SECONDS", 60.0)  # nobody waits a second time
     assert len(asked) == 1
     answers.set()
 
@@ -848,7 +865,10 @@ def test_a_lora_that_cannot_fit_is_told_apart_from_one_that_cannot_be_read(warm,
     assert warm.loads == 1
 
 
-def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, own_models):
+def test_two_transformers_and_a_boundary_between_them_go_together(
+    warm, look, own_models, monkeypatch
+):
+    monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     with pytest.raises(errors.SpecUnusable, match="one transformer, and the preset a boundary"):
         warm.model_for(look(boundary_step_index=2))
     root = own_models / "other"
@@ -859,6 +879,13 @@ def test_two_transformers_and_a_boundary_between_them_go_together(warm, look, ow
         warm.model_for(look(model_path="other"))
     both = warm.model_for(look(model_path="other", boundary_step_index=2))
     assert warm.model_for(look(model_path="other", boundary_step_index=2)) is both
+    named = look(
+        model_path="other",
+        high_noise_transformer="other/high_noise_model",
+        low_noise_transformer="other/low_noise_model",
+        boundary_step_index=2,
+    )
+    assert warm.model_for(named) is warm.model_for(named)
 
 
 def share_of(warm, look):

@@ -147,6 +147,23 @@ def test_a_part_of_a_model_that_is_copied_is_none(looks, monkeypatch):
     assert PART not in model_folders.find(settings.load())
 
 
+@pytest.mark.parametrize(
+    ("clock", "is_copied"), [(-90, True), (-30, False), (30, False), (90, True)]
+)
+def test_a_copy_is_as_old_as_its_inodes_whatever_times_it_keeps(
+    monkeypatch, tmp_path, clock, is_copied
+):
+    """As `cp -a` sets them back; the clock of the server that has the files may be ahead."""
+    part = tmp_path / "a" / "vae"
+    part.mkdir(parents=True)
+    (part / "weights").write_text("1")
+    for path in (part / "weights", part, part.parent):
+        os.utime(path, (0, 0))
+    now = part.parent.stat().st_ctime + clock
+    monkeypatch.setattr(copies.time, "time", lambda: now)
+    assert copies.beside(part, tmp_path).is_copied is is_copied
+
+
 def test_a_link_to_nothing_keeps_no_model_away(looks, monkeypatch, tmp_path):
     monkeypatch.setattr(copies, "COPIED_SECONDS", 0.0)
     (tmp_path / "models" / "a").mkdir(parents=True)

@@ -39,6 +39,7 @@ def test_the_normaliser_is_each_samples_own(x):
 def test_a_student_equal_to_the_teacher_divides_by_zero_and_nothing_happens(x):
     p = x()
     assert not losses.dmd_gradient(p, p, p).any()
+    assert losses.sgmd(p, p, p, torch.tensor(0.5), 0.1) == 0
 
 
 def test_guidance_is_the_standard_form_and_one_more_than_self_forcings(x):

@@ -43,6 +43,7 @@ def test_a_resumed_training_takes_the_same_next_update_to_the_bit(train, mode, t
     assert made.number == expected.number == 3
     assert (made.student_loss, made.critic_loss) == (expected.student_loss, expected.critic_loss)
     now, then = tensors(resumed), tensors(straight)
+    assert {f"average.{name}" for name in resumed.student.trained} < now.keys()
     assert now.keys() == then.keys()
     assert all(torch.equal(now[name], then[name]) for name in then)
 

@@ -85,6 +85,19 @@ def test_each_network_moves_in_its_own_update_only(train, student, critic):
     )
 
 
+@pytest.mark.parametrize(("sgmd", "factor"), [(None, 1.0), (0.1, 0.5)])
+def test_the_critic_learns_the_velocity_to_what_the_student_makes(train, sgmd, factor):
+    beginning = train(sgmd=sgmd)
+    loss = beginning._critic_loss(micro_of(beginning, 1))
+    micro = micro_of(beginning, 1)
+    x0, _ = beginning._make(micro)
+    sigma, noise = beginning._score_levels(micro), beginning._noise(micro)
+    noisy = (1 - sigma) * x0 + sigma * noise
+    made = beginning.nets.critic.velocity(noisy, sigma.flatten(), micro.batch.context_BSG, None)
+    expected = factor * (made - (noise - x0)).square().mean()
+    torch.testing.assert_close(loss.detach(), expected.detach())
+
+
 def test_sgmds_passage_through_the_critic_leaves_it_as_it_was(train):
     beginning = train(sgmd=0.1)
     of_critic, of_student = weights(beginning.critic), weights(beginning.student)
@@ -122,17 +135,29 @@ def test_forwards_of_an_update_are_what_the_cost_model_counts(train, monkeypatch
     assert counts == {"student": sum(exits) + 4, "teacher": 2, "critic": 1 + 3}
 
 
-def test_accumulated_batches_count_as_one(train):
-    """The gradient of an update is the mean of its batches' gradients."""
+@pytest.mark.parametrize("who", ["student", "critic"])
+def test_accumulated_batches_count_as_one(train, who):
+    """The gradient of an update, and what is told of it, is the mean over its batches."""
     beginning = train(accumulate=3, batch=1)
-    trained = list(beginning.student.trained.values())
+    trained = list(getattr(beginning, who).trained.values())
     sums = [torch.zeros_like(weight) for weight in trained]
-    for micro in beginning._micros(action=0):
-        loss, _ = beginning._student_loss(micro)
+    mean_loss = 0.0
+    for micro in beginning._micros(action=1 if who == "critic" else 0):
+        if who == "critic":
+            loss = beginning._critic_loss(micro)
+        else:
+            loss, _ = beginning._student_loss(micro)
+        mean_loss += float(loss.detach()) / 3
         for total, gradient in zip(sums, torch.autograd.grad(loss, trained), strict=True):
             total += gradient / 3
     norm = torch.stack([total.norm() for total in sums]).norm()
-    assert beginning._update_student()[1] == pytest.approx(float(norm), rel=1e-5)
+    if who == "critic":
+        told, made = beginning._update_critic(1)
+    else:
+        facts, made = beginning._update_student()
+        told = facts["student_loss"]
+    assert made == pytest.approx(float(norm), rel=1e-5)
+    assert told == pytest.approx(mean_loss, rel=1e-5)
 
 
 def test_no_two_actions_draw_the_same(train):
@@ -187,10 +212,11 @@ def test_the_average_follows_its_formula(train):
 
 
 def test_ida_moves_the_critic_towards_the_student(train):
+    """After its update, before the critic's own."""
     beginning = train(ida=0.97)
-    beginning._update_student()
-    of_critic, of_student = weights(beginning.critic), weights(beginning.student)
-    beginning._mix_critic()
+    of_critic = weights(beginning.critic)
+    beginning._act(beginning.underway)
+    of_student = weights(beginning.student)
     for name, weight in beginning.critic.trained.items():
         expected = 0.97 * of_critic[name] + 0.03 * of_student[name]
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-7)
@@ -287,6 +313,44 @@ def test_rounded_weights_compute_as_the_renderers_bf16_network(teacher):
     made.sum().backward()
     gradients = [parameter.grad for parameter in masters.parameters()]
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_each_lora_begins_as_its_own_tuning_and_layer_say(teacher, how):
+    asked = how("lora")
+    asked = dataclasses.replace(asked, critic=dataclasses.replace(asked.critic, rank=2))
+    nets = roles.of_teacher(teacher(), asked)
+    for role, rank in ((nets.student, 4), (nets.critic, 2)):
+        down = [weight.detach() for name, weight in role.trained.items() if name.endswith("down")]
+        assert {len(each) for each in down} == {rank}
+        assert len({float(each[0, 0]) for each in down}) == len(down)
+
+
+def test_a_copy_of_a_teacher_in_bf16_has_wide_weights_and_computes_as_it(teacher, how):
+    from models import transformer
+
+    narrow = teacher()
+    for name, parameter in narrow.named_parameters():
+        parameter.data = parameter.data.to(transformer.parameter_dtype(name, torch.bfloat16))
+    nets = roles.of_teacher(narrow, how())
+    for role in (nets.student, nets.critic):
+        assert {weight.dtype for weight in role.trained.values()} == {torch.float32}
+    inputs = torch.randn(2, 16, 2, 4, 4), torch.tensor([0.9, 0.03]), torch.randn(2, 6, 16), None
+    with torch.no_grad():
+        made = [role.velocity(*inputs) for role in (nets.student, nets.teacher, nets.critic)]
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[2], made[1])
+
+
+def test_a_student_makes_its_samples_by_the_rule_that_will_render_it(train):
+    euler, renoise = (train(rollout=rule) for rule in ("euler", "renoise"))
+    steps = []
+    for action in range(3):
+        (one, exit_step), (other, _) = (
+            each._make(micro_of(each, action)) for each in (euler, renoise)
+        )
+        assert torch.equal(one, other) is (exit_step == 0)
+        steps.append(exit_step)
+    assert any(steps)
 
 
 def test_three_networks_of_any_kind_can_be_trained(data, how):
