@@ -32,6 +32,7 @@ from jobs import (
     results,
     settings,
     storage,
+    store_mark,
     stores,
 )
 from jobs.schema import Base, Batch, Schedule
@@ -153,9 +154,19 @@ class Cleaner:
         with self._db.reading() as session:
             return database.now(session)
 
-    @cached_property
+    @property
     def _store(self) -> storage.ObjectStore:
+        """OtherStore, before anything of another farm is counted or deleted."""
+        self._guard.require()
+        return self._opened
+
+    @cached_property
+    def _opened(self) -> storage.ObjectStore:
         return stores.open_store(self._config)
+
+    @cached_property
+    def _guard(self) -> store_mark.Guard:
+        return store_mark.Guard(self._db, self._opened)
 
     # Results.
 
@@ -172,6 +183,7 @@ class Cleaner:
                     tally.add("objects", 1, size_bytes=entry.size_bytes)
                 tally.add("batches", 1)
             return
+        self._guard.require()  # a batch whose results are elsewhere keeps them
         while self._db.write(expiry.expire_results, before, but_not=kept):
             pass
         with self._db.reading() as session:

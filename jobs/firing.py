@@ -9,6 +9,7 @@ import dataclasses
 import io
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -33,6 +34,7 @@ from jobs import (
     settings,
     states,
     storage,
+    store_mark,
     stores,
     submission,
     templates,
@@ -83,6 +85,8 @@ class Clockwork:
         """The first tick: servers that were away before it have not been asked yet."""
         self._in_time: dict[int, datetime] = {}
         """Schedule -> its latest fire time that was found due before it was late."""
+        self._left_until: dict[int, float] = {}
+        """Schedule -> until when (monotonic) it is left to dispatchers that can fire it."""
         submission.prompt_check(config)  # one that cannot be loaded is told now
 
     def run(self, stop: threading.Event) -> None:
@@ -128,7 +132,8 @@ class Clockwork:
         for schedule_id, fire_at in found:
             if fire_at is not None and fire_at >= now - schedules.LATE:
                 self._in_time[schedule_id] = fire_at
-        return [schedule_id for schedule_id, _ in found]
+        left = {each for each, until in self._left_until.items() if until > time.monotonic()}
+        return [schedule_id for schedule_id, _ in found if schedule_id not in left]
 
     def _fire_next(self, schedule_id: int) -> str | None:
         """One fire time: the batch's id, "" for none; None when nothing is due (for us)."""
@@ -152,7 +157,7 @@ class Clockwork:
                 Exception
             ) as error:  # such as a zone that this host does not know, or such a look
                 log.error("schedule.delayed", schedule=schedule.name, error=_told(error))
-                schedule.busy_until = now + BUSY
+                self._leave(schedule, now, is_in_time=is_in_time)
                 return None
             if due.skipped is not None:
                 _advance(schedule, due)
@@ -178,6 +183,12 @@ class Clockwork:
                 submitted = submission.submit(self._db, file, beside=record)
         except (Overtaken, IntegrityError):
             return None  # this fire time has its row already, or will have it in a moment
+        except store_mark.OtherStore:
+            with self._db.transaction() as session:
+                locked = _locked(session, schedule.id)
+                if locked is not None and _is_as_planned(locked, schedule):
+                    self._leave(locked, self._clock(session), is_in_time=True)
+            raise
         except storage.StorageDenied as error:
             if may_wait:  # for new keys, or rights on the bucket
                 raise
@@ -196,6 +207,12 @@ class Clockwork:
             lines_skipped=skipped,
         )
         return submitted.batch_id
+
+    def _leave(self, schedule: Schedule, now: datetime, *, is_in_time: bool) -> None:
+        """To a dispatcher that can fire it: free at once for others, and not looked at here."""
+        self._left_until[schedule.id] = time.monotonic() + BUSY.total_seconds()
+        # In the past: it was taken up in time, and nobody is at it.
+        schedule.busy_until = now - timedelta(seconds=1) if is_in_time else None
 
     def _failed(self, schedule: Schedule, due: schedules.Due, reason: str) -> str | None:
         reason = database.storable(reason)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from jobs import database, errors, holds, images, settings, storage
+from jobs import database, errors, holds, images, settings, storage, store_mark
 
 LONG_SOURCE_CHARS = 200  # data URLs are remembered by their hash
 FETCHES_AT_ONCE = 8
@@ -57,6 +57,8 @@ class InputImages:
         """Lay all of them into the store, once the whole file was found good."""
         if self.store is None:
             return
+        if self._fetched:
+            store_mark.Guard(db, self.store).require()
         holds.hold_all(db, self._fetched)
         with ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="images") as pool:
             stored = list(pool.map(self._store, self._fetched.values()))

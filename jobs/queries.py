@@ -46,8 +46,19 @@ class _Pace:
     videos_per_second: float
     jobs_per_second: float
     """Those that failed as well: they took their time, and are out of the queue."""
-    last_job_seconds: float
-    """Until the job that begins or began last has taken as long as others took."""
+    job_seconds: float
+    """As long as others took, from begin to end."""
+    free_in: list[float]
+    """In how many seconds each worker has ended its job, in order; 0 where it is overdue."""
+
+    def seconds_for(self, queued: int) -> float:
+        """Until the last of so many jobs more has ended, each begun when a worker is free."""
+        if not queued:
+            return self.free_in[-1]
+        round_seconds = len(self.free_in) / self.jobs_per_second
+        rounds, place = divmod(queued - 1, len(self.free_in))
+        last_seconds = max(self.job_seconds, round_seconds)
+        return self.free_in[place] + rounds * round_seconds + last_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +293,7 @@ def progress(session: Session, batch_id: str) -> Progress:
     open_jobs = batch.queued + batch.running
     seconds_left = None
     if pace and open_jobs and not batch.paused_at and not _is_at_rest(session, batch):
-        seconds_left = max(open_jobs / pace.jobs_per_second, pace.last_job_seconds)
+        seconds_left = pace.seconds_for(batch.queued)
     return Progress(
         batch=batch,
         state=batch.state,
@@ -470,24 +481,27 @@ def _pace(session: Session, batch: Batch) -> _Pace | None:
         if len(results) < 2:
             return None
     since = results[-1][1]
-    first, last = session.execute(
-        select(func.min(Job.started_at), func.max(Job.started_at)).where(
+    running = session.scalars(
+        select(Job.started_at).where(
             Job.batch_id == batch.id, Job.state == states.JobState.RUNNING, schema.HAS_STARTED
         )
-    ).one()
-    work = [*results, *failures, (first or until, until)]
+    )
+    begun = [start or until for start in running]
+    work = [*results, *failures, (min(begun, default=until), until)]
     seconds = worked_seconds(work, since=since, until=until)
     if seconds <= 0:
         return None
     # Workers that began together end together: their first results come within moments.
-    most = max(_side_by_side(results), batch.running)
+    most = max(_side_by_side(results), batch.running, 1)
     videos = len(results) - 1
     videos_per_second = min(videos / seconds, _full_speed(results, workers=most))
-    last_began = until if batch.queued or last is None else last
+    mean = _mean_seconds(results)
+    free_in = [max(mean - (until - start).total_seconds(), 0.0) for start in begun]
     return _Pace(
         videos_per_second=videos_per_second,
         jobs_per_second=videos_per_second * (videos + len(failures)) / videos,
-        last_job_seconds=_mean_seconds(results) - (until - last_began).total_seconds(),
+        job_seconds=mean,
+        free_in=sorted(free_in + [0.0] * (most - len(free_in))),
     )
 
 

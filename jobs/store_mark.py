@@ -39,14 +39,15 @@ class Guard:
         self._store = store
         self._seen: str | None = None
 
-    def require(self) -> None:
-        """OtherStore, unless the store has the mark or the farm has none yet."""
+    def require(self) -> StoreMark | None:
+        """The mark that the store has, None while the farm has none; else OtherStore."""
         mark = self._mark()
         if mark is None or mark.name == self._seen:
-            return
+            return mark
         if self._store.head(key(mark.name)) is None:
             raise OtherStore(self._store.url, mark)
         self._seen = mark.name
+        return mark
 
     def leave(self) -> None:
         """Mark the store as the farm's if none is yet, and renew its mark; else OtherStore.
@@ -55,8 +56,7 @@ class Guard:
         """
         if self._mark() is None:
             self._begin()
-        self.require()
-        mark = self._mark()
+        mark = self.require()
         assert mark is not None
         _put(self._store, mark.name)
 

@@ -115,6 +115,7 @@ def delete(file_id: str, serving: Serving, principal: access.Submitter) -> dict[
     # Before the row: who hears that the store is away asks again.
     if row.key == uploads.own_key(row.id):
         with serving.storing():
+            serving.writing_guard.require()
             serving.store.delete(row.key)
     serving.db.write(uploads.remove, row.id)
     return {"id": file_id, "object": "file", "deleted": True}

@@ -38,6 +38,7 @@ def keep(
         with path.open("wb") as target:
             shutil.copyfileobj(file.file, target, COPY_BYTES)
         with serving.storing():
+            serving.writing_guard.require()
             if purpose == uploads.IMAGE:
                 stored = _keep_image(serving, path)
             else:

@@ -126,6 +126,11 @@ class Service:
         return store_mark.Guard(self.checked_db, self.checked_store)
 
     @functools.cached_property
+    def writing_guard(self) -> store_mark.Guard:
+        """Before something is laid into the store, or deleted there."""
+        return store_mark.Guard(self.db, self.store)
+
+    @functools.cached_property
     def checked_db(self) -> database.Database:
         """Its connection is nobody else's: requests that hang leave it free."""
         return database.connect(self.config, answer_seconds=CHECK_SECONDS)

@@ -1,6 +1,7 @@
 """What `rushes gc` deletes as old, and what it must leave alone: both databases, a real store."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from jobs import (
     settings,
     states,
     storage,
+    store_mark,
     stores,
     submission,
     tokens,
@@ -303,6 +305,31 @@ def test_a_store_that_is_away_is_told_and_ends_no_other_kind(
     assert len(bucket.stored()) == 6
     assert bucket.clean(**DAYS)[Kind.RESULTS].error is None
     assert bucket.stored() == []
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_another_farms_store_is_left_alone(
+    folder_bucket: Bucket, tmp_path: Path, apply: bool
+) -> None:
+    bucket = folder_bucket
+    store_mark.Guard(bucket.world.db, bucket.store).leave()
+    batch_id = bucket.finish(bucket.submit(), days_ago=100)
+    (tmp_path / "other").mkdir()
+    other = Bucket(bucket.world, settings.load(results_url=(tmp_path / "other").as_uri()))
+    key = f"inputs/ab/{'ab' * 32}"
+    other.store.put_bytes(b"image", key, content_type="image/png")
+    done = other.clean(apply=apply, **DAYS, keep_inputs_days=0)
+    for kind in (Kind.RESULTS, Kind.INPUTS):
+        assert "is not the store of this farm" in str(done[kind].error)
+    assert other.stored() == [key]
+    with bucket.world.db.reading() as session:
+        assert session.get_one(Batch, batch_id).results_expired_at is None
+    pictures = inputs.InputImages(config=other.config, base=None, store=other.store)
+    with contextlib.closing(pictures):
+        pictures.resolve(picture("blue"))
+        with pytest.raises(store_mark.OtherStore):
+            pictures.upload(other.world.db)
+    assert other.stored() == [key]
 
 
 def test_rows_go_after_the_objects_and_leave_other_batches_whole(bucket: Bucket) -> None:

@@ -357,6 +357,28 @@ def test_of_very_many_failures_and_results_the_latest_tell(
     assert progress.seconds_left == pytest.approx(open_jobs / 12 * 60, rel=0.25)
 
 
+def _pace_of(*free_in: float) -> queries._Pace:
+    """Eight workers whose jobs take ten minutes."""
+    speed = len(free_in) / 600
+    return queries._Pace(
+        videos_per_second=speed,
+        jobs_per_second=speed,
+        job_seconds=600,
+        free_in=list(free_in),
+    )
+
+
+def test_time_left_goes_down_through_the_last_rounds() -> None:
+    """Also of workers that begin and end together, and those that are one after another."""
+    for elapsed in range(0, 601, 100):
+        together = _pace_of(*[600.0 - elapsed] * 8)
+        assert together.seconds_for(8) == pytest.approx(1200 - elapsed)
+        assert together.seconds_for(0) == pytest.approx(600 - elapsed)
+    apart = _pace_of(*[75.0 * number for number in range(1, 9)])
+    told = [apart.seconds_for(queued) for queued in (16, 9, 8, 1, 0)]
+    assert told == pytest.approx([1800, 1275, 1200, 675, 600])
+
+
 def test_time_left_is_no_less_than_the_last_job_needs(world: World) -> None:
     batch_id = _farm(world, workers=60, began_over=1, into_seconds=10)
     with world.db.transaction() as session:

@@ -605,7 +605,26 @@ def test_one_that_cannot_be_read_is_left_to_others_and_holds_up_no_other(
     del look["of_tomorrow"]
     with farm.world.db.transaction() as session:  # as a newer dispatcher would read it
         session.execute(update(Schedule).where(later).values(look=look))
-    assert farm.tick(START + timedelta(hours=1, minutes=3)) == 1
+    with capture_logs() as logs:
+        assert farm.tick() == 0  # it was told, and is left to others for a while
+        assert logs == []
+    # Of two that look at the same moments the one that can is not kept from it by the other.
+    assert farm.clockworks[1].tick() == 1
+    assert farm.states("a") == [MADE]
+
+
+def test_one_that_nobody_could_read_in_time_is_made_by_who_can_within_the_hour(
+    sqlite_farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    farm = sqlite_farm
+    farm.add("a", cron="0 0 * * *", misfire=states.Misfire.SKIP)
+    midnight = farm.schedule("a").next_fire_at
+    with monkeypatch.context() as patched:
+        patched.setattr(firing, "_preset_of", lambda _: 1 / 0)
+        farm.now = midnight + timedelta(minutes=1)
+        assert [each.tick() for each in farm.clockworks[:2]] == [0, 0]
+    farm.now = midnight + timedelta(minutes=20)
+    assert farm.clockworks[2].tick() == 1
     assert farm.states("a") == [MADE]
 
 

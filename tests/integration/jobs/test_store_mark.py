@@ -70,6 +70,23 @@ def test_a_mark_that_was_deleted_ends_nothing_that_runs(
     store_mark.Guard(world.db, store).require()
 
 
+def test_a_farm_that_moves_meanwhile_has_its_new_mark_in_its_new_store_alone(
+    world: World, folders: list[folder_store.FolderStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = folders
+    store_mark.Guard(world.db, old).leave()
+    before, require = list(old.list()), store_mark.Guard.require
+
+    def moved_after(guard: store_mark.Guard) -> object:
+        mark = require(guard)
+        store_mark.move(world.db, new)
+        return mark
+
+    monkeypatch.setattr(store_mark.Guard, "require", moved_after)
+    store_mark.Guard(world.db, old).leave()
+    assert list(old.list()) == before
+
+
 def test_a_farm_that_moved_takes_its_old_store_for_another(
     world: World, folders: list[folder_store.FolderStore]
 ) -> None:
