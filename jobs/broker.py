@@ -175,12 +175,17 @@ class Broker:
         return f"/{urlsplit(self.url).path[1:] or 0}.{celery_app.PIDBOX}"
 
     def refuse_cluster(self) -> None:
-        """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows."""
+        """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows.
+
+        Also if it is a Sentinel, which keeps nothing.
+        """
         try:
-            info = self.redis.info("cluster")
+            info = self.redis.info()
         except UNAVAILABLE:
             return
         assert isinstance(info, dict)
+        if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter: Valkey's
+            raise _wrong("names a Sentinel: name the primary, or a proxy that follows it")
         if info.get("cluster_enabled"):
             raise _wrong(
                 "names a Cluster: it must be one Redis or Valkey, with or without replicas"
@@ -271,6 +276,8 @@ def _check_files(url: str) -> None:
 
 def _mistake(url: str) -> str | None:
     """Of two clients, Celery's and ours, each must read the same from it."""
+    if url.startswith("sentinel"):
+        return "names Sentinel, whose protocol is not spoken: name the primary, or what follows it"
     if ";" in url:  # Celery's would take it for several
         return f"may have no ;: {ESCAPES}"
     try:

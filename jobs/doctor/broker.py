@@ -15,6 +15,7 @@ SLOW_BROKER_SECONDS = 0.1
 def check(config: settings.Settings) -> Iterator[checks.Check]:
     try:
         connection = broker.Broker(config)
+        connection.refuse_cluster()
         client = connection.redis
         client.echo("")  # connects; unlike a ping it is answered by one whose disk is full
         began = time.monotonic()
@@ -63,9 +64,6 @@ def _info(client: redis.Redis) -> dict[str, Any]:
 
 def _unfit(connection: broker.Broker, info: dict[str, Any]) -> checks.Check | None:
     """It answers, but nothing would be rendered."""
-    if info.get("cluster_enabled"):
-        advice = "name one Redis or Valkey in CELERY_BROKER_URL, with or without replicas"
-        return checks.fail("redis", "it is a Cluster, with which Celery cannot work", advice)
     if info.get("role") == "slave":
         primary = f"{info.get('master_host')}:{info.get('master_port')}"
         advice = "name the primary in CELERY_BROKER_URL, by a name that follows it"

@@ -198,6 +198,7 @@ def test_what_tls_lacks_is_told(front: Behind, connected: Callable[..., broker.B
         ("redis://:12#hunter2@127.0.0.1:1/0", "may have only the number of a database"),
         ("redis://127.0.0.1:1/rushes", "may have only the number of a database"),
         ("redis://me:12/hunter2@127.0.0.1:1/0", "may have only the number of a database"),
+        ("sentinel://:hunter2@a:1;sentinel://b:2", "names Sentinel, .* name the primary"),
         ("redis://:x@h/0;redis://:hunter2@127.0.0.1:1/1", "may have no ;"),
         ("redis://me:12;hunter2@127.0.0.1:1/0", "may have no ;: in a password, .* ; %3B,"),
         ("REDIS://:hunter2@127.0.0.1:1/0", "must begin with redis:// or rediss://, got 'REDIS'"),

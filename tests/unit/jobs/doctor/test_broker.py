@@ -1,5 +1,7 @@
 """Redis: it answers, takes what Celery needs, and keeps it."""
 
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import redis
 
 from jobs import servers
 from jobs.doctor import broker
+from tests import waiting
 from tests.told import told_by
 
 
@@ -25,6 +28,26 @@ def test_a_real_redis_passes(clean_redis_url: str, monkeypatch: pytest.MonkeyPat
         "redis eviction": "ok",
         "redis persistence": "ok",
     }
+
+
+def test_a_sentinel_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = servers.free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"bind 127.0.0.1\nport {port}\ndir {tmp_path}\n")
+    command = [str(servers.redis_program()), str(config), "--sentinel"]
+    monkeypatch.setenv("CELERY_BROKER_URL", f"redis://127.0.0.1:{port}/0")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as sentinel:
+        try:
+            waiting.until(lambda: _is_open(port))
+            found = told_by(broker.check)["redis"]
+        finally:
+            sentinel.kill()
+    assert (found.status, "names a Sentinel" in found.seen) == ("fail", True), found
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_cluster_fails(redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
