@@ -1070,7 +1070,9 @@ def test_a_job_has_one_short_name_on_the_page_of_its_batch(web: Web, browser: Br
         web.claim(web.job_id(batch_id, number))
     text = browser.get(f"/batches/{batch_id}").text
     named = re.findall(r'href="/jobs/\d+" dir="auto">([^<]+)</a>', text)
-    assert named == ["#1", "x" * 77 + "..."] * 2
+    assert named == ["#0", "x" * 77 + "..."] * 2
+    with web.db.reading() as session:
+        assert queries.find_job(session, f"{batch_id}/{named[0][1:]}").custom_id is None
 
 
 def test_running_jobs_have_a_place_of_their_own_until_the_end(web: Web, browser: Browser) -> None:
