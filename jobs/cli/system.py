@@ -57,9 +57,11 @@ def _move_store(*, as_json: bool) -> None:
     config = settings.load()
     logs.configure(config, level="WARNING")
     store = stores.open_store(config)
-    key = store_mark.move(connections.open_database(config), store)
+    moved = store_mark.move(connections.open_database(config), store)
     if as_json:
-        output.emit({"store": store.url, "key": key})
+        output.emit({"store": store.url, "key": moved.key, "changed": moved.changed})
+    elif not moved.changed:
+        output.line(f"already {store.url}: nothing changed but the mark in it")
     else:
         output.line(f"the farm's results lie in {store.url} from now on")
         output.note("nothing was copied; restart what runs with the address before it")
