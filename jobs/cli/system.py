@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from alembic.util import CommandError
 
-from jobs import database, errors, logs, migrate, parts, settings, store_mark, stores
+from jobs import database, errors, logs, migrate, parts, settings, sizes, store_mark, stores
 from jobs.cli import connections, exits, options, output
 from jobs.doctor import checks, examination, weights
 
@@ -143,7 +143,7 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
             }
         )
         return
-    output.line(f"{report.path}: {output.size(report.num_bytes)}")
+    output.line(f"{report.path}: {sizes.words(report.num_bytes)}")
     output.line(
         f"{len(report.relative_errors)} matrices in {scheme}; relative error of all "
         f"{report.relative_error:.2%}"

@@ -1019,14 +1019,17 @@ def test_numbers_beside_a_chart_are_short() -> None:
         assert [word for _, word in charts.lines(samples).ticks] == told
 
 
-def test_the_farm_names_models_as_the_command_line_does(web: Web, browser: Browser) -> None:
-    web.db.write(workers.register, registration())
+def test_the_farm_names_models_and_memory_as_the_command_line_does(web: Web, browser: Browser) -> None:
+    web.db.write(workers.register, registration(memory_bytes=150_000_000_000))
     held = {"model": "/srv/models/tiny", "loras": ("/srv/loras/noir.safetensors",)}
     model = reports.Resident(**held, memory="resident", device_bytes=5, host_bytes=7)
     counts = {"renders": 1, "loads": 1, "lora_switches": 0}
-    told = reports.Report(**counts, resident=(model,), device_used_bytes=5, host_used_bytes=7)
+    used = {"device_used_bytes": 60_000_000_000, "host_used_bytes": 480_000_000}
+    told = reports.Report(**counts, resident=(model,), **used)
     web.db.write(workers.report, "gpu0@host", told)
     text = browser.get("/farm").text
+    assert "60.0 GB of 150.0 GB" in text
+    assert "480.0 MB" in text
     assert "loaded: tiny with noir.safetensors, 5 bytes on the device" in text
     assert "/srv" not in text
 
