@@ -1013,6 +1013,17 @@ def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Brow
     assert text.count("times in UTC") == 2
 
 
+def test_the_farm_tells_how_many_of_those_that_wait_are_paused(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(3)
+    web.submit(2, name="another")
+    web.succeed(web.job_id(batch_id))
+    assert "<dt>waiting</dt><dd>4</dd>" in browser.get("/farm").text
+    web.client.post(f"/api/batches/{batch_id}/pause")
+    load = web.client.get("/api/load").json()
+    assert (load["queued"], load["queued_paused"]) == (4, 2)
+    assert "<dt>waiting</dt><dd>4, of which 2 paused</dd>" in browser.get("/farm").text
+
+
 def test_numbers_beside_a_chart_are_short() -> None:
     for queued, told in ((20, ["0", "10", "20"]), (4_000, ["0", "2.5k", "5k"])):
         samples = [{"at": datetime.now(UTC), "queued": queued, "running": 0}]
