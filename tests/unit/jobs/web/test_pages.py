@@ -1030,7 +1030,9 @@ def test_numbers_beside_a_chart_are_short() -> None:
         assert [word for _, word in charts.lines(samples).ticks] == told
 
 
-def test_the_farm_names_models_and_memory_as_the_command_line_does(web: Web, browser: Browser) -> None:
+def test_the_farm_names_models_and_memory_as_the_command_line_does(
+    web: Web, browser: Browser
+) -> None:
     web.db.write(workers.register, registration(memory_bytes=150_000_000_000))
     held = {"model": "/srv/models/tiny", "loras": ("/srv/loras/noir.safetensors",)}
     model = reports.Resident(**held, memory="resident", device_bytes=5, host_bytes=7)
