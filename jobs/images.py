@@ -242,7 +242,7 @@ def _shown(source: str) -> str:
 
 def _too_large(shown: str, limits: Limits) -> ImageUnusable:
     return ImageUnusable(
-        shown, f"is larger than {limits.max_bytes >> 20} MB: save it smaller, as JPEG for example"
+        shown, f"is larger than {limits.max_bytes >> 20} MiB: save it smaller, as JPEG for example"
     )
 
 

@@ -428,6 +428,13 @@ def open_jobs(session: Session, *, owner: str | None = None) -> tuple[int, int]:
     return int(queued or 0), int(running or 0)
 
 
+def paused_jobs(session: Session) -> int:
+    """How many of the queued ones wait in paused batches."""
+    counts = select(func.sum(Batch.queued))
+    counts = counts.where(Batch.finished_at.is_(None), Batch.paused_at.is_not(None))
+    return int(session.scalar(counts) or 0)
+
+
 def could_start(session: Session) -> bool:
     """Whether a job waits that a live worker would take now: not paused, and no retry to come."""
     found = (

@@ -5,8 +5,10 @@ upload videos where nobody looks for them, so it asks for the mark first.
 """
 
 import secrets
+from dataclasses import dataclass
 
 import structlog
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -78,15 +80,26 @@ class Guard:
             return session.get(StoreMark, ONLY)
 
 
-def move(db: database.Database, store: storage.ObjectStore) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What `move` did."""
+
+    key: str
+    """Of the mark."""
+    changed: bool
+    """The store had another address before, or none was known."""
+
+
+def move(db: database.Database, store: storage.ObjectStore) -> Moved:
     """From now on this one is the farm's, and no process goes on with the one before it.
 
-    The key of its mark.
+    The mark is new at the same address, too: behind another endpoint or on another disk lies
+    another store, to which the mark was copied with the rest.
     """
     name = secrets.token_hex(8)
     _put(store, name)
-    db.write(_replace, StoreMark(id=ONLY, name=name, url=store.url))
-    return key(name)
+    before = db.write(_replace, StoreMark(id=ONLY, name=name, url=store.url))
+    return Moved(key=key(name), changed=before != store.url)
 
 
 def key(name: str) -> str:
@@ -102,5 +115,8 @@ def _first(session: Session, mark: StoreMark) -> None:
     session.flush()
 
 
-def _replace(session: Session, mark: StoreMark) -> None:
+def _replace(session: Session, mark: StoreMark) -> str | None:
+    """The address before it."""
+    before = session.scalar(select(StoreMark.url).where(StoreMark.id == ONLY))
     session.merge(mark)
+    return before

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from jobs import cleaning, settings
+from jobs import cleaning, settings, sizes
 from jobs.cli import connections, exits, options, output
 
 
@@ -54,7 +54,7 @@ def _row(outcome: cleaning.Outcome) -> tuple[str, ...]:
         ", ".join(
             f"{number:,} {name.replace('_', ' ')}" for name, number in outcome.counts.items()
         ),
-        "" if outcome.size_bytes is None else output.size(outcome.size_bytes),
+        "" if outcome.size_bytes is None else sizes.words(outcome.size_bytes),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs import parts, settings
+from jobs import parts, settings, sizes
 from jobs.cli import exits, options, output, torchrun
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _tell_end(done: Any, plan: Any, *, as_json: bool) -> None:
             }
         )
     elif done.weights is not None:
-        output.line(f"{done.weights}: {output.size(done.weights.stat().st_size)}")
+        output.line(f"{done.weights}: {sizes.words(done.weights.stat().st_size)}")
         output.line(f"render it with: rushes submit PROMPTS --preset {done.preset}")
     if done.updates < plan.student_updates:
         output.note(
@@ -81,7 +81,7 @@ def _tell_cost(cost: Any, *, as_json: bool) -> None:
         output.emit({**asdict(cost), "device_bytes": cost.device_bytes})
         return
     trained = ", ".join(f"{name} {count:,}" for name, count in cost.trained_parameters.items())
-    memory = [(name, output.size(count)) for name, count in cost.static_bytes.items()]
+    memory = [(name, sizes.words(count)) for name, count in cost.static_bytes.items()]
     rates = [
         (f"at {rate} TFLOP/s", f"{output.duration(seconds)} per update, {cost.hours[rate]:,.1f} h")
         for rate, seconds in cost.seconds_per_update.items()
@@ -95,8 +95,8 @@ def _tell_cost(cost: Any, *, as_json: bool) -> None:
             ("update", f"{cost.forwards_per_update:g} forwards per sample"),
             ("processes", str(cost.processes)),
             *memory,
-            ("activations", output.size(cost.activation_bytes)),
-            ("memory", f"{output.size(cost.device_bytes)} per process"),
+            ("activations", sizes.words(cost.activation_bytes)),
+            ("memory", f"{sizes.words(cost.device_bytes)} per process"),
             *rates,
         ]
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jobs import database, download, errors, queries, settings, storage, stores
+from jobs import database, download, errors, queries, settings, sizes, storage, stores
 from jobs.cli import connections, exits, options, output
 from jobs.schema import Batch
 
@@ -98,7 +98,7 @@ def _tell(row: Batch, target: Path, outcomes: Sequence[download.Outcome]) -> Non
     videos = [outcome for outcome in outcomes if outcome.job_id is not None]
     there = _count(videos, download.Status.THERE)
     new = [outcome for outcome in videos if outcome.status is download.Status.DOWNLOADED]
-    size = output.size(sum(outcome.size_bytes for outcome in new))
+    size = sizes.words(sum(outcome.size_bytes for outcome in new))
     said = [f"{output.count(len(new), 'video')} ({size}) downloaded"]
     if there:
         said.append(f"{there:,} already there")

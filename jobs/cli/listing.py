@@ -130,8 +130,15 @@ def _list_row(row: Batch, *, has_owners: bool) -> tuple[str, ...]:
     show_default=True,
     help="Failed jobs, and running ones, that are named.",
 )
+@click.option(
+    "--kind",
+    "kinds",
+    type=click.Choice([kind.value for kind in states.FailureKind]),
+    multiple=True,
+    help="Of a batch: name only the failed jobs that failed so; may be given several times.",
+)
 @options.output
-def show(reference: str, limit: int, as_json: bool) -> None:
+def show(reference: str, limit: int, kinds: tuple[str, ...], as_json: bool) -> None:
     """Show a batch or a job.
 
     A batch: counts, pace, what runs, what failed and why. A job: everything, its attempts too.
@@ -142,10 +149,13 @@ def show(reference: str, limit: int, as_json: bool) -> None:
         found = references.find(session, reference)
     store = _store(config)
     if isinstance(found, Job):
+        if kinds:
+            raise options.misused("--kind is for the failed jobs of a batch: give it a BATCH")
         job = _read_job(db, found)
         (_emit_job if as_json else _print_job)(job, store)
     else:
-        batch = _read_batch(db, found.id, limit=limit)
+        which = failures.Which(kinds=tuple(states.FailureKind(kind) for kind in kinds))
+        batch = _read_batch(db, found.id, which=which, limit=limit)
         (_emit_batch if as_json else _print_batch)(batch, store)
 
 
@@ -168,21 +178,32 @@ class BatchView:
     snapshot: watch.Snapshot
     groups: Sequence[failures.Group]
     """Of what failed."""
+    which: failures.Which
+    """Of the failed jobs, those that are named."""
     failed: Sequence[Job]
     workers: Mapping[int, str]
     """Of the failed jobs, by their ids."""
     limit: int
 
+    @property
+    def num_failed(self) -> int:
+        """Those that would be named without a limit."""
+        kinds = self.which.kinds
+        return sum(group.jobs for group in self.groups if not kinds or group.kind in kinds)
 
-def _read_batch(db: database.Database, batch_id: str, *, limit: int) -> BatchView:
+
+def _read_batch(
+    db: database.Database, batch_id: str, *, which: failures.Which, limit: int
+) -> BatchView:
     snapshot = watch.look(db, batch_id)
     with db.snapshot() as session:
         failed = queries.jobs(
-            session, batch_id, states_wanted=(states.JobState.FAILED,), limit=limit
+            session, batch_id, states_wanted=(states.JobState.FAILED,), which=which, limit=limit
         )
         return BatchView(
             snapshot=snapshot,
             groups=failures.groups(session, snapshot.progress.batch),
+            which=which,
             failed=failed,
             workers=queries.workers_of(session, failed),
             limit=limit,
@@ -238,7 +259,7 @@ def _print_batch(view: BatchView, store: storage.ObjectStore | None) -> None:
         output.line("failed:")
         rows = [_failed_row(job, view.workers) for job in view.failed]
         output.table(("JOB", "", "KIND", "WORKER", "WHY"), rows)
-    _print_more(batch.failed, len(view.failed), "failed")
+    _print_more(view.num_failed, len(view.failed), "failed")
     if hint := _worth_a_retry(view):
         output.note(f"note: {hint}")
     if snapshot.idle_queues:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 import click
 
-from jobs import database, queries, settings, shapes, states
+from jobs import database, queries, settings, shapes, sizes, states
 from jobs.cli import connections, display, options, output, references
 from jobs.schema import Attempt, Batch, Job
 
@@ -75,7 +75,7 @@ def _tell(job: Job, attempt: Attempt, *, detail: bool) -> None:
     if attempt.seconds:
         stages = ", ".join(f"{name} {value:.1f} s" for name, value in attempt.seconds.items())
         memory = attempt.peak_memory_bytes
-        peak = "" if memory is None else f"; peak memory {output.size(memory)}"
+        peak = "" if memory is None else f"; peak memory {sizes.words(memory)}"
         _tell_below(stages + peak)
     if attempt.memory and attempt.memory != "resident":
         _tell_below(f"memory: {attempt.memory}")
@@ -85,7 +85,7 @@ def _tell(job: Job, attempt: Attempt, *, detail: bool) -> None:
     if attempt.note:
         _tell_below(attempt.note)
     if attempt.video_key:
-        _tell_below(f"{attempt.video_key}, {output.size(attempt.video_bytes or 0)}")
+        _tell_below(f"{attempt.video_key}, {sizes.words(attempt.video_bytes or 0)}")
     if detail and attempt.error_detail:
         for row in attempt.error_detail.splitlines():
             _tell_below(f"| {row}")

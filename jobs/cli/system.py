@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from alembic.util import CommandError
 
-from jobs import database, errors, logs, migrate, parts, settings, store_mark, stores
+from jobs import database, errors, logs, migrate, parts, settings, sizes, store_mark, stores
 from jobs.cli import connections, exits, options, output
 from jobs.doctor import checks, examination, weights
 
@@ -57,9 +57,11 @@ def _move_store(*, as_json: bool) -> None:
     config = settings.load()
     logs.configure(config, level="WARNING")
     store = stores.open_store(config)
-    key = store_mark.move(connections.open_database(config), store)
+    moved = store_mark.move(connections.open_database(config), store)
     if as_json:
-        output.emit({"store": store.url, "key": key})
+        output.emit({"store": store.url, "key": moved.key, "changed": moved.changed})
+    elif not moved.changed:
+        output.line(f"already {store.url}: nothing changed but the mark in it")
     else:
         output.line(f"the farm's results lie in {store.url} from now on")
         output.note("nothing was copied; restart what runs with the address before it")
@@ -141,7 +143,7 @@ def quantize(model: str, scheme: str, target: Path | None, as_json: bool) -> Non
             }
         )
         return
-    output.line(f"{report.path}: {output.size(report.num_bytes)}")
+    output.line(f"{report.path}: {sizes.words(report.num_bytes)}")
     output.line(
         f"{len(report.relative_errors)} matrices in {scheme}; relative error of all "
         f"{report.relative_error:.2%}"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from jobs import bell, database, errors, health, queries, queues, settings, shapes
+from jobs import bell, database, errors, health, queries, queues, settings, shapes, sizes
 from jobs import workers as jobs_workers
 from jobs.cli import connections, display, exits, options, output
 from jobs.schema import Attempt, Refusal, Worker
@@ -84,7 +84,7 @@ def _refused(refusal: Refusal) -> str:
 def _memory(row: Worker) -> str:
     """Used of all, of the device; of the process, where the device is the processor."""
     known = [each for each in (row.device_used_bytes, row.memory_bytes) if each is not None]
-    return " / ".join(output.size(each) for each in known)
+    return " / ".join(sizes.words(each) for each in known)
 
 
 def _loaded(model: dict[str, Any]) -> str:

@@ -56,7 +56,7 @@ def check(config: settings.Settings) -> Iterator[checks.Check]:
 def _refused_write(db: database.Database) -> str | None:
     """Of a change of no row: what a standby or a disk that is read-only says to it."""
     if db.lacks_room():
-        return f"less than {database.LEAST_FREE_BYTES >> 20} MB are free for {db.url.database}"
+        return f"less than {database.LEAST_FREE_BYTES >> 20} MiB are free for {db.url.database}"
     try:
         with db.transaction() as session:
             session.execute(update(Batch).where(false()).values(name=None))

@@ -166,6 +166,7 @@ class Workers(Answer):
 
 class Load(Answer):
     queued: int
+    queued_paused: int
     running: int
     idle_since: datetime | None
     span_seconds: int

@@ -204,9 +204,8 @@ def list_batches(
 def show(batch_id: str, serving: Serving, principal: access.Reader) -> dict[str, Any]:
     """Counts, pace, what runs and how far, what failed and why."""
     with serving.db.snapshot() as session:
-        found = failures.groups(session, finding.batch(session, batch_id, principal))
-    snapshot = watch.look(serving.db, batch_id)
-    return shapes.snapshot(snapshot) | {"failures": [shapes.failure(group) for group in found]}
+        found = serving.failures.of(session, finding.batch(session, batch_id, principal))
+    return shapes.snapshot(watch.look(serving.db, batch_id)) | {"failures": found}
 
 
 @router.get("/{batch_id}/jobs", response_model=answers.Jobs)

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from jobs import prompt_row
+from jobs import prompt_row, sizes
 from jobs.web import cookies
 
 HERE = Path(__file__).parent
@@ -170,14 +170,8 @@ def moment(value: datetime | None) -> str:
     return "" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def memory(number: int | None) -> str:
-    """As the makers of graphics cards count: in units of 1024."""
-    if number is None:
-        return "?"
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
+def size(number: int | None) -> str:
+    return "?" if number is None else sizes.words(number)
 
 
 def plain(value: object) -> str:
@@ -202,7 +196,7 @@ def _environment() -> jinja2.Environment:
         "ago": ago,
         "duration": duration,
         "moment": moment,
-        "memory": memory,
+        "size": size,
         "plain": plain,
         "name": lambda path: PurePath(str(path)).name,
         "path": lambda text: quote(str(text), safe=""),

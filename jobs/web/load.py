@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from jobs import throughput
+from jobs import queries, throughput
 from jobs.web import access, answers
 from jobs.web.batches import Serving
 
@@ -27,8 +27,10 @@ def show(
     sample = serving.history.look(serving.db)
     with serving.db.reading() as session:
         found = throughput.lately(session, span_seconds=span_seconds, spans=spans)
+        paused = queries.paused_jobs(session)
     return {
         "queued": sample.queued,
+        "queued_paused": min(paused, sample.queued),
         "running": sample.running,
         "idle_since": serving.history.idle_since,
         "span_seconds": span_seconds,

@@ -32,7 +32,7 @@ from jobs import (
     stores,
     submission,
 )
-from jobs.web import bodies, images, rates
+from jobs.web import bodies, failing, images, rates
 from jobs.web.history import History
 
 log = structlog.get_logger()
@@ -86,6 +86,7 @@ class Service:
     """What a Host header may say; None: anything."""
     history: History = field(default_factory=History)
     """How long the queue was, since this process began."""
+    failures: failing.Groups = field(default_factory=failing.Groups)
     fetch_turns: rates.Turns = field(default_factory=images.fetch_turns)
     check_turns: rates.Turns = field(default_factory=images.check_turns)
     far_check_turns: rates.Turns = field(default_factory=images.far_check_turns)

@@ -1,6 +1,7 @@
 """A farm knows its store again, and takes no other for it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,23 @@ def test_a_farm_that_moved_takes_its_old_store_for_another(
     old, new = folders
     guard = store_mark.Guard(world.db, old)
     guard.leave()
-    store_mark.move(world.db, new)
+    assert store_mark.move(world.db, new).changed
     store_mark.Guard(world.db, new).require()
     with pytest.raises(store_mark.OtherStore, match=re.escape(f"of this farm, {new.url}:")):
         guard.require()
+
+
+def test_a_move_to_the_same_address_leaves_no_copy_of_the_store_behind(
+    world: World, folders: list[folder_store.FolderStore], tmp_path: Path
+) -> None:
+    """As where its disk or endpoint is another now, and the mark was copied with all else."""
+    store = folders[0]
+    store_mark.Guard(world.db, store).leave()
+    copy = folder_store.FolderStore(shutil.copytree(tmp_path / "one", tmp_path / "copy"))
+    guard = store_mark.Guard(world.db, store)
+    guard.require()
+    store_mark.Guard(world.db, copy).require()
+    assert not store_mark.move(world.db, store).changed
+    guard.require()
+    with pytest.raises(store_mark.OtherStore):
+        store_mark.Guard(world.db, copy).require()

@@ -667,6 +667,20 @@ def test_show_tells_a_batch_and_what_failed(farm: Farm, rushes: Rushes) -> None:
     assert told["failed"][0]["finished_at"]
 
 
+def test_show_names_failed_jobs_of_a_kind(farm: Farm, rushes: Rushes) -> None:
+    farm.fail(0)
+    farm.fail(1, "Xid 79", states.FailureKind.DEVICE)
+    told = parsed(rushes("show", "latest", "--kind", "device", "-o", "json"))
+    assert [job["custom_id"] for job in told["failed"]] == ["dog"]
+    assert len(told["failures"]) == 2
+    assert "more failed" not in rushes("show", "latest", "--kind", "device").stdout
+    both = rushes("show", "latest", "--kind", "device", "--kind", "input", "--limit", "1")
+    assert "and 1 more failed: --limit 2" in both.stdout
+    result = rushes("show", "latest/dog", "--kind", "device")
+    assert result.exit_code == exits.USAGE
+    assert "give it a BATCH" in result.stderr
+
+
 def test_show_tells_what_failures_have_in_common_and_which_a_retry_may_help(
     farm: Farm, rushes: Rushes
 ) -> None:

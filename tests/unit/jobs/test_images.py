@@ -173,7 +173,7 @@ class TestFiles:
         with (tmp_path / "big.png").open("wb") as file:
             file.write(PNG)
             file.truncate((32 << 20) + 1)
-        assert "is larger than 32 MB: save it smaller" in refusal("big.png")
+        assert "is larger than 32 MiB: save it smaller" in refusal("big.png")
 
     def test_the_limit_itself_is_allowed(self, fetch, tmp_path):
         (tmp_path / "a.png").write_bytes(PNG)
@@ -547,7 +547,7 @@ class TestHttps:
 
     def test_a_body_that_says_it_is_huge_is_not_read(self, get, server):
         server.pages["/x"] = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n")
-        with pytest.raises(images.ImageUnusable, match="is larger than 32 MB"):
+        with pytest.raises(images.ImageUnusable, match="is larger than 32 MiB"):
             get("/x")
 
     @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ class TestHttps:
                 sent.append(1)
 
         server.pages["/x"] = endless
-        with pytest.raises(images.ImageUnusable, match="is larger than 1 MB"):
+        with pytest.raises(images.ImageUnusable, match="is larger than 1 MiB"):
             get("/x", images.Limits(max_bytes=1 << 20))
         assert len(sent) < 1000
 

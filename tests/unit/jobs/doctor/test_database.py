@@ -29,7 +29,7 @@ def test_a_database_on_a_disk_that_is_read_only_fails(monkeypatch: pytest.Monkey
 def test_a_database_on_a_full_disk_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "LEAST_FREE_BYTES", 1 << 60)
     found = told_by(part.check)["database writes"]
-    assert (found.status, "MB are free for" in found.seen) == ("fail", True)
+    assert (found.status, "MiB are free for" in found.seen) == ("fail", True)
     assert "disk room" in found.advice
 
 

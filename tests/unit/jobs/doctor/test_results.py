@@ -1,5 +1,6 @@
 """The results store: it is the farm's, and takes, tells and gives what we put."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,12 @@ def test_a_store_that_is_not_the_farms_fails(
     assert f"is not the store of this farm, {config.results_url}" in found.seen
     result = CliRunner().invoke(cli.main, ["migrate", "--store"])
     assert result.exit_code == 0, result.output
+    assert "restart what runs" in result.output
+    again = CliRunner().invoke(cli.main, ["migrate", "--store"])
+    assert again.output.startswith(f"already {(tmp_path / 'elsewhere').as_uri()}: nothing changed")
+    assert "restart" not in again.output
+    as_json = CliRunner().invoke(cli.main, ["migrate", "--store", "-o", "json"])
+    assert json.loads(as_json.stdout)["changed"] is False
     assert "results store of the farm" not in told_by(results.check)
     monkeypatch.delenv("RUSHES_RESULTS_URL")
     assert told_by(results.check)["results store of the farm"].status == "fail"

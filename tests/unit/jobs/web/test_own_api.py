@@ -31,7 +31,7 @@ from jobs import (
     tokens,
     watch,
 )
-from jobs.web import bodies, events, service
+from jobs.web import bodies, events, failing, service
 from tests.unit.jobs.web.conftest import VIDEO, Web, running
 from tests.waiting import until
 
@@ -328,6 +328,29 @@ def test_cancel_and_retry(web: Web) -> None:
     assert web.client.post(f"/api/jobs/{waiting}/retry").json()["retried"] == 0
     bad = web.client.post(f"/api/batches/{batch_id}/retry", json={"states": ["succeeded"]})
     assert bad.status_code == 422
+
+
+def test_failures_that_take_long_to_count_are_counted_now_and_then(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"/api/batches/{(batch_id := web.submit(3))}"
+
+    def told() -> list[tuple[str, int]]:
+        return [(each["kind"], each["count"]) for each in web.client.get(path).json()["failures"]]
+
+    web.fail(web.job_id(batch_id, 0))
+    assert told() == [("input", 1)]
+    monkeypatch.setattr(failing, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(failing, "IDLE_PER_COUNT", 1e9)
+    assert told() == [("input", 1)]
+    web.fail(web.job_id(batch_id, 1))
+    assert told() == [("input", 1)]
+    monkeypatch.setattr(failing, "IDLE_PER_COUNT", 0.0)
+    web.client.post(f"{path}/retry", json={})
+    assert told() == []
+    for number, count in ((0, 1), (1, 2)):
+        web.fail(web.job_id(batch_id, number))
+        assert told() == [("input", count)]
 
 
 def test_what_failed_is_told_by_kind_and_retried_by_kind(web: Web) -> None:

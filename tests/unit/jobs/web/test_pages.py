@@ -1013,20 +1013,36 @@ def test_the_farm_tells_what_waits_and_what_was_finished(web: Web, browser: Brow
     assert text.count("times in UTC") == 2
 
 
+def test_the_farm_tells_how_many_of_those_that_wait_are_paused(web: Web, browser: Browser) -> None:
+    batch_id = web.submit(3)
+    web.submit(2, name="another")
+    web.succeed(web.job_id(batch_id))
+    assert "<dt>waiting</dt><dd>4</dd>" in browser.get("/farm").text
+    web.client.post(f"/api/batches/{batch_id}/pause")
+    load = web.client.get("/api/load").json()
+    assert (load["queued"], load["queued_paused"]) == (4, 2)
+    assert "<dt>waiting</dt><dd>4, of which 2 paused</dd>" in browser.get("/farm").text
+
+
 def test_numbers_beside_a_chart_are_short() -> None:
     for queued, told in ((20, ["0", "10", "20"]), (4_000, ["0", "2.5k", "5k"])):
         samples = [{"at": datetime.now(UTC), "queued": queued, "running": 0}]
         assert [word for _, word in charts.lines(samples).ticks] == told
 
 
-def test_the_farm_names_models_as_the_command_line_does(web: Web, browser: Browser) -> None:
-    web.db.write(workers.register, registration())
+def test_the_farm_names_models_and_memory_as_the_command_line_does(
+    web: Web, browser: Browser
+) -> None:
+    web.db.write(workers.register, registration(memory_bytes=150_000_000_000))
     held = {"model": "/srv/models/tiny", "loras": ("/srv/loras/noir.safetensors",)}
     model = reports.Resident(**held, memory="resident", device_bytes=5, host_bytes=7)
     counts = {"renders": 1, "loads": 1, "lora_switches": 0}
-    told = reports.Report(**counts, resident=(model,), device_used_bytes=5, host_used_bytes=7)
+    used = {"device_used_bytes": 60_000_000_000, "host_used_bytes": 480_000_000}
+    told = reports.Report(**counts, resident=(model,), **used)
     web.db.write(workers.report, "gpu0@host", told)
     text = browser.get("/farm").text
+    assert "60.0 GB of 150.0 GB" in text
+    assert "480.0 MB" in text
     assert "loaded: tiny with noir.safetensors, 5 bytes on the device" in text
     assert "/srv" not in text
 
@@ -1070,7 +1086,9 @@ def test_a_job_has_one_short_name_on_the_page_of_its_batch(web: Web, browser: Br
         web.claim(web.job_id(batch_id, number))
     text = browser.get(f"/batches/{batch_id}").text
     named = re.findall(r'href="/jobs/\d+" dir="auto">([^<]+)</a>', text)
-    assert named == ["#1", "x" * 77 + "..."] * 2
+    assert named == ["#0", "x" * 77 + "..."] * 2
+    with web.db.reading() as session:
+        assert queries.find_job(session, f"{batch_id}/{named[0][1:]}").custom_id is None
 
 
 def test_running_jobs_have_a_place_of_their_own_until_the_end(web: Web, browser: Browser) -> None:
