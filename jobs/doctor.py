@@ -630,6 +630,7 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
     try:
         files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
         unlike = parts.UNLIKE_HEADERS.load()(preset.look, files, config.models_dir)
+        passed_over = parts.KEYS_PASSED_OVER.load()(preset.look, files, config.models_dir)
     except ValueError as error:
         return _warn(name, str(error), "complete the folder: workers here cannot render these jobs")
     if unlike:
@@ -637,8 +638,10 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> Check:
             name, "; ".join(unlike), "it renders, though worse: mend the preset or the file"
         )
     total = sum(files.sizes_bytes.values())
-    folder = files.root
-    return _ok(name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes")
+    seen = f"{files.root}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes"
+    for path, count in passed_over.items():
+        seen += f"; {count} keys of {path} are passed over: they are for Wan2.1's image encoder"
+    return _ok(name, seen)
 
 
 def fits(config: settings.Settings, preset_name: str) -> Iterator[Check]:
