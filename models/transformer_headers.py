@@ -35,7 +35,7 @@ def check(files: layout.ModelFiles) -> None:
             _check_dtypes(path, FLOATS + CODES, unused=quantized_names.SETTINGS_NAMES)
             if path.suffix == ".safetensors":
                 quantized_names.check_settings(path)
-        entries = memory.headers(paths, prefixes=weight_names.COMFYUI_PREFIXES)
+        entries = memory.headers(paths, prefixes=weight_names.TRANSFORMER_PREFIXES)
         quantized_names.inspect({name: entry.dtype for name, entry in entries.items()}, named)
         _check_sizes(entries, sizes, named, files.transformer_config)
     for path in files.vae + files.text_encoder:
