@@ -28,6 +28,7 @@ DEVICE_SLOTS = Part("worker.gpus", "slots")
 SCRATCH_FOLDERS = Part("worker.scratch", "folders")
 FIND_WEIGHTS = Part("worker.wanted", "find")
 UNLIKE_HEADERS = Part("worker.wanted", "unlike_headers")
+KEYS_PASSED_OVER = Part("worker.wanted", "keys_passed_over")
 FIT = Part("worker.wanted", "fits")
 COPY_TINY_MODEL = Part("models.tiny.shipped", "copy")
 FIND_MODEL = Part("models.layout", "find")
@@ -48,6 +49,7 @@ ALL = (
     SCRATCH_FOLDERS,
     FIND_WEIGHTS,
     UNLIKE_HEADERS,
+    KEYS_PASSED_OVER,
     FIT,
     COPY_TINY_MODEL,
     FIND_MODEL,

@@ -277,7 +277,7 @@ def _read_transformer(
         names,
         unused=quantized_names.SETTINGS_NAMES,
         dtypes=dtypes,
-        prefixes=weight_names.COMFYUI_PREFIXES,
+        prefixes=weight_names.TRANSFORMER_PREFIXES,
     )
     if LAST_FRAME_TENSOR in tensors:
         problem = f"holds {LAST_FRAME_TENSOR}: {config_files.FIRST_AND_LAST_FRAME}"
@@ -416,8 +416,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(loaded, dict):
         raise errors.UnreadableWeightsError(path, f"it holds a {type(loaded).__name__}, no names")
-    if any(name in torch_files.OF_AUTOREGRESSION for name in loaded):
-        raise errors.UnreadableWeightsError(path, torch_files.AUTOREGRESSION)
+    if any(name in torch_files.OF_TRAINING for name in loaded):
+        raise errors.UnreadableWeightsError(path, torch_files.TRAINING)
     return loaded
 
 

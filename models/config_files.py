@@ -15,15 +15,25 @@ Config = TypeVar("Config")
 
 FIRST_AND_LAST_FRAME = "models between a first and a last frame are not supported"
 
+WHERE_CONFIG = "take config.json from Wan-AI's repository of the same model"
+"""LightX2V's repositories ship empty ones."""
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError when it is not there, broken, or no object."""
+
+def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError when it is not there, broken, or no object.
+
+    `hint` ends the message where the file is empty.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        is_empty = not text.strip()
+        values = {} if is_empty else json.loads(text)
     except FileNotFoundError:
         raise errors.ConfigError(path, "is not there") from None
     except (OSError, ValueError, RecursionError) as error:
         raise errors.ConfigError(path, f"is not readable JSON: {error}") from error
+    if is_empty:
+        raise errors.ConfigError(path, "is empty" + (f"; {hint}" if hint else ""))
     if not isinstance(values, dict):
         raise errors.ConfigError(path, f"must hold a JSON object, not a {type(values).__name__}")
     return values
@@ -32,22 +42,24 @@ def read_json(path: Path) -> dict[str, Any]:
 class Keys:
     """A config file whose keys are taken one by one, each checked, none guessed."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, values: Mapping[str, Any], *, hint: str = "") -> None:
+        """`hint` ends the message where a key is missing."""
         self.path = path
+        self._hint = hint
         self._left = {key: value for key, value in values.items() if not key.startswith("_")}
 
     @classmethod
-    def read(cls, path: Path, *, more: Path | None = None) -> Self:
+    def read(cls, path: Path, *, more: Path | None = None, hint: str = "") -> Self:
         """The keys of a file; those that only `more` has are taken from there.
 
         Raises ConfigError where the two contradict each other.
         """
-        values = read_json(path)
+        values = read_json(path, hint=hint)
         for key, value in (read_json(more) if more else {}).items():
             if values.setdefault(key, value) != value and not key.startswith("_"):
                 problem = f"is {values[key]!r}, but {value!r} in {more}"
                 raise errors.ConfigError(path, problem, key=key, against=more)
-        return cls(path, values)
+        return cls(path, values, hint=hint)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self._take(key, default)
@@ -103,7 +115,7 @@ class Keys:
 
     def _take(self, key: str, default: Any) -> Any:
         if key not in self._left and default is None:
-            raise self.error(key, "is missing")
+            raise self.error(key, "is missing" + (f"; {self._hint}" if self._hint else ""))
         return self._left.pop(key, default)
 
 
@@ -115,7 +127,7 @@ def native_transformer(
     `more` is the config.json of a quantized copy, which may add keys. Wan2.2's image-to-video says
     what Wan2.1's says, but has no image encoder.
     """
-    keys = Keys.read(path, more=more)
+    keys = Keys.read(path, more=more, hint=WHERE_CONFIG)
     if more:
         keys.drop("quantization_config")  # the tensors themselves say how they are quantized
     keys.only("qk_norm", True)

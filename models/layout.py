@@ -374,7 +374,7 @@ def _folder(root: Path, name: str) -> Path:
 
 def _task(transformer_config: Path, wanted: Task | None) -> Task:
     """What the transformer takes; whether its config makes sense is seen when it is read."""
-    values = config_files.read_json(transformer_config)
+    values = config_files.read_json(transformer_config, hint=config_files.WHERE_CONFIG)
     is_native_image = values.get("model_type") in ("i2v", "flf2v")
     # Wan2.2 in diffusers' words: no image tokens, but a condition beside the noise.
     has_condition = _more(values.get("in_channels"), values.get("out_channels"))

@@ -74,6 +74,8 @@ def _like(tensor: Tensor, like: Tensor) -> Tensor:
 def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     """Read a file for a network with these native parameters, to its last key.
 
+    What is for Wan2.1's image encoder is passed over where an image-to-video network has none, as
+    in Wan2.2: LightX2V's LoRA for its low noise holds such keys.
     An alpha of 0 counts as none, as in kohya's trainer and in LightX2V: the scale is then 1. Raises
     UnreadableWeightsError for a broken file, LoraMismatchError for a key that is not understood, a
     shape that does not fit, half a pair or a number that is none, and UnfitLoraError for what no
@@ -148,13 +150,14 @@ def _check_keys(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     unused = sorted(tensors.keys() - matched.keys())
-    if unused or not matched:
+    for_images = [] if lora_keys.for_images(shapes) else lora_keys.for_images(unused)
+    takes_image = bool(for_images) and shapes[PATCHES][1] > _latent_channels(shapes)
+    refused = sorted(set(unused) - set(for_images)) if takes_image else unused
+    if refused or not matched:
         hint = ""
-        is_for_images = unused and lora_keys.for_images(unused) == unused
-        if is_for_images and not lora_keys.for_images(shapes):
-            takes_image = shapes[PATCHES][1] > _latent_channels(shapes)
+        if for_images and for_images == unused:
             hint = lora_keys.not_for_images(takes_image=takes_image)
-        raise errors.LoraMismatchError(path, matched=len(matched), unused=unused, hint=hint)
+        raise errors.LoraMismatchError(path, matched=len(matched), unused=refused, hint=hint)
     not_finite = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
     if not_finite:
         raise errors.LoraMismatchError(path, matched=len(matched), not_finite=not_finite)

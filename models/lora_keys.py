@@ -80,13 +80,13 @@ def for_images(names: Iterable[str]) -> list[str]:
 
 
 def not_for_images(*, takes_image: bool) -> str:
-    """Why keys for images match nothing in a network without such parameters."""
+    """Why a LoRA is of no use to a network that has no parameters for images."""
     if takes_image:
-        return (
-            "It is for Wan2.1's image encoder, which Wan2.2 does not have: "
-            "take the Wan2.2 LoRA of that expert"
-        )
-    return "It was made for image-to-video, the network is for text-to-video"
+        return "All of it is for Wan2.1's image encoder, which Wan2.2 does not have"
+    return (
+        "It was made for image-to-video, the network is for text-to-video: "
+        "take a LoRA that was made for text-to-video"
+    )
 
 
 class Names:

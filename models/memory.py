@@ -266,7 +266,7 @@ def _weights(files: layout.ModelFiles, vae_bytes: int) -> _Weights:
     for paths in filter(None, (files.transformer, files.low_noise_transformer)):
         by_block: Counter[str] = Counter()
         transformers.append([])
-        for name, entry in headers(paths, prefixes=weight_names.COMFYUI_PREFIXES).items():
+        for name, entry in headers(paths, prefixes=weight_names.TRANSFORMER_PREFIXES).items():
             match = re.match(r"blocks\.(\d+)\.", name)
             transformers[-1].append(_transformer_bytes(name, entry))
             by_block[match[1] if match else ""] += transformers[-1][-1]

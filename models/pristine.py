@@ -22,7 +22,7 @@ class PristineFiles:
         self._places: dict[str, tuple[Path, str]] = {}
         for path in paths:
             names = safetensors_files.read_header(path)
-            prefix = weight_names.common_prefix(names, weight_names.COMFYUI_PREFIXES)
+            prefix = weight_names.common_prefix(names, weight_names.TRANSFORMER_PREFIXES)
             self._places |= {name.removeprefix(prefix): (path, name) for name in names}
 
     def __call__(self, name: str) -> Tensor:

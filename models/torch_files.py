@@ -29,11 +29,12 @@ STORAGE_DTYPES = {
 }
 UNTYPED_DTYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 """Those that no kind of storage is named after."""
-OF_AUTOREGRESSION = {"generator", "generator_ema"}
-"""Keys of Self-Forcing's checkpoints, and of CausVid's."""
-AUTOREGRESSION = (
-    "it looks like a checkpoint of an autoregressive model (Self-Forcing, CausVid), "
-    "which are not rendered"
+OF_TRAINING = {"generator", "generator_ema"}
+"""Keys of Self-Forcing's checkpoints, of Self-Forcing-Plus's and of CausVid's."""
+TRAINING = (
+    "it is a checkpoint of a training (as of Self-Forcing, Self-Forcing-Plus, CausVid): save the "
+    "tensors of its generator (or generator_ema) as a file of their own; those of an "
+    "autoregressive model are not rendered"
 )
 ARCHIVE_BEGINS = b"PK\x03\x04"
 BEFORE_CONTENT = 3  # pickles of the older format: magic number, version, machine
@@ -60,8 +61,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         reason = foreign_files.told(path) or f"not only tensors: {error}"
         raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(content, dict) or not all(isinstance(e, Entry) for e in content.values()):
-        is_of_training = isinstance(content, dict) and not OF_AUTOREGRESSION.isdisjoint(content)
-        reason = AUTOREGRESSION if is_of_training else "it holds more than named tensors"
+        is_of_training = isinstance(content, dict) and not OF_TRAINING.isdisjoint(content)
+        reason = TRAINING if is_of_training else "it holds more than named tensors"
         raise errors.UnreadableWeightsError(path, reason)
     return {str(key): entry for key, entry in content.items()}
 

@@ -4,7 +4,7 @@ The loader refuses the same, after minutes of reading.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from models import (
@@ -35,7 +35,7 @@ def check(files: layout.ModelFiles) -> None:
             _check_dtypes(path, FLOATS + CODES, unused=quantized_names.SETTINGS_NAMES)
             if path.suffix == ".safetensors":
                 quantized_names.check_settings(path)
-        entries = memory.headers(paths, prefixes=weight_names.COMFYUI_PREFIXES)
+        entries = memory.headers(paths, prefixes=weight_names.TRANSFORMER_PREFIXES)
         quantized_names.inspect({name: entry.dtype for name, entry in entries.items()}, named)
         _check_sizes(entries, sizes, named, files.transformer_config)
     for path in files.vae + files.text_encoder:
@@ -45,17 +45,36 @@ def check(files: layout.ModelFiles) -> None:
 
 
 def check_lora(path: Path, files: layout.ModelFiles) -> None:
-    """Raise UnfitLoraError for one that is not in safetensors, or for an encoder of images that
-    the model does not have. Whether its other keys fit is seen when it is merged.
+    """Raise UnfitLoraError for one that is not in safetensors, for an image-to-video one on a
+    text-to-video model, or where all of it would be passed over. Whether its other keys fit is
+    seen when it is merged.
 
     Raises UnreadableWeightsError where there is no header.
     """
     if path.suffix != ".safetensors":
         raise errors.UnfitLoraError(path, lora_keys.ONLY_SAFETENSORS)
-    keys = lora_keys.for_images(safetensors_files.read_header(path))
-    if keys and not lora_keys.for_images(memory.headers(files.transformer)):
-        hint = lora_keys.not_for_images(takes_image=files.task is layout.Task.IMAGE_TO_VIDEO)
+    header = safetensors_files.read_header(path)
+    keys = _for_missing_encoder(header, files)
+    takes_image = files.task is layout.Task.IMAGE_TO_VIDEO
+    if keys and (not takes_image or len(keys) == len(header)):
+        hint = lora_keys.not_for_images(takes_image=takes_image)
         raise errors.UnfitLoraError(path, f"{len(keys)} keys are for images ({keys[0]}). {hint}")
+
+
+def keys_passed_over(path: Path, files: layout.ModelFiles) -> int:
+    """How many keys of a LoRA that `check_lora` takes are for an image encoder that the model does
+    not have.
+
+    Raises UnreadableWeightsError where there is no header.
+    """
+    return len(_for_missing_encoder(safetensors_files.read_header(path), files))
+
+
+def _for_missing_encoder(keys: Iterable[str], files: layout.ModelFiles) -> list[str]:
+    found = lora_keys.for_images(keys)
+    if found and lora_keys.for_images(memory.headers(files.transformer)):
+        return []
+    return found
 
 
 def _check_dtypes(

@@ -30,8 +30,8 @@ TRANSFORMER: Rules = (
     (r"\.ffn\.2\.", ".ffn.net.2."),
 )
 
-COMFYUI_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""Before all names of a transformer that ComfyUI has saved."""
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+"""Before all names of a transformer that ComfyUI has saved, or a trainer that wraps its network."""
 
 VAE: Rules = (
     (r"^conv1\.", "quant_conv."),

@@ -64,16 +64,19 @@ class Components:
         return model
 
     def _look_at_headers(self, key: WeightsKey, model: ResidentModel, look: looks.Look) -> None:
-        """Another list of steps renders, though worse: that is told once, and no failure."""
+        """What renders all the same, perhaps worse, is told once, and no failure."""
         if (key, look.id) in self._looked_at:
             return
         self._looked_at.add((key, look.id))
         try:
             unlike = wanted.unlike_headers(look, model.files, self.models_dir)
+            passed_over = wanted.keys_passed_over(look, model.files, self.models_dir)
         except model_errors.CheckpointError as error:
-            unlike = [str(error)]
+            unlike, passed_over = [str(error)], {}
         for each in unlike:
             log.warning("model.unlike_header", because=each)
+        for path, count in passed_over.items():
+            log.info("lora.keys_passed_over", path=path, keys=count)
 
     def _switch_loras(self, key: WeightsKey, model: ResidentModel, look: looks.Look) -> None:
         """Also where the look is the same: a LoRA's file may have been replaced."""

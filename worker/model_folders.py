@@ -48,6 +48,7 @@ def find(config: settings.Settings) -> dict[str, Path]:
         for depth in ("*", "*/*", "*/*/*")
         for marker in MODEL_MARKERS
         for path in folder.glob(f"{depth}/{marker}")
+        if not _is_empty(path)
     }
     paths = {
         path.relative_to(folder).as_posix()
@@ -85,4 +86,13 @@ def _model_of(folder: Path) -> Path:
 
 def _is_part_of_model(path: Path, folder: Path) -> bool:
     """`model/transformer` has a config of its own, but the model is `model`."""
-    return path.parent != folder and any((path.parent / name).exists() for name in MODEL_MARKERS)
+    markers = [path.parent / name for name in MODEL_MARKERS]
+    return path.parent != folder and any(each.exists() and not _is_empty(each) for each in markers)
+
+
+def _is_empty(path: Path) -> bool:
+    """As config.json is in some of LightX2V's repositories, which hold weights only."""
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return False  # not known to be

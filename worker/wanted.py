@@ -178,6 +178,20 @@ def unlike_headers(look: looks.Look, files: layout.ModelFiles, models_dir: Path)
     return told
 
 
+def keys_passed_over(
+    look: presets.Look, files: layout.ModelFiles, models_dir: Path
+) -> dict[str, int]:
+    """LoRA -> how many of its keys are for an image encoder that the model does not have.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
+    counts = {
+        use.path: transformer_headers.keys_passed_over(models_dir / use.path, files)
+        for use in look.loras
+    }
+    return {path: count for path, count in counts.items() if count}
+
+
 def _distilled_for(path: Path) -> Mapping[str, object]:
     found: dict[str, object] = dict(safetensors_files.read_metadata(path))
     for key in ("denoising_step_list", "sample_shift"):

@@ -31,6 +31,7 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> checks.Che
     try:
         files = parts.FIND_WEIGHTS.load()(preset.look, config.models_dir)
         unlike = parts.UNLIKE_HEADERS.load()(preset.look, files, config.models_dir)
+        passed_over = parts.KEYS_PASSED_OVER.load()(preset.look, files, config.models_dir)
     except ValueError as error:
         return checks.warn(
             name, str(error), "complete the folder: workers here cannot render these jobs"
@@ -40,10 +41,10 @@ def _weights_of(config: settings.Settings, preset: presets.Preset) -> checks.Che
             name, "; ".join(unlike), "it renders, though worse: mend the preset or the file"
         )
     total = sum(files.sizes_bytes.values())
-    folder = files.root
-    return checks.ok(
-        name, f"{folder}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes"
-    )
+    seen = f"{files.root}: {files.layout.value}, {len(files.weights)} files, {total:,} bytes"
+    for path, count in passed_over.items():
+        seen += f"; {count} keys of {path} are passed over: they are for Wan2.1's image encoder"
+    return checks.ok(name, seen)
 
 
 def fits(config: settings.Settings, preset_name: str) -> Iterator[checks.Check]:

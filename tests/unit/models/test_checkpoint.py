@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from benchmarks import networks as benchmark_networks
-from models import checkpoint, config, errors, layout, memory, pristine
+from models import checkpoint, config, errors, layout, memory, pristine, transformer_headers
 
 DIT = "diffusion_pytorch_model.safetensors"
 
@@ -214,15 +214,30 @@ def test_a_safetensors_file_under_another_name_is_told(tmp_path):
             read([path])
 
 
-def test_a_checkpoint_of_an_autoregressive_model_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "keys", [("generator_ema",), ("generator", "critic"), ("generator", "critic", "generator_ema")]
+)
+def test_a_checkpoint_of_a_training_is_told(tmp_path, keys):
     path = tmp_path / "self_forcing.pt"
-    torch.save({"generator_ema": {"model.patch_embedding.weight": torch.zeros(1)}}, path)
+    tensors = {"model.patch_embedding.weight": torch.zeros(1)}
+    torch.save(dict.fromkeys(keys, tensors), path)
+    says = r"a training .*save the tensors of its generator \(or generator_ema\) as a file of"
     for read in (checkpoint.read_tensors, memory.headers):
-        with pytest.raises(errors.UnreadableWeightsError, match="autoregressive model"):
+        with pytest.raises(errors.UnreadableWeightsError, match=says):
             read([path])
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_names_of_a_transformer_in_a_file_of_torch_may_begin_with_model(native_root, tmp_path):
+    """As a trainer saves the network that it wraps."""
+    plain = safetensors.torch.load_file(native_root / DIT)
+    path = tmp_path / "model_iter6000.pt"
+    torch.save({f"model.{name}": tensor for name, tensor in plain.items()}, path)
+    loaded = load(native_root, transformer_file=path).transformer.state_dict()
+    assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+    transformer_headers.check(layout.find(native_root, transformer_file=path))
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model."])
 def test_a_transformer_that_comfyui_saved_is_the_same(native_root, tmp_path, prefix):
     plain = safetensors.torch.load_file(native_root / DIT)
     path = tmp_path / "saved.safetensors"

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from models import config, config_files, errors
+from models import config, config_files, errors, layout
+from models.config_files import WHERE_CONFIG
 
 # As released by Wan-AI, keys and values.
 OFFICIAL_14B = {
@@ -98,7 +99,7 @@ def test_a_wrong_key_is_named_with_its_file(written, change, key, says):
 
 @pytest.mark.parametrize("key", sorted(key for key in OFFICIAL_14B if not key.startswith("_")))
 def test_no_dimension_is_guessed(written, key):
-    with pytest.raises(errors.ConfigError, match=f"'{key}' is missing"):
+    with pytest.raises(errors.ConfigError, match=f"'{key}' is missing; {WHERE_CONFIG}$"):
         config_files.native_transformer(
             written({name: value for name, value in OFFICIAL_14B.items() if name != key})
         )
@@ -115,6 +116,8 @@ def test_image_projections_of_another_width_contradict(written):
     ("text", "says"),
     [
         ("{", "not readable JSON"),
+        ("", f"config.json: is empty; {WHERE_CONFIG}$"),
+        ("{}", f"is missing; {WHERE_CONFIG}$"),
         ("[1]", "JSON object, not a list"),
         pytest.param("[" * 100_000, "not readable JSON", id="deep"),
     ],
@@ -122,6 +125,12 @@ def test_image_projections_of_another_width_contradict(written):
 def test_broken_json_is_named(written, text, says):
     with pytest.raises(errors.ConfigError, match=says):
         config_files.native_transformer(written(text))
+
+
+def test_an_empty_config_of_a_model_says_where_one_is(native_root):
+    (native_root / "config.json").write_bytes(b"")
+    with pytest.raises(errors.ConfigError, match=f"config.json: is empty; {WHERE_CONFIG}$"):
+        layout.find(native_root)
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):

@@ -25,6 +25,8 @@ IMAGE_SIZES = config.TransformerConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=16, text_dim=20, text_len=8,
     in_dim=36, image_dim=18,
 )  # fmt: skip
+WITHOUT_TOKENS = dataclasses.replace(IMAGE_SIZES, image_dim=None)
+"""As Wan2.2: the image is in the latents only."""
 RANK = 4
 MATRICES = (
     "blocks.0.self_attn.q",
@@ -579,9 +581,10 @@ def test_a_layer_that_is_not_there_is_counted_in_every_spelling(
 
 def test_an_image_to_video_lora_on_a_text_to_video_network_is_named_as_such(network, save):
     path = save({**one_pair(), **one_pair("diffusion_model.blocks.0.cross_attn.k_img")})
-    assert "made for image-to-video" in str(refused(network, path))
-    without_tokens = build(dataclasses.replace(IMAGE_SIZES, image_dim=None))
-    assert "take the Wan2.2 LoRA" in str(refused(without_tokens, path))
+    error = refused(network, path)
+    assert (error.matched, len(error.unused)) == (2, 2)
+    assert "made for image-to-video" in str(error)
+    assert "take a LoRA that was made for text-to-video" in str(error)
     image_network = build(IMAGE_SIZES)
     unknown = save({**one_pair("diffusion_model.blocks.9.cross_attn.k_img")}, "other.safetensors")
     assert "made for" not in str(refused(image_network, unknown))
@@ -589,6 +592,39 @@ def test_an_image_to_video_lora_on_a_text_to_video_network_is_named_as_such(netw
         "blocks.0.self_attn.q.weight",
         "blocks.0.cross_attn.k_img.weight",
     }
+
+
+IMAGE_MODULES = ("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1")
+
+
+@pytest.mark.parametrize(("prefix", "ending", "naming"), list(every_spelling()))
+def test_what_is_for_an_image_encoder_is_passed_over_where_wan22_has_none(
+    save, prefix, ending, naming
+):
+    """In every spelling; all else is merged, and taken out again bit for bit."""
+    network = build(WITHOUT_TOKENS)
+    before = weights(network)
+    pairs = random_pairs(build(IMAGE_SIZES), MATRICES + IMAGE_MODULES)
+    tensors = spelled(pairs, prefix, ending, naming=naming)
+    tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = torch.ones(24)
+    alone = {module: pairs[module] for module in MATRICES}
+    expected = merged(build(WITHOUT_TOKENS), save(spelled(alone, prefix, ending, naming=naming)))
+    path = save(tensors, "wan21.safetensors")
+    assert read(path, network).parameters == {f"{module}.weight" for module in MATRICES}
+    switcher = lora_switcher.LoraSwitcher(network)
+    switcher.apply([Choice(path=path)])
+    assert equal(weights(network), expected)
+    switcher.apply([])
+    assert equal(weights(network), before)
+
+
+def test_all_other_keys_of_a_wan21_lora_must_match_on_wan22(save):
+    network = build(WITHOUT_TOKENS)
+    for_images = one_pair("diffusion_model.blocks.0.cross_attn.k_img")
+    error = refused(network, save({**one_pair(), **for_images, "other.diff": torch.zeros(1)}))
+    assert (error.matched, error.unused) == (2, ("other.diff",))
+    assert "Wan2.1" not in str(error)
+    assert "All of it is for Wan2.1's image encoder" in str(refused(network, save(for_images)))
 
 
 def test_a_text_to_video_lora_fits_an_image_to_video_network(save):

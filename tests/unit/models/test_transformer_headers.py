@@ -75,7 +75,7 @@ def of_other_type(tensors):
 
 
 def under_other_names(tensors):
-    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return {f"net.{name}": tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def under_other_names(tensors):
     [
         (only_cast, errors.QuantizedWeightsError, "only cast to 8 bits"),
         (of_other_type, errors.UnreadableWeightsError, "quantised weights are not supported"),
-        (under_other_names, errors.WeightsMismatchError, r"tensors no network uses \(model\.b"),
+        (under_other_names, errors.WeightsMismatchError, r"tensors no network uses \(net\.b"),
         (lambda tensors: {}, errors.WeightsMismatchError, "missing tensors"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import strategies
+from structlog.testing import capture_logs
 
 from jobs import looks, presets
 from models import (
@@ -22,6 +23,7 @@ from models import (
     image_encoder,
     layout,
     lora,
+    lora_keys,
     quantization,
     quantized_files,
     text_encoder,
@@ -161,6 +163,41 @@ def test_a_shipped_preset_renders_the_same_from_either_layout(
     assert layout.find(shelf.root).layout is layout.Layout.DIFFUSERS
     again, _ = render(look, shelf.folder, tmp_path / "home", cpu)
     assert torch.equal(again, latents)
+
+
+@pytest.mark.parametrize("name", ["wan_moe_i2v_distill_with_lora", "wan_moe_i2v_distill_quant"])
+def test_a_lora_of_wan21_renders_on_wan22_without_its_image_encoder(name, tiny_of, tmp_path, cpu):
+    """From the preset or a row, merged or beside 8-bit weights; the count is told once."""
+    look = small(presets.load(name).look)
+    shelf = Shelf(tmp_path / "models", tiny_of["i2v"], look)
+    shelf.fill()
+    style = safetensors.torch.load_file(shelf.tiny / folders.LORA_FILE)
+    for_images = lora_keys.for_images(style)
+    assert 0 < len(for_images) < len(style)
+    stripped = {key: style[key] for key in style.keys() - set(for_images)}
+    safetensors.torch.save_file(style, shelf.folder / "wan21.safetensors")
+    safetensors.torch.save_file(stripped, shelf.folder / "stripped.safetensors")
+    warm = components.Components(models_dir=shelf.folder, home=tmp_path / "home", device=cpu)
+    latents = latents_of(look, warm, cpu)
+    for use in look.loras[1:]:
+        path = shelf.folder / use.path
+        tensors = safetensors.torch.load_file(path)
+        safetensors.torch.save_file(tensors | {key: style[key] for key in for_images}, path)
+    loras = [use.model_dump() for use in look.loras]
+    assert torch.equal(latents_of(look, warm, cpu), latents)
+    with capture_logs() as logs:
+        found = {
+            file: latents_of(
+                look.with_changes({"loras": [*loras, {"path": f"{file}.safetensors"}]}), warm, cpu
+            )
+            for file in ("wan21", "stripped", "wan21")
+        }
+    assert torch.equal(found["wan21"], found["stripped"])
+    assert not torch.equal(found["wan21"], latents)
+    assert torch.equal(latents_of(look, warm, cpu), latents)
+    told = [line for line in logs if line["event"] == "lora.keys_passed_over"]
+    row = [line for line in told if line["path"] == "wan21.safetensors"]
+    assert [line["keys"] for line in row] == [len(for_images)]
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v"])

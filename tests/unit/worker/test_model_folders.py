@@ -40,6 +40,13 @@ def test_native_diffusers_and_nested_models_have_a_queue_each(queues_with):
     assert found == {queues.of_model(name) for name in ("native", "diffusers", "lightx2v/nested")}
 
 
+def test_a_folder_with_an_empty_config_is_no_model_and_hides_none(queues_with, tmp_path):
+    for name in ("weights", "lightx2v"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / "config.json").touch()
+    assert queues_with("lightx2v/nested/config.json") == {queues.of_model("lightx2v/nested")}
+
+
 def preset_of(folder, name, model_path):
     folder.mkdir(exist_ok=True)
     preset = {"model_path": str(model_path), "denoising_step_list": [1000, 750, 500, 250]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from jobs import presets, settings
 from jobs.doctor import weights
+from models import lora_keys
 from models.tiny import shipped
 from tests.told import told_by
 from worker import host_memory
@@ -39,6 +41,35 @@ def test_a_preset_with_other_steps_than_its_weights_were_distilled_for_is_told()
     found = told_by(weights.check)["weights tiny"]
     assert found.status == "warn"
     assert f"{path} was distilled for denoising_step_list [1000, 500], the preset" in found.seen
+
+
+def test_keys_of_a_lora_that_are_passed_over_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA of Wan2.1's image-to-video on a model that is laid out as Wan2.2's."""
+    root = settings.load().models_dir / "wan22"
+    shipped.copy("tiny_i2v", root)
+    transformer = root / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(transformer)
+    for_images = set(lora_keys.for_images(tensors))
+    for name in ("high_noise_model", "low_noise_model"):
+        (root / name).mkdir()
+        (root / name / "config.json").write_bytes((root / "config.json").read_bytes())
+        kept = {key: tensors[key] for key in tensors.keys() - for_images}
+        safetensors.torch.save_file(kept, root / name / transformer.name)
+    shutil.rmtree(root / "distill_models")
+    lora = "wan22/loras/distill_lora.safetensors"
+    preset = json5.loads(presets.load("wan_moe_i2v_distill_with_lora").path.read_text())
+    use = {"name": "low_noise_model", "path": lora}
+    preset |= {"task": "i2v", "model_path": "wan22", "lora_configs": [use]}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.json").write_text(json.dumps(preset))
+    monkeypatch.setenv("RUSHES_PRESETS_DIR", str(tmp_path / "mine"))
+    keys = [f"diffusion_model.blocks.0.cross_attn.{name}.diff" for name in ("k", "k_img", "v_img")]
+    safetensors.torch.save_file({key: torch.zeros(1) for key in keys}, root.parent / lora)
+    found = told_by(weights.check)["weights mine"]
+    assert found.status == "ok"
+    assert f"; 2 keys of {lora} are passed over: they are for Wan2.1's image" in found.seen
 
 
 def add_e5m2(folder: Path) -> None:
