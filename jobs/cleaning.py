@@ -48,7 +48,7 @@ BATCHES_IN_TEXT = re.compile(r"batches/([0-9a-z-]{1,20})/")
 TEMPORARY = tuple(
     f"rushes-{name}-" for name in ("images", "results", "upload", "batch", "card", "selftest")
 )
-"""Folders of ours in the system's temporary folder, left by processes that were killed."""
+"""Folders of ours in the system's temporary folder or in scratch, left by killed processes."""
 
 
 class Kind(StrEnum):
@@ -358,7 +358,7 @@ class Cleaner:
         # Finished videos of batches that are not ours: perhaps another farm on this disk uploads
         # them, perhaps they were ours and are forgotten. Somebody has to look.
         of_others = {f.path for f in unneeded if f.batch_id not in known and f.is_finished}
-        for path in (*(folder.path for folder in unneeded), *_temporary_folders()):
+        for path in (*(folder.path for folder in unneeded), *_temporary_folders(root)):
             newest, size_bytes = _age_and_size(path)
             # This machine's clock made these files, and is compared with itself.
             if time.time() - newest < (self._now - before).total_seconds():
@@ -434,9 +434,14 @@ def _condemn_inputs(
     return [key for key in free if key not in needed]
 
 
-def _temporary_folders() -> list[Path]:
-    top = Path(tempfile.gettempdir())
-    return [path for prefix in TEMPORARY for path in top.glob(f"{prefix}*") if path.is_dir()]
+def _temporary_folders(scratch: Path) -> list[Path]:
+    return [
+        path
+        for top in {Path(tempfile.gettempdir()), scratch}
+        for prefix in TEMPORARY
+        for path in top.glob(f"{prefix}*")
+        if path.is_dir()
+    ]
 
 
 def _age_and_size(folder: Path) -> tuple[float, int]:

@@ -28,9 +28,19 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 import psutil
+import structlog
 
 from jobs import errors, pids
 
+log = structlog.get_logger()
+
+APPEND_ONLY = "appendonlydir"
+DAMAGE = (  # as Valkey and Redis word it, of the files there
+    "reading the append only file",
+    "rdb file reading failure",
+    "FATAL AOF MANIFEST FILE ERROR",
+    "Unable to obtain the AOF file",
+)
 START_SECONDS = 30.0  # a large append-only file takes a while to load
 STOP_SECONDS = 10.0
 PORT_TRIES = 3  # another process may take a free port before the server does
@@ -218,7 +228,15 @@ class RedisServer(LocalServer):
 
     @classmethod
     def start(cls, folder: Path, *, port: int | None = None) -> Self:
-        """Returns when it answers."""
+        """Returns when it answers. What cannot be read is put aside: nothing in it is needed."""
+        try:
+            return cls._launch(folder, port)
+        except ServerError as error:
+            if not any(words in error.log_tail for words in DAMAGE):
+                raise
+            aside = _put_aside(folder / APPEND_ONLY)
+            reason = error.log_tail.splitlines()[-1]
+            log.warning("redis.emptied", damaged=str(aside), error=reason)
         return cls._launch(folder, port)
 
     @property
@@ -263,6 +281,13 @@ class RedisServer(LocalServer):
                 return answer == b"+OK\r\n+PONG\r\n"
         except OSError:
             return False
+
+
+def _put_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    return aside
 
 
 class S3Server(LocalServer):

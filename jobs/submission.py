@@ -44,6 +44,8 @@ MAX_REMEMBERED = 10_000  # spellings of looks, good and bad
 SEED_BITS = 32  # drawn seeds are as wide as other tools take; given ones may be wider
 REPETITION = re.compile(r"#\d+$")
 BATCH_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # no i l o u: read over the phone
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what Python makes of an argument's bytes it cannot read
+NOT_UTF8_HINT = ", and it was not read as UTF-8: set LC_ALL=C.UTF-8 in this terminal"
 LOOK_AGAIN_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0)  # a server that is started anew is back by then
 
 
@@ -392,7 +394,8 @@ def check_options(options: Options) -> None:
         ("owner", options.owner or None, 200),
     ):
         if value is not None and not (one_line.is_named(value) and 1 <= len(value) <= longest):
-            problems.append(f"{option} must be 1 to {longest} characters on one line")
+            hint = NOT_UTF8_HINT if NOT_UTF8.search(value) else ""
+            problems.append(f"{option} must be 1 to {longest} characters on one line{hint}")
         elif option == "name" and value and one_line.is_blank(value):
             problems.append("name must have a character that can be seen")
     if problems:

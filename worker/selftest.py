@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import logs, settings
-from worker import errors
+from worker import errors, scratch
 from worker import settings as worker_settings_module
 from worker.settings import WorkerSettings
 
@@ -25,8 +25,12 @@ def run(worker_settings: WorkerSettings) -> dict[str, Any]:
         return simulation.prove(worker_settings)
     from worker import device, proof
 
-    with tempfile.TemporaryDirectory(prefix="rushes-selftest-") as folder:
-        return proof.prove(device.current(worker_settings), Path(folder))
+    here = device.current(worker_settings)
+    root = settings.load().scratch_dir
+    with scratch.disk_errors():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rushes-selftest-", dir=root) as folder:
+            return proof.prove(here, Path(folder))
 
 
 def main() -> int:

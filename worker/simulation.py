@@ -94,7 +94,7 @@ class SimulatedRenderer:
     ) -> None:
         heart.reached("mux", 0, 1)
         with timings.stage("mux"):
-            info, card = self._card(claim.spec.look)
+            info, card = self._card(claim.spec.look, folder.root)
         origin = provenance.Origin.of(claim, source_type=provenance.ALGORITHMIC)
         with scratch.disk_errors():
             folder.video.write_bytes(card + _mark(claim.spec))
@@ -129,11 +129,11 @@ class SimulatedRenderer:
             host_used_bytes=host_memory.process_bytes(),
         )
 
-    def _card(self, look: looks.Look) -> tuple[video.VideoInfo, bytes]:
+    def _card(self, look: looks.Look, root: Path) -> tuple[video.VideoInfo, bytes]:
         size = (look.width, look.height, look.num_frames, look.fps)
         if self.worker_settings.sim_encodes:
-            return _encode_card(*size, h264.options(h264.X264, self.worker_settings))
-        return _card(*size)
+            return _encode_card(root, *size, h264.options(h264.X264, self.worker_settings))
+        return _card(root, *size)
 
     def _take(self, timings: stopwatch.Timings, stage: str, steps: float) -> None:
         with timings.stage(stage):
@@ -172,17 +172,22 @@ def _go_wrong(fault: str | None, ran_out: str | None) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _card(width: int, height: int, num_frames: int, fps: int) -> tuple[video.VideoInfo, bytes]:
+def _card(
+    root: Path, width: int, height: int, num_frames: int, fps: int
+) -> tuple[video.VideoInfo, bytes]:
     """A test card as mp4, encoded once per size."""
     options = ("-preset", "ultrafast", *h264.SAME_EVERYWHERE)
-    return _encode_card(width, height, num_frames, fps, options)
+    return _encode_card(root, width, height, num_frames, fps, options)
 
 
 def _encode_card(
-    width: int, height: int, num_frames: int, fps: int, options: Sequence[str]
+    root: Path, width: int, height: int, num_frames: int, fps: int, options: Sequence[str]
 ) -> tuple[video.VideoInfo, bytes]:
     source = f"testsrc=size={width}x{height}:rate={fps}"
-    with tempfile.TemporaryDirectory(prefix="rushes-card-") as folder:
+    with (
+        scratch.disk_errors(),
+        tempfile.TemporaryDirectory(prefix="rushes-card-", dir=root) as folder,
+    ):
         path = Path(folder) / "card.mp4"
         command = [
             h264.ffmpeg(),
@@ -196,7 +201,10 @@ def _encode_card(
             return info, path.read_bytes()
         except subprocess.CalledProcessError as error:
             words = error.stderr.decode(errors="replace")[-500:]
-            raise errors.EncodingFailed(f"ffmpeg ended with {error.returncode}: {words}") from error
+            message = f"ffmpeg ended with {error.returncode}: {words}"
+            if video.is_of_disk(words):
+                raise errors.DiskUnusable(message) from error
+            raise errors.EncodingFailed(message) from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise errors.EncodingFailed(f"no test card: {error}") from error
 

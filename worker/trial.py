@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from jobs import servers
+from worker import words
 
 END_SECONDS = 5.0
 LIMIT_SECONDS = 300.0  # torch from a cold disk takes a minute
@@ -35,14 +35,15 @@ class Trial:
     def __init__(self, environment: Mapping[str, str]) -> None:
         """`environment` shows it the device and nothing else, as for a render process."""
         self._began = time.monotonic()
-        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `_end`
         self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
             [*servers.tied_to_parent(signal.SIGKILL), *COMMAND],
             stdin=subprocess.DEVNULL,
-            stdout=self._output,
+            stdout=subprocess.PIPE,
             env={**os.environ, **environment},
             start_new_session=True,
         )
+        assert self._process.stdout is not None
+        self._output = words.LastWords(self._process.stdout)
 
     def verdict(self) -> Verdict | None:
         """None while it runs; it is ended when that takes too long."""
@@ -54,7 +55,6 @@ class Trial:
             self.end()
             return Verdict(failure=f"no result within {LIMIT_SECONDS:.0f} s", seconds=seconds)
         told = self._told()
-        self._output.close()
         if status != 0 or told is None:
             failure = f"its process ended with status {status}; the launcher's log says more"
             return Verdict(failure=failure, seconds=seconds)
@@ -67,11 +67,9 @@ class Trial:
         # What sleeps in a driver outlives its kill; the launcher has other devices to look after.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        self._output.close()
 
     def _told(self) -> dict[str, Any] | None:
-        self._output.seek(0)
-        lines = self._output.read().decode(errors="replace").splitlines()
+        lines = self._output.text().splitlines()
         with contextlib.suppress(ValueError):
             told = json.loads(lines[-1]) if lines else None
             if isinstance(told, dict) and {"failure", "facts"} <= told.keys():

@@ -4,7 +4,6 @@ import contextlib
 import re
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from worker import errors, h264
+from worker import errors, h264, words
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -66,14 +65,14 @@ class Mp4Writer:
         self.encoder = h264.encoder(worker_settings, width=width, height=height)
         quality = h264.options(self.encoder, worker_settings)
         command = _encode_command(path, width, height, fps, [self.encoder, *quality], comment)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the writer
         try:
             self._process = subprocess.Popen(  # noqa: S603  # our own argument list, no shell
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
         except OSError as error:
-            self._log.close()
             raise h264.failure(f"ffmpeg does not start: {error}", self.encoder) from error
+        assert self._process.stderr is not None
+        self._words = words.LastWords(self._process.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +89,7 @@ class Mp4Writer:
         if self._process.stdin is not None and not self._process.stdin.closed:
             with contextlib.suppress(BrokenPipeError):  # it died with frames in the pipe
                 self._process.stdin.close()
-        self._log.close()
+        self._words.end()
 
     def write(self, frames_THWC: "Tensor") -> None:
         """Append frames: uint8 RGB on the CPU."""
@@ -135,13 +134,17 @@ class Mp4Writer:
         return used.user + used.system, written_at
 
     def _failure(self) -> errors.RenderError:
-        self._log.seek(0)
-        words = self._log.read()[-2000:].decode(errors="replace").strip()
-        message = f"ffmpeg ended with {self._process.returncode}: {words or 'no words'}"
+        told = self._words.text()[-2000:]
+        message = f"ffmpeg ended with {self._process.returncode}: {told or 'no words'}"
         is_too_large = self._process.returncode == -signal.SIGXFSZ  # for `ulimit -f`
-        if is_too_large or any(complaint in words for complaint in DISK_COMPLAINTS):
+        if is_too_large or is_of_disk(told):
             return errors.DiskUnusable(message)
         return h264.failure(message, self.encoder)
+
+
+def is_of_disk(told: str) -> bool:
+    """Whether ffmpeg's words are about the disk that it writes to."""
+    return any(complaint in told for complaint in DISK_COMPLAINTS)
 
 
 def check(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> VideoInfo:

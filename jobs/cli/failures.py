@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import click
 
 from jobs import errors
 from jobs.cli import exits, output
+
+DAY_SECONDS = 24 * 3600  # from UTC: the C library knows such time zones, Python's clock none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,10 @@ def _failure(error: Exception) -> Failure:
     if isinstance(error, OSError):
         told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _of(error, told, exits.ERROR)
+    if isinstance(error, ValueError) and abs(time.localtime().tm_gmtoff) >= DAY_SECONDS:
+        zone = os.environ.get("TZ")
+        told = f"TZ={zone} is a day or more from UTC: set TZ to a zone such as Europe/Berlin"
+        return Failure(kind="InvalidTimeZone", message=told, exit_code=exits.USAGE)
     text = f"{type(error).__name__}: {error}".splitlines()[0][:500]
     again = "" if os.environ.get("RUSHES_DEBUG") else "; RUSHES_DEBUG=1 shows where"
     return _of(error, f"{text} (this is a defect in rushes{again})", exits.ERROR)

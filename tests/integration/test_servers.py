@@ -15,6 +15,7 @@ import time
 import psutil
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from jobs import servers, settings, stores
 from tests.waiting import until
@@ -129,15 +130,32 @@ def test_a_failed_start_shows_the_end_of_the_log(tmp_path, kind):
     assert "address already in use" in failed.value.log_tail.lower()
 
 
-def test_a_damaged_append_only_file_is_reported_and_kept(tmp_path):
+@pytest.mark.parametrize("name", ["*.incr.aof", "*.base.rdb", "*.manifest"])
+def test_redis_starts_empty_when_its_files_are_damaged_and_keeps_them(tmp_path, name):
     with servers.RedisServer.start(tmp_path / "redis"):
         pass
-    files = tmp_path / "redis" / "appendonlydir"
-    base = next(files.glob("*.base.*"))
-    base.write_bytes(b"not a database")
-    with pytest.raises(servers.ServerError, match="its log ends"):
-        servers.RedisServer.start(tmp_path / "redis")
-    assert base.read_bytes() == b"not a database"
+    damaged = next((tmp_path / "redis" / "appendonlydir").glob(name))
+    damaged.write_bytes(bytes(4096))
+    with (
+        capture_logs() as logs,
+        servers.RedisServer.start(tmp_path / "redis") as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        assert client.dbsize() == 0
+    (told,) = logs
+    assert told["event"] == "redis.emptied"
+    assert told["error"]
+    (aside,) = (tmp_path / "redis").glob("appendonlydir.damaged-*")
+    assert told["damaged"] == str(aside)
+    assert (aside / damaged.name).read_bytes() == bytes(4096)
+
+
+def test_redis_starts_empty_without_a_file_that_its_list_names(tmp_path):
+    with servers.RedisServer.start(tmp_path / "redis"):
+        pass
+    next((tmp_path / "redis" / "appendonlydir").glob("*.incr.aof")).unlink()
+    with servers.RedisServer.start(tmp_path / "redis") as server:
+        assert server.is_alive()
 
 
 def test_nobody_else_can_read_the_passwords(own_redis, own_s3):

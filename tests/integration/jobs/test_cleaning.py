@@ -910,7 +910,12 @@ def test_temporary_folders_of_killed_processes_go(
         (tmp_path / f"{prefix}x").mkdir()
         os.utime(tmp_path / f"{prefix}x", (past, past))
     (tmp_path / f"{min(ours)}new").mkdir()
-    Bucket(sqlite_world, settings.load()).clean(Kind.SCRATCH, apply=True)
+    config = settings.load(scratch_dir=str(tmp_path / "scratch"))
+    in_scratch = config.scratch_dir / f"{min(ours)}x"
+    in_scratch.mkdir(parents=True)
+    os.utime(in_scratch, (past, past))
+    Bucket(sqlite_world, config).clean(Kind.SCRATCH, apply=True)
+    assert not in_scratch.exists()
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith(("rushes-", "other-"))}
     assert left == {"rushes-notes-x", "other-x", f"{min(ours)}new"}
 

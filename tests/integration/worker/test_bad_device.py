@@ -1,6 +1,7 @@
 """A device that goes bad: taken out, tested, and back when it is mended; its jobs go elsewhere."""
 
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -50,6 +51,12 @@ def test_a_test_sees_the_device_of_its_worker(monkeypatch):
     script = """import os; print('{"failure": "%s", "facts": {}}' % os.environ["RUSHES_DEVICE"])"""
     monkeypatch.setattr(trial, "COMMAND", python(script))
     assert verdict_of({"RUSHES_DEVICE": "cuda"}).failure == "cuda"
+
+
+def test_a_test_needs_no_temporary_folder(monkeypatch):
+    monkeypatch.setattr(trial, "COMMAND", python("""print('{"failure": null, "facts": {}}')"""))
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    assert verdict_of().failure is None
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from jobs import queues, states
 from jobs.schema import Job
-from worker import launch, provenance, scratch, simulation, video
+from worker import errors, launch, provenance, scratch, simulation, video
 
 
 @pytest.fixture
@@ -95,3 +95,9 @@ def test_a_simulated_device_loads_no_torch(host, sim):
     script = "import sys; from worker import runner; runner.make(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_scratch_disk_that_takes_no_card_is_the_hosts_fault(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.DiskUnusable, match="Not a directory"):
+        simulation._encode_card(tmp_path / "file", 64, 64, 5, 8, ())

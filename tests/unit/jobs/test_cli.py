@@ -397,6 +397,20 @@ def test_submit_as_json(db: database.Database, rushes: Rushes, prompts: str) -> 
     assert any("no live worker" in note for note in told["notes"])
 
 
+def test_a_time_zone_that_no_clock_can_have_is_named(db: database.Database, rushes: Rushes) -> None:
+    assert rushes("submit", "-", "--preset", "tiny", stdin=GOOD).exit_code == exits.OK
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs", "list"],
+        env={**os.environ, "TZ": "UTC+25:61"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == exits.USAGE
+    assert "TZ=UTC+25:61 is a day or more from UTC" in done.stderr
+    assert "defect" not in done.stderr
+
+
 def test_submit_reads_stdin(db: database.Database, rushes: Rushes) -> None:
     result = rushes("submit", "-", "--preset", "tiny", stdin=GOOD)
     assert ": 2 jobs queued" in result.stdout

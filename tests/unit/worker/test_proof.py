@@ -112,3 +112,10 @@ def test_a_missing_device_fails_its_test():
     if not torch.cuda.is_available():
         with pytest.raises(errors.DeviceFault, match="nvidia-smi"):
             selftest.run(settings)
+
+
+def test_a_scratch_disk_that_takes_no_model_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RUSHES_SCRATCH_DIR", str(tmp_path / "file" / "scratch"))
+    with pytest.raises(errors.DiskUnusable, match="Not a directory"):
+        selftest.run(WorkerSettings(RUSHES_DEVICE="cpu"))

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -265,6 +266,18 @@ def encode_slowly(tmp_path, worker_settings, monkeypatch, ffmpeg_that):
 def test_the_words_of_ffmpeg_are_in_the_error(encode, tmp_path):
     with pytest.raises(errors.EncodingFailed, match="No such file or directory"):
         encode(noise(40, 512, 512), path=tmp_path / "no folder" / "video.mp4")
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_the_temporary_folder_may_be_full(encode, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+    assert video.probe(encode(noise(5, 64, 64))).num_frames == 5
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_many_words_of_ffmpeg_do_not_hold_it_up(encode, ffmpeg_that):
+    ffmpeg_that("sys.stderr.write('word\\n' * 100_000)")
+    assert video.probe(encode(noise(5, 64, 64))).num_frames == 5
 
 
 @pytest.mark.usefixtures("no_leaks")
