@@ -179,7 +179,7 @@ def unlike_headers(look: looks.Look, files: layout.ModelFiles, models_dir: Path)
 
 
 def keys_passed_over(
-    look: presets.Look, files: layout.ModelFiles, models_dir: Path
+    look: looks.Look, files: layout.ModelFiles, models_dir: Path
 ) -> dict[str, int]:
     """LoRA -> how many of its keys are for an image encoder that the model does not have.
 
