@@ -3,10 +3,11 @@
 import contextlib
 import json
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import kombu.exceptions
@@ -19,6 +20,7 @@ KICK_KEY = "rushes.kick"
 TRIAL_KEY = "rushes.trial"
 MOST_READ = 5_000  # messages looked at per queue; dispatch never keeps more there
 SEND_SECONDS = 2.0
+ANEW_SECONDS = 30.0  # a connection lives longer than an address may lead to its server
 
 SCHEMES = ("redis://", "rediss://")
 ESCAPES = "in a password, / is written %2F, : %3A, ; %3B, @ %40, [ %5B, # %23 and ? %3F"
@@ -63,6 +65,7 @@ class Broker:
             socket_timeout=SEND_SECONDS,
             socket_keepalive=True,
         )
+        self._anew_at = self._celery_anew_at = time.monotonic() + ANEW_SECONDS
 
     def send_renders(self, queue: str, job_ids: Iterable[int], *, mark: str = "") -> int:
         """One message per job; how many were sent before Redis stopped answering, if it does.
@@ -206,6 +209,7 @@ class Broker:
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         """BrokerUnavailable: the next try makes new connections, which may lead elsewhere."""
+        self._hang_up_in_time()
         try:
             yield
         except UNAVAILABLE as error:
@@ -213,6 +217,7 @@ class Broker:
             raise BrokerUnavailable(self.url, str(error)) from error
 
     def _refusal_of(self, pipeline: Pipeline) -> str | None:
+        self._hang_up_in_time()
         try:
             pipeline.execute()
         except UNAVAILABLE as error:
@@ -224,20 +229,38 @@ class Broker:
         """Ours; Celery does it by itself."""
         self.redis.connection_pool.disconnect(inuse_connections=False)
 
+    def _hang_up_in_time(self) -> None:
+        """A proxy or a name may lead elsewhere by now, and the old server live on without error."""
+        if time.monotonic() >= self._anew_at:
+            self._anew_at = time.monotonic() + ANEW_SECONDS
+            self._hang_up()
+
+    @contextlib.contextmanager
+    def _producer(self) -> Iterator[Any]:
+        """Celery's, which hangs up in time as well."""
+        with self._app.producer_or_acquire() as producer:
+            if time.monotonic() >= self._celery_anew_at:
+                self._celery_anew_at = time.monotonic() + ANEW_SECONDS
+                with producer.channel.conn_or_acquire() as client:
+                    client.connection_pool.disconnect(inuse_connections=False)
+            yield producer
+
     def _send(self, task: str, subject: int, queue: str, *, mark: str = "") -> None:
-        self._app.send_task(
-            task,
-            args=[subject],
-            queue=queue,
-            # So that `lying` can read it back.
-            task_id=f"{subject}:{uuid.uuid4().hex}:{mark}",
-            retry=False,
-        )
+        with self._producer() as producer:
+            self._app.send_task(
+                task,
+                args=[subject],
+                queue=queue,
+                # So that `lying` can read it back.
+                task_id=f"{subject}:{uuid.uuid4().hex}:{mark}",
+                retry=False,
+                producer=producer,
+            )
 
     def _order(self, worker: str, method: str, queue: str) -> None:
         """As Celery's own `control` does it, which waits without end for a Redis that is away."""
         exchange = self._app.control.mailbox.exchange
-        with self._app.producer_or_acquire() as producer:
+        with self._producer() as producer:
             with producer.channel.conn_or_acquire() as client:
                 client.delete(TRIAL_KEY)  # a replica takes orders too, and nobody hears them
             producer.publish(
@@ -247,6 +270,21 @@ class Broker:
                 serializer="json",
                 retry=False,
             )
+
+
+def server_at(url: str) -> str | None:
+    """Which server the address leads to now, by the id of its run; None where it does not say."""
+    client = redis.Redis.from_url(
+        url, socket_connect_timeout=SEND_SECONDS, socket_timeout=SEND_SECONDS
+    )
+    try:
+        info = client.info("server")
+    except UNAVAILABLE:
+        return None
+    finally:
+        client.close()
+    assert isinstance(info, dict)
+    return info.get("run_id")
 
 
 def shown(url: str) -> str:

@@ -10,9 +10,10 @@ import kombu.transport
 import structlog
 from kombu.transport import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as ConnectionLost
 from redis.retry import Retry
 
-from jobs import celery_app
+from jobs import broker, celery_app, settings
 
 log = structlog.get_logger()
 
@@ -20,6 +21,7 @@ OURS = "rushes."  # how the names of our queues begin
 TASKS = (celery_app.RENDER_TASK, celery_app.PUBLISH_TASK)
 SHOWN_CHARS = 200
 READ_SECONDS = 5.0  # for the rest of a message that has begun to arrive
+FOLLOW_SECONDS = 30.0
 
 
 class Channel(redis.Channel):
@@ -47,9 +49,21 @@ class Channel(redis.Channel):
 
 
 class Transport(redis.Transport):
-    """Drops what Celery could not make a task of."""
+    """Drops what Celery could not make a task of, and follows the address to another server."""
 
     Channel = Channel
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        super().register_with_event_loop(connection, loop)  # type: ignore[no-untyped-call]  # kombu's own
+        url = settings.load().broker_url.get_secret_value()
+        loop.call_repeatedly(FOLLOW_SECONDS, self._follow, url, broker.server_at(url))
+
+    def _follow(self, url: str, connected_to: str | None) -> None:
+        """An error where what is connected lives on elsewhere: Celery then begins anew."""
+        leads_to = broker.server_at(url)
+        if leads_to and connected_to and leads_to != connected_to:
+            log.warning("broker.moved", address=broker.shown(url))
+            raise ConnectionLost("the address of Redis leads to another server now")
 
     def _deliver(self, message: Any, queue: str) -> None:
         if queue.startswith(OURS) and not is_ours(message):

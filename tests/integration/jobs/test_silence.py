@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import kombu
 import limits
 import psutil
 import psycopg
 import pytest
 import redis
+from kombu.asynchronous import Hub
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
@@ -35,6 +37,7 @@ from jobs.schema import Batch
 from jobs.web import rates
 from tests.chaos.proxy import Fault, HttpProxy, Network, Proxy
 from tests.integration.jobs.conftest import World
+from worker import redis_transport
 
 R = TypeVar("R")
 
@@ -324,6 +327,63 @@ def test_who_is_connected_to_what_became_a_replica_finds_the_new_primary(
         old.replicaof("127.0.0.1", 1)  # where it will find no primary to learn from
         proxy.lead_to(two.port)
         assert any(tries[doing]() for _ in range(3))
+
+
+@pytest.mark.parametrize("doing", ["look", "send", "kick", "steer"])
+def test_who_is_connected_to_one_that_lives_on_follows_the_address(
+    network: Network,
+    pair: tuple[servers.RedisServer, servers.RedisServer],
+    monkeypatch: pytest.MonkeyPatch,
+    doing: str,
+) -> None:
+    """As a proxy does it that was told of another server, and lets old connections be."""
+    monkeypatch.setattr(broker, "ANEW_SECONDS", 0.0)
+    one, two = pair
+    proxy, bell = _bell_through(network, one.url)
+    with (
+        redis.Redis.from_url(one.url) as old,
+        redis.Redis.from_url(two.url) as new,
+        new.pubsub() as heard,
+    ):
+        heard.psubscribe("/0.rushes.pidbox")
+        broker.Broker(settings.load(broker_url=two.url)).send_renders("queue", [2])
+        tries: dict[str, Callable[[], bool]] = {
+            "look": lambda: bell.waiting("queue") == {2},
+            "send": lambda: bell.send_renders("other", [3]) == new.llen("other"),
+            "kick": lambda: bell.kick() is None and new.exists(broker.KICK_KEY) == 1,
+            "steer": lambda: (
+                bell.steer("sim0@here", take=["queue"]) is None
+                and heard.get_message(ignore_subscribe_messages=True, timeout=0.5) is not None
+            ),
+        }
+        assert not tries[doing]()
+        proxy.lead_to(two.port)
+        assert tries[doing]()
+        assert old.ping()
+
+
+def test_a_worker_leaves_a_server_that_the_address_leads_to_no_more(
+    network: Network,
+    pair: tuple[servers.RedisServer, servers.RedisServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redis_transport, "FOLLOW_SECONDS", 0.01)
+    one, two = pair
+    proxy, bell = _bell_through(network, one.url)
+    monkeypatch.setenv("CELERY_BROKER_URL", bell.url)
+    hub = Hub()
+    with kombu.Connection(bell.url, transport=redis_transport.Transport) as connection:
+        connection.transport.register_with_event_loop(connection.connection, hub)
+
+        def look() -> None:
+            time.sleep(0.1)
+            hub.fire_timers(propagate=connection.connection_errors)
+
+        look()
+        proxy.lead_to(two.port)
+        with pytest.raises(connection.connection_errors, match="leads to another server now"):
+            look()
+    hub.close()
 
 
 def test_requests_are_counted_on_the_new_primary(
