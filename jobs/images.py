@@ -180,9 +180,8 @@ def examine(data: bytes, shown: str, *, limits: Limits = LIMITS) -> FetchedImage
 
 
 def store_once(store: storage.ObjectStore, image: FetchedImage) -> str:
-    """The key of the image in the store; uploaded only if it is not there yet."""
-    head = store.head(image.key)
-    if head is None or head.size_bytes != len(image.data):
+    """The key of the image in the store; uploaded unless it is there, and known to be the same."""
+    if not uploads.is_there(store, image.sha256, size_bytes=len(image.data)):
         store.put_bytes(image.data, image.key, content_type=image.content_type)
     return image.key
 

@@ -44,14 +44,20 @@ def own_key(file_id: str) -> str:
     return f"inputs/files/{file_id}"
 
 
+def is_there(store: storage.ObjectStore, sha256: str, *, size_bytes: int) -> bool:
+    """Whether the image lies whole under its key; False where the store cannot tell."""
+    head = store.head(shared_key(sha256))
+    return head is not None and (head.size_bytes, head.sha256) == (size_bytes, sha256)
+
+
 def keep_shared(
     store: storage.ObjectStore, path: Path, *, sha256: str, content_type: str
 ) -> storage.StoredObject:
-    """Lay an image into the store, unless it is there already. Hold its key before."""
+    """Lay an image into the store, unless the same is known to be there. Hold its key before."""
     key = shared_key(sha256)
-    head = store.head(key)
-    if head is not None and head.size_bytes == path.stat().st_size:
-        return storage.StoredObject(key=key, size_bytes=head.size_bytes, sha256=sha256)
+    size_bytes = path.stat().st_size
+    if is_there(store, sha256, size_bytes=size_bytes):
+        return storage.StoredObject(key=key, size_bytes=size_bytes, sha256=sha256)
     return store.put_file(path, key, content_type=content_type)
 
 

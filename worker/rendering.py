@@ -1,6 +1,7 @@
 """A claimed job -> a finished folder, with the networks on this process's device."""
 
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -36,6 +37,7 @@ from worker import (
 from worker.settings import WorkerSettings
 
 HASH_LOOK_SECONDS = 5.0
+AGAIN = "submit it again, then retry"
 MOST_WAITING_BYTES = 256_000_000
 """Of frames that wait for ffmpeg: 81 of 1280x720 do, so the device waits for larger ones alone."""
 
@@ -213,7 +215,7 @@ class Renderer:
         try:
             image = images.decode_rgb(self.read_image(key))
         except images.ImageError as error:
-            raise errors.ImageLost(f"{key} in the results store: {error}") from error
+            raise errors.ImageLost(f"{key} in the results store: {error}; {AGAIN}") from error
         return torch.from_numpy(np.array(image))
 
 
@@ -302,13 +304,17 @@ def read_stored(store: Callable[[], storage.ObjectStore], key: str) -> bytes:
     """From the results store. ImageLost, or StoreUnavailable where the store is to blame."""
     try:
         try:
-            return store().read_bytes(key)
+            data = store().read_bytes(key)
         except storage.ObjectMissing as error:
             store().check()
             if next(iter(store().list()), None) is None:
                 # Else a disk that is not mounted would end every job for good.
                 empty = f"{error}; {store().url} holds nothing at all"
                 raise errors.StoreUnavailable(empty) from error
-            raise errors.ImageLost(str(error)) from error
+            raise errors.ImageLost(f"{error}; {AGAIN}") from error
     except storage.StorageError as error:
         raise errors.StoreUnavailable(str(error)) from error
+    if hashlib.sha256(data).hexdigest() != key.rpartition("/")[2]:
+        other = "not the image that was submitted (its sha256 differs)"
+        raise errors.ImageLost(f"{key} in the results store: {other}: {AGAIN}")
+    return data

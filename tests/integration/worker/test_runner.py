@@ -1,6 +1,8 @@
 """One attempt: how each way it may end is written down, and what it leaves on the disk."""
 
 import errno
+import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from datetime import datetime, timedelta
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
@@ -26,6 +29,7 @@ from jobs import (
     settings,
     states,
     stores,
+    uploads,
     workers,
 )
 from jobs.schema import Job, Refusal, Worker
@@ -422,16 +426,30 @@ def test_an_image_that_the_store_has_no_more_ends_its_job(host, failure_of, with
     stores.open_store(host.config).put_bytes(b"x", "inputs/other", content_type="image/png")
     job, attempt = failure_of(job=with_image("inputs/aa/gone"))
     assert attempt.failure_kind is states.FailureKind.INPUT
-    assert "no such object" in attempt.error
+    assert "no such object; submit it again, then retry" in attempt.error
     assert job.state is states.JobState.FAILED
     assert refused(host) == {}
 
 
 def test_an_image_that_is_damaged_in_the_store_ends_its_job(host, failure_of, with_image):
-    stores.open_store(host.config).put_bytes(b"x", "inputs/aa/bad", content_type="image/png")
-    job, attempt = failure_of(job=with_image("inputs/aa/bad"))
+    key = uploads.shared_key(hashlib.sha256(b"x").hexdigest())
+    stores.open_store(host.config).put_bytes(b"x", key, content_type="image/png")
+    job, attempt = failure_of(job=with_image(key))
     assert attempt.failure_kind is states.FailureKind.INPUT
-    assert "inputs/aa/bad" in attempt.error
+    assert f"{key} in the results store: image" in attempt.error
+    assert "submit it again, then retry" in attempt.error
+    assert job.state is states.JobState.FAILED
+
+
+def test_another_image_in_the_store_is_not_rendered(host, failure_of, with_image):
+    """Whatever wrote it over the one that was submitted, which its key is made of."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    key = uploads.shared_key(hashlib.sha256(b"the picture of the submit").hexdigest())
+    stores.open_store(host.config).put_bytes(picture.getvalue(), key, content_type="image/png")
+    job, attempt = failure_of(job=with_image(key))
+    assert attempt.failure_kind is states.FailureKind.INPUT
+    assert f"{key} in the results store: not the image that was submitted" in attempt.error
     assert job.state is states.JobState.FAILED
 
 

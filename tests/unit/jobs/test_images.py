@@ -228,11 +228,12 @@ class TestStore:
         monkeypatch.setattr(store, "put_bytes", None)
         assert images.store_once(store, fetch("a.png")) == key
 
-    def test_a_broken_copy_is_replaced(self, fetch, tmp_path, config):
+    @pytest.mark.parametrize("other", [b"half", bytes(len(PNG))])
+    def test_a_broken_copy_is_replaced(self, fetch, tmp_path, config, other):
         (tmp_path / "a.png").write_bytes(PNG)
         store = stores.open_store(config)
         image = fetch("a.png")
-        store.put_bytes(b"half", image.key, content_type="image/png")
+        store.put_bytes(other, image.key, content_type="image/png")
         assert store.read_bytes(images.store_once(store, image)) == PNG
 
 
