@@ -236,6 +236,17 @@ class TestStore:
         store.put_bytes(other, image.key, content_type="image/png")
         assert store.read_bytes(images.store_once(store, image)) == PNG
 
+    def test_one_whose_hash_the_store_does_not_know_is_sent_again(
+        self, fetch, tmp_path, config, monkeypatch
+    ):
+        (tmp_path / "a.png").write_bytes(PNG)
+        store = stores.open_store(config)
+        image = fetch("a.png")
+        store.put_bytes(bytes(len(PNG)), image.key, content_type="image/png")
+        unknown = storage.ObjectHead(key=image.key, size_bytes=len(PNG), sha256=None)
+        monkeypatch.setattr(store, "head", lambda _key: unknown)
+        assert store.read_bytes(images.store_once(store, image)) == PNG
+
 
 class Bucket:
     """Stands in for S3: what `images` asks of a store."""
