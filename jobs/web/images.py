@@ -5,8 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from sqlalchemy.orm import Session
-
 from jobs import database, errors, images, inputs, uploads
 from jobs.web import rates
 
@@ -129,17 +127,16 @@ class WebImages(inputs.InputImages):
         assert self.store is not None
         file_id = source.removeprefix(UPLOAD)
         with self.db.reading() as session:
-            key = _key(session, file_id, self.owner)
-        if key is None:
-            raise images.ImageUnusable(source[:60], "there is no such upload")
+            try:
+                row = uploads.find(session, file_id, owner=self.owner)
+            except errors.NotFound:
+                raise images.ImageUnusable(source[:60], "there is no such upload") from None
+            key, sha256 = row.key, row.sha256
         with self.storing():
             data = self.store.read_bytes(key)
         with self.checking(self.owner):
-            return images.examine(data, source[:60])
-
-
-def _key(session: Session, file_id: str, owner: str | None) -> str | None:
-    try:
-        return uploads.find(session, file_id, owner=owner).key
-    except errors.NotFound:
-        return None
+            image = images.examine(data, source[:60])
+        if image.sha256 != sha256:
+            other = "is not what was uploaded (its sha256 differs): upload it again"
+            raise images.ImageUnusable(source[:60], other)
+        return image

@@ -1,6 +1,7 @@
 """Our own API, as a program meets it."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from sqlalchemy import exc, update
 from starlette.requests import Request
 
@@ -29,6 +31,7 @@ from jobs import (
     states,
     submission,
     tokens,
+    uploads,
     watch,
 )
 from jobs.web import bodies, events, failing, service
@@ -565,6 +568,18 @@ def test_an_uploaded_image_is_what_a_row_starts_from(web: Web, image: bytes) -> 
     batch_id = web.submit([{"prompt": "it moves", "image": up.json()["image"]}], preset="tiny_i2v")
     job = web.client.get(f"/api/jobs/{web.job_id(batch_id)}").json()
     assert web.serving.store.read_bytes(job["image_key"]) == image
+
+
+def test_an_upload_that_was_written_over_in_the_store_is_not_taken(web: Web, image: bytes) -> None:
+    up = web.client.post("/api/uploads", files={"file": ("red.png", image, "image/png")}).json()
+    other = io.BytesIO()
+    Image.new("RGB", (64, 64), "blue").save(other, "PNG")
+    key = uploads.shared_key(up["sha256"])
+    web.serving.store.put_bytes(other.getvalue(), key, content_type="image/png")
+    asked = {"preset": "tiny_i2v", "prompts": [{"prompt": "x", "image": up["image"]}]}
+    answer = web.client.post("/api/batches", json=asked)
+    assert answer.status_code == 422
+    assert "is not what was uploaded" in answer.json()["problems"][0]["message"]
 
 
 @pytest.mark.parametrize(
