@@ -5,7 +5,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -177,39 +177,29 @@ class Broker:
     def _channel(self) -> str:
         return f"/{urlsplit(self.url).path[1:] or 0}.{celery_app.PIDBOX}"
 
-    def refuse_cluster(self) -> None:
-        """InvalidInput if it is one: Celery reads several keys at once, which no Cluster allows.
-
-        Also if it is a Sentinel, which keeps nothing.
-        """
+    def refuse_wrong_kind(self) -> None:
+        """As `refuse_wrong_kind` of what the server tells of itself; nothing while it is away."""
         try:
             info = self.redis.info()
         except UNAVAILABLE:
             return
         assert isinstance(info, dict)
-        if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter: Valkey's
-            raise _wrong("names a Sentinel: name the primary, or a proxy that follows it")
-        if info.get("cluster_enabled"):
-            raise _wrong(
-                "names a Cluster: it must be one Redis or Valkey, with or without replicas"
-            )
+        refuse_wrong_kind(info)
 
     def wait_for_kick(self, seconds: float) -> bool:
         """True when kicked. Raises BrokerUnavailable at once when Redis is down."""
-        client = redis.Redis.from_url(
-            self.url, socket_connect_timeout=SEND_SECONDS, socket_timeout=seconds + SEND_SECONDS
-        )
         try:
-            return client.blpop([KICK_KEY], timeout=seconds) is not None
+            with _new_connection(self.url, answer_seconds=seconds + SEND_SECONDS) as client:
+                return client.blpop([KICK_KEY], timeout=seconds) is not None
         except UNAVAILABLE as error:
             raise BrokerUnavailable(self.url, str(error)) from error
-        finally:
-            client.close()
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         """BrokerUnavailable: the next try makes new connections, which may lead elsewhere."""
-        self._hang_up_in_time()
+        if time.monotonic() >= self._anew_at:  # or now: the old server may live on without error
+            self._anew_at = time.monotonic() + ANEW_SECONDS
+            self._hang_up()
         try:
             yield
         except UNAVAILABLE as error:
@@ -217,23 +207,16 @@ class Broker:
             raise BrokerUnavailable(self.url, str(error)) from error
 
     def _refusal_of(self, pipeline: Pipeline) -> str | None:
-        self._hang_up_in_time()
         try:
-            pipeline.execute()
-        except UNAVAILABLE as error:
-            self._hang_up()
-            return str(error)
+            with self._asking():
+                pipeline.execute()
+        except BrokerUnavailable as error:
+            return str(error.__cause__)
         return None
 
     def _hang_up(self) -> None:
         """Ours; Celery does it by itself."""
         self.redis.connection_pool.disconnect(inuse_connections=False)
-
-    def _hang_up_in_time(self) -> None:
-        """A proxy or a name may lead elsewhere by now, and the old server live on without error."""
-        if time.monotonic() >= self._anew_at:
-            self._anew_at = time.monotonic() + ANEW_SECONDS
-            self._hang_up()
 
     @contextlib.contextmanager
     def _producer(self) -> Iterator[Any]:
@@ -274,17 +257,29 @@ class Broker:
 
 def server_at(url: str) -> str | None:
     """Which server the address leads to now, by the id of its run; None where it does not say."""
-    client = redis.Redis.from_url(
-        url, socket_connect_timeout=SEND_SECONDS, socket_timeout=SEND_SECONDS
-    )
     try:
-        info = client.info("server")
+        with _new_connection(url, answer_seconds=SEND_SECONDS) as client:
+            info = client.info("server")
     except UNAVAILABLE:
         return None
-    finally:
-        client.close()
     assert isinstance(info, dict)
     return info.get("run_id")
+
+
+def _new_connection(url: str, *, answer_seconds: float) -> redis.Redis:
+    return redis.Redis.from_url(
+        url, socket_connect_timeout=SEND_SECONDS, socket_timeout=answer_seconds
+    )
+
+
+def refuse_wrong_kind(info: Mapping[str, Any]) -> None:
+    """InvalidInput for a Cluster, since Celery reads several keys at once, and for a Sentinel,
+    which keeps nothing. `info`: of the server, empty where it does not say.
+    """
+    if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):  # the latter: Valkey's
+        raise _wrong("names a Sentinel: name the primary, or a proxy that follows it")
+    if info.get("cluster_enabled"):
+        raise _wrong("names a Cluster: it must be one Redis or Valkey, with or without replicas")
 
 
 def shown(url: str) -> str:

@@ -222,19 +222,17 @@ class Launcher:
     def _look_at_store(self) -> None:
         """In a thread of its own: it may hang."""
         guard = store_mark.Guard(self.db, stores.open_store(self.config))
-        is_told = False
         while not self.stop.is_set():
             try:
                 guard.require()
             except store_mark.OtherStore as error:
+                if self.other_store is None:
+                    log.error("launcher.other_store", error=str(error))
                 self.other_store = str(error)
-                if not is_told:
-                    log.error("launcher.other_store", error=self.other_store)
-                is_told = True
             except (DBAPIError, errors.RushesError, OSError):
                 pass  # told by those who need it
             else:
-                self.other_store, is_told = None, False
+                self.other_store = None
             self.stop.wait(workers.BEAT_SECONDS)
 
     def _refuse_all(self, renderer: RenderProcess) -> None:
@@ -375,7 +373,7 @@ def run(config: settings.Settings, *, devices: str = "auto") -> int:
         signal.signal(number, on_signal)
     with _each_only_once(launcher):
         launcher.db.require_file()
-        launcher.bell.refuse_cluster()
+        launcher.bell.refuse_wrong_kind()
         first_answer.wait(launcher.db, stop=launcher.stop, alive=launcher.sign.touch)
         names = [renderer.name for renderer in launcher.renderers]
         log.info("launcher.started", workers=names, queues=launcher.queues)

@@ -50,7 +50,7 @@ def dispatcher(check: bool) -> int:
     if check:
         return told_beat(beat.of_dispatcher(config), "dispatcher")
     db = connections.open_database(config, connect=database.connect_service)
-    broker.Broker(config).refuse_cluster()
+    broker.Broker(config).refuse_wrong_kind()
     logs.configure(config)
     misspelt.warn()
     stop = stop_on_signals()

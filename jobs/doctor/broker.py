@@ -15,13 +15,12 @@ SLOW_BROKER_SECONDS = 0.1
 def check(config: settings.Settings) -> Iterator[checks.Check]:
     try:
         connection = broker.Broker(config)
-        connection.refuse_cluster()
         client = connection.redis
-        client.echo("")  # connects; unlike a ping it is answered by one whose disk is full
-        began = time.monotonic()
-        client.echo("")
-        seconds = time.monotonic() - began
         info = _info(client)
+        broker.refuse_wrong_kind(info)
+        began = time.monotonic()
+        client.echo("")  # unlike a ping it is answered by one whose disk is full
+        seconds = time.monotonic() - began
         unfit = _unfit(connection, info)
     except (*broker.UNAVAILABLE, errors.RushesError, ValueError) as error:
         seen = errors.first_line(error)
