@@ -64,8 +64,7 @@ class FromLaterVersion(errors.RushesError):
     """A schedule was stored with something that this version does not know."""
 
     def __init__(self, name: str, what: str) -> None:
-        told = "this version of rushes cannot render what was stored"
-        super().__init__(f"schedule {name!r}: {told}: {what}; upgrade this machine")
+        super().__init__(f"schedule {name!r}: {looks.UNREADABLE}: {what}; upgrade this machine")
 
 
 class Clockwork:
@@ -153,9 +152,7 @@ class Clockwork:
             try:
                 _preset_of(schedule)
                 due = schedules.decide(schedule, now, has_open_batch=is_open, is_in_time=is_in_time)
-            except (
-                Exception
-            ) as error:  # such as a zone that this host does not know, or such a look
+            except Exception as error:  # such as a zone or a look that this host does not know
                 log.error("schedule.delayed", schedule=schedule.name, error=_told(error))
                 self._leave(schedule, now, is_in_time=is_in_time)
                 return None
@@ -323,8 +320,7 @@ def _preset_of(schedule: Schedule) -> presets.Preset:
     try:
         look = looks.Look.model_validate(schedule.look)
     except ValidationError as error:
-        where = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
-        raise FromLaterVersion(schedule.name, where) from error
+        raise FromLaterVersion(schedule.name, looks.unreadable(error)) from error
     return presets.Preset(
         name=schedule.preset, path=Path(), description=None, look=look, keys_without_effect=()
     )

@@ -30,17 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from jobs import (
-    attempt_ids,
-    database,
-    health,
-    looks,
-    moves,
-    retries,
-    schema,
-    states,
-    workers,
-)
+from jobs import attempt_ids, database, health, looks, moves, retries, schema, states, workers
 from jobs.schema import Attempt, Batch, Job, Owner
 
 MAX_ERROR_CHARS = 2_000
@@ -164,12 +154,11 @@ def _may_run(session: Session, batch_id: str, now: datetime, most: int | None) -
 
 
 def _refuse(session: Session, attempt_id: int, error: ValidationError) -> None:
-    where = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
     fail(
         session,
         attempt_id,
         kind=states.FailureKind.INPUT,
-        error=f"this version of rushes cannot render what was stored: {where}",
+        error=f"{looks.UNREADABLE}: {looks.unreadable(error)}",
         budgets=retries.Budgets(max_errors=1, max_crashes=1, retry_seconds=0),
     )
 

@@ -26,6 +26,8 @@ MAX_STRENGTH = 10.0
 MAX_LORAS = 8
 MAX_SEED = 2**63 - 1  # the widest signed integer of both databases
 
+UNREADABLE = "this version of rushes cannot render what was stored"
+
 LANDSCAPE: Mapping[str, tuple[int, int]] = {
     "480p": (832, 480),
     "540p": (960, 544),
@@ -392,6 +394,11 @@ class RenderSpec(BaseModel, frozen=True, extra="forbid"):
     image_key: str | None = None
     """The first frame, in the results store."""
     seed: int = Field(ge=0, le=MAX_SEED)
+
+
+def unreadable(error: ValidationError) -> str:
+    """Where something stored says what this version does not know: the first three places."""
+    return "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors()[:3])
 
 
 def messages(error: ValidationError) -> Iterator[tuple[str, str]]:
