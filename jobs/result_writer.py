@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Self
 
 import structlog
@@ -42,8 +43,6 @@ class ResultWriter:
     def __init__(self, config: settings.Settings, *, db: database.Database) -> None:
         self._config = config
         self._db = db
-        self._store: storage.ObjectStore | None = None
-        self._guard: store_mark.Guard | None = None
         self._again_at = 0.0
         self._mark_at = 0.0
         self.look = threading.Event()
@@ -68,16 +67,19 @@ class ResultWriter:
             return
         self._mark_at = time.monotonic() + AGAIN_SECONDS
         try:
-            self._opened()[1].leave()
+            self._guard.leave()
         except (errors.RushesError, OSError) as error:
             log.error("store.unmarked", error=str(error))
         else:
             self._mark_at = time.monotonic() + MARK_SECONDS
 
-    def _opened(self) -> tuple[storage.ObjectStore, store_mark.Guard]:
-        self._store = self._store or stores.open_store(self._config)
-        self._guard = self._guard or store_mark.Guard(self._db, self._store)
-        return self._store, self._guard
+    @cached_property
+    def _store(self) -> storage.ObjectStore:
+        return stores.open_store(self._config)
+
+    @cached_property
+    def _guard(self) -> store_mark.Guard:
+        return store_mark.Guard(self._db, self._store)
 
     def write_finished(self, stop: threading.Event | None = None) -> int:
         """Every finished batch that nobody else writes; how many are complete now."""
@@ -89,9 +91,8 @@ class ResultWriter:
             batch_id = taken.batch_id
             try:
                 with _Lease(self._db, batch_id, taken.lease_until) as lease:
-                    store, guard = self._opened()
-                    guard.require()
-                    written += results.write(self._db, store, batch_id, may_put=lease.renew)
+                    self._guard.require()
+                    written += results.write(self._db, self._store, batch_id, may_put=lease.renew)
             except DBAPIError:
                 raise
             except Exception as error:  # one batch that meets a defect must not end dispatch
