@@ -58,13 +58,7 @@ def _cancel_words(outcome: dict[str, Any]) -> str:
 @click.argument("references_given", metavar="BATCH|JOB...", nargs=-1, required=True)
 @click.option("--failed-only", is_flag=True, help="The failed jobs: the default for a batch.")
 @click.option("--cancelled", is_flag=True, help="The cancelled jobs.")
-@click.option(
-    "--kind",
-    "kinds",
-    type=click.Choice([kind.value for kind in states.FailureKind]),
-    multiple=True,
-    help="Only those that failed so, as `rushes show` names it; may be given several times.",
-)
+@options.kinds("Only those that failed so, as `rushes show` names it")
 @click.option(
     "--quarantined/--no-quarantined",
     default=None,

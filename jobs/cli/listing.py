@@ -130,13 +130,7 @@ def _list_row(row: Batch, *, has_owners: bool) -> tuple[str, ...]:
     show_default=True,
     help="Failed jobs, and running ones, that are named.",
 )
-@click.option(
-    "--kind",
-    "kinds",
-    type=click.Choice([kind.value for kind in states.FailureKind]),
-    multiple=True,
-    help="Of a batch: name only the failed jobs that failed so; may be given several times.",
-)
+@options.kinds("Of a batch: name only the failed jobs that failed so")
 @options.output
 def show(reference: str, limit: int, kinds: tuple[str, ...], as_json: bool) -> None:
     """Show a batch or a job.

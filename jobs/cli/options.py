@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from jobs import states
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -52,6 +54,17 @@ def owner(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -
     if value and not stripped:
         raise click.BadParameter("is blank.")
     return stripped
+
+
+def kinds(text: str) -> Callable[[Command], Command]:
+    """`--kind` of failures, handed on as `kinds`."""
+    return click.option(
+        "--kind",
+        "kinds",
+        type=click.Choice([kind.value for kind in states.FailureKind]),
+        multiple=True,
+        help=f"{text}; may be given several times.",
+    )
 
 
 def misused(message: str) -> click.UsageError:
