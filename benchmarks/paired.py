@@ -109,10 +109,7 @@ class Both:
     def decode(self) -> dict[str, Any]:
         """Latents to frames."""
         network = self.ours.networks.vae
-        latents = self.draw(
-            1,
-            *self._latent_shape(),
-        )
+        latents = self.draw(1, *self._latent_shape())
         mean, std = self._statistics()
         return self.compared(
             lambda: torch.cat(list(network.decode_chunks(latents)), dim=2),

@@ -416,7 +416,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise errors.UnreadableWeightsError(path, reason) from error
     if not isinstance(loaded, dict):
         raise errors.UnreadableWeightsError(path, f"it holds a {type(loaded).__name__}, no names")
-    if any(name in torch_files.OF_TRAINING for name in loaded):
+    if not torch_files.OF_TRAINING.isdisjoint(loaded):
         raise errors.UnreadableWeightsError(path, torch_files.TRAINING)
     return loaded
 

@@ -25,15 +25,14 @@ def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
     `hint` ends the message where the file is empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        is_empty = not text.strip()
-        values = {} if is_empty else json.loads(text)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise errors.ConfigError(path, "is not there") from None
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and not error.doc.strip():
+            problem = "is empty" + (f"; {hint}" if hint else "")
+            raise errors.ConfigError(path, problem) from None
         raise errors.ConfigError(path, f"is not readable JSON: {error}") from error
-    if is_empty:
-        raise errors.ConfigError(path, "is empty" + (f"; {hint}" if hint else ""))
     if not isinstance(values, dict):
         raise errors.ConfigError(path, f"must hold a JSON object, not a {type(values).__name__}")
     return values
